@@ -1,0 +1,176 @@
+"""Configuration of the fused model."""
+
+from typing import Any, ClassVar, Optional
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+from .encoders import encoder_width, sub_config_of
+from .fusion import fusion_class
+from .regularization import check_regularization
+from .tasks import Task, task_from_dict
+
+
+@strict
+class MMTransformerConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`MMTransformerModel`] or [`MMTransformerForMultiTask`]: a text encoder, a vision encoder, a
+    fusion of the two and the tasks.
+
+    Args:
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            Config of any text encoder that `AutoModel` knows. A `dict` needs its `model_type`. Defaults to BERT-base.
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            Config of any vision encoder that `AutoModel` knows. `None` for a model of text alone.
+        fusion_type (`str`, *optional*, defaults to `"cross_attention"`):
+            `"cross_attention"`, `"co_attention"`, `"bottleneck"`, `"merged"`, `"late"`, or a kind of your own.
+        fusion_kwargs (`dict`, *optional*): Options of the fusion kind, for example `{"num_latents": 8}`.
+        fusion_hidden_size (`int`, *optional*): Width of the fusion. Defaults to that of the text encoder.
+        num_fusion_layers (`int`, *optional*, defaults to 3): Number of fusion layers.
+        num_fusion_attention_heads (`int`, *optional*):
+            Attention heads of each fusion layer. Defaults to those of the text encoder, or to heads of 64.
+        fusion_dropout (`float`, *optional*, defaults to 0.1): Dropout in attention and feed-forward of the fusion.
+        classifier_dropout (`float`, *optional*, defaults to 0.1): Dropout in the task layers.
+        modality_dropout (`float`, *optional*, defaults to 0.0):
+            Probability with which a row loses all of its images in training, so that the model also learns to answer
+            from the text alone.
+        tasks (`list[dict]` or `list[Task]`, *optional*): The tasks, as objects or as the dicts that `config.json` stores.
+        regularization (`dict`, *optional*):
+            `{"kind": "l2" or "l1", "weight": lambda}`: adds lambda times the sum, over the tasks, of the squares (or
+            absolute values) of the matrices of their task layers to the loss.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new weights.
+
+    Raises:
+        ValueError: one sentence, if something does not fit.
+
+    Example:
+
+    ```python
+    >>> from transformers import BertConfig, ViTConfig
+    >>> from mm_transformers import Classification, MMTransformerConfig, MMTransformerForMultiTask
+
+    >>> config = MMTransformerConfig(
+    ...     text_config=BertConfig(),
+    ...     vision_config=ViTConfig(),
+    ...     tasks=[Classification("sentiment", labels=["negative", "neutral", "positive"])],
+    ... )
+    >>> model = MMTransformerForMultiTask(config)  # random weights; see `from_encoders` for pretrained ones
+    ```"""
+
+    model_type = "mm_transformer"
+    # `sub_configs` and not `sub_configs_defaults`, which transformers 5.17 does not know.
+    sub_configs: ClassVar[dict[str, type]] = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    attribute_map = {
+        "hidden_size": "fusion_hidden_size",
+        "num_hidden_layers": "num_fusion_layers",
+        "num_attention_heads": "num_fusion_attention_heads",
+    }
+
+    # The losses are for the logs, the rest for those who ask: the Trainer gathers the logits alone.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["losses", "hidden_states", "attentions", "cross_attentions"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    fusion_type: str = "cross_attention"
+    fusion_kwargs: dict | None = None
+    fusion_hidden_size: int | None = None
+    num_fusion_layers: int = 3
+    num_fusion_attention_heads: int | None = None
+    fusion_dropout: float | int = 0.1
+    classifier_dropout: float | int = 0.1
+    modality_dropout: float | int = 0.0
+    tasks: list | None = None
+    regularization: dict | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        self.text_config = _resolve(self.text_config or {"model_type": "bert"}, "text")
+        self.vision_config = _resolve(self.vision_config, "vision")
+        self.fusion_kwargs = dict(self.fusion_kwargs or {})
+        self.tasks = [task.to_dict() if hasattr(task, "to_dict") else task for task in self.tasks or []]
+
+        if self.fusion_hidden_size is None:
+            self.fusion_hidden_size = encoder_width(self.text_config)
+        if self.num_fusion_attention_heads is None:
+            heads = getattr(self.text_config, "num_attention_heads", None)
+            fits = isinstance(heads, int) and heads > 0 and self.fusion_hidden_size % heads == 0
+            self.num_fusion_attention_heads = heads if fits else max(1, self.fusion_hidden_size // 64)
+        # Also run by `@strict` whenever the config is saved; here they raise a plain `ValueError`.
+        self.validate_fusion()
+        self.validate_tasks()
+        # So that tools that expect one classifier find the labels of the first.
+        labels = next((task["labels"] for task in self.tasks if "labels" in task), None)
+        if self.id2label is None and labels is not None:
+            self.id2label = dict(enumerate(labels))
+            self.label2id = {label: i for i, label in enumerate(labels)}
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        values, _ = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if values.get("model_type") != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of type {values.get('model_type')!r}, not "
+                f"{cls.model_type!r}; to put it into a new model, use `from_encoders`."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def get_tasks(self) -> dict[str, Task]:
+        """The tasks by name, in order."""
+        tasks = [task_from_dict(task) for task in self.tasks]
+        return {task.name: task for task in tasks}
+
+    @property
+    def modalities(self) -> list[str]:
+        """What the model takes beside text, in the order in which fusions see it."""
+        return [name for name in ("vision",) if getattr(self, f"{name}_config") is not None]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int):
+        self.text_config.vocab_size = value
+
+    def validate_fusion(self):
+        """Part of `@strict`-powered validation."""
+        fusion_class(self.fusion_type, self.fusion_kwargs or {})
+        width, heads = self.fusion_hidden_size, self.num_fusion_attention_heads
+        if self.num_fusion_layers < 1 or width < 1 or heads < 1:
+            raise ValueError(
+                "num_fusion_layers, fusion_hidden_size and num_fusion_attention_heads must be at least 1, but are "
+                f"{self.num_fusion_layers}, {width} and {heads}."
+            )
+        if width % heads != 0:
+            raise ValueError(
+                f"fusion_hidden_size ({width}) must be a multiple of num_fusion_attention_heads ({heads})."
+            )
+        for name in ("fusion_dropout", "classifier_dropout", "modality_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, but is {getattr(self, name)}.")
+
+    def validate_tasks(self):
+        """Part of `@strict`-powered validation."""
+        seen = set()
+        for task in (task_from_dict(task) for task in self.tasks):
+            if task.name in seen:
+                raise ValueError(f"Two tasks are called {task.name!r}; every task needs a name of its own.")
+            seen.add(task.name)
+        check_regularization(self.regularization)
+
+
+def _resolve(config: Any, modality: str) -> Optional[PreTrainedConfig]:
+    """A sub-config as an object: it may be a dict (from JSON), or the config of a model of several modalities."""
+    if config is None:
+        return None
+    if isinstance(config, dict):
+        values = dict(config)
+        model_type = values.pop("model_type", None)
+        if model_type is None:
+            raise ValueError(f"{modality}_config is a dict without 'model_type', so it is not known which encoder it is.")
+        config = AutoConfig.for_model(model_type, **values)
+    return sub_config_of(config, modality)
+
+
+__all__ = ["MMTransformerConfig"]

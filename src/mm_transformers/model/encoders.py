@@ -1,0 +1,156 @@
+"""Builds any text or vision encoder of transformers, and knows what each of them needs."""
+
+import inspect
+import re
+from typing import Optional
+
+import torch
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+
+_MAIN_INPUT = {"text": "input_ids", "vision": "pixel_values"}
+
+# What `AutoConfig.from_pretrained` takes of the keyword arguments of `AutoModel.from_pretrained`.
+_HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download")
+
+# Parameters that serve only a pooled output, which the fusion does not read, or masked image modelling: they would
+# never get a gradient, which DDP refuses.
+_UNUSED_PARAMETERS = (r"(^|\.)pooler\.", r"(^|\.)mask_token$")
+_UNUSED_PARAMETERS_OF = {
+    "clip_vision_model": (r"(^|\.)post_layernorm\.",),
+    "convnext": (r"^layernorm\.",),
+    "convnextv2": (r"^layernorm\.",),
+    "siglip_text_model": (r"(^|\.)head\.",),
+    "siglip_vision_model": (r"(^|\.)head\.",),
+}
+
+# Text encoders that number positions from `pad_token_id + 1`, so that fewer are left than the table has.
+_POSITIONS_AFTER_PADDING = {
+    "camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
+    "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+# Text encoders without a table of positions.
+_RELATIVE_POSITIONS = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+
+
+def encoder_config_from_pretrained(path: str, modality: str, **kwargs) -> PreTrainedConfig:
+    """The config of the `modality` ("text" or "vision") encoder in a Hub repository or local folder."""
+    return sub_config_of(AutoConfig.from_pretrained(path, **kwargs), modality)
+
+
+def sub_config_of(config: PreTrainedConfig, modality: str) -> PreTrainedConfig:
+    """The part of the config that describes one modality's encoder, where the config has several (CLIP, SigLIP)."""
+    sub_config = getattr(config, f"{modality}_config", None)
+    return sub_config if isinstance(sub_config, PreTrainedConfig) else config
+
+
+def build_encoder(config: PreTrainedConfig, modality: str) -> PreTrainedModel:
+    """
+    The encoder that a config describes, with new weights.
+
+    Raises:
+        ValueError: one sentence that says why it cannot be the encoder of this modality.
+    """
+    _check_config(config, modality)
+    return _as_encoder(AutoModel.from_config(config, **_without_pooler(config)), modality)
+
+
+def load_encoder(path: str, modality: str, **kwargs) -> tuple[PreTrainedModel, PreTrainedConfig]:
+    """
+    The encoder of a Hub repository or local folder, with its weights, and the config that [`build_encoder`] needs.
+
+    Args:
+        kwargs: for `AutoModel.from_pretrained`.
+
+    Raises:
+        ValueError: one sentence that says why it cannot be the encoder of this modality.
+    """
+    hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+    config = encoder_config_from_pretrained(path, modality, **hub_kwargs)
+    _check_config(config, modality)
+    model = AutoModel.from_pretrained(path, config=config, **_without_pooler(config), **kwargs)
+    return _as_encoder(model, modality), model.config
+
+
+def encoder_width(config: PreTrainedConfig) -> int:
+    """
+    Width of the tokens that an encoder gives.
+
+    Raises:
+        ValueError: if the config does not say.
+    """
+    width = getattr(config, "hidden_size", None)
+    if width is None and getattr(config, "hidden_sizes", None):
+        width = config.hidden_sizes[-1]
+    if not isinstance(width, int):
+        raise ValueError(
+            f"A {config.model_type!r} config has neither `hidden_size` nor `hidden_sizes`, so the width of its tokens "
+            "is not known: choose another encoder."
+        )
+    return width
+
+
+def as_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Feature maps (batch, width, height, width) of convolutional encoders become (batch, tokens, width)."""
+    return hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
+
+
+def max_text_positions(config: PreTrainedConfig) -> Optional[int]:
+    """The longest text, in tokens, that a text encoder takes; `None` if there is no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if config.model_type in _RELATIVE_POSITIONS or not isinstance(positions, int) or positions <= 0:
+        return None
+    if pad_token_matters(config):
+        return positions - (config.pad_token_id or 0) - 1
+    return positions
+
+
+def pad_token_matters(config: PreTrainedConfig) -> bool:
+    """True for text encoders that tell by `pad_token_id` where the text, and so its first position, begins."""
+    return config.model_type in _POSITIONS_AFTER_PADDING
+
+
+def _model_class(config: PreTrainedConfig) -> Optional[type[PreTrainedModel]]:
+    """The class that `AutoModel` takes for a config; `None` for code that is not part of transformers."""
+    cls = MODEL_MAPPING.get(type(config), None)
+    return cls[0] if isinstance(cls, (tuple, list)) else cls
+
+
+def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
+    cls = _model_class(config)
+    takes = cls is not None and "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+    return {"add_pooling_layer": False} if takes else {}
+
+
+def _check_config(config: PreTrainedConfig, modality: str) -> None:
+    """Says what is wrong before weights are built or fetched."""
+    cls, wanted = _model_class(config), _MAIN_INPUT[modality]
+    if cls is None and not hasattr(config, "auto_map"):
+        raise ValueError(
+            f"{config.model_type!r} cannot be the {modality} encoder: transformers has no AutoModel for its config."
+        )
+    if cls is not None and cls.main_input_name != wanted:
+        raise ValueError(
+            f"{config.model_type!r} cannot be the {modality} encoder: it takes {cls.main_input_name!r}, not {wanted!r}."
+        )
+    encoder_width(config)
+
+
+def _as_encoder(model: PreTrainedModel, modality: str) -> PreTrainedModel:
+    model_type = model.config.model_type
+    if modality == "text" and model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    if _MAIN_INPUT[modality] not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"{model_type!r} cannot be the {modality} encoder: its forward takes no {_MAIN_INPUT[modality]!r}."
+        )
+    unused = re.compile("|".join(_UNUSED_PARAMETERS + _UNUSED_PARAMETERS_OF.get(model_type, ())))
+    for name, parameter in list(model.named_parameters()):
+        if unused.search(name):
+            # As buffers they stay in the checkpoint and in `_init_weights`, and nothing waits for their gradient;
+            # `requires_grad=False` would not survive `from_pretrained`.
+            owner = model.get_submodule(name.rpartition(".")[0])
+            attribute = name.rpartition(".")[2]
+            delattr(owner, attribute)
+            owner.register_buffer(attribute, parameter.detach())
+    return model

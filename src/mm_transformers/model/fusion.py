@@ -1,0 +1,22 @@
+"""The fusion kinds that come with the package: one line each."""
+
+from .fusion_base import FUSION_KINDS, Fusion, Stream, fusion_class, register_fusion
+from .fusion_bottleneck import BottleneckFusion
+from .fusion_co_attention import CoAttentionFusion
+from .fusion_cross_attention import CrossAttentionFusion
+from .fusion_late import LateFusion
+from .fusion_merged import MergedFusion
+
+
+__all__ = [
+    "FUSION_KINDS",
+    "BottleneckFusion",
+    "CoAttentionFusion",
+    "CrossAttentionFusion",
+    "Fusion",
+    "LateFusion",
+    "MergedFusion",
+    "Stream",
+    "fusion_class",
+    "register_fusion",
+]

@@ -1,0 +1,168 @@
+"""What a fusion kind is, and the registry of fusion kinds."""
+
+import inspect
+from typing import Any, ClassVar, NamedTuple, Optional
+
+import torch
+from torch import nn
+
+
+FUSION_KINDS: dict[str, type["Fusion"]] = {}
+
+
+class Stream(NamedTuple):
+    """
+    The tokens of one modality beside the text, as a fusion sees them.
+
+    Args:
+        name: "vision".
+        hidden_states (batch, length, fusion_hidden_size): the tokens of all the items of each row, side by side.
+        mask (batch, length) bool: True where there is a token; a row without an item has none.
+    """
+
+    name: str
+    hidden_states: torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def present(self) -> torch.Tensor:
+        """(batch,) bool: which rows have anything in this stream."""
+        return self.mask.any(-1)
+
+
+class FusionOutput(NamedTuple):
+    """
+    Args:
+        hidden_states (batch, text_len, hidden_size): the text tokens, having seen the other streams.
+        all_hidden_states: the text states before and after each layer, if asked for.
+        attentions, cross_attentions: one (batch, heads, queries, keys) tensor per layer, if asked for: text tokens to
+            text tokens (or to all tokens, in kinds with one stream), text tokens to stream tokens.
+    """
+
+    hidden_states: torch.Tensor
+    all_hidden_states: Optional[tuple[torch.Tensor, ...]] = None
+    attentions: Optional[tuple[torch.Tensor, ...]] = None
+    cross_attentions: Optional[tuple[torch.Tensor, ...]] = None
+
+
+class FusionRecord:
+    """Collects what a fusion was asked to show, while its layers run."""
+
+    def __init__(self, attentions: bool = False, hidden_states: bool = False):
+        self.keep_attentions, self.keep_hidden_states = attentions, hidden_states
+        self.hidden_states: list[torch.Tensor] = []
+        self.attentions: list[torch.Tensor] = []
+        self.cross_attentions: list[torch.Tensor] = []
+
+    def add(self, hidden_states=None, attentions=None, cross_attentions=None):
+        if self.keep_hidden_states and hidden_states is not None:
+            self.hidden_states.append(hidden_states)
+        if self.keep_attentions and attentions is not None:
+            self.attentions.append(attentions)
+        if self.keep_attentions and cross_attentions is not None:
+            self.cross_attentions.append(cross_attentions)
+
+
+class Fusion(nn.Module):
+    """
+    Lets text tokens see the tokens of other modalities.
+
+    A kind subclasses it, sets `kind`, implements [`fuse`] and is decorated with [`register_fusion`]. Keyword arguments
+    of its `__init__` after `stream_names` are its options, given by `config.fusion_kwargs`.
+
+    What no kind can get wrong, because it is done here: a row with nothing in any stream leaves exactly as it came,
+    and the states that leave have the width of the text encoder. What each kind owes: text states must leave [`fuse`]
+    unchanged at initialisation (add to them through a [`Gate`] only), and nothing that a mask hides may be seen.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, config, stream_names: list[str], text_hidden_size: int):
+        super().__init__()
+        self.config = config
+        self.stream_names = list(stream_names)
+        width = config.fusion_hidden_size
+        self.same_width = width == text_hidden_size
+        if not self.same_width:
+            self.down_proj = nn.Linear(text_hidden_size, width, bias=False)
+            self.up_proj = nn.Linear(width, text_hidden_size, bias=False)
+
+    def fuse(
+        self, text_states: torch.Tensor, text_mask: torch.Tensor, streams: list[Stream], record: FusionRecord
+    ) -> torch.Tensor:
+        """
+        Args:
+            text_states (batch, text_len, fusion_hidden_size), text_mask (batch, text_len) bool.
+            streams: at least one; in some rows all of their tokens may be masked.
+            record: takes what is shown when asked; see [`FusionRecord.add`].
+
+        Returns:
+            (batch, text_len, fusion_hidden_size)
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        text_states: torch.Tensor,
+        text_mask: torch.Tensor,
+        streams: list[Stream],
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> FusionOutput:
+        record = FusionRecord(output_attentions, output_hidden_states)
+        hidden_states = text_states
+        if streams:
+            inputs = text_states if self.same_width else self.down_proj(text_states)
+            record.add(hidden_states=inputs)
+            fused = self.fuse(inputs, text_mask, streams, record)
+            if not self.same_width:
+                # The residual is taken in the narrow space, so that a closed gate adds exactly nothing.
+                fused = text_states + self.up_proj(fused - inputs)
+            present = torch.stack([stream.present for stream in streams]).any(0)
+            hidden_states = torch.where(present[:, None, None], fused, text_states)
+        return FusionOutput(
+            hidden_states,
+            tuple(record.hidden_states) if output_hidden_states else None,
+            tuple(record.attentions) or None,
+            tuple(record.cross_attentions) or None,
+        )
+
+
+def register_fusion(cls: type[Fusion]) -> type[Fusion]:
+    """
+    Class decorator that makes a fusion kind known, so that `config.fusion_type` can name it.
+
+    Raises:
+        ValueError: if `kind` is missing or is already taken by another class.
+    """
+    kind = getattr(cls, "kind", None)
+    if not isinstance(kind, str) or not kind:
+        raise ValueError(f"{cls.__name__} needs a class attribute `kind`, a string that names the fusion kind.")
+    known = FUSION_KINDS.get(kind)
+    if known is not None and known.__qualname__ != cls.__qualname__:
+        raise ValueError(f"Fusion kind {kind!r} is already taken by {known.__name__}; choose another `kind`.")
+    FUSION_KINDS[kind] = cls
+    return cls
+
+
+def fusion_class(kind: str, options: dict[str, Any]) -> type[Fusion]:
+    """
+    The class of a fusion kind, after checking that it has these options.
+
+    Raises:
+        ValueError: if the kind or one of its options is unknown.
+    """
+    if kind not in FUSION_KINDS:
+        raise ValueError(
+            f"Unknown fusion_type {kind!r}; known are {', '.join(sorted(FUSION_KINDS))}. "
+            "A kind of your own must be imported (and so registered by @register_fusion) before it is used."
+        )
+    cls = FUSION_KINDS[kind]
+    known = list(inspect.signature(cls.__init__).parameters)[4:]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"fusion_type {kind!r} has no option {unknown[0]!r} in fusion_kwargs; "
+            f"its options are {', '.join(known) if known else 'none'}."
+        )
+    return cls

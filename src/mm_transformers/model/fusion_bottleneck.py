@@ -1,0 +1,89 @@
+"""Streams that meet in a few shared latents only."""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .fusion_base import Fusion, FusionRecord, Stream, register_fusion
+from .fusion_layers import key_mask
+from .fusion_merged import SelfAttentionLayer
+
+
+class Latents(nn.Module):
+    """(num_latents, width) learned vectors, the same for every row at the start."""
+
+    def __init__(self, num_latents: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_latents, width))
+
+    def init_own_parameters(self, std: float):
+        init.normal_(self.weight, mean=0.0, std=std)
+
+    def forward(self, batch: int) -> torch.Tensor:
+        return self.weight.expand(batch, -1, -1)
+
+
+class StreamLayer(SelfAttentionLayer):
+    """A layer over the tokens of a stream and the latents: nothing is gated, since neither is the text."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.attention_gate = nn.Identity()
+        self.mlp_gate = nn.Identity()
+
+
+class BottleneckLayer(nn.Module):
+    """First the latents read every stream, then the text reads the latents: one layer is enough to fuse."""
+
+    def __init__(self, config, stream_names: list[str]):
+        super().__init__()
+        self.streams = nn.ModuleDict({name: StreamLayer(config) for name in stream_names})
+        self.text = SelfAttentionLayer(config)
+
+
+@register_fusion
+class BottleneckFusion(Fusion):
+    """
+    Every stream attends to itself and to `num_latents` shared latents; the latents that come out of the streams a row
+    has are averaged (MBT, https://arxiv.org/abs/2107.00135). Attention costs (length of stream)^2 per stream, not
+    (sum of lengths)^2. Within a layer the text comes last, where MBT updates all streams at once. Its attention maps
+    are those of the text side, (batch, heads, text_len + num_latents, text_len + num_latents).
+
+    Args:
+        num_latents (`int`, *optional*, defaults to 4): Number of shared latents.
+    """
+
+    kind: ClassVar[str] = "bottleneck"
+
+    def __init__(self, config, stream_names: list[str], text_hidden_size: int, num_latents: int = 4):
+        super().__init__(config, stream_names, text_hidden_size)
+        if not isinstance(num_latents, int) or num_latents < 1:
+            raise ValueError(f"num_latents in fusion_kwargs must be an integer >= 1, but is {num_latents!r}.")
+        self.latents = Latents(num_latents, config.fusion_hidden_size)
+        self.layers = nn.ModuleList(BottleneckLayer(config, stream_names) for _ in range(config.num_fusion_layers))
+
+    def fuse(
+        self, text_states: torch.Tensor, text_mask: torch.Tensor, streams: list[Stream], record: FusionRecord
+    ) -> torch.Tensor:
+        latents = self.latents(text_states.shape[0])
+
+        def mask_of(states: torch.Tensor, mask: torch.Tensor):
+            # Latents are always there, so no row is ever wholly masked.
+            visible = torch.ones_like(latents[..., 0], dtype=torch.bool)
+            return key_mask(self.config, torch.cat([states, latents], 1), torch.cat([mask, visible], 1))
+
+        text_key_mask = mask_of(text_states, text_mask)
+        stream_masks = [mask_of(stream.hidden_states, stream.mask) for stream in streams]
+        states = [stream.hidden_states for stream in streams]
+        weights = torch.stack([stream.present for stream in streams]).to(text_states.dtype)[..., None, None]
+        for layer in self.layers:
+            updates = []
+            for i, stream in enumerate(streams):
+                states[i], update, _ = layer.streams[stream.name](states[i], latents, stream_masks[i])
+                updates.append(update)
+            latents = (torch.stack(updates) * weights).sum(0) / weights.sum(0).clamp(min=1)
+            text_states, latents, attentions = layer.text(text_states, latents, text_key_mask)
+            record.add(hidden_states=text_states, attentions=attentions)
+        return text_states

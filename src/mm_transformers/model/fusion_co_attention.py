@@ -1,0 +1,93 @@
+"""Text and the other streams attend to themselves and to each other."""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .fusion_base import Fusion, FusionRecord, Stream, register_fusion
+from .fusion_layers import FusionAttention, FusionMLP, Gate, KeyMask, concatenate, key_mask
+
+
+class CoAttentionSide(nn.Module):
+    """Self-attention, cross-attention and feed-forward of one side; through gates if the side is the text."""
+
+    def __init__(self, config, gated: bool):
+        super().__init__()
+        width = config.fusion_hidden_size
+        self.self_norm = nn.LayerNorm(width)
+        self.self_attention = FusionAttention(config)
+        self.cross_norm = nn.LayerNorm(width)
+        self.cross_attention = FusionAttention(config)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = FusionMLP(config)
+        self.self_gate, self.cross_gate, self.mlp_gate = (Gate() if gated else nn.Identity() for _ in range(3))
+
+    def forward(self, states: torch.Tensor, others: torch.Tensor, self_mask: KeyMask, cross_mask: KeyMask):
+        normed = self.self_norm(states)
+        attended, self_weights = self.self_attention(normed, normed, self_mask)
+        states = states + self.self_gate(attended)
+        attended, cross_weights = self.cross_attention(self.cross_norm(states), others, cross_mask)
+        states = states + self.cross_gate(attended)
+        states = states + self.mlp_gate(self.mlp(self.mlp_norm(states)))
+        return states, self_weights, cross_weights
+
+
+class CoAttentionLayer(GradientCheckpointingLayer):
+    def __init__(self, config, updates_streams: bool):
+        super().__init__()
+        self.text = CoAttentionSide(config, gated=True)
+        self.stream = CoAttentionSide(config, gated=False) if updates_streams else None
+        self.text_norm = nn.LayerNorm(config.fusion_hidden_size) if updates_streams else None
+        self.stream_norm = nn.LayerNorm(config.fusion_hidden_size)
+
+    def forward(
+        self,
+        text_states: torch.Tensor,
+        stream_states: torch.Tensor,
+        text_self: KeyMask,
+        text_cross: KeyMask,
+        stream_self: KeyMask,
+        stream_cross: KeyMask,
+    ):
+        # Both sides see each other as they were before the layer.
+        new_text, self_weights, cross_weights = self.text(
+            text_states, self.stream_norm(stream_states), text_self, text_cross
+        )
+        if self.stream is not None:
+            stream_states, _, _ = self.stream(stream_states, self.text_norm(text_states), stream_self, stream_cross)
+        return new_text, stream_states, self_weights, cross_weights
+
+
+@register_fusion
+class CoAttentionFusion(Fusion):
+    """
+    Layers in which both sides attend to themselves and to each other (LXMERT, https://arxiv.org/abs/1908.07490; METER,
+    https://arxiv.org/abs/2111.02387). Several other streams make up one side. The last layer has no other side: nothing
+    would read it.
+    """
+
+    kind: ClassVar[str] = "co_attention"
+
+    def __init__(self, config, stream_names: list[str], text_hidden_size: int):
+        super().__init__(config, stream_names, text_hidden_size)
+        last = config.num_fusion_layers - 1
+        self.layers = nn.ModuleList(
+            CoAttentionLayer(config, updates_streams=index < last) for index in range(config.num_fusion_layers)
+        )
+
+    def fuse(
+        self, text_states: torch.Tensor, text_mask: torch.Tensor, streams: list[Stream], record: FusionRecord
+    ) -> torch.Tensor:
+        stream_states, stream_mask = concatenate(streams)
+        masks = (
+            key_mask(self.config, text_states, text_mask),
+            key_mask(self.config, text_states, stream_mask, stream_states),
+            key_mask(self.config, stream_states, stream_mask),
+            key_mask(self.config, stream_states, text_mask, text_states),
+        )
+        for layer in self.layers:
+            text_states, stream_states, weights, cross_weights = layer(text_states, stream_states, *masks)
+            record.add(hidden_states=text_states, attentions=weights, cross_attentions=cross_weights)
+        return text_states

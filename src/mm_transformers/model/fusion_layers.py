@@ -1,0 +1,157 @@
+"""The parts that fusion kinds are made of."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Optional
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .fusion_base import Stream
+
+
+class Gate(nn.Module):
+    """
+    Multiplies by tanh(alpha), with a scalar alpha that starts at 0: a branch added through a gate adds nothing until
+    training opens it (Flamingo, https://arxiv.org/abs/2204.14198). alpha stays float32: in bfloat16 its first small
+    steps would be lost.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.gate_alpha = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.gate_alpha.tanh().to(hidden_states.dtype)
+
+
+class KeyMask(NamedTuple):
+    """
+    Which keys a query may see.
+
+    Args:
+        attention_mask: what the attention implementation takes; it never hides all the keys of a row, because
+            implementations differ in what they then return (0, the mean of the values, or NaN).
+        present (batch, 1, 1) bool: False for the rows whose keys are all hidden; their attention output is set to 0.
+    """
+
+    attention_mask: Optional[torch.Tensor]
+    present: torch.Tensor
+
+
+def key_mask(config, queries: torch.Tensor, mask: torch.Tensor, keys: Optional[torch.Tensor] = None) -> KeyMask:
+    """
+    Args:
+        queries (batch, num_queries, width), keys (batch, num_keys, width): the states; keys default to the queries.
+        mask (batch, num_keys) bool: True where a key may be seen.
+    """
+    present = mask.any(-1, keepdim=True)
+    attention_mask = create_bidirectional_mask(
+        config=config, inputs_embeds=queries, attention_mask=mask | ~present, encoder_hidden_states=keys
+    )
+    return KeyMask(attention_mask, present[..., None])
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Optional[torch.Tensor],
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(dropped, value).transpose(1, 2).contiguous(), weights
+
+
+class FusionAttention(nn.Module):
+    """Multi-head attention (https://arxiv.org/abs/1706.03762) of queries to keys, through any implementation that
+    transformers has. (batch, num_queries, width), (batch, num_keys, width) -> (batch, num_queries, width)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        width = config.fusion_hidden_size
+        self.head_dim = width // config.num_fusion_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.fusion_dropout
+        self.is_causal = False
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(
+        self, queries: torch.Tensor, keys: torch.Tensor, mask: KeyMask
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        batch, num_queries = queries.shape[:2]
+
+        def heads(states: torch.Tensor) -> torch.Tensor:
+            return states.view(batch, states.shape[1], -1, self.head_dim).transpose(1, 2)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            heads(self.q_proj(queries)),
+            heads(self.k_proj(keys)),
+            heads(self.v_proj(keys)),
+            mask.attention_mask,
+            is_causal=False,
+            scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        output = self.out_proj(output.reshape(batch, num_queries, -1)) * mask.present
+        if weights is not None:
+            weights = weights * mask.present[:, None]
+        return output, weights
+
+
+class FusionMLP(nn.Module):
+    """Two linear layers with a GELU between, four times as wide inside."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.fusion_hidden_size
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.activation = ACT2FN["gelu"]
+        self.fc2 = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(config.fusion_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.fc2(self.activation(self.fc1(hidden_states))))
+
+
+class StreamProjection(nn.Module):
+    """
+    Brings the tokens of an encoder to the width of the fusion: layer norm and a linear layer, whose bias also is the
+    embedding of the modality. (..., encoder width) -> (..., fusion_hidden_size).
+    """
+
+    def __init__(self, config, input_size: int):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(input_size)
+        self.linear = nn.Linear(input_size, config.fusion_hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.layer_norm(hidden_states))
+
+
+def concatenate(streams: list[Stream]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of all streams side by side, and their mask."""
+    return torch.cat([s.hidden_states for s in streams], dim=1), torch.cat([s.mask for s in streams], dim=1)
+
+
+def masked_mean(hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the tokens that the mask shows, 0 where it shows none. (batch, length, width) -> (batch, width)."""
+    weights = mask[..., None].to(hidden_states.dtype)
+    return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)

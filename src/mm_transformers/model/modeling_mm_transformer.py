@@ -1,0 +1,436 @@
+"""The fused model: encoders, fusion, task layers."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, can_return_tuple, torch_compilable_check
+
+from .configuration_mm_transformer import MMTransformerConfig
+from .encoders import as_tokens, build_encoder, encoder_width, load_encoder
+from .fusion import Stream, fusion_class
+from .fusion_layers import Gate, StreamProjection, masked_mean
+from .regularization import regularization_loss
+
+
+@dataclass
+class MMTransformerModelOutput(ModelOutput):
+    """
+    Output of [`MMTransformerModel`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, text_len, text hidden size)`):
+            The text tokens, fused with what the row has beside text.
+        pooler_output (`torch.FloatTensor` of shape `(batch, text hidden size)`):
+            Mean of `last_hidden_state` over the tokens that are not padding.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*, when `output_hidden_states=True`):
+            Text tokens before and after each fusion layer, `(batch, text_len, fusion_hidden_size)`.
+        attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
+            Self-attention of each fusion layer, in the fusion kinds that have it.
+        cross_attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
+            Attention of text tokens to image tokens in each fusion layer, `(batch, heads, text_len, max_images *
+            tokens per image)`; 0 in rows without an image. Needs `attn_implementation="eager"`.
+    """
+
+    last_hidden_state: Optional[torch.FloatTensor] = None
+    pooler_output: Optional[torch.FloatTensor] = None
+    hidden_states: Optional[tuple[torch.FloatTensor, ...]] = None
+    attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+    cross_attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+
+
+@dataclass
+class MMTransformerOutput(ModelOutput):
+    """
+    Output of [`MMTransformerForMultiTask`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, when `labels` is given):
+            Sum of `loss_weight * losses[task]` over the tasks, plus `losses["regularization"]`.
+        losses (`dict[str, torch.FloatTensor]`, *optional*, when `labels` is given):
+            For each task the mean loss of what is labelled, 0 if nothing is; and `"regularization"`, if there is one.
+        logits (`dict[str, torch.FloatTensor]`): For each task what its head says; the task's class gives the shape.
+        hidden_states, attentions, cross_attentions: see [`MMTransformerModelOutput`].
+    """
+
+    loss: Optional[torch.FloatTensor] = None
+    losses: Optional[dict[str, torch.FloatTensor]] = None
+    logits: Optional[dict[str, torch.FloatTensor]] = None
+    hidden_states: Optional[tuple[torch.FloatTensor, ...]] = None
+    attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+    cross_attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+
+
+class MMTransformerPreTrainedModel(PreTrainedModel):
+    """Initialisation, saving and the attention implementations, for all models of this type."""
+
+    config: MMTransformerConfig
+    config_class = MMTransformerConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("text", "image")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["gate_alpha"]
+    _no_split_modules = ["CrossAttentionLayer", "CoAttentionLayer", "SelfAttentionLayer", "StreamLayer"]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Custom code is not initialised module by module, which would leave gates, latents and whole encoders as the
+        # allocator gave them.
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, Gate):
+            init.zeros_(module.gate_alpha)
+        elif hasattr(module, "init_own_parameters"):
+            module.init_own_parameters(self.config.initializer_range)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        # In the original layout of a vision tower its keys have other names, and the Trainer, which resumes by
+        # `load_state_dict(strict=False)`, would leave them out.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_encoders(cls, text: str, vision: Optional[str] = None, **kwargs):
+        """
+        A model with pretrained encoders and a new fusion, whose gates are closed: until it is trained, its
+        `last_hidden_state` is that of the text encoder.
+
+        Args:
+            text (`str`): Hub id or local folder of a text encoder; of CLIP and SigLIP the text tower is taken, of an
+                encoder-decoder the encoder.
+            vision (`str`, *optional*): Hub id or local folder of a vision encoder; of CLIP and SigLIP the vision tower.
+            kwargs: fields of [`MMTransformerConfig`] (`tasks`, `fusion_type`, `num_fusion_layers`, ...); everything
+                else (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes to `AutoModel.from_pretrained`.
+
+        Raises:
+            ValueError: one sentence, if an encoder cannot be used or an option does not fit.
+
+        Example:
+
+        ```python
+        >>> model = MMTransformerForMultiTask.from_encoders(
+        ...     text="distilbert/distilbert-base-uncased",
+        ...     vision="google/vit-base-patch16-224-in21k",
+        ...     tasks=[Classification("sentiment", labels=["negative", "positive"])],
+        ... )
+        ```
+        """
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name in MMTransformerConfig.__annotations__}
+        # A checkpoint may be stored in half precision; training starts from float32 unless told otherwise.
+        kwargs.setdefault("dtype", torch.float32)
+        # A wrong option is told before gigabytes are read.
+        MMTransformerConfig(**options)
+        encoders = {}
+        for modality, path in {"text": text, "vision": vision}.items():
+            if path is not None:
+                model, options[f"{modality}_config"] = load_encoder(path, modality, **kwargs)
+                encoders[f"{modality}_model"] = model
+        config = MMTransformerConfig(**options)
+        settings = {name: kwargs[name] for name in ("dtype", "attn_implementation") if name in kwargs}
+        return cls._from_config(config, **settings, **encoders).eval()
+
+
+class MMTransformerModel(MMTransformerPreTrainedModel):
+    """
+    A text encoder and a vision encoder, joined by a fusion in which text tokens see image tokens.
+
+    Args:
+        config ([`MMTransformerConfig`]): What to build.
+        text_model, vision_model (`PreTrainedModel`, *optional*):
+            Encoders that exist already, with `config.text_config` and `config.vision_config` as their configs. By
+            default they are built from the config, with new weights.
+    """
+
+    def __init__(
+        self,
+        config: MMTransformerConfig,
+        text_model: Optional[PreTrainedModel] = None,
+        vision_model: Optional[PreTrainedModel] = None,
+    ):
+        super().__init__(config)
+        width = encoder_width(config.text_config)
+        self.text_model = text_model if text_model is not None else build_encoder(config.text_config, "text")
+        self.vision_model = self.fusion = None
+        if config.modalities:
+            options = config.fusion_kwargs
+            self.fusion = fusion_class(config.fusion_type, options)(config, config.modalities, width, **options)
+        if config.vision_config is not None:
+            self.vision_model = vision_model if vision_model is not None else build_encoder(config.vision_config, "vision")
+            self.vision_projection = StreamProjection(config, encoder_width(config.vision_config))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        token_type_ids: Optional[torch.LongTensor] = None,
+        pixel_values: Optional[torch.FloatTensor] = None,
+        image_index: Optional[torch.LongTensor] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        **kwargs,
+    ) -> MMTransformerModelOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, text_len)`): Token ids of the text.
+            attention_mask (`torch.Tensor` of shape `(batch, text_len)`, *optional*): 1 at tokens, 0 at padding.
+            token_type_ids (`torch.LongTensor` of shape `(batch, text_len)`, *optional*): For encoders that take them.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+                The distinct images of the batch.
+            image_index (`torch.LongTensor` of shape `(batch, max_images)`, *optional*):
+                Which images belong to each row, -1 for none. Defaults to one image per row, in order.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, text_len, text hidden size)`, *optional*):
+                Instead of `input_ids`, for encoders that take it.
+            output_attentions, output_hidden_states (`bool`, *optional*):
+                Whether to return those of the fusion; default to those of the config.
+
+        Raises:
+            ValueError: if the images do not fit the rows.
+        """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        text_inputs = {"token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
+        text_inputs = {name: value for name, value in text_inputs.items() if value is not None}
+        if input_ids is not None:
+            text_inputs["input_ids"] = input_ids
+        text_states = self.text_model(attention_mask=attention_mask, **text_inputs).last_hidden_state
+        if attention_mask is None:
+            attention_mask = torch.ones(text_states.shape[:2], dtype=torch.bool, device=text_states.device)
+        text_mask = attention_mask.bool()
+
+        streams = []
+        if self.vision_model is not None:
+            stream = self._vision_stream(text_states.shape[0], pixel_values, image_index)
+            streams += [] if stream is None else [stream]
+        elif pixel_values is not None:
+            raise ValueError("This model has no vision encoder (its config has no `vision_config`), but got images.")
+        if self.fusion is None:
+            fused = None
+            last_hidden_state = text_states
+        else:
+            fused = self.fusion(text_states, text_mask, streams, output_attentions, output_hidden_states)
+            last_hidden_state = fused.hidden_states
+        return MMTransformerModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=masked_mean(last_hidden_state, text_mask),
+            hidden_states=fused.all_hidden_states if fused is not None else None,
+            attentions=fused.attentions if fused is not None else None,
+            cross_attentions=fused.cross_attentions if fused is not None else None,
+        )
+
+    def _vision_stream(
+        self, batch_size: int, pixel_values: Optional[torch.Tensor], image_index: Optional[torch.Tensor]
+    ) -> Optional[Stream]:
+        """The image tokens of each row, or `None` if the batch has no image and nothing has to be trained."""
+        num_images = 0 if pixel_values is None else pixel_values.shape[0]
+        if image_index is None:
+            if num_images not in (0, batch_size):
+                raise ValueError(
+                    f"Got {num_images} images for {batch_size} rows: say by `image_index` which belong to which row."
+                )
+            first = torch.arange(batch_size, device=self.device)[:, None]
+            image_index = first if num_images else torch.full_like(first, -1)
+        if image_index.ndim != 2 or image_index.shape[0] != batch_size:
+            raise ValueError(
+                f"image_index must have the shape (batch, max_images) with batch = {batch_size}, but has "
+                f"{tuple(image_index.shape)}."
+            )
+        torch_compilable_check(
+            (image_index >= -1) & (image_index < num_images),
+            f"image_index must hold numbers from -1 (no image) to {num_images - 1} (there are {num_images} images).",
+        )
+        if num_images > 0 and image_index.shape[1] > 0:
+            tokens = self._image_tokens(pixel_values)
+        elif not self.training:
+            return None
+        else:
+            # Encoder and projection take part in every training step, even where one rank has no image: DDP would
+            # complain of unused parameters, and FSDP would wait for this rank.
+            with _frozen_batch_norm(self.vision_model):
+                tokens = self._image_tokens(self._blank_image())
+            image_index = torch.full((batch_size, 1), -1, device=tokens.device)
+        if self.training and self.config.modality_dropout > 0:
+            dropped = torch.rand(batch_size, 1, device=image_index.device) < self.config.modality_dropout
+            image_index = image_index.masked_fill(dropped, -1)
+        # -1 becomes the index of one more image, of zeros; the mask hides it.
+        has_image = image_index >= 0
+        tokens = torch.cat([tokens, torch.zeros_like(tokens[:1])])
+        gathered = tokens[torch.where(has_image, image_index, tokens.shape[0] - 1)]
+        mask = has_image[..., None].expand(gathered.shape[:3])
+        return Stream("vision", gathered.flatten(1, 2), mask.flatten(1))
+
+    def _image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(num_images, channels, height, width) -> (num_images, tokens per image, fusion_hidden_size)"""
+        weight = self.vision_projection.linear.weight
+        states = as_tokens(self.vision_model(pixel_values=pixel_values.to(weight.dtype)).last_hidden_state)
+        return self.vision_projection(states)
+
+    def _blank_image(self) -> torch.Tensor:
+        config = self.config.vision_config
+        size = getattr(config, "image_size", None) or 224
+        height, width = size[-2:] if isinstance(size, (list, tuple)) else (size, size)
+        return torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=self.device)
+
+
+class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
+    """
+    The fused model with a task layer for each of `config.tasks`. Its loss is the sum over the tasks of `loss_weight`
+    times the mean loss of what is labelled, plus the regularizer of the task layers.
+
+    Args:
+        config ([`MMTransformerConfig`]): What to build; needs at least one task.
+        text_model, vision_model (`PreTrainedModel`, *optional*): See [`MMTransformerModel`].
+
+    Raises:
+        ValueError: if there is no task.
+    """
+
+    # Each loss is divided by the number of labels of its own task, which the Trainer cannot know.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MMTransformerConfig, **encoders):
+        super().__init__(config)
+        self.tasks = config.get_tasks()
+        if not self.tasks:
+            raise ValueError("MMTransformerForMultiTask needs tasks, for example tasks=[Classification('topic', labels=[...])].")
+        self.model = MMTransformerModel(config, **encoders)
+        width = encoder_width(config.text_config)
+        self.heads = nn.ModuleDict({name: task.build_head(config, width) for name, task in self.tasks.items()})
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        token_type_ids: Optional[torch.LongTensor] = None,
+        pixel_values: Optional[torch.FloatTensor] = None,
+        image_index: Optional[torch.LongTensor] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        labels: Optional[dict[str, torch.Tensor]] = None,
+        num_items_in_batch: Optional[dict[str, torch.Tensor]] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        **kwargs,
+    ) -> MMTransformerOutput:
+        r"""
+        Args:
+            labels (`dict[str, torch.Tensor]`, *optional*):
+                Labels of the tasks, by name; -100 (integers) or NaN (floats) where a row has none. A task that is not
+                in it has no label at all.
+            num_items_in_batch (`dict[str, torch.Tensor]`, *optional*):
+                By how much to divide the summed loss of each task, instead of the number of its labels in `labels`;
+                under `"regularization"`, by how much to divide the regularizer. This is how one optimiser step over
+                several batches gets the loss of one big batch.
+            input_ids, attention_mask, token_type_ids, pixel_values, image_index, inputs_embeds, output_attentions,
+            output_hidden_states: See [`MMTransformerModel.forward`].
+
+        Raises:
+            ValueError: if `labels` names a task that the model does not have, or the images do not fit the rows.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            pixel_values=pixel_values,
+            image_index=image_index,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = {name: head(outputs.last_hidden_state, outputs.pooler_output) for name, head in self.heads.items()}
+        loss = losses = None
+        if labels is not None:
+            losses = self._losses(logits, labels, num_items_in_batch or {})
+            loss = sum(losses[name] * getattr(self.tasks.get(name), "loss_weight", 1.0) for name in losses)
+        return MMTransformerOutput(
+            loss=loss,
+            losses=losses,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+    def _losses(
+        self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor], divisors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        unknown = sorted(set(labels) - set(self.tasks))
+        if unknown:
+            raise ValueError(f"labels has {unknown[0]!r}, but the tasks of this model are {', '.join(self.tasks)}.")
+        losses = {}
+        for name, task in self.tasks.items():
+            if name in labels:
+                total, count = task.loss(logits[name], labels[name])
+                divisor = divisors.get(name, count)
+                losses[name] = total / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
+            else:
+                # The head takes part in every backward pass, so that DDP finds all of its parameters.
+                losses[name] = logits[name].float().sum() * 0.0
+        if self.config.regularization is not None:
+            losses["regularization"] = self.regularization_loss() / divisors.get("regularization", 1)
+        return losses
+
+    def regularization_loss(self) -> torch.Tensor:
+        """lambda times the sum of the penalties of the task layers; needs `config.regularization`."""
+        return regularization_loss(self.heads, self.config.regularization)
+
+    def decode(
+        self, outputs: MMTransformerOutput, word_index: Optional[torch.Tensor] = None
+    ) -> list[dict[str, Any]]:
+        """
+        The answers in words: for each row a dict from task name to answer, such as `{"sentiment": {"label":
+        "positive", "score": 0.98}}`.
+
+        Args:
+            outputs: what the model returned.
+            word_index (`torch.LongTensor` of shape `(batch, text_len)`, *optional*):
+                From the processor; tasks that label words then answer per word instead of per token.
+        """
+        answers = {name: task.decode(outputs.logits[name], word_index) for name, task in self.tasks.items()}
+        num_rows = len(next(iter(answers.values())))
+        return [{name: answers[name][row] for name in answers} for row in range(num_rows)]
+
+
+@contextmanager
+def _frozen_batch_norm(model: nn.Module):
+    """A blank image must not enter running statistics."""
+    modules = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.train()
+
+
+__all__ = [
+    "MMTransformerForMultiTask",
+    "MMTransformerModel",
+    "MMTransformerModelOutput",
+    "MMTransformerOutput",
+    "MMTransformerPreTrainedModel",
+]

@@ -1,0 +1,223 @@
+"""What a task kind is, and the registry of task kinds."""
+
+import dataclasses
+import math
+import numbers
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Optional
+
+import torch
+from torch import nn
+
+
+# Names that would collide with what the model and the Trainer report beside the tasks.
+_RESERVED_NAMES = {"loss", "regularization", "runtime", "samples_per_second", "steps_per_second", "epoch"}
+_VALID_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+TASK_KINDS: dict[str, type["Task"]] = {}
+
+
+def register_task(cls: type["Task"]) -> type["Task"]:
+    """
+    Class decorator that makes a task kind known, so that it can be written to and read from `config.json`.
+
+    The class becomes a dataclass; its fields are what `config.json` stores, so they must be JSON values.
+
+    Raises:
+        ValueError: if `kind` is missing or is already taken by another class.
+    """
+    kind = getattr(cls, "kind", None)
+    if not isinstance(kind, str) or not kind:
+        raise ValueError(f"{cls.__name__} needs a class attribute `kind`, a string that names the task kind.")
+    known = TASK_KINDS.get(kind)
+    if known is not None and known.__qualname__ != cls.__qualname__:
+        raise ValueError(f"Task kind {kind!r} is already taken by {known.__name__}; choose another `kind`.")
+    if "__dataclass_fields__" not in vars(cls):
+        cls = dataclass(cls)
+    TASK_KINDS[kind] = cls
+    return cls
+
+
+def task_from_dict(values: dict[str, Any]) -> "Task":
+    """
+    Builds the task that one entry of `config.tasks` describes.
+
+    Raises:
+        ValueError: if the kind is unknown or one of its options is.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"A task is a Task object or a dict with a 'kind' and a 'name', but got {values!r}.")
+    values = dict(values)
+    kind, name = values.pop("kind", None), values.get("name")
+    if kind not in TASK_KINDS:
+        raise ValueError(
+            f"Unknown task kind {kind!r} of task {name!r}; known kinds are {', '.join(sorted(TASK_KINDS))}. "
+            "A kind of your own must be imported (and so registered by @register_task) before it is loaded."
+        )
+    cls = TASK_KINDS[kind]
+    options = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - options)
+    if unknown:
+        raise ValueError(
+            f"Task {name!r} of kind {kind!r} has no option {unknown[0]!r}; its options are {', '.join(sorted(options))}."
+        )
+    return cls(**values)
+
+
+@dataclass
+class Task:
+    """
+    One question asked of every row: its head, its loss, how a column becomes a label and how logits become an answer.
+
+    Subclass it, set `kind`, implement the methods that raise `NotImplementedError` and decorate with
+    [`register_task`].
+
+    Args:
+        name (`str`): Key of the task in `labels`, `logits`, `losses` and metric names; letters, digits, underscores.
+        loss_weight (`float`, *optional*, defaults to 1.0): Weight w_j of this task in the summed loss.
+        column (`str`, *optional*): Column of the data set that holds the labels. Defaults to `name`.
+    """
+
+    name: str
+    loss_weight: float = field(default=1.0, kw_only=True)
+    column: Optional[str] = field(default=None, kw_only=True)
+
+    kind: ClassVar[str]
+    # Names of metrics, as `mm_transformers.training.metrics` knows them.
+    default_metrics: ClassVar[tuple[str, ...]] = ()
+    # True if labels belong to words of the text; the collator then passes `word_index`.
+    is_token_level: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not _VALID_NAME.fullmatch(self.name):
+            raise ValueError(
+                f"Task name {self.name!r} is not valid: it must start with a letter and hold only letters, digits "
+                "and underscores; use `column=` if the column of your data is called otherwise."
+            )
+        if self.name in _RESERVED_NAMES or hasattr(nn.ModuleDict, self.name):
+            raise ValueError(f"Task name {self.name!r} is reserved; choose another and say `column={self.name!r}`.")
+        weight = self.loss_weight
+        if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"Task {self.name!r}: loss_weight must be a number >= 0, but is {weight!r}.")
+        if self.column is None:
+            self.column = self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object that `config.json` stores."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+    def build_head(self, config, hidden_size: int) -> nn.Module:
+        """
+        The task layer: a module called as `head(hidden_states, pooler_output)` with the fused token states
+        (batch, text_len, hidden_size) and their masked mean (batch, hidden_size); returns the logits.
+        """
+        raise NotImplementedError
+
+    def encode_label(self, value: Any, text: str) -> Any:
+        """
+        Turns the cell of a row into what [`collate_labels`] takes; `None` if it is missing.
+
+        Raises:
+            ValueError: one sentence that says what was expected, if the cell is neither a label nor missing.
+        """
+        raise NotImplementedError
+
+    def collate_labels(self, values: list[Any], word_index: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """
+        Stacks encoded labels; missing ones become -100 (integers) or NaN (floats).
+
+        Args:
+            values: one encoded label or `None` per row.
+            word_index (batch, text_len) int64: for token-level tasks, the number of the word that starts at each
+                token, -1 elsewhere.
+        """
+        raise NotImplementedError
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the losses over what is labelled, and how many of those there are, as two 0-dim float32 tensors."""
+        raise NotImplementedError
+
+    def num_labelled(self, labels: torch.Tensor) -> torch.Tensor:
+        """How many rows (or words) have a label, the divisor of the summed loss: a 0-dim float32 tensor."""
+        if labels.is_floating_point():
+            known = ~labels.isnan()
+            return (known.flatten(1).any(-1) if labels.ndim > 1 else known).sum().float()
+        return (labels != -100).sum().float()
+
+    def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[Any]:
+        """One answer per row, made of JSON values."""
+        raise NotImplementedError
+
+    def predictions_and_references(
+        self, logits: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What metrics compare: predictions and labels, of what is labelled only."""
+        raise NotImplementedError
+
+
+class PooledHead(nn.Module):
+    """
+    Dropout, dense, tanh, dropout, projection, on the pooled fused states: the sentence head of RoBERTa
+    (https://arxiv.org/abs/1907.11692). (batch, hidden_size) -> (batch, num_outputs).
+    """
+
+    def __init__(self, hidden_size: int, num_outputs: int, dropout: float):
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = nn.Linear(hidden_size, num_outputs)
+
+    def forward(self, hidden_states: torch.Tensor, pooler_output: torch.Tensor) -> torch.Tensor:
+        pooled = torch.tanh(self.dense(self.dropout(pooler_output)))
+        return self.out_proj(self.dropout(pooled))
+
+
+def is_missing(value: Any) -> bool:
+    """True for `None`, NaN, pandas' missing values and -100: the ways in which tables say "no label"."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return math.isnan(value) or value == -100
+    return False
+
+
+def check_labels(name: str, labels: list[Any]) -> list[str]:
+    """The label names as strings, checked: at least two, no duplicates."""
+    if isinstance(labels, str) or not isinstance(labels, (list, tuple)):
+        raise ValueError(f"Task {name!r}: labels must be a list of names, but is {labels!r}.")
+    labels = [str(label) for label in labels]
+    if len(labels) == 0:
+        raise ValueError(f"Task {name!r} needs its label names: labels=['...', '...'].")
+    duplicates = sorted({label for label in labels if labels.count(label) > 1})
+    if duplicates:
+        raise ValueError(f"Task {name!r}: label {duplicates[0]!r} occurs twice in labels.")
+    return labels
+
+
+def label_id(name: str, labels: list[str], value: Any) -> int:
+    """
+    The id of one label, given as its name or its id. A whole-number float counts as an id, since tables with
+    missing cells store integers as floats. If the names are themselves numbers ("1" to "5" stars), a number
+    is a name, not an id.
+    """
+    shown = f"{', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}"
+    if isinstance(value, str):
+        if value in labels:
+            return labels.index(value)
+        raise ValueError(f"task {name!r}: label {value!r} is not one of: {shown}")
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value).is_integer():
+        index = int(value)
+        if any(label.lstrip("-").isdigit() for label in labels):
+            if str(index) in labels:
+                return labels.index(str(index))
+        elif 0 <= index < len(labels):
+            return index
+        raise ValueError(
+            f"task {name!r}: label {index} is not one of: {shown} (or an id from 0 to {len(labels) - 1}); a missing "
+            "label is None, NaN or -100"
+        )
+    raise ValueError(
+        f"task {name!r}: a label must be a name or an id (None if it is missing), but is {value!r} of type "
+        f"{type(value).__name__}"
+    )

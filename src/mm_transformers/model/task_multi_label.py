@@ -1,0 +1,80 @@
+"""Any number of labels for the whole row."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Optional
+
+import torch
+from torch import nn
+
+from .task_base import PooledHead, Task, check_labels, is_missing, label_id, register_task
+
+
+@register_task
+@dataclass
+class MultiLabel(Task):
+    """
+    Says of each of `labels` whether it holds for the row; binary cross-entropy, averaged over the labels of a row.
+
+    Logits (batch, num_labels); labels (batch, num_labels) float32 of 0 and 1, NaN where missing. A cell is a list of
+    label names or ids; an empty list means that none holds, `None` that it is not known.
+
+    Args:
+        labels (`list[str]`): The label names; their order gives the ids.
+        threshold (`float`, *optional*, defaults to 0.5): Probability from which on a label is part of the answer.
+    """
+
+    labels: list[str] = field(default_factory=list)
+    threshold: float = field(default=0.5, kw_only=True)
+
+    kind: ClassVar[str] = "multi_label"
+    default_metrics: ClassVar[tuple[str, ...]] = ("f1", "f1_micro", "subset_accuracy")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.labels = check_labels(self.name, self.labels)
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"Task {self.name!r}: threshold must lie between 0 and 1, but is {self.threshold!r}.")
+
+    def build_head(self, config, hidden_size: int) -> nn.Module:
+        return PooledHead(hidden_size, len(self.labels), config.classifier_dropout)
+
+    def encode_label(self, value: Any, text: str) -> Optional[list[int]]:
+        if is_missing(value):
+            return None
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if not isinstance(value, (list, tuple, set)):
+            raise ValueError(
+                f"task {self.name!r}: expected a list of labels ([] if none holds, None if it is not known), but got "
+                f"{value!r} of type {type(value).__name__}"
+            )
+        return [label_id(self.name, self.labels, item) for item in value]
+
+    def collate_labels(self, values: list[Any], word_index: Optional[torch.Tensor] = None) -> torch.Tensor:
+        labels = torch.zeros(len(values), len(self.labels))
+        for row, value in enumerate(values):
+            if value is None:
+                labels[row] = float("nan")
+            else:
+                labels[row, value] = 1.0
+        return labels
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        known = ~labels.isnan()
+        targets = torch.where(known, labels, torch.zeros_like(labels)).float()
+        losses = nn.functional.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none") * known
+        return (losses.sum(-1) / known.sum(-1).clamp(min=1)).sum(), self.num_labelled(labels)
+
+    def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
+        answers = []
+        for row in logits.float().sigmoid().tolist():
+            scores = dict(zip(self.labels, row, strict=True))
+            answers.append({"labels": [name for name, p in scores.items() if p >= self.threshold], "scores": scores})
+        return answers
+
+    def predictions_and_references(
+        self, logits: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        labelled = ~labels.isnan().any(-1)
+        predictions = logits[labelled].float().sigmoid() >= self.threshold
+        return predictions.long(), labels[labelled].long()

@@ -1,0 +1,61 @@
+"""A number for the whole row."""
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, ClassVar, Optional
+
+import torch
+from torch import nn
+
+from .task_base import PooledHead, Task, is_missing, register_task
+
+
+@register_task
+@dataclass
+class Regression(Task):
+    """
+    Predicts one number per row; squared error. Polarity, similarity, a rating, ...
+
+    Logits (batch,); labels (batch,) float32, NaN where missing. A cell is a number. Targets far from the range of
+    about -5 to 5 are better rescaled beforehand: the loss is in their unit squared.
+    """
+
+    kind: ClassVar[str] = "regression"
+    default_metrics: ClassVar[tuple[str, ...]] = ("mae", "mse", "pearson")
+
+    def build_head(self, config, hidden_size: int) -> nn.Module:
+        return RegressionHead(hidden_size, 1, config.classifier_dropout)
+
+    def encode_label(self, value: Any, text: str) -> Optional[float]:
+        if is_missing(value):
+            return None
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise ValueError(
+                f"task {self.name!r}: expected a finite number (None if it is missing), but got {value!r} of type "
+                f"{type(value).__name__}"
+            )
+        return float(value)
+
+    def collate_labels(self, values: list[Any], word_index: Optional[torch.Tensor] = None) -> torch.Tensor:
+        return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float32)
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        known = ~labels.isnan()
+        # `where` and not a product: NaN * 0 is NaN, in the backward pass too.
+        difference = torch.where(known, logits.float() - labels.float(), torch.zeros_like(logits, dtype=torch.float32))
+        return difference.square().sum(), self.num_labelled(labels)
+
+    def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
+        return [{"value": value} for value in logits.float().tolist()]
+
+    def predictions_and_references(
+        self, logits: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        known = ~labels.isnan()
+        return logits[known].float(), labels[known].float()
+
+
+class RegressionHead(PooledHead):
+    def forward(self, hidden_states: torch.Tensor, pooler_output: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states, pooler_output).squeeze(-1)

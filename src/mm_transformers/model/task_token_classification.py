@@ -1,0 +1,124 @@
+"""One label out of several, for each word of the text."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Optional
+
+import torch
+from torch import nn
+
+from .task_base import Task, check_labels, is_missing, label_id, register_task
+from .task_classification import cross_entropy_sum
+
+
+def split_words(text: str) -> list[tuple[int, int]]:
+    """Start and end of the words of a text: what stands between white space."""
+    return [match.span() for match in re.finditer(r"\S+", text)]
+
+
+def index_words(text: str, offsets: list[tuple[int, int]]) -> list[int]:
+    """
+    The number of the word that starts at each token, -1 at tokens that start none (later pieces of a word, special
+    tokens, padding).
+
+    Args:
+        text: the text that was tokenized.
+        offsets: start and end of each token in the text, as fast tokenizers give them; (0, 0) for special tokens.
+    """
+    words, index, word = split_words(text), [], 0
+    for start, end in offsets:
+        # Byte-level tokens begin with the space before their word, so what counts is the first overlap.
+        while word < len(words) and words[word][1] <= start:
+            word += 1
+        if word < len(words) and start < end and end > words[word][0]:
+            index.append(word)
+            word += 1
+        else:
+            index.append(-1)
+    return index
+
+
+@register_task
+@dataclass
+class TokenClassification(Task):
+    """
+    Chooses one of `labels` for each word; cross-entropy, averaged over the labelled words. Named entities, parts of
+    speech, which words the picture shows, ...
+
+    Logits (batch, text_len, num_labels); labels (batch, text_len) int64, at the first token of each labelled word,
+    -100 elsewhere. A cell is a list with a label name, an id or `None` for each word; words are what white space
+    separates. Needs a fast tokenizer.
+
+    Args:
+        labels (`list[str]`): The label names; their order gives the ids.
+    """
+
+    labels: list[str] = field(default_factory=list)
+
+    kind: ClassVar[str] = "token_classification"
+    default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "f1_micro")
+    is_token_level: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.labels = check_labels(self.name, self.labels)
+        if len(self.labels) < 2:
+            raise ValueError(f"Task {self.name!r}: a choice needs at least two labels, but got {self.labels}.")
+
+    def build_head(self, config, hidden_size: int) -> nn.Module:
+        return TokenHead(hidden_size, len(self.labels), config.classifier_dropout)
+
+    def encode_label(self, value: Any, text: str) -> Optional[list[int]]:
+        if is_missing(value):
+            return None
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(
+                f"task {self.name!r}: expected a list with one label per word, but got {value!r} of type "
+                f"{type(value).__name__}"
+            )
+        num_words = len(split_words(text))
+        if len(value) != num_words:
+            raise ValueError(f"task {self.name!r}: got {len(value)} labels for a text of {num_words} words")
+        return [-100 if is_missing(item) else label_id(self.name, self.labels, item) for item in value]
+
+    def collate_labels(self, values: list[Any], word_index: Optional[torch.Tensor] = None) -> torch.Tensor:
+        if word_index is None:
+            raise ValueError(f"Task {self.name!r} labels words, so `collate_labels` needs `word_index`.")
+        labels = torch.full_like(word_index, -100)
+        for row, value in enumerate(values):
+            if value is not None:
+                starts = word_index[row] >= 0
+                labels[row, starts] = torch.tensor(value, dtype=torch.int64)[word_index[row, starts]]
+        return labels
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return cross_entropy_sum(logits, labels), self.num_labelled(labels)
+
+    def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[list[dict[str, Any]]]:
+        """A list per row of what was chosen for each word, or for each token if `word_index` is not given."""
+        scores, ids = logits.float().softmax(-1).max(-1)
+        keep = torch.ones_like(ids, dtype=torch.bool) if word_index is None else word_index.to(ids.device) >= 0
+        return [
+            [{"label": self.labels[i], "score": p} for i, p in zip(row[k].tolist(), score[k].tolist(), strict=True)]
+            for row, score, k in zip(ids, scores, keep, strict=True)
+        ]
+
+    def predictions_and_references(
+        self, logits: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        labelled = labels != -100
+        return logits.argmax(-1)[labelled], labels[labelled]
+
+
+class TokenHead(nn.Module):
+    """Dropout and a projection of each token: (batch, text_len, hidden_size) -> (batch, text_len, num_outputs)."""
+
+    def __init__(self, hidden_size: int, num_outputs: int, dropout: float):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = nn.Linear(hidden_size, num_outputs)
+
+    def forward(self, hidden_states: torch.Tensor, pooler_output: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(self.dropout(hidden_states))

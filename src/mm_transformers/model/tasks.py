@@ -1,0 +1,19 @@
+"""The task kinds that come with the package: one line each."""
+
+from .task_base import TASK_KINDS, Task, register_task, task_from_dict
+from .task_classification import Classification
+from .task_multi_label import MultiLabel
+from .task_regression import Regression
+from .task_token_classification import TokenClassification
+
+
+__all__ = [
+    "TASK_KINDS",
+    "Classification",
+    "MultiLabel",
+    "Regression",
+    "Task",
+    "TokenClassification",
+    "register_task",
+    "task_from_dict",
+]
