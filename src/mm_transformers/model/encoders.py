@@ -5,6 +5,7 @@ import re
 from typing import Optional
 
 import torch
+import transformers
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 
@@ -51,8 +52,9 @@ def build_encoder(config: PreTrainedConfig, modality: str) -> PreTrainedModel:
     Raises:
         ValueError: one sentence that says why it cannot be the encoder of this modality.
     """
-    _check_config(config, modality)
-    return _as_encoder(AutoModel.from_config(config, **_without_pooler(config)), modality)
+    cls = _check_config(config, modality)
+    model = AutoModel.from_config(config) if cls is None else cls._from_config(config, **_options(cls))
+    return _as_encoder(model, modality)
 
 
 def load_encoder(path: str, modality: str, **kwargs) -> tuple[PreTrainedModel, PreTrainedConfig]:
@@ -67,8 +69,8 @@ def load_encoder(path: str, modality: str, **kwargs) -> tuple[PreTrainedModel, P
     """
     hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
     config = encoder_config_from_pretrained(path, modality, **hub_kwargs)
-    _check_config(config, modality)
-    model = AutoModel.from_pretrained(path, config=config, **_without_pooler(config), **kwargs)
+    cls = _check_config(config, modality)
+    model = (cls or AutoModel).from_pretrained(path, config=config, **_options(cls), **kwargs)
     return _as_encoder(model, modality), model.config
 
 
@@ -111,29 +113,30 @@ def pad_token_matters(config: PreTrainedConfig) -> bool:
 
 
 def _model_class(config: PreTrainedConfig) -> Optional[type[PreTrainedModel]]:
-    """The class that `AutoModel` takes for a config; `None` for code that is not part of transformers."""
+    """The class of an encoder; `None` for code that is not part of transformers."""
     cls = MODEL_MAPPING.get(type(config), None)
+    if cls is None and type(config).__module__.startswith("transformers."):
+        # Towers that `AutoModel` knows only as part of a whole: SiglipTextConfig -> SiglipTextModel.
+        cls = getattr(transformers, type(config).__name__.removesuffix("Config") + "Model", None)
     return cls[0] if isinstance(cls, (tuple, list)) else cls
 
 
-def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
-    cls = _model_class(config)
+def _options(cls: Optional[type[PreTrainedModel]]) -> dict[str, bool]:
     takes = cls is not None and "add_pooling_layer" in inspect.signature(cls.__init__).parameters
     return {"add_pooling_layer": False} if takes else {}
 
 
-def _check_config(config: PreTrainedConfig, modality: str) -> None:
-    """Says what is wrong before weights are built or fetched."""
+def _check_config(config: PreTrainedConfig, modality: str) -> Optional[type[PreTrainedModel]]:
+    """Says what is wrong before weights are built or fetched; returns [`_model_class`]."""
     cls, wanted = _model_class(config), _MAIN_INPUT[modality]
     if cls is None and not hasattr(config, "auto_map"):
-        raise ValueError(
-            f"{config.model_type!r} cannot be the {modality} encoder: transformers has no AutoModel for its config."
-        )
+        raise ValueError(f"{config.model_type!r} cannot be the {modality} encoder: transformers has no model for its config.")
     if cls is not None and cls.main_input_name != wanted:
         raise ValueError(
             f"{config.model_type!r} cannot be the {modality} encoder: it takes {cls.main_input_name!r}, not {wanted!r}."
         )
     encoder_width(config)
+    return cls
 
 
 def _as_encoder(model: PreTrainedModel, modality: str) -> PreTrainedModel:

@@ -132,14 +132,20 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("dtype", torch.float32)
         # A wrong option is told before gigabytes are read.
         MMTransformerConfig(**options)
-        encoders = {}
+        encoders, chosen = {}, {}
         for modality, path in {"text": text, "vision": vision}.items():
             if path is not None:
-                model, options[f"{modality}_config"] = load_encoder(path, modality, **kwargs)
-                encoders[f"{modality}_model"] = model
-        config = MMTransformerConfig(**options)
-        settings = {name: kwargs[name] for name in ("dtype", "attn_implementation") if name in kwargs}
-        return cls._from_config(config, **settings, **encoders).eval()
+                encoder, encoder_config = load_encoder(path, modality, **kwargs)
+                options[f"{modality}_config"] = encoder_config
+                encoders[f"{modality}_model"] = encoder
+                chosen[modality] = (encoder_config, encoder_config._attn_implementation)
+        config = MMTransformerConfig(**options, attn_implementation=kwargs.get("attn_implementation"))
+        with _default_dtype(encoders["text_model"].dtype):
+            model = cls(config, **encoders).eval()
+        # A new config resets the attention implementation of its parts, which built encoders do not choose again.
+        for encoder_config, implementation in chosen.values():
+            encoder_config._attn_implementation = implementation
+        return model
 
 
 class MMTransformerModel(MMTransformerPreTrainedModel):
@@ -412,6 +418,17 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         answers = {name: task.decode(outputs.logits[name], word_index) for name, task in self.tasks.items()}
         num_rows = len(next(iter(answers.values())))
         return [{name: answers[name][row] for name in answers} for row in range(num_rows)]
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype):
+    """New parameters have this dtype."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
 
 
 @contextmanager

@@ -1,0 +1,292 @@
+"""The embedded data set: short English messages with a picture, drawn on the spot, nothing downloaded.
+
+A row is drawn from five factors. The text shows `word`, `remark` and `intent`; the picture shows `setting` and `state`.
+
+- **topic** needs both parts: the message names an ambiguous word, the setting decides its sense (a *bat* is an animal in
+  the forest and sports gear on the playing field), and each setting goes with four words of different topics.
+- **sentiment** needs both parts: the picture turns the remark. A cheerful remark over a fine picture is positive, over a
+  ruined one it is sarcasm, hence negative. A gloomy remark over a ruined picture is negative; over a fine one it is mere
+  grumbling that the picture takes back, hence neutral. A factual remark is neutral, whatever the picture.
+- **intent** needs the text alone: statement, question or request.
+
+`GRID` lists every combination of factors with its multiplicity; rows are drawn by cycling through it in shuffled order,
+and `best_possible_accuracy` counts over the same list, so the limits of text alone and of image alone are exact.
+
+The validation and test splits are made of minimal pairs: within one pass over the grid, each message appears once with
+each picture kind that it can meet (both settings of its word, fine and ruined), and each drawing appears with all four
+words and all four remarks of its setting. No model that sees one part only can beat its limit there, not even by chance
+(on whole passes, for sentiment and topic). The test split also uses wordings and drawings that training never shows.
+
+Planned: a translation column. The sense of the word decides its translation (bat: "die Fledermaus" or "der Schläger"),
+so `SENSES` already keeps the German and French noun of each sense, and `Cell.sense` leads from a row's factors to them;
+a `german` or `french` sentence column then needs translated wordings in `embedded_wording`, and nothing here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
+
+from .embedded_drawing import draw_picture, drawing_variants, encode_png
+from .embedded_wording import write_message
+
+
+if TYPE_CHECKING:
+    import datasets
+
+TASK_LABELS: dict[str, list[str]] = {
+    "sentiment": ["negative", "neutral", "positive"],
+    "topic": ["animals", "home", "money", "nature", "sport", "technology"],
+    "intent": ["statement", "question", "request"],
+}
+
+
+class Sense(NamedTuple):
+    """One sense of an ambiguous word: its topic, and the noun (with its article) that translates it."""
+
+    topic: str
+    german: str
+    french: str
+
+
+# word -> setting -> sense. Each word has two settings, each setting four words, no topic more than two of the four.
+SENSES: dict[str, dict[str, Sense]] = {
+    "bat": {
+        "forest": Sense("animals", "die Fledermaus", "la chauve-souris"),
+        "field": Sense("sport", "der Schläger", "la batte"),
+    },
+    "web": {
+        "forest": Sense("animals", "das Spinnennetz", "la toile d'araignée"),
+        "desk": Sense("technology", "das Internet", "le web"),
+    },
+    "bark": {
+        "forest": Sense("nature", "die Rinde", "l'écorce"),
+        "street": Sense("animals", "das Bellen", "l'aboiement"),
+    },
+    "branch": {
+        "forest": Sense("nature", "der Ast", "la branche"),
+        "street": Sense("money", "die Filiale", "la succursale"),
+    },
+    "bank": {
+        "lake": Sense("nature", "das Ufer", "la rive"),
+        "street": Sense("money", "die Bank", "la banque"),
+    },
+    "crane": {
+        "lake": Sense("animals", "der Kranich", "la grue"),
+        "street": Sense("technology", "der Kran", "la grue"),
+    },
+    "bill": {
+        "lake": Sense("animals", "der Schnabel", "le bec"),
+        "desk": Sense("money", "die Rechnung", "la facture"),
+    },
+    "range": {
+        "lake": Sense("nature", "die Bergkette", "la chaîne de montagnes"),
+        "kitchen": Sense("technology", "der Herd", "la cuisinière"),
+    },
+    "match": {
+        "field": Sense("sport", "das Spiel", "le match"),
+        "kitchen": Sense("home", "das Streichholz", "l'allumette"),
+    },
+    "bulb": {
+        "field": Sense("nature", "die Blumenzwiebel", "le bulbe"),
+        "kitchen": Sense("technology", "die Glühbirne", "l'ampoule"),
+    },
+    "bug": {
+        "field": Sense("animals", "der Käfer", "l'insecte"),
+        "desk": Sense("technology", "der Softwarefehler", "le bogue"),
+    },
+    "stock": {
+        "kitchen": Sense("home", "die Brühe", "le bouillon"),
+        "desk": Sense("money", "die Aktie", "l'action"),
+    },
+}
+WORDS_OF_SETTING: dict[str, list[str]] = {
+    setting: [word for word in SENSES if setting in SENSES[word]]
+    for setting in ("forest", "lake", "field", "street", "desk", "kitchen")
+}
+# Cheerful remarks come twice as often: this keeps positive messages, which only they can make, from being rare.
+REMARK_SLOTS = ("cheerful", "cheerful", "gloomy", "factual")
+STATES = ("fine", "ruined")
+SENTIMENTS: dict[tuple[str, str], str] = {
+    ("cheerful", "fine"): "positive",
+    ("cheerful", "ruined"): "negative",
+    ("gloomy", "fine"): "neutral",
+    ("gloomy", "ruined"): "negative",
+    ("factual", "fine"): "neutral",
+    ("factual", "ruined"): "neutral",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of the factors; all cells of `GRID` are equally likely.
+
+    `slot` indexes `REMARK_SLOTS`.
+    """
+
+    word: str
+    slot: int
+    intent: str
+    setting: str
+    state: str
+
+    @property
+    def remark(self) -> str:
+        return REMARK_SLOTS[self.slot]
+
+    @property
+    def sense(self) -> Sense:
+        return SENSES[self.word][self.setting]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {
+            "sentiment": SENTIMENTS[self.remark, self.state],
+            "topic": self.sense.topic,
+            "intent": self.intent,
+        }
+
+    @property
+    def text_factors(self) -> tuple[str, str, str]:
+        """All that the message tells."""
+        return self.word, self.remark, self.intent
+
+    @property
+    def image_factors(self) -> tuple[str, str]:
+        """All that the picture tells."""
+        return self.setting, self.state
+
+
+GRID: tuple[Cell, ...] = tuple(
+    Cell(word, slot, intent, setting, state)
+    for word, settings in SENSES.items()
+    for slot, intent, setting, state in product(
+        range(len(REMARK_SLOTS)), TASK_LABELS["intent"], settings, STATES
+    )
+)
+
+
+def bayes_accuracy(cells: list[Cell] | tuple[Cell, ...], task: str, known: Callable[[Cell], Hashable]) -> float:
+    """The share of cells whose label the best guess hits when only `known(cell)` is seen."""
+    seen: dict[Hashable, Counter[str]] = {}
+    for cell in cells:
+        seen.setdefault(known(cell), Counter())[cell.labels[task]] += 1
+    return sum(max(counts.values()) for counts in seen.values()) / len(cells)
+
+
+def best_possible_accuracy() -> dict[str, dict[str, float]]:
+    """The best accuracy that any model can expect from each part, per task, counted over the whole grid.
+
+    Returns:
+        task -> {"text": ..., "image": ..., "both": ..., "majority": ...}: the accuracy of the Bayes-optimal guess from
+        the message alone, from the picture alone, from both, and from neither.
+    """
+    views: dict[str, Callable[[Cell], Hashable]] = {
+        "text": lambda cell: cell.text_factors,
+        "image": lambda cell: cell.image_factors,
+        "both": lambda cell: (cell.text_factors, cell.image_factors),
+        "majority": lambda cell: None,
+    }
+    return {task: {view: bayes_accuracy(GRID, task, known) for view, known in views.items()} for task in TASK_LABELS}
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """A row before it is rendered: its factors and the seeds of its wording and of its drawing."""
+
+    cell: Cell
+    text_seed: str
+    image_seed: str
+    held_out: bool
+
+
+def draw_row_specs(split: str, size: int, seed: int) -> list[RowSpec]:
+    """Draws the rows of a split by cycling through the grid, each pass in a new order."""
+    rng = random.Random(f"{seed}/{split}/order")
+    specs: list[RowSpec] = []
+    for start in range(0, size, len(GRID)):
+        order = rng.sample(GRID, len(GRID))[: size - start]
+        for offset, cell in enumerate(order):
+            if split == "train":
+                text_key = image_key = str(start + offset)
+            else:
+                # Minimal pairs. The rank of the word rotates remark and intent, so that the four rows that share a
+                # drawing have four words, four remark slots and mixed intents.
+                rank = WORDS_OF_SETTING[cell.setting].index(cell.word)
+                remark_turn = (cell.slot + rank) % len(REMARK_SLOTS)
+                intents = TASK_LABELS["intent"]
+                intent_turn = (intents.index(cell.intent) + rank) % len(intents)
+                text_key = f"{start}/{cell.word}/{cell.slot}/{cell.intent}"
+                image_key = f"{start}/{cell.setting}/{cell.state}/{remark_turn}/{intent_turn}"
+            # random.Random hashes a str seed by SHA-512: the same in every process.
+            prefix = f"{seed}/{split}"
+            specs.append(RowSpec(cell, f"{prefix}/text/{text_key}", f"{prefix}/image/{image_key}", split == "test"))
+    return specs
+
+
+def render_text(spec: RowSpec) -> str:
+    return write_message(*spec.cell.text_factors, rng=random.Random(spec.text_seed), held_out=spec.held_out)
+
+
+def render_image(spec: RowSpec, image_size: int) -> bytes:
+    """The PNG file of the row's picture, RGB, `image_size` pixels in height and width."""
+    rng = random.Random(spec.image_seed)
+    variant = rng.choice(drawing_variants(spec.held_out))
+    return encode_png(draw_picture(spec.cell.setting, spec.cell.state, variant, rng, image_size))
+
+
+def load_demo_dataset(
+    train_size: int = 7 * len(GRID),
+    validation_size: int = len(GRID),
+    test_size: int = 2 * len(GRID),
+    seed: int = 0,
+    image_size: int = 64,
+) -> datasets.DatasetDict:
+    """Draws the embedded data set. Nothing is downloaded; the same arguments give the same bytes.
+
+    Args:
+        train_size, validation_size, test_size: the number of rows of each split. In multiples of `len(GRID)` (576) all
+            combinations of factors are exactly balanced.
+        seed: seeds every choice.
+        image_size: height and width of the pictures in pixels. Larger sizes show the same drawings in finer detail.
+
+    Returns:
+        A `datasets.DatasetDict` with "train", "validation" and "test", and the columns `image` (`datasets.Image`, PNG),
+        `text`, `sentiment`, `topic` and `intent` (strings, see `TASK_LABELS`).
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+    sizes = {"train_size": train_size, "validation_size": validation_size, "test_size": test_size}
+    for name, value in {**sizes, "image_size": image_size}.items():
+        if value <= 0:
+            raise ValueError(f"`{name}` must be a positive integer, but is {value}.")
+
+    import datasets
+
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "text": datasets.Value("string"),
+            **{task: datasets.Value("string") for task in TASK_LABELS},
+        }
+    )
+    splits = {}
+    for name, size in sizes.items():
+        split = name.removesuffix("_size")
+        specs = draw_row_specs(split, size, seed)
+        pictures: dict[str, bytes] = {}
+        for spec in specs:
+            if spec.image_seed not in pictures:
+                pictures[spec.image_seed] = render_image(spec, image_size)
+        columns = {
+            "image": [{"bytes": pictures[spec.image_seed], "path": None} for spec in specs],
+            "text": [render_text(spec) for spec in specs],
+            **{task: [spec.cell.labels[task] for spec in specs] for task in TASK_LABELS},
+        }
+        splits[split] = datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
+    return datasets.DatasetDict(splits)

@@ -1,0 +1,199 @@
+"""Tiny random encoders of many kinds, a tokenizer trained on the spot, and batches: what the tests are made of."""
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BeitConfig,
+    BertConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ConvNextV2Config,
+    DebertaV2Config,
+    DeiTConfig,
+    Dinov2Config,
+    DINOv3ViTConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    RobertaConfig,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    SwinConfig,
+    T5Config,
+    ViTConfig,
+    ViTImageProcessor,
+    XLMRobertaConfig,
+)
+
+from mm_transformers import (
+    Classification,
+    MMTransformerConfig,
+    MMTransformerForMultiTask,
+    MMTransformerProcessor,
+    MultiLabel,
+    Regression,
+    TokenClassification,
+)
+
+
+VOCAB_SIZE = 99
+IMAGE_SIZE = 32
+
+_BERT = dict(
+    vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37,
+    max_position_embeddings=40, pad_token_id=0,
+)  # fmt: skip
+_ROBERTA = {**_BERT, "max_position_embeddings": 42, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+_VIT = dict(
+    hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, image_size=IMAGE_SIZE, patch_size=8
+)  # fmt: skip
+
+TEXT_ENCODERS = {
+    "bert": lambda: BertConfig(**_BERT),
+    "roberta": lambda: RobertaConfig(**_ROBERTA),
+    "xlm-roberta": lambda: XLMRobertaConfig(**_ROBERTA),
+    "distilbert": lambda: DistilBertConfig(
+        vocab_size=VOCAB_SIZE, dim=32, n_layers=2, n_heads=4, hidden_dim=37, max_position_embeddings=40, pad_token_id=0
+    ),
+    "electra": lambda: ElectraConfig(**_BERT, embedding_size=16),
+    "mpnet": lambda: MPNetConfig(**_ROBERTA),
+    "deberta-v2": lambda: DebertaV2Config(
+        **_BERT, relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, type_vocab_size=0
+    ),
+    "modernbert": lambda: ModernBertConfig(
+        **{**_BERT, "intermediate_size": 36}, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3,
+        local_attention=8, global_attn_every_n_layers=2,
+    ),
+    "t5": lambda: T5Config(
+        vocab_size=VOCAB_SIZE, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, pad_token_id=0
+    ),
+    "clip-text": lambda: CLIPTextConfig(**_BERT, projection_dim=16, bos_token_id=2, eos_token_id=3),
+    "siglip-text": lambda: SiglipTextConfig(**_BERT, projection_size=16, bos_token_id=2, eos_token_id=3),
+}  # fmt: skip
+
+VISION_ENCODERS = {
+    "vit": lambda: ViTConfig(**_VIT),
+    "deit": lambda: DeiTConfig(**_VIT),
+    "beit": lambda: BeitConfig(**_VIT),
+    "dinov2": lambda: Dinov2Config(**_VIT),
+    "dinov3": lambda: DINOv3ViTConfig(**{**_VIT, "num_attention_heads": 3}, num_register_tokens=2),
+    "swin": lambda: SwinConfig(image_size=IMAGE_SIZE, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[2, 4], window_size=4),
+    "convnextv2": lambda: ConvNextV2Config(num_stages=2, hidden_sizes=[12, 24], depths=[1, 1], image_size=IMAGE_SIZE),
+    "resnet": lambda: ResNetConfig(embedding_size=12, hidden_sizes=[12, 24], depths=[1, 1], layer_type="basic"),
+    "clip-vision": lambda: CLIPVisionConfig(**_VIT, projection_dim=16),
+    "siglip-vision": lambda: SiglipVisionConfig(**_VIT),
+}
+
+FUSION_KINDS = ["cross_attention", "co_attention", "bottleneck", "merged", "late"]
+
+
+def make_tasks():
+    return [
+        Classification("topic", labels=["animals", "food", "travel"]),
+        Classification("sentiment", labels=["negative", "positive"], loss_weight=0.5),
+        MultiLabel("tags", labels=["red", "green", "blue"]),
+        Regression("score"),
+        TokenClassification("entities", labels=["O", "NAME"], loss_weight=2.0),
+    ]
+
+
+def make_config(text="bert", vision="vit", **kwargs) -> MMTransformerConfig:
+    kwargs.setdefault("tasks", make_tasks())
+    kwargs.setdefault("num_fusion_layers", 2)
+    kwargs.setdefault("num_fusion_attention_heads", 4)
+    return MMTransformerConfig(
+        text_config=TEXT_ENCODERS[text](), vision_config=None if vision is None else VISION_ENCODERS[vision](), **kwargs
+    )
+
+
+def make_model(text="bert", vision="vit", seed=0, gates_open=True, **kwargs) -> MMTransformerForMultiTask:
+    """A model in evaluation mode; its gates are open, since behind closed ones nothing could be seen to go wrong."""
+    torch.manual_seed(seed)
+    model = MMTransformerForMultiTask(make_config(text, vision, **kwargs)).eval()
+    if gates_open:
+        open_gates(model)
+    return model
+
+
+def open_gates(model: torch.nn.Module, value: float = 0.7) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate_alpha"):
+                parameter.fill_(value)
+
+
+WORDS = "the a red green blue small big dog cat crane bat river desk sun rain picnic is was in over on very lovely ruined"
+
+
+def make_tokenizer(pad_token_id: int = 0, max_length: int = 40) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer, trained on a few words; special tokens have the ids 0 to 4, [PAD] the one asked for."""
+    special = ["[BOS]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
+    special.insert(pad_token_id, "[PAD]")
+    special.remove("[BOS]")
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.train_from_iterator(
+        [WORDS], trainers.WordPieceTrainer(vocab_size=VOCAB_SIZE - 5, special_tokens=special, show_progress=False)
+    )
+    ids = [(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", model_max_length=max_length, model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+def make_image_processor(**kwargs):
+    return ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, **kwargs)
+
+
+def make_processor() -> MMTransformerProcessor:
+    return MMTransformerProcessor(image_processor=make_image_processor(), tokenizer=make_tokenizer())
+
+
+def make_image(seed: int = 0, size=(20, 30)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def make_batch(num_images=3, text_len=9, image_index=((0, 1), (-1, -1), (1, -1), (2, 0)), seed=0, labels=True) -> dict:
+    """Rows with two images, none, one shared with another row, and two; the second row has no label but the first."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.tensor(image_index)
+    rows = index.shape[0]
+    mask = torch.ones(rows, text_len, dtype=torch.int64)
+    for row in range(rows):
+        mask[row, text_len - row % 4 :] = 0
+    mask[0] = 1
+    ids = torch.randint(5, VOCAB_SIZE, (rows, text_len), generator=generator)
+    batch = {
+        "input_ids": torch.where(mask.bool(), ids, 0),
+        "attention_mask": mask,
+        "pixel_values": torch.randn(num_images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+        "image_index": index,
+    }
+    if labels:
+        nan = float("nan")
+        words = torch.randint(0, 2, (rows, text_len), generator=generator)
+        entities = torch.where(mask.bool(), words, -100)
+        entities[1] = -100
+        batch["labels"] = {
+            "topic": torch.tensor([0, 2, -100, 1])[:rows],
+            "sentiment": torch.tensor([1, -100, 0, 1])[:rows],
+            "tags": torch.tensor([[0.0, 1, 1], [nan, nan, nan], [0, 0, 0], [1, 0, 0]])[:rows],
+            "score": torch.tensor([0.5, nan, -1.0, 2.0])[:rows],
+            "entities": entities,
+        }
+    return batch
+
+
+def to_pad_id(batch: dict, pad_token_id: int) -> dict:
+    """The same batch for an encoder that pads with another id."""
+    ids = torch.where(batch["attention_mask"].bool(), batch["input_ids"], pad_token_id)
+    return {**batch, "input_ids": ids}
