@@ -40,7 +40,7 @@ class ArrayMetric(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         value = datasets.Value(self.value_type)
         by_ndim = {1: value, 2: datasets.Sequence(value)}
-        # The first that fits is taken, and a vector of length one also passes for a number: so vectors first.
+        # The first that fits is taken; vectors come first, because up to NumPy 2.3 one of length 1 passes for a number.
         features = [
             datasets.Features({"predictions": by_ndim[ndim], "references": by_ndim[ndim]})
             for ndim in sorted(self.ndims, reverse=True)
