@@ -1,9 +1,9 @@
-"""Tiny random encoders of many kinds, a tokenizer trained on the spot, and batches: what the tests are made of."""
+"""Tiny random encoders of many kinds, a tiny tokenizer, and batches: what the tests are made of."""
 
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BeitConfig,
     BertConfig,
@@ -131,16 +131,16 @@ WORDS = "the a red green blue small big dog cat crane bat river desk sun rain pi
 
 
 def make_tokenizer(pad_token_id: int = 0, max_length: int = 40) -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer, trained on a few words; special tokens have the ids 0 to 4, [PAD] the one asked for."""
-    special = ["[BOS]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
+    """A WordPiece tokenizer of letters and a few whole words; four special tokens, [PAD] with the id asked for."""
+    special = ["[CLS]", "[SEP]", "[MASK]", "[UNK]"]
     special.insert(pad_token_id, "[PAD]")
-    special.remove("[BOS]")
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    tokens = special + letters + [f"##{letter}" for letter in letters] + sorted(set(WORDS.split()) - set(letters))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    assert len(vocab) <= VOCAB_SIZE
+    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.train_from_iterator(
-        [WORDS], trainers.WordPieceTrainer(vocab_size=VOCAB_SIZE - 5, special_tokens=special, show_progress=False)
-    )
     ids = [(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
     return PreTrainedTokenizerFast(

@@ -84,8 +84,9 @@ class MMTrainer(Trainer):
         )
         # `num_items_in_batch` holds the divisors of the whole optimiser step, so nothing is left to be divided.
         self.model_accepts_loss_kwargs = True
+        # Summed over the optimiser steps since the last log.
         self._losses: dict[str, torch.Tensor] = defaultdict(float)  # type: ignore[arg-type]
-        self._losses_since = 0
+        self._num_steps = 0
 
     # Data
 
@@ -102,6 +103,7 @@ class MMTrainer(Trainer):
     # Loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, torch.Tensor]:
+        self._num_steps += 1
         tasks = self.model.config.get_tasks()
         counts = torch.zeros(len(tasks), device=device)
         for batch in batch_samples:
@@ -122,12 +124,12 @@ class MMTrainer(Trainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        steps = self.state.global_step - self._losses_since
-        if "loss" in logs and self._losses and steps > 0:
-            losses = self.accelerator.reduce(torch.stack(list(self._losses.values())), reduction="mean") / steps
+        if "loss" in logs and self._num_steps > 0:
+            losses = torch.stack(list(self._losses.values())) / self._num_steps
+            losses = self.accelerator.reduce(losses, reduction="mean")
             logs.update({f"{name}_loss": value for name, value in zip(self._losses, losses.tolist(), strict=True)})
             self._losses.clear()
-            self._losses_since = self.state.global_step
+            self._num_steps = 0
         super().log(logs, *args, **kwargs)
 
     # Optimiser
@@ -157,7 +159,7 @@ class MMTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         self._losses.clear()
-        self._losses_since = self.state.global_step
+        self._num_steps = 0
         output = super().train(*args, **kwargs)
         self._report_bad_images()
         return output

@@ -1,0 +1,292 @@
+"""Training by MMTrainer and by the plain Trainer."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from tiny import make_image, make_model, make_processor, make_tasks
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from mm_transformers import Classification, MMDataCollator, MMTrainer, MMTransformerForMultiTask, MultiTaskMetrics, Regression
+from mm_transformers.training.trainer import GATE_LEARNING_RATE_FACTOR
+
+
+WORDS = ["red cat", "green dog in the rain", "blue crane", "a lovely small picnic is over", "ruined desk", "bat on river"]
+
+
+def make_rows(n=12) -> list[dict]:
+    """Rows of which some lack an image or labels, unevenly."""
+    rows = []
+    for i in range(n):
+        text = WORDS[i % len(WORDS)]
+        rows.append({
+            "text": text,
+            "image": None if i % 4 == 1 else make_image(i % 3),
+            "topic": ["animals", "food", "travel", None][i % 4],
+            "sentiment": None if i < n - 3 else ["negative", "positive"][i % 2],
+            "tags": None if i % 3 == 2 else ["red", "blue"][: i % 3],
+            "score": None if i % 5 else float(i) / 10,
+            "entities": None if i % 2 else ["O"] * (len(text.split()) - 1) + ["NAME"],
+        })  # fmt: skip
+    return rows
+
+
+def make_dataset(n=12) -> Dataset:
+    strings = List(Value("string"))
+    features = Features({
+        "text": Value("string"), "image": Image(), "topic": Value("string"), "sentiment": Value("string"),
+        "tags": strings, "score": Value("float32"), "entities": strings,
+    })  # fmt: skip
+    return Dataset.from_list(make_rows(n), features=features)
+
+
+def make_args(path, **kwargs) -> TrainingArguments:
+    defaults = dict(
+        per_device_train_batch_size=4, per_device_eval_batch_size=5, max_steps=3, logging_steps=1, save_strategy="no",
+        report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, learning_rate=1e-2,
+    )  # fmt: skip
+    return TrainingArguments(str(path), **{**defaults, **kwargs})
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.config.fusion_dropout = 0.0
+    for layer in model.model.fusion.layers:
+        layer.cross_attention.dropout = 0.0
+    return model
+
+
+def same(first: dict, second: dict, **tolerance) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], msg=name, **tolerance)
+
+
+def test_trains_evaluates_and_logs_each_task(tmp_path):
+    data = make_dataset()
+    model = make_model(regularization={"kind": "l2", "weight": 1e-3}, gates_open=False)
+    trainer = MMTrainer(model, make_args(tmp_path), processing_class=make_processor(), train_dataset=data, eval_dataset=data)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    tasks = {task.name: task for task in make_tasks()}
+    for entry in logs:
+        assert {f"{name}_loss" for name in tasks} | {"regularization_loss"} <= entry.keys()
+        total = sum(tasks[name].loss_weight * entry[f"{name}_loss"] for name in tasks) + entry["regularization_loss"]
+        assert entry["loss"] == pytest.approx(total, abs=1e-3)
+    metrics = trainer.evaluate()
+    for name in ("topic_accuracy", "topic_f1", "tags_f1_micro", "score_mae", "entities_f1", "sentiment_loss"):
+        assert np.isfinite(metrics[f"eval_{name}"]), name
+    assert all(p.item() != 0 for name, p in model.named_parameters() if name.endswith("gate_alpha"))
+
+
+def test_eval_loss_is_exact(tmp_path):
+    """Against one forward pass over everything, with a last batch that is smaller and labels spread unevenly."""
+    data = make_dataset()
+    model = make_model(regularization={"kind": "l2", "weight": 1e-2})
+    trainer = MMTrainer(model, make_args(tmp_path), processing_class=make_processor(), eval_dataset=data)
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        outputs = model(**MMDataCollator(make_processor(), model.config)(make_rows()))
+    assert metrics["eval_loss"] == pytest.approx(outputs.loss.item(), rel=1e-5)
+    for name in model.tasks:
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(outputs.losses[name].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("regularization", [None, {"kind": "l2", "weight": 0.05}])
+def test_accumulation_equals_one_big_batch(tmp_path, regularization):
+    """12 rows at once, 4 at a time, 5 at a time: the same weights after two optimiser steps."""
+    data, results = make_dataset(), []
+    for batch_size, steps in ((12, 1), (4, 3), (5, 3)):
+        model = without_dropout(make_model(regularization=regularization))
+        args = make_args(
+            tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=steps, max_steps=2,
+            optim="sgd", learning_rate=0.1, max_grad_norm=0.0, seed=3,
+        )  # fmt: skip
+        trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=data)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        results.append((model.state_dict(), losses))
+    for state, losses in results[1:]:
+        same(state, results[0][0], rtol=1e-4, atol=1e-5)
+        assert losses == pytest.approx(results[0][1], rel=1e-3)
+
+
+def test_plain_trainer_works(tmp_path):
+    data = make_dataset()
+    model, processor = make_model(), make_processor()
+    trainer = Trainer(
+        model,
+        make_args(tmp_path, remove_unused_columns=False),
+        data_collator=MMDataCollator(processor, model.config),
+        train_dataset=data,
+        eval_dataset=data,
+        compute_metrics=MultiTaskMetrics(model.config, processor),
+        processing_class=processor,
+    )
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer.train()
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    metrics = trainer.evaluate()
+    assert 0 <= metrics["eval_topic_accuracy"] <= 1
+    exact = MMTrainer(model, make_args(tmp_path), processing_class=processor, eval_dataset=data).evaluate()
+    for name, value in exact.items():
+        if name.split("_")[-1] in ("accuracy", "f1", "mae", "micro", "pearson"):
+            assert metrics[name] == pytest.approx(value), name
+
+
+def test_it_learns(tmp_path):
+    """The picture decides the topic: black is food, white is travel."""
+    rows = [{"text": "a picnic", "image": np.full((8, 8, 3), 255 * (i % 2), np.uint8), "topic": ["food", "travel"][i % 2]} for i in range(16)]
+    model = make_model(tasks=[Classification("topic", labels=["food", "travel"])], gates_open=False)
+    args = make_args(tmp_path, max_steps=30, per_device_train_batch_size=8, learning_rate=5e-3)
+    trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    assert trainer.evaluate()["eval_topic_accuracy"] == 1.0
+    blind = [{**row, "image": None} for row in rows]
+    assert trainer.evaluate(blind)["eval_topic_accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("vision", ["vit", "clip-vision", "siglip-vision", "dinov2", "swin"])
+def test_resume_restores_every_tensor(tmp_path, vision):
+    """Three steps, stopped and resumed, are six steps: weights, optimiser, gates."""
+    data = make_dataset()
+
+    def run(path, stop_at=None, resume=None):
+        model = without_dropout(make_model("bert", vision, gates_open=False, seed=0 if resume is None else 1))
+        args = make_args(path, max_steps=6, save_strategy="steps", save_steps=3, lr_scheduler_type="constant")
+        trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=data)
+        trainer.train(resume_from_checkpoint=resume)
+        return model.state_dict()
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "again", resume=str(tmp_path / "whole" / "checkpoint-3"))
+    same(resumed, whole, rtol=0, atol=0)
+
+
+def test_checkpoint_is_complete(tmp_path):
+    data = make_dataset()
+    model = make_model()
+    args = make_args(
+        tmp_path, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_topic_accuracy",
+    )  # fmt: skip
+    trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=data, eval_dataset=data)
+    trainer.train()
+    best = MMTransformerForMultiTask.from_pretrained(trainer.state.best_model_checkpoint)
+    same(best.state_dict(), trainer.model.state_dict(), rtol=0, atol=0)
+    assert (tmp_path / "checkpoint-3" / "processor_config.json").exists()
+
+
+def test_gates_learn_faster_and_do_not_decay(tmp_path):
+    model = make_model(regularization={"kind": "l2", "weight": 0.1})
+    args = make_args(tmp_path, weight_decay=0.1, learning_rate=1e-3)
+    trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=make_dataset())
+    groups = trainer.create_optimizer().param_groups
+    settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(settings) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        rate, decay = settings[id(p)]
+        assert rate == pytest.approx(1e-3 * (GATE_LEARNING_RATE_FACTOR if name.endswith("gate_alpha") else 1)), name
+        # Biases, norms, gates and what the regularizer covers are not decayed as well.
+        no_decay = p.ndim == 1 or name.startswith("heads.")
+        assert (decay == 0) == no_decay or "norm" in name.lower() or "gate" in name, name
+
+
+def test_bad_rows_are_named(tmp_path):
+    rows = make_rows()
+    rows[7]["image"] = b"not an image"
+    args = make_args(tmp_path, num_train_epochs=1, max_steps=-1)
+    trainer = MMTrainer(make_model(), args, processing_class=make_processor(), train_dataset=rows)
+    with pytest.raises(ValueError, match=r"^row 7, column 'image': .* is not an image that Pillow can read"):
+        trainer.train()
+    rows[7]["image"], rows[9]["topic"] = None, "animal"
+    trainer = MMTrainer(make_model(), args, processing_class=make_processor(), train_dataset=rows)
+    with pytest.raises(ValueError, match=r"^row 9, column 'topic': task 'topic': label 'animal' is not one of: animals"):
+        trainer.train()
+
+
+def test_bad_image_in_a_datasets_column_is_named(tmp_path):
+    rows = [{"text": "a cat", "image": {"bytes": b"nonsense", "path": None}, "topic": "food"}] * 3
+    data = Dataset.from_list(rows, features=Features({"text": Value("string"), "image": Image(), "topic": Value("string")}))
+    model = make_model(tasks=[Classification("topic", labels=["food", "travel"])])
+    trainer = MMTrainer(model, make_args(tmp_path), processing_class=make_processor(), eval_dataset=data)
+    with pytest.raises(ValueError, match="^row 0, column 'image'"):
+        trainer.evaluate()
+    collator = MMDataCollator(make_processor(), model.config, on_bad_image="drop")
+    trainer = MMTrainer(model, make_args(tmp_path), data_collator=collator, eval_dataset=data)
+    trainer.evaluate()
+    assert collator.num_bad_images == 3
+
+
+def test_missing_columns_are_named(tmp_path):
+    args, processor, data = make_args(tmp_path), make_processor(), make_dataset()
+    with pytest.raises(ValueError, match=r"train data set has no column 'text' \(its columns are 'sentence'"):
+        MMTrainer(make_model(), args, processing_class=processor, train_dataset=data.rename_column("text", "sentence"))
+    nothing = data.select_columns(["text", "image"])
+    with pytest.raises(ValueError, match="eval data set has a column for none of the tasks"):
+        MMTrainer(make_model(), args, processing_class=processor, eval_dataset={"test": nothing})
+
+
+def test_needs_a_processor(tmp_path):
+    with pytest.raises(ValueError, match="MMTrainer needs a model and its processor"):
+        MMTrainer(make_model(), make_args(tmp_path), train_dataset=make_dataset())
+
+
+def test_data_parallel_is_refused(tmp_path):
+    args = make_args(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="accelerate launch"):
+        MMTrainer(make_model(), args, processing_class=make_processor(), train_dataset=make_dataset())
+
+
+def test_iterable_data_set_and_list_of_images(tmp_path):
+    def rows():
+        for i, row in enumerate(make_rows()):
+            yield {**row, "image": [make_image(0), make_image(1)][: i % 3]}
+
+    trainer = MMTrainer(
+        make_model(), make_args(tmp_path), processing_class=make_processor(), train_dataset=IterableDataset.from_generator(rows)
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_shared_images_of_a_datasets_column_are_encoded_once(tmp_path):
+    """Cells are read undecoded, so equal files are seen to be equal."""
+    rows = [{**row, "image": make_image(0)} for row in make_rows()]
+    features = make_dataset().features
+    trainer = MMTrainer(
+        make_model(), make_args(tmp_path), processing_class=make_processor(), eval_dataset=Dataset.from_list(rows, features=features)
+    )
+    sizes = [batch["pixel_values"].shape[0] for batch in trainer.get_eval_dataloader()]
+    assert sizes == [1, 1, 1]
+
+
+def test_workers_and_group_by_length(tmp_path):
+    data = make_dataset().map(lambda row: {"length": len(row["text"])})
+    args = make_args(tmp_path, dataloader_num_workers=2, train_sampling_strategy="group_by_length", max_steps=2)
+    trainer = MMTrainer(make_model(), args, processing_class=make_processor(), train_dataset=data)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_task_without_labels_in_evaluation(tmp_path):
+    rows = [{"text": "cat", "a": "x", "b": None}, {"text": "dog", "a": "y", "b": None}]
+    model = make_model(vision=None, tasks=[Classification("a", labels=["x", "y"]), Regression("b")])
+    metrics = MMTrainer(model, make_args(tmp_path), processing_class=make_processor(), eval_dataset=rows).evaluate()
+    assert not any(name.startswith("eval_b") for name in metrics)
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_a_loss"])
+
+
+def test_predict_gives_the_logits_by_task(tmp_path):
+    data = make_dataset()
+    model = make_model()
+    output = MMTrainer(model, make_args(tmp_path), processing_class=make_processor(), eval_dataset=data).predict(data)
+    assert {name: value.shape[0] for name, value in output.predictions.items()} == dict.fromkeys(model.tasks, 12)
+    with torch.no_grad():
+        logits = model(**MMDataCollator(make_processor(), model.config)(make_rows())).logits
+    np.testing.assert_allclose(output.predictions["topic"], logits["topic"].numpy(), rtol=1e-4, atol=1e-5)
+    assert "test_topic_accuracy" in output.metrics
