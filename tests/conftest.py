@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a mistake
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch  # noqa: E402
+import torch
 
 
 torch.set_num_threads(1)

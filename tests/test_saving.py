@@ -110,7 +110,10 @@ def test_import_needs_neither_datasets_nor_evaluate():
     )
     source = str(Path(mm_transformers.__file__).parents[1])
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env={"PYTHONPATH": source, "PATH": "/usr/bin:/bin"}
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": source, "PATH": "/usr/bin:/bin"},
     )
     assert result.stdout.strip() == "[]", result.stderr
 
@@ -139,7 +142,9 @@ def test_model_folder_is_flat():
 
 
 def test_checkpoint_of_another_type_says_so(tmp_path):
-    BertModel(BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8, vocab_size=9)).save_pretrained(tmp_path)
+    BertModel(
+        BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8, vocab_size=9)
+    ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a model of type 'bert', not 'mm_transformer'.*from_encoders"):
         MMTransformerForMultiTask.from_pretrained(tmp_path)
 
@@ -154,12 +159,14 @@ def test_from_encoders_from_local_folders(tmp_path):
     make_image_processor().save_pretrained(tmp_path / "vision")
     encoders = dict(text=str(tmp_path / "text"), vision=str(tmp_path / "vision"))
     processor = MMTransformerProcessor.from_encoders(**encoders)
-    model = MMTransformerForMultiTask.from_encoders(**encoders, tasks=make_tasks(), fusion_type="merged", num_fusion_layers=1)
+    model = MMTransformerForMultiTask.from_encoders(
+        **encoders, tasks=make_tasks(), fusion_type="merged", num_fusion_layers=1
+    )
     assert processor.tokenizer.model_max_length == 40
     assert model.config.fusion_type == "merged"
     assert not model.training
     inputs = processor(text=["a lovely picnic", "a ruined picnic"], images=[None, torch.rand(3, 9, 9)])
-    answers = model.decode(model(**{k: v for k, v in inputs.items()}))
+    answers = model.decode(model(**inputs))
     assert answers[0]["topic"]["label"] in ("animals", "food", "travel")
     half = MMTransformerForMultiTask.from_encoders(**encoders, tasks=make_tasks(), dtype=torch.bfloat16)
     assert {p.dtype for name, p in half.named_parameters() if "gate_alpha" not in name} == {torch.bfloat16}

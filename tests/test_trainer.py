@@ -8,11 +8,25 @@ from tiny import make_image, make_model, make_processor, make_tasks
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from mm_transformers import Classification, MMDataCollator, MMTrainer, MMTransformerForMultiTask, MultiTaskMetrics, Regression
+from mm_transformers import (
+    Classification,
+    MMDataCollator,
+    MMTrainer,
+    MMTransformerForMultiTask,
+    MultiTaskMetrics,
+    Regression,
+)
 from mm_transformers.training.trainer import GATE_LEARNING_RATE_FACTOR
 
 
-WORDS = ["red cat", "green dog in the rain", "blue crane", "a lovely small picnic is over", "ruined desk", "bat on river"]
+WORDS = [
+    "red cat",
+    "green dog in the rain",
+    "blue crane",
+    "a lovely small picnic is over",
+    "ruined desk",
+    "bat on river",
+]
 
 
 def make_rows(n=12) -> list[dict]:
@@ -68,7 +82,9 @@ def same(first: dict, second: dict, **tolerance) -> None:
 def test_trains_evaluates_and_logs_each_task(tmp_path):
     data = make_dataset()
     model = make_model(regularization={"kind": "l2", "weight": 1e-3}, gates_open=False)
-    trainer = MMTrainer(model, make_args(tmp_path), processing_class=make_processor(), train_dataset=data, eval_dataset=data)
+    trainer = MMTrainer(
+        model, make_args(tmp_path), processing_class=make_processor(), train_dataset=data, eval_dataset=data
+    )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     tasks = {task.name: task for task in make_tasks()}
@@ -139,7 +155,10 @@ def test_plain_trainer_works(tmp_path):
 
 def test_it_learns(tmp_path):
     """The picture decides the topic: black is food, white is travel."""
-    rows = [{"text": "a picnic", "image": np.full((8, 8, 3), 255 * (i % 2), np.uint8), "topic": ["food", "travel"][i % 2]} for i in range(16)]
+    rows = [
+        {"text": "a picnic", "image": np.full((8, 8, 3), 255 * (i % 2), np.uint8), "topic": ["food", "travel"][i % 2]}
+        for i in range(16)
+    ]
     model = make_model(tasks=[Classification("topic", labels=["food", "travel"])], gates_open=False)
     args = make_args(tmp_path, max_steps=30, per_device_train_batch_size=8, learning_rate=5e-3)
     trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=rows, eval_dataset=rows)
@@ -204,13 +223,17 @@ def test_bad_rows_are_named(tmp_path):
         trainer.train()
     rows[7]["image"], rows[9]["topic"] = None, "animal"
     trainer = MMTrainer(make_model(), args, processing_class=make_processor(), train_dataset=rows)
-    with pytest.raises(ValueError, match=r"^row 9, column 'topic': task 'topic': label 'animal' is not one of: animals"):
+    with pytest.raises(
+        ValueError, match=r"^row 9, column 'topic': task 'topic': label 'animal' is not one of: animals"
+    ):
         trainer.train()
 
 
 def test_bad_image_in_a_datasets_column_is_named(tmp_path):
     rows = [{"text": "a cat", "image": {"bytes": b"nonsense", "path": None}, "topic": "food"}] * 3
-    data = Dataset.from_list(rows, features=Features({"text": Value("string"), "image": Image(), "topic": Value("string")}))
+    data = Dataset.from_list(
+        rows, features=Features({"text": Value("string"), "image": Image(), "topic": Value("string")})
+    )
     model = make_model(tasks=[Classification("topic", labels=["food", "travel"])])
     trainer = MMTrainer(model, make_args(tmp_path), processing_class=make_processor(), eval_dataset=data)
     with pytest.raises(ValueError, match="^row 0, column 'image'"):
@@ -248,7 +271,10 @@ def test_iterable_data_set_and_list_of_images(tmp_path):
             yield {**row, "image": [make_image(0), make_image(1)][: i % 3]}
 
     trainer = MMTrainer(
-        make_model(), make_args(tmp_path), processing_class=make_processor(), train_dataset=IterableDataset.from_generator(rows)
+        make_model(),
+        make_args(tmp_path),
+        processing_class=make_processor(),
+        train_dataset=IterableDataset.from_generator(rows),
     )
     trainer.train()
     assert trainer.state.global_step == 3
@@ -259,7 +285,10 @@ def test_shared_images_of_a_datasets_column_are_encoded_once(tmp_path):
     rows = [{**row, "image": make_image(0)} for row in make_rows()]
     features = make_dataset().features
     trainer = MMTrainer(
-        make_model(), make_args(tmp_path), processing_class=make_processor(), eval_dataset=Dataset.from_list(rows, features=features)
+        make_model(),
+        make_args(tmp_path),
+        processing_class=make_processor(),
+        eval_dataset=Dataset.from_list(rows, features=features),
     )
     sizes = [batch["pixel_values"].shape[0] for batch in trainer.get_eval_dataloader()]
     assert sizes == [1, 1, 1]

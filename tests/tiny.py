@@ -50,7 +50,8 @@ _BERT = dict(
 )  # fmt: skip
 _ROBERTA = {**_BERT, "max_position_embeddings": 42, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
 _VIT = dict(
-    hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, image_size=IMAGE_SIZE, patch_size=8
+    hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, image_size=IMAGE_SIZE,
+    patch_size=8,
 )  # fmt: skip
 
 TEXT_ENCODERS = {
@@ -82,7 +83,9 @@ VISION_ENCODERS = {
     "beit": lambda: BeitConfig(**_VIT),
     "dinov2": lambda: Dinov2Config(**_VIT),
     "dinov3": lambda: DINOv3ViTConfig(**{**_VIT, "num_attention_heads": 3}, num_register_tokens=2),
-    "swin": lambda: SwinConfig(image_size=IMAGE_SIZE, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[2, 4], window_size=4),
+    "swin": lambda: SwinConfig(
+        image_size=IMAGE_SIZE, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[2, 4], window_size=4
+    ),
     "convnextv2": lambda: ConvNextV2Config(num_stages=2, hidden_sizes=[12, 24], depths=[1, 1], image_size=IMAGE_SIZE),
     "resnet": lambda: ResNetConfig(embedding_size=12, hidden_sizes=[12, 24], depths=[1, 1], layer_type="basic"),
     "clip-vision": lambda: CLIPVisionConfig(**_VIT, projection_dim=16),
@@ -127,7 +130,9 @@ def open_gates(model: torch.nn.Module, value: float = 0.7) -> None:
                 parameter.fill_(value)
 
 
-WORDS = "the a red green blue small big dog cat crane bat river desk sun rain picnic is was in over on very lovely ruined"
+WORDS = (
+    "the a red green blue small big dog cat crane bat river desk sun rain picnic is was in over on very lovely ruined"
+)
 
 
 def make_tokenizer(pad_token_id: int = 0, max_length: int = 40) -> PreTrainedTokenizerFast:

@@ -39,7 +39,7 @@ _LAZY = {
 
 AutoConfig.register(MMTransformerConfig.model_type, MMTransformerConfig)
 # With two classes for one config, `AutoModel` takes the one that the checkpoint was saved from.
-AutoModel.register(MMTransformerConfig, (MMTransformerForMultiTask, MMTransformerModel))  # type: ignore[arg-type]
+AutoModel.register(MMTransformerConfig, (MMTransformerForMultiTask, MMTransformerModel))
 AutoProcessor.register(MMTransformerConfig, MMTransformerProcessor)
 
 

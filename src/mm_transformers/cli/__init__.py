@@ -1,0 +1,6 @@
+"""The command line: `mm-transformers demo`."""
+
+from .app import app
+
+
+__all__ = ["app"]

@@ -1,6 +1,5 @@
 """Rows become batches."""
 
-import multiprocessing
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -11,6 +10,7 @@ from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
 from ..model.images import ImageError, image_key, load_image
 from ..model.processing_mm_transformer import MMTransformerProcessor, as_image_list
+from ..model.task_base import is_null
 
 
 logger = logging.get_logger(__name__)
@@ -67,13 +67,17 @@ class MMDataCollator:
         limits = [max_length, max_text_positions(config.text_config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
         self.pad_to_multiple_of = pad_to_multiple_of
-        # Shared with the workers of the data loader.
-        self._num_bad_images = multiprocessing.Value("q", 0)
+        # Shared with the workers of the data loader; each counts in a place of its own, so that none waits.
+        self._num_bad_images = torch.zeros(256, dtype=torch.int64).share_memory_()
 
     @property
     def num_bad_images(self) -> int:
         """How many images could not be read so far and were treated as absent."""
-        return self._num_bad_images.value
+        return int(self._num_bad_images.sum())
+
+    def __setstate__(self, state: dict[str, Any]):
+        self.__dict__.update(state)
+        self._num_bad_images.share_memory_()  # a copy is not
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         names = [f"row {row[ROW_KEY]:,}" if ROW_KEY in row else f"row {i} of the batch" for i, row in enumerate(rows)]
@@ -100,11 +104,15 @@ class MMDataCollator:
     def _load_images(self, rows: list[Mapping[str, Any]], names: list[str]) -> list[list[Any]]:
         """The images of each row, read; shared ones are one object. A model of text alone does not read any."""
         loaded: dict[Any, Any] = {}
+        kept = []  # a key may be the id of an object, which is given again once the object is gone
+        worker = torch.utils.data.get_worker_info()
+        place = 0 if worker is None else 1 + worker.id % (len(self._num_bad_images) - 1)
         result = []
         for row, name in zip(rows, names, strict=True):
             pictures = []
             for image in as_image_list(row.get(self.image_column)) if self.takes_images else []:
                 key = image_key(image)
+                kept.append(image)
                 if key not in loaded:
                     try:
                         loaded[key] = load_image(image)
@@ -118,8 +126,7 @@ class MMDataCollator:
                             logger.warning(f"{name}, column {self.image_column!r}: {error}; treated as absent.")
                         loaded[key] = None
                 if loaded[key] is None:
-                    with self._num_bad_images.get_lock():
-                        self._num_bad_images.value += 1
+                    self._num_bad_images[place] += 1
                 else:
                     pictures.append(loaded[key])
             result.append(pictures)
@@ -135,7 +142,7 @@ class MMDataCollator:
         text = row[self.text_column]
         if isinstance(text, (list, tuple)) and all(isinstance(word, str) for word in text):
             text = " ".join(text)
-        if text is None or (isinstance(text, float) and text != text):
+        if is_null(text):
             text = ""
         if not isinstance(text, str):
             raise ValueError(
@@ -165,12 +172,14 @@ def check_tokenizer(tokenizer, config: MMTransformerConfig) -> None:
     vocab_size = config.vocab_size
     if len(tokenizer) > vocab_size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer):,} tokens, but the text encoder has embeddings for {vocab_size:,}: load "
-            "the processor that belongs to the model, or call model.resize_token_embeddings(len(tokenizer))."
+            f"The tokenizer has {len(tokenizer):,} tokens, but the text encoder has embeddings for {vocab_size:,}: "
+            "load the processor that belongs to the model, or call model.resize_token_embeddings(len(tokenizer))."
         )
     pad = config.text_config.pad_token_id
     if tokenizer.pad_token_id is None:
-        raise ValueError("The tokenizer has no padding token; set one, for example tokenizer.pad_token = tokenizer.eos_token.")
+        raise ValueError(
+            "The tokenizer has no padding token; set one, for example tokenizer.pad_token = tokenizer.eos_token."
+        )
     if pad_token_matters(config.text_config) and tokenizer.pad_token_id != pad:
         raise ValueError(
             f"The tokenizer pads with id {tokenizer.pad_token_id}, but the text encoder counts positions from padding "

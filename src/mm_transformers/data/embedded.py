@@ -164,9 +164,7 @@ class Cell:
 GRID: tuple[Cell, ...] = tuple(
     Cell(word, slot, intent, setting, state)
     for word, settings in SENSES.items()
-    for slot, intent, setting, state in product(
-        range(len(REMARK_SLOTS)), TASK_LABELS["intent"], settings, STATES
-    )
+    for slot, intent, setting, state in product(range(len(REMARK_SLOTS)), TASK_LABELS["intent"], settings, STATES)
 )
 
 

@@ -34,7 +34,8 @@ class MMTransformerConfig(PreTrainedConfig):
         modality_dropout (`float`, *optional*, defaults to 0.0):
             Probability with which a row loses all of its images in training, so that the model also learns to answer
             from the text alone.
-        tasks (`list[dict]` or `list[Task]`, *optional*): The tasks, as objects or as the dicts that `config.json` stores.
+        tasks (`list[dict]` or `list[Task]`, *optional*):
+            The tasks, as objects or as the dicts that `config.json` stores.
         regularization (`dict`, *optional*):
             `{"kind": "l2" or "l1", "weight": lambda}`: adds lambda times the sum, over the tasks, of the squares (or
             absolute values) of the matrices of their task layers to the loss.
@@ -100,7 +101,7 @@ class MMTransformerConfig(PreTrainedConfig):
         self.validate_tasks()
         # So that tools that expect one classifier find the labels of the first.
         labels = next((task["labels"] for task in self.tasks if "labels" in task), None)
-        if self.id2label is None and labels is not None:
+        if labels is not None:
             self.id2label = dict(enumerate(labels))
             self.label2id = {label: i for i, label in enumerate(labels)}
         super().__post_init__(**kwargs)
@@ -168,7 +169,9 @@ def _resolve(config: Any, modality: str) -> Optional[PreTrainedConfig]:
         values = dict(config)
         model_type = values.pop("model_type", None)
         if model_type is None:
-            raise ValueError(f"{modality}_config is a dict without 'model_type', so it is not known which encoder it is.")
+            raise ValueError(
+                f"{modality}_config is a dict without 'model_type', so it is not known which encoder it is."
+            )
         config = AutoConfig.for_model(model_type, **values)
     return sub_config_of(config, modality)
 

@@ -130,7 +130,9 @@ def _check_config(config: PreTrainedConfig, modality: str) -> Optional[type[PreT
     """Says what is wrong before weights are built or fetched; returns [`_model_class`]."""
     cls, wanted = _model_class(config), _MAIN_INPUT[modality]
     if cls is None and not hasattr(config, "auto_map"):
-        raise ValueError(f"{config.model_type!r} cannot be the {modality} encoder: transformers has no model for its config.")
+        raise ValueError(
+            f"{config.model_type!r} cannot be the {modality} encoder: transformers has no model for its config."
+        )
     if cls is not None and cls.main_input_name != wanted:
         raise ValueError(
             f"{config.model_type!r} cannot be the {modality} encoder: it takes {cls.main_input_name!r}, not {wanted!r}."

@@ -25,21 +25,12 @@ class Latents(nn.Module):
         return self.weight.expand(batch, -1, -1)
 
 
-class StreamLayer(SelfAttentionLayer):
-    """A layer over the tokens of a stream and the latents: nothing is gated, since neither is the text."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.attention_gate = nn.Identity()
-        self.mlp_gate = nn.Identity()
-
-
 class BottleneckLayer(nn.Module):
     """First the latents read every stream, then the text reads the latents: one layer is enough to fuse."""
 
     def __init__(self, config, stream_names: list[str]):
         super().__init__()
-        self.streams = nn.ModuleDict({name: StreamLayer(config) for name in stream_names})
+        self.streams = nn.ModuleDict({name: SelfAttentionLayer(config, gated=False) for name in stream_names})
         self.text = SelfAttentionLayer(config)
 
 

@@ -4,10 +4,10 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from .fusion_base import Fusion, FusionRecord, Stream, register_fusion
 from .fusion_layers import Gate, masked_mean
-from transformers.activations import ACT2FN
 
 
 @register_fusion

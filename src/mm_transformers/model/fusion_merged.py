@@ -11,17 +11,16 @@ from .fusion_layers import FusionAttention, FusionMLP, Gate, KeyMask, concatenat
 
 
 class SelfAttentionLayer(GradientCheckpointingLayer):
-    """A pre-norm transformer layer over text tokens and others, in which what is added to the text is gated."""
+    """A pre-norm transformer layer over text tokens and others; what is added to the text may go through gates."""
 
-    def __init__(self, config):
+    def __init__(self, config, gated: bool = True):
         super().__init__()
         width = config.fusion_hidden_size
         self.attention_norm = nn.LayerNorm(width)
         self.self_attention = FusionAttention(config)
-        self.attention_gate = Gate()
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = FusionMLP(config)
-        self.mlp_gate = Gate()
+        self.attention_gate, self.mlp_gate = (Gate() if gated else nn.Identity() for _ in range(2))
 
     def forward(self, text_states: torch.Tensor, other_states: torch.Tensor, mask: KeyMask):
         length = text_states.shape[1]

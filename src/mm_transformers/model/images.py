@@ -1,5 +1,6 @@
 """Turns whatever a table holds in its image column into RGB pictures."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -14,8 +15,7 @@ class ImageError(ValueError):
 
 def image_key(image: Any) -> Hashable:
     """Equal for two cells that surely hold the same image: the same object, path or bytes."""
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
+    image = _content(image)
     if isinstance(image, bytes):
         return hashlib.sha256(image).digest()
     if isinstance(image, (str, os.PathLike)):
@@ -28,7 +28,7 @@ def load_image(image: Any):
     An RGB `PIL.Image.Image`.
 
     Transparent pixels are laid on white, 16-bit grey is scaled to 8 bits, of animations the first frame is taken, and
-    pictures are turned as their EXIF orientation says.
+    pictures are turned as their EXIF orientation, if it can be read, says.
 
     Args:
         image: a `PIL.Image.Image`; a path or http(s) address; the bytes of an image file; a dict with "bytes" or
@@ -42,17 +42,19 @@ def load_image(image: Any):
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     name = describe(image)
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = _open(image)
+            picture = _open(_content(image))
             if 0 in picture.size:
                 raise ImageError(f"{name} has no pixels (its size is {picture.size[0]} x {picture.size[1]})")
             if getattr(picture, "n_frames", 1) > 1:
                 picture.seek(0)
-            return _to_rgb(ImageOps.exif_transpose(picture))
+            picture.load()
+            # Broken EXIF data do not make the picture useless.
+            with contextlib.suppress(Exception):
+                picture = ImageOps.exif_transpose(picture)
+            return _to_rgb(picture)
     except ImageError:
         raise
     except FileNotFoundError as error:
@@ -64,18 +66,26 @@ def load_image(image: Any):
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not an image that Pillow can read") from error
     except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError, ...
-        raise ImageError(f"{name} cannot be read ({error})") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{name} cannot be read ({reason})") from error
 
 
 def describe(image: Any) -> str:
     """How messages call an image."""
     if isinstance(image, dict):
-        image = image.get("path") or image.get("bytes")
+        image = image.get("path") or _content(image)
     if isinstance(image, (str, os.PathLike)):
         return f"image {os.fspath(image)!r}"
     if isinstance(image, bytes):
         return f"the image ({len(image):,} bytes)"
     return f"the image (a {type(image).__name__})"
+
+
+def _content(image: Any) -> Any:
+    """What a dict holds, the bytes if it has both; anything else as it is."""
+    if not isinstance(image, dict):
+        return image
+    return image["bytes"] if image.get("bytes") is not None else image.get("path")
 
 
 def _open(image: Any):
@@ -86,16 +96,17 @@ def _open(image: Any):
     if isinstance(image, bytes):
         return Image.open(io.BytesIO(image))
     if isinstance(image, str) and image.startswith(("http://", "https://")):
-        from transformers.image_utils import load_image as fetch_image
+        import httpx
 
-        return fetch_image(image)
+        response = httpx.get(image, timeout=30, follow_redirects=True).raise_for_status()
+        return Image.open(io.BytesIO(response.content))
     if isinstance(image, (str, os.PathLike)):
         return Image.open(image)
     if hasattr(image, "shape"):
         return _from_array(image)
     raise ImageError(
-        f"an image must be a PIL image, a path, bytes, an array or a dict with 'bytes' or 'path', but is {image!r} of "
-        f"type {type(image).__name__}"
+        "an image must be a PIL image, a path, bytes, an array or a dict with 'bytes' or 'path', but is of type "
+        f"{type(image).__name__}"
     )
 
 
@@ -110,7 +121,10 @@ def _from_array(array: Any):
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
-        raise ImageError(f"the image array has the shape {shape}, not (height, width[, channels]) or (channels, height, width)")
+        raise ImageError(
+            f"the image array has the shape {tuple(shape)}, not (height, width[, channels]) or (channels, height, "
+            "width)"
+        )
     if array.size == 0:
         raise ImageError(f"the image array has no pixels (its shape is {shape})")
     if array.dtype == np.uint16:
@@ -135,7 +149,9 @@ def _to_rgb(picture):
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
     elif picture.mode == "F":
         values = np.asarray(picture)
-        picture = Image.fromarray((values * (255 if values.max() <= 1 else 1)).clip(0, 255).astype(np.uint8))
+        if not np.isfinite(values).all():
+            raise ImageError("an image of floats must not hold NaN or infinity")
+        picture = Image.fromarray((values * (255 if values.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

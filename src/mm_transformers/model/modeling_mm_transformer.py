@@ -36,11 +36,11 @@ class MMTransformerModelOutput(ModelOutput):
             tokens per image)`; 0 in rows without an image. Needs `attn_implementation="eager"`.
     """
 
-    last_hidden_state: Optional[torch.FloatTensor] = None
-    pooler_output: Optional[torch.FloatTensor] = None
-    hidden_states: Optional[tuple[torch.FloatTensor, ...]] = None
-    attentions: Optional[tuple[torch.FloatTensor, ...]] = None
-    cross_attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+    last_hidden_state: Optional[torch.Tensor] = None
+    pooler_output: Optional[torch.Tensor] = None
+    hidden_states: Optional[tuple[torch.Tensor, ...]] = None
+    attentions: Optional[tuple[torch.Tensor, ...]] = None
+    cross_attentions: Optional[tuple[torch.Tensor, ...]] = None
 
 
 @dataclass
@@ -51,18 +51,18 @@ class MMTransformerOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*, when `labels` is given):
             Sum of `loss_weight * losses[task]` over the tasks, plus `losses["regularization"]`.
-        losses (`dict[str, torch.FloatTensor]`, *optional*, when `labels` is given):
+        losses (`dict[str, torch.Tensor]`, *optional*, when `labels` is given):
             For each task the mean loss of what is labelled, 0 if nothing is; and `"regularization"`, if there is one.
-        logits (`dict[str, torch.FloatTensor]`): For each task what its head says; the task's class gives the shape.
+        logits (`dict[str, torch.Tensor]`): For each task what its head says; the task's class gives the shape.
         hidden_states, attentions, cross_attentions: see [`MMTransformerModelOutput`].
     """
 
-    loss: Optional[torch.FloatTensor] = None
-    losses: Optional[dict[str, torch.FloatTensor]] = None
-    logits: Optional[dict[str, torch.FloatTensor]] = None
-    hidden_states: Optional[tuple[torch.FloatTensor, ...]] = None
-    attentions: Optional[tuple[torch.FloatTensor, ...]] = None
-    cross_attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+    loss: Optional[torch.Tensor] = None
+    losses: Optional[dict[str, torch.Tensor]] = None
+    logits: Optional[dict[str, torch.Tensor]] = None
+    hidden_states: Optional[tuple[torch.Tensor, ...]] = None
+    attentions: Optional[tuple[torch.Tensor, ...]] = None
+    cross_attentions: Optional[tuple[torch.Tensor, ...]] = None
 
 
 class MMTransformerPreTrainedModel(PreTrainedModel):
@@ -79,7 +79,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["gate_alpha"]
-    _no_split_modules = ["CrossAttentionLayer", "CoAttentionLayer", "SelfAttentionLayer", "StreamLayer"]
+    _no_split_modules = ["CrossAttentionLayer", "CoAttentionLayer", "SelfAttentionLayer"]
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -173,7 +173,9 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             options = config.fusion_kwargs
             self.fusion = fusion_class(config.fusion_type, options)(config, config.modalities, width, **options)
         if config.vision_config is not None:
-            self.vision_model = vision_model if vision_model is not None else build_encoder(config.vision_config, "vision")
+            self.vision_model = (
+                vision_model if vision_model is not None else build_encoder(config.vision_config, "vision")
+            )
             self.vision_projection = StreamProjection(config, encoder_width(config.vision_config))
         self.post_init()
 
@@ -186,12 +188,12 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Optional[torch.LongTensor] = None,
+        input_ids: Optional[torch.Tensor] = None,
         attention_mask: Optional[torch.Tensor] = None,
-        token_type_ids: Optional[torch.LongTensor] = None,
-        pixel_values: Optional[torch.FloatTensor] = None,
-        image_index: Optional[torch.LongTensor] = None,
-        inputs_embeds: Optional[torch.FloatTensor] = None,
+        token_type_ids: Optional[torch.Tensor] = None,
+        pixel_values: Optional[torch.Tensor] = None,
+        image_index: Optional[torch.Tensor] = None,
+        inputs_embeds: Optional[torch.Tensor] = None,
         output_attentions: Optional[bool] = None,
         output_hidden_states: Optional[bool] = None,
         **kwargs,
@@ -320,7 +322,9 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         super().__init__(config)
         self.tasks = config.get_tasks()
         if not self.tasks:
-            raise ValueError("MMTransformerForMultiTask needs tasks, for example tasks=[Classification('topic', labels=[...])].")
+            raise ValueError(
+                "MMTransformerForMultiTask needs tasks, for example tasks=[Classification('topic', labels=[...])]."
+            )
         self.model = MMTransformerModel(config, **encoders)
         width = encoder_width(config.text_config)
         self.heads = nn.ModuleDict({name: task.build_head(config, width) for name, task in self.tasks.items()})
@@ -329,12 +333,12 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Optional[torch.LongTensor] = None,
+        input_ids: Optional[torch.Tensor] = None,
         attention_mask: Optional[torch.Tensor] = None,
-        token_type_ids: Optional[torch.LongTensor] = None,
-        pixel_values: Optional[torch.FloatTensor] = None,
-        image_index: Optional[torch.LongTensor] = None,
-        inputs_embeds: Optional[torch.FloatTensor] = None,
+        token_type_ids: Optional[torch.Tensor] = None,
+        pixel_values: Optional[torch.Tensor] = None,
+        image_index: Optional[torch.Tensor] = None,
+        inputs_embeds: Optional[torch.Tensor] = None,
         labels: Optional[dict[str, torch.Tensor]] = None,
         num_items_in_batch: Optional[dict[str, torch.Tensor]] = None,
         output_attentions: Optional[bool] = None,
@@ -370,7 +374,8 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         loss = losses = None
         if labels is not None:
             losses = self._losses(logits, labels, num_items_in_batch or {})
-            loss = sum(losses[name] * getattr(self.tasks.get(name), "loss_weight", 1.0) for name in losses)
+            weights = {name: task.loss_weight for name, task in self.tasks.items()}
+            loss = torch.stack([value * weights.get(name, 1.0) for name, value in losses.items()]).sum()
         return MMTransformerOutput(
             loss=loss,
             losses=losses,
@@ -403,9 +408,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         """lambda times the sum of the penalties of the task layers; needs `config.regularization`."""
         return regularization_loss(self.heads, self.config.regularization)
 
-    def decode(
-        self, outputs: MMTransformerOutput, word_index: Optional[torch.Tensor] = None
-    ) -> list[dict[str, Any]]:
+    def decode(self, outputs: MMTransformerOutput, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
         """
         The answers in words: for each row a dict from task name to answer, such as `{"sentiment": {"label":
         "positive", "score": 0.98}}`.

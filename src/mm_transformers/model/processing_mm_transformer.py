@@ -3,11 +3,15 @@
 from typing import Any, Optional
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, ProcessorMixin
+
+# Not from the top: there, transformers 5.17 wants torchvision for it.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from .encoders import max_text_positions, sub_config_of
 from .images import image_key, load_image
+from .task_base import is_null
 from .task_token_classification import index_words
 
 
@@ -96,9 +100,16 @@ class MMTransformerProcessor(ProcessorMixin):
             raise ValueError(f"return_tensors must be 'pt': the model is a PyTorch model, but got {return_tensors!r}.")
         if isinstance(text, str):
             text, images = [text], None if images is None else [images]
-        if not isinstance(text, (list, tuple)) or not all(isinstance(item, str) for item in text):
-            raise ValueError("text must be a string or a list of strings, one per row; use '' where there is only an image.")
+        if not isinstance(text, (list, tuple)) or not text or not all(isinstance(item, str) for item in text):
+            raise ValueError(
+                "text must be a string or a list of strings, one per row; use '' where there is only an image."
+            )
         text = list(text)
+        if isinstance(images, (str, bytes, dict)) or not (images is None or hasattr(images, "__len__")):
+            raise ValueError(
+                f"images must be a list with one entry per text, as text is a list, but is of type "
+                f"{type(images).__name__}."
+            )
         images = [None] * len(text) if images is None else list(images)
         if len(images) != len(text):
             raise ValueError(
@@ -129,17 +140,16 @@ class MMTransformerProcessor(ProcessorMixin):
         if padding == "max_length":
             options["max_length"] = max_length
         encoding = tokenizer(text, **options)
-        length = encoding["input_ids"].shape[1]
-        if length > max_length:
-            if not self._warned:
+        if encoding["input_ids"].shape[1] > max_length:
+            length = int(encoding["attention_mask"].sum(1).max())
+            if length > max_length and not self._warned:
                 self._warned = True
                 logger.warning(
                     f"A text of {length} tokens was cut to the {max_length} that the text encoder takes; further ones "
                     "are cut without a warning."
                 )
-            if pad_to_multiple_of:
-                # Rounding up would go past the last position.
-                options["pad_to_multiple_of"] = None
+            # Rounding up would go past the last position.
+            options["pad_to_multiple_of"] = None
             options.update(truncation=True, max_length=max_length)
             encoding = tokenizer(text, **options)
         data = dict(encoding)
@@ -161,7 +171,9 @@ class MMTransformerProcessor(ProcessorMixin):
                 row.append(distinct[key])
             rows.append(row)
         if pictures and self.image_processor is None:
-            raise ValueError("This processor has no image processor, but got images; it belongs to a model of text alone.")
+            raise ValueError(
+                "This processor has no image processor, but got images; it belongs to a model of text alone."
+            )
         width = max([len(row) for row in rows] + [1])
         data = {"image_index": torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64)}
         if pictures:
@@ -175,11 +187,9 @@ class MMTransformerProcessor(ProcessorMixin):
 
 
 def as_image_list(entry: Any) -> list[Any]:
-    """The images of a row, whatever was given: none, one, or a list, in which `None` counts for nothing."""
-    if entry is None or (isinstance(entry, float) and entry != entry):
-        return []
-    entries = list(entry) if isinstance(entry, (list, tuple)) else [entry]
-    return [image for image in entries if image is not None]
+    """The images of a row, whatever was given: none, one, or a list, in which empty cells count for nothing."""
+    entries = entry if isinstance(entry, (list, tuple)) else [entry]
+    return [image for image in entries if not is_null(image)]
 
 
 __all__ = ["MMTransformerProcessor"]

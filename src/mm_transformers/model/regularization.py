@@ -22,9 +22,7 @@ def check_regularization(spec: Optional[dict[str, Any]]) -> None:
     if spec is None:
         return
     if not isinstance(spec, dict) or set(spec) != {"kind", "weight"} or spec["kind"] not in _PENALTIES:
-        raise ValueError(
-            f'regularization must be {{"kind": "l2" or "l1", "weight": lambda}} or None, but is {spec!r}.'
-        )
+        raise ValueError(f'regularization must be {{"kind": "l2" or "l1", "weight": lambda}} or None, but is {spec!r}.')
     weight = spec["weight"]
     if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
         raise ValueError(f"The weight of the regularization must be a number >= 0, but is {weight!r}.")
@@ -36,6 +34,6 @@ def regularized_parameters(heads: nn.ModuleDict) -> list[nn.Parameter]:
 
 
 def regularization_loss(heads: nn.ModuleDict, spec: dict[str, Any]) -> torch.Tensor:
-    """lambda * sum over the tasks of the sum of squares (l2) or of absolute values (l1) of their task layers, float32."""
+    """lambda * sum over the tasks of the squares (l2) or absolute values (l1) in their task layers, in float32."""
     penalty = _PENALTIES[spec["kind"]]
     return spec["weight"] * torch.stack([penalty(p) for p in regularized_parameters(heads)]).sum()

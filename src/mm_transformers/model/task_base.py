@@ -1,6 +1,7 @@
 """What a task kind is, and the registry of task kinds."""
 
 import dataclasses
+import functools
 import math
 import numbers
 import re
@@ -44,13 +45,13 @@ def task_from_dict(values: dict[str, Any]) -> "Task":
     Builds the task that one entry of `config.tasks` describes.
 
     Raises:
-        ValueError: if the kind is unknown or one of its options is.
+        ValueError: if the kind is unknown, one of its options is, or one that it needs is missing.
     """
     if not isinstance(values, dict):
         raise ValueError(f"A task is a Task object or a dict with a 'kind' and a 'name', but got {values!r}.")
     values = dict(values)
     kind, name = values.pop("kind", None), values.get("name")
-    if kind not in TASK_KINDS:
+    if not isinstance(kind, str) or kind not in TASK_KINDS:
         raise ValueError(
             f"Unknown task kind {kind!r} of task {name!r}; known kinds are {', '.join(sorted(TASK_KINDS))}. "
             "A kind of your own must be imported (and so registered by @register_task) before it is loaded."
@@ -60,8 +61,12 @@ def task_from_dict(values: dict[str, Any]) -> "Task":
     unknown = sorted(set(values) - options)
     if unknown:
         raise ValueError(
-            f"Task {name!r} of kind {kind!r} has no option {unknown[0]!r}; its options are {', '.join(sorted(options))}."
+            f"Task {name!r} of kind {kind!r} has no option {unknown[0]!r}; its options are "
+            f"{', '.join(sorted(options))}."
         )
+    for f in dataclasses.fields(cls):
+        if f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"Task {name!r} of kind {kind!r} needs the option {f.name!r}.")
     return cls(**values)
 
 
@@ -95,11 +100,12 @@ class Task:
                 f"Task name {self.name!r} is not valid: it must start with a letter and hold only letters, digits "
                 "and underscores; use `column=` if the column of your data is called otherwise."
             )
-        if self.name in _RESERVED_NAMES or hasattr(nn.ModuleDict, self.name):
+        if self.name in _RESERVED_NAMES or hasattr(nn.ModuleDict(), self.name):
             raise ValueError(f"Task name {self.name!r} is reserved; choose another and say `column={self.name!r}`.")
         weight = self.loss_weight
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
             raise ValueError(f"Task {self.name!r}: loss_weight must be a number >= 0, but is {weight!r}.")
+        self.loss_weight = float(weight)  # a number of numpy's would not go into JSON
         if self.column is None:
             self.column = self.name
 
@@ -173,13 +179,23 @@ class PooledHead(nn.Module):
         return self.out_proj(self.dropout(pooled))
 
 
-def is_missing(value: Any) -> bool:
-    """True for `None`, NaN, pandas' missing values and -100: the ways in which tables say "no label"."""
+def is_null(value: Any) -> bool:
+    """True for `None`, NaN and pandas' missing values: the ways in which tables leave a cell empty."""
+    value = as_scalar(value)
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return math.isnan(value) or value == -100
-    return False
+    return isinstance(value, numbers.Real) and bool(value != value)
+
+
+def is_missing(value: Any) -> bool:
+    """True for what says "no label": an empty cell, or -100."""
+    value = as_scalar(value)
+    return is_null(value) or (isinstance(value, numbers.Real) and bool(value == -100))
+
+
+def as_scalar(value: Any) -> Any:
+    """The Python value of a scalar of numpy or torch, which formatted data sets hold; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def check_labels(name: str, labels: list[Any]) -> list[str]:
@@ -201,23 +217,36 @@ def label_id(name: str, labels: list[str], value: Any) -> int:
     missing cells store integers as floats. If the names are themselves numbers ("1" to "5" stars), a number
     is a name, not an id.
     """
+    value = as_scalar(value)
     shown = f"{', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}"
     if isinstance(value, str):
         if value in labels:
             return labels.index(value)
         raise ValueError(f"task {name!r}: label {value!r} is not one of: {shown}")
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value).is_integer():
-        index = int(value)
-        if any(label.lstrip("-").isdigit() for label in labels):
-            if str(index) in labels:
-                return labels.index(str(index))
-        elif 0 <= index < len(labels):
-            return index
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        names = _numbers_in(tuple(labels))
+        ids = names or range(len(labels))
+        if value in ids:
+            return names[value] if names else int(value)
+        also = "" if names else f" (or an id from 0 to {len(labels) - 1})"
         raise ValueError(
-            f"task {name!r}: label {index} is not one of: {shown} (or an id from 0 to {len(labels) - 1}); a missing "
-            "label is None, NaN or -100"
+            f"task {name!r}: label {value} is not one of: {shown}{also}; a missing label is None, NaN or -100"
         )
     raise ValueError(
         f"task {name!r}: a label must be a name or an id (None if it is missing), but is {value!r} of type "
         f"{type(value).__name__}"
     )
+
+
+@functools.cache
+def _numbers_in(labels: tuple[str, ...]) -> dict[float, int]:
+    """The ids of the label names that are themselves numbers."""
+    ids: dict[float, int] = {}
+    for i, label in enumerate(labels):
+        try:
+            number = float(label)
+        except ValueError:
+            continue
+        if math.isfinite(number):
+            ids.setdefault(number, i)
+    return ids

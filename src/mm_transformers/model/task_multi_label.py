@@ -1,5 +1,6 @@
 """Any number of labels for the whole row."""
 
+import numbers
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
@@ -32,8 +33,9 @@ class MultiLabel(Task):
     def __post_init__(self):
         super().__post_init__()
         self.labels = check_labels(self.name, self.labels)
-        if not 0 < self.threshold < 1:
+        if not isinstance(self.threshold, numbers.Real) or not 0 < self.threshold < 1:
             raise ValueError(f"Task {self.name!r}: threshold must lie between 0 and 1, but is {self.threshold!r}.")
+        self.threshold = float(self.threshold)
 
     def build_head(self, config, hidden_size: int) -> nn.Module:
         return PooledHead(hidden_size, len(self.labels), config.classifier_dropout)
@@ -48,7 +50,13 @@ class MultiLabel(Task):
                 f"task {self.name!r}: expected a list of labels ([] if none holds, None if it is not known), but got "
                 f"{value!r} of type {type(value).__name__}"
             )
-        return [label_id(self.name, self.labels, item) for item in value]
+        ids = [label_id(self.name, self.labels, item) for item in value]
+        if len(set(ids)) < len(ids) and not any(isinstance(item, str) for item in value):
+            raise ValueError(
+                f"task {self.name!r}: expected a list of the labels that hold, not a 0 or 1 for each label, but got "
+                f"{value!r}, which has an id twice"
+            )
+        return ids
 
     def collate_labels(self, values: list[Any], word_index: Optional[torch.Tensor] = None) -> torch.Tensor:
         labels = torch.zeros(len(values), len(self.labels))

@@ -1,6 +1,5 @@
 """A number for the whole row."""
 
-import math
 import numbers
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
@@ -8,7 +7,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .task_base import PooledHead, Task, is_missing, register_task
+from .task_base import PooledHead, Task, as_scalar, is_missing, register_task
 
 
 @register_task
@@ -30,10 +29,12 @@ class Regression(Task):
     def encode_label(self, value: Any, text: str) -> Optional[float]:
         if is_missing(value):
             return None
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        value = as_scalar(value)
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number or abs(value) > torch.finfo(torch.float32).max:
             raise ValueError(
-                f"task {self.name!r}: expected a finite number (None if it is missing), but got {value!r} of type "
-                f"{type(value).__name__}"
+                f"task {self.name!r}: expected a finite number (of float32; None if it is missing), but got {value!r} "
+                f"of type {type(value).__name__}"
             )
         return float(value)
 

@@ -61,10 +61,12 @@ class MMTrainer(Trainer):
             )
         args.remove_unused_columns = False
         args.accelerator_config.dispatch_batches = False
-        config = model.config if model is not None else None
+        config: Any = model.config if model is not None else None
         if data_collator is None:
             if processing_class is None or config is None:
-                raise ValueError("MMTrainer needs a model and its processor: MMTrainer(model, args, processing_class=processor, ...).")
+                raise ValueError(
+                    "MMTrainer needs a model and its processor: MMTrainer(model, args, processing_class=processor)."
+                )
             data_collator = MMDataCollator(processing_class, config)
         if compute_metrics is None and config is not None:
             compute_metrics = MultiTaskMetrics(config, processing_class)

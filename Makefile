@@ -1,0 +1,64 @@
+# Everything needs only make and Python 3.10 or newer: the first target that you ask for installs what is missing.
+#   make demo                  make test                  make test PYTHON=python3.12 PYTEST_ARGS="-k metrics"
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+FLOOR := .venv-floor
+
+# The tests use tiny models and nothing from the network; more threads than workers only get into each other's way.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-floor coverage lint format clean
+
+help: ## Show the targets.
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | while IFS='|' read -r target text; do printf '%-18s %s\n' "$$target" "$$text"; done
+
+demo: $(VENV)/.installed ## Train and evaluate a small model on the data set that comes with the package.
+	$(VENV)/bin/mm-transformers demo
+
+test: $(VENV)/.installed ## Run the tests, without the slow ones.
+	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed ## Run the slow tests.
+	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-floor: $(FLOOR)/.installed ## Run the tests with the oldest transformers that is supported.
+	$(TEST_ENV) $(FLOOR)/bin/python $(PYTEST) $(PYTEST_ARGS)
+
+coverage: $(VENV)/.installed ## Run the tests and show which lines they leave out.
+	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) --cov $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed ## Check style and types.
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed ## Format the code and repair what ruff can repair.
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## Remove the virtual environments and all that was built or cached.
+	rm -rf $(VENV) $(FLOOR) build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name '*.egg-info' -prune -exec rm -rf {} +
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# $(1): virtual environment, $(2): constraints, $(3): extra
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name one with: make PYTHON=python3.12")'
+	@echo "Installing into $(1). This takes minutes on a slow connection: torch is large."
+	$(PYTHON) -m venv $(1)
+	$(2)
+	$(1)/bin/python -m pip install --quiet --upgrade --constraint $(1)/constraints.txt pip
+	$(1)/bin/python -m pip install --quiet --constraint $(1)/constraints.txt --editable '.[$(3)]'
+	@touch $@
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install,$(VENV),cp constraints.txt $(VENV)/constraints.txt,dev)
+
+$(FLOOR)/.installed: pyproject.toml constraints.txt constraints-floor.txt
+	$(call install,$(FLOOR),awk -F== 'NR == FNR { floor[$$1]; print; next } !($$1 in floor)' constraints-floor.txt constraints.txt > $(FLOOR)/constraints.txt,test)

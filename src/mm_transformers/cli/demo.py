@@ -1,0 +1,180 @@
+"""`mm-transformers demo`: does the picture help? Trained, measured, saved, reloaded and drawn."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from transformers.utils import logging
+
+from ..data.embedded import TASK_LABELS, best_possible_accuracy, load_demo_dataset
+from ..training.trainer import MMTrainer
+from .demo_model import make_config, make_processor, train
+from .demo_picture import draw_results
+
+
+MODELS = {"fused": "both parts", "text only": "the text", "image only": "the picture"}
+NUM_CARDS = 6
+
+
+def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[str, dict[str, float]]:
+    """
+    Trains a fused model, one of text alone and one of pictures alone, with equal care; prints their test accuracy
+    beside what is possible from one part alone; saves the fused model and checks that it answers alike in a fresh
+    process; draws `demo.png`.
+
+    Returns:
+        Task -> column of the table -> test accuracy.
+
+    Raises:
+        ValueError: if the fusion kind is unknown.
+        RuntimeError: if the saved model answers differently.
+    """
+    start, console = time.perf_counter(), Console()
+    logging.set_verbosity_error()
+    make_config(100, fusion_type, with_images=True)  # a wrong fusion kind is told at once
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with console.status("Drawing pictures and writing messages ..."):
+        data = load_demo_dataset(seed=seed)
+    processor = make_processor(data["train"]["text"])
+    console.print(f"{len(data['train']):,} messages with pictures to learn from; example: {data['train'][0]['text']!r}")
+
+    trainers: dict[str, MMTrainer] = {}
+    for name, seen in MODELS.items():
+        console.print(f"[bold]{name}[/bold]: {steps} steps on {seen}")
+        config = make_config(len(processor.tokenizer), fusion_type, with_images=name != "text only")
+        trainers[name] = train(
+            name, _only(name, data), processor, config, steps, seed, output_dir / "training", console
+        )
+    test = data["test"]
+    accuracy = {name: _accuracy(trainer, _only(name, data)["test"]) for name, trainer in trainers.items()}
+    shuffled = _accuracy(trainers["fused"], _shuffle_pictures(test, seed))
+    possible = best_possible_accuracy()
+    results = {
+        task: {
+            **{name: accuracy[name][task] for name in MODELS},
+            "shuffled pictures": shuffled[task],
+            "majority": _majority(data, task),
+            "best from text": possible[task]["text"],
+            "best from image": possible[task]["image"],
+        }
+        for task in TASK_LABELS
+    }
+    console.print(_table(results, len(test)))
+
+    model_dir = output_dir / "model"
+    trainers["fused"].save_model(str(model_dir))
+    difference = _check_in_fresh_process(trainers["fused"], processor, test.select(range(32)), output_dir)
+    console.print(
+        f"Saved to {model_dir}; a fresh process gives the same answers (largest difference {difference:.0e})."
+    )
+    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    histories = {name: trainer.state.log_history for name, trainer in trainers.items()}
+    cards = _cards(trainers["fused"], processor, test, seed)
+    draw_results(output_dir / "demo.png", results, histories, cards)
+    console.print(f"Drawn: {output_dir / 'demo.png'}. All in {time.perf_counter() - start:.0f} s.")
+    return results
+
+
+def _only(name: str, data: DatasetDict) -> DatasetDict:
+    """The data as one of the models sees it."""
+    if name == "text only":
+        return data.remove_columns("image")
+    if name == "image only":
+        return DatasetDict({
+            split: rows.remove_columns("text").add_column("text", [""] * len(rows)) for split, rows in data.items()
+        })  # fmt: skip
+    return data
+
+
+def _accuracy(trainer: MMTrainer, rows: Dataset) -> dict[str, float]:
+    metrics = trainer.evaluate(rows)
+    return {task: metrics[f"eval_{task}_accuracy"] for task in TASK_LABELS}
+
+
+def _shuffle_pictures(rows: Dataset, seed: int) -> Dataset:
+    """Every message with the picture of another row."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    donor = np.empty_like(order)
+    donor[order] = np.roll(order, 1)  # one long cycle: no row keeps its own
+    pictures = rows.select_columns("image").select(donor)
+    return rows.remove_columns("image").add_column(
+        "image", pictures.data.column("image"), feature=rows.features["image"]
+    )
+
+
+def _majority(data: DatasetDict, task: str) -> float:
+    """Test accuracy of always giving the most frequent label of the training split."""
+    labels = list(data["train"][task])
+    most_frequent = max(sorted(set(labels)), key=labels.count)
+    return float(np.mean([label == most_frequent for label in data["test"][task]]))
+
+
+def _table(results: dict[str, dict[str, float]], num_rows: int) -> Table:
+    columns = next(iter(results.values()))
+    table = Table(title=f"Accuracy on {num_rows} test rows, with wordings and drawings never seen in training (%)")
+    table.add_column("task", style="bold")
+    for column in columns:
+        style = "bold green" if column == "fused" else "dim" if column.startswith(("majority", "best")) else ""
+        table.add_column(column, justify="right", style=style)
+    for task, row in results.items():
+        table.add_row(task, *(f"{100 * value:.1f}" for value in row.values()))
+    return table
+
+
+def _check_in_fresh_process(trainer: MMTrainer, processor, rows: Dataset, output_dir: Path) -> float:
+    """The largest difference between the logits here and those of the saved model in a process of its own."""
+    folder = output_dir / "examples"
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for i, row in enumerate(rows):
+        row["image"].save(folder / f"{i}.png")
+        lines.append(json.dumps({**{k: v for k, v in row.items() if k != "image"}, "image": f"{i}.png"}))
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    answers = output_dir / "examples" / "logits.safetensors"
+    command = [
+        sys.executable,
+        "-m",
+        "mm_transformers.cli.reload",
+        str(output_dir / "model"),
+        str(folder / "rows.jsonl"),
+        str(answers),
+    ]
+    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"The saved model could not be loaded in a fresh process:\n{done.stderr}")
+    inputs = processor(text=list(rows["text"]), images=list(rows["image"]))
+    expected, actual = _logits(trainer, inputs), load_file(answers)
+    difference = max((actual[task] - expected[task]).abs().max().item() for task in TASK_LABELS)
+    if difference > 1e-4 or any((actual[t].argmax(-1) != expected[t].argmax(-1)).any() for t in TASK_LABELS):
+        raise RuntimeError(f"The saved model answers differently in a fresh process (by up to {difference}).")
+    return difference
+
+
+def _logits(trainer: MMTrainer, inputs) -> dict[str, torch.Tensor]:
+    model = trainer.model.eval()
+    with torch.no_grad():
+        return {name: v.cpu() for name, v in model(**inputs.to(model.device)).logits.items()}
+
+
+def _cards(trainer: MMTrainer, processor, rows: Dataset, seed: int) -> list[dict]:
+    """Some test rows with what the model answers."""
+    chosen = rows.select(np.random.default_rng(seed).choice(len(rows), NUM_CARDS, replace=False))
+    logits = _logits(trainer, processor(text=list(chosen["text"]), images=list(chosen["image"])))
+    answers = {task: [TASK_LABELS[task][i] for i in logits[task].argmax(-1)] for task in TASK_LABELS}
+    return [
+        {
+            "text": row["text"],
+            "image": row["image"],
+            "answers": {task: (answers[task][i], row[task]) for task in TASK_LABELS},
+        }
+        for i, row in enumerate(chosen)
+    ]

@@ -1,0 +1,43 @@
+"""Training progress as a bar, in place of a line per log."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+
+class RichProgressCallback(TrainerCallback):
+    """One bar per training, with the loss of the last log behind it."""
+
+    def __init__(self, description: str, console: Console):
+        self.progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=console,
+        )
+        self.bar = self.progress.add_task(description, total=None, loss="")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.progress.update(self.bar, total=state.max_steps)
+        self.progress.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress.update(self.bar, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        losses = [f"{name} {value:.3f}" for name, value in (logs or {}).items() if name in ("loss", "eval_loss")]
+        if losses:
+            self.progress.update(self.bar, loss=", ".join(losses))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.progress.stop()
+
+
+def use_rich_progress(trainer: Trainer, description: str, console: Console) -> None:
+    """Puts the bar in the place of whatever the Trainer would print."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(RichProgressCallback(description, console))
