@@ -14,10 +14,9 @@ from .model.fusion import Fusion, Stream, register_fusion
 from .model.modeling_mm_transformer import (
     MMTransformerForMultiTask,
     MMTransformerModel,
-    MMTransformerModelOutput,
-    MMTransformerOutput,
     MMTransformerPreTrainedModel,
 )
+from .model.modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from .model.processing_mm_transformer import MMTransformerProcessor
 from .model.tasks import Classification, MultiLabel, Regression, Task, TokenClassification, register_task
 

@@ -1,68 +1,20 @@
 """The fused model: encoders, fusion, task layers."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple, torch_compilable_check
+from transformers.utils import can_return_tuple, torch_compilable_check
 
 from .configuration_mm_transformer import MMTransformerConfig
 from .encoders import as_tokens, build_encoder, encoder_width, load_encoder
 from .fusion import Stream, fusion_class
 from .fusion_layers import Gate, StreamProjection, masked_mean
+from .modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from .regularization import regularization_loss
-
-
-@dataclass
-class MMTransformerModelOutput(ModelOutput):
-    """
-    Output of [`MMTransformerModel`].
-
-    Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(batch, text_len, text hidden size)`):
-            The text tokens, fused with what the row has beside text.
-        pooler_output (`torch.FloatTensor` of shape `(batch, text hidden size)`):
-            Mean of `last_hidden_state` over the tokens that are not padding.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*, when `output_hidden_states=True`):
-            Text tokens before and after each fusion layer, `(batch, text_len, fusion_hidden_size)`.
-        attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
-            Self-attention of each fusion layer, in the fusion kinds that have it.
-        cross_attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
-            Attention of text tokens to image tokens in each fusion layer, `(batch, heads, text_len, max_images *
-            tokens per image)`; 0 in rows without an image. Needs `attn_implementation="eager"`.
-    """
-
-    last_hidden_state: Optional[torch.Tensor] = None
-    pooler_output: Optional[torch.Tensor] = None
-    hidden_states: Optional[tuple[torch.Tensor, ...]] = None
-    attentions: Optional[tuple[torch.Tensor, ...]] = None
-    cross_attentions: Optional[tuple[torch.Tensor, ...]] = None
-
-
-@dataclass
-class MMTransformerOutput(ModelOutput):
-    """
-    Output of [`MMTransformerForMultiTask`].
-
-    Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*, when `labels` is given):
-            Sum of `loss_weight * losses[task]` over the tasks, plus `losses["regularization"]`.
-        losses (`dict[str, torch.Tensor]`, *optional*, when `labels` is given):
-            For each task the mean loss of what is labelled, 0 if nothing is; and `"regularization"`, if there is one.
-        logits (`dict[str, torch.Tensor]`): For each task what its head says; the task's class gives the shape.
-        hidden_states, attentions, cross_attentions: see [`MMTransformerModelOutput`].
-    """
-
-    loss: Optional[torch.Tensor] = None
-    losses: Optional[dict[str, torch.Tensor]] = None
-    logits: Optional[dict[str, torch.Tensor]] = None
-    hidden_states: Optional[tuple[torch.Tensor, ...]] = None
-    attentions: Optional[tuple[torch.Tensor, ...]] = None
-    cross_attentions: Optional[tuple[torch.Tensor, ...]] = None
 
 
 class MMTransformerPreTrainedModel(PreTrainedModel):
@@ -450,7 +402,5 @@ def _frozen_batch_norm(model: nn.Module):
 __all__ = [
     "MMTransformerForMultiTask",
     "MMTransformerModel",
-    "MMTransformerModelOutput",
-    "MMTransformerOutput",
     "MMTransformerPreTrainedModel",
 ]

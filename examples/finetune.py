@@ -1,0 +1,350 @@
+"""
+Fine-tunes a text encoder and a vision encoder, fused, on several tasks of a data set of your own.
+
+    python finetune.py --train_file train.csv --validation_file validation.csv \
+        --tasks "sentiment:classification,score:regression,tags:multi_label" \
+        --text distilbert/distilbert-base-uncased --vision google/vit-base-patch16-224-in21k \
+        --output_dir out --do_train --do_eval
+
+For several GPUs, put `accelerate launch` in place of `python`. All options of `transformers.TrainingArguments` can be
+given; `python finetune.py --help` lists them, and `python finetune.py options.json` reads them from a file.
+
+Data are CSV, JSON lines or Parquet files, or whatever `datasets.load_dataset` takes by name: a data set of the Hub, or a
+folder, also of images with a `metadata.csv`. Each row has a text, an image (or several, or none) and one column per task;
+an empty cell is a missing label.
+"""
+
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from mm_transformers import MMDataCollator, MMTrainer, MMTransformerForMultiTask, MMTransformerProcessor
+from mm_transformers.model.tasks import Task, task_from_dict
+
+
+logger = logging.getLogger("finetune")
+
+LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class ModelArguments:
+    text: str = field(metadata={"help": "Hub id or folder of the text encoder."})
+    vision: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the vision encoder; without it, images are not read."}
+    )
+    fusion_type: str = field(
+        default="cross_attention",
+        metadata={"help": "How text meets image: cross_attention, co_attention, bottleneck, merged or late."},
+    )
+    num_fusion_layers: int = field(default=3, metadata={"help": "Number of fusion layers."})
+    modality_dropout: float = field(
+        default=0.0, metadata={"help": "Probability with which a row loses its images in training."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what comes from the Hub."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether to run code that a model repository of the Hub brings along."}
+    )
+
+
+@dataclass
+class DataArguments:
+    tasks: str = field(
+        metadata={
+            "help": "'name:kind,name:kind,...', where a name is a column and a kind is classification, multi_label, "
+            "regression or token_classification; or a JSON file with a list of tasks as config.json stores them, "
+            'such as {"kind": "classification", "name": "sentiment", "loss_weight": 0.5}. Labels that are not given '
+            "are those of the training rows."
+        }
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A data set of the Hub or a folder, as datasets.load_dataset takes it."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
+    train_file: str | None = field(default=None, metadata={"help": "CSV, JSON lines or Parquet file to train on."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    test_file: str | None = field(default=None, metadata={"help": "The same, to predict."})
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the training rows to evaluate on, if there is no validation split."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of texts."})
+    image_column: str = field(default="image", metadata={"help": "Column of images, or of their paths."})
+    image_root: str | None = field(
+        default=None, metadata={"help": "Where relative image paths start; defaults to the folder of each file."}
+    )
+    label_separator: str = field(
+        default="|", metadata={"help": "What separates the labels of a multi_label cell in a CSV file."}
+    )
+    on_bad_image: str = field(
+        default="raise", metadata={"help": "raise: stop at an image that cannot be read; drop: treat it as absent."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest text in tokens; defaults to what the text encoder takes."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many rows at most."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict this many rows at most."})
+
+    def __post_init__(self):
+        if (self.dataset_name is None) == (self.train_file is None):
+            raise ValueError("Say what to train on, by either --train_file or --dataset_name.")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"--validation_fraction must lie between 0 and 1, but is {self.validation_fraction}.")
+
+    @property
+    def files(self) -> dict[str, str]:
+        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        return {split: path for split, path in files.items() if path is not None}
+
+
+def parse_tasks(text: str) -> list[dict[str, Any]]:
+    """
+    The tasks of `--tasks`, as dicts; labels may still be missing.
+
+    Raises:
+        ValueError: if it is neither a list of 'name:kind' nor a JSON file with a list of objects.
+    """
+    if text.endswith(".json"):
+        tasks = json.loads(Path(text).read_text(encoding="utf-8"))
+        if not isinstance(tasks, list) or not all(isinstance(task, dict) and "name" in task for task in tasks):
+            raise ValueError(f"{text} must hold a list of tasks, each an object with a 'kind' and a 'name'.")
+        return tasks
+    tasks = []
+    for part in text.split(","):
+        name, colon, kind = (piece.strip() for piece in part.partition(":"))
+        if not (name and colon and kind):
+            raise ValueError(f"--tasks must read 'name:kind,name:kind,...' or name a .json file, but has {part!r}.")
+        tasks.append({"kind": kind, "name": name})
+    return tasks
+
+
+def load_data(args: DataArguments, cache_dir: str | None) -> datasets.DatasetDict:
+    """The splits that there are, image paths made absolute, and a validation split in any case."""
+    if args.dataset_name is not None:
+        data = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=cache_dir)
+        if "train" not in data:
+            raise ValueError(f"{args.dataset_name} has no split 'train'; its splits are {', '.join(data)}.")
+    else:
+        data = datasets.DatasetDict()
+        for split, path in args.files.items():
+            loader = LOADERS.get(Path(path).suffix)
+            if loader is None:
+                raise ValueError(f"--{split}_file {path} must end in one of {', '.join(LOADERS)}.")
+            if not Path(path).is_file():
+                raise ValueError(f"--{split}_file {path} does not exist.")
+            rows = datasets.load_dataset(loader, data_files={split: path}, split=split, cache_dir=cache_dir)
+            data[split] = with_image_root(rows, args.image_column, args.image_root or str(Path(path).parent))
+    if "validation" not in data:
+        parts = data["train"].train_test_split(args.validation_fraction, seed=0)
+        logger.info(f"No validation split: {len(parts['test']):,} of {len(data['train']):,} training rows are held out.")
+        data["train"], data["validation"] = parts["train"], parts["test"]
+    return datasets.DatasetDict({split: data[split] for split in SPLITS if split in data})
+
+
+def with_image_root(rows: datasets.Dataset, column: str, root: str) -> datasets.Dataset:
+    """Relative paths in a column of paths, or of lists of paths, start at `root`."""
+
+    def absolute(cell):
+        if isinstance(cell, list):
+            return [absolute(item) for item in cell]
+        is_path = isinstance(cell, str) and not cell.startswith(("http://", "https://"))
+        return os.path.abspath(os.path.join(root, cell)) if is_path else cell
+
+    if column not in rows.column_names:
+        return rows
+    kind = rows.features[column]
+    if getattr(kind, "feature", kind) != datasets.Value("string"):
+        return rows
+    return rows.map(lambda cell: {column: absolute(cell)}, input_columns=column, desc="Finding images")
+
+
+def prepare_labels(data: datasets.DatasetDict, tasks: list[dict[str, Any]], separator: str) -> datasets.DatasetDict:
+    """Brings labels as files store them into the form that tasks take: truth values as names, texts as lists."""
+    for task in tasks:
+        column, kind = task.get("column") or task["name"], task.get("kind")
+        for split, rows in data.items():
+            if column not in rows.column_names:
+                if split == "train":
+                    raise ValueError(
+                        f"The training rows have no column {column!r} for task {task['name']!r}; their columns are "
+                        f"{', '.join(map(repr, rows.column_names))}."
+                    )
+                continue
+            feature = rows.features[column]
+            is_text = feature in (datasets.Value("string"), datasets.Value("large_string"))
+            if kind == "classification" and feature == datasets.Value("bool"):
+                data[split] = rows.cast_column(column, datasets.Value("string"))
+            elif kind in ("multi_label", "token_classification") and is_text:
+                # Words are what white space separates, so their labels are too.
+                between = separator if kind == "multi_label" else None
+                data[split] = rows.map(
+                    lambda cell, column=column, between=between: {column: split_cell(cell, between)},
+                    input_columns=column,
+                    features=datasets.Features(
+                        {**rows.features, column: datasets.List(datasets.Value("string"))}
+                    ),
+                    desc=f"Splitting {column}",
+                )  # fmt: skip
+    return data
+
+
+def split_cell(cell: str | None, separator: str | None) -> list[str] | None:
+    return None if cell is None else [label.strip() for label in cell.split(separator) if label.strip()]
+
+
+def complete_task(task: dict[str, Any], rows: datasets.Dataset) -> Task:
+    """
+    The task that a dict describes; labels that it does not give are those of the training rows.
+
+    Raises:
+        ValueError: if the column holds no label, or what cannot be a label.
+    """
+    column = task.get("column") or task["name"]
+    if "labels" in task or task.get("kind") not in ("classification", "multi_label", "token_classification"):
+        return task_from_dict(task)
+    feature = rows.features[column]
+    feature = getattr(feature, "feature", feature)
+    if isinstance(feature, datasets.ClassLabel):
+        labels = feature.names
+    else:
+        labels = infer_labels(rows[column], column)
+    logger.info(f"Task {task['name']!r}: {len(labels)} labels inferred from the training rows: {', '.join(labels)}.")
+    return task_from_dict({**task, "labels": labels})
+
+
+def infer_labels(cells, column: str) -> list[str]:
+    """The sorted distinct labels of a column; whole numbers are sorted as numbers."""
+    values = set()
+    for cell in cells:
+        values.update(cell if isinstance(cell, list) else [cell])
+    values = {value for value in values if value is not None and value == value}
+    if not values:
+        raise ValueError(f"Column {column!r} has no label in the training rows, so there is nothing to learn from.")
+    if all(isinstance(value, str) for value in values):
+        return sorted(values)
+    numbers = {float(value) for value in values}
+    if not all(number.is_integer() for number in numbers):
+        raise ValueError(f"Column {column!r} holds numbers that are not whole: is its task a regression?")
+    return [str(int(number)) for number in sorted(numbers)]
+
+
+def first_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
+    return rows if count is None else rows.select(range(min(count, len(rows))))
+
+
+def check_columns(data: datasets.DatasetDict, args: DataArguments, takes_images: bool) -> None:
+    wanted = {"--text_column": args.text_column, **({"--image_column": args.image_column} if takes_images else {})}
+    for split, rows in data.items():
+        for option, column in wanted.items():
+            if column not in rows.column_names:
+                columns = ", ".join(map(repr, rows.column_names))
+                raise ValueError(f"The {split} rows have no column {column!r}; set {option} to one of {columns}.")
+
+
+def write_answers(path: Path, tasks: dict[str, Task], logits: dict[str, Any]) -> None:
+    """One JSON object per row, with the answer to each task that is about the whole row."""
+    answers = {
+        name: task.decode(transformers.utils.generic.torch.from_numpy(logits[name]))
+        for name, task in tasks.items()
+        if not task.is_token_level
+    }
+    with path.open("w", encoding="utf-8") as file:
+        for values in zip(*answers.values(), strict=True):
+            file.write(json.dumps(dict(zip(answers, values, strict=True)), ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        model_args, data_args, training_args = parser.parse_json_file(sys.argv[1])
+    else:
+        model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
+    set_seed(training_args.seed)
+
+    # One process prepares the files in the cache, the others read them there.
+    with training_args.main_process_first(desc="reading the data"):
+        data = load_data(data_args, model_args.cache_dir)
+        check_columns(data, data_args, takes_images=model_args.vision is not None)
+        task_dicts = parse_tasks(data_args.tasks)
+        data = prepare_labels(data, task_dicts, data_args.label_separator)
+    data["train"] = first_rows(data["train"], data_args.max_train_samples)
+    data["validation"] = first_rows(data["validation"], data_args.max_eval_samples)
+    tasks = [complete_task(task, data["train"]) for task in task_dicts]
+
+    hub = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    processor = MMTransformerProcessor.from_encoders(text=model_args.text, vision=model_args.vision, **hub)
+    model = MMTransformerForMultiTask.from_encoders(
+        text=model_args.text,
+        vision=model_args.vision,
+        tasks=tasks,
+        fusion_type=model_args.fusion_type,
+        num_fusion_layers=model_args.num_fusion_layers,
+        modality_dropout=model_args.modality_dropout,
+        **hub,
+    )
+    collator = MMDataCollator(
+        processor,
+        model.config,
+        text_column=data_args.text_column,
+        image_column=data_args.image_column,
+        on_bad_image=data_args.on_bad_image,
+        max_length=data_args.max_length,
+    )
+    trainer = MMTrainer(
+        model,
+        training_args,
+        data_collator=collator,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        processing_class=processor,
+    )
+
+    # Training comes first: a Trainer that has evaluated before no longer trains on several processes.
+    if training_args.do_train:
+        checkpoint = training_args.resume_from_checkpoint
+        if checkpoint is None and os.path.isdir(training_args.output_dir):
+            checkpoint = get_last_checkpoint(training_args.output_dir)
+            if checkpoint is not None:
+                logger.info(f"Going on from {checkpoint}; to start anew, choose another --output_dir.")
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        metrics["train_samples"] = len(data["train"])
+        trainer.save_model()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        metrics["eval_samples"] = len(data["validation"])
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+    if training_args.do_predict:
+        if "test" not in data:
+            raise ValueError("--do_predict needs a test split; name its file by --test_file.")
+        rows = first_rows(data["test"], data_args.max_predict_samples)
+        output = trainer.predict(rows, metric_key_prefix="predict")
+        output.metrics["predict_samples"] = len(rows)
+        trainer.log_metrics("predict", output.metrics)
+        trainer.save_metrics("predict", output.metrics)
+        if trainer.is_world_process_zero():
+            path = Path(training_args.output_dir) / "predictions.jsonl"
+            write_answers(path, model.config.get_tasks(), output.predictions)
+            logger.info(f"Wrote {path}.")
+
+
+if __name__ == "__main__":
+    main()
