@@ -9,9 +9,9 @@ Fine-tunes a text encoder and a vision encoder, fused, on several tasks of a dat
 For several GPUs, put `accelerate launch` in place of `python`. All options of `transformers.TrainingArguments` can be
 given; `python finetune.py --help` lists them, and `python finetune.py options.json` reads them from a file.
 
-Data are CSV, JSON lines or Parquet files, or whatever `datasets.load_dataset` takes by name: a data set of the Hub, or a
-folder, also of images with a `metadata.csv`. Each row has a text, an image (or several, or none) and one column per task;
-an empty cell is a missing label.
+Data are CSV, JSON lines or Parquet files, or whatever `datasets.load_dataset` takes by name: a data set of the Hub, or
+a folder, also of images with a `metadata.csv`. Each row has a text, an image (or several, or none) and one column per
+task; an empty cell is a missing label.
 """
 
 import json
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import transformers
+import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -35,6 +35,7 @@ logger = logging.getLogger("finetune")
 
 LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLITS = ("train", "validation", "test")
+TEXT_TYPES = (datasets.Value("string"), datasets.Value("large_string"))
 
 
 @dataclass
@@ -146,7 +147,9 @@ def load_data(args: DataArguments, cache_dir: str | None) -> datasets.DatasetDic
             data[split] = with_image_root(rows, args.image_column, args.image_root or str(Path(path).parent))
     if "validation" not in data:
         parts = data["train"].train_test_split(args.validation_fraction, seed=0)
-        logger.info(f"No validation split: {len(parts['test']):,} of {len(data['train']):,} training rows are held out.")
+        logger.info(
+            f"No validation split: {len(parts['test']):,} of {len(data['train']):,} training rows are held out."
+        )
         data["train"], data["validation"] = parts["train"], parts["test"]
     return datasets.DatasetDict({split: data[split] for split in SPLITS if split in data})
 
@@ -163,7 +166,7 @@ def with_image_root(rows: datasets.Dataset, column: str, root: str) -> datasets.
     if column not in rows.column_names:
         return rows
     kind = rows.features[column]
-    if getattr(kind, "feature", kind) != datasets.Value("string"):
+    if getattr(kind, "feature", kind) not in TEXT_TYPES:
         return rows
     return rows.map(lambda cell: {column: absolute(cell)}, input_columns=column, desc="Finding images")
 
@@ -181,7 +184,7 @@ def prepare_labels(data: datasets.DatasetDict, tasks: list[dict[str, Any]], sepa
                     )
                 continue
             feature = rows.features[column]
-            is_text = feature in (datasets.Value("string"), datasets.Value("large_string"))
+            is_text = feature in TEXT_TYPES
             if kind == "classification" and feature == datasets.Value("bool"):
                 data[split] = rows.cast_column(column, datasets.Value("string"))
             elif kind in ("multi_label", "token_classification") and is_text:
@@ -254,9 +257,7 @@ def check_columns(data: datasets.DatasetDict, args: DataArguments, takes_images:
 def write_answers(path: Path, tasks: dict[str, Task], logits: dict[str, Any]) -> None:
     """One JSON object per row, with the answer to each task that is about the whole row."""
     answers = {
-        name: task.decode(transformers.utils.generic.torch.from_numpy(logits[name]))
-        for name, task in tasks.items()
-        if not task.is_token_level
+        name: task.decode(torch.from_numpy(logits[name])) for name, task in tasks.items() if not task.is_token_level
     }
     with path.open("w", encoding="utf-8") as file:
         for values in zip(*answers.values(), strict=True):

@@ -27,7 +27,7 @@ def test_every_block_has_a_language_that_is_run():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Data and encoders as a reader of the README would have them; the encoders are tiny, so that nothing is fetched."""
+    """Data and encoders as a reader of the README would have them; the encoders are tiny, nothing is fetched."""
     torch.manual_seed(0)
     text = tmp_path / "distilbert" / "distilbert-base-uncased"
     AutoModel.from_config(TEXT_ENCODERS["distilbert"]()).save_pretrained(text)
@@ -61,7 +61,7 @@ def test_python_blocks_run_one_after_the_other(folder, capsys):
 
 @pytest.mark.parametrize("line", SHELL_LINES)
 def test_shell_lines_can_be_run(line):
-    """What they call exists: targets of make, extras of the package, commands and options, scripts and their options."""
+    """What they call exists: targets of make, extras of the package, commands, scripts and their options."""
     words = line.split("#")[0].split()
     if words[0] == "make":
         subprocess.run([*words, "-n"], cwd=ROOT, check=True, capture_output=True)

@@ -2,8 +2,8 @@
 Builds a data set of keywords and pictures of emoji from ordinary packages; nothing is downloaded here.
 
 A row is a keyword and an emoji that carries it, drawn with Noto Color Emoji. Many keywords belong to emoji of several
-groups ("bank" to a building and to banknotes, "fan" to a folding fan and to a cheering person), so that only the picture
-tells which is meant. See README.md next to this file for the sources and their licences.
+X5
+X6
 
     apt install fonts-noto-color-emoji
     npm install emojibase-data@17 emoji-emotion@3
@@ -183,7 +183,9 @@ def read_polarity(npm_dir: Path) -> dict[str, int]:
         entries = ast.literal_eval(re.sub(r"([{,]\s*)(\w+)\s*:", r"\1'\2':", match[1]))
         return {_bare(entry["emoji"]): int(entry["polarity"]) for entry in entries}
     except (KeyError, SyntaxError, TypeError, ValueError) as error:
-        raise InputError(f"{path} does not hold the list that emoji-emotion 3.0 has; install emoji-emotion@3.") from error
+        raise InputError(
+            f"{path} does not hold the list that emoji-emotion 3.0 has; install emoji-emotion@3."
+        ) from error
 
 
 def read_emoji(npm_dir: Path) -> list[Emoji]:
@@ -225,7 +227,9 @@ def load_font(path: str | None) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(str(found[0]), FONT_SIZE)
     except OSError as error:
-        raise InputError(f"{found[0]} cannot be used ({error}); get it by: apt install fonts-noto-color-emoji") from error
+        raise InputError(
+            f"{found[0]} cannot be used ({error}); get it by: apt install fonts-noto-color-emoji"
+        ) from error
 
 
 def draw(font: ImageFont.FreeTypeFont, character: str, size: int) -> bytes | None:
@@ -289,8 +293,8 @@ def describe(data: datasets.DatasetDict) -> str:
         emoji = set(zip(part["name"], part["family"], strict=True))
         lines.append(
             f"{split}: {len(part):,} rows ({sum(part['ambiguous']):,} ambiguous, "
-            f"{sum(value is not None for value in part['polarity']):,} with a polarity), {len(emoji):,} emoji; rows per "
-            f"group: {', '.join(f'{group} {count:,}' for group, count in Counter(part['group']).most_common())}"
+            f"{sum(value is not None for value in part['polarity']):,} with a polarity), {len(emoji):,} emoji; rows "
+            f"per group: {', '.join(f'{group} {count:,}' for group, count in Counter(part['group']).most_common())}"
         )
     return "\n".join(lines)
 

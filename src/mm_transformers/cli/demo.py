@@ -1,5 +1,6 @@
 """`mm-transformers demo`: does the picture help? Trained, measured, saved, reloaded and drawn."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from ..data.embedded import TASK_LABELS, best_possible_accuracy, load_demo_dataset
+from ..data.embedded import TASK_LABELS, best_possible_accuracy, draw_row_specs, load_demo_dataset, render_image
 from ..training.trainer import MMTrainer
 from .demo_model import make_config, make_processor, train
 from .demo_picture import draw_results
@@ -23,6 +25,9 @@ from .demo_picture import draw_results
 
 MODELS = {"fused": "both parts", "text only": "the text", "image only": "the picture"}
 NUM_CARDS = 6
+# The model saw 64 pixels; what is shown are the same drawings, in finer detail.
+CARD_SIZE = 256
+CHANGING = ("sentiment", "topic")
 
 
 def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[str, dict[str, float]]:
@@ -40,6 +45,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     """
     start, console = time.perf_counter(), Console()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     make_config(100, fusion_type, with_images=True)  # a wrong fusion kind is told at once
     output_dir.mkdir(parents=True, exist_ok=True)
     with console.status("Drawing pictures and writing messages ..."):
@@ -106,9 +112,7 @@ def _shuffle_pictures(rows: Dataset, seed: int) -> Dataset:
     donor = np.empty_like(order)
     donor[order] = np.roll(order, 1)  # one long cycle: no row keeps its own
     pictures = rows.select_columns("image").select(donor)
-    return rows.remove_columns("image").add_column(
-        "image", pictures.data.column("image"), feature=rows.features["image"]
-    )
+    return concatenate_datasets([rows.remove_columns("image"), pictures], axis=1)
 
 
 def _majority(data: DatasetDict, task: str) -> float:
@@ -166,14 +170,23 @@ def _logits(trainer: MMTrainer, inputs) -> dict[str, torch.Tensor]:
 
 
 def _cards(trainer: MMTrainer, processor, rows: Dataset, seed: int) -> list[dict]:
-    """Some test rows with what the model answers."""
-    chosen = rows.select(np.random.default_rng(seed).choice(len(rows), NUM_CARDS, replace=False))
+    """Some test rows with what the model answers, in pairs: the same message, another picture, another truth."""
+    texts, pairs = list(rows["text"]), []
+    for first in np.random.default_rng(seed).permutation(len(rows)):
+        others = [i for i, text in enumerate(texts) if text == texts[first]]
+        second = next((i for i in others if all(rows[i][t] != rows[int(first)][t] for t in CHANGING)), None)
+        if second is not None and texts[first] not in {texts[i] for i in pairs}:
+            pairs += [int(first), second]
+        if len(pairs) == NUM_CARDS:
+            break
+    chosen = rows.select(pairs)
     logits = _logits(trainer, processor(text=list(chosen["text"]), images=list(chosen["image"])))
     answers = {task: [TASK_LABELS[task][i] for i in logits[task].argmax(-1)] for task in TASK_LABELS}
+    specs = draw_row_specs("test", len(rows), seed)
     return [
         {
             "text": row["text"],
-            "image": row["image"],
+            "image": Image.open(io.BytesIO(render_image(specs[pairs[i]], CARD_SIZE))),
             "answers": {task: (answers[task][i], row[task]) for task in TASK_LABELS},
         }
         for i, row in enumerate(chosen)

@@ -1,9 +1,11 @@
 """The small model of the demo, and its training: encoders made from configs, with new weights."""
 
+import math
 from pathlib import Path
 from typing import Optional
 
 import datasets
+import torch
 from rich.console import Console
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -54,21 +56,24 @@ def make_processor(texts: list[str]) -> MMTransformerProcessor:
 
 
 def make_config(vocab_size: int, fusion_type: str, with_images: bool) -> MMTransformerConfig:
-    """A BERT of 2 layers and a ResNet of 3, each of width 96."""
+    """A BERT of 1 layer, a ResNet of 3 and 1 layer of fusion, each of width 64."""
+    # The usual 0.02 is made for widths of 768; in so narrow a layer the pictures would be whispered.
     text = BertConfig(
         vocab_size=vocab_size,
-        hidden_size=96,
-        num_hidden_layers=2,
+        hidden_size=64,
+        num_hidden_layers=1,
         num_attention_heads=4,
-        intermediate_size=192,
+        intermediate_size=128,
         max_position_embeddings=64,
+        initializer_range=0.1,
     )
-    vision = ResNetConfig(embedding_size=16, hidden_sizes=[32, 64, 96], depths=[1, 1, 1], layer_type="basic")
+    vision = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic")
     return MMTransformerConfig(
         text_config=text,
         vision_config=vision if with_images else None,
         fusion_type=fusion_type,
-        num_fusion_layers=2,
+        num_fusion_layers=1,
+        initializer_range=0.1,
         tasks=[Classification(name, labels=labels) for name, labels in TASK_LABELS.items()],
     )
 
@@ -95,11 +100,12 @@ def train(
         warmup_steps=min(20, steps // 2),
         weight_decay=0.01,
         eval_strategy="steps",
-        eval_steps=max(1, steps // 8),
+        eval_steps=math.ceil(steps / 8),
         logging_steps=max(1, steps // 40),
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
     trainer = MMTrainer(

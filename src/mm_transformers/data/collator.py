@@ -149,6 +149,12 @@ class MMDataCollator:
                 f"{name}, column {self.text_column!r}: expected a text (or a list of words), but got {text!r} of type "
                 f"{type(text).__name__}."
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # tokenizers would only say that it is no string
+            raise ValueError(
+                f"{name}, column {self.text_column!r}: the text is not valid Unicode ({error})."
+            ) from error
         if not text.strip() and not has_image:
             raise ValueError(f"{name} has neither text nor an image that can be read; remove it.")
         return text

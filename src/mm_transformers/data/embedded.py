@@ -2,11 +2,11 @@
 
 A row is drawn from five factors. The text shows `word`, `remark` and `intent`; the picture shows `setting` and `state`.
 
-- **topic** needs both parts: the message names an ambiguous word, the setting decides its sense (a *bat* is an animal in
-  the forest and sports gear on the playing field), and each setting goes with four words of different topics.
-- **sentiment** needs both parts: the picture turns the remark. A cheerful remark over a fine picture is positive, over a
-  ruined one it is sarcasm, hence negative. A gloomy remark over a ruined picture is negative; over a fine one it is mere
-  grumbling that the picture takes back, hence neutral. A factual remark is neutral, whatever the picture.
+- **topic** needs both parts: the message names an ambiguous word, the setting decides its sense (a *bat* is an animal
+  in the forest and sports gear on the playing field), and each setting goes with four words of different topics.
+- **sentiment** needs both parts: the picture turns the remark. A cheerful remark over a fine picture is positive, over
+  a ruined one it is sarcasm, hence negative. A gloomy remark over a ruined picture is negative; over a fine one it is
+  mere grumbling that the picture takes back, hence neutral. A factual remark is neutral, whatever the picture.
 - **intent** needs the text alone: statement, question or request.
 
 `GRID` lists every combination of factors with its multiplicity; rows are drawn by cycling through it in shuffled order,

@@ -5,20 +5,22 @@ order, between an optional opener and an optional closing that carry nothing. A 
 alone, so it can tell nothing about the picture.
 
 Held-out wordings (the test split) use remarks and arrangements that training never shows, all composed of words that
-training does show: every held-out remark pairs a frame with a filling that training only shows apart, or uses a frame of
-its own.
+training does show: every held-out remark pairs a frame with a filling that training only shows apart, or uses a frame
+of its own.
 """
 
 from __future__ import annotations
 
 import random
-from functools import lru_cache
+import re
+from functools import cache
+
 
 OPENERS = ("", "Hello,", "By the way,", "Just so you know,", "Well,", "Quick note:", "Dear all,", "Me again.")
 CLOSINGS = ("", "More later.", "See you soon.", "Bye for now.", "That is all.", "Talk to you soon.")
 
 # {word} is always a singular noun after "the", which reads well in each of its senses.
-CORES = {
+CORES: dict[str, tuple[str, ...]] = {
     "statement": (
         "This is about the {word}.",
         "I told you about the {word}.",
@@ -44,23 +46,14 @@ CORES = {
         "Look for the {word} again, please.",
     ),
 }
-HELD_OUT_CORES = {
+HELD_OUT_CORES: dict[str, tuple[str, ...]] = {
     "statement": ("We heard about the {word}.", "Here you have the {word}."),
     "question": ("What do you know about the {word}?", "Can you see the {word} again?"),
-    "request": ("Please tell me about the {word} soon.", "Have a picture of the {word} for me, please."),
+    "request": ("Please tell me about the {word} soon.", "Please send the picture of the {word} again."),
 }
 
 ADJECTIVES = {
-    "cheerful": (
-        "wonderful",
-        "lovely",
-        "perfect",
-        "delightful",
-        "glorious",
-        "splendid",
-        "charming",
-        "marvellous",
-    ),
+    "cheerful": ("wonderful", "lovely", "perfect", "delightful", "glorious", "splendid", "charming", "marvellous"),
     "gloomy": ("dreadful", "miserable", "horrible", "terrible", "dismal", "ghastly", "wretched", "depressing"),
     "factual": ("normal", "regular", "typical", "standard", "common", "routine", "familiar", "customary"),
 }
@@ -95,7 +88,7 @@ def _fact(frame: str, time: str) -> str:
     return frame.format(time=time if " from " in frame else f"{TIME_PREPOSITIONS[time]} {time}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def remark_pool(remark: str, held_out: bool) -> tuple[str, ...]:
     """All remarks of one polarity ("cheerful", "gloomy" or "factual"): those of training, or the held-out ones."""
     pool = [
@@ -138,4 +131,6 @@ def write_message(word: str, remark: str, intent: str, rng: random.Random, held_
         remark=rng.choice(remark_pool(remark, held_out)),
         closing=rng.choice(CLOSINGS),
     )
+    # "Hello, Is this ..." -> "Hello, is this ...", but "Hello, I ..."
+    message = re.sub(r", ([A-Z][a-z])", lambda match: match[0].lower(), message)
     return " ".join(message.split())

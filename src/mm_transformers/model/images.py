@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import urllib.request
 import warnings
 from collections.abc import Hashable
 from typing import Any
@@ -96,10 +97,11 @@ def _open(image: Any):
     if isinstance(image, bytes):
         return Image.open(io.BytesIO(image))
     if isinstance(image, str) and image.startswith(("http://", "https://")):
-        import httpx
-
-        response = httpx.get(image, timeout=30, follow_redirects=True).raise_for_status()
-        return Image.open(io.BytesIO(response.content))
+        # Not by `transformers.image_utils.load_image`: it waits for ever, takes an error page for a broken image, and
+        # lays what is transparent on black.
+        request = urllib.request.Request(image, headers={"User-Agent": "mm-transformers"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return Image.open(io.BytesIO(response.read()))
     if isinstance(image, (str, os.PathLike)):
         return Image.open(image)
     if hasattr(image, "shape"):
@@ -127,6 +129,12 @@ def _from_array(array: Any):
         )
     if array.size == 0:
         raise ImageError(f"the image array has no pixels (its shape is {shape})")
+    if (
+        array.dtype != bool
+        and not np.issubdtype(array.dtype, np.integer)
+        and not np.issubdtype(array.dtype, np.floating)
+    ):
+        raise ImageError(f"an image array must hold integers, floats or truth values, but is of {array.dtype}")
     if array.dtype == np.uint16:
         array = array // 257
     elif np.issubdtype(array.dtype, np.floating):

@@ -38,9 +38,23 @@ class MMTransformerProcessor(ProcessorMixin):
             [-1]])
     ```"""
 
+    image_processor = None
+
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
-        super().__init__(image_processor, tokenizer, **kwargs)
+        if image_processor is None:
+            # The base class knows no optional parts, so this object has one the fewer.
+            self.get_attributes = _tokenizer_alone  # type: ignore[method-assign]
+            super().__init__(tokenizer=tokenizer, **kwargs)
+        else:
+            super().__init__(image_processor, tokenizer, **kwargs)
         self._warned = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if saved and "image_processor" not in saved:
+            return cls(tokenizer=AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_encoders(cls, text: str, vision: Optional[str] = None, backend: Optional[str] = None, **kwargs):
@@ -138,9 +152,9 @@ class MMTransformerProcessor(ProcessorMixin):
             **kwargs,
         }
         if padding == "max_length":
-            options["max_length"] = max_length
+            options["padding"] = True  # at first, to see how long the texts are
         encoding = tokenizer(text, **options)
-        if encoding["input_ids"].shape[1] > max_length:
+        if encoding["input_ids"].shape[1] > max_length or padding == "max_length":
             length = int(encoding["attention_mask"].sum(1).max())
             if length > max_length and not self._warned:
                 self._warned = True
@@ -150,7 +164,7 @@ class MMTransformerProcessor(ProcessorMixin):
                 )
             # Rounding up would go past the last position.
             options["pad_to_multiple_of"] = None
-            options.update(truncation=True, max_length=max_length)
+            options.update(padding=padding, truncation=True, max_length=max_length)
             encoding = tokenizer(text, **options)
         data = dict(encoding)
         if return_word_index:
@@ -184,6 +198,10 @@ class MMTransformerProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         names = list(self.tokenizer.model_input_names)
         return names if self.image_processor is None else [*names, "pixel_values", "image_index"]
+
+
+def _tokenizer_alone() -> list[str]:
+    return ["tokenizer"]
 
 
 def as_image_list(entry: Any) -> list[Any]:
