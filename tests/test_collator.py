@@ -1,6 +1,7 @@
 """From rows of a table to a batch: what is in it, and what is said of rows that do not fit."""
 
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Mapping
@@ -345,6 +346,8 @@ class TestBadImages:
         loader = DataLoader(rows, batch_size=2, collate_fn=make_collator(), num_workers=2)
         with pytest.raises(ValueError, match=r"row 5, column 'image': the image \(3 bytes\) is not an image"):
             list(loader)
+        # The workers live as long as the traceback, whose end must not fall into that of another test's workers.
+        gc.collect()
 
     @pytest.mark.parametrize("clone", [copy.deepcopy, lambda collator: pickle.loads(pickle.dumps(collator))])
     def test_copies_count_for_themselves(self, clone):

@@ -94,7 +94,6 @@ def desk(b: Brush) -> None:
         y = top + b.between(6, 10)
         b.ellipse(lamp_x, y, 6.5, 2, lamp)
         b.line([(lamp_x, y), (lamp_x - 6, y - 13), (lamp_x + 5, y - 23)], lamp, 1.5)
-        b.polygon([(lamp_x - 5, y - 14), (lamp_x + 21, y), (lamp_x - 3, y), (lamp_x + 3, y - 20)], (255, 240, 170), 0)
         b.shape(lamp_x + 6, y - 22, -35, [(-3, -4), (3, -4), (7, 5), (-7, 5)], lamp)
         b.ellipse(lamp_x + 9, y - 18, 3, 2.4, (255, 240, 170))
 
