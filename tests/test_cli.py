@@ -26,7 +26,7 @@ def run_demo(path, *options: str) -> str:
 
 def test_demo_trains_prints_saves_reloads_and_draws(tmp_path):
     shown = run_demo(tmp_path, "--steps", "3", "--fusion", "late", "--seed", "1")
-    assert "a fresh process gives the same answers" in shown
+    assert "in a fresh process, it gives the same answers" in shown
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["sentiment", "topic", "intent"]
     for row in results.values():

@@ -27,13 +27,13 @@ from mm_transformers.data.embedded_wording import remark_pool, write_message
 
 
 SIZES = dict(train_size=30, validation_size=20, test_size=20)
-# The rules once more, as one would tell them: word, setting, topic.
+# The rules once more, as one would tell them: word, place, topic.
 TOPICS = """
-    bat forest animals, bat field sport, web forest animals, web desk technology, bark forest nature,
-    bark street animals, branch forest nature, branch street money, bank lake nature, bank street money,
-    crane lake animals, crane street technology, bill lake animals, bill desk money, range lake nature,
-    range kitchen technology, match field sport, match kitchen home, bulb field nature, bulb kitchen technology,
-    bug field animals, bug desk technology, stock kitchen home, stock desk money
+    bill nature animals, bill town money, stock nature animals, stock town money, buck nature animals, buck town money,
+    crane nature animals, crane town technology, bug nature animals, bug town technology, web nature animals,
+    web town technology, bank nature nature, bank town money, branch nature nature, branch town money,
+    mint nature nature, mint town money, bulb nature nature, bulb town technology, range nature nature,
+    range town technology, plant nature nature, plant town technology
 """
 
 
@@ -64,11 +64,11 @@ def guess_by_counting(seen: list, labels: list) -> float:
 
 def test_labels_follow_the_rules():
     topics = {tuple(entry.split()[:2]): entry.split()[2] for entry in TOPICS.split(",")}
-    assert {(cell.word, cell.setting) for cell in GRID} == set(topics)
+    assert {(cell.word, cell.place) for cell in GRID} == set(topics)
     for cell in GRID:
         assert cell.labels == {
             "sentiment": sentiment_of(cell.remark, cell.state),
-            "topic": topics[cell.word, cell.setting],
+            "topic": topics[cell.word, cell.place],
             "intent": cell.intent,
         }
     # 24 senses, 4 slots of remarks, 3 intents, 2 states
@@ -90,8 +90,8 @@ def test_limits_match_closed_forms_and_counts_over_random_rows():
         # From the text: 1/2 for the half that is cheerful, 1/2 for gloomy, 1 for factual. From the picture: fine is
         # positive in 2 of 4, ruined is negative in 3 of 4. Negative and neutral are 3 of 8 each.
         "sentiment": {"text": 5 / 8, "image": 5 / 8, "both": 1.0, "majority": 3 / 8},
-        # Two topics to each word, at most two of four words of a setting share a topic; 6 of 24 senses are animals.
-        "topic": {"text": 1 / 2, "image": 1 / 2, "both": 1.0, "majority": 6 / 24},
+        # Two topics to each word and to each place, four in all.
+        "topic": {"text": 1 / 2, "image": 1 / 2, "both": 1.0, "majority": 1 / 4},
         "intent": {"text": 1.0, "image": pytest.approx(1 / 3), "both": 1.0, "majority": pytest.approx(1 / 3)},
     }
 
@@ -102,10 +102,10 @@ def test_limits_match_closed_forms_and_counts_over_random_rows():
     def draw_rows() -> list[tuple[dict, dict]]:
         rows = []
         for _ in range(30_000):
-            word, setting, topic = rng.choice(senses)
+            word, place, topic = rng.choice(senses)
             remark = rng.choices(["cheerful", "gloomy", "factual"], [2, 1, 1])[0]
             state, intent = rng.choice(["fine", "ruined"]), rng.choice(TASK_LABELS["intent"])
-            text, image = (word, remark, intent), (setting, state)
+            text, image = (word, remark, intent), (place, state)
             labels = {"sentiment": sentiment_of(remark, state), "topic": topic, "intent": intent}
             rows.append(({"text": text, "image": image, "both": (text, image), "majority": None}, labels))
         return rows
@@ -127,7 +127,7 @@ def test_splits_keep_to_the_limits(split, size):
         answers = [cell.labels[task] for cell in cells]
         for view, seen in (
             ("text", [(cell.word, cell.remark, cell.intent) for cell in cells]),
-            ("image", [(cell.setting, cell.state) for cell in cells]),
+            ("image", [(cell.place, cell.state) for cell in cells]),
             ("majority", [None for _ in cells]),
         ):
             assert guess_by_counting(seen, answers) == pytest.approx(limit[view], abs=0.01), (task, view)

@@ -394,8 +394,8 @@ def test_finetune_on_csv(encoders, tmp_path):
     test_file = write_csv(tmp_path / "data/test.csv", rows[:5])
     out = tmp_path / "out"
     command = [
-        *common(encoders, out), "--train_file", train_file, "--validation_file", train_file, "--test_file", test_file, "--do_predict",
-        "--tasks", "topic:classification,stars:classification,score:regression,tags:multi_label",
+        *common(encoders, out), "--train_file", train_file, "--validation_file", train_file, "--test_file", test_file,
+        "--do_predict", "--tasks", "topic:classification,stars:classification,score:regression,tags:multi_label",
     ]  # fmt: skip
     done = run(FINETUNE, *command, cwd=tmp_path)
     assert "'topic': 3 labels inferred from the training rows: animals, food, travel." in done.stderr

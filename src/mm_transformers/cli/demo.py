@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets, disable_progress_bars
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -46,6 +46,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     start, console = time.perf_counter(), Console()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    disable_progress_bars()
     make_config(100, fusion_type, with_images=True)  # a wrong fusion kind is told at once
     output_dir.mkdir(parents=True, exist_ok=True)
     with console.status("Drawing pictures and writing messages ..."):
@@ -60,6 +61,8 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
         trainers[name] = train(
             name, _only(name, data), processor, config, steps, seed, output_dir / "training", console
         )
+    # Taken now: what follows logs evaluations of other rows.
+    histories = {name: list(trainer.state.log_history) for name, trainer in trainers.items()}
     test = data["test"]
     accuracy = {name: _accuracy(trainer, _only(name, data)["test"]) for name, trainer in trainers.items()}
     shuffled = _accuracy(trainers["fused"], _shuffle_pictures(test, seed))
@@ -79,14 +82,13 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     model_dir = output_dir / "model"
     trainers["fused"].save_model(str(model_dir))
     difference = _check_in_fresh_process(trainers["fused"], processor, test.select(range(32)), output_dir)
-    console.print(
-        f"Saved to {model_dir}; a fresh process gives the same answers (largest difference {difference:.0e})."
-    )
+    console.print(f"Saved to {model_dir}", soft_wrap=True)
+    console.print(f"Loaded in a fresh process, it gives the same answers (largest difference {difference:.0e}).")
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    histories = {name: trainer.state.log_history for name, trainer in trainers.items()}
     cards = _cards(trainers["fused"], processor, test, seed)
     draw_results(output_dir / "demo.png", results, histories, cards)
-    console.print(f"Drawn: {output_dir / 'demo.png'}. All in {time.perf_counter() - start:.0f} s.")
+    console.print(f"Drawn to {output_dir / 'demo.png'}", soft_wrap=True)
+    console.print(f"All in {time.perf_counter() - start:.0f} s.")
     return results
 
 
@@ -123,14 +125,14 @@ def _majority(data: DatasetDict, task: str) -> float:
 
 
 def _table(results: dict[str, dict[str, float]], num_rows: int) -> Table:
-    columns = next(iter(results.values()))
-    table = Table(title=f"Accuracy on {num_rows} test rows, with wordings and drawings never seen in training (%)")
-    table.add_column("task", style="bold")
-    for column in columns:
-        style = "bold green" if column == "fused" else "dim" if column.startswith(("majority", "best")) else ""
-        table.add_column(column, justify="right", style=style)
-    for task, row in results.items():
-        table.add_row(task, *(f"{100 * value:.1f}" for value in row.values()))
+    table = Table(title=f"Test accuracy (%), {num_rows:,} rows")
+    table.add_column("", style="bold")
+    for task in results:
+        table.add_column(task, justify="right")
+    for column in next(iter(results.values())):
+        style = "green" if column == "fused" else "dim" if column.startswith(("majority", "best")) else ""
+        values = (f"{100 * row[column]:.1f}" for row in results.values())
+        table.add_row(column, *values, style=style, end_section=column in ("image only", "shuffled pictures"))
     return table
 
 
@@ -171,7 +173,8 @@ def _logits(trainer: MMTrainer, inputs) -> dict[str, torch.Tensor]:
 
 def _cards(trainer: MMTrainer, processor, rows: Dataset, seed: int) -> list[dict]:
     """Some test rows with what the model answers, in pairs: the same message, another picture, another truth."""
-    texts, pairs = list(rows["text"]), []
+    texts = list(rows["text"])
+    pairs: list[int] = []
     for first in np.random.default_rng(seed).permutation(len(rows)):
         others = [i for i, text in enumerate(texts) if text == texts[first]]
         second = next((i for i in others if all(rows[i][t] != rows[int(first)][t] for t in CHANGING)), None)

@@ -1,9 +1,9 @@
 """The embedded data set: short English messages with a picture, drawn on the spot, nothing downloaded.
 
-A row is drawn from five factors. The text shows `word`, `remark` and `intent`; the picture shows `setting` and `state`.
+A row is drawn from five factors. The text shows `word`, `remark` and `intent`; the picture shows `place` and `state`.
 
-- **topic** needs both parts: the message names an ambiguous word, the setting decides its sense (a *bat* is an animal
-  in the forest and sports gear on the playing field), and each setting goes with four words of different topics.
+- **topic** needs both parts: the message names an ambiguous word, the place decides its sense (a *crane* is a bird out
+  in nature and a machine in town), and each place gives the words two topics, half of them one and half the other.
 - **sentiment** needs both parts: the picture turns the remark. A cheerful remark over a fine picture is positive, over
   a ruined one it is sarcasm, hence negative. A gloomy remark over a ruined picture is negative; over a fine one it is
   mere grumbling that the picture takes back, hence neutral. A factual remark is neutral, whatever the picture.
@@ -13,9 +13,10 @@ A row is drawn from five factors. The text shows `word`, `remark` and `intent`; 
 and `best_possible_accuracy` counts over the same list, so the limits of text alone and of image alone are exact.
 
 The validation and test splits are made of minimal pairs: within one pass over the grid, each message appears once with
-each picture kind that it can meet (both settings of its word, fine and ruined), and each drawing appears with all four
-words and all four remarks of its setting. No model that sees one part only can beat its limit there, not even by chance
-(on whole passes, for sentiment and topic). The test split also uses wordings and drawings that training never shows.
+each kind of picture (nature and town, fine and ruined), and each drawing appears with four words, two of each topic
+that its place gives, and with all four remarks. No model that sees one part only can beat its limit there, not even by
+chance (on whole passes, for sentiment and topic). The test split also uses wordings and drawings that training never
+shows.
 
 Planned: a translation column. The sense of the word decides its translation (bat: "die Fledermaus" or "der Schläger"),
 so `SENSES` already keeps the German and French noun of each sense, and `Cell.sense` leads from a row's factors to them;
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 TASK_LABELS: dict[str, list[str]] = {
     "sentiment": ["negative", "neutral", "positive"],
-    "topic": ["animals", "home", "money", "nature", "sport", "technology"],
+    "topic": ["animals", "money", "nature", "technology"],
     "intent": ["statement", "question", "request"],
 }
 
@@ -53,61 +54,60 @@ class Sense(NamedTuple):
     french: str
 
 
-# word -> setting -> sense. Each word has two settings, each setting four words, no topic more than two of the four.
+# word -> place -> sense. In each run of four, half of the words have one topic of the place, and half the other.
 SENSES: dict[str, dict[str, Sense]] = {
-    "bat": {
-        "forest": Sense("animals", "die Fledermaus", "la chauve-souris"),
-        "field": Sense("sport", "der Schläger", "la batte"),
-    },
-    "web": {
-        "forest": Sense("animals", "das Spinnennetz", "la toile d'araignée"),
-        "desk": Sense("technology", "das Internet", "le web"),
-    },
-    "bark": {
-        "forest": Sense("nature", "die Rinde", "l'écorce"),
-        "street": Sense("animals", "das Bellen", "l'aboiement"),
-    },
-    "branch": {
-        "forest": Sense("nature", "der Ast", "la branche"),
-        "street": Sense("money", "die Filiale", "la succursale"),
-    },
-    "bank": {
-        "lake": Sense("nature", "das Ufer", "la rive"),
-        "street": Sense("money", "die Bank", "la banque"),
+    "bill": {
+        "nature": Sense("animals", "der Schnabel", "le bec"),
+        "town": Sense("money", "die Rechnung", "la facture"),
     },
     "crane": {
-        "lake": Sense("animals", "der Kranich", "la grue"),
-        "street": Sense("technology", "der Kran", "la grue"),
+        "nature": Sense("animals", "der Kranich", "la grue"),
+        "town": Sense("technology", "der Kran", "la grue"),
     },
-    "bill": {
-        "lake": Sense("animals", "der Schnabel", "le bec"),
-        "desk": Sense("money", "die Rechnung", "la facture"),
-    },
-    "range": {
-        "lake": Sense("nature", "die Bergkette", "la chaîne de montagnes"),
-        "kitchen": Sense("technology", "der Herd", "la cuisinière"),
-    },
-    "match": {
-        "field": Sense("sport", "das Spiel", "le match"),
-        "kitchen": Sense("home", "das Streichholz", "l'allumette"),
+    "bank": {
+        "nature": Sense("nature", "das Ufer", "la rive"),
+        "town": Sense("money", "die Bank", "la banque"),
     },
     "bulb": {
-        "field": Sense("nature", "die Blumenzwiebel", "le bulbe"),
-        "kitchen": Sense("technology", "die Glühbirne", "l'ampoule"),
-    },
-    "bug": {
-        "field": Sense("animals", "der Käfer", "l'insecte"),
-        "desk": Sense("technology", "der Softwarefehler", "le bogue"),
+        "nature": Sense("nature", "die Blumenzwiebel", "le bulbe"),
+        "town": Sense("technology", "die Glühbirne", "l'ampoule"),
     },
     "stock": {
-        "kitchen": Sense("home", "die Brühe", "le bouillon"),
-        "desk": Sense("money", "die Aktie", "l'action"),
+        "nature": Sense("animals", "das Vieh", "le bétail"),
+        "town": Sense("money", "die Aktie", "l'action"),
+    },
+    "bug": {
+        "nature": Sense("animals", "der Käfer", "l'insecte"),
+        "town": Sense("technology", "der Softwarefehler", "le bogue"),
+    },
+    "branch": {
+        "nature": Sense("nature", "der Ast", "la branche"),
+        "town": Sense("money", "die Filiale", "la succursale"),
+    },
+    "range": {
+        "nature": Sense("nature", "die Bergkette", "la chaîne de montagnes"),
+        "town": Sense("technology", "der Herd", "la cuisinière"),
+    },
+    "buck": {
+        "nature": Sense("animals", "der Rehbock", "le chevreuil"),
+        "town": Sense("money", "der Dollar", "le dollar"),
+    },
+    "web": {
+        "nature": Sense("animals", "das Spinnennetz", "la toile d'araignée"),
+        "town": Sense("technology", "das Internet", "le web"),
+    },
+    "mint": {
+        "nature": Sense("nature", "die Minze", "la menthe"),
+        "town": Sense("money", "die Münzanstalt", "l'hôtel de la monnaie"),
+    },
+    "plant": {
+        "nature": Sense("nature", "die Pflanze", "la plante"),
+        "town": Sense("technology", "das Werk", "l'usine"),
     },
 }
-WORDS_OF_SETTING: dict[str, list[str]] = {
-    setting: [word for word in SENSES if setting in SENSES[word]]
-    for setting in ("forest", "lake", "field", "street", "desk", "kitchen")
-}
+WORDS = tuple(SENSES)
+# What a picture of each place can be of.
+SETTINGS: dict[str, tuple[str, ...]] = {"nature": ("forest", "lake", "field"), "town": ("street", "desk", "kitchen")}
 # Cheerful remarks come twice as often: this keeps positive messages, which only they can make, from being rare.
 REMARK_SLOTS = ("cheerful", "cheerful", "gloomy", "factual")
 STATES = ("fine", "ruined")
@@ -131,7 +131,7 @@ class Cell:
     word: str
     slot: int
     intent: str
-    setting: str
+    place: str
     state: str
 
     @property
@@ -140,7 +140,7 @@ class Cell:
 
     @property
     def sense(self) -> Sense:
-        return SENSES[self.word][self.setting]
+        return SENSES[self.word][self.place]
 
     @property
     def labels(self) -> dict[str, str]:
@@ -158,13 +158,14 @@ class Cell:
     @property
     def image_factors(self) -> tuple[str, str]:
         """All that the picture tells."""
-        return self.setting, self.state
+        return self.place, self.state
 
 
 GRID: tuple[Cell, ...] = tuple(
-    Cell(word, slot, intent, setting, state)
-    for word, settings in SENSES.items()
-    for slot, intent, setting, state in product(range(len(REMARK_SLOTS)), TASK_LABELS["intent"], settings, STATES)
+    Cell(word, slot, intent, place, state)
+    for word, slot, intent, place, state in product(
+        WORDS, range(len(REMARK_SLOTS)), TASK_LABELS["intent"], SETTINGS, STATES
+    )
 )
 
 
@@ -214,12 +215,12 @@ def draw_row_specs(split: str, size: int, seed: int) -> list[RowSpec]:
             else:
                 # Minimal pairs. The rank of the word rotates remark and intent, so that the four rows that share a
                 # drawing have four words, four remark slots and mixed intents.
-                rank = WORDS_OF_SETTING[cell.setting].index(cell.word)
+                run, rank = divmod(WORDS.index(cell.word), len(REMARK_SLOTS))
                 remark_turn = (cell.slot + rank) % len(REMARK_SLOTS)
                 intents = TASK_LABELS["intent"]
                 intent_turn = (intents.index(cell.intent) + rank) % len(intents)
                 text_key = f"{start}/{cell.word}/{cell.slot}/{cell.intent}"
-                image_key = f"{start}/{cell.setting}/{cell.state}/{remark_turn}/{intent_turn}"
+                image_key = f"{start}/{run}/{cell.place}/{cell.state}/{remark_turn}/{intent_turn}"
             # random.Random hashes a str seed by SHA-512: the same in every process.
             prefix = f"{seed}/{split}"
             specs.append(RowSpec(cell, f"{prefix}/text/{text_key}", f"{prefix}/image/{image_key}", split == "test"))
@@ -233,8 +234,9 @@ def render_text(spec: RowSpec) -> str:
 def render_image(spec: RowSpec, image_size: int) -> bytes:
     """The PNG file of the row's picture, RGB, `image_size` pixels in height and width."""
     rng = random.Random(spec.image_seed)
+    setting = rng.choice(SETTINGS[spec.cell.place])
     variant = rng.choice(drawing_variants(spec.held_out))
-    return encode_png(draw_picture(spec.cell.setting, spec.cell.state, variant, rng, image_size))
+    return encode_png(draw_picture(setting, spec.cell.state, variant, rng, image_size))
 
 
 def load_demo_dataset(

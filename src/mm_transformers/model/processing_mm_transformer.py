@@ -43,7 +43,7 @@ class MMTransformerProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
         if image_processor is None:
             # The base class knows no optional parts, so this object has one the fewer.
-            self.get_attributes = _tokenizer_alone  # type: ignore[method-assign]
+            self.get_attributes = _tokenizer_alone
             super().__init__(tokenizer=tokenizer, **kwargs)
         else:
             super().__init__(image_processor, tokenizer, **kwargs)
@@ -174,7 +174,8 @@ class MMTransformerProcessor(ProcessorMixin):
 
     def _process_images(self, images: list[Any]) -> dict[str, torch.Tensor]:
         distinct: dict[Any, int] = {}
-        pictures, rows = [], []
+        pictures: list[Any] = []
+        rows = []
         for entry in images:
             row = []
             for image in as_image_list(entry):
@@ -190,7 +191,7 @@ class MMTransformerProcessor(ProcessorMixin):
             )
         width = max([len(row) for row in rows] + [1])
         data = {"image_index": torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64)}
-        if pictures:
+        if self.image_processor is not None and pictures:
             data["pixel_values"] = self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
         return data
 

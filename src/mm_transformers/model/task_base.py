@@ -225,9 +225,10 @@ def label_id(name: str, labels: list[str], value: Any) -> int:
         raise ValueError(f"task {name!r}: label {value!r} is not one of: {shown}")
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         names = _numbers_in(tuple(labels))
-        ids = names or range(len(labels))
-        if value in ids:
-            return names[value] if names else int(value)
+        if not names and value in range(len(labels)):
+            return int(float(value))
+        if value in names:
+            return names[value]
         also = "" if names else f" (or an id from 0 to {len(labels) - 1})"
         raise ValueError(
             f"task {name!r}: label {value} is not one of: {shown}{also}; a missing label is None, NaN or -100"

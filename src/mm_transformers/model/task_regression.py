@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .task_base import PooledHead, Task, as_scalar, is_missing, register_task
+from .task_base import PooledHead, Task, as_scalar, is_null, register_task
 
 
 @register_task
@@ -27,7 +27,7 @@ class Regression(Task):
         return RegressionHead(hidden_size, 1, config.classifier_dropout)
 
     def encode_label(self, value: Any, text: str) -> Optional[float]:
-        if is_missing(value):
+        if is_null(value):
             return None
         value = as_scalar(value)
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
