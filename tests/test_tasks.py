@@ -26,7 +26,7 @@ from mm_transformers import (
     TokenClassification,
     register_task,
 )
-from mm_transformers.model.task_base import TASK_KINDS, PooledHead, is_missing, task_from_dict
+from mm_transformers.model.task_base import TASK_KINDS, PooledHead, is_missing, is_null, task_from_dict
 from mm_transformers.model.task_token_classification import index_words, split_words
 
 
@@ -148,7 +148,11 @@ class TestLabels:
     def test_missing(self, value):
         assert is_missing(value)
         for task in TASKS:
-            assert task.encode_label(value, "two words") is None
+            if is_null(value) or not isinstance(task, Regression):
+                assert task.encode_label(value, "two words") is None
+
+    def test_minus_100_is_a_number_where_numbers_are_asked_for(self):
+        assert Regression("balance").encode_label(-100, "") == -100.0
 
     @pytest.mark.parametrize("value", [
         "food", 1, 1.0, np.str_("food"), np.int8(1), np.int64(1), np.uint8(1), np.float32(1), np.float64(1),

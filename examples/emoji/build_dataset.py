@@ -2,8 +2,8 @@
 Builds a data set of keywords and pictures of emoji from ordinary packages; nothing is downloaded here.
 
 A row is a keyword and an emoji that carries it, drawn with Noto Color Emoji. Many keywords belong to emoji of several
-X5
-X6
+groups ("face": smileys, animals, the sun, ...), so that the keyword alone does not tell the group. The splits share no
+emoji, nor two that differ in skin tone, gender or direction only.
 
     apt install fonts-noto-color-emoji
     npm install emojibase-data@17 emoji-emotion@3
