@@ -22,8 +22,8 @@ from mm_transformers.data.embedded import (
     draw_row_specs,
     load_demo_dataset,
 )
-from mm_transformers.data.embedded_drawing import SCENES, draw_picture, drawing_variants
-from mm_transformers.data.embedded_wording import remark_pool, write_message
+from mm_transformers.data.embedded.drawing import SCENES, draw_picture, drawing_variants
+from mm_transformers.data.embedded.wording import remark_pool, write_message
 
 
 SIZES = dict(train_size=30, validation_size=20, test_size=20)

@@ -20,7 +20,7 @@ shows.
 
 Planned: a translation column. The sense of the word decides its translation (bat: "die Fledermaus" or "der Schläger"),
 so `SENSES` already keeps the German and French noun of each sense, and `Cell.sense` leads from a row's factors to them;
-a `german` or `french` sentence column then needs translated wordings in `embedded_wording`, and nothing here.
+a `german` or `french` sentence column then needs translated wordings in `wording`, and nothing here.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
-from .embedded_drawing import draw_picture, drawing_variants, encode_png
-from .embedded_wording import write_message
+from .drawing import draw_picture, drawing_variants, encode_png
+from .wording import write_message
 
 
 if TYPE_CHECKING:

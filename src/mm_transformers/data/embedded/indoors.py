@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .embedded_brush import Brush, mix, puddle, rain, sky
+from .brush import Brush, mix, puddle, rain, sky
 
 
 def window(b: Brush, x: float, y: float, w: float, h: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .embedded_brush import Brush, mix, puddle, sky
+from .brush import Brush, mix, puddle, sky
 
 
 def tree(b: Brush, x: float, ground: float, height: float, style: int, bare: bool) -> None:

@@ -16,9 +16,9 @@ from itertools import product
 import numpy as np
 from PIL import Image, ImageOps
 
-from .embedded_brush import FINE_SKIES, Brush, Variant, rain
-from .embedded_indoors import desk, kitchen
-from .embedded_outdoors import field, forest, lake, street
+from .brush import FINE_SKIES, Brush, Variant, rain
+from .indoors import desk, kitchen
+from .outdoors import field, forest, lake, street
 
 
 SUPERSAMPLING = 4

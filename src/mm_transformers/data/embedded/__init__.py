@@ -1,0 +1,24 @@
+"""The data set that comes with the package: messages with pictures, drawn on the spot."""
+
+from .dataset import (
+    GRID,
+    SENSES,
+    TASK_LABELS,
+    best_possible_accuracy,
+    draw_row_specs,
+    load_demo_dataset,
+    render_image,
+    render_text,
+)
+
+
+__all__ = [
+    "GRID",
+    "SENSES",
+    "TASK_LABELS",
+    "best_possible_accuracy",
+    "draw_row_specs",
+    "load_demo_dataset",
+    "render_image",
+    "render_text",
+]
