@@ -17,6 +17,7 @@ from tiny import (
     open_gates,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mm_transformers import (
     Classification,
@@ -360,8 +361,14 @@ def test_rule_9_gradient_checkpointing_agrees(fusion, use_reentrant):
 def test_rule_9_compiles_without_a_graph_break(fusion):
     model, batch = make_model(fusion_type=fusion), make_batch()
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    # Not `fullgraph=True`, which forbids breaks but also permits what breaks the graph without it.
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
     torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+    batch["image_index"] = batch["image_index"] + 1
+    with pytest.raises(RuntimeError, match="image_index must hold numbers from -1 \\(no image\\) to 2"):
+        compiled(**batch)
 
 
 @every_fusion

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils import can_return_tuple
 
 from .configuration_mm_transformer import MMTransformerConfig
 from .encoders import as_tokens, build_encoder, encoder_width, load_encoder
@@ -217,10 +217,12 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
                 f"image_index must have the shape (batch, max_images) with batch = {batch_size}, but has "
                 f"{tuple(image_index.shape)}."
             )
-        torch_compilable_check(
-            (image_index >= -1) & (image_index < num_images),
-            f"image_index must hold numbers from -1 (no image) to {num_images - 1} (there are {num_images} images).",
-        )
+        in_range = ((image_index >= -1) & (image_index < num_images)).all()
+        message = f"image_index must hold numbers from -1 (no image) to {num_images - 1} (there are {num_images} images)."
+        if torch.compiler.is_compiling():
+            torch._assert_async(in_range, message)  # anything that looks at a value would break the graph
+        elif not in_range:
+            raise ValueError(message)
         if num_images > 0 and image_index.shape[1] > 0:
             tokens = self._image_tokens(pixel_values)
         elif not self.training:
