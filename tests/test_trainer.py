@@ -253,6 +253,27 @@ def test_missing_columns_are_named(tmp_path):
         MMTrainer(make_model(), args, processing_class=processor, eval_dataset={"test": nothing})
 
 
+def test_model_init(tmp_path):
+    trainer = MMTrainer(
+        model_init=lambda: make_model(), args=make_args(tmp_path), processing_class=make_processor(),
+        train_dataset=make_dataset(), eval_dataset=make_dataset(4),
+    )  # fmt: skip
+    trainer.train()
+    assert "eval_topic_f1" in trainer.evaluate()
+
+
+def test_label_smoothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="label_smoothing_factor has no meaning for all kinds of tasks"):
+        MMTrainer(make_model(), make_args(tmp_path, label_smoothing_factor=0.1), processing_class=make_processor())
+
+
+def test_rows_without_labels_have_no_loss(tmp_path):
+    trainer = MMTrainer(make_model(), make_args(tmp_path), processing_class=make_processor())
+    output = trainer.predict(make_dataset(5).select_columns(["text", "image"]))
+    assert len(output.predictions["topic"]) == 5
+    assert not any(name.endswith("loss") for name in output.metrics)
+
+
 def test_needs_a_processor(tmp_path):
     with pytest.raises(ValueError, match="MMTrainer needs a model and its processor"):
         MMTrainer(make_model(), make_args(tmp_path), train_dataset=make_dataset())

@@ -218,7 +218,9 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
                 f"{tuple(image_index.shape)}."
             )
         in_range = ((image_index >= -1) & (image_index < num_images)).all()
-        message = f"image_index must hold numbers from -1 (no image) to {num_images - 1} (there are {num_images} images)."
+        message = (
+            f"image_index must hold numbers from -1 (no image) to {num_images - 1} (there are {num_images} images)."
+        )
         if torch.compiler.is_compiling():
             torch._assert_async(in_range, message)  # anything that looks at a value would break the graph
         elif not in_range:

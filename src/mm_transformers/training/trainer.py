@@ -39,7 +39,8 @@ class MMTrainer(Trainer):
 
     Raises:
         ValueError: if several GPUs would be used by `nn.DataParallel`, if there is neither a `processing_class` nor a
-            `data_collator`, or if a data set lacks the text column or all of the tasks' columns.
+            `data_collator`, if a data set lacks the text column or all of the tasks' columns, or if `args` asks for
+            label smoothing, which is not for the Trainer to say where tasks are of several kinds.
     """
 
     def __init__(
@@ -59,21 +60,17 @@ class MMTrainer(Trainer):
                 f"This process sees {args.n_gpu} GPUs, and nn.DataParallel cannot split a batch of images: start one "
                 "process per GPU by `accelerate launch`, or show it one GPU by CUDA_VISIBLE_DEVICES=0."
             )
+        if args.label_smoothing_factor != 0:
+            raise ValueError(
+                "label_smoothing_factor has no meaning for all kinds of tasks, so MMTrainer does not take it; write the "
+                "loss that you want as a task kind of your own."
+            )
+        if data_collator is None and processing_class is None:
+            raise ValueError(
+                "MMTrainer needs a model and its processor: MMTrainer(model, args, processing_class=processor)."
+            )
         args.remove_unused_columns = False
         args.accelerator_config.dispatch_batches = False
-        config: Any = model.config if model is not None else None
-        if data_collator is None:
-            if processing_class is None or config is None:
-                raise ValueError(
-                    "MMTrainer needs a model and its processor: MMTrainer(model, args, processing_class=processor)."
-                )
-            data_collator = MMDataCollator(processing_class, config)
-        if compute_metrics is None and config is not None:
-            compute_metrics = MultiTaskMetrics(config, processing_class)
-        if isinstance(data_collator, MMDataCollator):
-            for name, datasets in {"train": train_dataset, "eval": eval_dataset}.items():
-                for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
-                    _check_columns(dataset, name, data_collator)
         super().__init__(
             model=model,
             args=args,
@@ -84,6 +81,15 @@ class MMTrainer(Trainer):
             compute_metrics=compute_metrics,
             **kwargs,
         )
+        # Only now is there a model, if it comes from `model_init`.
+        if data_collator is None:
+            self.data_collator = MMDataCollator(processing_class, self.model.config)
+        if compute_metrics is None:
+            self.compute_metrics = MultiTaskMetrics(self.model.config, processing_class)
+        if isinstance(self.data_collator, MMDataCollator):
+            for name, datasets in {"train": train_dataset, "eval": eval_dataset}.items():
+                for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
+                    _check_columns(dataset, name, self.data_collator)
         # `num_items_in_batch` holds the divisors of the whole optimiser step, so nothing is left to be divided.
         self.model_accepts_loss_kwargs = True
         # Summed over the optimiser steps since the last log.
@@ -175,6 +181,8 @@ class MMTrainer(Trainer):
             # The stock loop reports the mean of the means of batches, which is not the mean.
             total = sum(tasks[name].loss_weight * loss for name, loss in losses.items() if loss is not None)
             output.metrics[f"{prefix}_loss"] = total + self._regularization()
+        elif isinstance(self.compute_metrics, MultiTaskMetrics) and output.predictions is not None:
+            output.metrics.pop(f"{prefix}_loss", None)  # of rows without labels there is none
         self._report_bad_images()
         return output
 
