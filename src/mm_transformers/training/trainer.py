@@ -62,8 +62,8 @@ class MMTrainer(Trainer):
             )
         if args.label_smoothing_factor != 0:
             raise ValueError(
-                "label_smoothing_factor has no meaning for all kinds of tasks, so MMTrainer does not take it; write the "
-                "loss that you want as a task kind of your own."
+                "label_smoothing_factor has no meaning for all kinds of tasks, so MMTrainer does not take it; write "
+                "the loss that you want as a task kind of your own."
             )
         if data_collator is None and processing_class is None:
             raise ValueError(
