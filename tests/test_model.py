@@ -18,6 +18,7 @@ from tiny import (
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.utils import logging as transformers_logging
 
 from mm_transformers import (
     Classification,
@@ -369,6 +370,25 @@ def test_rule_9_compiles_without_a_graph_break(fusion):
     batch["image_index"] = batch["image_index"] + 1
     with pytest.raises(RuntimeError, match="image_index must hold numbers from -1 \\(no image\\) to 2"):
         compiled(**batch)
+
+
+@every_fusion
+def test_rule_9_exports(fusion):
+    model, batch = make_model(fusion_type=fusion), make_batch(labels=False)
+    exported = torch.export.export(model, (), batch, strict=False).module()
+    expected = model(**batch).logits
+    for name, logits in exported(**batch)["logits"].items():
+        torch.testing.assert_close(logits, expected[name])
+
+
+def test_rule_9_attentions_that_cannot_be_given_are_told(caplog):
+    transformers_logging.get_logger().addHandler(caplog.handler)
+    try:
+        outputs = make_model()(**make_batch(), output_attentions=True)
+    finally:
+        transformers_logging.get_logger().removeHandler(caplog.handler)
+    assert outputs.cross_attentions is None
+    assert "attn_implementation='sdpa' returns no attentions; load the model with" in caplog.text
 
 
 @every_fusion

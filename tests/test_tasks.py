@@ -26,7 +26,7 @@ from mm_transformers import (
     TokenClassification,
     register_task,
 )
-from mm_transformers.model.task_base import TASK_KINDS, PooledHead, is_missing, is_null, task_from_dict
+from mm_transformers.model.task_base import TASK_KINDS, PooledHead, TaskHeads, is_missing, is_null, task_from_dict
 from mm_transformers.model.task_token_classification import index_words, split_words
 
 
@@ -292,7 +292,7 @@ class TestDefinition:
             Regression(name)
 
     @pytest.mark.parametrize(
-        "name", ["loss", "regularization", "runtime", "keys", "items", "forward", "type", "training"]
+        "name", ["loss", "regularization", "runtime", "names", "children", "forward", "type", "training"]
     )
     def test_reserved_names(self, name):
         with pytest.raises(
@@ -306,7 +306,7 @@ class TestDefinition:
             task = Regression(name)
         except ValueError:
             return
-        heads = nn.ModuleDict({task.name: nn.Linear(1, 1)})
+        heads = TaskHeads({task.name: nn.Linear(1, 1)})
         assert list(heads.state_dict()) == [f"{name}.weight", f"{name}.bias"]
 
     @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), "1", None])
@@ -442,7 +442,7 @@ class TestOwnKind:
         expected = sum(math.exp(z) - y * z for z, y in zip(logits.tolist(), count.tolist(), strict=True) if y == y) / 3
         assert outputs.losses["birds"].item() == pytest.approx(expected, rel=1e-5)
         outputs.loss.backward()
-        assert all(p.grad.isfinite().all() for p in model.heads["birds"].parameters())
+        assert all(p.grad.isfinite().all() for p in model.heads.birds.parameters())
         answers = model.decode(outputs)
         assert [row["birds"]["count"] for row in answers] == pytest.approx(logits.exp().tolist(), rel=1e-5)
 

@@ -253,6 +253,33 @@ def test_missing_columns_are_named(tmp_path):
         MMTrainer(make_model(), args, processing_class=processor, eval_dataset={"test": nothing})
 
 
+def test_adapters_are_trained_saved_and_loaded(tmp_path):
+    """LoRA in the encoders; fusion and heads, which are new, are trained and saved whole."""
+    peft = pytest.importorskip("peft")
+    base = make_model()
+    base.save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(target_modules=["query", "value"], modules_to_save=["fusion", "vision_projection", "heads"])
+    model = peft.get_peft_model(base, lora)
+    trainer = MMTrainer(
+        model, make_args(tmp_path), processing_class=make_processor(), train_dataset=make_dataset(),
+        eval_dataset=make_dataset(6),
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert all("lora_" in name or "modules_to_save" in name for name in changed)
+    assert all(any(part in name for name in changed) for part in ("lora_B", "fusion", "vision_projection", "heads"))
+    metrics = trainer.evaluate()
+    trainer.save_model(tmp_path / "adapters")
+    size = sum(file.stat().st_size for file in (tmp_path / "adapters").glob("*.safetensors"))
+    assert size < (tmp_path / "base/model.safetensors").stat().st_size
+
+    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(loaded, tmp_path / "adapters")
+    again = MMTrainer(loaded, make_args(tmp_path), processing_class=make_processor(), eval_dataset=make_dataset(6))
+    assert again.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+
+
 def test_model_init(tmp_path):
     trainer = MMTrainer(
         model_init=lambda: make_model(), args=make_args(tmp_path), processing_class=make_processor(),

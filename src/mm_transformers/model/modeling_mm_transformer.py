@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_mm_transformer import MMTransformerConfig
 from .encoders import as_tokens, build_encoder, encoder_width, load_encoder
@@ -15,6 +15,10 @@ from .fusion import Stream, fusion_class
 from .fusion_layers import Gate, StreamProjection, masked_mean
 from .modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from .regularization import regularization_loss
+from .task_base import TaskHeads
+
+
+logger = logging.get_logger(__name__)
 
 
 class MMTransformerPreTrainedModel(PreTrainedModel):
@@ -171,6 +175,11 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_attentions and self.config._attn_implementation != "eager":
+            logger.warning_once(
+                f"attn_implementation={self.config._attn_implementation!r} returns no attentions; load the model with "
+                "attn_implementation='eager', or call model.set_attn_implementation('eager')."
+            )
         text_inputs = {"token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
         text_inputs = {name: value for name, value in text_inputs.items() if value is not None}
         if input_ids is not None:
@@ -283,7 +292,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
             )
         self.model = MMTransformerModel(config, **encoders)
         width = encoder_width(config.text_config)
-        self.heads = nn.ModuleDict({name: task.build_head(config, width) for name, task in self.tasks.items()})
+        self.heads = TaskHeads({name: task.build_head(config, width) for name, task in self.tasks.items()})
         self.post_init()
 
     @can_return_tuple
@@ -326,7 +335,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        logits = {name: head(outputs.last_hidden_state, outputs.pooler_output) for name, head in self.heads.items()}
+        logits = self.heads(outputs.last_hidden_state, outputs.pooler_output)
         loss = losses = None
         if labels is not None:
             losses = self._losses(logits, labels, num_items_in_batch or {})

@@ -28,12 +28,13 @@ def check_regularization(spec: Optional[dict[str, Any]]) -> None:
         raise ValueError(f"The weight of the regularization must be a number >= 0, but is {weight!r}.")
 
 
-def regularized_parameters(heads: nn.ModuleDict) -> list[nn.Parameter]:
-    """The matrices of the task layers. Biases are left out, as in weight decay."""
-    return [p for head in heads.values() for p in head.parameters() if p.ndim >= 2]
+def regularized_parameters(heads: nn.Module) -> list[nn.Parameter]:
+    """The matrices of the task layers that are trained. Biases are left out, as in weight decay."""
+    return [p for p in heads.parameters() if p.ndim >= 2 and p.requires_grad]
 
 
-def regularization_loss(heads: nn.ModuleDict, spec: dict[str, Any]) -> torch.Tensor:
+def regularization_loss(heads: nn.Module, spec: dict[str, Any]) -> torch.Tensor:
     """lambda * sum over the tasks of the squares (l2) or absolute values (l1) in their task layers, in float32."""
     penalty = _PENALTIES[spec["kind"]]
-    return spec["weight"] * torch.stack([penalty(p) for p in regularized_parameters(heads)]).sum()
+    nothing = next(heads.parameters()).new_zeros((), dtype=torch.float32)
+    return spec["weight"] * sum((penalty(p) for p in regularized_parameters(heads)), start=nothing)

@@ -100,7 +100,7 @@ class Task:
                 f"Task name {self.name!r} is not valid: it must start with a letter and hold only letters, digits "
                 "and underscores; use `column=` if the column of your data is called otherwise."
             )
-        if self.name in _RESERVED_NAMES or hasattr(nn.ModuleDict(), self.name):
+        if self.name in _RESERVED_NAMES or hasattr(TaskHeads({}), self.name):
             raise ValueError(f"Task name {self.name!r} is reserved; choose another and say `column={self.name!r}`.")
         weight = self.loss_weight
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
@@ -160,6 +160,23 @@ class Task:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What metrics compare: predictions and labels, of what is labelled only."""
         raise NotImplementedError
+
+
+class TaskHeads(nn.Module):
+    """
+    The task layers, by name. Not an `nn.ModuleDict`, which has no `forward` that PEFT could wrap: heads are new, so
+    whoever trains adapters puts "heads" among the `modules_to_save`.
+    """
+
+    def __init__(self, heads: dict[str, nn.Module]):
+        super().__init__()
+        self.names = list(heads)
+        for name, head in heads.items():
+            self.add_module(name, head)
+
+    def forward(self, hidden_states: torch.Tensor, pooler_output: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The logits of each task."""
+        return {name: getattr(self, name)(hidden_states, pooler_output) for name in self.names}
 
 
 class PooledHead(nn.Module):
