@@ -99,6 +99,8 @@ class DataArguments:
     def __post_init__(self):
         if (self.dataset_name is None) == (self.train_file is None):
             raise ValueError("Say what to train on, by either --train_file or --dataset_name.")
+        if self.dataset_name is not None and self.image_root is not None:
+            raise ValueError("--image_root goes with --train_file; a data set has its images, or whole paths.")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction must lie between 0 and 1, but is {self.validation_fraction}.")
 
@@ -130,7 +132,7 @@ def parse_tasks(text: str) -> list[dict[str, Any]]:
 
 
 def load_data(args: DataArguments, cache_dir: str | None) -> datasets.DatasetDict:
-    """The splits that there are, image paths made absolute, and a validation split in any case."""
+    """The splits that there are, image paths made absolute."""
     if args.dataset_name is not None:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=cache_dir)
         if "train" not in data:
@@ -143,15 +145,21 @@ def load_data(args: DataArguments, cache_dir: str | None) -> datasets.DatasetDic
                 raise ValueError(f"--{split}_file {path} must end in one of {', '.join(LOADERS)}.")
             if not Path(path).is_file():
                 raise ValueError(f"--{split}_file {path} does not exist.")
-            rows = datasets.load_dataset(loader, data_files={split: path}, split=split, cache_dir=cache_dir)
+            # Only an empty cell is a missing label: "None", "null" and "NA" may well be labels.
+            options = {"keep_default_na": False, "na_values": [""]} if loader == "csv" else {}
+            rows = datasets.load_dataset(loader, data_files={split: path}, split=split, cache_dir=cache_dir, **options)
             data[split] = with_image_root(rows, args.image_column, args.image_root or str(Path(path).parent))
+    return datasets.DatasetDict({split: data[split] for split in SPLITS if split in data})
+
+
+def hold_out(data: datasets.DatasetDict, fraction: float) -> None:
+    """Takes a part of the training rows as validation split, if there is none."""
     if "validation" not in data:
-        parts = data["train"].train_test_split(args.validation_fraction, seed=0)
+        parts = data["train"].train_test_split(fraction, seed=0)
         logger.info(
             f"No validation split: {len(parts['test']):,} of {len(data['train']):,} training rows are held out."
         )
         data["train"], data["validation"] = parts["train"], parts["test"]
-    return datasets.DatasetDict({split: data[split] for split in SPLITS if split in data})
 
 
 def with_image_root(rows: datasets.Dataset, column: str, root: str) -> datasets.Dataset:
@@ -254,11 +262,9 @@ def check_columns(data: datasets.DatasetDict, args: DataArguments, takes_images:
                 raise ValueError(f"The {split} rows have no column {column!r}; set {option} to one of {columns}.")
 
 
-def write_answers(path: Path, tasks: dict[str, Task], logits: dict[str, Any]) -> None:
-    """One JSON object per row, with the answer to each task that is about the whole row."""
-    answers = {
-        name: task.decode(torch.from_numpy(logits[name])) for name, task in tasks.items() if not task.is_token_level
-    }
+def write_answers(path: Path, tasks: dict[str, Task], logits: dict[str, Any], word_index: torch.Tensor) -> None:
+    """One JSON object per row, with the answer to each task."""
+    answers = {name: task.decode(torch.from_numpy(logits[name]), word_index) for name, task in tasks.items()}
     with path.open("w", encoding="utf-8") as file:
         for values in zip(*answers.values(), strict=True):
             file.write(json.dumps(dict(zip(answers, values, strict=True)), ensure_ascii=False) + "\n")
@@ -281,21 +287,29 @@ def main() -> None:
         check_columns(data, data_args, takes_images=model_args.vision is not None)
         task_dicts = parse_tasks(data_args.tasks)
         data = prepare_labels(data, task_dicts, data_args.label_separator)
+    # Before any row is put aside: a rare label may be in those rows only.
+    tasks = [complete_task(task, data["train"]) for task in task_dicts]
+    hold_out(data, data_args.validation_fraction)
     data["train"] = first_rows(data["train"], data_args.max_train_samples)
     data["validation"] = first_rows(data["validation"], data_args.max_eval_samples)
-    tasks = [complete_task(task, data["train"]) for task in task_dicts]
 
     hub = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
-    processor = MMTransformerProcessor.from_encoders(text=model_args.text, vision=model_args.vision, **hub)
-    model = MMTransformerForMultiTask.from_encoders(
-        text=model_args.text,
-        vision=model_args.vision,
-        tasks=tasks,
-        fusion_type=model_args.fusion_type,
-        num_fusion_layers=model_args.num_fusion_layers,
-        modality_dropout=model_args.modality_dropout,
-        **hub,
-    )
+    if training_args.do_train:
+        processor = MMTransformerProcessor.from_encoders(text=model_args.text, vision=model_args.vision, **hub)
+        model = MMTransformerForMultiTask.from_encoders(
+            text=model_args.text,
+            vision=model_args.vision,
+            tasks=tasks,
+            fusion_type=model_args.fusion_type,
+            num_fusion_layers=model_args.num_fusion_layers,
+            modality_dropout=model_args.modality_dropout,
+            **hub,
+        )
+    else:
+        if not Path(training_args.output_dir, "config.json").is_file():
+            raise ValueError(f"{training_args.output_dir} holds no model to measure; add --do_train to train one.")
+        processor = MMTransformerProcessor.from_pretrained(training_args.output_dir)
+        model = MMTransformerForMultiTask.from_pretrained(training_args.output_dir)
     collator = MMDataCollator(
         processor,
         model.config,
@@ -343,7 +357,9 @@ def main() -> None:
         trainer.save_metrics("predict", output.metrics)
         if trainer.is_world_process_zero():
             path = Path(training_args.output_dir) / "predictions.jsonl"
-            write_answers(path, model.config.get_tasks(), output.predictions)
+            texts = [text or "" for text in rows[data_args.text_column]]
+            words = processor(text=texts, max_length=collator.max_length, return_word_index=True)["word_index"]
+            write_answers(path, model.tasks, output.predictions, words)
             logger.info(f"Wrote {path}.")
 
 

@@ -318,11 +318,10 @@ class TestBadImages:
         collator(rows)
         assert collator.num_bad_images == 4
 
-    def test_a_text_must_be_left(self):
+    def test_a_row_of_which_nothing_is_left_teaches_nothing(self):
         collator = make_collator(on_bad_image="drop")
-        assert message_of(collator, [{"text": "", "image": b"nonsense", ROW_KEY: 1234}]) == (
-            "row 1,234 has neither text nor an image that can be read; remove it."
-        )
+        batch = collator([{"text": "", "image": b"nonsense", "score": 1.5}, {"text": "a", "score": 1.5}])
+        assert batch["labels"]["score"].isnan().tolist() == [True, False]
         batch = collator([{"text": "", "image": [b"nonsense", make_image()]}])
         assert batch["image_index"].tolist() == [[0]]
 
@@ -380,7 +379,7 @@ class TestTexts:
         assert batch["input_ids"].tolist() == [[tokenizer.cls_token_id, tokenizer.sep_token_id]]
         for row in ({"text": cell}, {"text": cell, "image": None}, {"text": cell, "image": []}):
             assert message_of(COLLATOR, [{"text": "a"}, {**row, ROW_KEY: 1_000_000}]) == (
-                "row 1,000,000 has neither text nor an image that can be read; remove it."
+                "row 1,000,000 has neither text nor an image; remove it."
             )
 
     def test_missing_column(self):

@@ -482,10 +482,32 @@ def test_finetune_labels_words(encoders, tmp_path, run_finetune):
     ]
     train_file = write_csv(tmp_path / "train.csv", rows * 4)
     run_finetune(
-        *common(encoders, tmp_path / "out"), "--train_file", train_file, "--tasks", "colours:token_classification"
-    )
+        *common(encoders, tmp_path / "out"), "--train_file", train_file, "--tasks", "colours:token_classification",
+        "--test_file", train_file, "--do_predict",
+    )  # fmt: skip
     model = check_checkpoint(tmp_path / "out", ["colours"])
     assert model.config.get_tasks()["colours"].labels == ["COLOUR", "O"]
+    answers = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert [len(answer["colours"]) for answer in answers] == [3, 2] * 4
+
+
+def test_finetune_knows_all_labels_and_measures_the_trained_model(encoders, tmp_path, run_finetune):
+    rows = [{"text": "the red dog", "image": None, "mood": mood} for mood in ["None", "NA", "null", *"abcdefg"]]
+    train_file = write_csv(tmp_path / "train.csv", rows)
+    command = [
+        *common(encoders, tmp_path / "out"), "--train_file", train_file, "--tasks", "mood:classification",
+        "--validation_fraction", 0.5, "--max_train_samples", 1,
+    ]  # fmt: skip
+    run_finetune(*command)
+    model = check_checkpoint(tmp_path / "out", ["mood"])
+    assert model.config.get_tasks()["mood"].labels == ["NA", "None", *"abcdefg", "null"]
+    measured = json.loads((tmp_path / "out/eval_results.json").read_text())["eval_mood_loss"]
+    command.remove("--do_train")
+    run_finetune(*command)
+    assert json.loads((tmp_path / "out/eval_results.json").read_text())["eval_mood_loss"] == pytest.approx(measured)
+    command[command.index("--output_dir") + 1] = tmp_path / "elsewhere"
+    with pytest.raises(ValueError, match="elsewhere holds no model to measure; add --do_train to train one"):
+        run_finetune(*command)
 
 
 @pytest.mark.parametrize(

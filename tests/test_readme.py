@@ -1,5 +1,6 @@
 """Every code block of the README runs, in order, in a folder with data and tiny encoders under the names it uses."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -57,6 +58,17 @@ def test_python_blocks_run_one_after_the_other(folder, capsys):
     for code in PYTHON_BLOCKS:
         exec(compile(code, "README.md", "exec"), names)
     assert (folder / "my-model" / "model.safetensors").exists()
+
+
+def test_the_script_does_what_its_line_says(folder):
+    """With the options of the README, and as few steps as possible."""
+    [line] = [line for line in SHELL_LINES if line.startswith("python examples/finetune.py")]
+    command = [sys.executable, str(ROOT / "examples/finetune.py"), *line.split()[2:]]
+    few = ["--max_steps", "1", "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", "4"]
+    environment = {**os.environ, "HF_HOME": str(folder / "hf_home"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([*command, *few], cwd=folder, env=environment, check=True, capture_output=True)
+    assert (folder / "out/eval_results.json").exists()
+    assert (folder / "out/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("line", SHELL_LINES)

@@ -7,6 +7,7 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from tiny import make_image, make_model, make_processor, make_tasks
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from mm_transformers import (
     Classification,
@@ -89,8 +90,10 @@ def test_trains_evaluates_and_logs_each_task(tmp_path):
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     tasks = {task.name: task for task in make_tasks()}
     for entry in logs:
-        assert {f"{name}_loss" for name in tasks} | {"regularization_loss"} <= entry.keys()
-        total = sum(tasks[name].loss_weight * entry[f"{name}_loss"] for name in tasks) + entry["regularization_loss"]
+        # A task without labels in this step has no loss.
+        losses = {name: entry[f"{name}_loss"] for name in tasks if f"{name}_loss" in entry}
+        assert {"topic", "tags", "entities"} <= losses.keys()
+        total = sum(tasks[name].loss_weight * loss for name, loss in losses.items()) + entry["regularization_loss"]
         assert entry["loss"] == pytest.approx(total, abs=1e-3)
     metrics = trainer.evaluate()
     for name in ("topic_accuracy", "topic_f1", "tags_f1_micro", "score_mae", "entities_f1", "sentiment_loss"):
@@ -278,6 +281,92 @@ def test_adapters_are_trained_saved_and_loaded(tmp_path):
     loaded = peft.PeftModel.from_pretrained(loaded, tmp_path / "adapters")
     again = MMTrainer(loaded, make_args(tmp_path), processing_class=make_processor(), eval_dataset=make_dataset(6))
     assert again.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_logged_losses_are_means_over_the_steps_that_have_labels(tmp_path, streaming):
+    """Also while evaluation comes in between, and where a stream ends."""
+    torch.manual_seed(0)
+    model = without_dropout(make_model(tasks=[Classification("topic", labels=["a", "b"]), Regression("score")]))
+    rows = [{"text": "red cat", "topic": i % 2, "score": 1.0 if i < 4 else None} for i in range(16)]
+    data = Dataset.from_list(rows)
+    data = data.to_iterable_dataset() if streaming else data
+    args = make_args(
+        tmp_path, learning_rate=0.0, max_steps=4, logging_steps=4, eval_strategy="steps", eval_steps=1,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=data, eval_dataset=data)
+    trainer.train()
+    logs = next(entry for entry in trainer.state.log_history if "topic_loss" in entry)
+    batch = MMDataCollator(make_processor(), model.config)(rows[:4])
+    with torch.no_grad():
+        losses = model.eval()(**batch).losses
+    assert logs["topic_loss"] == pytest.approx(losses["topic"].item(), rel=1e-4)
+    assert logs["score_loss"] == pytest.approx(losses["score"].item(), rel=1e-4)  # in one step of four
+
+
+@pytest.mark.parametrize("form", ["streaming", "torch", "numpy"])
+def test_broken_images_of_any_form_of_data_set(tmp_path, form):
+    rows = [{"text": "red cat", "image": make_image(0), "topic": "food"} for _ in range(4)]
+    data = Dataset.from_list(rows).cast_column("image", Image()).cast_column("image", Image(decode=False))
+    broken = data.map(
+        lambda row, i: {"image": {"bytes": b"broken", "path": None}} if i == 2 else row, with_indices=True
+    )
+    broken = broken.cast_column("image", Image())
+    broken = broken.to_iterable_dataset() if form == "streaming" else broken.with_format(form)
+    model, processor = make_model(), make_processor()
+    with pytest.raises(ValueError, match=r"^row 2( of the batch)?, column 'image': .* is not an image that Pillow can"):
+        MMTrainer(model, make_args(tmp_path), processing_class=processor, train_dataset=broken).train()
+    collator = MMDataCollator(processor, model.config, on_bad_image="drop")
+    trainer = MMTrainer(model, make_args(tmp_path, max_steps=1), data_collator=collator, train_dataset=broken)
+    trainer.train()
+    assert collator.num_bad_images == 1
+    trainer.save_model(tmp_path / "saved")  # with the processor of the collator
+    assert (tmp_path / "saved/processor_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute_loss_func": lambda *_: 0}, "takes no compute_loss_func"),
+        ({"train_dataset": {"train": [], "test": []}}, "must be one split, not all of 'train', 'test'"),
+        ({"processing_class": make_processor().tokenizer}, "processing_class must be an MMTransformerProcessor, but"),
+    ],
+)
+def test_what_would_be_ignored_or_fail_later_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        MMTrainer(make_model(), make_args(tmp_path), **{"processing_class": make_processor(), **options})
+
+
+def test_arguments_that_do_not_fit_are_refused(tmp_path):
+    processor, data = make_processor(), make_dataset()
+    with pytest.raises(ValueError, match="computes metrics over all rows at once"):
+        MMTrainer(make_model(), make_args(tmp_path, batch_eval_metrics=True), processing_class=processor)
+    with pytest.raises(
+        ValueError, match="trains a model with tasks, MMTransformerForMultiTask, not MMTransformerModel"
+    ):
+        MMTrainer(make_model().model, make_args(tmp_path), processing_class=processor)
+    args = make_args(tmp_path, train_sampling_strategy="group_by_length")
+    with pytest.raises(ValueError, match=r"Grouping by length needs a column 'length' .* data.map\(lambda row: "):
+        MMTrainer(make_model(), args, processing_class=processor, train_dataset=data)
+
+
+def test_a_missing_image_column_is_told(tmp_path, caplog):
+    transformers_logging.get_logger().addHandler(caplog.handler)
+    data = make_dataset().rename_column("image", "photo")
+    try:
+        MMTrainer(make_model(), make_args(tmp_path), processing_class=make_processor(), train_dataset=data)
+    finally:
+        transformers_logging.get_logger().removeHandler(caplog.handler)
+    assert "The train data set has no column 'image' (its columns are 'text', 'photo'," in caplog.text
+
+
+def test_gates_go_by_the_rate_of_the_optimiser(tmp_path):
+    sgd = (torch.optim.SGD, {"lr": 0.5})
+    trainer = MMTrainer(
+        make_model(), make_args(tmp_path), processing_class=make_processor(), optimizer_cls_and_kwargs=sgd
+    )
+    assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [0.5, 0.5, 5.0]
 
 
 def test_model_init(tmp_path):

@@ -35,8 +35,8 @@ class MMDataCollator:
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of images: PIL, path, bytes, array, a cell of `datasets.Image`, a list of those, or `None`.
         on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            What to do with an image that cannot be read: `"raise"`, or `"drop"` it as if the row had none. The number
-            of those is in `num_bad_images`.
+            What to do with an image that cannot be read: `"raise"`, or `"drop"` it as if the row had none. How often
+            that happened is in `num_bad_images`. A row that is left without image and text loses its labels too.
         max_length (`int`, *optional*): Longest text in tokens; at most, and by default, what the text encoder takes.
         pad_to_multiple_of (`int`, *optional*): Pads texts to a multiple of this length.
 
@@ -72,7 +72,7 @@ class MMDataCollator:
 
     @property
     def num_bad_images(self) -> int:
-        """How many images could not be read so far and were treated as absent."""
+        """How many times an image could not be read and was treated as absent."""
         return int(self._num_bad_images.sum())
 
     def __setstate__(self, state: dict[str, Any]):
@@ -81,8 +81,10 @@ class MMDataCollator:
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         names = [f"row {row[ROW_KEY]:,}" if ROW_KEY in row else f"row {i} of the batch" for i, row in enumerate(rows)]
-        images = self._load_images(rows, names)
-        texts = [self._text(row, bool(image), name) for row, image, name in zip(rows, images, names, strict=True)]
+        images, were_there = self._load_images(rows, names)
+        texts = [self._text(row, had, name) for row, had, name in zip(rows, were_there, names, strict=True)]
+        # What could not be read has left nothing: such a row has nothing to teach.
+        is_empty = [not text.strip() and not image for text, image in zip(texts, images, strict=True)]
         batch = dict(
             self.processor(
                 text=texts,
@@ -96,21 +98,25 @@ class MMDataCollator:
         if not self.takes_images:
             batch.pop("image_index")
         batch["labels"] = {
-            name: task.collate_labels(self._labels(task, rows, texts, names), word_index)
+            name: task.collate_labels(self._labels(task, rows, texts, names, is_empty), word_index)
             for name, task in self.tasks.items()
         }
         return batch
 
-    def _load_images(self, rows: list[Mapping[str, Any]], names: list[str]) -> list[list[Any]]:
-        """The images of each row, read; shared ones are one object. A model of text alone does not read any."""
+    def _load_images(self, rows: list[Mapping[str, Any]], names: list[str]) -> tuple[list[list[Any]], list[bool]]:
+        """
+        The images of each row, read, and whether it had any. Shared ones are one object. A model of text alone does
+        not read any.
+        """
         loaded: dict[Any, Any] = {}
         kept = []  # a key may be the id of an object, which is given again once the object is gone
         worker = torch.utils.data.get_worker_info()
         place = 0 if worker is None else 1 + worker.id % (len(self._num_bad_images) - 1)
-        result = []
+        result, were_there = [], []
         for row, name in zip(rows, names, strict=True):
             pictures = []
-            for image in as_image_list(row.get(self.image_column)) if self.takes_images else []:
+            cells = as_image_list(row.get(self.image_column)) if self.takes_images else []
+            for image in cells:
                 key = image_key(image)
                 kept.append(image)
                 if key not in loaded:
@@ -130,9 +136,10 @@ class MMDataCollator:
                 else:
                     pictures.append(loaded[key])
             result.append(pictures)
-        return result
+            were_there.append(len(cells) > 0)
+        return result, were_there
 
-    def _text(self, row: Mapping[str, Any], has_image: bool, name: str) -> str:
+    def _text(self, row: Mapping[str, Any], had_image: bool, name: str) -> str:
         if self.text_column not in row:
             columns = ", ".join(repr(column) for column in row if column != ROW_KEY)
             raise ValueError(
@@ -155,15 +162,17 @@ class MMDataCollator:
             raise ValueError(
                 f"{name}, column {self.text_column!r}: the text is not valid Unicode ({error})."
             ) from error
-        if not text.strip() and not has_image:
-            raise ValueError(f"{name} has neither text nor an image that can be read; remove it.")
+        if not text.strip() and not had_image:
+            raise ValueError(f"{name} has neither text nor an image; remove it.")
         return text
 
-    def _labels(self, task, rows: list[Mapping[str, Any]], texts: list[str], names: list[str]) -> list[Any]:
+    def _labels(
+        self, task, rows: list[Mapping[str, Any]], texts: list[str], names: list[str], is_empty: list[bool]
+    ) -> list[Any]:
         labels = []
-        for row, text, name in zip(rows, texts, names, strict=True):
+        for row, text, name, empty in zip(rows, texts, names, is_empty, strict=True):
             try:
-                labels.append(task.encode_label(row.get(task.column), text))
+                labels.append(None if empty else task.encode_label(row.get(task.column), text))
             except ValueError as error:
                 raise ValueError(f"{name}, column {task.column!r}: {error}.") from error
         return labels

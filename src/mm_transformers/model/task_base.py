@@ -5,6 +5,7 @@ import functools
 import math
 import numbers
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
@@ -222,7 +223,7 @@ def check_labels(name: str, labels: list[Any]) -> list[str]:
     labels = [str(label) for label in labels]
     if len(labels) == 0:
         raise ValueError(f"Task {name!r} needs its label names: labels=['...', '...'].")
-    duplicates = sorted({label for label in labels if labels.count(label) > 1})
+    duplicates = sorted(label for label, count in Counter(labels).items() if count > 1)
     if duplicates:
         raise ValueError(f"Task {name!r}: label {duplicates[0]!r} occurs twice in labels.")
     return labels

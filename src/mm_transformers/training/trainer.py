@@ -1,6 +1,5 @@
 """The Trainer of transformers, for models with several tasks and batches with any number of images."""
 
-from collections import defaultdict
 from typing import Any, Optional
 
 import torch
@@ -27,20 +26,26 @@ class MMTrainer(Trainer):
     - `data_collator` and `compute_metrics` default to [`MMDataCollator`] and [`MultiTaskMetrics`];
     - the loss of each task is its mean over all the labels of an optimiser step, also under gradient accumulation, and
       the regularizer enters once per step; what the regularizer covers has no weight decay;
-    - logs hold the loss of each task (`<task>_loss`, `regularization_loss`), evaluation holds exact means;
+    - logs hold the loss of each task (`<task>_loss`, `regularization_loss`), its mean over the optimiser steps in which
+      the task had labels;
+    - with [`MultiTaskMetrics`], which is the default, evaluation holds exact means, and no loss where nothing is
+      labelled;
     - the gates of the fusion learn ten times as fast and without weight decay;
-    - messages about bad data name the row of the data set.
+    - images of a data set are read by the collator, so that messages about bad data name the row, and how many images
+      could not be read is told at the end.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, kwargs:
-            As [`~transformers.Trainer`] takes them. `processing_class` is the [`MMTransformerProcessor`]. In `args`,
+            As [`~transformers.Trainer`] takes them. `processing_class` is the [`MMTransformerProcessor`]; it defaults
+            to that of the `data_collator`. In `args`,
             `remove_unused_columns` and `accelerator_config.dispatch_batches` are set to `False`: columns are chosen by
             the collator, and a batch of images cannot be cut along with its rows.
 
     Raises:
         ValueError: if several GPUs would be used by `nn.DataParallel`, if there is neither a `processing_class` nor a
-            `data_collator`, if a data set lacks the text column or all of the tasks' columns, or if `args` asks for
-            label smoothing, which is not for the Trainer to say where tasks are of several kinds.
+            `data_collator`, if the model has no tasks, if a data set lacks the text column or all of the tasks'
+            columns, or if something is asked for that would be ignored: label smoothing, `compute_loss_func`,
+            `batch_eval_metrics`.
     """
 
     def __init__(
@@ -65,10 +70,23 @@ class MMTrainer(Trainer):
                 "label_smoothing_factor has no meaning for all kinds of tasks, so MMTrainer does not take it; write "
                 "the loss that you want as a task kind of your own."
             )
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("MMTrainer takes no compute_loss_func: the loss of a task is its method `loss`.")
+        if args.batch_eval_metrics:
+            raise ValueError("MMTrainer computes metrics over all rows at once; leave out batch_eval_metrics.")
+        if processing_class is None and isinstance(data_collator, MMDataCollator):
+            processing_class = data_collator.processor
         if data_collator is None and processing_class is None:
             raise ValueError(
                 "MMTrainer needs a model and its processor: MMTrainer(model, args, processing_class=processor)."
             )
+        if data_collator is None and not hasattr(processing_class, "tokenizer"):
+            raise ValueError(
+                f"processing_class must be an MMTransformerProcessor, but is a {type(processing_class).__name__}: make "
+                "one by MMTransformerProcessor.from_encoders(text=..., vision=...)."
+            )
+        if isinstance(train_dataset, dict):
+            raise ValueError(f"train_dataset must be one split, not all of {', '.join(map(repr, train_dataset))}.")
         args.remove_unused_columns = False
         args.accelerator_config.dispatch_batches = False
         super().__init__(
@@ -82,6 +100,10 @@ class MMTrainer(Trainer):
             **kwargs,
         )
         # Only now is there a model, if it comes from `model_init`.
+        if not hasattr(self._fused, "tasks"):
+            raise ValueError(
+                f"MMTrainer trains a model with tasks, MMTransformerForMultiTask, not {type(self._fused).__name__}."
+            )
         if data_collator is None:
             self.data_collator = MMDataCollator(processing_class, self.model.config)
         if compute_metrics is None:
@@ -90,18 +112,28 @@ class MMTrainer(Trainer):
             for name, datasets in {"train": train_dataset, "eval": eval_dataset}.items():
                 for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
                     _check_columns(dataset, name, self.data_collator)
+            _check_lengths(train_dataset, args)
         # `num_items_in_batch` holds the divisors of the whole optimiser step, so nothing is left to be divided.
         self.model_accepts_loss_kwargs = True
-        # Summed over the optimiser steps since the last log.
-        self._losses: dict[str, torch.Tensor] = defaultdict(float)  # type: ignore[arg-type]
-        self._num_steps = 0
+        # Of each task, and of the regularizer, since the last log: losses, summed over the optimiser steps, and the
+        # number of steps that had any.
+        self._losses: dict[str, torch.Tensor] = {}
+        self._num_steps: dict[str, torch.Tensor] = {}
+
+    @property
+    def _fused(self) -> Any:
+        """The model itself, whatever wraps it."""
+        return self.accelerator.unwrap_model(self.model)
 
     # Data
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
-        if isinstance(self.data_collator, MMDataCollator) and not _is_iterable(dataset):
+        if isinstance(self.data_collator, MMDataCollator):
             original = dataset
-            dataset = _NumberedRows(_undecoded(dataset, self.data_collator.image_column))
+            dataset = _undecoded(dataset, self.data_collator.image_column)
+            if _is_iterable(dataset):
+                return super()._get_dataloader(dataset, description, batch_size, sampler_fn=sampler_fn, **kwargs)
+            dataset = _NumberedRows(dataset)
             if sampler_fn is not None:
                 return super()._get_dataloader(
                     dataset, description, batch_size, sampler_fn=lambda _: sampler_fn(original), **kwargs
@@ -111,8 +143,7 @@ class MMTrainer(Trainer):
     # Loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, torch.Tensor]:
-        self._num_steps += 1
-        tasks = self.model.config.get_tasks()
+        tasks = self._fused.tasks
         counts = torch.zeros(len(tasks), device=device)
         for batch in batch_samples:
             for i, (name, task) in enumerate(tasks.items()):
@@ -128,25 +159,31 @@ class MMTrainer(Trainer):
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         if model.training:
             for name, loss in outputs.losses.items():
-                self._losses[name] += loss.detach()
+                # Each of the batches of a step is a part of it.
+                steps = (num_items_in_batch[name] > 0) / num_items_in_batch["regularization"]
+                self._losses[name] = self._losses.get(name, 0) + loss.detach()
+                self._num_steps[name] = self._num_steps.get(name, 0) + steps
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs and self._num_steps > 0:
-            losses = torch.stack(list(self._losses.values())) / self._num_steps
-            losses = self.accelerator.reduce(losses, reduction="mean")
-            logs.update({f"{name}_loss": value for name, value in zip(self._losses, losses.tolist(), strict=True)})
-            self._losses.clear()
-            self._num_steps = 0
+        if "loss" in logs and self._losses:
+            losses = self.accelerator.reduce(torch.stack(list(self._losses.values())), reduction="mean").tolist()
+            for name, loss in zip(self._losses, losses, strict=True):
+                if self._num_steps[name] > 0:
+                    logs[f"{name}_loss"] = loss / self._num_steps[name].item()
+            self._forget_losses()
         super().log(logs, *args, **kwargs)
+
+    def _forget_losses(self) -> None:
+        self._losses, self._num_steps = {}, {}
 
     # Optimiser
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         names = super().get_decay_parameter_names(model)
         regularized = set()
-        if self.model.config.regularization is not None:
-            regularized = {id(p) for p in regularized_parameters(self.accelerator.unwrap_model(model).heads)}
+        if self._fused.config.regularization is not None:
+            regularized = {id(p) for p in regularized_parameters(self._fused.heads)}
         free = {name for name, p in model.named_parameters() if _is_gate(name) or id(p) in regularized}
         return [name for name in names if name not in free]
 
@@ -159,15 +196,14 @@ class MMTrainer(Trainer):
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in gates]
             if gates:
-                rate = self.args.learning_rate * GATE_LEARNING_RATE_FACTOR
+                rate = optimizer.defaults["lr"] * GATE_LEARNING_RATE_FACTOR
                 optimizer.add_param_group({"params": list(gates.values()), "lr": rate, "weight_decay": 0.0})
         return optimizer
 
     # Evaluation
 
     def train(self, *args, **kwargs):
-        self._losses.clear()
-        self._num_steps = 0
+        self._forget_losses()
         output = super().train(*args, **kwargs)
         self._report_bad_images()
         return output
@@ -175,7 +211,7 @@ class MMTrainer(Trainer):
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        tasks = self.model.config.get_tasks()
+        tasks = self._fused.tasks
         losses = {name: output.metrics.get(f"{prefix}_{name}_loss") for name in tasks}
         if any(loss is not None for loss in losses.values()):
             # The stock loop reports the mean of the means of batches, which is not the mean.
@@ -187,14 +223,13 @@ class MMTrainer(Trainer):
         return output
 
     def _regularization(self) -> float:
-        model = self.accelerator.unwrap_model(self.model)
         with torch.no_grad():
-            return float(model.regularization_loss()) if model.config.regularization is not None else 0.0
+            return float(self._fused.regularization_loss()) if self._fused.config.regularization is not None else 0.0
 
     def _report_bad_images(self) -> None:
         count = getattr(self.data_collator, "num_bad_images", 0)
         if count:
-            logger.warning(f"{count:,} images could not be read so far and were treated as absent.")
+            logger.warning(f"{count:,} times so far an image could not be read; it was treated as absent.")
 
 
 class _NumberedRows(Dataset):
@@ -229,8 +264,11 @@ def _undecoded(dataset, column: str):
     """Cells of `datasets.Image` as bytes or path: what is shared is then seen, and what is broken has its row named."""
     import datasets
 
-    if not isinstance(dataset, datasets.Dataset) or column not in dataset.column_names or dataset.format["type"]:
+    known = isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and dataset.features is not None
+    if not known or column not in dataset.features:
         return dataset
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+        return dataset  # a transform of the user's own, which may want pictures
     feature = dataset.features[column]
     if isinstance(feature, datasets.Image):
         return dataset.cast_column(column, datasets.Image(decode=False))
@@ -249,8 +287,23 @@ def _check_columns(dataset, name: str, collator: MMDataCollator) -> None:
             f"The {name} data set has no column {collator.text_column!r} (its columns are {shown}); name the column of "
             "your texts by data_collator=MMDataCollator(processor, model.config, text_column=...)."
         )
+    if collator.takes_images and collator.image_column not in columns:
+        logger.warning(
+            f"The {name} data set has no column {collator.image_column!r} (its columns are {shown}), so its rows have "
+            "no images; if they do, name the column by data_collator=MMDataCollator(..., image_column=...)."
+        )
     missing = [task for task in collator.tasks.values() if task.column not in columns]
     if missing and len(missing) == len(collator.tasks):
         raise ValueError(f"The {name} data set has a column for none of the tasks (its columns are {shown}).")
     for task in missing:
         logger.warning(f"The {name} data set has no column {task.column!r}: task {task.name!r} has no labels there.")
+
+
+def _check_lengths(dataset, args: TrainingArguments) -> None:
+    columns = getattr(dataset, "column_names", None)
+    wanted = args.length_column_name
+    if getattr(args, "train_sampling_strategy", None) == "group_by_length" and columns and wanted not in columns:
+        raise ValueError(
+            f"Grouping by length needs a column {wanted!r} with the length of each text, for example by "
+            f"data.map(lambda row: {{{wanted!r}: len(row['text'])}})."
+        )
