@@ -10,7 +10,7 @@ from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
 from ..model.images import ImageError, image_key, load_image
 from ..model.processing_mm_transformer import MMTransformerProcessor, as_image_list
-from ..model.task_base import is_null
+from ..model.task_base import LabelContext, is_null
 
 
 logger = logging.get_logger(__name__)
@@ -92,11 +92,11 @@ class MMDataCollator:
                 return_word_index=any(task.is_token_level for task in self.tasks.values()),
             )
         )
-        word_index = batch.pop("word_index", None)
+        context = LabelContext(batch.pop("word_index", None), self.processor.tokenizer)
         if not self.takes_images:
             batch.pop("image_index")
         batch["labels"] = {
-            name: task.collate_labels(self._labels(task, rows, texts, names), word_index)
+            name: task.collate_labels(self._labels(task, rows, texts, names), context)
             for name, task in self.tasks.items()
         }
         return batch

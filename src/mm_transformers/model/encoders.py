@@ -12,7 +12,7 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig,
 _MAIN_INPUT = {"text": "input_ids", "vision": "pixel_values"}
 
 # What `AutoConfig.from_pretrained` takes of the keyword arguments of `AutoModel.from_pretrained`.
-_HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download")
+HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download")
 
 # Parameters that serve only a pooled output, which the fusion does not read, or masked image modelling: they would
 # never get a gradient, which DDP refuses.
@@ -67,7 +67,7 @@ def load_encoder(path: str, modality: str, **kwargs) -> tuple[PreTrainedModel, P
     Raises:
         ValueError: one sentence that says why it cannot be the encoder of this modality.
     """
-    hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+    hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
     config = encoder_config_from_pretrained(path, modality, **hub_kwargs)
     cls = _check_config(config, modality)
     model = (cls or AutoModel).from_pretrained(path, config=config, **_options(cls), **kwargs)
