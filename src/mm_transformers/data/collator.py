@@ -176,6 +176,11 @@ def check_tokenizer(tokenizer, config: MMTransformerConfig) -> None:
             than the one from which the text encoder counts positions.
     """
     vocab_size = config.vocab_size
+    if config.has_decoder and len(tokenizer) > config.decoder_vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer):,} tokens, but the decoder can write {config.decoder_vocab_size:,}: "
+            "give it a decoder_config with the vocab_size of the tokenizer."
+        )
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer):,} tokens, but the text encoder has embeddings for {vocab_size:,}: "

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Optional
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .decoders import check_decoder
+from .decoders import check_decoder, decoder_vocab_size
 from .encoders import encoder_width, sub_config_of
 from .fusion import fusion_class
 from .regularization import check_regularization
@@ -65,7 +65,11 @@ class MMTransformerConfig(PreTrainedConfig):
 
     model_type = "mm_transformer"
     # `sub_configs` and not `sub_configs_defaults`, which transformers 5.17 does not know.
-    sub_configs: ClassVar[dict[str, type]] = {"text_config": AutoConfig, "vision_config": AutoConfig, "decoder_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, type]] = {
+        "text_config": AutoConfig,
+        "vision_config": AutoConfig,
+        "decoder_config": AutoConfig,
+    }
     attribute_map = {
         "hidden_size": "fusion_hidden_size",
         "num_hidden_layers": "num_fusion_layers",
@@ -139,6 +143,10 @@ class MMTransformerConfig(PreTrainedConfig):
     def has_decoder(self) -> bool:
         """Whether some task writes text, so that the text model is a whole encoder-decoder."""
         return any(task.needs_decoder for task in self.get_tasks().values())
+
+    @property
+    def decoder_vocab_size(self) -> int:
+        return decoder_vocab_size(self.text_config, self.decoder_config)
 
     @property
     def vocab_size(self) -> int:

@@ -84,6 +84,9 @@ class LabelContext(NamedTuple):
     tokenizer: Any = None
 
 
+NO_CONTEXT = LabelContext()
+
+
 @dataclass
 class Task:
     """
@@ -145,7 +148,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def collate_labels(self, values: list[Any], context: LabelContext = LabelContext()) -> torch.Tensor:
+    def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         """
         Stacks encoded labels, one or `None` per row; missing ones become -100 (integers) or NaN (floats).
         """

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .task_base import LabelContext, Task, is_null, register_task
+from .task_base import NO_CONTEXT, LabelContext, Task, is_null, register_task
 
 
 @register_task
@@ -67,7 +67,7 @@ class Generation(Task):
             )
         return value
 
-    def collate_labels(self, values: list[Any], context: LabelContext = LabelContext()) -> torch.Tensor:
+    def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         if context.tokenizer is None:
             raise ValueError(f"Task {self.name!r} writes text, so `collate_labels` needs the tokenizer.")
         rows = [[] if value is None else self._target_ids(value, context.tokenizer) for value in values]
@@ -84,7 +84,8 @@ class Generation(Task):
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if end is None:
             raise ValueError(f"task {self.name!r}: the tokenizer has no token that ends a text; set its eos_token")
-        return tokenizer(text_target=text, add_special_tokens=False)["input_ids"][: self.max_length - 1] + [end]
+        ids = tokenizer(text_target=text, add_special_tokens=False)["input_ids"]
+        return [*ids[: self.max_length - 1], end]
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         total = nn.functional.cross_entropy(
