@@ -180,7 +180,7 @@ class MMTransformerConfig(PreTrainedConfig):
             if task.name in seen:
                 raise ValueError(f"Two tasks are called {task.name!r}; every task needs a name of its own.")
             seen.add(task.name)
-        writing = [name for name, task in self.get_tasks().items() if task.needs_decoder]
+        writing = [task for task in self.get_tasks().values() if task.needs_decoder]
         check_decoder(self.text_config, self.decoder_config, writing)
         check_regularization(self.regularization)
 

@@ -115,6 +115,10 @@ class TextWriting:
     def can_generate(self) -> bool:
         return self.config.has_decoder
 
+    def adjust_generation_fn(self, *args, **kwargs) -> None:
+        """Called by `from_pretrained`, to read what `save_pretrained` wrote."""
+        self.model.text_model.adjust_generation_fn(*args, **kwargs)
+
     @property
     def generation_config(self) -> Optional[GenerationConfig]:
         """That of the decoder."""
