@@ -174,4 +174,4 @@ def test_from_encoders_from_local_folders(tmp_path):
     eager = MMTransformerForMultiTask.from_encoders(**encoders, tasks=make_tasks(), attn_implementation="eager")
     assert eager.config._attn_implementation == eager.config.text_config._attn_implementation == "eager"
     with pytest.raises(ValueError, match="Unknown fusion_type"):
-        MMTransformerForMultiTask.from_encoders(text="no/such-model", fusion_type="nonsense")
+        MMTransformerForMultiTask.from_encoders(text=encoders["text"], vision="no/such-model", fusion_type="nonsense")

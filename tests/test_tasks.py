@@ -26,7 +26,15 @@ from mm_transformers import (
     TokenClassification,
     register_task,
 )
-from mm_transformers.model.task_base import TASK_KINDS, PooledHead, TaskHeads, is_missing, is_null, task_from_dict
+from mm_transformers.model.task_base import (
+    TASK_KINDS,
+    LabelContext,
+    PooledHead,
+    TaskHeads,
+    is_missing,
+    is_null,
+    task_from_dict,
+)
 from mm_transformers.model.task_token_classification import index_words, split_words
 
 
@@ -273,7 +281,9 @@ class TestLabels:
 
     def test_labels_go_to_the_first_tokens(self):
         word_index = torch.tensor([[-1, 0, -1, 1, 2, -1], [-1, 0, -1, -1, -1, -1], [-1, 0, 1, -1, -1, -1]])
-        labels = ENTITIES.collate_labels([[2, -100, 1], None, [0, 1, 1]], word_index)  # the third text is cut short
+        labels = ENTITIES.collate_labels(
+            [[2, -100, 1], None, [0, 1, 1]], LabelContext(word_index)
+        )  # the third text is cut short
         n = -100
         assert labels.tolist() == [[n, 2, n, n, 1, n], [n] * 6, [n, 0, 1, n, n, n]]
         assert labels.dtype == torch.int64
@@ -400,7 +410,7 @@ def own_kind():
         def encode_label(self, value, text):
             return None if is_missing(value) else float(min(value, self.largest))
 
-        def collate_labels(self, values, word_index=None):
+        def collate_labels(self, values, context=None):
             return torch.tensor([float("nan") if value is None else value for value in values])
 
         def loss(self, logits, labels):

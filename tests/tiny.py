@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    BartConfig,
     BeitConfig,
     BertConfig,
     CLIPTextConfig,
@@ -16,8 +17,12 @@ from transformers import (
     DINOv3ViTConfig,
     DistilBertConfig,
     ElectraConfig,
+    M2M100Config,
+    MarianConfig,
+    MBartConfig,
     ModernBertConfig,
     MPNetConfig,
+    MT5Config,
     PreTrainedTokenizerFast,
     ResNetConfig,
     RobertaConfig,
@@ -93,6 +98,27 @@ VISION_ENCODERS = {
 }
 
 FUSION_KINDS = ["cross_attention", "co_attention", "bottleneck", "merged", "late"]
+
+
+_SEQ2SEQ = dict(
+    vocab_size=VOCAB_SIZE, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=37, decoder_ffn_dim=37, max_position_embeddings=40, pad_token_id=0,
+    bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, init_std=0.5,
+)  # fmt: skip
+_T5 = dict(
+    vocab_size=VOCAB_SIZE, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=2,
+    decoder_start_token_id=0, initializer_factor=2.0,
+)  # fmt: skip
+
+# Encoder-decoders; 1 begins and 2 ends a text, as [CLS] and [SEP] of `make_tokenizer`.
+SEQ2SEQ = {
+    "marian": lambda: MarianConfig(**{**_SEQ2SEQ, "decoder_start_token_id": 0, "decoder_vocab_size": VOCAB_SIZE}),
+    "bart": lambda: BartConfig(**_SEQ2SEQ),
+    "mbart": lambda: MBartConfig(**_SEQ2SEQ),
+    "m2m100": lambda: M2M100Config(**_SEQ2SEQ),
+    "t5": lambda: T5Config(**_T5),
+    "mt5": lambda: MT5Config(**_T5),
+}
 
 
 def make_tasks():

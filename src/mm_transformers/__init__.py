@@ -18,7 +18,7 @@ from .model.modeling_mm_transformer import (
 )
 from .model.modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from .model.processing_mm_transformer import MMTransformerProcessor
-from .model.tasks import Classification, MultiLabel, Regression, Task, TokenClassification, register_task
+from .model.tasks import Classification, Generation, MultiLabel, Regression, Task, TokenClassification, register_task
 
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "Classification",
     "Fusion",
+    "Generation",
     "MMDataCollator",
     "MMTrainer",
     "MMTransformerConfig",

@@ -10,7 +10,7 @@ from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
 from ..model.images import ImageError, image_key, load_image
 from ..model.processing_mm_transformer import MMTransformerProcessor, as_image_list
-from ..model.task_base import is_null
+from ..model.task_base import LabelContext, is_null
 
 
 logger = logging.get_logger(__name__)
@@ -94,11 +94,11 @@ class MMDataCollator:
                 return_word_index=any(task.is_token_level for task in self.tasks.values()),
             )
         )
-        word_index = batch.pop("word_index", None)
+        context = LabelContext(batch.pop("word_index", None), self.processor.tokenizer)
         if not self.takes_images:
             batch.pop("image_index")
         batch["labels"] = {
-            name: task.collate_labels(self._labels(task, rows, texts, names, is_empty), word_index)
+            name: task.collate_labels(self._labels(task, rows, texts, names, is_empty), context)
             for name, task in self.tasks.items()
         }
         return batch
@@ -185,6 +185,11 @@ def check_tokenizer(tokenizer, config: MMTransformerConfig) -> None:
             than the one from which the text encoder counts positions.
     """
     vocab_size = config.vocab_size
+    if config.has_decoder and len(tokenizer) > config.decoder_vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer):,} tokens, but the decoder can write {config.decoder_vocab_size:,}: "
+            "give it a decoder_config with the vocab_size of the tokenizer."
+        )
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer):,} tokens, but the text encoder has embeddings for {vocab_size:,}: "

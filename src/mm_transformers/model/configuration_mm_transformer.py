@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Optional
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from .decoders import check_decoder, decoder_vocab_size
 from .encoders import encoder_width, sub_config_of
 from .fusion import fusion_class
 from .regularization import check_regularization
@@ -22,6 +23,10 @@ class MMTransformerConfig(PreTrainedConfig):
             Config of any text encoder that `AutoModel` knows. A `dict` needs its `model_type`. Defaults to BERT-base.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             Config of any vision encoder that `AutoModel` knows. `None` for a model of text alone.
+        decoder_config (`dict` or `PreTrainedConfig`, *optional*):
+            Config of a decoder that `AutoModelForCausalLM` knows (BERT, GPT-2, BART, ...), for tasks that write text
+            where the text encoder has no decoder of its own. It must have `decoder_start_token_id` (or
+            `bos_token_id`), `eos_token_id` and `pad_token_id`.
         fusion_type (`str`, *optional*, defaults to `"cross_attention"`):
             `"cross_attention"`, `"co_attention"`, `"bottleneck"`, `"merged"`, `"late"`, or a kind of your own.
         fusion_kwargs (`dict`, *optional*): Options of the fusion kind, for example `{"num_latents": 8}`.
@@ -60,7 +65,11 @@ class MMTransformerConfig(PreTrainedConfig):
 
     model_type = "mm_transformer"
     # `sub_configs` and not `sub_configs_defaults`, which transformers 5.17 does not know.
-    sub_configs: ClassVar[dict[str, type]] = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, type]] = {
+        "text_config": AutoConfig,
+        "vision_config": AutoConfig,
+        "decoder_config": AutoConfig,
+    }
     attribute_map = {
         "hidden_size": "fusion_hidden_size",
         "num_hidden_layers": "num_fusion_layers",
@@ -72,6 +81,7 @@ class MMTransformerConfig(PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
+    decoder_config: dict | PreTrainedConfig | None = None
     fusion_type: str = "cross_attention"
     fusion_kwargs: dict | None = None
     fusion_hidden_size: int | None = None
@@ -87,6 +97,9 @@ class MMTransformerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.text_config = _resolve(self.text_config or {"model_type": "bert"}, "text")
         self.vision_config = _resolve(self.vision_config, "vision")
+        self.decoder_config = _resolve(self.decoder_config, "decoder")
+        if self.decoder_config is not None:
+            self.decoder_config.is_decoder = self.decoder_config.add_cross_attention = True
         self.fusion_kwargs = dict(self.fusion_kwargs or {})
         self.tasks = [task.to_dict() if hasattr(task, "to_dict") else task for task in self.tasks or []]
 
@@ -127,6 +140,15 @@ class MMTransformerConfig(PreTrainedConfig):
         return [name for name in ("vision",) if getattr(self, f"{name}_config") is not None]
 
     @property
+    def has_decoder(self) -> bool:
+        """Whether some task writes text, so that the text model is a whole encoder-decoder."""
+        return any(task.needs_decoder for task in self.get_tasks().values())
+
+    @property
+    def decoder_vocab_size(self) -> int:
+        return decoder_vocab_size(self.text_config, self.decoder_config)
+
+    @property
     def vocab_size(self) -> int:
         return self.text_config.vocab_size
 
@@ -158,6 +180,8 @@ class MMTransformerConfig(PreTrainedConfig):
             if task.name in seen:
                 raise ValueError(f"Two tasks are called {task.name!r}; every task needs a name of its own.")
             seen.add(task.name)
+        writing = [task for task in self.get_tasks().values() if task.needs_decoder]
+        check_decoder(self.text_config, self.decoder_config, writing)
         check_regularization(self.regularization)
 
 

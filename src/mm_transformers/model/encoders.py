@@ -12,7 +12,7 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig,
 _MAIN_INPUT = {"text": "input_ids", "vision": "pixel_values"}
 
 # What `AutoConfig.from_pretrained` takes of the keyword arguments of `AutoModel.from_pretrained`.
-_HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download")
+HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download")
 
 # Parameters that serve only a pooled output, which the fusion does not read, or masked image modelling: they would
 # never get a gradient, which DDP refuses.
@@ -52,7 +52,7 @@ def build_encoder(config: PreTrainedConfig, modality: str) -> PreTrainedModel:
     Raises:
         ValueError: one sentence that says why it cannot be the encoder of this modality.
     """
-    cls = _check_config(config, modality)
+    cls = _check_config(without_layerdrop(config), modality)
     model = AutoModel.from_config(config) if cls is None else cls._from_config(config, **_options(cls))
     return _as_encoder(model, modality)
 
@@ -67,9 +67,9 @@ def load_encoder(path: str, modality: str, **kwargs) -> tuple[PreTrainedModel, P
     Raises:
         ValueError: one sentence that says why it cannot be the encoder of this modality.
     """
-    hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+    hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
     config = encoder_config_from_pretrained(path, modality, **hub_kwargs)
-    cls = _check_config(config, modality)
+    cls = _check_config(without_layerdrop(config), modality)
     model = (cls or AutoModel).from_pretrained(path, config=config, **_options(cls), **kwargs)
     return _as_encoder(model, modality), model.config
 
@@ -110,6 +110,17 @@ def max_text_positions(config: PreTrainedConfig) -> Optional[int]:
 def pad_token_matters(config: PreTrainedConfig) -> bool:
     """True for text encoders that tell by `pad_token_id` where the text, and so its first position, begins."""
     return config.model_type in _POSITIONS_AFTER_PADDING
+
+
+def without_layerdrop(config: PreTrainedConfig) -> PreTrainedConfig:
+    """
+    The config, changed so that training never skips a whole layer: its weights would get no gradient in that step, for
+    which DDP waits for ever.
+    """
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if getattr(config, name, 0):
+            setattr(config, name, 0.0)
+    return config
 
 
 def _model_class(config: PreTrainedConfig) -> Optional[type[PreTrainedModel]]:

@@ -10,12 +10,21 @@ from transformers import initialization as init
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_mm_transformer import MMTransformerConfig
-from .encoders import as_tokens, build_encoder, encoder_width, load_encoder
+from .decoders import build_seq2seq, load_seq2seq
+from .encoders import (
+    HUB_KWARGS,
+    as_tokens,
+    build_encoder,
+    encoder_config_from_pretrained,
+    encoder_width,
+    load_encoder,
+)
 from .fusion import Stream, fusion_class
 from .fusion_layers import Gate, StreamProjection, masked_mean
 from .modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from .regularization import regularization_loss
 from .task_base import TaskHeads
+from .writing import TextWriting
 
 
 logger = logging.get_logger(__name__)
@@ -65,7 +74,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
 
         Args:
             text (`str`): Hub id or local folder of a text encoder; of CLIP and SigLIP the text tower is taken, of an
-                encoder-decoder the encoder.
+                encoder-decoder the encoder, and if a task writes text the decoder too.
             vision (`str`, *optional*): Hub id or local folder of a vision encoder; of CLIP and SigLIP the vision tower.
             kwargs: fields of [`MMTransformerConfig`] (`tasks`, `fusion_type`, `num_fusion_layers`, ...); everything
                 else (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes to `AutoModel.from_pretrained`.
@@ -87,10 +96,18 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         # A checkpoint may be stored in half precision; training starts from float32 unless told otherwise.
         kwargs.setdefault("dtype", torch.float32)
         # A wrong option is told before gigabytes are read.
-        MMTransformerConfig(**options)
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        text_config = encoder_config_from_pretrained(text, "text", **hub_kwargs)
+        config = MMTransformerConfig(**options, text_config=text_config)
         encoders, chosen = {}, {}
         for modality, path in {"text": text, "vision": vision}.items():
-            if path is not None:
+            if path is not None and modality == "text" and config.has_decoder:
+                encoder = load_seq2seq(path, config.decoder_config, **kwargs)
+                encoder_config = encoder.config if config.decoder_config is None else encoder.encoder.config
+                options["text_config"] = encoder_config
+                encoders["text_model"] = encoder
+                chosen["text"] = (encoder_config, encoder_config._attn_implementation)
+            elif path is not None:
                 encoder, encoder_config = load_encoder(path, modality, **kwargs)
                 options[f"{modality}_config"] = encoder_config
                 encoders[f"{modality}_model"] = encoder
@@ -123,6 +140,9 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
     ):
         super().__init__(config)
         width = encoder_width(config.text_config)
+        if text_model is None and config.has_decoder:
+            text_model = build_seq2seq(config.text_config, config.decoder_config)
+        # If a task writes text, this is a whole encoder-decoder; fused is what its encoder gives.
         self.text_model = text_model if text_model is not None else build_encoder(config.text_config, "text")
         self.vision_model = self.fusion = None
         if config.modalities:
@@ -134,6 +154,10 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             )
             self.vision_projection = StreamProjection(config, encoder_width(config.vision_config))
         self.post_init()
+
+    @property
+    def text_encoder(self) -> PreTrainedModel:
+        return self.text_model.get_encoder() if self.config.has_decoder else self.text_model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -184,7 +208,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         text_inputs = {name: value for name, value in text_inputs.items() if value is not None}
         if input_ids is not None:
             text_inputs["input_ids"] = input_ids
-        text_states = self.text_model(attention_mask=attention_mask, **text_inputs).last_hidden_state
+        text_states = self.text_encoder(attention_mask=attention_mask, **text_inputs).last_hidden_state
         if attention_mask is None:
             attention_mask = torch.ones(text_states.shape[:2], dtype=torch.bool, device=text_states.device)
         text_mask = attention_mask.bool()
@@ -267,7 +291,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         return torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=self.device)
 
 
-class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
+class MMTransformerForMultiTask(TextWriting, MMTransformerPreTrainedModel):
     """
     The fused model with a task layer for each of `config.tasks`. Its loss is the sum over the tasks of `loss_weight`
     times the mean loss of what is labelled, plus the regularizer of the task layers.
@@ -292,7 +316,8 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
             )
         self.model = MMTransformerModel(config, **encoders)
         width = encoder_width(config.text_config)
-        self.heads = TaskHeads({name: task.build_head(config, width) for name, task in self.tasks.items()})
+        heads = {name: task.build_head(config, width) for name, task in self.tasks.items() if not task.needs_decoder}
+        self.heads = TaskHeads(heads)
         self.post_init()
 
     @can_return_tuple
@@ -304,6 +329,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         pixel_values: Optional[torch.Tensor] = None,
         image_index: Optional[torch.Tensor] = None,
         inputs_embeds: Optional[torch.Tensor] = None,
+        encoder_outputs: Optional[MMTransformerModelOutput] = None,
         labels: Optional[dict[str, torch.Tensor]] = None,
         num_items_in_batch: Optional[dict[str, torch.Tensor]] = None,
         output_attentions: Optional[bool] = None,
@@ -319,25 +345,32 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 By how much to divide the summed loss of each task, instead of the number of its labels in `labels`;
                 under `"regularization"`, by how much to divide the regularizer. This is how one optimiser step over
                 several batches gets the loss of one big batch.
+            encoder_outputs ([`MMTransformerModelOutput`], *optional*):
+                What `self.model` gave for these inputs, if that is known already.
             input_ids, attention_mask, token_type_ids, pixel_values, image_index, inputs_embeds, output_attentions,
             output_hidden_states: See [`MMTransformerModel.forward`].
 
         Raises:
             ValueError: if `labels` names a task that the model does not have, or the images do not fit the rows.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            pixel_values=pixel_values,
-            image_index=image_index,
-            inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
+        outputs = encoder_outputs
+        if outputs is None:
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                pixel_values=pixel_values,
+                image_index=image_index,
+                inputs_embeds=inputs_embeds,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+            )
         logits = self.heads(outputs.last_hidden_state, outputs.pooler_output)
         loss = losses = None
         if labels is not None:
+            for name, task in self.tasks.items():
+                if task.needs_decoder:
+                    logits[name] = self.read_written(task, outputs.last_hidden_state, attention_mask, labels.get(name))
             losses = self._losses(logits, labels, num_items_in_batch or {})
             weights = {name: task.loss_weight for name, task in self.tasks.items()}
             loss = torch.stack([value * weights.get(name, 1.0) for name, value in losses.items()]).sum()
@@ -376,15 +409,19 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
     def decode(self, outputs: MMTransformerOutput, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
         """
         The answers in words: for each row a dict from task name to answer, such as `{"sentiment": {"label":
-        "positive", "score": 0.98}}`.
+        "positive", "score": 0.98}}`. For tasks that write, see [`generate`].
 
         Args:
             outputs: what the model returned.
             word_index (`torch.LongTensor` of shape `(batch, text_len)`, *optional*):
                 From the processor; tasks that label words then answer per word instead of per token.
         """
-        answers = {name: task.decode(outputs.logits[name], word_index) for name, task in self.tasks.items()}
-        num_rows = len(next(iter(answers.values())))
+        answers = {
+            name: task.decode(outputs.logits[name], word_index)
+            for name, task in self.tasks.items()
+            if not task.needs_decoder
+        }
+        num_rows = len(next(iter(answers.values()), []))
         return [{name: answers[name][row] for name in answers} for row in range(num_rows)]
 
 

@@ -7,7 +7,7 @@ import numbers
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, NamedTuple, Optional
 
 import torch
 from torch import nn
@@ -71,6 +71,23 @@ def task_from_dict(values: dict[str, Any]) -> "Task":
     return cls(**values)
 
 
+class LabelContext(NamedTuple):
+    """
+    What some kinds of labels need beside the cells.
+
+    Args:
+        word_index (batch, text_len) int64: the number of the word that starts at each token, -1 elsewhere; for tasks
+            that label words.
+        tokenizer: that of the processor; for tasks whose labels are texts.
+    """
+
+    word_index: Optional[torch.Tensor] = None
+    tokenizer: Any = None
+
+
+NO_CONTEXT = LabelContext()
+
+
 @dataclass
 class Task:
     """
@@ -92,8 +109,10 @@ class Task:
     kind: ClassVar[str]
     # Names of metrics, as `mm_transformers.training.metrics` knows them.
     default_metrics: ClassVar[tuple[str, ...]] = ()
-    # True if labels belong to words of the text; the collator then passes `word_index`.
+    # True if labels belong to words of the text; the context of labels then has the `word_index`.
     is_token_level: ClassVar[bool] = False
+    # True if a decoder writes the answer; there is no head then.
+    needs_decoder: ClassVar[bool] = False
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not _VALID_NAME.fullmatch(self.name):
@@ -130,14 +149,9 @@ class Task:
         """
         raise NotImplementedError
 
-    def collate_labels(self, values: list[Any], word_index: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         """
-        Stacks encoded labels; missing ones become -100 (integers) or NaN (floats).
-
-        Args:
-            values: one encoded label or `None` per row.
-            word_index (batch, text_len) int64: for token-level tasks, the number of the word that starts at each
-                token, -1 elsewhere.
+        Stacks encoded labels, one or `None` per row; missing ones become -100 (integers) or NaN (floats).
         """
         raise NotImplementedError
 

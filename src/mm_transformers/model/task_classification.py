@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .task_base import PooledHead, Task, check_labels, is_missing, label_id, register_task
+from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, check_labels, is_missing, label_id, register_task
 
 
 @register_task
@@ -44,7 +44,7 @@ class Classification(Task):
     def encode_label(self, value: Any, text: str) -> Optional[int]:
         return None if is_missing(value) else label_id(self.name, self.labels, value)
 
-    def collate_labels(self, values: list[Any], word_index: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         return torch.tensor([-100 if value is None else value for value in values], dtype=torch.int64)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .task_base import PooledHead, Task, check_labels, is_missing, label_id, register_task
+from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, check_labels, is_missing, label_id, register_task
 
 
 @register_task
@@ -58,7 +58,7 @@ class MultiLabel(Task):
             )
         return ids
 
-    def collate_labels(self, values: list[Any], word_index: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         labels = torch.zeros(len(values), len(self.labels))
         for row, value in enumerate(values):
             if value is None:

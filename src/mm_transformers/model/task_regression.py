@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .task_base import PooledHead, Task, as_scalar, is_null, register_task
+from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, as_scalar, is_null, register_task
 
 
 @register_task
@@ -38,7 +38,7 @@ class Regression(Task):
             )
         return float(value)
 
-    def collate_labels(self, values: list[Any], word_index: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float32)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .task_base import Task, check_labels, is_missing, label_id, register_task
+from .task_base import NO_CONTEXT, LabelContext, Task, check_labels, is_missing, label_id, register_task
 from .task_classification import cross_entropy_sum
 
 
@@ -83,7 +83,8 @@ class TokenClassification(Task):
             raise ValueError(f"task {self.name!r}: got {len(value)} labels for a text of {num_words} words")
         return [-100 if is_missing(item) else label_id(self.name, self.labels, item) for item in value]
 
-    def collate_labels(self, values: list[Any], word_index: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
+        word_index = context.word_index
         if word_index is None:
             raise ValueError(f"Task {self.name!r} labels words, so `collate_labels` needs `word_index`.")
         labels = torch.full_like(word_index, -100)

@@ -2,6 +2,7 @@
 
 from .task_base import TASK_KINDS, Task, register_task, task_from_dict
 from .task_classification import Classification
+from .task_generation import Generation
 from .task_multi_label import MultiLabel
 from .task_regression import Regression
 from .task_token_classification import TokenClassification
@@ -10,6 +11,7 @@ from .task_token_classification import TokenClassification
 __all__ = [
     "TASK_KINDS",
     "Classification",
+    "Generation",
     "MultiLabel",
     "Regression",
     "Task",

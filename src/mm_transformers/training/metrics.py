@@ -13,6 +13,8 @@ from sklearn import metrics as sklearn_metrics
 from transformers import EvalPrediction
 from transformers.utils import logging
 
+from .text_metrics import Bleu, ChrF, ExactMatch, RougeL, TextMetric
+
 
 if TYPE_CHECKING:
     from ..model.configuration_mm_transformer import MMTransformerConfig
@@ -61,8 +63,10 @@ class ArrayMetric(evaluate.Metric):
         raise NotImplementedError
 
     @classmethod
-    def fits(cls, references: np.ndarray) -> bool:
+    def fits(cls, references: Any) -> bool:
         """Whether the metric can compare such values. Numbers must not pass for class ids: they would be cut off."""
+        if not isinstance(references, np.ndarray):
+            return False
         is_float = np.issubdtype(references.dtype, np.floating)
         return references.ndim in cls.ndims and not (is_float and cls.value_type == "int64")
 
@@ -153,11 +157,9 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 
 # What a task's `default_metrics`, and strings in `MultiTaskMetrics(metrics=...)`, refer to.
-METRICS: Mapping[str, type[ArrayMetric]] = MappingProxyType(
-    {
-        metric.key: metric
-        for metric in (Accuracy, SubsetAccuracy, MacroF1, MicroF1, MeanAbsoluteError, MeanSquaredError, Pearson)
-    }
+_ARRAY_METRICS = (Accuracy, SubsetAccuracy, MacroF1, MicroF1, MeanAbsoluteError, MeanSquaredError, Pearson)
+METRICS: Mapping[str, type[ArrayMetric | TextMetric]] = MappingProxyType(
+    {metric.key: metric for metric in (*_ARRAY_METRICS, Bleu, ChrF, ExactMatch, RougeL)}
 )
 
 
@@ -199,7 +201,13 @@ class MultiTaskMetrics:
     ):
         metrics = metrics or {}
         self.tasks: dict[str, Task] = config.get_tasks()
-        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", None)
+        writing = [name for name, task in self.tasks.items() if task.needs_decoder]
+        if writing and self.tokenizer is None:
+            raise ValueError(
+                f"Task {writing[0]!r} writes text, which only the processor can read: give "
+                "MultiTaskMetrics(config, processor)."
+            )
         unknown = sorted(set(metrics) - set(self.tasks))
         if unknown:
             raise ValueError(
@@ -213,7 +221,9 @@ class MultiTaskMetrics:
         """
         Args:
             prediction: `predictions[task]` are the task's logits and `label_ids[task]` its labels, with rows along
-                axis 0 and -100 (integers) or NaN (floats) where a label is missing.
+                axis 0 and -100 (integers) or NaN (floats) where a label is missing. For tasks that write,
+                `predictions[task]` may be a dict with `generated_ids` (rows, length) and `losses` (rows), summed over
+                tokens, as [`MMTrainer`] makes it; of logits there is the loss only.
 
         Raises:
             ValueError: if an array of a task is not there, if a metric cannot compare what the task answers, or if
@@ -221,13 +231,24 @@ class MultiTaskMetrics:
         """
         results: dict[str, float] = {}
         for name, task in self.tasks.items():
-            logits = _array_of(name, prediction.predictions, "predictions")
-            labels = _array_of(name, prediction.label_ids, "label_ids")
-            total, count = task.loss(logits, labels)
+            labels = torch.as_tensor(_entry_of(name, prediction.label_ids, "label_ids"))
+            answers = _entry_of(name, prediction.predictions, "predictions")
+            if isinstance(answers, Mapping):
+                total, count = torch.as_tensor(answers["losses"]).double().sum(), task.num_labelled(labels)
+            else:
+                answers = torch.as_tensor(answers)
+                total, count = task.loss(answers, labels)
             if count == 0:
                 continue
             results[f"{name}_loss"] = (total / count).item()
-            predictions, references = (x.numpy() for x in task.predictions_and_references(logits, labels))
+            if isinstance(answers, Mapping):
+                labelled = np.asarray(labels != -100).any(-1)
+                written = self._read(np.asarray(answers["generated_ids"])[labelled])
+                self._score(results, name, written, self._read(np.asarray(labels)[labelled]))
+                continue
+            if task.needs_decoder:
+                continue
+            predictions, references = (x.numpy() for x in task.predictions_and_references(answers, labels))
             # Rows of which only a part is labelled have a loss, but may be of no use to metrics.
             if len(references) == 0:
                 continue
@@ -237,12 +258,19 @@ class MultiTaskMetrics:
                     "probably diverged (try a smaller learning rate)."
                 )
                 continue
-            for metric in self.metrics[name]:
-                for key, value in _compute(name, metric, predictions, references).items():
-                    if f"{name}_{key}" in results:
-                        raise ValueError(f"Two metrics would be called '{name}_{key}'; leave one of them out.")
-                    results[f"{name}_{key}"] = value
+            self._score(results, name, predictions, references)
         return results
+
+    def _score(self, results: dict[str, float], name: str, predictions: Any, references: Any) -> None:
+        for metric in self.metrics[name]:
+            for key, value in _compute(name, metric, predictions, references).items():
+                if f"{name}_{key}" in results:
+                    raise ValueError(f"Two metrics would be called '{name}_{key}'; leave one of them out.")
+                results[f"{name}_{key}"] = value
+
+    def _read(self, ids: np.ndarray) -> list[str]:
+        padding = self.tokenizer.pad_token_id
+        return self.tokenizer.batch_decode(np.where(ids == -100, padding, ids), skip_special_tokens=True)
 
 
 def _build_metrics(task: str, metrics: Sequence[str | evaluate.Metric]) -> list[evaluate.Metric]:
@@ -267,15 +295,15 @@ def _build_metrics(task: str, metrics: Sequence[str | evaluate.Metric]) -> list[
     return built
 
 
-def _array_of(task: str, arrays: Any, field: str) -> torch.Tensor:
+def _entry_of(task: str, arrays: Any, field: str) -> Any:
     if not isinstance(arrays, Mapping) or task not in arrays:
         found = f"only {', '.join(arrays)}" if isinstance(arrays, Mapping) else f"a {type(arrays).__name__}"
         raise ValueError(f"EvalPrediction.{field} must be a dict with an array for task {task!r}, but is {found}.")
-    return torch.as_tensor(arrays[task])
+    return arrays[task]
 
 
-def _compute(task: str, metric: evaluate.Metric, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    if isinstance(metric, ArrayMetric) and not metric.fits(references):
+def _compute(task: str, metric: evaluate.Metric, predictions: Any, references: Any) -> dict[str, float]:
+    if isinstance(metric, (ArrayMetric, TextMetric)) and not metric.fits(references):
         fitting = ", ".join(key for key, known in METRICS.items() if known.fits(references))
         raise ValueError(f"Metric {metric.key!r} cannot compare the answers of task {task!r}; these can: {fitting}.")
     values = metric.compute(predictions=predictions, references=references)

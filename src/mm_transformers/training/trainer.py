@@ -31,6 +31,8 @@ class MMTrainer(Trainer):
     - with [`MultiTaskMetrics`], which is the default, evaluation holds exact means, and no loss where nothing is
       labelled;
     - the gates of the fusion learn ten times as fast and without weight decay;
+    - in evaluation, tasks that write do so, and their metrics compare texts; `generation_num_beams`,
+      `generation_max_length` and `predict_with_generate` of [`~transformers.Seq2SeqTrainingArguments`] are heeded;
     - images of a data set are read by the collator, so that messages about bad data name the row, and how many images
       could not be read is told at the end.
 
@@ -221,6 +223,35 @@ class MMTrainer(Trainer):
             output.metrics.pop(f"{prefix}_loss", None)  # of rows without labels there is none
         self._report_bad_images()
         return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        fused = self._fused
+        writes = fused.config.has_decoder and getattr(self.args, "predict_with_generate", True)
+        if prediction_loss_only or not writes:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        mask = inputs["attention_mask"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            # Once for the loss and all that is written.
+            encoded = fused.model(**inputs)
+            outputs = fused(encoder_outputs=encoded, attention_mask=mask, labels=labels)
+            answers = dict(outputs.logits)
+            for name, task in fused.tasks.items():
+                if task.needs_decoder:
+                    pairs = zip(outputs.logits[name], labels[name], strict=True)
+                    answers[name] = {
+                        "generated_ids": fused.generate(name, encoded, mask, **self._generation_options()),
+                        "losses": torch.stack([task.loss(logits[None], row[None])[0] for logits, row in pairs]),
+                    }
+        return outputs.loss.detach(), answers, labels
+
+    def _generation_options(self) -> dict[str, Any]:
+        options = {
+            "num_beams": getattr(self.args, "generation_num_beams", None),
+            "max_length": getattr(self.args, "generation_max_length", None),
+        }
+        return {name: value for name, value in options.items() if value is not None}
 
     def _regularization(self) -> float:
         with torch.no_grad():

@@ -1,0 +1,82 @@
+"""Text encoders that can also write: encoder-decoders of transformers, pretrained as such or put together."""
+
+from typing import Any, Optional
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from .encoders import HUB_KWARGS, build_encoder, load_encoder, max_text_positions, without_layerdrop
+
+
+def build_seq2seq(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig]) -> PreTrainedModel:
+    """
+    The encoder-decoder that the configs describe, with new weights.
+
+    Args:
+        text_config: of an encoder-decoder, or of an encoder.
+        decoder_config: of a decoder for an encoder that has none, otherwise `None`.
+    """
+    if decoder_config is None:
+        return AutoModelForSeq2SeqLM.from_config(without_layerdrop(text_config))
+    return _join(build_encoder(text_config, "text"), decoder_config)
+
+
+def load_seq2seq(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs) -> PreTrainedModel:
+    """The same with the weights of a Hub repository or local folder; a decoder from a config has new ones."""
+    if decoder_config is None:
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        config = without_layerdrop(AutoConfig.from_pretrained(path, **hub_kwargs))
+        return AutoModelForSeq2SeqLM.from_pretrained(path, config=config, **kwargs)
+    return _join(load_encoder(path, "text", **kwargs)[0], decoder_config)
+
+
+def _join(encoder: PreTrainedModel, decoder_config: PreTrainedConfig) -> PreTrainedModel:
+    decoder = AutoModelForCausalLM.from_config(without_layerdrop(decoder_config))
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder_config)
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"):
+        setattr(config, name, getattr(decoder_config, name, None))
+    return EncoderDecoderModel(config, encoder, decoder)
+
+
+def check_decoder(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig], tasks: list[Any]) -> None:
+    """
+    Args:
+        tasks: those that write text.
+
+    Raises:
+        ValueError: one sentence, if there is no decoder for them, one too many, one that nobody uses, or one that
+            cannot write that much.
+    """
+    if decoder_config is not None and text_config.is_encoder_decoder:
+        raise ValueError(
+            f"text_config ({text_config.model_type!r}) has a decoder of its own; leave out decoder_config."
+        )
+    if decoder_config is not None and not tasks:
+        raise ValueError("decoder_config is given, but no task writes text; add a Generation task or leave it out.")
+    if tasks and decoder_config is None and not text_config.is_encoder_decoder:
+        raise ValueError(
+            f"Task {tasks[0].name!r} writes text, but text_config ({text_config.model_type!r}) has no decoder: take an "
+            "encoder-decoder (Marian, BART, T5, ...) as text encoder, or give a decoder_config."
+        )
+    positions = max_text_positions(decoder_config or text_config)
+    for task in tasks:
+        # The last token that is written is never read again.
+        longest = task.max_length + len(task.decoder_start_ids or [0]) - 1
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"Task {task.name!r}: the decoder has {positions} positions, too few for max_length={task.max_length}."
+            )
+
+
+def decoder_vocab_size(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig]) -> int:
+    """How many tokens the decoder can write."""
+    if decoder_config is not None:
+        return decoder_config.vocab_size
+    return getattr(text_config, "decoder_vocab_size", None) or text_config.vocab_size

@@ -1,0 +1,94 @@
+"""A text in answer: translation, captions, answers in words."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Optional
+
+import torch
+from torch import nn
+
+from .task_base import NO_CONTEXT, LabelContext, Task, is_null, register_task
+
+
+@register_task
+@dataclass
+class Generation(Task):
+    """
+    Writes a text; cross-entropy, averaged over the tokens of the labelled rows. Translation, captioning, answers in
+    words, turns of a dialogue, ...
+
+    A decoder reads the fused text tokens: that of the text encoder, if it is an encoder-decoder (Marian, BART, T5,
+    NLLB, ...), or one built from `config.decoder_config`. Several tasks share it; each says by `decoder_start_ids`
+    which it is. The answers come from [`MMTransformerForMultiTask.generate`].
+
+    Logits (batch, target_len, vocab_size), only where labels are given; labels (batch, target_len) int64, the ids of
+    the tokens up to the end of the text, -100 behind it and in rows without a label. A cell is a string.
+
+    Args:
+        max_length (`int`, *optional*, defaults to 64): Longest answer in tokens; longer labels are cut.
+        decoder_start_ids (`list[int]`, *optional*):
+            The ids with which the decoder starts: given and not predicted. A language code (mBART, M2M100, NLLB: the
+            start token and the code) or the tokens of a prompt. Defaults to the `decoder_start_token_id` of the
+            pretrained model, and its `forced_bos_token_id` if it has one.
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Share of the probability that is spread over the vocabulary (https://arxiv.org/abs/1512.00567).
+    """
+
+    max_length: int = 64
+    decoder_start_ids: Optional[list[int]] = None
+    label_smoothing: float = 0.0
+
+    kind: ClassVar[str] = "generation"
+    default_metrics: ClassVar[tuple[str, ...]] = ("bleu", "chrf", "exact_match")
+    needs_decoder: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.max_length, int) or self.max_length < 1:
+            raise ValueError(f"Task {self.name!r}: max_length must be an integer >= 1, but is {self.max_length!r}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"Task {self.name!r}: label_smoothing must be at least 0 and less than 1, but is "
+                f"{self.label_smoothing!r}."
+            )
+        ids = self.decoder_start_ids
+        if ids is not None and (not ids or not all(isinstance(i, int) and i >= 0 for i in ids)):
+            raise ValueError(f"Task {self.name!r}: decoder_start_ids must be a list of token ids, but is {ids!r}.")
+
+    def build_head(self, config, hidden_size: int) -> Optional[nn.Module]:
+        return None
+
+    def encode_label(self, value: Any, text: str) -> Optional[str]:
+        if is_null(value):
+            return None
+        if not isinstance(value, str):
+            raise ValueError(
+                f"task {self.name!r}: expected a text (None if it is missing), but got {value!r} of type "
+                f"{type(value).__name__}"
+            )
+        return value
+
+    def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
+        if context.tokenizer is None:
+            raise ValueError(f"Task {self.name!r} writes text, so `collate_labels` needs the tokenizer.")
+        rows = [[] if value is None else self._target_ids(value, context.tokenizer) for value in values]
+        labels = torch.full((len(rows), max([len(row) for row in rows] + [1])), -100)
+        for row, ids in zip(labels, rows, strict=True):
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        return labels
+
+    def _target_ids(self, text: str, tokenizer) -> list[int]:
+        """
+        What the decoder has to say: the text and the end of it. Whatever else a tokenizer would put around (a language
+        code, [CLS]) belongs to what the decoder starts with.
+        """
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        if end is None:
+            raise ValueError(f"task {self.name!r}: the tokenizer has no token that ends a text; set its eos_token")
+        ids = tokenizer(text_target=text, add_special_tokens=False)["input_ids"]
+        return [*ids[: self.max_length - 1], end]
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=self.label_smoothing
+        )
+        return total, self.num_labelled(labels)

@@ -1,0 +1,131 @@
+"""How a model with a decoder writes the answers of its `Generation` tasks."""
+
+from typing import Any, Optional
+
+import torch
+from transformers import GenerationConfig
+from transformers.modeling_outputs import BaseModelOutput
+
+from .modeling_outputs import MMTransformerModelOutput
+
+
+# The inputs of the fused encoder beside the mask; what else `generate` is given is for the decoder.
+_MODEL_INPUTS = ("input_ids", "token_type_ids", "pixel_values", "image_index", "inputs_embeds")
+
+
+class TextWriting:
+    """
+    The part of [`MMTransformerForMultiTask`] that writes. The decoder is the pretrained encoder-decoder itself, given
+    the fused states as what its encoder gave: beams, caches, tied weights and special tokens are its own.
+    """
+
+    # `config`, `tasks` and `model` are those of the model that this is a part of.
+    config: Any
+    tasks: dict[str, Any]
+    model: Any
+
+    def read_written(
+        self,
+        task: Any,
+        states: torch.Tensor,
+        attention_mask: Optional[torch.Tensor],
+        labels: Optional[torch.Tensor],
+    ) -> torch.Tensor:
+        """What the decoder says at each place of the labels, given the labels before it."""
+        if labels is None:
+            # The decoder takes part in every backward pass, as heads do.
+            labels = torch.full((states.shape[0], 1), -100, device=states.device)
+        start = torch.tensor(self._decoder_start_ids(task), device=labels.device)
+        pad = self.model.text_model.config.pad_token_id or 0
+        decoder_input_ids = torch.cat(
+            [start.expand(labels.shape[0], -1), labels[:, :-1].masked_fill(labels[:, :-1] == -100, pad)], dim=1
+        )
+        outputs = self.model.text_model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            use_cache=False,
+        )
+        return outputs.logits[:, len(start) - 1 :]
+
+    def _decoder_start_ids(self, task: Any) -> list[int]:
+        if task.decoder_start_ids is not None:
+            return task.decoder_start_ids
+        config = self.generation_config
+        start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
+        if start is None:
+            raise ValueError(
+                f"Task {task.name!r}: the decoder does not say with which token it starts; say it by "
+                "Generation(..., decoder_start_ids=[...])."
+            )
+        return [start] if config.forced_bos_token_id is None else [start, config.forced_bos_token_id]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        task: Optional[str] = None,
+        encoder_outputs: Optional[MMTransformerModelOutput] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        Lets the decoder write the answers of one task: `processor.batch_decode(ids, skip_special_tokens=True)` reads
+        them. Encoders and fusion run once per row, whatever the number of beams and steps.
+
+        Args:
+            task (`str`, *optional*): Name of a [`Generation`] task; may be left out if there is only one.
+            encoder_outputs ([`MMTransformerModelOutput`], *optional*):
+                What `self.model` gave for these inputs, if that is known already.
+            attention_mask (`torch.Tensor` of shape `(batch, text_len)`, *optional*): 1 at tokens, 0 at padding.
+            kwargs: the other inputs of [`MMTransformerModel.forward`]; everything else (`num_beams`, `do_sample`,
+                `max_new_tokens`, `generation_config`, `return_dict_in_generate`, ...) is for
+                [`~transformers.GenerationMixin.generate`].
+
+        Returns:
+            (batch, length) int64: the ids of the tokens, with those that the decoder starts with.
+
+        Raises:
+            ValueError: if there is no such task, or it does not write.
+        """
+        writing: dict[str, Any] = {name: known for name, known in self.tasks.items() if known.needs_decoder}
+        if task is None and len(writing) == 1:
+            task = next(iter(writing))
+        if task not in writing:
+            raise ValueError(
+                f"generate(task=...) must name a task that writes text, one of {list(writing)}, but is {task!r}."
+            )
+        inputs = {name: kwargs.pop(name) for name in _MODEL_INPUTS if name in kwargs}
+        kwargs.pop("labels", None)
+        if encoder_outputs is None:
+            encoder_outputs = self.model(attention_mask=attention_mask, **inputs)
+        states = encoder_outputs.last_hidden_state
+        if attention_mask is None:
+            attention_mask = torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
+        if not any(name in kwargs for name in ("max_length", "max_new_tokens", "generation_config")):
+            kwargs["max_new_tokens"] = writing[task].max_length
+        start = torch.tensor(self._decoder_start_ids(writing[task]), device=states.device)
+        return self.model.text_model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=attention_mask,
+            decoder_start_token_id=start[0].item(),
+            decoder_input_ids=start.repeat(states.shape[0], 1),
+            **kwargs,
+        )
+
+    def can_generate(self) -> bool:
+        return self.config.has_decoder
+
+    def adjust_generation_fn(self, *args, **kwargs) -> None:
+        """Called by `from_pretrained`, to read what `save_pretrained` wrote."""
+        self.model.text_model.adjust_generation_fn(*args, **kwargs)
+
+    @property
+    def generation_config(self) -> Optional[GenerationConfig]:
+        """That of the decoder."""
+        model = getattr(self, "model", None)  # there is none while the model is being built
+        return model.text_model.generation_config if model is not None and self.can_generate() else None
+
+    @generation_config.setter
+    def generation_config(self, value: Optional[GenerationConfig]):
+        if getattr(self, "model", None) is not None and self.can_generate():
+            self.model.text_model.generation_config = value

@@ -1,0 +1,92 @@
+"""Metrics of written answers, offline: what sacrebleu and rouge_score compute, as `evaluate.Metric`s."""
+
+from typing import Any, ClassVar
+
+import datasets
+import evaluate
+
+
+class TextMetric(evaluate.Metric):
+    """
+    A metric of texts against one reference each. Subclasses set `key`, the name of the metric and of its result, and
+    implement [`score`].
+    """
+
+    key: ClassVar[str]
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation="",
+            inputs_description="",
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
+
+    def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
+        return {self.key: float(self.score(list(references), list(predictions)))}
+
+    def score(self, references: list[str], predictions: list[str]) -> float:
+        raise NotImplementedError
+
+    @classmethod
+    def fits(cls, references: Any) -> bool:
+        """Whether the metric can compare such values."""
+        return isinstance(references, list)
+
+
+class Bleu(TextMetric):
+    """
+    BLEU of the whole corpus, 0 to 100 (https://arxiv.org/abs/1804.08771).
+
+    Args:
+        tokenize (`str`, *optional*, defaults to `"13a"`): sacrebleu's tokenizer; `"zh"` for Chinese, `"char"` for
+            languages without spaces.
+    """
+
+    key = "bleu"
+
+    def __init__(self, tokenize: str = "13a", **kwargs):
+        super().__init__(**kwargs)
+        self.tokenize = tokenize
+
+    def score(self, references: list[str], predictions: list[str]) -> float:
+        from sacrebleu import corpus_bleu
+
+        return corpus_bleu(predictions, [references], tokenize=self.tokenize).score
+
+
+class ChrF(TextMetric):
+    """chrF of the whole corpus, 0 to 100: F-score of character n-grams (https://aclanthology.org/W15-3049)."""
+
+    key = "chrf"
+
+    def score(self, references: list[str], predictions: list[str]) -> float:
+        from sacrebleu import corpus_chrf
+
+        return corpus_chrf(predictions, [references]).score
+
+
+class ExactMatch(TextMetric):
+    """Share of the rows whose text is right to the letter, white space around it aside."""
+
+    key = "exact_match"
+
+    def score(self, references: list[str], predictions: list[str]) -> float:
+        pairs = zip(references, predictions, strict=True)
+        return sum(reference.strip() == prediction.strip() for reference, prediction in pairs) / len(references)
+
+
+class RougeL(TextMetric):
+    """Mean over the rows of ROUGE-L, 0 to 1 (https://aclanthology.org/W04-1013), for captions. Needs `rouge_score`."""
+
+    key = "rouge_l"
+
+    def score(self, references: list[str], predictions: list[str]) -> float:
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError as error:
+            raise ImportError("The metric 'rouge_l' needs a package more: pip install rouge-score") from error
+        scorer = RougeScorer(["rougeL"])
+        scores = [scorer.score(r, p)["rougeL"].fmeasure for r, p in zip(references, predictions, strict=True)]
+        return sum(scores) / len(scores)

@@ -1,0 +1,438 @@
+"""Tasks that write: the decoder of a pretrained encoder-decoder, or a new one, behind the fused encoder."""
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import SEQ2SEQ, TEXT_ENCODERS, VISION_ENCODERS, VOCAB_SIZE, make_batch, make_image, make_processor, open_gates
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BertConfig,
+    GPT2Config,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
+
+from mm_transformers import (
+    Classification,
+    Generation,
+    MMDataCollator,
+    MMTrainer,
+    MMTransformerConfig,
+    MMTransformerForMultiTask,
+    MultiTaskMetrics,
+)
+from mm_transformers.model.task_base import LabelContext
+
+
+TOPIC = Classification("topic", labels=["animals", "food", "travel"])
+LABELS = {
+    "topic": torch.tensor([0, 2, -100, 1]),
+    "german": torch.tensor([[5, 6, 7, 2], [8, 2, -100, -100], [-100] * 4, [9, 9, 2, -100]]),
+}
+DECODERS = {
+    "bert": lambda: BertConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=40,
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB_SIZE, n_embd=24, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        n_positions=40,
+    ),
+    "bart": lambda: BartConfig(
+        vocab_size=VOCAB_SIZE, d_model=24, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=37,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, decoder_start_token_id=1, max_position_embeddings=40,
+    ),
+}  # fmt: skip
+
+every_seq2seq = pytest.mark.parametrize("kind", SEQ2SEQ)
+
+
+def make_writer(kind="marian", seed=0, gates_open=True, tasks=None, **kwargs) -> MMTransformerForMultiTask:
+    torch.manual_seed(seed)
+    tasks = [TOPIC, Generation("german", max_length=8)] if tasks is None else tasks
+    config = MMTransformerConfig(
+        text_config=SEQ2SEQ[kind](), vision_config=VISION_ENCODERS["vit"](), tasks=tasks, num_fusion_layers=2,
+        num_fusion_attention_heads=4, initializer_range=0.2, **kwargs,
+    )  # fmt: skip
+    model = MMTransformerForMultiTask(config).eval()
+    if gates_open:
+        open_gates(model)
+    return model
+
+
+def save_encoders(folder, kind: str) -> dict[str, str]:
+    torch.manual_seed(3)
+    AutoModelForSeq2SeqLM.from_config(SEQ2SEQ[kind]()).save_pretrained(folder / "text")
+    AutoModel.from_config(VISION_ENCODERS["vit"]()).save_pretrained(folder / "vision")
+    return {"text": str(folder / "text"), "vision": str(folder / "vision")}
+
+
+@every_seq2seq
+@pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 3}], ids=["greedy", "beam"])
+def test_rule_2_a_new_model_writes_what_the_pretrained_one_writes(kind, options, tmp_path):
+    encoders = save_encoders(tmp_path, kind)
+    model = MMTransformerForMultiTask.from_encoders(**encoders, tasks=[TOPIC, Generation("german", max_length=8)])
+    bare = AutoModelForSeq2SeqLM.from_pretrained(encoders["text"]).eval()
+    batch = make_batch(labels=False)
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    # A random model would else write the same token over and over.
+    options = {**options, "no_repeat_ngram_size": 1, "max_new_tokens": 8}
+    written = model.generate(task="german", **batch, **options)
+    assert torch.equal(written, bare.generate(**text, **options))
+    assert len(set(written.flatten().tolist())) > 6
+
+    labels = LABELS["german"]
+    inputs = torch.tensor([[0, 5, 6, 7], [0, 8, 2, 0], [0, 0, 0, 0], [0, 9, 9, 2]])
+    inputs[:, 0] = bare.config.decoder_start_token_id
+    logits = bare(**text, decoder_input_ids=inputs).logits
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    losses = model(**batch, labels={"german": labels}).losses
+    torch.testing.assert_close(losses["german"], expected)
+
+    open_gates(model)
+    assert not torch.allclose(model(**batch, labels={"german": labels}).losses["german"], expected, atol=1e-3)
+
+
+@every_seq2seq
+def test_every_parameter_gets_a_gradient(kind):
+    model = make_writer(kind).train()
+    model(**make_batch(labels=False), labels=LABELS).loss.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    # Where nobody has a label, all take part nonetheless.
+    model.zero_grad()
+    model(**make_batch(labels=False), labels={"topic": LABELS["topic"]}).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@every_seq2seq
+def test_saved_model_writes_the_same(kind, tmp_path):
+    model, batch = make_writer(kind), make_batch(labels=False)
+    model.generation_config.num_beams = 3
+    model.save_pretrained(tmp_path)
+    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    assert loaded.generation_config.num_beams == 3
+    assert torch.equal(model.generate(**batch), loaded.generate(**batch))
+    # One matrix for what is read and what is written, where the pretrained model has it so.
+    tied = model.model.text_model.config.tie_word_embeddings
+    output = loaded.model.text_model.get_output_embeddings().weight
+    assert (output is loaded.get_input_embeddings().weight) == bool(tied)
+
+
+@every_seq2seq
+def test_caches_make_no_difference(kind):
+    model, batch = make_writer(kind), make_batch(labels=False)
+    for beams in (1, 2):
+        cached = model.generate(**batch, num_beams=beams, use_cache=True)
+        assert torch.equal(cached, model.generate(**batch, num_beams=beams, use_cache=False))
+
+
+def test_encoders_run_once_per_answer():
+    model, calls = make_writer(), []
+    model.model.vision_model.register_forward_hook(lambda *_: calls.append("vision"))
+    model.model.text_encoder.register_forward_hook(lambda *_: calls.append("text"))
+    model.model.fusion.register_forward_hook(lambda *_: calls.append("fusion"))
+    model.generate(**make_batch(labels=False), num_beams=3)
+    assert sorted(calls) == ["fusion", "text", "vision"]
+
+
+@every_seq2seq
+def test_rows_with_and_without_pictures_write_as_they_do_alone(kind):
+    model, batch = make_writer(kind), make_batch(labels=False)
+    together = model.generate(**batch, num_beams=3)
+    for row, index in enumerate(batch["image_index"]):
+        length = int(batch["attention_mask"][row].sum())
+        images = index[index >= 0]
+        alone = model.generate(
+            input_ids=batch["input_ids"][row : row + 1, :length],
+            pixel_values=batch["pixel_values"][images] if len(images) else None,
+            image_index=torch.arange(len(images))[None],
+            num_beams=3,
+        )[0]
+        padded = torch.zeros_like(together[row])
+        padded[: len(alone)] = alone
+        assert torch.equal(together[row], padded)
+
+
+def test_loss_is_the_mean_over_the_tokens():
+    model = make_writer("t5")
+    batch = make_batch(labels=False)
+    outputs = model(**batch, labels=LABELS)
+    labels, logits = LABELS["german"], outputs.logits["german"]
+    assert logits.shape == (4, 4, VOCAB_SIZE)
+    values = [
+        -logits[row, place].log_softmax(-1)[labels[row, place]]
+        for row in range(4) for place in range(4) if labels[row, place] != -100
+    ]  # fmt: skip
+    torch.testing.assert_close(outputs.losses["german"], torch.stack(values).mean())
+    smooth = Generation("german", label_smoothing=0.1)
+    total, count = smooth.loss(logits, labels)
+    spread = [
+        -0.9 * logits[row, place].log_softmax(-1)[labels[row, place]] - 0.1 * logits[row, place].log_softmax(-1).mean()
+        for row in range(4) for place in range(4) if labels[row, place] != -100
+    ]  # fmt: skip
+    torch.testing.assert_close(total / count, torch.stack(spread).mean())
+
+
+def test_logits_at_a_place_depend_on_the_labels_before_it():
+    model, batch = make_writer("bart"), make_batch(labels=False)
+    logits = model(**batch, labels=LABELS).logits["german"]
+    changed = LABELS["german"].clone()
+    changed[0, 2] = 11
+    again = model(**batch, labels={"german": changed}).logits["german"]
+    torch.testing.assert_close(again[0, :3], logits[0, :3])
+    assert not torch.allclose(again[0, 3], logits[0, 3])
+
+
+def test_greedy_is_the_argmax_of_the_logits():
+    model, batch = make_writer("marian"), make_batch(labels=False)
+    written = model.generate(**batch, max_new_tokens=5)
+    labels = written[:, 1:].masked_fill(written[:, 1:] == 0, -100)
+    logits = model(**batch, labels={"german": labels}).logits["german"]
+    known = labels != -100
+    assert torch.equal(logits.argmax(-1)[known], labels[known])
+
+
+def test_tasks_share_a_decoder_by_what_it_starts_with():
+    tasks = [
+        Generation("german", max_length=8, decoder_start_ids=[2, 40]),
+        Generation("french", max_length=8, decoder_start_ids=[2, 41, 42]),
+    ]
+    model, batch = make_writer("bart", tasks=tasks), make_batch(labels=False)
+    german, french = model.generate("german", **batch), model.generate("french", **batch)
+    assert german[:, :2].tolist() == [[2, 40]] * 4
+    assert french[:, :3].tolist() == [[2, 41, 42]] * 4
+    labels = {"german": LABELS["german"], "french": LABELS["german"]}
+    logits = model(**batch, labels=labels).logits
+    assert logits["german"].shape == logits["french"].shape == (4, 4, VOCAB_SIZE)
+    assert torch.equal(logits["german"][:, 0].argmax(-1), german[:, 2])
+    assert torch.equal(logits["french"][:, 0].argmax(-1), french[:, 3])
+    with pytest.raises(
+        ValueError, match=r"must name a task that writes text, one of \['german', 'french'\], but is None"
+    ):
+        model.generate(**batch)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_new_decoder_for_an_encoder_without_one(decoder, tmp_path):
+    torch.manual_seed(0)
+    AutoModel.from_config(TEXT_ENCODERS["bert"]()).save_pretrained(tmp_path / "text")
+    AutoModel.from_config(VISION_ENCODERS["vit"]()).save_pretrained(tmp_path / "vision")
+    model = MMTransformerForMultiTask.from_encoders(
+        text=str(tmp_path / "text"), vision=str(tmp_path / "vision"), decoder_config=DECODERS[decoder](),
+        tasks=[TOPIC, Generation("german", max_length=5)], num_fusion_attention_heads=4,
+    )  # fmt: skip
+    batch = make_batch(labels=False)
+    states = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    encoder = AutoModel.from_pretrained(tmp_path / "text").eval()
+    expected = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    torch.testing.assert_close(states, expected)
+    open_gates(model)
+    model.train()
+    model(**batch, labels=LABELS).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    model.eval()
+    written = model.generate(**batch, num_beams=2)
+    assert written[:, 0].tolist() == [1] * 4
+    model.save_pretrained(tmp_path / "model")
+    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded.generate(**batch, num_beams=2), written)
+
+
+def test_an_encoder_decoder_gives_its_encoder_alone_where_nobody_writes():
+    model = make_writer("t5", tasks=[TOPIC])
+    assert not model.can_generate()
+    assert not any("decoder" in name for name in model.state_dict())
+
+
+def test_labels_are_the_text_and_its_end():
+    tokenizer = make_processor().tokenizer
+    task = Generation("german", max_length=4)
+    labels = task.collate_labels(["red dog", None, "the red green blue dog", ""], LabelContext(tokenizer=tokenizer))
+    end = tokenizer.sep_token_id
+    ids = tokenizer.convert_tokens_to_ids
+    assert labels.tolist() == [
+        [ids("red"), ids("dog"), end, -100],
+        [-100] * 4,
+        [ids("the"), ids("red"), ids("green"), end],
+        [end, -100, -100, -100],
+    ]
+
+
+# Training
+
+
+WORDS = ["red dog", "green cat", "blue crane", "small bat", "big desk", "lovely sun"]
+
+
+def make_rows(n=12) -> Dataset:
+    return Dataset.from_list([
+        {
+            "text": WORDS[i % 6], "image": None if i % 4 == 1 else make_image(i % 3), "topic": [0, 1, 2, None][i % 4],
+            "german": None if i % 5 == 4 else WORDS[i % 6].split()[-1],
+        }
+        for i in range(n)
+    ])  # fmt: skip
+
+
+def make_args(path, cls=TrainingArguments, **kwargs):
+    defaults = dict(
+        per_device_train_batch_size=4, per_device_eval_batch_size=5, max_steps=3, save_strategy="no", report_to=[],
+        disable_tqdm=True, use_cpu=True, learning_rate=1e-3, dataloader_pin_memory=False,
+    )  # fmt: skip
+    return cls(str(path), **{**defaults, **kwargs})
+
+
+def test_trainer_scores_what_is_written(tmp_path):
+    model, rows = make_writer(), make_rows()
+    processor = make_processor()
+    trainer = MMTrainer(
+        model, make_args(tmp_path), processing_class=processor, train_dataset=rows, eval_dataset=rows
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert {"eval_german_bleu", "eval_german_chrf", "eval_german_exact_match", "eval_topic_f1"} <= set(metrics)
+
+    # By hand: row by row, the loss over tokens and the share of the rows that are right.
+    collator, total, count, right, labelled = MMDataCollator(processor, model.config), 0.0, 0, 0, 0
+    model.eval()
+    for row in rows:
+        batch = collator([row])
+        if row["german"] is None:
+            continue
+        labels = batch.pop("labels")
+        logits = model(**batch, labels=labels).logits["german"][0]
+        tokens = labels["german"][0]
+        total += nn.functional.cross_entropy(logits, tokens, reduction="sum", ignore_index=-100).item()
+        count += int((tokens != -100).sum())
+        written = processor.tokenizer.decode(model.generate(**batch)[0], skip_special_tokens=True)
+        right += written.strip() == row["german"]
+        labelled += 1
+    assert metrics["eval_german_loss"] == pytest.approx(total / count, rel=1e-4)
+    assert metrics["eval_german_exact_match"] == pytest.approx(right / labelled)
+
+
+def test_it_learns_to_write(tmp_path):
+    rows = make_rows(6)
+    model = make_writer("bart")
+    for parameter in model.parameters():
+        parameter.data *= 0.1 if parameter.ndim > 1 else 1.0  # weights for looking at are too large for learning
+    trainer = MMTrainer(
+        model, make_args(tmp_path, max_steps=60, learning_rate=5e-3, per_device_train_batch_size=6),
+        processing_class=make_processor(), train_dataset=rows, eval_dataset=rows,
+    )  # fmt: skip
+    assert trainer.evaluate()["eval_german_exact_match"] < 0.5
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_german_exact_match"] == 1.0
+    assert metrics["eval_german_bleu"] >= 0.0
+
+
+def test_arguments_of_seq2seq_training_are_heeded(tmp_path):
+    rows, model = make_rows(), make_writer()
+    options = []
+    generate = model.model.text_model.generate
+    model.model.text_model.generate = lambda *args, **kwargs: options.append(kwargs) or generate(*args, **kwargs)
+
+    def evaluate(**kwargs) -> dict[str, float]:
+        args = make_args(tmp_path, Seq2SeqTrainingArguments, **kwargs)
+        return MMTrainer(model, args, processing_class=make_processor(), eval_dataset=rows).evaluate()
+
+    assert "eval_german_bleu" not in evaluate(predict_with_generate=False)
+    assert options == []
+    assert "eval_german_bleu" in evaluate(predict_with_generate=True, generation_num_beams=2, generation_max_length=4)
+    assert {(o["num_beams"], o["max_length"]) for o in options} == {(2, 4)}
+
+
+def test_the_plain_trainer_trains_and_gives_the_loss(tmp_path):
+    model, rows, processor = make_writer(), make_rows(), make_processor()
+    trainer = Trainer(
+        model, make_args(tmp_path, remove_unused_columns=False), train_dataset=rows, eval_dataset=rows,
+        data_collator=MMDataCollator(processor, model.config),
+        compute_metrics=MultiTaskMetrics(model.config, processor),
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    own = MMTrainer(model, make_args(tmp_path), processing_class=processor, eval_dataset=rows).evaluate()
+    assert metrics["eval_german_loss"] == pytest.approx(own["eval_german_loss"], rel=1e-4)
+
+
+# Bad input
+
+
+def test_no_decoder():
+    with pytest.raises(ValueError, match=r"Task 'german' writes text, but text_config \('bert'\) has no decoder: take"):
+        MMTransformerConfig(text_config=TEXT_ENCODERS["bert"](), tasks=[Generation("german", max_length=8)])
+
+
+def test_a_decoder_that_nobody_needs():
+    with pytest.raises(ValueError, match="decoder_config is given, but no task writes text"):
+        MMTransformerConfig(text_config=TEXT_ENCODERS["bert"](), decoder_config=DECODERS["bert"](), tasks=[TOPIC])
+    with pytest.raises(
+        ValueError, match=r"text_config \('marian'\) has a decoder of its own; leave out decoder_config"
+    ):
+        MMTransformerConfig(
+            text_config=SEQ2SEQ["marian"](),
+            decoder_config=DECODERS["bert"](),
+            tasks=[Generation("german", max_length=8)],
+        )
+
+
+def test_a_vocabulary_that_does_not_fit_the_tokenizer():
+    decoder = DECODERS["bert"]()
+    decoder.vocab_size = 50
+    config = MMTransformerConfig(
+        text_config=TEXT_ENCODERS["bert"](), decoder_config=decoder, tasks=[Generation("german", max_length=8)]
+    )
+    with pytest.raises(ValueError, match="has 7., tokens|has 7. tokens|but the decoder can write 50"):
+        MMDataCollator(make_processor(), config)
+
+
+def test_a_decoder_without_a_start():
+    model = make_writer("bart", tasks=[Generation("german", max_length=8)])
+    model.generation_config.decoder_start_token_id = model.generation_config.bos_token_id = None
+    with pytest.raises(ValueError, match="Task 'german': the decoder does not say with which token it starts"):
+        model.generate(**make_batch(labels=False))
+
+
+def test_more_than_the_decoder_has_positions_for():
+    with pytest.raises(ValueError, match="Task 'german': the decoder has 40 positions, too few for max_length=41"):
+        MMTransformerConfig(text_config=SEQ2SEQ["bart"](), tasks=[Generation("german", max_length=41)])
+    model = make_writer("bart", tasks=[Generation("german", max_length=40)])
+    assert model.generate(**make_batch(labels=False), min_new_tokens=40).shape == (4, 41)
+
+
+def test_a_task_that_does_not_write():
+    with pytest.raises(ValueError, match=r"must name a task that writes text, one of \['german'\], but is 'topic'"):
+        make_writer().generate("topic", **make_batch(labels=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 0}, "max_length must be an integer >= 1, but is 0"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and less than 1, but is 1.0"),
+        ({"decoder_start_ids": []}, r"decoder_start_ids must be a list of token ids, but is \[\]"),
+        ({"decoder_start_ids": ["de"]}, r"decoder_start_ids must be a list of token ids, but is \['de'\]"),
+    ],
+)
+def test_invalid_options(options, message):
+    with pytest.raises(ValueError, match=f"Task 'german': {message}"):
+        Generation("german", **options)
+
+
+def test_a_label_that_is_no_text():
+    collator = MMDataCollator(make_processor(), make_writer().config)
+    with pytest.raises(ValueError, match="column 'german': task 'german': expected a text .* but got 3 of type int"):
+        collator([{"text": "a dog", "german": 3}])
+
+
+def test_metrics_need_the_processor():
+    with pytest.raises(ValueError, match="Task 'german' writes text, which only the processor can read"):
+        MultiTaskMetrics(make_writer().config)
