@@ -18,6 +18,7 @@ from mm_transformers.data.embedded import (
     GRID,
     SENSES,
     TASK_LABELS,
+    TRANSLATIONS,
     best_possible_accuracy,
     draw_row_specs,
     load_demo_dataset,
@@ -66,7 +67,8 @@ def test_labels_follow_the_rules():
     topics = {tuple(entry.split()[:2]): entry.split()[2] for entry in TOPICS.split(",")}
     assert {(cell.word, cell.place) for cell in GRID} == set(topics)
     for cell in GRID:
-        assert cell.labels == {
+        labels = {name: cell.labels[name] for name in TASK_LABELS}
+        assert labels == {
             "sentiment": sentiment_of(cell.remark, cell.state),
             "topic": topics[cell.word, cell.place],
             "intent": cell.intent,
@@ -84,6 +86,26 @@ def test_every_sense_has_its_own_german_noun():
         assert all(re.match(r"le |la |l'", s.french) for s in senses.values())
 
 
+def test_translations_carry_the_sense_and_the_intent():
+    """Written out by hand for one word, and for all of them by what distinguishes the forms."""
+    crane = {(cell.place, cell.intent): cell.labels for cell in GRID if cell.word == "crane"}
+    assert {key: labels["german"] for key, labels in crane.items()} == {
+        ("nature", "statement"): "Das ist der Kranich.", ("town", "statement"): "Das ist der Kran.",
+        ("nature", "question"): "Ist das der Kranich?", ("town", "question"): "Ist das der Kran?",
+        ("nature", "request"): "Der Kranich, bitte.", ("town", "request"): "Der Kran, bitte.",
+    }  # fmt: skip
+    bulb = {(cell.place, cell.intent): cell.labels["french"] for cell in GRID if cell.word == "bulb"}
+    assert bulb["town", "statement"] == "C'est l'ampoule."
+    assert bulb["town", "request"] == "L'ampoule, s'il vous plaît."
+    assert bulb["nature", "question"] == "Est-ce le bulbe ?"
+    for cell in GRID:
+        for language in TRANSLATIONS:
+            text = cell.labels[language]
+            assert getattr(cell.sense, language).lower() in text.lower()
+            assert text.endswith("?") == (cell.intent == "question")
+            assert text[0].isupper()
+
+
 def test_limits_match_closed_forms_and_counts_over_random_rows():
     limits = best_possible_accuracy()
     assert limits == {
@@ -93,6 +115,9 @@ def test_limits_match_closed_forms_and_counts_over_random_rows():
         # Two topics to each word and to each place, four in all.
         "topic": {"text": 1 / 2, "image": 1 / 2, "both": 1.0, "majority": 1 / 4},
         "intent": {"text": 1.0, "image": pytest.approx(1 / 3), "both": 1.0, "majority": pytest.approx(1 / 3)},
+        # 12 words with 2 nouns each in 3 forms; only the two cranes have one noun in French.
+        "german": {"text": 1 / 2, "image": pytest.approx(1 / 36), "both": 1.0, "majority": pytest.approx(1 / 72)},
+        "french": {"text": 13 / 24, "image": pytest.approx(1 / 36), "both": 1.0, "majority": pytest.approx(1 / 36)},
     }
 
     # Independently: factors drawn at random, the best guess from each part learnt by counting, and tried on other rows.
@@ -111,7 +136,7 @@ def test_limits_match_closed_forms_and_counts_over_random_rows():
         return rows
 
     training, others = draw_rows(), draw_rows()
-    for task, view in itertools.product(limits, ("text", "image", "both", "majority")):
+    for task, view in itertools.product(TASK_LABELS, ("text", "image", "both", "majority")):
         table = defaultdict(Counter)
         for seen, labels in training:
             table[seen[view]][labels[task]] += 1
@@ -138,10 +163,11 @@ def test_even_knowing_every_row_one_part_cannot_beat_its_limit(split):
     """Minimal pairs: a table of all messages (or all drawings) of the split with their labels is no help."""
     specs = draw_row_specs(split, 2 * len(GRID), seed=5)
     limits = best_possible_accuracy()
-    for task in ("sentiment", "topic"):
+    for task in ("sentiment", "topic", "german", "french"):
         answers = [spec.cell.labels[task] for spec in specs]
         assert guess_by_counting([spec.text_seed for spec in specs], answers) == limits[task]["text"]
-        assert guess_by_counting([spec.image_seed for spec in specs], answers) == limits[task]["image"]
+        if task in TASK_LABELS:  # a drawing appears with four words, so a table of drawings tells which twelfth it is
+            assert guess_by_counting([spec.image_seed for spec in specs], answers) == limits[task]["image"]
 
 
 def test_columns_and_their_types(small):
@@ -149,7 +175,9 @@ def test_columns_and_their_types(small):
     assert {name: len(rows) for name, rows in small.items()} == {"train": 30, "validation": 20, "test": 20}
     expected = {"image": datasets.Image(), "text": datasets.Value("string")}
     for name, rows in small.items():
-        assert rows.features == datasets.Features(expected | {task: datasets.Value("string") for task in TASK_LABELS})
+        assert rows.features == datasets.Features(
+            expected | {column: datasets.Value("string") for column in (*TASK_LABELS, *TRANSLATIONS)}
+        )
         assert rows.split == name
         for row in rows:
             assert row["image"].mode == "RGB"

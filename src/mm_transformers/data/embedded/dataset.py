@@ -8,6 +8,8 @@ A row is drawn from five factors. The text shows `word`, `remark` and `intent`; 
   a ruined one it is sarcasm, hence negative. A gloomy remark over a ruined picture is negative; over a fine one it is
   mere grumbling that the picture takes back, hence neutral. A factual remark is neutral, whatever the picture.
 - **intent** needs the text alone: statement, question or request.
+- **german** and **french** are translations of the gist of the message: the text tells what to say and of which word,
+  the place decides by which noun (*crane*: "Das ist der Kranich." or "Das ist der Kran.").
 
 `GRID` lists every combination of factors with its multiplicity; rows are drawn by cycling through it in shuffled order,
 and `best_possible_accuracy` counts over the same list, so the limits of text alone and of image alone are exact.
@@ -17,10 +19,6 @@ each kind of picture (nature and town, fine and ruined), and each drawing appear
 that its place gives, and with all four remarks. No model that sees one part only can beat its limit there, not even by
 chance (on whole passes, for sentiment and topic). The test split also uses wordings and drawings that training never
 shows.
-
-Planned: a translation column. The sense of the word decides its translation (bat: "die Fledermaus" or "der Schläger"),
-so `SENSES` already keeps the German and French noun of each sense, and `Cell.sense` leads from a row's factors to them;
-a `german` or `french` sentence column then needs translated wordings in `wording`, and nothing here.
 """
 
 from __future__ import annotations
@@ -43,6 +41,13 @@ TASK_LABELS: dict[str, list[str]] = {
     "sentiment": ["negative", "neutral", "positive"],
     "topic": ["animals", "money", "nature", "technology"],
     "intent": ["statement", "question", "request"],
+}
+
+
+# The gist of a message in other languages: intent -> what becomes of the noun, which may begin the sentence.
+TRANSLATIONS: dict[str, dict[str, str]] = {
+    "german": {"statement": "Das ist {}.", "question": "Ist das {}?", "request": "{}, bitte."},
+    "french": {"statement": "C'est {}.", "question": "Est-ce {} ?", "request": "{}, s'il vous plaît."},
 }
 
 
@@ -148,7 +153,13 @@ class Cell:
             "sentiment": SENTIMENTS[self.remark, self.state],
             "topic": self.sense.topic,
             "intent": self.intent,
+            **{language: self.translate(language) for language in TRANSLATIONS},
         }
+
+    def translate(self, language: str) -> str:
+        """The gist of the message: what is told, asked or asked for, with the noun that the picture decides."""
+        sentence = TRANSLATIONS[language][self.intent].format(getattr(self.sense, language))
+        return sentence[0].upper() + sentence[1:]
 
     @property
     def text_factors(self) -> tuple[str, str, str]:
@@ -182,7 +193,8 @@ def best_possible_accuracy() -> dict[str, dict[str, float]]:
 
     Returns:
         task -> {"text": ..., "image": ..., "both": ..., "majority": ...}: the accuracy of the Bayes-optimal guess from
-        the message alone, from the picture alone, from both, and from neither.
+        the message alone, from the picture alone, from both, and from neither. Tasks are those of `TASK_LABELS` and the
+        languages, where it is the share of translations that are right to the letter.
     """
     views: dict[str, Callable[[Cell], Hashable]] = {
         "text": lambda cell: cell.text_factors,
@@ -190,7 +202,7 @@ def best_possible_accuracy() -> dict[str, dict[str, float]]:
         "both": lambda cell: (cell.text_factors, cell.image_factors),
         "majority": lambda cell: None,
     }
-    return {task: {view: bayes_accuracy(GRID, task, known) for view, known in views.items()} for task in TASK_LABELS}
+    return {task: {view: bayes_accuracy(GRID, task, known) for view, known in views.items()} for task in GRID[0].labels}
 
 
 @dataclass(frozen=True)
@@ -256,7 +268,8 @@ def load_demo_dataset(
 
     Returns:
         A `datasets.DatasetDict` with "train", "validation" and "test", and the columns `image` (`datasets.Image`, PNG),
-        `text`, `sentiment`, `topic` and `intent` (strings, see `TASK_LABELS`).
+        `text`, `sentiment`, `topic` and `intent` (strings, see `TASK_LABELS`), `german` and `french` (see
+        `TRANSLATIONS`).
 
     Raises:
         ValueError: a size is not positive.
@@ -272,7 +285,7 @@ def load_demo_dataset(
         {
             "image": datasets.Image(),
             "text": datasets.Value("string"),
-            **{task: datasets.Value("string") for task in TASK_LABELS},
+            **{column: datasets.Value("string") for column in GRID[0].labels},
         }
     )
     splits = {}
@@ -286,7 +299,7 @@ def load_demo_dataset(
         columns = {
             "image": [{"bytes": pictures[spec.image_seed], "path": None} for spec in specs],
             "text": [render_text(spec) for spec in specs],
-            **{task: [spec.cell.labels[task] for spec in specs] for task in TASK_LABELS},
+            **{column: [spec.cell.labels[column] for spec in specs] for column in GRID[0].labels},
         }
         splits[split] = datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
     return datasets.DatasetDict(splits)
