@@ -86,7 +86,7 @@ class DataArguments:
     label_separator: str = field(
         default="|", metadata={"help": "What separates the labels of a multi_label cell in a CSV file."}
     )
-    on_bad_image: str = field(
+    on_bad_file: str = field(
         default="raise", metadata={"help": "raise: stop at an image that cannot be read; drop: treat it as absent."}
     )
     max_length: int | None = field(
@@ -315,7 +315,7 @@ def main() -> None:
         model.config,
         text_column=data_args.text_column,
         image_column=data_args.image_column,
-        on_bad_image=data_args.on_bad_image,
+        on_bad_file=data_args.on_bad_file,
         max_length=data_args.max_length,
     )
     trainer = MMTrainer(

@@ -169,7 +169,7 @@ class TestBatch:
             batch = collator(rows)
             assert set(batch) == {"input_ids", "attention_mask", "labels"}
             assert same(batch, expected)
-        assert "row 0 of the batch has neither text nor an image" in message_of(
+        assert "row 0 of the batch has nothing in 'text'; remove it." in message_of(
             collator, [{"text": "", "image": png()}]
         )
 
@@ -297,7 +297,7 @@ class TestBadImages:
         path = str(tmp_path / "lost.jpg")
         rows = [{"text": "a", ROW_KEY: 3}, {"text": "b", "image": path, ROW_KEY: 7314}]
         assert message_of(COLLATOR, rows, ImageError) == (
-            f"row 7,314, column 'image': image '{path}' does not exist; mend or remove it, or pass on_bad_image='drop' "
+            f"row 7,314, column 'image': image '{path}' does not exist; mend or remove it, or pass on_bad_file='drop' "
             "to treat it as absent."
         )
         del rows[1][ROW_KEY]
@@ -310,35 +310,35 @@ class TestBadImages:
         rows = [{"text": "a", "image": cell, ROW_KEY: 0}, {"text": "b", "image": [make_image(), cell], ROW_KEY: 1}]
         assert message_of(make_collator(), rows, ImageError).startswith("row 0, column 'image': ")
 
-        collator = make_collator(on_bad_image="drop")
-        assert collator.num_bad_images == 0
+        collator = make_collator(on_bad_file="drop")
+        assert collator.num_bad_files == 0
         batch = collator(rows)
         assert same(batch, make_collator()([{"text": "a"}, {"text": "b", "image": make_image()}]))
-        assert collator.num_bad_images == 2
+        assert collator.num_bad_files == 2
         collator(rows)
-        assert collator.num_bad_images == 4
+        assert collator.num_bad_files == 4
 
     def test_a_row_of_which_nothing_is_left_teaches_nothing(self):
-        collator = make_collator(on_bad_image="drop")
+        collator = make_collator(on_bad_file="drop")
         batch = collator([{"text": "", "image": b"nonsense", "score": 1.5}, {"text": "a", "score": 1.5}])
         assert batch["labels"]["score"].isnan().tolist() == [True, False]
         batch = collator([{"text": "", "image": [b"nonsense", make_image()]}])
         assert batch["image_index"].tolist() == [[0]]
 
     def test_other_choices(self):
-        with pytest.raises(ValueError, match=r"on_bad_image must be 'raise' or 'drop', but is 'skip'\."):
-            make_collator(on_bad_image="skip")
+        with pytest.raises(ValueError, match=r"on_bad_file must be 'raise' or 'drop', but is 'skip'\."):
+            make_collator(on_bad_file="skip")
 
     @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
     def test_are_counted_across_workers(self, context):
         rows = [{"text": f"a {n}", "image": b"bad" if n % 3 == 0 else None, "score": n} for n in range(20)]
-        collator = make_collator(on_bad_image="drop")
+        collator = make_collator(on_bad_file="drop")
         loader = DataLoader(rows, batch_size=2, collate_fn=collator, num_workers=2, multiprocessing_context=context)
         scores = [score for batch in loader for score in batch["labels"]["score"].tolist()]
         assert scores == list(range(20))
-        assert collator.num_bad_images == 7
+        assert collator.num_bad_files == 7
         collator(rows[:1])
-        assert collator.num_bad_images == 8
+        assert collator.num_bad_files == 8
 
     def test_errors_of_workers_name_the_row(self):
         rows = [{"text": "a", "image": b"bad" if n == 5 else None, ROW_KEY: n} for n in range(8)]
@@ -350,14 +350,14 @@ class TestBadImages:
 
     @pytest.mark.parametrize("clone", [copy.deepcopy, lambda collator: pickle.loads(pickle.dumps(collator))])
     def test_copies_count_for_themselves(self, clone):
-        collator = make_collator(on_bad_image="drop", max_length=7)
+        collator = make_collator(on_bad_file="drop", max_length=7)
         rows = [{"text": "cat " * 9, "image": b"bad", "score": 1}]
         collator(rows)
         copied = clone(collator)
         assert same(copied(rows), collator(rows))
-        assert (collator.num_bad_images, copied.num_bad_images) == (2, 2)
+        assert (collator.num_bad_files, copied.num_bad_files) == (2, 2)
         list(DataLoader(rows * 3, collate_fn=copied, num_workers=1, multiprocessing_context="fork"))
-        assert (collator.num_bad_images, copied.num_bad_images) == (2, 5)
+        assert (collator.num_bad_files, copied.num_bad_files) == (2, 5)
 
 
 class TestTexts:
@@ -379,7 +379,7 @@ class TestTexts:
         assert batch["input_ids"].tolist() == [[tokenizer.cls_token_id, tokenizer.sep_token_id]]
         for row in ({"text": cell}, {"text": cell, "image": None}, {"text": cell, "image": []}):
             assert message_of(COLLATOR, [{"text": "a"}, {**row, ROW_KEY: 1_000_000}]) == (
-                "row 1,000,000 has neither text nor an image; remove it."
+                "row 1,000,000 has nothing in 'text', 'image', 'video'; remove it."
             )
 
     def test_missing_column(self):

@@ -319,7 +319,9 @@ def test_rule_6_evaluation_holds_the_logits_only(fusion):
     model, batch = make_model(fusion_type=fusion), make_batch(labels=False)
     with torch.no_grad():
         assert list(model(**batch).keys()) == ["logits"]
-        assert list(model.model(**batch).keys()) == ["last_hidden_state", "pooler_output"]
+        outputs = model.model(**batch)
+        # What the encoders gave is there for tasks that compare or fuse anew; it goes no further than the model.
+        assert list(outputs.keys()) == ["last_hidden_state", "pooler_output", "attention_mask", "encoded"]
         states = model(**batch, output_hidden_states=True).hidden_states
     assert len(states) == (2 if fusion == "late" else 3)
     assert all(s.shape == (4, 9, 32) for s in states)
@@ -368,7 +370,7 @@ def test_rule_9_compiles_without_a_graph_break(fusion):
     torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
     batch["image_index"] = batch["image_index"] + 1
-    with pytest.raises(RuntimeError, match="image_index must hold numbers from -1 \\(no image\\) to 2"):
+    with pytest.raises(RuntimeError, match="image_index must hold numbers from -1 \\(none\\) to 2"):
         compiled(**batch)
 
 

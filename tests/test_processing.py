@@ -59,10 +59,21 @@ class TestTexts:
         rows = [PROCESSOR.tokenizer.encode(text) for text in texts]
         length = max(len(row) for row in rows)
         assert inputs["input_ids"].tolist() == [row + [0] * (length - len(row)) for row in rows]
-        assert inputs["attention_mask"].tolist() == [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+        # The empty text is absent, so nothing of it is to be seen.
+        assert inputs["attention_mask"].tolist() == [
+            [int(text != "")] * len(row) + [0] * (length - len(row)) for text, row in zip(texts, rows, strict=True)
+        ]
         assert inputs["input_ids"].dtype == inputs["attention_mask"].dtype == torch.int64
         assert set(inputs) == {"input_ids", "attention_mask", "image_index"}
         assert inputs["image_index"].tolist() == [[-1], [-1], [-1]]
+
+    @pytest.mark.parametrize("nothing", [None, "", " \n"])
+    def test_no_text(self, nothing):
+        inputs = PROCESSOR(text=["a cat", nothing], images=[None, make_image()])
+        assert inputs["attention_mask"].sum(1).tolist() == [4, 0]
+        # Where there is nothing but text, the empty text is one.
+        alone = MMTransformerProcessor(tokenizer=make_tokenizer())(text=["a cat", nothing])
+        assert alone["attention_mask"].sum(1).tolist() == [4, 2]
 
     def test_a_single_text_is_a_batch_of_one(self):
         single, batch = PROCESSOR(text="a cat", images=make_image()), PROCESSOR(text=["a cat"], images=[make_image()])
@@ -122,7 +133,7 @@ class TestTexts:
         )
         limit = limit or 40
         kept = [min(n + 2, limit) for n in lengths]
-        assert inputs["attention_mask"].sum(1).tolist() == kept
+        assert inputs["attention_mask"].sum(1).tolist() == [k if n else 0 for k, n in zip(kept, lengths, strict=True)]
         assert max(kept) <= inputs["input_ids"].shape[1] <= limit
         for row, n in zip(inputs["word_index"].tolist(), kept, strict=True):
             assert row == [-1, *range(n - 2), -1] + [-1] * (len(row) - n)
@@ -140,7 +151,7 @@ class TestTexts:
                     start, end = split_words(text)[i]
                     assert text[start:end].lower().startswith(token)
 
-    @pytest.mark.parametrize("text", [None, 3, b"a", [None], ["a", None], ["a", 3], [["a"]], [], float("nan")])
+    @pytest.mark.parametrize("text", [None, 3, b"a", ["a", 3], [["a"]], [], float("nan")])
     def test_what_is_no_text(self, text):
         with pytest.raises(ValueError, match="text must be a string or a list of strings, one per row; use '' where"):
             PROCESSOR(text=text)
@@ -293,7 +304,7 @@ class TestSaving:
         actual = loaded(**batch, return_word_index=True)
         assert actual.keys() == expected.keys()
         assert all(torch.equal(actual[name], expected[name]) for name in expected)
-        assert loaded.model_input_names == ["input_ids", "attention_mask", "pixel_values", "image_index"]
+        assert loaded.model_input_names == ["input_ids", "attention_mask", "pixel_values", "image_index", "frame_index"]
         assert len(warnings_of) == 2, "once for each processor"
 
 

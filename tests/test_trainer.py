@@ -241,10 +241,10 @@ def test_bad_image_in_a_datasets_column_is_named(tmp_path):
     trainer = MMTrainer(model, make_args(tmp_path), processing_class=make_processor(), eval_dataset=data)
     with pytest.raises(ValueError, match="^row 0, column 'image'"):
         trainer.evaluate()
-    collator = MMDataCollator(make_processor(), model.config, on_bad_image="drop")
+    collator = MMDataCollator(make_processor(), model.config, on_bad_file="drop")
     trainer = MMTrainer(model, make_args(tmp_path), data_collator=collator, eval_dataset=data)
     trainer.evaluate()
-    assert collator.num_bad_images == 3
+    assert collator.num_bad_files == 3
 
 
 def test_missing_columns_are_named(tmp_path):
@@ -317,10 +317,10 @@ def test_broken_images_of_any_form_of_data_set(tmp_path, form):
     model, processor = make_model(), make_processor()
     with pytest.raises(ValueError, match=r"^row 2( of the batch)?, column 'image': .* is not an image that Pillow can"):
         MMTrainer(model, make_args(tmp_path), processing_class=processor, train_dataset=broken).train()
-    collator = MMDataCollator(processor, model.config, on_bad_image="drop")
+    collator = MMDataCollator(processor, model.config, on_bad_file="drop")
     trainer = MMTrainer(model, make_args(tmp_path, max_steps=1), data_collator=collator, train_dataset=broken)
     trainer.train()
-    assert collator.num_bad_images == 1
+    assert collator.num_bad_files == 1
     trainer.save_model(tmp_path / "saved")  # with the processor of the collator
     assert (tmp_path / "saved/processor_config.json").exists()
 

@@ -1,19 +1,18 @@
 """Rows become batches."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Optional
 
-import torch
-from transformers.utils import logging
-
+from ..model.audio import audio_key
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
-from ..model.images import ImageError, image_key, load_image
-from ..model.processing_mm_transformer import MMTransformerProcessor, as_image_list
+from ..model.images import image_key, load_image
+from ..model.processing_mm_transformer import MMTransformerProcessor, as_clips, as_list
 from ..model.task_base import LabelContext, is_null
+from ..model.video import load_frames, video_key
+from .media import MediaColumn, SharedCounter
 
-
-logger = logging.get_logger(__name__)
 
 # Under this key [`MMTrainer`] writes into each row its number in the data set, so that messages can name it.
 ROW_KEY = "__row__"
@@ -21,28 +20,34 @@ ROW_KEY = "__row__"
 
 class MMDataCollator:
     """
-    Makes a batch of rows with plain columns: a text, an image, and one column per task.
+    Makes a batch of rows with plain columns: a text, images, a video, sound, and one column per task.
 
-    Images are read here, in the workers of the data loader if there are any. An image that several rows of the batch
-    share, by object, path or bytes, becomes one entry of `pixel_values`. Every task gets labels in every batch; rows
-    that lack one get -100 or NaN.
+    Files are read here, in the workers of the data loader if there are any. An image that several rows of the batch
+    share, by object, path or bytes, becomes one entry of `pixel_values`; sounds likewise. Every task gets labels in
+    every batch; rows that lack one get -100 or NaN.
 
     Args:
         processor ([`MMTransformerProcessor`]): The processor of the model.
         config ([`MMTransformerConfig`]): The config of the model; says which tasks there are.
         text_column (`str`, *optional*, defaults to `"text"`):
-            Column of strings (or lists of words). `None` and "" are fine in rows that have an image.
+            Column of strings (or lists of words). `None` and "" are fine in rows that have something else.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of images: PIL, path, bytes, array, a cell of `datasets.Image`, a list of those, or `None`.
-        on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            What to do with an image that cannot be read: `"raise"`, or `"drop"` it as if the row had none. How often
-            that happened is in `num_bad_images`. A row that is left without image and text loses its labels too.
+        video_column (`str`, *optional*, defaults to `"video"`):
+            Column of videos: path, bytes, a cell of `datasets.Video`, the frames as a list or array, or `None`.
+        audio_column (`str`, *optional*, defaults to `"audio"`):
+            Column of sounds: path, bytes, array, a cell of `datasets.Audio`, a list of those, or `None`.
+        sampling_rate (`int`, *optional*): The rate, in Hz, of sounds that are arrays without one.
+        on_bad_file (`str`, *optional*, defaults to `"raise"`):
+            What to do with an image, a video or a sound that cannot be read: `"raise"`, or `"drop"` it as if the row
+            had none. How often that happened is in `num_bad_files`. A row that is left with nothing loses its labels
+            too.
         max_length (`int`, *optional*): Longest text in tokens; at most, and by default, what the text encoder takes.
         pad_to_multiple_of (`int`, *optional*): Pads texts to a multiple of this length.
 
     Raises:
         ValueError: if the tokenizer does not fit the embeddings of the model; when called, one sentence that names
-            the row whose text, image or label cannot be used.
+            the row whose text, image, video, sound or label cannot be used.
     """
 
     def __init__(
@@ -51,44 +56,57 @@ class MMDataCollator:
         config: MMTransformerConfig,
         text_column: str = "text",
         image_column: str = "image",
-        on_bad_image: str = "raise",
+        video_column: str = "video",
+        audio_column: str = "audio",
+        sampling_rate: Optional[int] = None,
+        on_bad_file: str = "raise",
         max_length: Optional[int] = None,
         pad_to_multiple_of: Optional[int] = None,
     ):
-        if on_bad_image not in ("raise", "drop"):
-            raise ValueError(f"on_bad_image must be 'raise' or 'drop', but is {on_bad_image!r}.")
+        if on_bad_file not in ("raise", "drop"):
+            raise ValueError(f"on_bad_file must be 'raise' or 'drop', but is {on_bad_file!r}.")
         check_tokenizer(processor.tokenizer, config)
         self.processor = processor
         self.tasks = config.get_tasks()
         self.takes_images = config.vision_config is not None
-        self.text_column = text_column
-        self.image_column = image_column
-        self.on_bad_image = on_bad_image
+        self.text_column, self.image_column = text_column, image_column
+        self._num_bad_files = SharedCounter()
+        bad = (on_bad_file, self._num_bad_files)
+        # By the argument of the processor. A model does not read what it does not take.
+        self.media: dict[str, MediaColumn] = {}
+        if self.takes_images:
+            frames_of = partial(load_frames, num_frames=processor.num_frames)
+            self.media["images"] = MediaColumn(image_column, as_list, image_key, load_image, *bad)
+            self.media["videos"] = MediaColumn(video_column, _as_one, video_key, frames_of, *bad)
+        if config.audio_config is not None:
+            clip_of = partial(_load_clip, processor, sampling_rate=sampling_rate)
+            self.media["audio"] = MediaColumn(audio_column, as_clips, audio_key, clip_of, *bad)
         limits = [max_length, max_text_positions(config.text_config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
         self.pad_to_multiple_of = pad_to_multiple_of
-        # Shared with the workers of the data loader; each counts in a place of its own, so that none waits.
-        self._num_bad_images = torch.zeros(256, dtype=torch.int64).share_memory_()
 
     @property
-    def num_bad_images(self) -> int:
-        """How many times an image could not be read and was treated as absent."""
-        return int(self._num_bad_images.sum())
-
-    def __setstate__(self, state: dict[str, Any]):
-        self.__dict__.update(state)
-        self._num_bad_images.share_memory_()  # a copy is not
+    def num_bad_files(self) -> int:
+        """How many times an image, a video or a sound could not be read and was treated as absent."""
+        return int(self._num_bad_files)
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         names = [f"row {row[ROW_KEY]:,}" if ROW_KEY in row else f"row {i} of the batch" for i, row in enumerate(rows)]
-        images, were_there = self._load_images(rows, names)
-        texts = [self._text(row, had, name) for row, had, name in zip(rows, were_there, names, strict=True)]
+        media: dict[str, Any] = {}
+        had_any, has_any = [False] * len(rows), [False] * len(rows)
+        for name, column in self.media.items():
+            media[name], were_there = column.read(rows, names)
+            had_any = [a or b for a, b in zip(had_any, were_there, strict=True)]
+            has_any = [a or bool(b) for a, b in zip(has_any, media[name], strict=True)]
+        texts = [self._text(row, had, name) for row, had, name in zip(rows, had_any, names, strict=True)]
         # What could not be read has left nothing: such a row has nothing to teach.
-        is_empty = [not text.strip() and not image for text, image in zip(texts, images, strict=True)]
+        is_empty = [not text.strip() and not has for text, has in zip(texts, has_any, strict=True)]
+        if "videos" in media:
+            media["videos"] = [row[0] if row else None for row in media["videos"]]
         batch = dict(
             self.processor(
                 text=texts,
-                images=images,
+                **media,
                 max_length=self.max_length,
                 pad_to_multiple_of=self.pad_to_multiple_of,
                 return_word_index=any(task.is_token_level for task in self.tasks.values()),
@@ -103,43 +121,7 @@ class MMDataCollator:
         }
         return batch
 
-    def _load_images(self, rows: list[Mapping[str, Any]], names: list[str]) -> tuple[list[list[Any]], list[bool]]:
-        """
-        The images of each row, read, and whether it had any. Shared ones are one object. A model of text alone does
-        not read any.
-        """
-        loaded: dict[Any, Any] = {}
-        kept = []  # a key may be the id of an object, which is given again once the object is gone
-        worker = torch.utils.data.get_worker_info()
-        place = 0 if worker is None else 1 + worker.id % (len(self._num_bad_images) - 1)
-        result, were_there = [], []
-        for row, name in zip(rows, names, strict=True):
-            pictures = []
-            cells = as_image_list(row.get(self.image_column)) if self.takes_images else []
-            for image in cells:
-                key = image_key(image)
-                kept.append(image)
-                if key not in loaded:
-                    try:
-                        loaded[key] = load_image(image)
-                    except ImageError as error:
-                        if self.on_bad_image == "raise":
-                            raise ImageError(
-                                f"{name}, column {self.image_column!r}: {error}; mend or remove it, or pass "
-                                "on_bad_image='drop' to treat it as absent."
-                            ) from error
-                        if self.num_bad_images == 0:
-                            logger.warning(f"{name}, column {self.image_column!r}: {error}; treated as absent.")
-                        loaded[key] = None
-                if loaded[key] is None:
-                    self._num_bad_images[place] += 1
-                else:
-                    pictures.append(loaded[key])
-            result.append(pictures)
-            were_there.append(len(cells) > 0)
-        return result, were_there
-
-    def _text(self, row: Mapping[str, Any], had_image: bool, name: str) -> str:
+    def _text(self, row: Mapping[str, Any], had_other: bool, name: str) -> str:
         if self.text_column not in row:
             columns = ", ".join(repr(column) for column in row if column != ROW_KEY)
             raise ValueError(
@@ -162,8 +144,9 @@ class MMDataCollator:
             raise ValueError(
                 f"{name}, column {self.text_column!r}: the text is not valid Unicode ({error})."
             ) from error
-        if not text.strip() and not had_image:
-            raise ValueError(f"{name} has neither text nor an image; remove it.")
+        if not text.strip() and not had_other:
+            columns = ", ".join(repr(c) for c in [self.text_column, *(media.column for media in self.media.values())])
+            raise ValueError(f"{name} has nothing in {columns}; remove it.")
         return text
 
     def _labels(
@@ -176,6 +159,15 @@ class MMDataCollator:
             except ValueError as error:
                 raise ValueError(f"{name}, column {task.column!r}: {error}.") from error
         return labels
+
+
+def _as_one(cell: Any) -> list[Any]:
+    return [] if is_null(cell) else [cell]
+
+
+def _load_clip(processor: MMTransformerProcessor, clip: Any, sampling_rate: Optional[int]) -> dict[str, Any]:
+    waveform = processor.load_audio(clip, sampling_rate)
+    return {"array": waveform, "sampling_rate": processor.feature_extractor.sampling_rate}
 
 
 def check_tokenizer(tokenizer, config: MMTransformerConfig) -> None:

@@ -15,14 +15,17 @@ from .tasks import Task, task_from_dict
 @strict
 class MMTransformerConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`MMTransformerModel`] or [`MMTransformerForMultiTask`]: a text encoder, a vision encoder, a
-    fusion of the two and the tasks.
+    Configuration of a [`MMTransformerModel`] or [`MMTransformerForMultiTask`]: a text encoder, a vision and an
+    audio encoder (or one of them), their fusion and the tasks.
 
     Args:
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Config of any text encoder that `AutoModel` knows. A `dict` needs its `model_type`. Defaults to BERT-base.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            Config of any vision encoder that `AutoModel` knows. `None` for a model of text alone.
+            Config of any vision encoder that `AutoModel` knows. `None` for a model without images.
+        audio_config (`dict` or `PreTrainedConfig`, *optional*):
+            Config of any audio encoder that `AutoModel` knows (Wav2Vec2, HuBERT, WavLM, Whisper, AST, ...). `None` for
+            a model without sound.
         decoder_config (`dict` or `PreTrainedConfig`, *optional*):
             Config of a decoder that `AutoModelForCausalLM` knows (BERT, GPT-2, BART, ...), for tasks that write text
             where the text encoder has no decoder of its own. It must have `decoder_start_token_id` (or
@@ -36,9 +39,13 @@ class MMTransformerConfig(PreTrainedConfig):
             Attention heads of each fusion layer. Defaults to those of the text encoder, or to heads of 64.
         fusion_dropout (`float`, *optional*, defaults to 0.1): Dropout in attention and feed-forward of the fusion.
         classifier_dropout (`float`, *optional*, defaults to 0.1): Dropout in the task layers.
-        modality_dropout (`float`, *optional*, defaults to 0.0):
-            Probability with which a row loses all of its images in training, so that the model also learns to answer
-            from the text alone.
+        modality_dropout (`float` or `dict[str, float]`, *optional*, defaults to 0.0):
+            Probability with which a row loses all of its images (and, on its own, all of its sound) in training, so
+            that the model also learns to answer without. `{"vision": 0.2, "text": 0.1}` gives it by modality. A row
+            never loses all that it has.
+        num_frames (`int`, *optional*, defaults to 8): How many frames are taken of a video, at most.
+        frame_embedding (`str`, *optional*, defaults to `"sinusoidal"`):
+            How the frames of a video are told apart: `"sinusoidal"` or `"learned"`, by their number.
         tasks (`list[dict]` or `list[Task]`, *optional*):
             The tasks, as objects or as the dicts that `config.json` stores.
         regularization (`dict`, *optional*):
@@ -68,6 +75,7 @@ class MMTransformerConfig(PreTrainedConfig):
     sub_configs: ClassVar[dict[str, type]] = {
         "text_config": AutoConfig,
         "vision_config": AutoConfig,
+        "audio_config": AutoConfig,
         "decoder_config": AutoConfig,
     }
     attribute_map = {
@@ -81,6 +89,7 @@ class MMTransformerConfig(PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
+    audio_config: dict | PreTrainedConfig | None = None
     decoder_config: dict | PreTrainedConfig | None = None
     fusion_type: str = "cross_attention"
     fusion_kwargs: dict | None = None
@@ -89,7 +98,9 @@ class MMTransformerConfig(PreTrainedConfig):
     num_fusion_attention_heads: int | None = None
     fusion_dropout: float | int = 0.1
     classifier_dropout: float | int = 0.1
-    modality_dropout: float | int = 0.0
+    modality_dropout: float | int | dict = 0.0
+    num_frames: int = 8
+    frame_embedding: str = "sinusoidal"
     tasks: list | None = None
     regularization: dict | None = None
     initializer_range: float = 0.02
@@ -97,6 +108,7 @@ class MMTransformerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.text_config = _resolve(self.text_config or {"model_type": "bert"}, "text")
         self.vision_config = _resolve(self.vision_config, "vision")
+        self.audio_config = _resolve(self.audio_config, "audio")
         self.decoder_config = _resolve(self.decoder_config, "decoder")
         if self.decoder_config is not None:
             self.decoder_config.is_decoder = self.decoder_config.add_cross_attention = True
@@ -137,7 +149,14 @@ class MMTransformerConfig(PreTrainedConfig):
     @property
     def modalities(self) -> list[str]:
         """What the model takes beside text, in the order in which fusions see it."""
-        return [name for name in ("vision",) if getattr(self, f"{name}_config") is not None]
+        return [name for name in ("vision", "audio") if getattr(self, f"{name}_config") is not None]
+
+    @property
+    def modality_dropout_probabilities(self) -> dict[str, float]:
+        """`modality_dropout` by modality."""
+        if isinstance(self.modality_dropout, dict):
+            return self.modality_dropout
+        return dict.fromkeys(self.modalities, self.modality_dropout) if self.modality_dropout else {}
 
     @property
     def has_decoder(self) -> bool:
@@ -169,9 +188,24 @@ class MMTransformerConfig(PreTrainedConfig):
             raise ValueError(
                 f"fusion_hidden_size ({width}) must be a multiple of num_fusion_attention_heads ({heads})."
             )
-        for name in ("fusion_dropout", "classifier_dropout", "modality_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and less than 1, but is {getattr(self, name)}.")
+        if self.num_frames < 1 or self.frame_embedding not in ("sinusoidal", "learned"):
+            raise ValueError(
+                "num_frames must be at least 1 and frame_embedding 'sinusoidal' or 'learned', but they are "
+                f"{self.num_frames} and {self.frame_embedding!r}."
+            )
+        unknown = sorted(set(self.modality_dropout_probabilities) - {"text", *self.modalities})
+        if unknown:
+            raise ValueError(
+                f"modality_dropout names {unknown[0]!r}, but the modalities of this model are "
+                f"{', '.join(['text', *self.modalities])}."
+            )
+        values = {name: getattr(self, name) for name in ("fusion_dropout", "classifier_dropout")}
+        values.update({f"modality_dropout[{k!r}]": v for k, v in self.modality_dropout_probabilities.items()})
+        if not isinstance(self.modality_dropout, dict):
+            values["modality_dropout"] = self.modality_dropout
+        for name, value in values.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, but is {value}.")
 
     def validate_tasks(self):
         """Part of `@strict`-powered validation."""

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .encoders import HUB_KWARGS, build_encoder, load_encoder, max_text_positions, without_layerdrop
+from .encoders import HUB_KWARGS, build_encoder, load_encoder, max_text_positions, without_random_skips
 
 
 def build_seq2seq(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig]) -> PreTrainedModel:
@@ -24,7 +24,7 @@ def build_seq2seq(text_config: PreTrainedConfig, decoder_config: Optional[PreTra
         decoder_config: of a decoder for an encoder that has none, otherwise `None`.
     """
     if decoder_config is None:
-        return AutoModelForSeq2SeqLM.from_config(without_layerdrop(text_config))
+        return AutoModelForSeq2SeqLM.from_config(without_random_skips(text_config))
     return _join(build_encoder(text_config, "text"), decoder_config)
 
 
@@ -32,13 +32,13 @@ def load_seq2seq(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs
     """The same with the weights of a Hub repository or local folder; a decoder from a config has new ones."""
     if decoder_config is None:
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        config = without_layerdrop(AutoConfig.from_pretrained(path, **hub_kwargs))
+        config = without_random_skips(AutoConfig.from_pretrained(path, **hub_kwargs))
         return AutoModelForSeq2SeqLM.from_pretrained(path, config=config, **kwargs)
     return _join(load_encoder(path, "text", **kwargs)[0], decoder_config)
 
 
 def _join(encoder: PreTrainedModel, decoder_config: PreTrainedConfig) -> PreTrainedModel:
-    decoder = AutoModelForCausalLM.from_config(without_layerdrop(decoder_config))
+    decoder = AutoModelForCausalLM.from_config(without_random_skips(decoder_config))
     config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder_config)
     for name in ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"):
         setattr(config, name, getattr(decoder_config, name, None))

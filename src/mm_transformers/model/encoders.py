@@ -1,4 +1,4 @@
-"""Builds any text or vision encoder of transformers, and knows what each of them needs."""
+"""Builds any text, vision or audio encoder of transformers, and knows what each of them needs."""
 
 import inspect
 import re
@@ -9,14 +9,14 @@ import transformers
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 
-_MAIN_INPUT = {"text": "input_ids", "vision": "pixel_values"}
+_MAIN_INPUTS = {"text": ("input_ids",), "vision": ("pixel_values",), "audio": ("input_values", "input_features")}
 
 # What `AutoConfig.from_pretrained` takes of the keyword arguments of `AutoModel.from_pretrained`.
 HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download")
 
-# Parameters that serve only a pooled output, which the fusion does not read, or masked image modelling: they would
-# never get a gradient, which DDP refuses.
-_UNUSED_PARAMETERS = (r"(^|\.)pooler\.", r"(^|\.)mask_token$")
+# Parameters that serve only a pooled output, which the fusion does not read, or the modelling of masked images or
+# sounds: they would never get a gradient, which DDP refuses.
+_UNUSED_PARAMETERS = (r"(^|\.)pooler\.", r"(^|\.)mask_token$", r"(^|\.)masked_spec_embed$")
 _UNUSED_PARAMETERS_OF = {
     "clip_vision_model": (r"(^|\.)post_layernorm\.",),
     "convnext": (r"^layernorm\.",),
@@ -35,7 +35,7 @@ _RELATIVE_POSITIONS = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
 
 
 def encoder_config_from_pretrained(path: str, modality: str, **kwargs) -> PreTrainedConfig:
-    """The config of the `modality` ("text" or "vision") encoder in a Hub repository or local folder."""
+    """The config of the `modality` ("text", "vision" or "audio") encoder in a Hub repository or local folder."""
     return sub_config_of(AutoConfig.from_pretrained(path, **kwargs), modality)
 
 
@@ -52,7 +52,7 @@ def build_encoder(config: PreTrainedConfig, modality: str) -> PreTrainedModel:
     Raises:
         ValueError: one sentence that says why it cannot be the encoder of this modality.
     """
-    cls = _check_config(without_layerdrop(config), modality)
+    cls = _check_config(without_random_skips(config), modality)
     model = AutoModel.from_config(config) if cls is None else cls._from_config(config, **_options(cls))
     return _as_encoder(model, modality)
 
@@ -69,7 +69,7 @@ def load_encoder(path: str, modality: str, **kwargs) -> tuple[PreTrainedModel, P
     """
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
     config = encoder_config_from_pretrained(path, modality, **hub_kwargs)
-    cls = _check_config(without_layerdrop(config), modality)
+    cls = _check_config(without_random_skips(config), modality)
     model = (cls or AutoModel).from_pretrained(path, config=config, **_options(cls), **kwargs)
     return _as_encoder(model, modality), model.config
 
@@ -82,6 +82,8 @@ def encoder_width(config: PreTrainedConfig) -> int:
         ValueError: if the config does not say.
     """
     width = getattr(config, "hidden_size", None)
+    if getattr(config, "add_adapter", False):  # Wav2Vec2 and its kin
+        width = config.output_hidden_size
     if width is None and getattr(config, "hidden_sizes", None):
         width = config.hidden_sizes[-1]
     if not isinstance(width, int):
@@ -112,15 +114,56 @@ def pad_token_matters(config: PreTrainedConfig) -> bool:
     return config.model_type in _POSITIONS_AFTER_PADDING
 
 
-def without_layerdrop(config: PreTrainedConfig) -> PreTrainedConfig:
+def without_random_skips(config: PreTrainedConfig) -> PreTrainedConfig:
     """
-    The config, changed so that training never skips a whole layer: its weights would get no gradient in that step, for
-    which DDP waits for ever.
+    The config, changed so that training neither skips a whole layer, whose weights would get no gradient in that step,
+    for which DDP waits for ever, nor masks stretches of sound, which fails for clips shorter than such a stretch.
     """
     for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
         if getattr(config, name, 0):
             setattr(config, name, 0.0)
+    if getattr(config, "apply_spec_augment", False):
+        config.apply_spec_augment = False
     return config
+
+
+def audio_token_mask(
+    model: PreTrainedModel, num_tokens: int, attention_mask: Optional[torch.Tensor]
+) -> Optional[torch.Tensor]:
+    """
+    Which tokens of an audio encoder belong to the clip and not to its padding: (num_clips, num_tokens) bool, or `None`
+    if the encoder does not tell (AST, whose tokens are patches of a spectrogram of fixed length).
+
+    Args:
+        attention_mask (num_clips, samples or frames): 1 where the clip is, at the rate of the encoder's input.
+    """
+    if attention_mask is None or not hasattr(model, "_get_feat_extract_output_lengths"):
+        return None
+    lengths = model._get_feat_extract_output_lengths(attention_mask.sum(-1)).to(torch.int64)
+    return torch.arange(num_tokens, device=attention_mask.device) < lengths[:, None]
+
+
+def blank_input(config: PreTrainedConfig, modality: str) -> dict[str, torch.Tensor]:
+    """The smallest input that an encoder of images or sound takes, of zeros: one item."""
+    if modality == "vision":
+        size = getattr(config, "image_size", None) or 224
+        height, width = size[-2:] if isinstance(size, (list, tuple)) else (size, size)
+        return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), height, width)}
+    bins = getattr(config, "num_mel_bins", None)
+    if getattr(config, "max_source_positions", None) is not None:  # Whisper
+        return {"input_features": torch.zeros(1, bins, 2 * config.max_source_positions)}
+    if bins is not None:  # AST
+        return {"input_values": torch.zeros(1, config.max_length, bins)}
+    return {"input_values": torch.zeros(1, min_audio_samples(config))}
+
+
+def min_audio_samples(config: PreTrainedConfig) -> int:
+    """How many samples of sound give the first token of an encoder that takes waveforms; 1 for other encoders."""
+    samples = 1
+    kernels, strides = getattr(config, "conv_kernel", ()), getattr(config, "conv_stride", ())
+    for kernel, stride in reversed(list(zip(kernels, strides, strict=True))):
+        samples = (samples - 1) * stride + kernel
+    return samples
 
 
 def _model_class(config: PreTrainedConfig) -> Optional[type[PreTrainedModel]]:
@@ -139,14 +182,15 @@ def _options(cls: Optional[type[PreTrainedModel]]) -> dict[str, bool]:
 
 def _check_config(config: PreTrainedConfig, modality: str) -> Optional[type[PreTrainedModel]]:
     """Says what is wrong before weights are built or fetched; returns [`_model_class`]."""
-    cls, wanted = _model_class(config), _MAIN_INPUT[modality]
+    cls, wanted = _model_class(config), _MAIN_INPUTS[modality]
     if cls is None and not hasattr(config, "auto_map"):
         raise ValueError(
             f"{config.model_type!r} cannot be the {modality} encoder: transformers has no model for its config."
         )
-    if cls is not None and cls.main_input_name != wanted:
+    if cls is not None and cls.main_input_name not in wanted:
         raise ValueError(
-            f"{config.model_type!r} cannot be the {modality} encoder: it takes {cls.main_input_name!r}, not {wanted!r}."
+            f"{config.model_type!r} cannot be the {modality} encoder: it takes {cls.main_input_name!r}, not "
+            f"{' or '.join(map(repr, wanted))}."
         )
     encoder_width(config)
     return cls
@@ -154,11 +198,12 @@ def _check_config(config: PreTrainedConfig, modality: str) -> Optional[type[PreT
 
 def _as_encoder(model: PreTrainedModel, modality: str) -> PreTrainedModel:
     model_type = model.config.model_type
-    if modality == "text" and model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         model = model.get_encoder()
-    if _MAIN_INPUT[modality] not in inspect.signature(model.forward).parameters:
+    wanted = _MAIN_INPUTS[modality]
+    if not set(wanted) & set(inspect.signature(model.forward).parameters):
         raise ValueError(
-            f"{model_type!r} cannot be the {modality} encoder: its forward takes no {_MAIN_INPUT[modality]!r}."
+            f"{model_type!r} cannot be the {modality} encoder: its forward takes no {' or '.join(map(repr, wanted))}."
         )
     unused = re.compile("|".join(_UNUSED_PARAMETERS + _UNUSED_PARAMETERS_OF.get(model_type, ())))
     for name, parameter in list(model.named_parameters()):

@@ -16,12 +16,16 @@ class ImageError(ValueError):
 
 def image_key(image: Any) -> Hashable:
     """Equal for two cells that surely hold the same image: the same object, path or bytes."""
-    image = _content(image)
-    if isinstance(image, bytes):
-        return hashlib.sha256(image).digest()
-    if isinstance(image, (str, os.PathLike)):
-        return os.fspath(image)
-    return id(image)
+    return content_key(_content(image))
+
+
+def content_key(content: Any) -> Hashable:
+    """Equal for the same object, path or bytes."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).digest()
+    if isinstance(content, (str, os.PathLike)):
+        return os.fspath(content)
+    return id(content)
 
 
 def load_image(image: Any):

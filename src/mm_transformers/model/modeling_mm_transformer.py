@@ -14,15 +14,19 @@ from .decoders import build_seq2seq, load_seq2seq
 from .encoders import (
     HUB_KWARGS,
     as_tokens,
+    audio_token_mask,
+    blank_input,
     build_encoder,
     encoder_config_from_pretrained,
     encoder_width,
     load_encoder,
+    min_audio_samples,
 )
 from .fusion import Stream, fusion_class
 from .fusion_layers import Gate, StreamProjection, masked_mean
 from .modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from .regularization import regularization_loss
+from .streams import FrameEmbedding, NullText, check_index, drop_modalities, gather_items
 from .task_base import TaskHeads
 from .writing import TextWriting
 
@@ -37,7 +41,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     config_class = MMTransformerConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("text", "image")
+    input_modalities = ("text", "image", "audio")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -67,7 +71,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
-    def from_encoders(cls, text: str, vision: Optional[str] = None, **kwargs):
+    def from_encoders(cls, text: str, vision: Optional[str] = None, audio: Optional[str] = None, **kwargs):
         """
         A model with pretrained encoders and a new fusion, whose gates are closed: until it is trained, its
         `last_hidden_state` is that of the text encoder.
@@ -76,6 +80,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             text (`str`): Hub id or local folder of a text encoder; of CLIP and SigLIP the text tower is taken, of an
                 encoder-decoder the encoder, and if a task writes text the decoder too.
             vision (`str`, *optional*): Hub id or local folder of a vision encoder; of CLIP and SigLIP the vision tower.
+            audio (`str`, *optional*): Hub id or local folder of an audio encoder; of Whisper the encoder is taken.
             kwargs: fields of [`MMTransformerConfig`] (`tasks`, `fusion_type`, `num_fusion_layers`, ...); everything
                 else (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes to `AutoModel.from_pretrained`.
 
@@ -100,7 +105,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         text_config = encoder_config_from_pretrained(text, "text", **hub_kwargs)
         config = MMTransformerConfig(**options, text_config=text_config)
         encoders, chosen = {}, {}
-        for modality, path in {"text": text, "vision": vision}.items():
+        for modality, path in {"text": text, "vision": vision, "audio": audio}.items():
             if path is not None and modality == "text" and config.has_decoder:
                 encoder = load_seq2seq(path, config.decoder_config, **kwargs)
                 encoder_config = encoder.config if config.decoder_config is None else encoder.encoder.config
@@ -123,13 +128,14 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
 
 class MMTransformerModel(MMTransformerPreTrainedModel):
     """
-    A text encoder and a vision encoder, joined by a fusion in which text tokens see image tokens.
+    A text encoder and encoders of images and sound, joined by a fusion in which text tokens see the tokens of the
+    others.
 
     Args:
         config ([`MMTransformerConfig`]): What to build.
-        text_model, vision_model (`PreTrainedModel`, *optional*):
-            Encoders that exist already, with `config.text_config` and `config.vision_config` as their configs. By
-            default they are built from the config, with new weights.
+        text_model, vision_model, audio_model (`PreTrainedModel`, *optional*):
+            Encoders that exist already, with `config.text_config`, ... as their configs. By default they are built from
+            the config, with new weights.
     """
 
     def __init__(
@@ -137,27 +143,32 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         config: MMTransformerConfig,
         text_model: Optional[PreTrainedModel] = None,
         vision_model: Optional[PreTrainedModel] = None,
+        audio_model: Optional[PreTrainedModel] = None,
     ):
         super().__init__(config)
         width = encoder_width(config.text_config)
-        if text_model is None and config.has_decoder:
+        self.has_decoder = config.has_decoder
+        if text_model is None and self.has_decoder:
             text_model = build_seq2seq(config.text_config, config.decoder_config)
         # If a task writes text, this is a whole encoder-decoder; fused is what its encoder gives.
         self.text_model = text_model if text_model is not None else build_encoder(config.text_config, "text")
-        self.vision_model = self.fusion = None
+        self.vision_model = self.audio_model = self.fusion = None
         if config.modalities:
+            self.null_text = NullText(width)
             options = config.fusion_kwargs
             self.fusion = fusion_class(config.fusion_type, options)(config, config.modalities, width, **options)
         if config.vision_config is not None:
-            self.vision_model = (
-                vision_model if vision_model is not None else build_encoder(config.vision_config, "vision")
-            )
+            self.vision_model = vision_model or build_encoder(config.vision_config, "vision")
             self.vision_projection = StreamProjection(config, encoder_width(config.vision_config))
+            self.frame_embedding = FrameEmbedding(config.frame_embedding, config.num_frames, config.fusion_hidden_size)
+        if config.audio_config is not None:
+            self.audio_model = audio_model or build_encoder(config.audio_config, "audio")
+            self.audio_projection = StreamProjection(config, encoder_width(config.audio_config))
         self.post_init()
 
     @property
     def text_encoder(self) -> PreTrainedModel:
-        return self.text_model.get_encoder() if self.config.has_decoder else self.text_model
+        return self.text_model.get_encoder() if self.has_decoder else self.text_model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -173,6 +184,11 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         token_type_ids: Optional[torch.Tensor] = None,
         pixel_values: Optional[torch.Tensor] = None,
         image_index: Optional[torch.Tensor] = None,
+        frame_index: Optional[torch.Tensor] = None,
+        input_values: Optional[torch.Tensor] = None,
+        input_features: Optional[torch.Tensor] = None,
+        audio_attention_mask: Optional[torch.Tensor] = None,
+        audio_index: Optional[torch.Tensor] = None,
         inputs_embeds: Optional[torch.Tensor] = None,
         output_attentions: Optional[bool] = None,
         output_hidden_states: Optional[bool] = None,
@@ -181,19 +197,73 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, text_len)`): Token ids of the text.
-            attention_mask (`torch.Tensor` of shape `(batch, text_len)`, *optional*): 1 at tokens, 0 at padding.
+            attention_mask (`torch.Tensor` of shape `(batch, text_len)`, *optional*):
+                1 at tokens, 0 at padding. A row of zeros has no text; a learned vector stands in for it.
             token_type_ids (`torch.LongTensor` of shape `(batch, text_len)`, *optional*): For encoders that take them.
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
-                The distinct images of the batch.
+                The distinct images, and frames of videos, of the batch.
             image_index (`torch.LongTensor` of shape `(batch, max_images)`, *optional*):
                 Which images belong to each row, -1 for none. Defaults to one image per row, in order.
+            frame_index (`torch.LongTensor` of shape `(batch, max_images)`, *optional*):
+                For images that are frames of a video, which frame it is, counted from 0; -1 for pictures.
+            input_values or input_features (`torch.FloatTensor` of shape `(num_clips, ...)`, *optional*):
+                The distinct clips of sound of the batch, as the audio encoder takes them.
+            audio_attention_mask (`torch.Tensor` of shape `(num_clips, samples or frames)`, *optional*):
+                1 where the clip is, 0 at padding, at the rate of the encoder's input.
+            audio_index (`torch.LongTensor` of shape `(batch, max_clips)`, *optional*):
+                Which clips belong to each row, -1 for none. Defaults to one clip per row, in order.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, text_len, text hidden size)`, *optional*):
                 Instead of `input_ids`, for encoders that take it.
             output_attentions, output_hidden_states (`bool`, *optional*):
                 Whether to return those of the fusion; default to those of the config.
 
         Raises:
-            ValueError: if the images do not fit the rows.
+            ValueError: if the images or clips do not fit the rows, or the model has no encoder for them.
+        """
+        text = input_ids if input_ids is not None else inputs_embeds
+        batch_size, device = text.shape[0], text.device
+        if attention_mask is None:
+            attention_mask = torch.ones(text.shape[:2], dtype=torch.int64, device=device)
+        items: dict[str, Any] = {
+            "vision": {} if pixel_values is None else {"pixel_values": pixel_values},
+            "audio": {
+                name: value
+                for name, value in {"input_values": input_values, "input_features": input_features}.items()
+                if value is not None
+            },
+        }
+        index = {
+            "vision": self._index("vision", image_index, items["vision"], batch_size, device),
+            "audio": self._index("audio", audio_index, items["audio"], batch_size, device),
+        }
+        if audio_attention_mask is not None:
+            items["audio"]["attention_mask"] = audio_attention_mask
+        if self.training and self.config.modality_dropout_probabilities:
+            present = {name: (index[name] >= 0).any(-1) for name in self.config.modalities}
+            present["text"] = attention_mask.bool().any(-1)
+            kept = drop_modalities(present, self.config.modality_dropout_probabilities)
+            attention_mask = attention_mask * kept["text"][:, None]
+            index.update({m: index[m].masked_fill(~kept[m][:, None], -1) for m in self.config.modalities})
+
+        text_inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
+        encoded = {"text": self._encode_text(attention_mask, **text_inputs)}
+        for name in self.config.modalities:
+            stream = self._encode_items(name, items[name], index[name], frame_index if name == "vision" else None)
+            if stream is not None:
+                encoded[name] = stream
+        return self.fuse(encoded, output_attentions, output_hidden_states)
+
+    def fuse(
+        self,
+        encoded: dict[str, Stream],
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+    ) -> MMTransformerModelOutput:
+        """
+        What [`forward`] does after the encoders have run.
+
+        Args:
+            encoded: modality -> its tokens; "text" and whatever else there is.
         """
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -204,91 +274,94 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
                 f"attn_implementation={self.config._attn_implementation!r} returns no attentions; load the model with "
                 "attn_implementation='eager', or call model.set_attn_implementation('eager')."
             )
-        text_inputs = {"token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
-        text_inputs = {name: value for name, value in text_inputs.items() if value is not None}
-        if input_ids is not None:
-            text_inputs["input_ids"] = input_ids
-        text_states = self.text_encoder(attention_mask=attention_mask, **text_inputs).last_hidden_state
-        if attention_mask is None:
-            attention_mask = torch.ones(text_states.shape[:2], dtype=torch.bool, device=text_states.device)
-        text_mask = attention_mask.bool()
-
-        streams = []
-        if self.vision_model is not None:
-            stream = self._vision_stream(text_states.shape[0], pixel_values, image_index)
-            streams += [] if stream is None else [stream]
-        elif pixel_values is not None:
-            raise ValueError("This model has no vision encoder (its config has no `vision_config`), but got images.")
-        if self.fusion is None:
-            fused = None
-            last_hidden_state = text_states
-        else:
-            fused = self.fusion(text_states, text_mask, streams, output_attentions, output_hidden_states)
+        text = encoded["text"]
+        last_hidden_state, fused = text.hidden_states, None
+        if self.fusion is not None:
+            streams = [stream for name, stream in encoded.items() if name != "text"]
+            fused = self.fusion(text.hidden_states, text.mask, streams, output_attentions, output_hidden_states)
             last_hidden_state = fused.hidden_states
         return MMTransformerModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=masked_mean(last_hidden_state, text_mask),
+            pooler_output=masked_mean(last_hidden_state, text.mask),
+            attention_mask=text.mask,
+            encoded=encoded,
             hidden_states=fused.all_hidden_states if fused is not None else None,
             attentions=fused.attentions if fused is not None else None,
             cross_attentions=fused.cross_attentions if fused is not None else None,
         )
 
-    def _vision_stream(
-        self, batch_size: int, pixel_values: Optional[torch.Tensor], image_index: Optional[torch.Tensor]
-    ) -> Optional[Stream]:
-        """The image tokens of each row, or `None` if the batch has no image and nothing has to be trained."""
-        num_images = 0 if pixel_values is None else pixel_values.shape[0]
-        if image_index is None:
-            if num_images not in (0, batch_size):
-                raise ValueError(
-                    f"Got {num_images} images for {batch_size} rows: say by `image_index` which belong to which row."
-                )
-            first = torch.arange(batch_size, device=self.device)[:, None]
-            image_index = first if num_images else torch.full_like(first, -1)
-        if image_index.ndim != 2 or image_index.shape[0] != batch_size:
+    def _index(
+        self, name: str, index: Optional[torch.Tensor], items: dict[str, torch.Tensor], batch_size: int, device
+    ) -> torch.Tensor:
+        num_items = next(iter(items.values())).shape[0] if items else 0
+        if items and name not in self.config.modalities:
             raise ValueError(
-                f"image_index must have the shape (batch, max_images) with batch = {batch_size}, but has "
-                f"{tuple(image_index.shape)}."
+                f"This model has no {name} encoder (its config has no `{name}_config`), but got "
+                f"{'images' if name == 'vision' else 'sound'}."
             )
-        in_range = ((image_index >= -1) & (image_index < num_images)).all()
-        message = (
-            f"image_index must hold numbers from -1 (no image) to {num_images - 1} (there are {num_images} images)."
-        )
-        if torch.compiler.is_compiling():
-            torch._assert_async(in_range, message)  # anything that looks at a value would break the graph
-        elif not in_range:
-            raise ValueError(message)
-        if num_images > 0 and image_index.shape[1] > 0:
-            tokens = self._image_tokens(pixel_values)
+        names = ("image_index", "images") if name == "vision" else ("audio_index", "clips")
+        return check_index(index, batch_size, num_items, device, *names)
+
+    def _encode_text(self, attention_mask: torch.Tensor, **inputs: Optional[torch.Tensor]) -> Stream:
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if self.fusion is None:
+            states = self.text_encoder(attention_mask=attention_mask, **inputs).last_hidden_state
+            return Stream("text", states, attention_mask.bool())
+        # The place of the text, where there is none, is taken by one token; nothing that the encoder says is seen.
+        present = attention_mask.bool().any(-1)
+        states = self.text_encoder(
+            attention_mask=torch.where(present[:, None], attention_mask, 1), **inputs
+        ).last_hidden_state
+        first = torch.arange(states.shape[1], device=states.device) == 0
+        mask = torch.where(present[:, None], attention_mask.bool(), first)
+        return Stream("text", self.null_text(states, present), mask)
+
+    def _encode_items(
+        self, name: str, items: dict[str, torch.Tensor], index: torch.Tensor, frame_index: Optional[torch.Tensor]
+    ) -> Optional[Stream]:
+        """The tokens that each row has of one modality, `None` if it has none and nothing has to be trained."""
+        if items and index.shape[1] > 0:
+            tokens, token_mask = self._tokens(name, items)
         elif not self.training:
             return None
         else:
-            # Encoder and projection take part in every training step, even where one rank has no image: DDP would
+            # Encoder and projection take part in every training step, even where one rank has no item: DDP would
             # complain of unused parameters, and FSDP would wait for this rank.
-            with _frozen_batch_norm(self.vision_model):
-                tokens = self._image_tokens(self._blank_image())
-            image_index = torch.full((batch_size, 1), -1, device=tokens.device)
-        if self.training and self.config.modality_dropout > 0:
-            dropped = torch.rand(batch_size, 1, device=image_index.device) < self.config.modality_dropout
-            image_index = image_index.masked_fill(dropped, -1)
-        # -1 becomes the index of one more image, of zeros; the mask hides it.
-        has_image = image_index >= 0
-        tokens = torch.cat([tokens, torch.zeros_like(tokens[:1])])
-        gathered = tokens[torch.where(has_image, image_index, tokens.shape[0] - 1)]
-        mask = has_image[..., None].expand(gathered.shape[:3])
-        return Stream("vision", gathered.flatten(1, 2), mask.flatten(1))
+            blank = blank_input(getattr(self.config, f"{name}_config"), name)
+            with _frozen_batch_norm(getattr(self, f"{name}_model")):
+                tokens, token_mask = self._tokens(name, {k: v.to(index.device) for k, v in blank.items()})
+            index, frame_index = torch.full_like(index[:, :1], -1), None
+            if index.shape[1] == 0:
+                index = torch.full((index.shape[0], 1), -1, device=index.device)
+        offsets = None
+        if name == "vision":
+            if frame_index is not None:
+                if frame_index.shape != index.shape:
+                    raise ValueError(
+                        f"frame_index must have the shape of image_index, {tuple(index.shape)}, but has "
+                        f"{tuple(frame_index.shape)}."
+                    )
+                offsets = self.frame_embedding(frame_index, tokens.dtype)
+            elif self.training and self.config.frame_embedding == "learned":
+                # It too takes part in every step.
+                offsets = self.frame_embedding(torch.full_like(index, -1), tokens.dtype)
+        return gather_items(name, tokens, token_mask, index, offsets)
 
-    def _image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(num_images, channels, height, width) -> (num_images, tokens per image, fusion_hidden_size)"""
-        weight = self.vision_projection.linear.weight
-        states = as_tokens(self.vision_model(pixel_values=pixel_values.to(weight.dtype)).last_hidden_state)
-        return self.vision_projection(states)
-
-    def _blank_image(self) -> torch.Tensor:
-        config = self.config.vision_config
-        size = getattr(config, "image_size", None) or 224
-        height, width = size[-2:] if isinstance(size, (list, tuple)) else (size, size)
-        return torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=self.device)
+    def _tokens(self, name: str, items: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """The tokens of each item, (num_items, tokens per item, fusion_hidden_size), and where they are none."""
+        encoder, projection = getattr(self, f"{name}_model"), getattr(self, f"{name}_projection")
+        attention_mask = items.get("attention_mask")
+        dtype = projection.linear.weight.dtype
+        inputs = {key: value.to(dtype) for key, value in items.items() if key != "attention_mask"}
+        if "input_values" in inputs:
+            shortest = min_audio_samples(encoder.config)
+            if inputs["input_values"].shape[-1] < shortest:
+                raise ValueError(f"The audio encoder needs clips of at least {shortest} samples.")
+            if attention_mask is not None:
+                inputs["attention_mask"] = attention_mask
+        tokens = as_tokens(encoder(**inputs).last_hidden_state)
+        mask = audio_token_mask(encoder, tokens.shape[1], attention_mask) if name == "audio" else None
+        return projection(tokens), mask
 
 
 class MMTransformerForMultiTask(TextWriting, MMTransformerPreTrainedModel):
@@ -298,7 +371,7 @@ class MMTransformerForMultiTask(TextWriting, MMTransformerPreTrainedModel):
 
     Args:
         config ([`MMTransformerConfig`]): What to build; needs at least one task.
-        text_model, vision_model (`PreTrainedModel`, *optional*): See [`MMTransformerModel`].
+        text_model, vision_model, audio_model (`PreTrainedModel`, *optional*): See [`MMTransformerModel`].
 
     Raises:
         ValueError: if there is no task.
@@ -328,6 +401,11 @@ class MMTransformerForMultiTask(TextWriting, MMTransformerPreTrainedModel):
         token_type_ids: Optional[torch.Tensor] = None,
         pixel_values: Optional[torch.Tensor] = None,
         image_index: Optional[torch.Tensor] = None,
+        frame_index: Optional[torch.Tensor] = None,
+        input_values: Optional[torch.Tensor] = None,
+        input_features: Optional[torch.Tensor] = None,
+        audio_attention_mask: Optional[torch.Tensor] = None,
+        audio_index: Optional[torch.Tensor] = None,
         inputs_embeds: Optional[torch.Tensor] = None,
         encoder_outputs: Optional[MMTransformerModelOutput] = None,
         labels: Optional[dict[str, torch.Tensor]] = None,
@@ -347,8 +425,9 @@ class MMTransformerForMultiTask(TextWriting, MMTransformerPreTrainedModel):
                 several batches gets the loss of one big batch.
             encoder_outputs ([`MMTransformerModelOutput`], *optional*):
                 What `self.model` gave for these inputs, if that is known already.
-            input_ids, attention_mask, token_type_ids, pixel_values, image_index, inputs_embeds, output_attentions,
-            output_hidden_states: See [`MMTransformerModel.forward`].
+            input_ids, attention_mask, token_type_ids, pixel_values, image_index, frame_index, input_values,
+            input_features, audio_attention_mask, audio_index, inputs_embeds, output_attentions, output_hidden_states:
+                See [`MMTransformerModel.forward`].
 
         Raises:
             ValueError: if `labels` names a task that the model does not have, or the images do not fit the rows.
@@ -361,16 +440,21 @@ class MMTransformerForMultiTask(TextWriting, MMTransformerPreTrainedModel):
                 token_type_ids=token_type_ids,
                 pixel_values=pixel_values,
                 image_index=image_index,
+                frame_index=frame_index,
+                input_values=input_values,
+                input_features=input_features,
+                audio_attention_mask=audio_attention_mask,
+                audio_index=audio_index,
                 inputs_embeds=inputs_embeds,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
             )
-        logits = self.heads(outputs.last_hidden_state, outputs.pooler_output)
+        logits = self.heads(outputs)
         loss = losses = None
         if labels is not None:
             for name, task in self.tasks.items():
                 if task.needs_decoder:
-                    logits[name] = self.read_written(task, outputs.last_hidden_state, attention_mask, labels.get(name))
+                    logits[name] = self.read_written(task, outputs, labels.get(name))
             losses = self._losses(logits, labels, num_items_in_batch or {})
             weights = {name: task.loss_weight for name, task in self.tasks.items()}
             loss = torch.stack([value * weights.get(name, 1.0) for name, value in losses.items()]).sum()

@@ -1,7 +1,7 @@
 """What the models return."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from transformers.utils import ModelOutput
@@ -17,17 +17,25 @@ class MMTransformerModelOutput(ModelOutput):
             The text tokens, fused with what the row has beside text.
         pooler_output (`torch.FloatTensor` of shape `(batch, text hidden size)`):
             Mean of `last_hidden_state` over the tokens that are not padding.
+        attention_mask (`torch.BoolTensor` of shape `(batch, text_len)`):
+            Which tokens are not padding; in rows without a text the first, whose place a learned vector takes.
+        encoded (`dict[str, Stream]`):
+            What the encoders gave before the fusion: modality -> its tokens and their mask. Without a modality of which
+            the batch has nothing.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, when `output_hidden_states=True`):
             Text tokens before and after each fusion layer, `(batch, text_len, fusion_hidden_size)`.
         attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
             Self-attention of each fusion layer, in the fusion kinds that have it.
         cross_attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
-            Attention of text tokens to image tokens in each fusion layer, `(batch, heads, text_len, max_images *
-            tokens per image)`; 0 in rows without an image. Needs `attn_implementation="eager"`.
+            Attention of text tokens to the tokens of images and sound in each fusion layer, `(batch, heads, text_len,
+            max_images * tokens per image + max_clips * tokens per clip)`; 0 in rows without any. Needs
+            `attn_implementation="eager"`.
     """
 
     last_hidden_state: Optional[torch.Tensor] = None
     pooler_output: Optional[torch.Tensor] = None
+    attention_mask: Optional[torch.Tensor] = None
+    encoded: Optional[dict[str, Any]] = None
     hidden_states: Optional[tuple[torch.Tensor, ...]] = None
     attentions: Optional[tuple[torch.Tensor, ...]] = None
     cross_attentions: Optional[tuple[torch.Tensor, ...]] = None

@@ -135,8 +135,9 @@ class Task:
 
     def build_head(self, config, hidden_size: int) -> nn.Module:
         """
-        The task layer: a module called as `head(hidden_states, pooler_output)` with the fused token states
-        (batch, text_len, hidden_size) and their masked mean (batch, hidden_size); returns the logits.
+        The task layer: a module called with the [`MMTransformerModelOutput`], of which most need `last_hidden_state`,
+        the fused text tokens (batch, text_len, hidden_size), or `pooler_output`, their masked mean (batch,
+        hidden_size); returns the logits.
         """
         raise NotImplementedError
 
@@ -189,9 +190,9 @@ class TaskHeads(nn.Module):
         for name, head in heads.items():
             self.add_module(name, head)
 
-    def forward(self, hidden_states: torch.Tensor, pooler_output: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The logits of each task."""
-        return {name: getattr(self, name)(hidden_states, pooler_output) for name in self.names}
+    def forward(self, outputs: Any) -> dict[str, torch.Tensor]:
+        """The logits of each task, from a [`MMTransformerModelOutput`]."""
+        return {name: getattr(self, name)(outputs) for name in self.names}
 
 
 class PooledHead(nn.Module):
@@ -206,8 +207,8 @@ class PooledHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out_proj = nn.Linear(hidden_size, num_outputs)
 
-    def forward(self, hidden_states: torch.Tensor, pooler_output: torch.Tensor) -> torch.Tensor:
-        pooled = torch.tanh(self.dense(self.dropout(pooler_output)))
+    def forward(self, outputs: Any) -> torch.Tensor:
+        pooled = torch.tanh(self.dense(self.dropout(outputs.pooler_output)))
         return self.out_proj(self.dropout(pooled))
 
 

@@ -58,5 +58,5 @@ class Regression(Task):
 
 
 class RegressionHead(PooledHead):
-    def forward(self, hidden_states: torch.Tensor, pooler_output: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states, pooler_output).squeeze(-1)
+    def forward(self, outputs: Any) -> torch.Tensor:
+        return super().forward(outputs).squeeze(-1)

@@ -121,5 +121,5 @@ class TokenHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out_proj = nn.Linear(hidden_size, num_outputs)
 
-    def forward(self, hidden_states: torch.Tensor, pooler_output: torch.Tensor) -> torch.Tensor:
-        return self.out_proj(self.dropout(hidden_states))
+    def forward(self, outputs: Any) -> torch.Tensor:
+        return self.out_proj(self.dropout(outputs.last_hidden_state))

@@ -1,5 +1,6 @@
 """How a model with a decoder writes the answers of its `Generation` tasks."""
 
+import inspect
 from typing import Any, Optional
 
 import torch
@@ -7,10 +8,6 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from .modeling_outputs import MMTransformerModelOutput
-
-
-# The inputs of the fused encoder beside the mask; what else `generate` is given is for the decoder.
-_MODEL_INPUTS = ("input_ids", "token_type_ids", "pixel_values", "image_index", "inputs_embeds")
 
 
 class TextWriting:
@@ -25,13 +22,10 @@ class TextWriting:
     model: Any
 
     def read_written(
-        self,
-        task: Any,
-        states: torch.Tensor,
-        attention_mask: Optional[torch.Tensor],
-        labels: Optional[torch.Tensor],
+        self, task: Any, encoder_outputs: MMTransformerModelOutput, labels: Optional[torch.Tensor]
     ) -> torch.Tensor:
         """What the decoder says at each place of the labels, given the labels before it."""
+        states = encoder_outputs.last_hidden_state
         if labels is None:
             # The decoder takes part in every backward pass, as heads do.
             labels = torch.full((states.shape[0], 1), -100, device=states.device)
@@ -42,7 +36,7 @@ class TextWriting:
         )
         outputs = self.model.text_model(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=attention_mask,
+            attention_mask=encoder_outputs.attention_mask.to(torch.int64),
             decoder_input_ids=decoder_input_ids,
             use_cache=False,
         )
@@ -65,7 +59,6 @@ class TextWriting:
         self,
         task: Optional[str] = None,
         encoder_outputs: Optional[MMTransformerModelOutput] = None,
-        attention_mask: Optional[torch.Tensor] = None,
         **kwargs,
     ) -> torch.Tensor:
         """
@@ -76,8 +69,7 @@ class TextWriting:
             task (`str`, *optional*): Name of a [`Generation`] task; may be left out if there is only one.
             encoder_outputs ([`MMTransformerModelOutput`], *optional*):
                 What `self.model` gave for these inputs, if that is known already.
-            attention_mask (`torch.Tensor` of shape `(batch, text_len)`, *optional*): 1 at tokens, 0 at padding.
-            kwargs: the other inputs of [`MMTransformerModel.forward`]; everything else (`num_beams`, `do_sample`,
+            kwargs: the inputs of [`MMTransformerModel.forward`]; everything else (`num_beams`, `do_sample`,
                 `max_new_tokens`, `generation_config`, `return_dict_in_generate`, ...) is for
                 [`~transformers.GenerationMixin.generate`].
 
@@ -94,19 +86,19 @@ class TextWriting:
             raise ValueError(
                 f"generate(task=...) must name a task that writes text, one of {list(writing)}, but is {task!r}."
             )
-        inputs = {name: kwargs.pop(name) for name in _MODEL_INPUTS if name in kwargs}
+        # What is asked to be shown is for the decoder to show.
+        known = inspect.signature(type(self.model).forward).parameters
+        inputs = {name: kwargs.pop(name) for name in known if name in kwargs and not name.startswith("output_")}
         kwargs.pop("labels", None)
         if encoder_outputs is None:
-            encoder_outputs = self.model(attention_mask=attention_mask, **inputs)
+            encoder_outputs = self.model(**inputs)
         states = encoder_outputs.last_hidden_state
-        if attention_mask is None:
-            attention_mask = torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
         if not any(name in kwargs for name in ("max_length", "max_new_tokens", "generation_config")):
             kwargs["max_new_tokens"] = writing[task].max_length
         start = torch.tensor(self._decoder_start_ids(writing[task]), device=states.device)
         return self.model.text_model.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=attention_mask,
+            attention_mask=encoder_outputs.attention_mask.to(torch.int64),
             decoder_start_token_id=start[0].item(),
             decoder_input_ids=start.repeat(states.shape[0], 1),
             **kwargs,

@@ -132,7 +132,8 @@ class MMTrainer(Trainer):
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
         if isinstance(self.data_collator, MMDataCollator):
             original = dataset
-            dataset = _undecoded(dataset, self.data_collator.image_column)
+            for media in self.data_collator.media.values():
+                dataset = _undecoded(dataset, media.column)
             if _is_iterable(dataset):
                 return super()._get_dataloader(dataset, description, batch_size, sampler_fn=sampler_fn, **kwargs)
             dataset = _NumberedRows(dataset)
@@ -207,7 +208,7 @@ class MMTrainer(Trainer):
     def train(self, *args, **kwargs):
         self._forget_losses()
         output = super().train(*args, **kwargs)
-        self._report_bad_images()
+        self._report_bad_files()
         return output
 
     def evaluation_loop(self, *args, **kwargs):
@@ -221,7 +222,7 @@ class MMTrainer(Trainer):
             output.metrics[f"{prefix}_loss"] = total + self._regularization()
         elif isinstance(self.compute_metrics, MultiTaskMetrics) and output.predictions is not None:
             output.metrics.pop(f"{prefix}_loss", None)  # of rows without labels there is none
-        self._report_bad_images()
+        self._report_bad_files()
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -231,17 +232,16 @@ class MMTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")
-        mask = inputs["attention_mask"]
         with torch.no_grad(), self.compute_loss_context_manager():
             # Once for the loss and all that is written.
             encoded = fused.model(**inputs)
-            outputs = fused(encoder_outputs=encoded, attention_mask=mask, labels=labels)
+            outputs = fused(encoder_outputs=encoded, labels=labels)
             answers = dict(outputs.logits)
             for name, task in fused.tasks.items():
                 if task.needs_decoder:
                     pairs = zip(outputs.logits[name], labels[name], strict=True)
                     answers[name] = {
-                        "generated_ids": fused.generate(name, encoded, mask, **self._generation_options()),
+                        "generated_ids": fused.generate(name, encoded, **self._generation_options()),
                         "losses": torch.stack([task.loss(logits[None], row[None])[0] for logits, row in pairs]),
                     }
         return outputs.loss.detach(), answers, labels
@@ -257,10 +257,10 @@ class MMTrainer(Trainer):
         with torch.no_grad():
             return float(self._fused.regularization_loss()) if self._fused.config.regularization is not None else 0.0
 
-    def _report_bad_images(self) -> None:
-        count = getattr(self.data_collator, "num_bad_images", 0)
+    def _report_bad_files(self) -> None:
+        count = getattr(self.data_collator, "num_bad_files", 0)
         if count:
-            logger.warning(f"{count:,} times so far an image could not be read; it was treated as absent.")
+            logger.warning(f"{count:,} times so far a file could not be read; it was treated as absent.")
 
 
 class _NumberedRows(Dataset):
@@ -292,7 +292,10 @@ def _is_iterable(dataset) -> bool:
 
 
 def _undecoded(dataset, column: str):
-    """Cells of `datasets.Image` as bytes or path: what is shared is then seen, and what is broken has its row named."""
+    """
+    Cells of `datasets.Image`, `Video` and `Audio` as bytes or path: what is shared is then seen, and what is broken has
+    its row named.
+    """
     import datasets
 
     known = isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and dataset.features is not None
@@ -300,11 +303,12 @@ def _undecoded(dataset, column: str):
         return dataset
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
         return dataset  # a transform of the user's own, which may want pictures
-    feature = dataset.features[column]
-    if isinstance(feature, datasets.Image):
-        return dataset.cast_column(column, datasets.Image(decode=False))
-    if isinstance(getattr(feature, "feature", None), datasets.Image):
-        return dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
+    feature, kinds = dataset.features[column], (datasets.Image, datasets.Video, datasets.Audio)
+    if isinstance(feature, kinds):
+        return dataset.cast_column(column, type(feature)(decode=False))
+    inner = getattr(feature, "feature", None)
+    if isinstance(inner, kinds):
+        return dataset.cast_column(column, datasets.List(type(inner)(decode=False)))
     return dataset
 
 
@@ -318,10 +322,12 @@ def _check_columns(dataset, name: str, collator: MMDataCollator) -> None:
             f"The {name} data set has no column {collator.text_column!r} (its columns are {shown}); name the column of "
             "your texts by data_collator=MMDataCollator(processor, model.config, text_column=...)."
         )
-    if collator.takes_images and collator.image_column not in columns:
+    media = {kind: column.column for kind, column in collator.media.items()}
+    if media and not set(media.values()) & set(columns):
         logger.warning(
-            f"The {name} data set has no column {collator.image_column!r} (its columns are {shown}), so its rows have "
-            "no images; if they do, name the column by data_collator=MMDataCollator(..., image_column=...)."
+            f"The {name} data set has no column {' or '.join(map(repr, media.values()))} (its columns are {shown}), so "
+            f"its rows have no {' or '.join(media)}; if they do, name the column by "
+            "data_collator=MMDataCollator(..., image_column=...)."
         )
     missing = [task for task in collator.tasks.values() if task.column not in columns]
     if missing and len(missing) == len(collator.tasks):

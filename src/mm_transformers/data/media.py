@@ -1,0 +1,93 @@
+"""Reads the images, videos and sounds of a batch, once each, and says of which row one cannot be read."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class SharedCounter:
+    """A count to which the workers of a data loader add, each in a place of its own, so that none waits."""
+
+    def __init__(self):
+        self._counts = torch.zeros(256, dtype=torch.int64).share_memory_()
+
+    def __int__(self) -> int:
+        return int(self._counts.sum())
+
+    def add_one(self) -> None:
+        worker = torch.utils.data.get_worker_info()
+        self._counts[0 if worker is None else 1 + worker.id % (len(self._counts) - 1)] += 1
+
+    def __setstate__(self, state: dict[str, Any]):
+        self.__dict__.update(state)
+        self._counts.share_memory_()  # a copy is not
+
+
+class MediaColumn:
+    """
+    One column of images, videos or sounds.
+
+    Args:
+        column: its name.
+        split: a cell -> the list of its items.
+        key: an item -> equal for items that surely are the same.
+        load: an item -> what the processor takes; raises `ValueError` with one sentence.
+        on_bad_file: `"raise"`, or `"drop"` what cannot be read, and count it.
+        num_bad_files: where that is counted.
+    """
+
+    def __init__(
+        self,
+        column: str,
+        split: Callable[[Any], list[Any]],
+        key: Callable[[Any], Hashable],
+        load: Callable[[Any], Any],
+        on_bad_file: str,
+        num_bad_files: SharedCounter,
+    ):
+        self.column, self.split, self.key, self.load = column, split, key, load
+        self.on_bad_file, self.num_bad_files = on_bad_file, num_bad_files
+
+    def read(self, rows: list[Mapping[str, Any]], names: list[str]) -> tuple[list[list[Any]], list[bool]]:
+        """
+        The items of each row, read, and whether it had any; what several rows share is one object.
+
+        Args:
+            names: how messages call the rows.
+        """
+        loaded: dict[Hashable, Any] = {}
+        kept = []  # a key may be the id of an object, which is given again once the object is gone
+        result, were_there = [], []
+        for row, name in zip(rows, names, strict=True):
+            cells = self.split(row.get(self.column))
+            items = []
+            for cell in cells:
+                key = self.key(cell)
+                kept.append(cell)
+                if key not in loaded:
+                    loaded[key] = self._load(cell, name)
+                if loaded[key] is None:
+                    self.num_bad_files.add_one()
+                else:
+                    items.append(loaded[key])
+            result.append(items)
+            were_there.append(len(cells) > 0)
+        return result, were_there
+
+    def _load(self, cell: Any, name: str) -> Any:
+        try:
+            return self.load(cell)
+        except ValueError as error:
+            where = f"{name}, column {self.column!r}: {error}"
+            if self.on_bad_file == "raise":
+                raise type(error)(
+                    f"{where}; mend or remove it, or pass on_bad_file='drop' to treat it as absent."
+                ) from error
+            if int(self.num_bad_files) == 0:
+                logger.warning(f"{where}; treated as absent.")
+            return None

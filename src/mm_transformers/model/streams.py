@@ -1,0 +1,134 @@
+"""From encoded items (images, clips of sound) to the tokens that each row of a batch has of them."""
+
+from typing import Optional
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .fusion_base import Stream
+
+
+class NullText(nn.Module):
+    """A learned vector (text hidden size) in the place of the text of rows that have none."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+
+    def init_own_parameters(self, std: float):
+        init.normal_(self.weight, mean=0.0, std=std)
+
+    def forward(self, text_states: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """(batch, text_len, hidden size), (batch,) bool -> (batch, text_len, hidden size)"""
+        return torch.where(present[:, None, None], text_states, self.weight.to(text_states.dtype))
+
+
+class FrameEmbedding(nn.Module):
+    """
+    Tells the frames of a video apart by their number: sinusoids (https://arxiv.org/abs/1706.03762) or learned vectors.
+
+    Args:
+        kind: "sinusoidal" or "learned".
+        num_frames: how many frames a video has at most.
+        width: of the tokens that it is added to.
+    """
+
+    def __init__(self, kind: str, num_frames: int, width: int):
+        super().__init__()
+        self.kind, self.width = kind, width
+        if kind == "learned":
+            self.weight = nn.Parameter(torch.zeros(num_frames, width))
+
+    def init_own_parameters(self, std: float):
+        if self.kind == "learned":
+            init.normal_(self.weight, mean=0.0, std=std)
+
+    def forward(self, frame_index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """(...) int64, -1 where there is no frame but a picture -> (..., width), 0 there"""
+        number = frame_index.clamp(min=0)
+        if self.kind == "learned":
+            vectors = self.weight[number]
+        else:
+            half = torch.arange(self.width // 2, device=frame_index.device)
+            angles = number[..., None] / 10_000.0 ** (2 * half / self.width)
+            vectors = nn.functional.pad(torch.cat([angles.sin(), angles.cos()], -1), (0, self.width % 2))
+        return (vectors * (frame_index >= 0)[..., None]).to(dtype)
+
+
+def check_index(
+    index: Optional[torch.Tensor], batch_size: int, num_items: int, device: torch.device, name: str, items: str
+) -> torch.Tensor:
+    """
+    Which items belong to each row, (batch, max_items) int64, -1 for none; by default row i has item i.
+
+    Args:
+        name, items: how messages call the index and the items: "image_index", "images".
+
+    Raises:
+        ValueError: if the items do not fit the rows.
+    """
+    if index is None:
+        if num_items not in (0, batch_size):
+            raise ValueError(
+                f"Got {num_items} {items} for {batch_size} rows: say by `{name}` which belong to which row."
+            )
+        first = torch.arange(batch_size, device=device)[:, None]
+        return first if num_items else torch.full_like(first, -1)
+    if index.ndim != 2 or index.shape[0] != batch_size:
+        raise ValueError(
+            f"{name} must have the shape (batch, max_{items}) with batch = {batch_size}, but has {tuple(index.shape)}."
+        )
+    in_range = ((index >= -1) & (index < num_items)).all()
+    message = f"{name} must hold numbers from -1 (none) to {num_items - 1} (there are {num_items} {items})."
+    if torch.compiler.is_compiling():
+        torch._assert_async(in_range, message)  # anything that looks at a value would break the graph
+    elif not in_range:
+        raise ValueError(message)
+    return index
+
+
+def gather_items(
+    name: str,
+    tokens: torch.Tensor,
+    token_mask: Optional[torch.Tensor],
+    index: torch.Tensor,
+    offsets: Optional[torch.Tensor] = None,
+) -> Stream:
+    """
+    The tokens of all the items of each row, side by side.
+
+    Args:
+        name: of the modality.
+        tokens (num_items, length, width), token_mask (num_items, length) bool: the encoded items; without a mask all
+            of their tokens are there.
+        index (batch, max_items): see [`check_index`].
+        offsets (batch, max_items, width), *optional*: what to add to the tokens of each item in each row.
+    """
+    # -1 becomes the index of one more item, of zeros; the mask hides it.
+    has_item = index >= 0
+    tokens = torch.cat([tokens, torch.zeros_like(tokens[:1])])
+    index = torch.where(has_item, index, tokens.shape[0] - 1)
+    gathered = tokens[index]
+    if offsets is not None:
+        gathered = gathered + offsets[:, :, None]
+    mask = has_item[..., None].expand(gathered.shape[:3])
+    if token_mask is not None:
+        mask = mask & torch.cat([token_mask, torch.zeros_like(token_mask[:1])])[index]
+    return Stream(name, gathered.flatten(1, 2), mask.flatten(1))
+
+
+def drop_modalities(present: dict[str, torch.Tensor], probabilities: dict[str, float]) -> dict[str, torch.Tensor]:
+    """
+    Modality dropout, row by row: which modalities each row keeps. A row never loses all that it has.
+
+    Args:
+        present: modality -> (batch,) bool, whether the row has it.
+        probabilities: modality -> probability of losing it.
+    """
+    kept = {
+        name: there & (torch.rand(there.shape, device=there.device) >= probabilities.get(name, 0.0))
+        for name, there in present.items()
+    }
+    has_any = torch.stack(list(kept.values())).any(0)
+    return {name: torch.where(has_any, kept[name], there) for name, there in present.items()}

@@ -1,0 +1,112 @@
+"""Turns whatever a table holds in its video column into a few frames."""
+
+import io
+import os
+import urllib.request
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from .images import ImageError, content_key, load_image
+
+
+class VideoError(ValueError):
+    """A video that cannot be used; the message says which and why, in one sentence."""
+
+
+def video_key(video: Any) -> Hashable:
+    """Equal for two cells that surely hold the same video: the same object, path or bytes."""
+    return content_key(_content(video))
+
+
+def load_frames(video: Any, num_frames: int) -> list[Any]:
+    """
+    At most `num_frames` RGB `PIL.Image.Image`s: those in the middle of equally long parts of the video, in order.
+
+    Args:
+        video: a path or http(s) address; the bytes of a video file; a dict with "bytes" or "path" (what
+            `datasets.Video(decode=False)` gives); or the frames themselves: a list of images of any kind that
+            [`load_image`] takes, an array (frames, height, width, channels), or a decoder as `datasets.Video` gives it.
+        num_frames (`int`): How many frames to take; all of a video that has fewer.
+
+    Raises:
+        VideoError: if there is no such file, it is no video that can be read, or it has no frames.
+        ImportError: if the extra `video` is needed and not installed.
+    """
+    name, content = describe(video), _content(video)
+    if isinstance(content, (str, bytes, os.PathLike)):
+        return _read(content, name, num_frames)
+    if not (hasattr(content, "__len__") and hasattr(content, "__getitem__")):
+        raise VideoError(
+            "a video must be a path, bytes, a list of frames or a dict with 'bytes' or 'path', but is of type "
+            f"{type(content).__name__}"
+        )
+    if len(content) == 0:
+        raise VideoError(f"{name} has no frames")
+    frames = []
+    for number in sample_evenly(len(content), num_frames):
+        try:
+            frames.append(load_image(content[number]))
+        except ImageError as error:
+            raise VideoError(f"frame {number:,} of {name} cannot be used: {error}") from error
+    return frames
+
+
+def sample_evenly(total: int, wanted: int) -> list[int]:
+    """The numbers of the frames in the middle of `wanted` equally long parts; all if there are not as many."""
+    return list(range(total)) if total <= wanted else [(2 * i + 1) * total // (2 * wanted) for i in range(wanted)]
+
+
+def describe(video: Any) -> str:
+    """How messages call a video."""
+    if isinstance(video, Mapping):
+        video = video.get("path") or _content(video)
+    if isinstance(video, (str, os.PathLike)):
+        return f"video {os.fspath(video)!r}"
+    if isinstance(video, bytes):
+        return f"the video ({len(video):,} bytes)"
+    return f"the video (a {type(video).__name__})"
+
+
+def _content(video: Any) -> Any:
+    """What a dict holds, the bytes if it has both; anything else as it is."""
+    if not isinstance(video, Mapping):
+        return video
+    return video["bytes"] if video.get("bytes") is not None else video.get("path")
+
+
+def _read(content: Any, name: str, num_frames: int) -> list[Any]:
+    # Not by `transformers.video_utils.load_video`: it fails where the container does not say how many frames it has
+    # (WebM, Matroska), and where there are fewer than wanted.
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("Reading videos needs a package more: pip install mm-transformers[video]") from error
+    if isinstance(content, str) and content.startswith(("http://", "https://")):
+        request = urllib.request.Request(content, headers={"User-Agent": "mm-transformers"})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                content = response.read()
+        except OSError as error:
+            raise VideoError(f"{name} cannot be fetched ({error})") from error
+    if not isinstance(content, bytes) and not os.path.exists(content):
+        raise VideoError(f"{name} does not exist")
+    try:
+        with av.open(io.BytesIO(content) if isinstance(content, bytes) else os.fspath(content)) as container:
+            if not container.streams.video:
+                raise VideoError(f"{name} has no pictures, only other streams")
+            total = container.streams.video[0].frames or len([1 for _ in container.decode(video=0)])
+            container.seek(0)
+            wanted = set(sample_evenly(total, num_frames))
+            frames = []
+            for number, frame in enumerate(container.decode(video=0)):
+                if number in wanted:
+                    frames.append(frame.to_image())
+                if len(frames) == len(wanted):
+                    break
+    except VideoError:
+        raise
+    except Exception as error:  # av's own errors derive from many: OSError, ValueError, EOFError, ...
+        raise VideoError(f"{name} cannot be read ({' '.join(str(error).split())})") from error
+    if not frames:
+        raise VideoError(f"{name} has no frames")
+    return frames
