@@ -5,6 +5,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
     BartConfig,
     BeitConfig,
     BertConfig,
@@ -17,6 +19,7 @@ from transformers import (
     DINOv3ViTConfig,
     DistilBertConfig,
     ElectraConfig,
+    HubertConfig,
     M2M100Config,
     MarianConfig,
     MBartConfig,
@@ -32,6 +35,11 @@ from transformers import (
     T5Config,
     ViTConfig,
     ViTImageProcessor,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    WavLMConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
     XLMRobertaConfig,
 )
 
@@ -97,6 +105,31 @@ VISION_ENCODERS = {
     "siglip-vision": lambda: SiglipVisionConfig(**_VIT),
 }
 
+# Those that take waveforms: a token per 20 samples (1.25 ms), and the norm that does not mix a clip with its padding.
+_WAVES = dict(
+    hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, conv_dim=(12, 12, 12),
+    conv_kernel=(10, 3, 3), conv_stride=(5, 2, 2), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+    feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True,
+)  # fmt: skip
+AUDIO_ENCODERS = {
+    "wav2vec2": lambda: Wav2Vec2Config(**_WAVES),
+    "hubert": lambda: HubertConfig(**_WAVES),
+    "wavlm": lambda: WavLMConfig(**_WAVES, num_buckets=20),
+    "whisper": lambda: WhisperConfig(
+        vocab_size=VOCAB_SIZE, d_model=24, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=37, decoder_ffn_dim=37, num_mel_bins=16, max_source_positions=50,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    ),
+    "ast": lambda: ASTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, num_mel_bins=16,
+        max_length=24, patch_size=8, frequency_stride=8, time_stride=8,
+    ),
+}  # fmt: skip
+FEATURE_EXTRACTORS = {
+    "whisper": lambda: WhisperFeatureExtractor(feature_size=16, chunk_length=1),
+    "ast": lambda: ASTFeatureExtractor(num_mel_bins=16, max_length=24),
+}
+
 FUSION_KINDS = ["cross_attention", "co_attention", "bottleneck", "merged", "late"]
 
 
@@ -131,19 +164,22 @@ def make_tasks():
     ]
 
 
-def make_config(text="bert", vision="vit", **kwargs) -> MMTransformerConfig:
+def make_config(text="bert", vision="vit", audio=None, **kwargs) -> MMTransformerConfig:
     kwargs.setdefault("tasks", make_tasks())
     kwargs.setdefault("num_fusion_layers", 2)
     kwargs.setdefault("num_fusion_attention_heads", 4)
     return MMTransformerConfig(
-        text_config=TEXT_ENCODERS[text](), vision_config=None if vision is None else VISION_ENCODERS[vision](), **kwargs
+        text_config=TEXT_ENCODERS[text](),
+        vision_config=None if vision is None else VISION_ENCODERS[vision](),
+        audio_config=None if audio is None else AUDIO_ENCODERS[audio](),
+        **kwargs,
     )
 
 
-def make_model(text="bert", vision="vit", seed=0, gates_open=True, **kwargs) -> MMTransformerForMultiTask:
+def make_model(text="bert", vision="vit", audio=None, seed=0, gates_open=True, **kwargs) -> MMTransformerForMultiTask:
     """A model in evaluation mode; its gates are open, since behind closed ones nothing could be seen to go wrong."""
     torch.manual_seed(seed)
-    model = MMTransformerForMultiTask(make_config(text, vision, **kwargs)).eval()
+    model = MMTransformerForMultiTask(make_config(text, vision, audio, **kwargs)).eval()
     if gates_open:
         open_gates(model)
     return model
@@ -178,6 +214,17 @@ def make_tokenizer(pad_token_id: int = 0, max_length: int = 40) -> PreTrainedTok
         tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
         mask_token="[MASK]", model_max_length=max_length, model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
+
+
+def make_feature_extractor(audio: str = "wav2vec2"):
+    return FEATURE_EXTRACTORS.get(audio, Wav2Vec2FeatureExtractor)()
+
+
+def make_clip(seconds: float = 0.1, frequency: float = 440.0, rate: int = 16_000, seed: int = 0) -> np.ndarray:
+    """A tone with some noise."""
+    time = np.arange(round(seconds * rate)) / rate
+    noise = np.random.default_rng(seed).normal(scale=0.05, size=time.shape)
+    return (0.5 * np.sin(2 * np.pi * frequency * time) + noise).astype(np.float32)
 
 
 def make_image_processor(**kwargs):

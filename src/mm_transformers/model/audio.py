@@ -1,6 +1,7 @@
 """Turns whatever a table holds in its audio column into waveforms."""
 
 import io
+import numbers
 import os
 import urllib.request
 from collections.abc import Mapping
@@ -49,8 +50,8 @@ def load_audio(clip: Any, sampling_rate: int, source_rate: Optional[int] = None)
             f"{name} comes without a sampling rate: give {{'array': ..., 'sampling_rate': ...}}, a file, or the rate "
             "of all arrays by sampling_rate="
         )
-    if isinstance(rate, bool) or rate != int(rate) or rate <= 0:
-        raise AudioError(f"{name} has the sampling rate {rate!r}, which must be a number of samples per second")
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or rate != rate // 1 or rate <= 0:
+        raise AudioError(f"{name} has the sampling rate {rate!r}, but it must be a whole number of samples per second")
     return _resample(_one_channel(waveform, name), int(rate), sampling_rate)
 
 
