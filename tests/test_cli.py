@@ -13,7 +13,8 @@ from mm_transformers.cli import app
 
 
 COLUMNS = [
-    "fused", "text only", "image only", "shuffled pictures", "majority", "best from text", "best from image",
+    "fused", "text only", "image only", "shuffled pictures", "no picture", "majority", "best from text",
+    "best from image",
 ]  # fmt: skip
 
 
@@ -27,8 +28,10 @@ def run_demo(path, *options: str) -> str:
 def test_demo_trains_prints_saves_reloads_and_draws(tmp_path):
     shown = run_demo(tmp_path, "--steps", "3", "--fusion", "late", "--seed", "1")
     assert "in a fresh process, it gives the same answers" in shown
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results) == ["sentiment", "topic", "intent"]
+    saved = json.loads((tmp_path / "results.json").read_text())
+    results = saved["accuracy"]
+    assert list(results) == ["sentiment", "topic", "intent", "german", "french"]
+    assert list(saved["contrastive_accuracy"]["german"]) == ["fused", "shuffled pictures", "no picture"]
     for row in results.values():
         assert list(row) == COLUMNS
         assert all(0 <= value <= 1 for value in row.values())
@@ -41,14 +44,20 @@ def test_demo_trains_prints_saves_reloads_and_draws(tmp_path):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_demo_shows_what_it_claims(tmp_path, seed):
     run_demo(tmp_path, "--seed", str(seed))
-    results = json.loads((tmp_path / "results.json").read_text())
-    for task in ("sentiment", "topic"):
+    saved = json.loads((tmp_path / "results.json").read_text())
+    results, contrast = saved["accuracy"], saved["contrastive_accuracy"]
+    for task, least in {"sentiment": 0.95, "topic": 0.95, "german": 0.9, "french": 0.9}.items():
         row = results[task]
-        assert row["fused"] >= 0.95
+        assert row["fused"] >= least
         assert row["text only"] <= row["best from text"] + 0.01
         assert row["image only"] <= row["best from image"] + 0.01
-        assert row["shuffled pictures"] <= row["best from text"] + 0.05
+        for view in ("shuffled pictures", "no picture"):
+            assert row[view] <= row["best from text"] + 0.05
     assert results["intent"]["fused"] >= results["intent"]["text only"] - 0.02
+    assert contrast["german"]["fused"] >= 0.95
+    # Every message is there once with a picture of each place.
+    assert contrast["german"]["no picture"] == pytest.approx(0.5, abs=0.02)
+    assert contrast["german"]["shuffled pictures"] <= 0.55
 
 
 def test_unknown_fusion_is_one_sentence(tmp_path):

@@ -18,7 +18,17 @@ from .model.modeling_mm_transformer import (
 )
 from .model.modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from .model.processing_mm_transformer import MMTransformerProcessor
-from .model.tasks import Classification, Generation, MultiLabel, Regression, Task, TokenClassification, register_task
+from .model.tasks import (
+    Classification,
+    Generation,
+    Matching,
+    MultiLabel,
+    Regression,
+    Retrieval,
+    Task,
+    TokenClassification,
+    register_task,
+)
 
 
 if TYPE_CHECKING:
@@ -65,9 +75,11 @@ __all__ = [
     "MMTransformerOutput",
     "MMTransformerPreTrainedModel",
     "MMTransformerProcessor",
+    "Matching",
     "MultiLabel",
     "MultiTaskMetrics",
     "Regression",
+    "Retrieval",
     "Stream",
     "Task",
     "TokenClassification",

@@ -17,10 +17,21 @@ from rich.table import Table
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from ..data.embedded import TASK_LABELS, best_possible_accuracy, draw_row_specs, load_demo_dataset, render_image
+from ..analysis.contrastive import contrastive_accuracy
+from ..data.embedded import (
+    TASK_LABELS,
+    TRANSLATIONS,
+    best_possible_accuracy,
+    draw_row_specs,
+    load_demo_dataset,
+    other_senses,
+    render_image,
+)
+from ..model.fusion import fusion_class
 from ..training.trainer import MMTrainer
 from .demo_model import make_config, make_processor, train
 from .demo_picture import draw_results
+from .reload import answers_of
 
 
 MODELS = {"fused": "both parts", "text only": "the text", "image only": "the picture"}
@@ -28,16 +39,17 @@ NUM_CARDS = 6
 # The model saw 64 pixels; what is shown are the same drawings, in finer detail.
 CARD_SIZE = 256
 CHANGING = ("sentiment", "topic")
+TASKS = (*TASK_LABELS, *TRANSLATIONS)
 
 
 def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[str, dict[str, float]]:
     """
     Trains a fused model, one of text alone and one of pictures alone, with equal care; prints their test accuracy
-    beside what is possible from one part alone; saves the fused model and checks that it answers alike in a fresh
-    process; draws `demo.png`.
+    beside what is possible from one part alone, and whether the picture makes the right translation likelier than the
+    wrong one; saves the fused model and checks that it answers alike in a fresh process; draws `demo.png`.
 
     Returns:
-        Task -> column of the table -> test accuracy.
+        Task -> column of the table -> test accuracy; of translations, the share that is right to the letter.
 
     Raises:
         ValueError: if the fusion kind is unknown.
@@ -47,17 +59,17 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
-    make_config(100, fusion_type, with_images=True)  # a wrong fusion kind is told at once
+    fusion_class(fusion_type, {})  # a wrong kind is told at once
     output_dir.mkdir(parents=True, exist_ok=True)
     with console.status("Drawing pictures and writing messages ..."):
         data = load_demo_dataset(seed=seed)
-    processor = make_processor(data["train"]["text"])
+    processor = make_processor([text for column in ("text", *TRANSLATIONS) for text in data["train"][column]])
     console.print(f"{len(data['train']):,} messages with pictures to learn from; example: {data['train'][0]['text']!r}")
 
     trainers: dict[str, MMTrainer] = {}
     for name, seen in MODELS.items():
         console.print(f"[bold]{name}[/bold]: {steps} steps on {seen}")
-        config = make_config(len(processor.tokenizer), fusion_type, with_images=name != "text only")
+        config = make_config(processor.tokenizer, fusion_type, with_images=name != "text only")
         trainers[name] = train(
             name, _only(name, data), processor, config, steps, seed, output_dir / "training", console
         )
@@ -65,27 +77,45 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     histories = {name: list(trainer.state.log_history) for name, trainer in trainers.items()}
     test = data["test"]
     accuracy = {name: _accuracy(trainer, _only(name, data)["test"]) for name, trainer in trainers.items()}
-    shuffled = _accuracy(trainers["fused"], _shuffle_pictures(test, seed))
+    fused = trainers["fused"]
+    views = {
+        "fused": test, "shuffled pictures": _shuffle_pictures(test, seed), "no picture": test.remove_columns("image"),
+    }  # fmt: skip
+    for view in ("shuffled pictures", "no picture"):
+        accuracy[view] = _accuracy(fused, views[view])
     possible = best_possible_accuracy()
     results = {
         task: {
-            **{name: accuracy[name][task] for name in MODELS},
-            "shuffled pictures": shuffled[task],
+            **{name: accuracy[name][task] for name in accuracy},
             "majority": _majority(data, task),
             "best from text": possible[task]["text"],
             "best from image": possible[task]["image"],
         }
-        for task in TASK_LABELS
+        for task in TASKS
     }
     console.print(_table(results, len(test)))
+    wrong = {name: other_senses(list(test["text"]), list(test[name]), name) for name in TRANSLATIONS}
+    contrast = {
+        name: {
+            view: contrastive_accuracy(fused.model, fused.data_collator, rows, name, wrong[name], batch_size=128)
+            for view, rows in views.items()
+        }
+        for name in TRANSLATIONS
+    }  # fmt: skip
+    for name, row in contrast.items():
+        console.print(
+            f"The right translation into {name.title()} is likelier than that of the other sense in "
+            + ", ".join(f"{100 * value:.1f}% ({'right picture' if v == 'fused' else v})" for v, value in row.items())
+        )
 
     model_dir = output_dir / "model"
-    trainers["fused"].save_model(str(model_dir))
-    difference = _check_in_fresh_process(trainers["fused"], processor, test.select(range(32)), output_dir)
+    fused.save_model(str(model_dir))
+    difference = _check_in_fresh_process(fused, processor, test.select(range(32)), output_dir)
     console.print(f"Saved to {model_dir}", soft_wrap=True)
     console.print(f"Loaded in a fresh process, it gives the same answers (largest difference {difference:.0e}).")
-    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    cards = _cards(trainers["fused"], processor, test, seed)
+    saved = {"accuracy": results, "contrastive_accuracy": contrast}
+    (output_dir / "results.json").write_text(json.dumps(saved, indent=2) + "\n")
+    cards = _cards(fused, processor, test, seed)
     draw_results(output_dir / "demo.png", results, histories, cards)
     console.print(f"Drawn to {output_dir / 'demo.png'}", soft_wrap=True)
     console.print(f"All in {time.perf_counter() - start:.0f} s.")
@@ -105,7 +135,8 @@ def _only(name: str, data: DatasetDict) -> DatasetDict:
 
 def _accuracy(trainer: MMTrainer, rows: Dataset) -> dict[str, float]:
     metrics = trainer.evaluate(rows)
-    return {task: metrics[f"eval_{task}_accuracy"] for task in TASK_LABELS}
+    measures = {**dict.fromkeys(TASK_LABELS, "accuracy"), **dict.fromkeys(TRANSLATIONS, "exact_match")}
+    return {task: metrics[f"eval_{task}_{measure}"] for task, measure in measures.items()}
 
 
 def _shuffle_pictures(rows: Dataset, seed: int) -> Dataset:
@@ -125,14 +156,14 @@ def _majority(data: DatasetDict, task: str) -> float:
 
 
 def _table(results: dict[str, dict[str, float]], num_rows: int) -> Table:
-    table = Table(title=f"Test accuracy (%), {num_rows:,} rows")
+    table = Table(title=f"Test accuracy (%), {num_rows:,} rows; translations right to the letter (%)")
     table.add_column("", style="bold")
     for task in results:
         table.add_column(task, justify="right")
     for column in next(iter(results.values())):
         style = "green" if column == "fused" else "dim" if column.startswith(("majority", "best")) else ""
         values = (f"{100 * row[column]:.1f}" for row in results.values())
-        table.add_row(column, *values, style=style, end_section=column in ("image only", "shuffled pictures"))
+        table.add_row(column, *values, style=style, end_section=column in ("image only", "no picture"))
     return table
 
 
@@ -158,17 +189,16 @@ def _check_in_fresh_process(trainer: MMTrainer, processor, rows: Dataset, output
     if done.returncode:
         raise RuntimeError(f"The saved model could not be loaded in a fresh process:\n{done.stderr}")
     inputs = processor(text=list(rows["text"]), images=list(rows["image"]))
-    expected, actual = _logits(trainer, inputs), load_file(answers)
+    expected, actual = answers_of(trainer.model, inputs), load_file(answers)
     difference = max((actual[task] - expected[task]).abs().max().item() for task in TASK_LABELS)
-    if difference > 1e-4 or any((actual[t].argmax(-1) != expected[t].argmax(-1)).any() for t in TASK_LABELS):
+    same = all(torch.equal(actual[name], expected[name]) for name in TRANSLATIONS)
+    if (
+        difference > 1e-4
+        or not same
+        or any((actual[t].argmax(-1) != expected[t].argmax(-1)).any() for t in TASK_LABELS)
+    ):
         raise RuntimeError(f"The saved model answers differently in a fresh process (by up to {difference}).")
     return difference
-
-
-def _logits(trainer: MMTrainer, inputs) -> dict[str, torch.Tensor]:
-    model = trainer.model.eval()
-    with torch.no_grad():
-        return {name: v.cpu() for name, v in model(**inputs.to(model.device)).logits.items()}
 
 
 def _cards(trainer: MMTrainer, processor, rows: Dataset, seed: int) -> list[dict]:
@@ -183,14 +213,16 @@ def _cards(trainer: MMTrainer, processor, rows: Dataset, seed: int) -> list[dict
         if len(pairs) == NUM_CARDS:
             break
     chosen = rows.select(pairs)
-    logits = _logits(trainer, processor(text=list(chosen["text"]), images=list(chosen["image"])))
-    answers = {task: [TASK_LABELS[task][i] for i in logits[task].argmax(-1)] for task in TASK_LABELS}
+    found = answers_of(trainer.model, processor(text=list(chosen["text"]), images=list(chosen["image"])))
+    answers = {task: [TASK_LABELS[task][i] for i in found[task].argmax(-1)] for task in TASK_LABELS}
+    german = processor.batch_decode(found["german"], skip_special_tokens=True)
+    answers["german"] = [text.strip() for text in german]
     specs = draw_row_specs("test", len(rows), seed)
     return [
         {
             "text": row["text"],
             "image": Image.open(io.BytesIO(render_image(specs[pairs[i]], CARD_SIZE))),
-            "answers": {task: (answers[task][i], row[task]) for task in TASK_LABELS},
+            "answers": {task: (answers[task][i], row[task]) for task in answers},
         }
         for i, row in enumerate(chosen)
     ]

@@ -7,7 +7,7 @@ from typing import Optional
 import datasets
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
     PreTrainedTokenizerFast,
@@ -17,11 +17,11 @@ from transformers import (
     set_seed,
 )
 
-from ..data.embedded import TASK_LABELS
+from ..data.embedded import TASK_LABELS, TRANSLATIONS
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
-from ..model.tasks import Classification
+from ..model.tasks import Classification, Generation, Task
 from ..training.trainer import MMTrainer
 from .progress import use_rich_progress
 
@@ -31,12 +31,15 @@ IMAGE_SIZE = 64
 
 def make_processor(texts: list[str]) -> MMTransformerProcessor:
     """A tokenizer trained on the texts, and an image processor that scales pixels to -1..1."""
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer()
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    # Of bytes, and so that every text can be had back to the letter.
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    special = ["[PAD]", "[CLS]", "[SEP]", *(f"[{language}]" for language in TRANSLATIONS)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=2000, special_tokens=special, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
@@ -44,9 +47,9 @@ def make_processor(texts: list[str]) -> MMTransformerProcessor:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="[PAD]",
-        unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
+        additional_special_tokens=[f"[{language}]" for language in TRANSLATIONS],
         model_max_length=64,
         model_input_names=["input_ids", "attention_mask"],
     )
@@ -55,26 +58,42 @@ def make_processor(texts: list[str]) -> MMTransformerProcessor:
     return MMTransformerProcessor(image_processor=image_processor, tokenizer=tokenizer)
 
 
-def make_config(vocab_size: int, fusion_type: str, with_images: bool) -> MMTransformerConfig:
-    """A BERT of 1 layer, a ResNet of 3 and 1 layer of fusion, each of width 64."""
+def make_tasks(tokenizer: PreTrainedTokenizerFast) -> list[Task]:
+    """A choice for each of the labels, and two translations, by one decoder that is told the language."""
+    choices = [Classification(name, labels=labels) for name, labels in TASK_LABELS.items()]
+    starts = {language: tokenizer.convert_tokens_to_ids(f"[{language}]") for language in TRANSLATIONS}
+    return choices + [
+        Generation(name, max_length=16, decoder_start_ids=[start], loss_weight=2.0) for name, start in starts.items()
+    ]
+
+
+def make_config(tokenizer: PreTrainedTokenizerFast, fusion_type: str, with_images: bool) -> MMTransformerConfig:
+    """A BERT of 1 layer, a ResNet of 3, 1 layer of fusion and a decoder of 1, each of width 64."""
     # The usual 0.02 is made for widths of 768; in so narrow a layer the pictures would be whispered.
-    text = BertConfig(
-        vocab_size=vocab_size,
+    text = dict(
+        vocab_size=len(tokenizer),
         hidden_size=64,
         num_hidden_layers=1,
         num_attention_heads=4,
         intermediate_size=128,
         max_position_embeddings=64,
         initializer_range=0.1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    decoder = BertConfig(
+        **text, is_decoder=True, bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id
     )
     vision = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic")
     return MMTransformerConfig(
-        text_config=text,
+        text_config=BertConfig(**text),
         vision_config=vision if with_images else None,
+        decoder_config=decoder,
         fusion_type=fusion_type,
         num_fusion_layers=1,
         initializer_range=0.1,
-        tasks=[Classification(name, labels=labels) for name, labels in TASK_LABELS.items()],
+        # So that the model also learns to answer without.
+        modality_dropout={"vision": 0.15} if with_images else 0.0,
+        tasks=make_tasks(tokenizer),
     )
 
 
@@ -95,7 +114,7 @@ def train(
         max_steps=steps,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=128,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         lr_scheduler_type="cosine",
         warmup_steps=min(20, steps // 2),
         weight_decay=0.01,

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 
-COLORS = {"fused": "#2a7f62", "text only": "#3b6fb5", "image only": "#d98324", "shuffled pictures": "#9a9a9a"}
-CURVES = ("sentiment", "topic")
+COLORS = {
+    "fused": "#2a7f62", "text only": "#3b6fb5", "image only": "#d98324", "shuffled pictures": "#9a9a9a",
+    "no picture": "#c9c9c9",
+}  # fmt: skip
+CURVES = {"sentiment": "accuracy", "topic": "accuracy", "german": "exact_match"}
 
 
 def draw_results(
@@ -24,13 +27,13 @@ def draw_results(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8.2), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(16, 8.6), facecolor="white", layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=[1.05, 1])
     top, bottom = halves
-    axes = top.subplots(1, 3, width_ratios=[1, 1, 1.25])
-    for axis, task in zip(axes[:2], CURVES, strict=True):
+    axes = top.subplots(1, 4, width_ratios=[1, 1, 1, 1.9])
+    for axis, task in zip(axes[:3], CURVES, strict=True):
         _draw_curves(axis, task, results[task], histories)
-    _draw_bars(axes[2], results)
+    _draw_bars(axes[3], results)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e8e8e8", linewidth=0.8)
@@ -41,32 +44,33 @@ def draw_results(
 
 
 def _draw_curves(axis, task: str, row: dict[str, float], histories: dict[str, list[dict[str, Any]]]) -> None:
-    key = f"eval_{task}_accuracy"
+    key = f"eval_{task}_{CURVES[task]}"
     for name, history in histories.items():
         points = [(entry["step"], 100 * entry[key]) for entry in history if key in entry]
         axis.plot(*zip(*points, strict=True), color=COLORS[name], marker="o", markersize=3, linewidth=2, label=name)
     for part, name in (("text", "text only"), ("image", "image only")):
         axis.axhline(100 * row[f"best from {part}"], color=COLORS[name], linestyle=":", linewidth=1.3)
     axis.plot([], [], color="#777777", linestyle=":", label="best possible")
-    axis.set(title=f"{task}: validation accuracy (%)", xlabel="optimiser steps", ylim=(0, 103))
+    measure = CURVES[task].replace("_", " ")
+    axis.set(title=f"{task}: validation {measure} (%)", xlabel="optimiser steps", ylim=(0, 103))
     axis.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def _draw_bars(axis, results: dict[str, dict[str, float]]) -> None:
-    width = 0.2
+    width = 0.165
     for i, (name, color) in enumerate(COLORS.items()):
-        positions = [x + (i - 1.5) * width for x in range(len(results))]
+        positions = [x + (i - 2) * width for x in range(len(results))]
         values = [100 * row[name] for row in results.values()]
         axis.bar(positions, values, width * 0.92, color=color, label=name)
         for x, value in zip(positions, values, strict=True):
-            axis.text(x, value + 1, f"{value:.0f}", ha="center", fontsize=8, color="#444444")
+            axis.text(x, value + 1, f"{value:.0f}", ha="center", fontsize=7, color="#444444")
         if name.endswith("only"):
             best = [100 * row[f"best from {name.split()[0]}"] for row in results.values()]
             for x, value in zip(positions, best, strict=True):
                 axis.plot([x - width / 2, x + width / 2], [value] * 2, color="black", linewidth=1.2, linestyle=":")
-    axis.set(title="test accuracy (%)", ylim=(0, 118), xticks=range(len(results)))
+    axis.set(title="test accuracy (%), translations: exact match", ylim=(0, 118), xticks=range(len(results)))
     axis.set_xticklabels(list(results))
-    axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
+    axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper center")
 
 
 def _draw_card(axis, card: dict[str, Any]) -> None:

@@ -4,10 +4,20 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
 import mm_transformers  # noqa: F401 (registers the auto classes)
+
+
+def answers_of(model, inputs) -> dict[str, torch.Tensor]:
+    """For each task the logits, or the ids of the tokens that it writes."""
+    inputs = inputs.to(model.device)
+    with torch.no_grad():
+        answers = dict(model.eval()(**inputs).logits)
+    answers |= {name: model.generate(name, **inputs) for name, task in model.tasks.items() if task.needs_decoder}
+    return {name: value.cpu().contiguous() for name, value in answers.items()}
 
 
 def main(model_dir: str, rows_file: str, output_file: str) -> None:
@@ -15,13 +25,12 @@ def main(model_dir: str, rows_file: str, output_file: str) -> None:
     Args:
         model_dir: folder with a model and its processor.
         rows_file: JSON lines with "text" and "image", a path relative to the file.
-        output_file: where the logits go, as safetensors.
+        output_file: where the answers go, as safetensors.
     """
     rows = [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
-    processor, model = AutoProcessor.from_pretrained(model_dir), AutoModel.from_pretrained(model_dir).eval()
+    processor, model = AutoProcessor.from_pretrained(model_dir), AutoModel.from_pretrained(model_dir)
     images = [str(Path(rows_file).parent / row["image"]) for row in rows]
-    inputs = processor(text=[row["text"] for row in rows], images=images)
-    save_file({name: logits.contiguous() for name, logits in model(**inputs).logits.items()}, output_file)
+    save_file(answers_of(model, processor(text=[row["text"] for row in rows], images=images)), output_file)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from ..model.audio import audio_key
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
 from ..model.images import image_key, load_image
+from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor, as_clips, as_list
 from ..model.task_base import LabelContext, is_null
 from ..model.video import load_frames, video_key
@@ -112,7 +113,9 @@ class MMDataCollator:
                 return_word_index=any(task.is_token_level for task in self.tasks.values()),
             )
         )
-        context = LabelContext(batch.pop("word_index", None), self.processor.tokenizer)
+        context = LabelContext(
+            batch.pop("word_index", None), self.processor.tokenizer, self._fingerprints(texts, media)
+        )
         if not self.takes_images:
             batch.pop("image_index")
         batch["labels"] = {
@@ -120,6 +123,20 @@ class MMDataCollator:
             for name, task in self.tasks.items()
         }
         return batch
+
+    def _fingerprints(self, texts: list[str], media: dict[str, Any]) -> Optional[dict[str, list[Optional[int]]]]:
+        if not any(task.compares_rows for task in self.tasks.values()):
+            return None
+        known: dict[int, bytes] = {}  # what rows share is one object
+        result: dict[str, list[Optional[int]]] = {"text": [fingerprint(x) if x.strip() else None for x in texts]}
+        for modality, kinds in {"vision": ("images", "videos"), "audio": ("audio",)}.items():
+            columns = [media[kind] for kind in kinds if kind in media]
+            rows = [[item for cell in cells for item in cell or []] for cells in zip(*columns, strict=True)]
+            for item in (item for row in rows for item in row):
+                if id(item) not in known:
+                    known[id(item)] = item["array"].tobytes() if modality == "audio" else item.tobytes()
+            result[modality] = [fingerprint(b"".join(known[id(x)] for x in row)) if row else None for row in rows]
+        return {modality: rows or [None] * len(texts) for modality, rows in result.items()}
 
     def _text(self, row: Mapping[str, Any], had_other: bool, name: str) -> str:
         if self.text_column not in row:
@@ -155,7 +172,7 @@ class MMDataCollator:
         labels = []
         for row, text, name, empty in zip(rows, texts, names, is_empty, strict=True):
             try:
-                labels.append(None if empty else task.encode_label(row.get(task.column), text))
+                labels.append(None if empty else task.encode_label(row.get(task.column, task.default_cell), text))
             except ValueError as error:
                 raise ValueError(f"{name}, column {task.column!r}: {error}.") from error
         return labels

@@ -52,7 +52,7 @@ def load_audio(clip: Any, sampling_rate: int, source_rate: Optional[int] = None)
         )
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or rate != rate // 1 or rate <= 0:
         raise AudioError(f"{name} has the sampling rate {rate!r}, but it must be a whole number of samples per second")
-    return _resample(_one_channel(waveform, name), int(rate), sampling_rate)
+    return _resample(_one_channel(waveform, name), int(float(rate)), sampling_rate)
 
 
 def describe(clip: Any) -> str:

@@ -25,6 +25,7 @@ from .encoders import (
 from .fusion import Stream, fusion_class
 from .fusion_layers import Gate, StreamProjection, masked_mean
 from .modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
+from .pairs import PairReading
 from .regularization import regularization_loss
 from .streams import FrameEmbedding, NullText, check_index, drop_modalities, gather_items
 from .task_base import TaskHeads
@@ -47,7 +48,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["gate_alpha"]
+    _keep_in_fp32_modules_strict = ["gate_alpha", "logit_scale"]
     _no_split_modules = ["CrossAttentionLayer", "CoAttentionLayer", "SelfAttentionLayer"]
 
     @classmethod
@@ -364,7 +365,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         return projection(tokens), mask
 
 
-class MMTransformerForMultiTask(TextWriting, MMTransformerPreTrainedModel):
+class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTrainedModel):
     """
     The fused model with a task layer for each of `config.tasks`. Its loss is the sum over the tasks of `loss_weight`
     times the mean loss of what is labelled, plus the regularizer of the task layers.
@@ -455,6 +456,9 @@ class MMTransformerForMultiTask(TextWriting, MMTransformerPreTrainedModel):
             for name, task in self.tasks.items():
                 if task.needs_decoder:
                     logits[name] = self.read_written(task, outputs, labels.get(name))
+                elif task.needs_mismatches and name in labels:
+                    mismatched = self.judge_mismatched(name, outputs, logits, labels[name])
+                    logits[name] = torch.cat([logits[name], mismatched], 1)
             losses = self._losses(logits, labels, num_items_in_batch or {})
             weights = {name: task.loss_weight for name, task in self.tasks.items()}
             loss = torch.stack([value * weights.get(name, 1.0) for name, value in losses.items()]).sum()

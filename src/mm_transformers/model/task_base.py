@@ -79,10 +79,13 @@ class LabelContext(NamedTuple):
         word_index (batch, text_len) int64: the number of the word that starts at each token, -1 elsewhere; for tasks
             that label words.
         tokenizer: that of the processor; for tasks whose labels are texts.
+        fingerprints: "text" or modality -> a number per row that is equal for equal content, `None` where the row has
+            none; for tasks that compare rows.
     """
 
     word_index: Optional[torch.Tensor] = None
     tokenizer: Any = None
+    fingerprints: Optional[dict[str, list[Optional[int]]]] = None
 
 
 NO_CONTEXT = LabelContext()
@@ -113,6 +116,12 @@ class Task:
     is_token_level: ClassVar[bool] = False
     # True if a decoder writes the answer; there is no head then.
     needs_decoder: ClassVar[bool] = False
+    # What a row has in the column of the task if there is no such column; `None` says that the column is needed.
+    default_cell: ClassVar[Any] = None
+    # True if the rows of a batch are compared with each other; the context of labels then has `fingerprints`.
+    compares_rows: ClassVar[bool] = False
+    # True if the head is also to see pairs that do not match; see [`PairReading.judge_mismatched`].
+    needs_mismatches: ClassVar[bool] = False
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not _VALID_NAME.fullmatch(self.name):

@@ -70,22 +70,25 @@ class Generation(Task):
     def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         if context.tokenizer is None:
             raise ValueError(f"Task {self.name!r} writes text, so `collate_labels` needs the tokenizer.")
-        rows = [[] if value is None else self._target_ids(value, context.tokenizer) for value in values]
+        known = iter(self._target_ids([value for value in values if value is not None], context.tokenizer))
+        rows = [[] if value is None else next(known) for value in values]
         labels = torch.full((len(rows), max([len(row) for row in rows] + [1])), -100)
         for row, ids in zip(labels, rows, strict=True):
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
         return labels
 
-    def _target_ids(self, text: str, tokenizer) -> list[int]:
+    def _target_ids(self, texts: list[str], tokenizer) -> list[list[int]]:
         """
-        What the decoder has to say: the text and the end of it. Whatever else a tokenizer would put around (a language
+        What the decoder has to say: each text and the end of it. Whatever else a tokenizer would put around (a language
         code, [CLS]) belongs to what the decoder starts with.
         """
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if end is None:
             raise ValueError(f"task {self.name!r}: the tokenizer has no token that ends a text; set its eos_token")
-        ids = tokenizer(text_target=text, add_special_tokens=False)["input_ids"]
-        return [*ids[: self.max_length - 1], end]
+        if not texts:
+            return []
+        encoded = tokenizer(text_target=texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [[*ids[: self.max_length - 1], end] for ids in encoded]
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         total = nn.functional.cross_entropy(

@@ -13,6 +13,7 @@ from sklearn import metrics as sklearn_metrics
 from transformers import EvalPrediction
 from transformers.utils import logging
 
+from .retrieval_metrics import RetrievalRecall
 from .text_metrics import Bleu, ChrF, ExactMatch, RougeL, TextMetric
 
 
@@ -158,8 +159,8 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 # What a task's `default_metrics`, and strings in `MultiTaskMetrics(metrics=...)`, refer to.
 _ARRAY_METRICS = (Accuracy, SubsetAccuracy, MacroF1, MicroF1, MeanAbsoluteError, MeanSquaredError, Pearson)
-METRICS: Mapping[str, type[ArrayMetric | TextMetric]] = MappingProxyType(
-    {metric.key: metric for metric in (*_ARRAY_METRICS, Bleu, ChrF, ExactMatch, RougeL)}
+METRICS: Mapping[str, type[ArrayMetric | TextMetric | RetrievalRecall]] = MappingProxyType(
+    {metric.key: metric for metric in (*_ARRAY_METRICS, Bleu, ChrF, ExactMatch, RougeL, RetrievalRecall)}
 )
 
 
@@ -303,7 +304,7 @@ def _entry_of(task: str, arrays: Any, field: str) -> Any:
 
 
 def _compute(task: str, metric: evaluate.Metric, predictions: Any, references: Any) -> dict[str, float]:
-    if isinstance(metric, (ArrayMetric, TextMetric)) and not metric.fits(references):
+    if isinstance(metric, (ArrayMetric, TextMetric, RetrievalRecall)) and not metric.fits(references):
         fitting = ", ".join(key for key, known in METRICS.items() if known.fits(references))
         raise ValueError(f"Metric {metric.key!r} cannot compare the answers of task {task!r}; these can: {fitting}.")
     values = metric.compute(predictions=predictions, references=references)

@@ -106,6 +106,13 @@ class MMTrainer(Trainer):
             raise ValueError(
                 f"MMTrainer trains a model with tasks, MMTransformerForMultiTask, not {type(self._fused).__name__}."
             )
+        if train_dataset is not None and args.train_batch_size * args.world_size == 1:
+            alone = [task.name for task in self._fused.tasks.values() if task.kind == "retrieval"]
+            if alone:
+                raise ValueError(
+                    f"Task {alone[0]!r} tells the pairs of a batch apart, but a batch holds one row: set "
+                    "per_device_train_batch_size to 2 or more (accumulating gradients does not help)."
+                )
         if data_collator is None:
             self.data_collator = MMDataCollator(processing_class, self.model.config)
         if compute_metrics is None:
@@ -187,7 +194,7 @@ class MMTrainer(Trainer):
         regularized = set()
         if self._fused.config.regularization is not None:
             regularized = {id(p) for p in regularized_parameters(self._fused.heads)}
-        free = {name for name, p in model.named_parameters() if _is_gate(name) or id(p) in regularized}
+        free = {name for name, p in model.named_parameters() if _never_decays(name) or id(p) in regularized}
         return [name for name in names if name not in free]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -287,6 +294,10 @@ def _is_gate(name: str) -> bool:
     return name.endswith("gate_alpha")
 
 
+def _never_decays(name: str) -> bool:
+    return name.endswith(("gate_alpha", "logit_scale"))
+
+
 def _is_iterable(dataset) -> bool:
     return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
 
@@ -329,8 +340,9 @@ def _check_columns(dataset, name: str, collator: MMDataCollator) -> None:
             f"its rows have no {' or '.join(media)}; if they do, name the column by "
             "data_collator=MMDataCollator(..., image_column=...)."
         )
-    missing = [task for task in collator.tasks.values() if task.column not in columns]
-    if missing and len(missing) == len(collator.tasks):
+    tasks = collator.tasks.values()
+    missing = [task for task in tasks if task.default_cell is None and task.column not in columns]
+    if missing and len(missing) == len(tasks):
         raise ValueError(f"The {name} data set has a column for none of the tasks (its columns are {shown}).")
     for task in missing:
         logger.warning(f"The {name} data set has no column {task.column!r}: task {task.name!r} has no labels there.")

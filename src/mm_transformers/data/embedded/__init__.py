@@ -8,6 +8,7 @@ from .dataset import (
     best_possible_accuracy,
     draw_row_specs,
     load_demo_dataset,
+    other_senses,
     render_image,
     render_text,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "best_possible_accuracy",
     "draw_row_specs",
     "load_demo_dataset",
+    "other_senses",
     "render_image",
     "render_text",
 ]

@@ -24,6 +24,7 @@ shows.
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -203,6 +204,25 @@ def best_possible_accuracy() -> dict[str, dict[str, float]]:
         "majority": lambda cell: None,
     }
     return {task: {view: bayes_accuracy(GRID, task, known) for view, known in views.items()} for task in GRID[0].labels}
+
+
+def other_senses(texts: list[str], translations: list[str], language: str) -> list[str]:
+    """The same translations with the noun of the other sense of the word: what is right for a picture of another place.
+
+    Args:
+        texts: messages.
+        translations: of each, in `language`.
+        language: "german" or "french".
+    """
+    result = []
+    for text, translation in zip(texts, translations, strict=True):
+        word = next(word for word in WORDS if re.search(rf"\b{word}\b", text))
+        cells = [cell for cell in GRID if cell.word == word]
+        intent = next(cell.intent for cell in cells if cell.translate(language) == translation)
+        variants = [cell.translate(language) for cell in cells if cell.intent == intent]
+        # Of a word whose senses have the same noun there is nothing else to say.
+        result.append(next((other for other in variants if other != translation), translation))
+    return result
 
 
 @dataclass(frozen=True)

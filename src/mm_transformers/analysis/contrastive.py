@@ -1,0 +1,58 @@
+"""Does the picture make the right text likelier than a wrong one?"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def contrastive_accuracy(
+    model,
+    collator: Callable[[list[Any]], dict[str, Any]],
+    rows: Sequence[Any],
+    task: str,
+    wrong: Sequence[str],
+    batch_size: int = 32,
+) -> float:
+    """
+    The share of rows in which the right text has a lower perplexity than the wrong one, given what the row has: the
+    measure of CoMMuTE (https://arxiv.org/abs/2212.10140). Where both are right for some picture, a model that does not
+    look at the picture has 0.5 by construction. Equal ones count half.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): Answers; in evaluation mode afterwards.
+        collator ([`MMDataCollator`]): Makes batches of the rows.
+        rows: a data set with the columns that the collator reads; the column of the task holds the right texts.
+        task (`str`): Name of a [`Generation`] task.
+        wrong (`list[str]`): A wrong text for each row.
+        batch_size (`int`, *optional*, defaults to 32): Rows per batch.
+
+    Raises:
+        ValueError: if the task does not write, there are not as many wrong texts as rows, or a right text is missing.
+    """
+    kind = model.tasks.get(task)
+    if kind is None or not kind.needs_decoder:
+        raise ValueError(f"task must name a task that writes text, but is {task!r}.")
+    if len(wrong) != len(rows):
+        raise ValueError(f"There must be one wrong text per row, but there are {len(wrong)} for {len(rows)} rows.")
+    model.eval()
+    wins = 0.0
+    for start in range(0, len(rows), batch_size):
+        batch_rows = [dict(rows[i]) for i in range(start, min(start + batch_size, len(rows)))]
+        wrong_rows = [{**row, kind.column: text} for row, text in zip(batch_rows, wrong[start:], strict=False)]
+        right_scores, wrong_scores = (_perplexities(model, collator(r), task) for r in (batch_rows, wrong_rows))
+        if right_scores.isnan().any():
+            raise ValueError(f"Row {start + int(right_scores.isnan().nonzero()[0]):,} has no text for task {task!r}.")
+        wins += (right_scores < wrong_scores).sum().item() + 0.5 * (right_scores == wrong_scores).sum().item()
+    return wins / len(rows)
+
+
+@torch.no_grad()
+def _perplexities(model, batch: dict[str, Any], task: str) -> torch.Tensor:
+    """(rows,): log-perplexity of each row's text, NaN where there is none."""
+    labels = batch.pop("labels")[task].to(model.device)
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    logits = model(**inputs, labels={task: labels}).logits[task]
+    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    known = labels != -100
+    return losses.sum(1) / torch.where(known.any(1), known.sum(1), torch.nan)

@@ -1,0 +1,26 @@
+"""Rows of all processes."""
+
+import torch
+import torch.distributed as dist
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """
+    The rows of all processes, in order of rank; gradients flow back to where each row came from. Processes may have
+    different numbers of rows. The rows themselves if there is one process.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    from torch.distributed.nn.functional import all_gather
+
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    sizes = [int(c) for c in counts]
+    padded = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])
+    if rows.requires_grad:
+        parts = all_gather(padded)
+    else:
+        parts = [torch.zeros_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded.contiguous())
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

@@ -1,0 +1,175 @@
+"""What tasks that compare texts with pictures (or sounds) share: which pairs match, vectors, and mismatched pairs."""
+
+import hashlib
+from typing import Any, Optional
+
+import torch
+
+from .fusion_base import Stream
+from .fusion_layers import masked_mean
+from .modeling_outputs import MMTransformerModelOutput
+from .task_base import LabelContext, is_missing
+
+
+def fingerprint(content: Any) -> int:
+    """The same for the same content, in every process: 63 bits of its hash."""
+    data = content if isinstance(content, bytes) else str(content).encode()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
+
+
+def encode_pair(name: str, value: Any) -> Optional[int]:
+    """
+    The cell of a column of pairs: the group that it names, -1 if it is a pair without a group, `None` if it is none.
+
+    Raises:
+        ValueError: if it is neither truth value nor id.
+    """
+    if is_missing(value) or value is False:
+        return None
+    if value is True:
+        return -1
+    if not isinstance(value, (str, int)):
+        raise ValueError(
+            f"task {name!r}: expected the id of what text and {name} are about, True, False or None, but got {value!r} "
+            f"of type {type(value).__name__}"
+        )
+    return fingerprint(value)
+
+
+def pair_ids(groups: list[Optional[int]], context: LabelContext, modality: str) -> torch.Tensor:
+    """(batch, 3) int64: fingerprints of the text, of the item and of the group, -100 in rows that are no pair."""
+    rows = []
+    texts, items = ((context.fingerprints or {}).get(kind, [None] * len(groups)) for kind in ("text", modality))
+    for group, text, item in zip(groups, texts, items, strict=True):
+        is_pair = group is not None and text is not None and item is not None
+        rows.append([text, item, group] if is_pair else [-100] * 3)
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def matching_pairs(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """
+    Whether the text of one row matches the item of another: (rows, others) bool. It does if the texts are equal, or the
+    items, or both rows name the same group.
+
+    Args:
+        queries (rows, 3), keys (others, 3): as [`pair_ids`] gives them.
+    """
+    same = queries[:, None] == keys[None]
+    same[..., 2] &= queries[:, None, 2] != -1
+    return same.any(-1) & (queries[:, None, 0] != -100) & (keys[None, :, 0] != -100)
+
+
+class PairReading:
+    """The part of [`MMTransformerForMultiTask`] that compares texts with pictures (or sounds)."""
+
+    # `config`, `tasks`, `model`, `heads` and `device` are those of the model that this is a part of.
+    config: Any
+    tasks: dict[str, Any]
+    model: Any
+    heads: Any
+
+    @torch.no_grad()
+    def encode_text(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: Optional[torch.Tensor] = None,
+        task: Optional[str] = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        The vectors of texts, for search: their dot products with those of [`encode_image`] are cosines. Nothing but the
+        text encoder runs.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(num_texts, text_len)`), attention_mask (same shape, *optional*).
+            task (`str`, *optional*): Name of a [`Retrieval`] task; may be left out if there is only one.
+            kwargs: other inputs of the text encoder, such as `token_type_ids`; what is not for it is ignored.
+
+        Returns:
+            (num_texts, embedding_size), of length 1.
+
+        Raises:
+            ValueError: if there is no such task.
+        """
+        name = self._retrieval_task(task, None)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        inputs = {"token_type_ids": kwargs["token_type_ids"]} if "token_type_ids" in kwargs else {}
+        stream = self.model._encode_text(attention_mask, input_ids=input_ids, **inputs)
+        return getattr(self.heads, name).embed_text(stream)
+
+    @torch.no_grad()
+    def encode_image(self, pixel_values: torch.Tensor, task: Optional[str] = None, **kwargs) -> torch.Tensor:
+        """
+        The same for pictures, (num_images, channels, height, width) -> (num_images, embedding_size). Nothing but the
+        vision encoder runs.
+        """
+        return self._embed_items("vision", task, {"pixel_values": pixel_values})
+
+    @torch.no_grad()
+    def encode_audio(self, task: Optional[str] = None, **inputs: torch.Tensor) -> torch.Tensor:
+        """The same for sounds: `input_values` or `input_features`, and `audio_attention_mask`."""
+        wanted = ("input_values", "input_features")
+        items: dict[str, torch.Tensor] = {name: inputs[name] for name in wanted if name in inputs}
+        if "audio_attention_mask" in inputs:
+            items["attention_mask"] = inputs["audio_attention_mask"]
+        return self._embed_items("audio", task, items)
+
+    def _embed_items(self, modality: str, task: Optional[str], items: dict[str, torch.Tensor]) -> torch.Tensor:
+        name = self._retrieval_task(task, modality)
+        tokens, mask = self.model._tokens(modality, items)
+        if mask is None:
+            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return getattr(self.heads, name).embed_item(Stream(modality, tokens, mask))
+
+    def _retrieval_task(self, task: Optional[str], modality: Optional[str]) -> str:
+        known = [
+            name
+            for name, kind in self.tasks.items()
+            if hasattr(getattr(self.heads, name, None), "embed_text") and modality in (None, kind.modality)
+        ]
+        if task is None and len(known) == 1:
+            return known[0]
+        if task not in known:
+            of = f" of {modality}" if modality else ""
+            raise ValueError(f"task must name a Retrieval task{of}, one of {known}, but is {task!r}.")
+        return task
+
+    def judge_mismatched(
+        self, name: str, outputs: MMTransformerModelOutput, logits: dict[str, torch.Tensor], labels: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        What a [`Matching`] head says of pairs that do not match: each text with the item of another row, and each item
+        with the text of another row; (batch, 2), NaN where the batch holds none.
+
+        In training the others are drawn in proportion to the softmax of their similarity, in evaluation the most
+        similar are taken (ALBEF, https://arxiv.org/abs/2107.07651, section 3.2). Similarity is that of a [`Retrieval`]
+        task of the same modality; without one all are equally likely.
+        """
+        modality = self.tasks[name].modality
+        if modality not in outputs.encoded:
+            return logits[name].new_full((labels.shape[0], 2), torch.nan)
+        ids, is_pair = labels[:, 1:], labels[:, 0] == 1
+        allowed = ~matching_pairs(ids, ids) & is_pair[:, None] & is_pair[None]
+        similarity = torch.zeros(allowed.shape, device=labels.device)
+        for other, task in self.tasks.items():
+            if task.kind == "retrieval" and task.modality == modality:
+                vectors = logits[other].detach().float()
+                similarity = vectors[:, 0] @ vectors[:, 1].T
+                break
+        encoded, head = outputs.encoded, getattr(self.heads, name)
+        verdicts = []
+        for swapped, scores, may in ((modality, similarity, allowed), ("text", similarity.T, allowed.T)):
+            # Where nothing may be chosen, anything is: the verdict is thrown away.
+            scores = scores.masked_fill(~may & may.any(1, keepdim=True), -torch.inf)
+            chosen = torch.multinomial(scores.softmax(1), 1)[:, 0] if head.training else scores.argmax(1)
+            theirs = encoded[swapped]
+            stream = Stream(swapped, theirs.hidden_states[chosen], theirs.mask[chosen])
+            verdict = head(self.model.fuse({**encoded, swapped: stream}))[:, 0]
+            verdicts.append(torch.where(may.any(1), verdict, torch.nan))
+        return torch.stack(verdicts, 1)
+
+
+def pooled(stream: Stream) -> torch.Tensor:
+    """(batch, width): the mean of the tokens of each row."""
+    return masked_mean(stream.hidden_states, stream.mask)

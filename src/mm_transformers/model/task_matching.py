@@ -1,0 +1,96 @@
+"""Does this picture (or sound) belong to this text?"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Optional
+
+import torch
+from torch import nn
+
+from .pairs import encode_pair, pair_ids
+from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, as_scalar, is_missing, register_task
+from .task_retrieval import check_modality
+
+
+@register_task
+@dataclass
+class Matching(Task):
+    """
+    Tells whether text and picture (or sound) belong together, from the fused tokens; binary cross-entropy. Where labels
+    are given, each pair that matches is also judged in two mismatched forms: its text with the picture of another row,
+    and its picture with the text of another row, drawn by similarity (ALBEF, https://arxiv.org/abs/2107.07651; see
+    [`PairReading.judge_mismatched`]). Similarity is that of a [`Retrieval`] task, if there is one.
+
+    Needs no column: every row with a text and a picture is a pair that matches. If there is a column, a cell is True or
+    False, or `None` if it is not known. Rows with an equal text or picture are never taken as each other's mismatch.
+
+    Logits (batch, 1), or with labels (batch, 3): of the row itself, of its text with another picture, of its picture
+    with another text; NaN where the batch holds no other. Labels (batch, 4) int64: 1 or 0, and fingerprints; -100 where
+    missing.
+
+    Args:
+        modality (`str`, *optional*, defaults to `"vision"`): What belongs to the text or not: `"vision"` or `"audio"`.
+    """
+
+    modality: str = "vision"
+
+    kind: ClassVar[str] = "matching"
+    default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
+    default_cell: ClassVar[Any] = True
+    compares_rows: ClassVar[bool] = True
+    needs_mismatches: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_modality(self)
+
+    def build_head(self, config, hidden_size: int) -> nn.Module:
+        if self.modality not in config.modalities:
+            raise ValueError(
+                f"Task {self.name!r} compares texts with {self.modality!r}, but the model has no such encoder; it has "
+                f"{', '.join(['text', *config.modalities])}."
+            )
+        return PooledHead(hidden_size, 1, config.classifier_dropout)
+
+    def encode_label(self, value: Any, text: str) -> Optional[bool]:
+        value = as_scalar(value)
+        if is_missing(value):
+            return None
+        if value not in (True, False):
+            raise ValueError(
+                f"task {self.name!r}: expected True or False (None if it is not known), but got {value!r} of type "
+                f"{type(value).__name__}"
+            )
+        return bool(value)
+
+    def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
+        ids = pair_ids([encode_pair(self.name, None if v is None else True) for v in values], context, self.modality)
+        verdicts = torch.tensor([-100 if value is None else int(value) for value in values])
+        return torch.cat([torch.where(ids[:, 0] == -100, -100, verdicts)[:, None], ids], 1)
+
+    def num_labelled(self, labels: torch.Tensor) -> torch.Tensor:
+        return (labels[:, 0] != -100).sum().float()
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each row the mean over its forms."""
+        known = self._known(logits, labels)
+        losses = nn.functional.binary_cross_entropy_with_logits(
+            torch.where(known, logits, 0.0).float(), self._targets(logits, labels), reduction="none"
+        )
+        return (torch.where(known, losses, 0.0).sum(1) / known.sum(1).clamp(min=1)).sum(), self.num_labelled(labels)
+
+    def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
+        return [{"match": score > 0.5, "score": score} for score in logits[:, 0].float().sigmoid().tolist()]
+
+    def predictions_and_references(
+        self, logits: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        known = self._known(logits, labels)
+        return (logits > 0)[known].to(torch.int64), self._targets(logits, labels)[known].to(torch.int64)
+
+    @staticmethod
+    def _known(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return ~logits.isnan() & (labels[:, :1] != -100)
+
+    @staticmethod
+    def _targets(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad((labels[:, :1] == 1).float(), (0, logits.shape[1] - 1))

@@ -1,0 +1,146 @@
+"""Which picture (or sound) belongs to a text, and which text to a picture."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Optional
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .distributed import gather_rows
+from .encoders import encoder_width
+from .fusion_base import Stream
+from .pairs import encode_pair, matching_pairs, pair_ids, pooled
+from .task_base import NO_CONTEXT, LabelContext, Task, register_task
+
+
+# As CLIP has it: beyond a scale of 100 training becomes unstable.
+MAX_LOG_SCALE = math.log(100.0)
+
+
+@register_task
+@dataclass
+class Retrieval(Task):
+    """
+    Brings texts near to the pictures (or sounds) that belong to them and away from the others of the batch, of all
+    processes: symmetric InfoNCE with a learned temperature (CLIP, https://arxiv.org/abs/2103.00020). It compares what
+    the encoders say before the fusion, so that texts and pictures can be encoded, stored and searched apart: see
+    [`MMTransformerForMultiTask.encode_text`].
+
+    Needs no column: every row with a text and a picture is a pair. Rows with an equal text, or an equal picture, match
+    each other too; the probability is then to be shared by all that match (https://arxiv.org/abs/2204.03610). If there
+    is a column, a cell is an id, and all rows with the same id match each other; or True for a pair of its own, and
+    False or `None` for none.
+
+    Logits (batch, 2, embedding_size): the vectors of text and item, each of the length sqrt(1 / temperature), so that
+    their dot products are what the softmax is taken of; 0 where a row has no item. Labels (batch, 3) int64:
+    fingerprints of text, item and id (-1: none), -100 in rows that are no pair.
+
+    The other rows of a batch are the wrong answers, so it must not be small, and accumulating gradients over several
+    batches is not the same as one big batch.
+
+    Args:
+        modality (`str`, *optional*, defaults to `"vision"`): What texts are compared with: `"vision"` or `"audio"`.
+        embedding_size (`int`, *optional*, defaults to 256): Size of the vectors.
+        temperature (`float`, *optional*, defaults to 0.07): Where the temperature starts.
+    """
+
+    modality: str = "vision"
+    embedding_size: int = 256
+    temperature: float = 0.07
+
+    kind: ClassVar[str] = "retrieval"
+    default_metrics: ClassVar[tuple[str, ...]] = ("retrieval_recall",)
+    default_cell: ClassVar[Any] = True
+    compares_rows: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_modality(self)
+        if not isinstance(self.embedding_size, int) or self.embedding_size < 1 or not self.temperature > 0:
+            raise ValueError(
+                f"Task {self.name!r}: embedding_size must be an integer >= 1 and temperature more than 0, but they are "
+                f"{self.embedding_size!r} and {self.temperature!r}."
+            )
+
+    def build_head(self, config, hidden_size: int) -> nn.Module:
+        if self.modality not in config.modalities:
+            raise ValueError(
+                f"Task {self.name!r} compares texts with {self.modality!r}, but the model has no such encoder; it has "
+                f"{', '.join(['text', *config.modalities])}."
+            )
+        sizes = (encoder_width(config.text_config), config.fusion_hidden_size)
+        return RetrievalHead(*sizes, self.embedding_size, self.modality, self.temperature)
+
+    def encode_label(self, value: Any, text: str) -> Optional[int]:
+        return encode_pair(self.name, value)
+
+    def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
+        return pair_ids(values, context, self.modality)
+
+    def num_labelled(self, labels: torch.Tensor) -> torch.Tensor:
+        return (labels[:, 0] != -100).sum().float()
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # In evaluation, processes may be at different places.
+        together = logits.requires_grad
+        everyone, ids = (gather_rows(logits), gather_rows(labels)) if together else (logits, labels)
+        total = logits.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(logits), 2048):  # a data set at once would be too much
+            rows = slice(start, start + 2048)
+            matches = matching_pairs(labels[rows], ids)
+            for side in (0, 1):
+                scores = logits[rows, side].float() @ everyone[:, 1 - side].float().T
+                scores = scores.masked_fill(ids[:, 0] == -100, -torch.inf)
+                # Of a row that is no pair, nothing may be left: not even the NaN of a softmax of nothing.
+                is_pair = labels[rows, 0] != -100
+                scores = scores.masked_fill(~is_pair[:, None], 0.0)
+                log_probabilities = scores.log_softmax(1).masked_fill(~matches, 0.0)
+                total = total - 0.5 * (log_probabilities.sum(1) / matches.sum(1).clamp(min=1)).sum()
+        return total, self.num_labelled(labels)
+
+    def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
+        """The cosine of each row's own text and item, 0 where it has none."""
+        vectors = nn.functional.normalize(logits.float(), dim=-1)
+        return [{"similarity": value} for value in (vectors[:, 0] * vectors[:, 1]).sum(-1).tolist()]
+
+    def predictions_and_references(
+        self, logits: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        labelled = labels[:, 0] != -100
+        return logits[labelled].float().flatten(1), labels[labelled]
+
+
+class RetrievalHead(nn.Module):
+    """A projection of the mean of the text tokens and one of the mean of the item's tokens, and the temperature."""
+
+    def __init__(self, text_size: int, item_size: int, embedding_size: int, modality: str, temperature: float):
+        super().__init__()
+        self.modality, self.temperature = modality, temperature
+        self.text_projection = nn.Linear(text_size, embedding_size, bias=False)
+        self.item_projection = nn.Linear(item_size, embedding_size, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature), dtype=torch.float32))
+
+    def init_own_parameters(self, std: float):
+        init.constant_(self.logit_scale, math.log(1 / self.temperature))
+
+    def embed_text(self, stream: Stream) -> torch.Tensor:
+        return nn.functional.normalize(self.text_projection(pooled(stream)), dim=-1)
+
+    def embed_item(self, stream: Stream) -> torch.Tensor:
+        """Of length 1; 0 where there is no item."""
+        vectors = nn.functional.normalize(self.item_projection(pooled(stream)), dim=-1)
+        return vectors * stream.present[:, None]
+
+    def forward(self, outputs: Any) -> torch.Tensor:
+        text = self.embed_text(outputs.encoded["text"])
+        stream = outputs.encoded.get(self.modality)
+        item = torch.zeros_like(text) if stream is None else self.embed_item(stream)
+        scale = (self.logit_scale.float().clamp(max=MAX_LOG_SCALE) / 2).exp()
+        return torch.stack([text, item], 1) * scale
+
+
+def check_modality(task: Any) -> None:
+    if task.modality not in ("vision", "audio"):
+        raise ValueError(f"Task {task.name!r}: modality must be 'vision' or 'audio', but is {task.modality!r}.")

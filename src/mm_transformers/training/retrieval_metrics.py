@@ -1,0 +1,76 @@
+"""How often what belongs to a query is among the first that are found."""
+
+from typing import Any, ClassVar
+
+import datasets
+import evaluate
+import numpy as np
+
+
+class RetrievalRecall(evaluate.Metric):
+    """
+    Recall at 1, 5 and 10 of a [`Retrieval`] task, over all the rows at once: the share of queries for which something
+    that matches is among the k most similar, of all different candidates. `from_text_recall_at_k` looks for pictures by
+    texts, `to_text_recall_at_k` for texts by pictures, `mean_recall` is the mean of the six. Among equally similar
+    candidates those that match count as the last, so that a constant finds nothing.
+    """
+
+    key: ClassVar[str] = "retrieval_recall"
+    ks: ClassVar[tuple[int, ...]] = (1, 5, 10)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation="",
+            inputs_description="",
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float32")),
+                    "references": datasets.Sequence(datasets.Value("int64")),
+                }
+            ),
+        )
+
+    @classmethod
+    def fits(cls, references: Any) -> bool:
+        """Whether these are the labels of a [`Retrieval`] task."""
+        is_ids = isinstance(references, np.ndarray) and np.issubdtype(references.dtype, np.integer)
+        return is_ids and references.ndim == 2 and references.shape[1] == 3
+
+    def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
+        """
+        Args:
+            predictions (rows, 2 * size): the vectors of text and item of each row.
+            references (rows, 3): fingerprints of text, item and group; -1 is no group.
+        """
+        ids = np.asarray(references, np.int64)
+        vectors = np.asarray(predictions, np.float32)
+        sides = np.split(vectors, 2, axis=1)
+        # Each different text and picture is one query and one candidate, however many rows it is in.
+        unique = [np.unique(ids[:, side], return_index=True, return_inverse=True) for side in (0, 1)]
+        first, number = [u[1] for u in unique], [u[2] for u in unique]
+        matches = np.zeros((len(first[0]), len(first[1])), bool)
+        matches[number[0], number[1]] = True
+        for group in np.unique(ids[ids[:, 2] != -1, 2]):
+            rows = ids[:, 2] == group
+            matches[np.ix_(number[0][rows], number[1][rows])] = True
+        texts, items = sides[0][first[0]], sides[1][first[1]]
+        results = {}
+        for name, queries, candidates, belongs in (
+            ("from_text", texts, items, matches),
+            ("to_text", items, texts, matches.T),
+        ):
+            ranks = _ranks(queries, candidates, belongs)
+            results.update({f"{name}_recall_at_{k}": float(np.mean(ranks < k)) for k in self.ks})
+        return {**results, "mean_recall": float(np.mean(list(results.values())))}
+
+
+def _ranks(queries: np.ndarray, candidates: np.ndarray, belongs: np.ndarray) -> np.ndarray:
+    """How many candidates that do not belong to the query come before the first that does."""
+    ranks = []
+    for start in range(0, len(queries), 1024):
+        rows = slice(start, start + 1024)
+        scores = queries[rows] @ candidates.T
+        best = np.where(belongs[rows], scores, -np.inf).max(1, keepdims=True)
+        ranks.append(((scores >= best) & ~belongs[rows]).sum(1))
+    return np.concatenate(ranks)

@@ -1,0 +1,406 @@
+"""Texts and the pictures that belong to them: the contrastive loss, recall, and mismatched pairs."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny import make_batch, make_clip, make_config, make_feature_extractor, make_image, make_model, make_processor
+from transformers import EvalPrediction, TrainingArguments, set_seed
+
+from mm_transformers import (
+    Classification,
+    Matching,
+    MMDataCollator,
+    MMTrainer,
+    MMTransformerForMultiTask,
+    MMTransformerProcessor,
+    MultiTaskMetrics,
+    Retrieval,
+)
+from mm_transformers.training.retrieval_metrics import RetrievalRecall
+
+
+FIND = Retrieval("find", embedding_size=8)
+
+
+def loss_by_loops(logits, labels) -> float:
+    """Symmetric InfoNCE as one would tell it, one pair after the other."""
+    rows = [i for i, ids in enumerate(labels) if ids[0] != -100]
+    total = 0.0
+    for i in rows:
+        for side in (0, 1):
+            scores = {j: sum(a * b for a, b in zip(logits[i][side], logits[j][1 - side], strict=True)) for j in rows}
+            all_of_them = sum(math.exp(s) for s in scores.values())
+            good = [
+                j for j in rows
+                if labels[i][0] == labels[j][0] or labels[i][1] == labels[j][1]
+                or (labels[i][2] == labels[j][2] and labels[i][2] != -1)
+            ]  # fmt: skip
+            total -= sum(math.log(math.exp(scores[j]) / all_of_them) for j in good) / len(good) / 2
+    return total
+
+
+ids = st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(-1, 1)) | st.just((-100, -100, -100))
+
+
+@settings(max_examples=60, deadline=None)
+@given(labels=st.lists(ids, min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_loss_equals_that_of_loops(labels, seed):
+    logits = torch.randn(len(labels), 2, 4, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+    total, count = FIND.loss(logits, torch.tensor(labels))
+    assert count == sum(row[0] != -100 for row in labels)
+    assert total.item() == pytest.approx(loss_by_loops(logits.tolist(), labels), rel=1e-5, abs=1e-5)
+    total.backward()
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[[row[0] == -100 for row in labels]] == 0).all()
+
+
+def test_without_repetitions_it_is_the_loss_of_clip():
+    torch.manual_seed(0)
+    logits = torch.randn(5, 2, 8)
+    labels = torch.arange(15).reshape(5, 3)
+    scores, target = logits[:, 0] @ logits[:, 1].T, torch.arange(5)
+    expected = (
+        torch.nn.functional.cross_entropy(scores, target) + torch.nn.functional.cross_entropy(scores.T, target)
+    ) / 2
+    total, count = FIND.loss(logits, labels)
+    torch.testing.assert_close(total / count, expected)
+
+
+def test_two_processes_have_the_gradients_of_one_batch(tmp_path):
+    """With 3 rows here and 2 there: every row is told apart from those of the other process, and learns from them."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, torch, torch.distributed as dist\n"
+        "from mm_transformers import Retrieval\n"
+        "dist.init_process_group('gloo')\n"
+        "assert dist.get_world_size() == 2\n"
+        "rank = dist.get_rank()\n"
+        "data = torch.load(os.environ['DATA'])\n"
+        "rows = slice(0, 3) if rank == 0 else slice(3, 5)\n"
+        "weight = data['weight'].clone().requires_grad_()\n"
+        "total, count = Retrieval('find').loss(data['inputs'][rows] @ weight, data['labels'][rows])\n"
+        "total.backward()\n"
+        "dist.all_reduce(weight.grad)\n"
+        "dist.all_reduce(total.detach())\n"
+        "torch.save({'grad': weight.grad, 'total': total}, f\"{os.environ['DATA']}.{rank}\")\n"
+    )
+    torch.manual_seed(0)
+    data = {"inputs": torch.randn(5, 2, 6), "weight": torch.randn(6, 6), "labels": torch.arange(15).reshape(5, 3)}
+    data["labels"][4, 0] = data["labels"][0, 0]  # a match across processes
+    torch.save(data, tmp_path / "data")
+    weight = data["weight"].clone().requires_grad_()
+    total, _ = FIND.loss(data["inputs"] @ weight, data["labels"])
+    total.backward()
+    environment = {**os.environ, "DATA": str(tmp_path / "data"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"data.{rank}")
+        torch.testing.assert_close(found["grad"], weight.grad)
+        torch.testing.assert_close(found["total"], total.detach())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_recall_equals_that_of_loops(data):
+    texts, items = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 8))
+    pairs = data.draw(
+        st.lists(
+            st.tuples(st.integers(0, texts - 1), st.integers(0, items - 1), st.integers(-1, 1)), min_size=1, max_size=12
+        )
+    )
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    # Small whole numbers, so that some are equally similar.
+    vectors = {0: rng.integers(-1, 2, (texts, 3)), 1: rng.integers(-1, 2, (items, 3))}
+    predictions = [[*vectors[0][t], *vectors[1][i]] for t, i, _ in pairs]
+    found = RetrievalRecall().compute(predictions=predictions, references=[list(pair) for pair in pairs])
+    used = {0: sorted({t for t, _, _ in pairs}), 1: sorted({i for _, i, _ in pairs})}
+    groups = {}
+    for t, i, group in pairs:
+        if group != -1:
+            groups.setdefault(group, (set(), set()))[0].add(t)
+            groups[group][1].add(i)
+
+    def belong(t, i):
+        return (t, i) in {(a, b) for a, b, _ in pairs} or any(t in g[0] and i in g[1] for g in groups.values())
+
+    for name, side in (("from_text", 0), ("to_text", 1)):
+        for k in (1, 5, 10):
+            hits = []
+            for q in used[side]:
+                good = {c: belong(q, c) if side == 0 else belong(c, q) for c in used[1 - side]}
+                order = sorted(good, key=lambda c: (-(vectors[side][q] @ vectors[1 - side][c]), good[c]))
+                hits.append(any(good[c] for c in order[:k]))
+            assert found[f"{name}_recall_at_{k}"] == pytest.approx(np.mean(hits)), (name, k)
+
+
+def make_pair_model(tasks, **kwargs):
+    return make_model(tasks=tasks, **kwargs)
+
+
+ROWS = [
+    {"text": "a red cat", "image": make_image(0)},
+    {"text": "the dog", "image": make_image(1)},
+    {"text": "a red cat", "image": make_image(2)},  # the text of the first
+    {"text": "rain", "image": make_image(1)},  # the picture of the second
+    {"text": "sun", "image": None},
+    {"text": None, "image": make_image(3)},
+]
+
+
+class TestRetrievalModel:
+    def test_labels_say_which_rows_share_what(self):
+        model = make_pair_model([FIND])
+        labels = MMDataCollator(make_processor(), model.config)(ROWS)["labels"]["find"]
+        text, item, group = labels.T
+        assert (labels == -100).all(1).tolist() == [False] * 4 + [True] * 2
+        assert text[0] == text[2] and len(set(text[:4].tolist())) == 3  # noqa: PT018
+        assert item[1] == item[3] and len(set(item[:4].tolist())) == 3  # noqa: PT018
+        assert (group[:4] == -1).all()
+        # The same in another batch, from a file in place of an object.
+        again = MMDataCollator(make_processor(), model.config)(ROWS[1:3])["labels"]["find"]
+        assert torch.equal(again, labels[1:3])
+
+    def test_a_column_names_groups(self):
+        task = Retrieval("find", column="subject")
+        collator = MMDataCollator(make_processor(), make_config(tasks=[task]))
+        cells = ["cats", True, "cats", None, "x", "y"]
+        labels = collator([{**row, "subject": cell} for row, cell in zip(ROWS, cells, strict=True)])["labels"]["find"]
+        assert (labels[:, 0] == -100).tolist() == [False, False, False, True, True, True]
+        assert labels[0, 2] == labels[2, 2] >= 0
+        assert labels[1, 2] == -1
+        with pytest.raises(ValueError, match=r"row 0 of the batch, column 'subject': task 'find': expected the id of"):
+            collator([{**ROWS[0], "subject": [1]}])
+
+    def test_texts_and_pictures_apart_are_as_in_the_model(self):
+        model, processor = make_pair_model([FIND]), make_processor()
+        inputs = processor(text=[r["text"] for r in ROWS[:4]], images=[r["image"] for r in ROWS[:4]])
+        with torch.no_grad():
+            logits = model(**inputs).logits["find"]
+        texts = model.encode_text(**inputs)
+        images = model.encode_image(inputs["pixel_values"])[inputs["image_index"][:, 0]]
+        scale = math.sqrt(1 / 0.07)
+        torch.testing.assert_close(logits, torch.stack([texts, images], 1) * scale)
+        torch.testing.assert_close(texts.norm(dim=1), torch.ones(4))
+        # The picture has no say in the vector of the text, nor the fusion.
+        torch.testing.assert_close(model.encode_text(**processor(text=["the dog"]))[0], texts[1], rtol=1e-4, atol=1e-5)
+        answers = model.decode(model(**inputs))
+        assert answers[1]["find"]["similarity"] == pytest.approx((texts[1] * images[1]).sum().item(), abs=1e-5)
+
+    def test_sounds_too(self):
+        task = Retrieval("hear", modality="audio", embedding_size=8)
+        model = make_pair_model([task, FIND], audio="wav2vec2")
+        processor = MMTransformerProcessor(
+            make_processor().image_processor, make_processor().tokenizer, make_feature_extractor()
+        )
+        inputs = processor(
+            text=["a", "b"], images=[make_image(), None], audio=[make_clip(), make_clip(0.2, 900)], sampling_rate=16_000
+        )
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        torch.testing.assert_close(
+            model.encode_audio(**inputs), torch.nn.functional.normalize(logits["hear"][:, 1], dim=-1)
+        )
+        assert (logits["find"][1, 1] == 0).all()
+        with pytest.raises(
+            ValueError, match=r"task must name a Retrieval task, one of \['hear', 'find'\], but is None"
+        ):
+            model.encode_text(**inputs)
+        assert model.encode_text(**inputs, task="find").shape == (2, 8)
+
+    def test_every_parameter_gets_a_gradient_and_the_scale_is_bounded(self):
+        model = make_pair_model([FIND, Matching("match")]).train()
+        batch = MMDataCollator(make_processor(), model.config)(ROWS)
+        model(**batch).loss.backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        with torch.no_grad():
+            model.heads.find.logit_scale.fill_(50.0)
+            norms = model.eval()(**batch).logits["find"][:4].norm(dim=-1)
+        torch.testing.assert_close(norms, torch.full_like(norms, 10.0))
+
+    def test_a_batch_without_pairs_costs_nothing(self):
+        model = make_pair_model([FIND, Matching("match"), Classification("topic", labels=["a", "b"])]).train()
+        rows = [{"text": "sun", "image": None, "topic": "a"}, {"text": "rain", "image": None, "topic": "b"}]
+        outputs = model(**MMDataCollator(make_processor(), model.config)(rows))
+        assert outputs.losses["find"] == outputs.losses["match"] == 0
+        outputs.loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+    @pytest.mark.parametrize(
+        ("task", "message"),
+        [
+            (lambda: Retrieval("x", modality="text"), "modality must be 'vision' or 'audio', but is 'text'"),
+            (lambda: Retrieval("x", embedding_size=0), "embedding_size must be an integer >= 1 and temperature more"),
+            (lambda: Retrieval("x", temperature=0), "embedding_size must be an integer >= 1 and temperature more"),
+            (
+                lambda: make_model(tasks=[Retrieval("x", modality="audio")]),
+                "the model has no such encoder; it has text, v",
+            ),
+            (
+                lambda: make_model(tasks=[Matching("x", modality="audio")]),
+                "the model has no such encoder; it has text, v",
+            ),
+        ],
+    )
+    def test_clear_errors(self, task, message):
+        with pytest.raises(ValueError, match=message):
+            task()
+
+    def test_a_batch_of_one(self, tmp_path):
+        arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=1, report_to=[])
+        with pytest.raises(
+            ValueError, match=r"Task 'find' tells the pairs of a batch apart, but a batch holds one row: set"
+        ):
+            MMTrainer(make_pair_model([FIND]), arguments, processing_class=make_processor(), train_dataset=ROWS)
+
+
+class TestMatching:
+    def test_mismatched_pairs_are_those_of_other_rows(self):
+        """What the model says of a text with the picture chosen for it is what it says of a row that has these two."""
+        model, processor = make_pair_model([FIND, Matching("match")]), make_processor()
+        batch = MMDataCollator(processor, model.config)(ROWS[:4])
+        with torch.no_grad():
+            outputs = model(**batch)
+            logits, vectors = outputs.logits["match"], outputs.logits["find"]
+            similarity = vectors[:, 0] @ vectors[:, 1].T
+            forbidden = [{0, 2}, {1, 3}, {0, 2}, {1, 3}]  # themselves, and those with an equal text or picture
+            for i in range(4):
+                others = [j for j in range(4) if j not in forbidden[i]]
+                picture = max(others, key=lambda j: similarity[i, j])
+                text = max(others, key=lambda j: similarity[j, i])
+                pairs = [(i, i), (i, picture), (text, i)]
+                inputs = processor(
+                    text=[ROWS[t]["text"] for t, _ in pairs], images=[ROWS[p]["image"] for _, p in pairs]
+                )
+                expected = model(**inputs).logits["match"][:, 0]
+                torch.testing.assert_close(logits[i], expected, rtol=1e-4, atol=1e-5)
+
+    def test_in_training_the_similar_are_drawn_more_often(self):
+        model = make_pair_model([FIND, Matching("match")])
+        batch = MMDataCollator(make_processor(), model.config)(
+            [ROWS[0], ROWS[1], {"text": "sun", "image": make_image(9)}]
+        )
+        with torch.no_grad():
+            outputs = model.model(**{k: v for k, v in batch.items() if k != "labels"})
+            logits = model.heads(outputs)
+            logits["find"] = torch.zeros(3, 2, 8)
+            logits["find"][:, 0, 0] = 1.0
+            logits["find"][:, 1, 0] = torch.tensor([0.0, 0.0, 2.0])  # every text is nearer to the third picture
+            seen = []
+            model.heads.match.register_forward_hook(lambda head, args, out: seen.append(out[:, 0]))
+            model.heads.match.train()
+            for module in model.heads.match.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+            torch.manual_seed(0)
+            for _ in range(200):
+                model.judge_mismatched("match", outputs, logits, batch["labels"]["match"])
+        pictures = torch.stack(seen[::2])[:, 0]  # of the first text: the second picture or the third
+        values, counts = pictures.round(decimals=5).unique(return_counts=True)
+        assert len(values) == 2
+        assert counts.max().item() / 200 == pytest.approx(math.e**2 / (1 + math.e**2), abs=0.08)
+
+    def test_loss_and_metrics_by_hand(self):
+        task = Matching("match")
+        logits = torch.tensor([[1.0, -2.0, 0.5], [0.3, math.nan, math.nan], [3.0, math.nan, math.nan]])
+        labels = torch.tensor([[1, 5, 6, -1], [0, 7, 8, -1], [-100] * 4])
+        total, count = task.loss(logits, labels)
+
+        def bce(x, y):
+            return -math.log(1 / (1 + math.exp(-x if y else x)))
+
+        assert count == 2
+        assert total.item() == pytest.approx((bce(1, 1) + bce(-2, 0) + bce(0.5, 0)) / 3 + bce(0.3, 0))
+        metrics = MultiTaskMetrics(make_config(tasks=[task]))
+        scores = metrics(EvalPrediction(predictions={"match": logits.numpy()}, label_ids={"match": labels.numpy()}))
+        assert scores["match_accuracy"] == pytest.approx(2 / 4)
+        assert task.decode(logits)[0] == {"match": True, "score": pytest.approx(1 / (1 + math.exp(-1)))}
+
+    def test_labels(self):
+        task = Matching("match", column="belongs")
+        collator = MMDataCollator(make_processor(), make_config(tasks=[task]))
+        cells = [True, 0, None, False, True, True]
+        labels = collator([{**row, "belongs": cell} for row, cell in zip(ROWS, cells, strict=True)])["labels"]["match"]
+        assert labels[:, 0].tolist() == [1, 0, -100, 0, -100, -100]
+        with pytest.raises(ValueError, match="column 'belongs': task 'match': expected True or False"):
+            collator([{**ROWS[0], "belongs": "yes"}])
+
+    def test_only_one_pair_has_no_other(self):
+        model = make_pair_model([Matching("match")])
+        batch = MMDataCollator(make_processor(), model.config)(ROWS[:1])
+        logits = model(**batch).logits["match"]
+        assert logits.isnan().tolist() == [[False, True, True]]
+        assert model(**batch).loss.isfinite()
+
+
+COLORS = ["red", "green", "blue"]
+
+
+def colored(number: int, seed: int) -> datasets.Dataset:
+    """A picture of one color, and a text that names it, with a number that both show."""
+    rng = np.random.default_rng(seed)
+    rows = {"text": [], "image": []}
+    for _ in range(number):
+        color, dark = int(rng.integers(3)), int(rng.integers(2))
+        pixels = rng.integers(0, 40, (16, 16, 3))
+        pixels[..., color] += 100 if dark else 210
+        rows["text"].append(f"{'small' if dark else 'big'} {COLORS[color]}")
+        rows["image"].append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
+    return datasets.Dataset.from_dict(
+        rows, features=datasets.Features(text=datasets.Value("string"), image=datasets.Image())
+    )
+
+
+def test_it_learns_to_find_and_to_match(tmp_path):
+    set_seed(0)
+    tasks = [Retrieval("find", embedding_size=16), Matching("match", loss_weight=3.0)]
+    model = MMTransformerForMultiTask(make_config(vision="resnet", tasks=tasks, initializer_range=0.1))
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=150, per_device_train_batch_size=32, learning_rate=3e-3, report_to=[],
+        disable_tqdm=True, save_strategy="no", per_device_eval_batch_size=48,
+    )  # fmt: skip
+    # Six texts, of which each has many pictures; among 6 candidates chance finds 1 in 6.
+    test = colored(48, 1)
+    trainer = MMTrainer(
+        model, arguments, processing_class=make_processor(), train_dataset=colored(256, 0), eval_dataset=test
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert before["eval_find_to_text_recall_at_1"] < 0.5
+    assert after["eval_find_to_text_recall_at_1"] > 0.9
+    assert after["eval_find_from_text_recall_at_1"] > 0.9
+    assert after["eval_match_accuracy"] > 0.95
+    # Wrong pictures for all: the model must say so.
+    wrong = test.remove_columns("image").add_column("match", [False] * 48)
+    wrong = datasets.concatenate_datasets(
+        [wrong, test.select_columns("image").select(np.roll(np.arange(48), 1))], axis=1
+    )
+    differ = [i for i in range(48) if test[i]["text"] != test[i - 1]["text"]]
+    assert trainer.evaluate(wrong.select(differ))["eval_match_accuracy"] > 0.8
+    assert [name for name, p in model.named_parameters() if p.ndim == 0] == ["heads.find.logit_scale"]
+    assert "heads.find.logit_scale" not in trainer.get_decay_parameter_names(model)
+
+
+def test_it_is_saved(tmp_path):
+    model = make_pair_model([Retrieval("find", embedding_size=8, temperature=0.2), Matching("match")])
+    model.save_pretrained(tmp_path)
+    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path)
+    assert loaded.tasks == model.tasks
+    batch = make_batch(labels=False)
+    with torch.no_grad():
+        for name, value in model(**batch).logits.items():
+            torch.testing.assert_close(loaded(**batch).logits[name], value)
+    assert Path(tmp_path, "config.json").read_text().count('"retrieval"') == 1
