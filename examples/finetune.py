@@ -1,5 +1,5 @@
 """
-Fine-tunes a text encoder and a vision encoder, fused, on several tasks of a data set of your own.
+Fine-tunes a text encoder and a vision or audio encoder, fused, on several tasks of a data set of your own.
 
     python finetune.py --train_file train.csv --validation_file validation.csv \
         --tasks "sentiment:classification,score:regression,tags:multi_label" \
@@ -10,8 +10,11 @@ For several GPUs, put `accelerate launch` in place of `python`. All options of `
 given; `python finetune.py --help` lists them, and `python finetune.py options.json` reads them from a file.
 
 Data are CSV, JSON lines or Parquet files, or whatever `datasets.load_dataset` takes by name: a data set of the Hub, or
-a folder, also of images with a `metadata.csv`. Each row has a text, an image (or several, or none) and one column per
-task; an empty cell is a missing label.
+a folder, also of images with a `metadata.csv`. Each row has a text, an image, a video or a sound (or several, or none)
+and one column per task; an empty cell is a missing label.
+
+A task of the kind generation writes text; it needs an encoder-decoder as text encoder, such as
+Helsinki-NLP/opus-mt-en-de or google-t5/t5-small. The kinds retrieval and matching need no column.
 """
 
 import json
@@ -23,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from mm_transformers import MMDataCollator, MMTrainer, MMTransformerForMultiTask, MMTransformerProcessor
-from mm_transformers.model.tasks import Task, task_from_dict
+from mm_transformers.model.tasks import TASK_KINDS, Task, task_from_dict
 
 
 logger = logging.getLogger("finetune")
@@ -44,13 +48,16 @@ class ModelArguments:
     vision: str | None = field(
         default=None, metadata={"help": "Hub id or folder of the vision encoder; without it, images are not read."}
     )
+    audio: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the audio encoder; without it, sounds are not read."}
+    )
     fusion_type: str = field(
         default="cross_attention",
-        metadata={"help": "How text meets image: cross_attention, co_attention, bottleneck, merged or late."},
+        metadata={"help": "How text meets the rest: cross_attention, co_attention, bottleneck, merged or late."},
     )
     num_fusion_layers: int = field(default=3, metadata={"help": "Number of fusion layers."})
     modality_dropout: float = field(
-        default=0.0, metadata={"help": "Probability with which a row loses its images in training."}
+        default=0.0, metadata={"help": "Probability with which a row loses its images, or its sounds, in training."}
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what comes from the Hub."})
     trust_remote_code: bool = field(
@@ -63,7 +70,8 @@ class DataArguments:
     tasks: str = field(
         metadata={
             "help": "'name:kind,name:kind,...', where a name is a column and a kind is classification, multi_label, "
-            "regression or token_classification; or a JSON file with a list of tasks as config.json stores them, "
+            "regression, token_classification, generation, retrieval or matching; or a "
+            "JSON file with a list of tasks as config.json stores them, "
             'such as {"kind": "classification", "name": "sentiment", "loss_weight": 0.5}. Labels that are not given '
             "are those of the training rows."
         }
@@ -80,14 +88,19 @@ class DataArguments:
     )
     text_column: str = field(default="text", metadata={"help": "Column of texts."})
     image_column: str = field(default="image", metadata={"help": "Column of images, or of their paths."})
+    video_column: str = field(default="video", metadata={"help": "Column of videos, or of their paths."})
+    audio_column: str = field(default="audio", metadata={"help": "Column of sounds, or of their paths."})
     image_root: str | None = field(
-        default=None, metadata={"help": "Where relative image paths start; defaults to the folder of each file."}
+        default=None,
+        metadata={
+            "help": "Where relative paths of images, videos and sounds start; defaults to the folder of each file."
+        },
     )
     label_separator: str = field(
         default="|", metadata={"help": "What separates the labels of a multi_label cell in a CSV file."}
     )
     on_bad_file: str = field(
-        default="raise", metadata={"help": "raise: stop at an image that cannot be read; drop: treat it as absent."}
+        default="raise", metadata={"help": "raise: stop at a file that cannot be read; drop: treat it as absent."}
     )
     max_length: int | None = field(
         default=None, metadata={"help": "Longest text in tokens; defaults to what the text encoder takes."}
@@ -148,7 +161,9 @@ def load_data(args: DataArguments, cache_dir: str | None) -> datasets.DatasetDic
             # Only an empty cell is a missing label: "None", "null" and "NA" may well be labels.
             options = {"keep_default_na": False, "na_values": [""]} if loader == "csv" else {}
             rows = datasets.load_dataset(loader, data_files={split: path}, split=split, cache_dir=cache_dir, **options)
-            data[split] = with_image_root(rows, args.image_column, args.image_root or str(Path(path).parent))
+            for column in (args.image_column, args.video_column, args.audio_column):
+                rows = with_root(rows, column, args.image_root or str(Path(path).parent))
+            data[split] = rows
     return datasets.DatasetDict({split: data[split] for split in SPLITS if split in data})
 
 
@@ -162,7 +177,7 @@ def hold_out(data: datasets.DatasetDict, fraction: float) -> None:
         data["train"], data["validation"] = parts["train"], parts["test"]
 
 
-def with_image_root(rows: datasets.Dataset, column: str, root: str) -> datasets.Dataset:
+def with_root(rows: datasets.Dataset, column: str, root: str) -> datasets.Dataset:
     """Relative paths in a column of paths, or of lists of paths, start at `root`."""
 
     def absolute(cell):
@@ -176,7 +191,7 @@ def with_image_root(rows: datasets.Dataset, column: str, root: str) -> datasets.
     kind = rows.features[column]
     if getattr(kind, "feature", kind) not in TEXT_TYPES:
         return rows
-    return rows.map(lambda cell: {column: absolute(cell)}, input_columns=column, desc="Finding images")
+    return rows.map(lambda cell: {column: absolute(cell)}, input_columns=column, desc=f"Finding {column}")
 
 
 def prepare_labels(data: datasets.DatasetDict, tasks: list[dict[str, Any]], separator: str) -> datasets.DatasetDict:
@@ -185,7 +200,7 @@ def prepare_labels(data: datasets.DatasetDict, tasks: list[dict[str, Any]], sepa
         column, kind = task.get("column") or task["name"], task.get("kind")
         for split, rows in data.items():
             if column not in rows.column_names:
-                if split == "train":
+                if split == "train" and getattr(TASK_KINDS.get(kind), "default_cell", None) is None:
                     raise ValueError(
                         f"The training rows have no column {column!r} for task {task['name']!r}; their columns are "
                         f"{', '.join(map(repr, rows.column_names))}."
@@ -195,6 +210,8 @@ def prepare_labels(data: datasets.DatasetDict, tasks: list[dict[str, Any]], sepa
             is_text = feature in TEXT_TYPES
             if kind == "classification" and feature == datasets.Value("bool"):
                 data[split] = rows.cast_column(column, datasets.Value("string"))
+            elif kind == "generation" and not is_text:
+                data[split] = rows.cast_column(column, datasets.Value("string"))  # texts that look like numbers
             elif kind in ("multi_label", "token_classification") and is_text:
                 # Words are what white space separates, so their labels are too.
                 between = separator if kind == "multi_label" else None
@@ -253,18 +270,29 @@ def first_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
     return rows if count is None else rows.select(range(min(count, len(rows))))
 
 
-def check_columns(data: datasets.DatasetDict, args: DataArguments, takes_images: bool) -> None:
-    wanted = {"--text_column": args.text_column, **({"--image_column": args.image_column} if takes_images else {})}
+def check_columns(data: datasets.DatasetDict, args: DataArguments, takes_images: bool, takes_audio: bool) -> None:
+    wanted = {"--text_column": (args.text_column,)}
+    if takes_images:
+        wanted["--image_column (or --video_column)"] = (args.image_column, args.video_column)
+    if takes_audio:
+        wanted["--audio_column"] = (args.audio_column,)
     for split, rows in data.items():
-        for option, column in wanted.items():
-            if column not in rows.column_names:
+        for option, names in wanted.items():
+            if not set(names) & set(rows.column_names):
                 columns = ", ".join(map(repr, rows.column_names))
-                raise ValueError(f"The {split} rows have no column {column!r}; set {option} to one of {columns}.")
+                raise ValueError(f"The {split} rows have no column {names[0]!r}; set {option} to one of {columns}.")
 
 
-def write_answers(path: Path, tasks: dict[str, Task], logits: dict[str, Any], word_index: torch.Tensor) -> None:
+def write_answers(path: Path, tasks: dict[str, Task], predictions: dict[str, Any], processor, word_index) -> None:
     """One JSON object per row, with the answer to each task."""
-    answers = {name: task.decode(torch.from_numpy(logits[name]), word_index) for name, task in tasks.items()}
+    answers = {}
+    for name, task in tasks.items():
+        if task.needs_decoder:
+            ids = predictions[name]["generated_ids"]
+            ids = np.where(ids == -100, processor.tokenizer.pad_token_id, ids)
+            answers[name] = [{"text": t.strip()} for t in processor.batch_decode(ids, skip_special_tokens=True)]
+        else:
+            answers[name] = task.decode(torch.from_numpy(predictions[name]), word_index)
     with path.open("w", encoding="utf-8") as file:
         for values in zip(*answers.values(), strict=True):
             file.write(json.dumps(dict(zip(answers, values, strict=True)), ensure_ascii=False) + "\n")
@@ -284,7 +312,7 @@ def main() -> None:
     # One process prepares the files in the cache, the others read them there.
     with training_args.main_process_first(desc="reading the data"):
         data = load_data(data_args, model_args.cache_dir)
-        check_columns(data, data_args, takes_images=model_args.vision is not None)
+        check_columns(data, data_args, model_args.vision is not None, model_args.audio is not None)
         task_dicts = parse_tasks(data_args.tasks)
         data = prepare_labels(data, task_dicts, data_args.label_separator)
     # Before any row is put aside: a rare label may be in those rows only.
@@ -295,10 +323,10 @@ def main() -> None:
 
     hub = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
     if training_args.do_train:
-        processor = MMTransformerProcessor.from_encoders(text=model_args.text, vision=model_args.vision, **hub)
+        encoders = {"text": model_args.text, "vision": model_args.vision, "audio": model_args.audio}
+        processor = MMTransformerProcessor.from_encoders(**encoders, **hub)
         model = MMTransformerForMultiTask.from_encoders(
-            text=model_args.text,
-            vision=model_args.vision,
+            **encoders,
             tasks=tasks,
             fusion_type=model_args.fusion_type,
             num_fusion_layers=model_args.num_fusion_layers,
@@ -315,6 +343,8 @@ def main() -> None:
         model.config,
         text_column=data_args.text_column,
         image_column=data_args.image_column,
+        video_column=data_args.video_column,
+        audio_column=data_args.audio_column,
         on_bad_file=data_args.on_bad_file,
         max_length=data_args.max_length,
     )
@@ -359,7 +389,7 @@ def main() -> None:
             path = Path(training_args.output_dir) / "predictions.jsonl"
             texts = [text or "" for text in rows[data_args.text_column]]
             words = processor(text=texts, max_length=collator.max_length, return_word_index=True)["word_index"]
-            write_answers(path, model.tasks, output.predictions, words)
+            write_answers(path, model.tasks, output.predictions, processor, words)
             logger.info(f"Wrote {path}.")
 
 

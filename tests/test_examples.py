@@ -1,11 +1,8 @@
 """The scripts in `examples/`, run as users run them: no font, no npm and no network needed."""
 
 import csv
-import importlib.util
 import io
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,38 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scripts import EXAMPLES, import_script, run
 from tiny import TEXT_ENCODERS, VISION_ENCODERS, make_image, make_image_processor, make_tokenizer
 from transformers import AutoModel
 
 from mm_transformers import MMTransformerForMultiTask, MMTransformerProcessor
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 BUILD, TRAIN, FINETUNE = EXAMPLES / "emoji/build_dataset.py", EXAMPLES / "emoji/train.py", EXAMPLES / "finetune.py"
-
-
-def import_script(path: Path):
-    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(script: Path, *arguments, cwd: Path, ok: bool = True) -> subprocess.CompletedProcess:
-    # The package as these tests see it, one thread, and no cache outside of the test.
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "OMP_NUM_THREADS": "1",
-        "HF_HOME": str(cwd / "hf_home"),
-        "HF_HUB_OFFLINE": "1",
-        "MPLBACKEND": "agg",
-    }
-    command = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    return done
 
 
 # build_dataset.py
@@ -514,7 +487,10 @@ def test_finetune_knows_all_labels_and_measures_the_trained_model(encoders, tmp_
     ("options", "message"),
     [
         (["--text_column", "caption"], "have no column 'caption'; set --text_column to one of 'text', 'image'"),
-        (["--image_column", "photo"], "have no column 'photo'; set --image_column to one of 'text', 'image'"),
+        (
+            ["--image_column", "photo"],
+            "have no column 'photo'; set --image_column (or --video_column) to one of 'text', 'image'",
+        ),
         (["--tasks", "mood:classification"], "have no column 'mood' for task 'mood'"),
         (["--tasks", "topic"], "--tasks must read 'name:kind,name:kind,...'"),
         (["--tasks", "topic:sorting"], "Unknown task kind 'sorting'"),
