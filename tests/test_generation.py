@@ -436,3 +436,34 @@ def test_a_label_that_is_no_text():
 def test_metrics_need_the_processor():
     with pytest.raises(ValueError, match="Task 'german' writes text, which only the processor can read"):
         MultiTaskMetrics(make_writer().config)
+
+
+@pytest.mark.parametrize("kind", [*SEQ2SEQ, *(f"new {kind}" for kind in DECODERS)])
+def test_vocabulary_grows(kind, tmp_path):
+    """Old tokens are read and written as before, new ones can be."""
+    if kind.startswith("new"):
+        torch.manual_seed(0)
+        tasks = [TOPIC, Generation("german", max_length=8)]
+        config = MMTransformerConfig(
+            text_config=TEXT_ENCODERS["bert"](), vision_config=VISION_ENCODERS["vit"](), tasks=tasks,
+            decoder_config=DECODERS[kind.split()[1]](), num_fusion_layers=1,
+        )  # fmt: skip
+        model = MMTransformerForMultiTask(config).eval()
+    else:
+        model = make_writer(kind)
+    batch = make_batch(labels=False)
+    with torch.no_grad():
+        before = model(**batch, labels=LABELS)
+    model.resize_token_embeddings(VOCAB_SIZE + 13, mean_resizing=False)
+    assert model.config.vocab_size == model.config.decoder_vocab_size == VOCAB_SIZE + 13
+    with torch.no_grad():
+        after = model(**batch, labels=LABELS)
+        new = model(**batch, labels=LABELS | {"german": torch.full((4, 2), VOCAB_SIZE + 5)})
+    torch.testing.assert_close(after.logits["topic"], before.logits["topic"])
+    torch.testing.assert_close(after.logits["german"][..., :VOCAB_SIZE], before.logits["german"], rtol=1e-4, atol=1e-5)
+    assert after.logits["german"].shape[-1] == VOCAB_SIZE + 13
+    assert new.loss.isfinite()
+    model.save_pretrained(tmp_path)
+    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(**batch, labels=LABELS).loss, after.loss)
+    assert loaded.generate(**batch).tolist() == model.generate(**batch).tolist()

@@ -65,6 +65,20 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         elif hasattr(module, "init_own_parameters"):
             module.init_own_parameters(self.config.initializer_range)
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        inner = getattr(self, "model", self)
+        if not inner.has_decoder:
+            return super().resize_token_embeddings(*args, **kwargs)
+        # An encoder-decoder knows what else has the size of its vocabulary.
+        text_model, config = inner.text_model, self.config
+        if config.decoder_config is None:
+            return text_model.resize_token_embeddings(*args, **kwargs)
+        # One that was put together does not, and its parts have configs of their own.
+        text_model.decoder.resize_token_embeddings(*args, **kwargs)
+        embeddings = text_model.encoder.resize_token_embeddings(*args, **kwargs)
+        config.text_config.vocab_size = config.decoder_config.vocab_size = embeddings.num_embeddings
+        return embeddings
+
     def save_pretrained(self, save_directory, **kwargs):
         # In the original layout of a vision tower its keys have other names, and the Trainer, which resumes by
         # `load_state_dict(strict=False)`, would leave them out.
