@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from tiny import TEXT_ENCODERS, VISION_ENCODERS, make_image, make_image_processor, make_tokenizer
-from transformers import AutoModel
+from tiny import SEQ2SEQ, TEXT_ENCODERS, VISION_ENCODERS, make_image, make_image_processor, make_tokenizer
+from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +33,9 @@ def folder(tmp_path, monkeypatch):
     text = tmp_path / "distilbert" / "distilbert-base-uncased"
     AutoModel.from_config(TEXT_ENCODERS["distilbert"]()).save_pretrained(text)
     make_tokenizer().save_pretrained(text)
+    marian = tmp_path / "Helsinki-NLP" / "opus-mt-en-de"
+    AutoModelForSeq2SeqLM.from_config(SEQ2SEQ["marian"]()).save_pretrained(marian)
+    make_tokenizer().save_pretrained(marian)
     vision = tmp_path / "google" / "vit-base-patch16-224-in21k"
     AutoModel.from_config(VISION_ENCODERS["vit"]()).save_pretrained(vision)
     make_image_processor().save_pretrained(vision)
@@ -44,6 +47,7 @@ def folder(tmp_path, monkeypatch):
             "image": None if i % 4 == 0 else f"{i}.png",
             "topic": ["animals", "food", "travel"][i % 3],
             "sentiment": None if i % 2 else ["negative", "neutral", "positive"][i % 3],
+            "german": None if i == 2 else ["a picnic", "a desk", "a crane"][i % 3],
             "stars": None if i % 3 else 1.0 + i % 5,
         })  # fmt: skip
     make_image(3).save(tmp_path / "rain.jpg")

@@ -27,8 +27,8 @@ def draw_results(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 8.6), facecolor="white", layout="constrained")
-    halves: Any = figure.subfigures(2, 1, height_ratios=[1.05, 1])
+    figure = Figure(figsize=(16, 9), facecolor="white", layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1.1])
     top, bottom = halves
     axes = top.subplots(1, 4, width_ratios=[1, 1, 1, 1.9])
     for axis, task in zip(axes[:3], CURVES, strict=True):
@@ -84,6 +84,6 @@ def _draw_card(axis, card: dict[str, Any]) -> None:
         right = answer == truth
         text = f"{task}: {answer}" + ("" if right else f" (is {truth})")
         axis.text(
-            0.5, -0.07 - 0.11 * i, text, transform=axis.transAxes, ha="center", va="top", fontsize=9,
+            0.5, -0.05 - 0.095 * i, text, transform=axis.transAxes, ha="center", va="top", fontsize=9,
             color="#2a7f62" if right else "#c0392b", weight="bold",
         )  # fmt: skip
