@@ -6,24 +6,21 @@ from typing import Any, Optional
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_mm_transformer import MMTransformerConfig
-from .decoders import build_seq2seq, load_seq2seq
+from .decoders import build_seq2seq
 from .encoders import (
-    HUB_KWARGS,
     as_tokens,
     audio_token_mask,
     blank_input,
     build_encoder,
-    encoder_config_from_pretrained,
     encoder_width,
-    load_encoder,
     min_audio_samples,
 )
 from .fusion import Stream, fusion_class
-from .fusion_layers import Gate, StreamProjection, masked_mean
+from .fusion_layers import StreamProjection, masked_mean
+from .modeling_base import MMTransformerPreTrainedModel
 from .modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from .pairs import PairReading
 from .regularization import regularization_loss
@@ -33,112 +30,6 @@ from .writing import TextWriting
 
 
 logger = logging.get_logger(__name__)
-
-
-class MMTransformerPreTrainedModel(PreTrainedModel):
-    """Initialisation, saving and the attention implementations, for all models of this type."""
-
-    config: MMTransformerConfig
-    config_class = MMTransformerConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("text", "image", "audio")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["gate_alpha", "logit_scale"]
-    _no_split_modules = ["CrossAttentionLayer", "CoAttentionLayer", "SelfAttentionLayer"]
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # Custom code is not initialised module by module, which would leave gates, latents and whole encoders as the
-        # allocator gave them.
-        return False
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, Gate):
-            init.zeros_(module.gate_alpha)
-        elif hasattr(module, "init_own_parameters"):
-            module.init_own_parameters(self.config.initializer_range)
-
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
-        inner = getattr(self, "model", self)
-        if not inner.has_decoder:
-            return super().resize_token_embeddings(*args, **kwargs)
-        # An encoder-decoder knows what else has the size of its vocabulary.
-        text_model, config = inner.text_model, self.config
-        if config.decoder_config is None:
-            return text_model.resize_token_embeddings(*args, **kwargs)
-        # One that was put together does not, and its parts have configs of their own.
-        text_model.decoder.resize_token_embeddings(*args, **kwargs)
-        embeddings = text_model.encoder.resize_token_embeddings(*args, **kwargs)
-        config.text_config.vocab_size = config.decoder_config.vocab_size = embeddings.num_embeddings
-        return embeddings
-
-    def save_pretrained(self, save_directory, **kwargs):
-        # In the original layout of a vision tower its keys have other names, and the Trainer, which resumes by
-        # `load_state_dict(strict=False)`, would leave them out.
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, **kwargs)
-
-    @classmethod
-    def from_encoders(cls, text: str, vision: Optional[str] = None, audio: Optional[str] = None, **kwargs):
-        """
-        A model with pretrained encoders and a new fusion, whose gates are closed: until it is trained, its
-        `last_hidden_state` is that of the text encoder.
-
-        Args:
-            text (`str`): Hub id or local folder of a text encoder; of CLIP and SigLIP the text tower is taken, of an
-                encoder-decoder the encoder, and if a task writes text the decoder too.
-            vision (`str`, *optional*): Hub id or local folder of a vision encoder; of CLIP and SigLIP the vision tower.
-            audio (`str`, *optional*): Hub id or local folder of an audio encoder; of Whisper the encoder is taken.
-            kwargs: fields of [`MMTransformerConfig`] (`tasks`, `fusion_type`, `num_fusion_layers`, ...); everything
-                else (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes to `AutoModel.from_pretrained`.
-
-        Raises:
-            ValueError: one sentence, if an encoder cannot be used or an option does not fit.
-
-        Example:
-
-        ```python
-        >>> model = MMTransformerForMultiTask.from_encoders(
-        ...     text="distilbert/distilbert-base-uncased",
-        ...     vision="google/vit-base-patch16-224-in21k",
-        ...     tasks=[Classification("sentiment", labels=["negative", "positive"])],
-        ... )
-        ```
-        """
-        options = {name: kwargs.pop(name) for name in list(kwargs) if name in MMTransformerConfig.__annotations__}
-        # A checkpoint may be stored in half precision; training starts from float32 unless told otherwise.
-        kwargs.setdefault("dtype", torch.float32)
-        # A wrong option is told before gigabytes are read.
-        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        text_config = encoder_config_from_pretrained(text, "text", **hub_kwargs)
-        config = MMTransformerConfig(**options, text_config=text_config)
-        encoders, chosen = {}, {}
-        for modality, path in {"text": text, "vision": vision, "audio": audio}.items():
-            if path is not None and modality == "text" and config.has_decoder:
-                encoder = load_seq2seq(path, config.decoder_config, **kwargs)
-                encoder_config = encoder.config if config.decoder_config is None else encoder.encoder.config
-                options["text_config"] = encoder_config
-                encoders["text_model"] = encoder
-                chosen["text"] = (encoder_config, encoder_config._attn_implementation)
-            elif path is not None:
-                encoder, encoder_config = load_encoder(path, modality, **kwargs)
-                options[f"{modality}_config"] = encoder_config
-                encoders[f"{modality}_model"] = encoder
-                chosen[modality] = (encoder_config, encoder_config._attn_implementation)
-        config = MMTransformerConfig(**options, attn_implementation=kwargs.get("attn_implementation"))
-        with _default_dtype(encoders["text_model"].dtype):
-            model = cls(config, **encoders).eval()
-        # A new config resets the attention implementation of its parts, which built encoders do not choose again.
-        for encoder_config, implementation in chosen.values():
-            encoder_config._attn_implementation = implementation
-        return model
 
 
 class MMTransformerModel(MMTransformerPreTrainedModel):
@@ -525,17 +416,6 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
         }
         num_rows = len(next(iter(answers.values()), []))
         return [{name: answers[name][row] for name in answers} for row in range(num_rows)]
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype):
-    """New parameters have this dtype."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)
 
 
 @contextmanager
