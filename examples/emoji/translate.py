@@ -29,14 +29,11 @@ import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from train import augmented, load_data, only, shuffle_pictures
 from transformers import (
     BertConfig,
-    PreTrainedTokenizerFast,
     ResNetConfig,
     TrainingArguments,
-    ViTImageProcessorPil,
     set_seed,
 )
 from transformers.utils import logging
@@ -46,10 +43,10 @@ from mm_transformers import (
     MMTrainer,
     MMTransformerConfig,
     MMTransformerForMultiTask,
-    MMTransformerProcessor,
     MultiTaskMetrics,
 )
 from mm_transformers.analysis.contrastive import contrastive_accuracy
+from mm_transformers.cli.demo_model import make_processor
 from mm_transformers.training.text_metrics import Bleu
 
 
@@ -61,28 +58,6 @@ MEASURES = {"exact_match": 100.0, "bleu": 1.0, "chrf": 1.0, "contrastive": 100.0
 # The usual 0.02 is made for widths of 768; in so narrow a layer the pictures would be whispered.
 INITIALIZER_RANGE, WIDTH = 0.06, 128
 MAX_LENGTH = 32
-
-
-def make_processor(texts: list[str], image_size: int) -> MMTransformerProcessor:
-    """A tokenizer of bytes, trained on the texts, and an image processor that scales pixels to -1..1."""
-    special = ["[PAD]", "[CLS]", "[SEP]", *(f"[{language}]" for language in LANGUAGES)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
-        additional_special_tokens=special[3:], model_max_length=32, model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
-    image_processor = ViTImageProcessorPil(size={"height": image_size, "width": image_size})
-    return MMTransformerProcessor(image_processor=image_processor, tokenizer=tokenizer)
 
 
 def make_model(modality: str, tokenizer) -> MMTransformerForMultiTask:
@@ -262,7 +237,7 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     data = split_rows(load_data(args.data_dir, args.image_size))
     texts = [text for column in ("text", *LANGUAGES) for text in data["train"][column]]
-    processor = make_processor(texts, args.image_size)
+    processor = make_processor(texts, LANGUAGES, args.image_size)
 
     results: dict[str, dict[str, list]] = {}
     counts = {split: (len(data[split]), 2 * len(contrast_pairs(data[split]))) for split in SPLITS}

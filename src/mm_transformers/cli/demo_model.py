@@ -1,6 +1,7 @@
 """The small model of the demo, and its training: encoders made from configs, with new weights."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -29,13 +30,18 @@ from .progress import use_rich_progress
 IMAGE_SIZE = 64
 
 
-def make_processor(texts: list[str]) -> MMTransformerProcessor:
-    """A tokenizer trained on the texts, and an image processor that scales pixels to -1..1."""
+def make_processor(
+    texts: list[str], languages: Sequence[str] = tuple(TRANSLATIONS), image_size: int = IMAGE_SIZE
+) -> MMTransformerProcessor:
+    """
+    A tokenizer trained on the texts, with a token "[language]" for each language, and an image processor that scales
+    pixels to -1..1.
+    """
     # Of bytes, and so that every text can be had back to the letter.
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = decoders.ByteLevel()
-    special = ["[PAD]", "[CLS]", "[SEP]", *(f"[{language}]" for language in TRANSLATIONS)]
+    special = ["[PAD]", "[CLS]", "[SEP]", *(f"[{language}]" for language in languages)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
         texts,
@@ -49,12 +55,12 @@ def make_processor(texts: list[str]) -> MMTransformerProcessor:
         pad_token="[PAD]",
         cls_token="[CLS]",
         sep_token="[SEP]",
-        additional_special_tokens=[f"[{language}]" for language in TRANSLATIONS],
+        additional_special_tokens=special[3:],
         model_max_length=64,
         model_input_names=["input_ids", "attention_mask"],
     )
     # By Pillow, so that what the demo prints does not depend on whether torchvision is installed.
-    image_processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    image_processor = ViTImageProcessorPil(size={"height": image_size, "width": image_size})
     return MMTransformerProcessor(image_processor=image_processor, tokenizer=tokenizer)
 
 

@@ -3,11 +3,10 @@
 import io
 import numbers
 import os
-import urllib.request
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from .images import content_key
+from .files import content_key, content_of, describe, fetch, is_url
 
 
 class AudioError(ValueError):
@@ -37,7 +36,7 @@ def load_audio(clip: Any, sampling_rate: int, source_rate: Optional[int] = None)
             its sampling rate is not known.
         ImportError: if a library of the extra `audio` is needed and not installed.
     """
-    name = describe(clip)
+    name = describe(clip, "sound")
     clip = _undecoded(clip)
     if isinstance(clip, Mapping) and clip.get("array") is not None:
         waveform, rate = clip["array"], clip.get("sampling_rate")
@@ -55,17 +54,6 @@ def load_audio(clip: Any, sampling_rate: int, source_rate: Optional[int] = None)
     return _resample(_one_channel(waveform, name), int(float(rate)), sampling_rate)
 
 
-def describe(clip: Any) -> str:
-    """How messages call a clip."""
-    if isinstance(clip, Mapping):
-        clip = clip.get("path") or clip.get("bytes") or clip.get("array")
-    if isinstance(clip, (str, os.PathLike)):
-        return f"sound {os.fspath(clip)!r}"
-    if isinstance(clip, bytes):
-        return f"the sound ({len(clip):,} bytes)"
-    return f"the sound (a {type(clip).__name__})"
-
-
 def _undecoded(clip: Any) -> Any:
     """What a decoder of `datasets.Audio` decodes, as a dict with an array."""
     if hasattr(clip, "get_all_samples"):
@@ -74,18 +62,16 @@ def _undecoded(clip: Any) -> Any:
 
 
 def _content(clip: Any) -> Any:
-    if not isinstance(clip, Mapping):
-        return clip
-    return next((clip[name] for name in ("array", "bytes", "path") if clip.get(name) is not None), None)
+    """The array, bytes or path that a clip is given by."""
+    has_array = isinstance(clip, Mapping) and clip.get("array") is not None
+    return clip["array"] if has_array else content_of(clip)
 
 
 def _read(content: Any, name: str) -> tuple[Any, int]:
     """A file's samples, (samples, channels), and its sampling rate."""
-    if isinstance(content, str) and content.startswith(("http://", "https://")):
-        request = urllib.request.Request(content, headers={"User-Agent": "mm-transformers"})
+    if is_url(content):
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                content = response.read()
+            content = fetch(content)
         except OSError as error:
             raise AudioError(f"{name} cannot be fetched ({error})") from error
     if not isinstance(content, (str, os.PathLike, bytes)):

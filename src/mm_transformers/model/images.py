@@ -1,13 +1,13 @@
 """Turns whatever a table holds in its image column into RGB pictures."""
 
 import contextlib
-import hashlib
 import io
 import os
-import urllib.request
 import warnings
 from collections.abc import Hashable
 from typing import Any
+
+from .files import content_key, content_of, describe, fetch, is_url
 
 
 class ImageError(ValueError):
@@ -16,16 +16,7 @@ class ImageError(ValueError):
 
 def image_key(image: Any) -> Hashable:
     """Equal for two cells that surely hold the same image: the same object, path or bytes."""
-    return content_key(_content(image))
-
-
-def content_key(content: Any) -> Hashable:
-    """Equal for the same object, path or bytes."""
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).digest()
-    if isinstance(content, (str, os.PathLike)):
-        return os.fspath(content)
-    return id(content)
+    return content_key(content_of(image))
 
 
 def load_image(image: Any):
@@ -46,11 +37,11 @@ def load_image(image: Any):
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    name = describe(image)
+    name = describe(image, "image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = _open(_content(image))
+            picture = _open(content_of(image))
             if 0 in picture.size:
                 raise ImageError(f"{name} has no pixels (its size is {picture.size[0]} x {picture.size[1]})")
             if getattr(picture, "n_frames", 1) > 1:
@@ -75,24 +66,6 @@ def load_image(image: Any):
         raise ImageError(f"{name} cannot be read ({reason})") from error
 
 
-def describe(image: Any) -> str:
-    """How messages call an image."""
-    if isinstance(image, dict):
-        image = image.get("path") or _content(image)
-    if isinstance(image, (str, os.PathLike)):
-        return f"image {os.fspath(image)!r}"
-    if isinstance(image, bytes):
-        return f"the image ({len(image):,} bytes)"
-    return f"the image (a {type(image).__name__})"
-
-
-def _content(image: Any) -> Any:
-    """What a dict holds, the bytes if it has both; anything else as it is."""
-    if not isinstance(image, dict):
-        return image
-    return image["bytes"] if image.get("bytes") is not None else image.get("path")
-
-
 def _open(image: Any):
     from PIL import Image
 
@@ -100,12 +73,10 @@ def _open(image: Any):
         return image
     if isinstance(image, bytes):
         return Image.open(io.BytesIO(image))
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
+    if is_url(image):
         # Not by `transformers.image_utils.load_image`: it waits for ever, takes an error page for a broken image, and
         # lays what is transparent on black.
-        request = urllib.request.Request(image, headers={"User-Agent": "mm-transformers"})
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return Image.open(io.BytesIO(response.read()))
+        return Image.open(io.BytesIO(fetch(image)))
     if isinstance(image, (str, os.PathLike)):
         return Image.open(image)
     if hasattr(image, "shape"):

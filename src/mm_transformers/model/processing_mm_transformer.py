@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, BatchF
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
-from .audio import AudioError, audio_key, describe, load_audio
+from .audio import AudioError, audio_key, load_audio
 from .encoders import max_text_positions, sub_config_of
+from .files import describe
 from .images import image_key, load_image
 from .task_base import is_null
 from .task_token_classification import index_words
@@ -268,18 +269,18 @@ class MMTransformerProcessor(ProcessorMixin):
         Raises:
             AudioError: also if it is too short for the audio encoder.
         """
-        rate = self.feature_extractor.sampling_rate
+        rate, name = self.feature_extractor.sampling_rate, describe(clip, "sound")
         waveform = load_audio(clip, rate, sampling_rate)
         if len(waveform) < SHORTEST_CLIP * rate:
             raise AudioError(
-                f"{describe(clip)} lasts {1000 * len(waveform) / rate:.1f} ms, less than the "
+                f"{name} lasts {1000 * len(waveform) / rate:.1f} ms, less than the "
                 f"{1000 * SHORTEST_CLIP:.0f} ms that audio encoders listen to at a time"
             )
         longest = _longest_clip(self.feature_extractor)
         if longest is not None and len(waveform) > longest and "audio" not in self._warned:
             self._warned.add("audio")
             logger.warning(
-                f"{describe(clip)} of {len(waveform) / rate:.1f} s was cut to the {longest / rate:.1f} s that the "
+                f"{name} of {len(waveform) / rate:.1f} s was cut to the {longest / rate:.1f} s that the "
                 "audio encoder takes; further ones are cut without a warning."
             )
         return waveform

@@ -2,11 +2,11 @@
 
 import io
 import os
-import urllib.request
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from typing import Any
 
-from .images import ImageError, content_key, load_image
+from .files import content_key, content_of, describe, fetch, is_url
+from .images import ImageError, load_image
 
 
 class VideoError(ValueError):
@@ -15,7 +15,7 @@ class VideoError(ValueError):
 
 def video_key(video: Any) -> Hashable:
     """Equal for two cells that surely hold the same video: the same object, path or bytes."""
-    return content_key(_content(video))
+    return content_key(content_of(video))
 
 
 def load_frames(video: Any, num_frames: int) -> list[Any]:
@@ -32,7 +32,7 @@ def load_frames(video: Any, num_frames: int) -> list[Any]:
         VideoError: if there is no such file, it is no video that can be read, or it has no frames.
         ImportError: if the extra `video` is needed and not installed.
     """
-    name, content = describe(video), _content(video)
+    name, content = describe(video, "video"), content_of(video)
     if isinstance(content, (str, bytes, os.PathLike)):
         return _read(content, name, num_frames)
     if not (hasattr(content, "__len__") and hasattr(content, "__getitem__")):
@@ -56,24 +56,6 @@ def sample_evenly(total: int, wanted: int) -> list[int]:
     return list(range(total)) if total <= wanted else [(2 * i + 1) * total // (2 * wanted) for i in range(wanted)]
 
 
-def describe(video: Any) -> str:
-    """How messages call a video."""
-    if isinstance(video, Mapping):
-        video = video.get("path") or _content(video)
-    if isinstance(video, (str, os.PathLike)):
-        return f"video {os.fspath(video)!r}"
-    if isinstance(video, bytes):
-        return f"the video ({len(video):,} bytes)"
-    return f"the video (a {type(video).__name__})"
-
-
-def _content(video: Any) -> Any:
-    """What a dict holds, the bytes if it has both; anything else as it is."""
-    if not isinstance(video, Mapping):
-        return video
-    return video["bytes"] if video.get("bytes") is not None else video.get("path")
-
-
 def _read(content: Any, name: str, num_frames: int) -> list[Any]:
     # Not by `transformers.video_utils.load_video`: it fails where the container does not say how many frames it has
     # (WebM, Matroska), and where there are fewer than wanted.
@@ -81,11 +63,9 @@ def _read(content: Any, name: str, num_frames: int) -> list[Any]:
         import av
     except ImportError as error:
         raise ImportError("Reading videos needs a package more: pip install mm-transformers[video]") from error
-    if isinstance(content, str) and content.startswith(("http://", "https://")):
-        request = urllib.request.Request(content, headers={"User-Agent": "mm-transformers"})
+    if is_url(content):
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                content = response.read()
+            content = fetch(content)
         except OSError as error:
             raise VideoError(f"{name} cannot be fetched ({error})") from error
     if not isinstance(content, bytes) and not os.path.exists(content):
