@@ -25,7 +25,7 @@ from tiny import (
     make_processor,
     make_tokenizer,
 )
-from transformers import AutoModel, TrainingArguments, Wav2Vec2Config, set_seed
+from transformers import AutoConfig, AutoModel, TrainingArguments, Wav2Vec2Config, set_seed
 
 from mm_transformers import (
     Classification,
@@ -354,3 +354,66 @@ class TestTraining:
             ValueError, match="row 0 of the batch has nothing in 'text', 'image', 'video', 'audio'; remove it"
         ):
             MMDataCollator(make_audio_processor(), config)([{"text": "", "audio": None, "topic": 1}])
+
+
+class Decoder:
+    """What `datasets.Audio` gives where it decodes: a new array whenever it is asked."""
+
+    def __init__(self, clip: np.ndarray, rate: int):
+        self.clip, self.rate = clip, rate
+
+    def get_all_samples(self):
+        raise AssertionError("not needed")
+
+    def __getitem__(self, name: str):
+        return {"array": self.clip.copy(), "sampling_rate": self.rate}[name]
+
+
+def test_decoders_of_different_sounds_are_different_sounds():
+    decoders = [Decoder(make_clip(0.1, 200 + 50 * i, rate=8000), 8000) for i in range(20)]
+    processor = make_audio_processor(images=False)
+    inputs = processor(text=["a"] * 21, audio=[*decoders, decoders[3]])
+    assert inputs["audio_index"][:, 0].tolist() == [*range(20), 3]
+    config = make_config(vision=None, audio="wav2vec2", tasks=[Classification("topic", labels=["a", "b"])])
+    batch = MMDataCollator(processor, config)([{"text": "a", "audio": d, "topic": 0} for d in decoders])
+    assert batch["audio_index"][:, 0].tolist() == list(range(20))
+    assert torch.equal(batch["input_values"], inputs["input_values"])
+
+
+OTHER_ENCODERS = {
+    "wav2vec2-conformer": dict(
+        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, conv_depthwise_kernel_size=3
+    ),
+    "data2vec-audio": dict(num_conv_pos_embeddings=3, num_conv_pos_embedding_groups=2),
+    "sew": dict(num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, squeeze_factor=2),
+    "unispeech-sat": dict(num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_ENCODERS)
+def test_their_kin(kind):
+    """With sound, without, and with the shortest that the processor lets through."""
+    options = dict(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=37, conv_dim=(12, 12),
+        conv_kernel=(10, 3), conv_stride=(5, 2), feat_extract_norm="layer", do_stable_layer_norm=True,
+    )  # fmt: skip
+    audio = AutoConfig.for_model(kind, **options | OTHER_ENCODERS[kind])
+    config = MMTransformerConfig(
+        text_config=TEXT_ENCODERS["bert"](), audio_config=audio, num_fusion_layers=1,
+        tasks=[Classification("topic", labels=["a", "b"])],
+    )  # fmt: skip
+    model = MMTransformerForMultiTask(config).train()
+    processor = make_audio_processor(images=False)
+    labels = {"labels": {"topic": torch.tensor([0, 1])}}
+    for clips in ([make_clip(0.025), make_clip(0.1)], [None, None]):
+        model.zero_grad()
+        model(**processor(text=["a", "b"], audio=clips, sampling_rate=RATE), **labels).loss.backward()
+        idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert idle == []
+
+
+def test_an_encoder_that_nobody_knows_is_refused():
+    audio = AutoConfig.for_model("moonshine", hidden_size=24, num_attention_heads=4)
+    config = MMTransformerConfig(text_config=TEXT_ENCODERS["bert"](), audio_config=audio)
+    with pytest.raises(ValueError, match="'moonshine' cannot be the audio encoder: it is not known what it takes"):
+        MMTransformerModel(config)

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import zipfile
 from collections.abc import Mapping
 
 import datasets
@@ -464,3 +465,17 @@ class TestTokenizerFits:
         rows = [{"text": "a"}, {"text": "a cat"}]
         batch = MMDataCollator(processor, make_config())(rows)
         assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_files_inside_archives(tmp_path):
+    """How streamed data sets name what is not on the disk."""
+    archive = tmp_path / "pictures.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("0.png", png())
+    address = f"zip://0.png::{archive}"
+    batch = make_collator()([{"text": "a", "image": {"path": address, "bytes": None}, "score": 1}])
+    assert torch.equal(
+        batch["pixel_values"], make_collator()([{"text": "a", "image": png(), "score": 1}])["pixel_values"]
+    )
+    row = {"text": "a", "image": {"path": address.replace("0.png", "1.png"), "bytes": None}, "score": 1}
+    assert "row 0 of the batch, column 'image': 'zip://1.png" in message_of(make_collator(), [row])

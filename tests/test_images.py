@@ -420,3 +420,27 @@ class TestKeys:
         content = to_bytes(PICTURE)
         assert image_key({"bytes": content, "path": "a.png"}) == image_key({"bytes": content, "path": "b.png"})
         assert image_key({"bytes": b"1", "path": "a.png"}) != image_key({"bytes": b"2", "path": "a.png"})
+
+
+def test_an_answer_cut_short_is_an_error_of_the_network():
+    """Half a file, and an address that is none: told as what could not be fetched, not as a failure of this program."""
+    from mm_transformers.model.files import fetch
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"half")
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(OSError, match="IncompleteRead"):
+            fetch(f"http://127.0.0.1:{server.server_port}/x")
+        server.shutdown()
+    for address in ("http://[bad", "http://127.0.0.1:1/a b"):
+        with pytest.raises(OSError):  # noqa: PT011
+            fetch(address)

@@ -11,6 +11,7 @@ from tiny import (
     FUSION_KINDS,
     TEXT_ENCODERS,
     VISION_ENCODERS,
+    make_batch,
     make_clip,
     make_config,
     make_feature_extractor,
@@ -188,3 +189,45 @@ def test_config_round_trip(tmp_path):
     assert loaded.to_dict() == config.to_dict()
     assert loaded.modalities == ["vision", "audio"]
     assert loaded.modality_dropout_probabilities == {"text": 0.1, "audio": 0.3}
+
+
+def test_tokenizers_without_special_tokens_leave_a_place():
+    inputs = PROCESSOR(text=[None, ""], images=[make_image(0), make_image(1)], add_special_tokens=False)
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (2, 1)
+    assert make_model(audio="wav2vec2")(**inputs).logits["topic"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": None}, "Give the texts as input_ids or inputs_embeds"),
+        ({"image_index": torch.zeros(1, 1)}, "image_index must hold integers in the shape .* but is of torch.float32"),
+        ({"audio_attention_mask": torch.ones(3, 9)}, "audio_attention_mask has 3 rows for 1 clips"),
+    ],
+)
+def test_inputs_that_cannot_be(inputs, message):
+    model = make_model(audio="wav2vec2")
+    with pytest.raises(ValueError, match=message):
+        model(**make_inputs([("text", "images", "audio")]) | inputs)
+
+
+def test_no_images_in_a_tensor():
+    model, inputs = make_model(), make_inputs([("text",)])
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "image_index")}
+    torch.testing.assert_close(
+        model(**inputs, pixel_values=torch.zeros(0, 3, 32, 32)).logits["topic"], model(**inputs).logits["topic"]
+    )
+
+
+def test_words_that_dropout_takes_away_have_no_label():
+    model = make_model(modality_dropout={"text": 0.5}).train()
+    batch = make_batch()
+    seen = {}
+    model.model.register_forward_hook(lambda module, args, output: seen.update(kept=output.kept["text"]))
+    torch.manual_seed(1)
+    outputs = model(**batch)
+    task = model.tasks["entities"]
+    labels = batch["labels"]["entities"].masked_fill(~seen["kept"][:, None], -100)
+    assert not seen["kept"].all()
+    total, count = task.loss(outputs.logits["entities"], labels)
+    torch.testing.assert_close(outputs.losses["entities"], total / count)

@@ -404,3 +404,59 @@ def test_it_is_saved(tmp_path):
         for name, value in model(**batch).logits.items():
             torch.testing.assert_close(loaded(**batch).logits[name], value)
     assert Path(tmp_path, "config.json").read_text().count('"retrieval"') == 1
+
+
+def test_what_dropout_takes_away_is_no_pair():
+    """Rows that lose their picture in this step teach neither which picture is theirs nor that it matches."""
+    tasks = [FIND, Matching("match")]
+    model = make_pair_model(tasks, modality_dropout={"vision": 0.5}, fusion_dropout=0.0, classifier_dropout=0.0).train()
+    rows = [
+        {"text": f"the {word}", "image": make_image(i)} for i, word in enumerate(["cat", "dog", "sun", "rain", "bat"])
+    ]
+    batch = MMDataCollator(make_processor(), model.config)(rows)
+    seen = {}
+    model.model.register_forward_hook(lambda module, args, output: seen.update(output=output))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        outputs = model(**batch)
+        kept = seen["output"].kept["vision"]
+        vectors = outputs.logits["find"][kept].tolist()
+        expected = loss_by_loops(vectors, batch["labels"]["find"][kept].tolist()) / max(int(kept.sum()), 1)
+        assert outputs.losses["find"].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        known = ~outputs.logits["match"].isnan()
+        assert known[:, 0].all()
+        assert known[:, 1].tolist() == [bool(k) and int(kept.sum()) > 1 for k in kept]
+
+
+def test_half_precision_knows_no_nan():
+    model = make_pair_model([FIND, Matching("match")]).half()
+    batch = MMDataCollator(make_processor(), model.config)(ROWS)
+    batch["pixel_values"] = batch["pixel_values"].half()
+    for training in (False, True):
+        outputs = model.train(training)(**batch)
+        assert outputs.logits["find"].isfinite().all()
+        assert (outputs.logits["find"][4, 1] == 0).all()
+        assert outputs.loss.isfinite()
+
+
+def test_one_vector_per_row_where_rows_are_asked_for():
+    model, processor = make_pair_model([FIND]), make_processor()
+    frames = [make_image(i) for i in range(3)]
+    inputs = processor(
+        text=["a", "b", "c", "d"], images=[make_image(7), None, [make_image(7), make_image(8)], None],
+        videos=[None, None, None, frames],
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model(**inputs).logits["find"][:, 1], dim=-1)
+    torch.testing.assert_close(model.encode_image(**inputs), expected)
+    with pytest.raises(ValueError, match="encode_audio needs sound: input_values or input_features"):
+        model.encode_audio()
+
+
+@pytest.mark.parametrize("cell", [np.int64(3), torch.tensor(3), 3.0, np.float64(3.0)])
+def test_ids_as_tables_hold_them(cell):
+    collator = MMDataCollator(make_processor(), make_config(tasks=[Retrieval("find", column="subject")]))
+    rows = [{**ROWS[0], "subject": cell}, {**ROWS[1], "subject": 3}, {**ROWS[3], "subject": np.False_}]
+    labels = collator(rows)["labels"]["find"]
+    assert labels[0, 2] == labels[1, 2] >= 0
+    assert (labels[2] == -100).all()

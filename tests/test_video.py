@@ -210,3 +210,30 @@ def test_it_learns_which_way_time_runs(tmp_path, caplog):
         )
         trainer.train()
         assert trainer.evaluate(rows(48, 1))["eval_dawn_accuracy"] > 0.9
+
+
+def test_frames_for_which_there_is_no_vector():
+    config = make_config(frame_embedding="learned", num_frames=3, tasks=[Classification("x", labels=["a", "b"])])
+    with pytest.raises(ValueError, match="takes 8 frames of a video, but the model has learned vectors for 3: set"):
+        MMDataCollator(make_processor(), config)
+    model = make_model(frame_embedding="learned", num_frames=3)
+    with pytest.raises(ValueError, match="frame_index must be less than 3, the num_frames of the config"):
+        model(**make_processor()(text="a", videos=make_frames(5)))
+
+
+def test_num_frames_can_be_set_when_loading(tmp_path):
+    processor = make_processor()
+    processor.num_frames = 5
+    processor.save_pretrained(tmp_path)
+    assert type(processor).from_pretrained(tmp_path).num_frames == 5
+    assert type(processor).from_pretrained(tmp_path, num_frames=3).num_frames == 3
+
+
+def test_a_shared_video_is_decoded_once(monkeypatch):
+    from mm_transformers.model import processing_mm_transformer as module
+
+    calls = []
+    monkeypatch.setattr(module, "load_frames", lambda video, n: calls.append(1) or load_frames(video, n))
+    video = make_frames(6)
+    make_processor()(text=["a", "b", "c"], videos=[video, video, None])
+    assert len(calls) == 1

@@ -67,6 +67,11 @@ class MMDataCollator:
         if on_bad_file not in ("raise", "drop"):
             raise ValueError(f"on_bad_file must be 'raise' or 'drop', but is {on_bad_file!r}.")
         check_tokenizer(processor.tokenizer, config)
+        if config.frame_embedding == "learned" and processor.num_frames > config.num_frames:
+            raise ValueError(
+                f"The processor takes {processor.num_frames} frames of a video, but the model has learned vectors for "
+                f"{config.num_frames}: set processor.num_frames = {config.num_frames}."
+            )
         self.processor = processor
         self.tasks = config.get_tasks()
         self.takes_images = config.vision_config is not None

@@ -81,7 +81,7 @@ class MediaColumn:
 
     def _load(self, cell: Any, name: str) -> Any:
         try:
-            return self.load(cell)
+            return self.load(_at_hand(cell))
         except ValueError as error:
             where = f"{name}, column {self.column!r}: {error}"
             if self.on_bad_file == "raise":
@@ -91,3 +91,17 @@ class MediaColumn:
             if int(self.num_bad_files) == 0:
                 logger.warning(f"{where}; treated as absent.")
             return None
+
+
+def _at_hand(cell: Any) -> Any:
+    """The bytes of what a streamed data set names by an address of its own, as `zip://...` or `hf://...`."""
+    path = cell.get("path") if isinstance(cell, Mapping) and cell.get("bytes") is None else None
+    if not isinstance(path, str) or "://" not in path or path.startswith(("http://", "https://")):
+        return cell
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with xopen(path, "rb") as file:
+            return {"bytes": file.read(), "path": path}
+    except (OSError, KeyError) as error:  # a KeyError: no such member of an archive
+        raise ValueError(f"{path!r} cannot be opened ({error})") from error

@@ -23,6 +23,7 @@ _UNUSED_PARAMETERS_OF = {
     "convnextv2": (r"^layernorm\.",),
     "siglip_text_model": (r"(^|\.)head\.",),
     "siglip_vision_model": (r"(^|\.)head\.",),
+    "wav2vec2-conformer": (r"(^|\.)pos_conv_embed\.",),
 }
 
 # Text encoders that number positions from `pad_token_id + 1`, so that fewer are left than the table has.
@@ -122,7 +123,7 @@ def without_random_skips(config: PreTrainedConfig) -> PreTrainedConfig:
     for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
         if getattr(config, name, 0):
             setattr(config, name, 0.0)
-    if getattr(config, "apply_spec_augment", False):
+    if hasattr(config, "mask_time_prob"):
         config.apply_spec_augment = False
     return config
 
@@ -137,29 +138,49 @@ def audio_token_mask(
     Args:
         attention_mask (num_clips, samples or frames): 1 where the clip is, at the rate of the encoder's input.
     """
-    if attention_mask is None or not hasattr(model, "_get_feat_extract_output_lengths"):
+    if attention_mask is None:
         return None
+    if not hasattr(model, "_get_feat_extract_output_lengths"):
+        return attention_mask.bool() if attention_mask.shape[1] == num_tokens else None
     lengths = model._get_feat_extract_output_lengths(attention_mask.sum(-1)).to(torch.int64)
     return torch.arange(num_tokens, device=attention_mask.device) < lengths[:, None]
 
 
+def takes_audio_mask(model: PreTrainedModel) -> bool:
+    """Whether an audio encoder heeds a mask of its input; Whisper does not."""
+    return "attention_mask" in inspect.signature(model.forward).parameters and model.config.model_type != "whisper"
+
+
 def blank_input(config: PreTrainedConfig, modality: str) -> dict[str, torch.Tensor]:
-    """The smallest input that an encoder of images or sound takes, of zeros: one item."""
+    """
+    A small input of an encoder of images or sound, of zeros: one item.
+
+    Raises:
+        ValueError: if it is not known what the encoder takes.
+    """
     if modality == "vision":
         size = getattr(config, "image_size", None) or 224
         height, width = size[-2:] if isinstance(size, (list, tuple)) else (size, size)
         return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), height, width)}
-    bins = getattr(config, "num_mel_bins", None)
-    if getattr(config, "max_source_positions", None) is not None:  # Whisper
-        return {"input_features": torch.zeros(1, bins, 2 * config.max_source_positions)}
-    if bins is not None:  # AST
-        return {"input_values": torch.zeros(1, config.max_length, bins)}
-    return {"input_values": torch.zeros(1, min_audio_samples(config))}
+    if getattr(config, "conv_kernel", None) and getattr(config, "conv_stride", None):  # of waveforms
+        return {"input_values": torch.zeros(1, min_audio_samples(config, 4 * getattr(config, "squeeze_factor", 1)))}
+    if config.model_type == "whisper":
+        return {"input_features": torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)}
+    if config.model_type == "audio-spectrogram-transformer":
+        return {"input_values": torch.zeros(1, config.max_length, config.num_mel_bins)}
+    if hasattr(config, "feature_projection_input_dim"):  # Wav2Vec2-BERT
+        return {"input_features": torch.zeros(1, 8, config.feature_projection_input_dim)}
+    if hasattr(config, "input_feat_per_channel"):  # Speech2Text
+        return {"input_features": torch.zeros(1, 16, config.input_feat_per_channel * config.input_channels)}
+    raise ValueError(
+        f"{config.model_type!r} cannot be the audio encoder: it is not known what it takes; choose one of the kinds of "
+        "Wav2Vec2, HuBERT, WavLM, Whisper or AST."
+    )
 
 
-def min_audio_samples(config: PreTrainedConfig) -> int:
-    """How many samples of sound give the first token of an encoder that takes waveforms; 1 for other encoders."""
-    samples = 1
+def min_audio_samples(config: PreTrainedConfig, num_tokens: int = 1) -> int:
+    """How many samples of sound give so many tokens of an encoder that takes waveforms; as many for others."""
+    samples = num_tokens
     kernels, strides = getattr(config, "conv_kernel", ()), getattr(config, "conv_stride", ())
     for kernel, stride in reversed(list(zip(kernels, strides, strict=True))):
         samples = (samples - 1) * stride + kernel
@@ -193,6 +214,8 @@ def _check_config(config: PreTrainedConfig, modality: str) -> Optional[type[PreT
             f"{' or '.join(map(repr, wanted))}."
         )
     encoder_width(config)
+    if modality == "audio":
+        blank_input(config, modality)
     return cls
 
 

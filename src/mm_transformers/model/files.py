@@ -1,6 +1,7 @@
 """What images, videos and sounds in a table have in common: paths, addresses, bytes, and dicts with one of these."""
 
 import hashlib
+import http.client
 import os
 import urllib.request
 from collections.abc import Hashable, Mapping
@@ -41,8 +42,11 @@ def is_url(content: Any) -> bool:
 def fetch(url: str) -> bytes:
     """
     Raises:
-        OSError: if there is no answer within 30 seconds, or it is an error.
+        OSError: if there is no answer within 30 seconds, it is an error, or it is cut short.
     """
-    request = urllib.request.Request(url, headers={"User-Agent": "mm-transformers"})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return response.read()
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "mm-transformers"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.read()
+    except (ValueError, http.client.HTTPException) as error:  # a wrong address, half an answer
+        raise OSError(str(error)) from error

@@ -17,6 +17,7 @@ from .encoders import (
     build_encoder,
     encoder_width,
     min_audio_samples,
+    takes_audio_mask,
 )
 from .fusion import Stream, fusion_class
 from .fusion_layers import StreamProjection, masked_mean
@@ -69,6 +70,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             self.frame_embedding = FrameEmbedding(config.frame_embedding, config.num_frames, config.fusion_hidden_size)
         if config.audio_config is not None:
             self.audio_model = audio_model or build_encoder(config.audio_config, "audio")
+            self.audio_takes_mask = takes_audio_mask(self.audio_model)
             self.audio_projection = StreamProjection(config, encoder_width(config.audio_config))
         self.post_init()
 
@@ -127,23 +129,27 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             ValueError: if the images or clips do not fit the rows, or the model has no encoder for them.
         """
         text = input_ids if input_ids is not None else inputs_embeds
+        if text is None:
+            raise ValueError("Give the texts as input_ids or inputs_embeds; attention_mask 0 says that there are none.")
         batch_size, device = text.shape[0], text.device
         if attention_mask is None:
             attention_mask = torch.ones(text.shape[:2], dtype=torch.int64, device=device)
         items: dict[str, Any] = {
-            "vision": {} if pixel_values is None else {"pixel_values": pixel_values},
-            "audio": {
-                name: value
-                for name, value in {"input_values": input_values, "input_features": input_features}.items()
-                if value is not None
-            },
+            "vision": {"pixel_values": pixel_values},
+            "audio": {"input_values": input_values, "input_features": input_features},
         }
+        for name, values in items.items():
+            items[name] = {key: value for key, value in values.items() if value is not None and len(value) > 0}
         index = {
             "vision": self._index("vision", image_index, items["vision"], batch_size, device),
             "audio": self._index("audio", audio_index, items["audio"], batch_size, device),
         }
-        if audio_attention_mask is not None:
+        if audio_attention_mask is not None and items["audio"]:
+            num_clips = len(next(iter(items["audio"].values())))
+            if len(audio_attention_mask) != num_clips:
+                raise ValueError(f"audio_attention_mask has {len(audio_attention_mask)} rows for {num_clips} clips.")
             items["audio"]["attention_mask"] = audio_attention_mask
+        kept = None
         if self.training and self.config.modality_dropout_probabilities:
             present = {name: (index[name] >= 0).any(-1) for name in self.config.modalities}
             present["text"] = attention_mask.bool().any(-1)
@@ -157,19 +163,21 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             stream = self._encode_items(name, items[name], index[name], frame_index if name == "vision" else None)
             if stream is not None:
                 encoded[name] = stream
-        return self.fuse(encoded, output_attentions, output_hidden_states)
+        return self.fuse(encoded, output_attentions, output_hidden_states, kept)
 
     def fuse(
         self,
         encoded: dict[str, Stream],
         output_attentions: Optional[bool] = None,
         output_hidden_states: Optional[bool] = None,
+        kept: Optional[dict[str, torch.Tensor]] = None,
     ) -> MMTransformerModelOutput:
         """
         What [`forward`] does after the encoders have run.
 
         Args:
             encoded: modality -> its tokens; "text" and whatever else there is.
+            kept: modality -> (batch,) bool, what modality dropout has left of each row.
         """
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -191,6 +199,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             pooler_output=masked_mean(last_hidden_state, text.mask),
             attention_mask=text.mask,
             encoded=encoded,
+            kept=kept,
             hidden_states=fused.all_hidden_states if fused is not None else None,
             attentions=fused.attentions if fused is not None else None,
             cross_attentions=fused.cross_attentions if fused is not None else None,
@@ -247,6 +256,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
                         f"frame_index must have the shape of image_index, {tuple(index.shape)}, but has "
                         f"{tuple(frame_index.shape)}."
                     )
+                self.frame_embedding.check(frame_index)
                 offsets = self.frame_embedding(frame_index, tokens.dtype)
             elif self.training and self.config.frame_embedding == "learned":
                 # It too takes part in every step.
@@ -257,15 +267,14 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         """The tokens of each item, (num_items, tokens per item, fusion_hidden_size), and where they are none."""
         encoder, projection = getattr(self, f"{name}_model"), getattr(self, f"{name}_projection")
         attention_mask = items.get("attention_mask")
-        dtype = projection.linear.weight.dtype
-        inputs = {key: value.to(dtype) for key, value in items.items() if key != "attention_mask"}
+        inputs = {key: value.to(encoder.dtype) for key, value in items.items() if key != "attention_mask"}
         if "input_values" in inputs:
             shortest = min_audio_samples(encoder.config)
             if inputs["input_values"].shape[-1] < shortest:
                 raise ValueError(f"The audio encoder needs clips of at least {shortest} samples.")
-            if attention_mask is not None:
-                inputs["attention_mask"] = attention_mask
-        tokens = as_tokens(encoder(**inputs).last_hidden_state)
+        if attention_mask is not None and self.audio_takes_mask:
+            inputs["attention_mask"] = attention_mask
+        tokens = as_tokens(encoder(**inputs).last_hidden_state).to(projection.layer_norm.weight.dtype)
         mask = audio_token_mask(encoder, tokens.shape[1], attention_mask) if name == "audio" else None
         return projection(tokens), mask
 
@@ -358,6 +367,9 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
         logits = self.heads(outputs)
         loss = losses = None
         if labels is not None:
+            if outputs.kept is not None:
+                labels = {name: self.tasks[name].labels_left(value, outputs.kept) if name in self.tasks else value
+                          for name, value in labels.items()}  # fmt: skip
             for name, task in self.tasks.items():
                 if task.needs_decoder:
                     logits[name] = self.read_written(task, outputs, labels.get(name))

@@ -22,6 +22,8 @@ class MMTransformerModelOutput(ModelOutput):
         encoded (`dict[str, Stream]`):
             What the encoders gave before the fusion: modality -> its tokens and their mask. Without a modality of which
             the batch has nothing.
+        kept (`dict[str, torch.BoolTensor]`, *optional*, in training with modality dropout):
+            Modality -> `(batch,)`, which rows have it after dropout.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, when `output_hidden_states=True`):
             Text tokens before and after each fusion layer, `(batch, text_len, fusion_hidden_size)`.
         attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
@@ -36,6 +38,7 @@ class MMTransformerModelOutput(ModelOutput):
     pooler_output: Optional[torch.Tensor] = None
     attention_mask: Optional[torch.Tensor] = None
     encoded: Optional[dict[str, Any]] = None
+    kept: Optional[dict[str, torch.Tensor]] = None
     hidden_states: Optional[tuple[torch.Tensor, ...]] = None
     attentions: Optional[tuple[torch.Tensor, ...]] = None
     cross_attentions: Optional[tuple[torch.Tensor, ...]] = None

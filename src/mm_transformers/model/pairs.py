@@ -8,7 +8,7 @@ import torch
 from .fusion_base import Stream
 from .fusion_layers import masked_mean
 from .modeling_outputs import MMTransformerModelOutput
-from .task_base import LabelContext, is_missing
+from .task_base import LabelContext, as_scalar, is_missing
 
 
 def fingerprint(content: Any) -> int:
@@ -24,10 +24,13 @@ def encode_pair(name: str, value: Any) -> Optional[int]:
     Raises:
         ValueError: if it is neither truth value nor id.
     """
+    value = as_scalar(value)
     if is_missing(value) or value is False:
         return None
     if value is True:
         return -1
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # tables with empty cells store integers as floats
     if not isinstance(value, (str, int)):
         raise ValueError(
             f"task {name!r}: expected the id of what text and {name} are about, True, False or None, but got {value!r} "
@@ -57,6 +60,11 @@ def matching_pairs(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     same = queries[:, None] == keys[None]
     same[..., 2] &= queries[:, None, 2] != -1
     return same.any(-1) & (queries[:, None, 0] != -100) & (keys[None, :, 0] != -100)
+
+
+def labels_of_pairs_left(labels: torch.Tensor, kept: dict[str, torch.Tensor], modality: str) -> torch.Tensor:
+    """A row that modality dropout has taken text or item from is no pair any more."""
+    return labels.masked_fill(~(kept["text"] & kept[modality])[:, None], -100)
 
 
 class PairReading:
@@ -99,24 +107,44 @@ class PairReading:
         return getattr(self.heads, name).embed_text(stream)
 
     @torch.no_grad()
-    def encode_image(self, pixel_values: torch.Tensor, task: Optional[str] = None, **kwargs) -> torch.Tensor:
+    def encode_image(
+        self,
+        pixel_values: torch.Tensor,
+        image_index: Optional[torch.Tensor] = None,
+        frame_index: Optional[torch.Tensor] = None,
+        task: Optional[str] = None,
+        **kwargs,
+    ) -> torch.Tensor:
         """
         The same for pictures, (num_images, channels, height, width) -> (num_images, embedding_size). Nothing but the
-        vision encoder runs.
+        vision encoder runs. With `image_index` (and `frame_index`, for videos) one vector per row, as the model learns
+        them: (batch, embedding_size), 0 where a row has none.
         """
-        return self._embed_items("vision", task, {"pixel_values": pixel_values})
+        return self._embed_items("vision", task, {"pixel_values": pixel_values}, image_index, frame_index)
 
     @torch.no_grad()
     def encode_audio(self, task: Optional[str] = None, **inputs: torch.Tensor) -> torch.Tensor:
-        """The same for sounds: `input_values` or `input_features`, and `audio_attention_mask`."""
+        """The same for sounds: `input_values` or `input_features`, `audio_attention_mask` and `audio_index`."""
         wanted = ("input_values", "input_features")
         items: dict[str, torch.Tensor] = {name: inputs[name] for name in wanted if name in inputs}
         if "audio_attention_mask" in inputs:
             items["attention_mask"] = inputs["audio_attention_mask"]
-        return self._embed_items("audio", task, items)
+        if not set(items) & set(wanted):
+            raise ValueError("encode_audio needs sound: input_values or input_features, as the processor gives them.")
+        return self._embed_items("audio", task, items, inputs.get("audio_index"))
 
-    def _embed_items(self, modality: str, task: Optional[str], items: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _embed_items(
+        self,
+        modality: str,
+        task: Optional[str],
+        items: dict[str, torch.Tensor],
+        index: Optional[torch.Tensor] = None,
+        frame_index: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
         name = self._retrieval_task(task, modality)
+        if index is not None:
+            rows = self.model._index(modality, index, items, index.shape[0], index.device)
+            return getattr(self.heads, name).embed_item(self.model._encode_items(modality, items, rows, frame_index))
         tokens, mask = self.model._tokens(modality, items)
         if mask is None:
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -144,7 +172,7 @@ class PairReading:
 
         In training the others are drawn in proportion to the softmax of their similarity, in evaluation the most
         similar are taken (ALBEF, https://arxiv.org/abs/2107.07651, section 3.2). Similarity is that of a [`Retrieval`]
-        task of the same modality; without one all are equally likely.
+        task of the same modality; without one, all are equally similar (and in evaluation the first is taken).
         """
         modality = self.tasks[name].modality
         if modality not in outputs.encoded:

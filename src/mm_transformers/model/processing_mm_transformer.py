@@ -65,13 +65,15 @@ class MMTransformerProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        num_frames = kwargs.pop("num_frames", None)
         saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         parts = {"tokenizer": AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)}
         for name, auto_class in (("image_processor", AutoImageProcessor), ("feature_extractor", AutoFeatureExtractor)):
             if not saved or name in saved:
                 parts[name] = auto_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        options = {"num_frames": saved["num_frames"]} if saved and "num_frames" in saved else {}
-        return cls(**parts, **options)
+        if num_frames is None:
+            num_frames = (saved or {}).get("num_frames", 8)
+        return cls(**parts, num_frames=num_frames)
 
     @classmethod
     def from_encoders(
@@ -204,6 +206,10 @@ class MMTransformerProcessor(ProcessorMixin):
             options.update(padding=padding, truncation=True, max_length=max_length)
             encoding = tokenizer(text, **options)
         data = dict(encoding)
+        if data["input_ids"].shape[1] == 0:
+            # No text, and a tokenizer without special tokens: one place for the model to put its own vector.
+            data = {name: value.new_zeros(len(text), 1, *value.shape[2:]) for name, value in data.items()}
+            data["input_ids"] += tokenizer.pad_token_id or 0
         if return_word_index:
             offsets = data.pop("offset_mapping").tolist()
             data["word_index"] = torch.tensor([index_words(t, o) for t, o in zip(text, offsets, strict=True)])
@@ -212,14 +218,17 @@ class MMTransformerProcessor(ProcessorMixin):
     def _process_images(self, images: list[Any], videos: list[Any]) -> dict[str, torch.Tensor]:
         distinct = _Distinct()
         index, frames = [], []
+        decoded: dict[Hashable, list[Any]] = {}
         for entry, video in zip(images, videos, strict=True):
             row = [distinct.add(image_key(image), functools.partial(load_image, image)) for image in as_list(entry)]
             numbers = [-1] * len(row)
             if not is_null(video):
-                pictures = load_frames(video, self.num_frames)
-                for number, picture in enumerate(pictures):
-                    row.append(distinct.add((video_key(video), number), functools.partial(load_image, picture)))
-                numbers += range(len(pictures))
+                key = video_key(video)
+                if key not in decoded:
+                    decoded[key] = load_frames(video, self.num_frames)
+                for number, picture in enumerate(decoded[key]):
+                    row.append(distinct.add((key, number), functools.partial(load_image, picture)))
+                numbers += range(len(decoded[key]))
             index.append(row)
             frames.append(numbers)
         if distinct.items and self.image_processor is None:

@@ -36,13 +36,26 @@ class FrameEmbedding(nn.Module):
 
     def __init__(self, kind: str, num_frames: int, width: int):
         super().__init__()
-        self.kind, self.width = kind, width
+        self.kind, self.num_frames, self.width = kind, num_frames, width
         if kind == "learned":
             self.weight = nn.Parameter(torch.zeros(num_frames, width))
 
     def init_own_parameters(self, std: float):
         if self.kind == "learned":
             init.normal_(self.weight, mean=0.0, std=std)
+
+    def check(self, frame_index: torch.Tensor) -> None:
+        """
+        Raises:
+            ValueError: if there is no vector for one of the frames.
+        """
+        if self.kind == "learned":
+            known = (frame_index < self.num_frames).all()
+            message = f"frame_index must be less than {self.num_frames}, the num_frames of the config."
+            if torch.compiler.is_compiling():
+                torch._assert_async(known, message)
+            elif not known:
+                raise ValueError(message)
 
     def forward(self, frame_index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """(...) int64, -1 where there is no frame but a picture -> (..., width), 0 there"""
@@ -75,9 +88,10 @@ def check_index(
             )
         first = torch.arange(batch_size, device=device)[:, None]
         return first if num_items else torch.full_like(first, -1)
-    if index.ndim != 2 or index.shape[0] != batch_size:
+    if index.ndim != 2 or index.shape[0] != batch_size or index.is_floating_point():
         raise ValueError(
-            f"{name} must have the shape (batch, max_{items}) with batch = {batch_size}, but has {tuple(index.shape)}."
+            f"{name} must hold integers in the shape (batch, max_{items}) with batch = {batch_size}, but is of "
+            f"{index.dtype} in the shape {tuple(index.shape)}."
         )
     in_range = ((index >= -1) & (index < num_items)).all()
     message = f"{name} must hold numbers from -1 (none) to {num_items - 1} (there are {num_items} {items})."

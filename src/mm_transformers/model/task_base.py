@@ -165,6 +165,15 @@ class Task:
         """
         raise NotImplementedError
 
+    def labels_left(self, labels: torch.Tensor, kept: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        The labels that modality dropout leaves: of rows that have lost their text, none for words.
+
+        Args:
+            kept: "text" or modality -> (batch,) bool, whether the row has it.
+        """
+        return labels.masked_fill(~kept["text"][:, None], -100) if self.is_token_level else labels
+
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the losses over what is labelled, and how many of those there are, as two 0-dim float32 tensors."""
         raise NotImplementedError

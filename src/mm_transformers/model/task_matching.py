@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .pairs import encode_pair, pair_ids
+from .pairs import encode_pair, labels_of_pairs_left, pair_ids
 from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, as_scalar, is_missing, register_task
 from .task_retrieval import check_modality
 
@@ -69,6 +69,9 @@ class Matching(Task):
 
     def num_labelled(self, labels: torch.Tensor) -> torch.Tensor:
         return (labels[:, 0] != -100).sum().float()
+
+    def labels_left(self, labels: torch.Tensor, kept: dict[str, torch.Tensor]) -> torch.Tensor:
+        return labels_of_pairs_left(labels, kept, self.modality)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each row the mean over its forms."""

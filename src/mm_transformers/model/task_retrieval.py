@@ -11,7 +11,7 @@ from transformers import initialization as init
 from .distributed import gather_rows
 from .encoders import encoder_width
 from .fusion_base import Stream
-from .pairs import encode_pair, matching_pairs, pair_ids, pooled
+from .pairs import encode_pair, labels_of_pairs_left, matching_pairs, pair_ids, pooled
 from .task_base import NO_CONTEXT, LabelContext, Task, register_task
 
 
@@ -82,6 +82,9 @@ class Retrieval(Task):
     def num_labelled(self, labels: torch.Tensor) -> torch.Tensor:
         return (labels[:, 0] != -100).sum().float()
 
+    def labels_left(self, labels: torch.Tensor, kept: dict[str, torch.Tensor]) -> torch.Tensor:
+        return labels_of_pairs_left(labels, kept, self.modality)
+
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # In evaluation, processes may be at different places.
         together = logits.requires_grad
@@ -126,12 +129,12 @@ class RetrievalHead(nn.Module):
         init.constant_(self.logit_scale, math.log(1 / self.temperature))
 
     def embed_text(self, stream: Stream) -> torch.Tensor:
-        return nn.functional.normalize(self.text_projection(pooled(stream)), dim=-1)
+        return unit_vectors(self.text_projection(pooled(stream)))
 
     def embed_item(self, stream: Stream) -> torch.Tensor:
         """Of length 1; 0 where there is no item."""
-        vectors = nn.functional.normalize(self.item_projection(pooled(stream)), dim=-1)
-        return vectors * stream.present[:, None]
+        vectors = unit_vectors(self.item_projection(pooled(stream)))
+        return torch.where(stream.present[:, None], vectors, 0)
 
     def forward(self, outputs: Any) -> torch.Tensor:
         text = self.embed_text(outputs.encoded["text"])
@@ -139,6 +142,11 @@ class RetrievalHead(nn.Module):
         item = torch.zeros_like(text) if stream is None else self.embed_item(stream)
         scale = (self.logit_scale.float().clamp(max=MAX_LOG_SCALE) / 2).exp()
         return torch.stack([text, item], 1) * scale
+
+
+def unit_vectors(vectors: torch.Tensor) -> torch.Tensor:
+    """In float32, because half precision has no number as small as what keeps the length of a zero from being 0."""
+    return nn.functional.normalize(vectors.float(), dim=-1).to(vectors.dtype)
 
 
 def check_modality(task: Any) -> None:
