@@ -157,6 +157,8 @@ def test_rule_3_tokens_see_tokens(fusion):
 
     def answer(features):
         class Encoder(nn.Module):
+            dtype = torch.float32
+
             def forward(self, pixel_values):
                 return type("Output", (), {"last_hidden_state": features})
 

@@ -97,8 +97,6 @@ def make_config(tokenizer: PreTrainedTokenizerFast, fusion_type: str, with_image
         fusion_type=fusion_type,
         num_fusion_layers=1,
         initializer_range=0.1,
-        # So that the model also learns to answer without.
-        modality_dropout={"vision": 0.15} if with_images else 0.0,
         tasks=make_tasks(tokenizer),
     )
 
