@@ -143,7 +143,8 @@ class StreamProjection(nn.Module):
         self.linear = nn.Linear(input_size, config.fusion_hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.layer_norm(hidden_states))
+        # A frozen encoder may be kept in another precision.
+        return self.linear(self.layer_norm(hidden_states.to(self.layer_norm.weight.dtype)))
 
 
 def concatenate(streams: list[Stream]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -274,7 +274,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
                 raise ValueError(f"The audio encoder needs clips of at least {shortest} samples.")
         if attention_mask is not None and self.audio_takes_mask:
             inputs["attention_mask"] = attention_mask
-        tokens = as_tokens(encoder(**inputs).last_hidden_state).to(projection.layer_norm.weight.dtype)
+        tokens = as_tokens(encoder(**inputs).last_hidden_state)
         mask = audio_token_mask(encoder, tokens.shape[1], attention_mask) if name == "audio" else None
         return projection(tokens), mask
 
