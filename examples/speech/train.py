@@ -244,7 +244,7 @@ def main() -> None:
         data = build_data(args.output_dir / "sounds")
     console.print(f"{len(data['train']):,} sentences to learn from, {len(data['test']):,} to be tested on")
     processor = make_processor(data["train"])
-    results: dict[str, list[dict[str, float]]] = {}
+    results: dict[str, list[dict[str, float]]] = {MAJORITY: [commonest(data["test"])]}
     for view, title in VIEWS.items():
         for seed in range(args.seeds):
             began = time.perf_counter()
@@ -259,7 +259,8 @@ def main() -> None:
                     trainer.save_model(str(args.output_dir / "model"))
             shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in results[title][-1].items())
             console.print(f"{title}, seed {seed}: {shown}, in {time.perf_counter() - began:.0f} s")
-    results[MAJORITY] = [commonest(data["test"])]
+            report = {"settings": {"seeds": args.seeds, "steps": args.steps}, "accuracy": results}
+            (args.output_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     table = Table(title="Accuracy in %, mean ± standard deviation over seeds; voices and sentences never heard before")
     table.add_column("what the model has", style="bold", no_wrap=True)
     for column in results[MAJORITY][0]:
@@ -267,13 +268,11 @@ def main() -> None:
     for name, runs in results.items():
         cells = []
         for column in runs[0]:
-            values = [100 * run[column] for run in runs]
+            values = [100 * run[column] for run in runs if not np.isnan(run[column])]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append("-" if np.isnan(values[0]) else f"{statistics.mean(values):.1f}{spread}")
+            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "–")
         table.add_row(name, *cells)
     console.print(table)
-    report = {"settings": {"seeds": args.seeds, "steps": args.steps}, "accuracy": results}
-    (args.output_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     console.print(f"Wrote results.json and model/ to {args.output_dir}, in {time.perf_counter() - start:.0f} s.")
 
 
