@@ -467,3 +467,114 @@ def test_vocabulary_grows(kind, tmp_path):
     loaded = MMTransformerForMultiTask.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(**batch, labels=LABELS).loss, after.loss)
     assert loaded.generate(**batch).tolist() == model.generate(**batch).tolist()
+
+
+def test_a_prompt_is_no_part_of_the_answer(tmp_path):
+    """What the decoder is told to start with, in words: metrics see what it has written itself."""
+    tokenizer = make_processor().tokenizer
+    prompt = [2, *tokenizer.convert_tokens_to_ids(["the", "red"])]
+    model = make_writer("bart", tasks=[Generation("german", max_length=8, decoder_start_ids=prompt)])
+    trainer = MMTrainer(model, make_args(tmp_path), processing_class=make_processor())
+    rows = make_rows()
+    output = trainer.predict(rows)
+    ids = output.predictions["german"]["generated_ids"]
+    inputs = make_processor()(text=list(rows["text"]), images=list(rows["image"]))
+    written = model.generate(**inputs)
+    assert (written[:, :3] == torch.tensor(prompt)).all()
+    for row, expected in zip(ids.tolist(), written[:, 3:].tolist(), strict=True):
+        assert [i for i in row if i not in (-100, 0)] == [i for i in expected if i != 0]
+
+
+def test_one_start_id_is_not_followed_by_a_forced_one():
+    model = make_writer("bart", tasks=[Generation("german", max_length=8, decoder_start_ids=[40])])
+    model.generation_config.forced_bos_token_id = 7
+    batch = make_batch(labels=False)
+    ids = model.generate(**batch)
+    logits = model(**batch, labels={"german": ids[:, 1:]}).logits["german"]
+    assert torch.equal(ids[:, 1], logits[:, 0].argmax(-1))
+    assert model.generation_config.forced_bos_token_id == 7
+
+
+def test_lengths_that_are_asked_for():
+    model, batch = make_writer("bart"), make_batch(labels=False)
+    model.generation_config.eos_token_id = None  # writes on and on
+    from transformers import GenerationConfig
+
+    assert model.generate(**batch).shape[1] == 1 + 8
+    assert model.generate(**batch, generation_config=GenerationConfig(num_beams=2)).shape[1] == 1 + 8
+    assert model.generate(**batch, generation_config=GenerationConfig(max_new_tokens=5)).shape[1] == 1 + 5
+    assert model.generate(**batch, max_new_tokens=3).shape[1] == 1 + 3
+    assert model.generate(**batch, word_index=torch.zeros(4, 9)).shape[1] == 1 + 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(eos_token_id=50), "ends a text with id 2, but the decoder stops at 50, so it would never stop: set"),
+        (dict(eos_token_id=None), "ends a text with id 2, but the decoder stops at None"),
+    ],
+)
+def test_a_decoder_that_would_never_stop(options, message):
+    decoder = DECODERS["bert"]()
+    for name, value in options.items():
+        setattr(decoder, name, value)
+    config = MMTransformerConfig(
+        text_config=TEXT_ENCODERS["bert"](), decoder_config=decoder, tasks=[Generation("german", max_length=8)]
+    )
+    with pytest.raises(ValueError, match=message):
+        MMDataCollator(make_processor(), config)
+
+
+def test_start_ids_that_the_decoder_does_not_know():
+    config = make_writer("bart", tasks=[Generation("german", max_length=8, decoder_start_ids=[5000])]).config
+    with pytest.raises(ValueError, match="decoder_start_ids holds 5000, but the decoder knows 99 tokens"):
+        MMDataCollator(make_processor(), config)
+
+
+def test_a_tokenizer_of_several_languages():
+    """As those of mBART, M2M100 and NLLB: it has to be said which language is to be written."""
+
+    class Multilingual(type(make_processor().tokenizer)):
+        tgt_lang = None
+
+        def __call__(self, *args, text_target=None, **kwargs):
+            if text_target is not None:
+                raise KeyError(None)  # as M2M100's does without a language
+            return super().__call__(*args, **kwargs)
+
+    processor = make_processor()
+    processor.tokenizer.__class__ = Multilingual
+    with pytest.raises(ValueError, match="Multilingual is for several languages; say which is to be written by"):
+        MMDataCollator(processor, make_writer("m2m100").config)
+    task = Generation("german", max_length=8, decoder_start_ids=[2, 40])
+    batch = MMDataCollator(processor, make_writer("m2m100", tasks=[task]).config)([{"text": "a", "german": "the cat"}])
+    assert batch["labels"]["german"][0].tolist()[-1] == 2
+
+
+def test_adapters_on_a_model_that_writes(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    adapters = LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["fusion", "vision_projection", "heads"]
+    )
+    model = get_peft_model(make_writer("bart", gates_open=False), adapters)
+    rows = make_rows()
+    trainer = MMTrainer(
+        model,
+        make_args(tmp_path, max_steps=1),
+        processing_class=make_processor(),
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert {"eval_german_bleu", "eval_german_loss", "eval_topic_accuracy"} <= set(metrics)
+
+
+def test_rouge_reads_every_script():
+    from mm_transformers.training.text_metrics import RougeL
+
+    metric = RougeL()
+    assert metric.compute(predictions=["嘿嘿 熊"], references=["嘿嘿 熊"]) == {"rouge_l": 1.0}
+    assert metric.compute(predictions=["schäl grän"], references=["schön grün"]) == {"rouge_l": 0.0}
+    assert metric.compute(predictions=["the red cat"], references=["the cat"])["rouge_l"] == pytest.approx(0.8)

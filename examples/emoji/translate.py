@@ -269,7 +269,7 @@ def main() -> None:
     for split, (num_rows, num_pairs) in counts.items():
         console.print(make_table(results, split, num_rows, num_pairs))
     draw_results(args.output_dir / "results.png", results)
-    console.print(f"Wrote results.json, results.png and model/ to {args.output_dir}, in {report['seconds']:.0f} s.")
+    console.print(f"Wrote {args.output_dir}, in {report['seconds']:.0f} s.")
 
 
 if __name__ == "__main__":

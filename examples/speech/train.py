@@ -89,7 +89,7 @@ def speak(path: Path, sentence: str, tone: str, voice: str, rng: random.Random) 
 
 
 def build_data(folder: Path) -> datasets.DatasetDict:
-    """Speaks all combinations of sentence, word, intent and voice, those of training once and those of testing once."""
+    """Speaks the combinations of sentence, word, tone and voice: half of those of training, all of those of testing."""
     splits = {}
     rng = random.Random(0)
     for split in ("train", "test"):

@@ -43,6 +43,10 @@ def contrastive_accuracy(
         right_scores, wrong_scores = (_perplexities(model, collator(r), task) for r in (batch_rows, wrong_rows))
         if right_scores.isnan().any():
             raise ValueError(f"Row {start + int(right_scores.isnan().nonzero()[0]):,} has no text for task {task!r}.")
+        if wrong_scores.isnan().any():
+            raise ValueError(
+                f"Row {start + int(wrong_scores.isnan().nonzero()[0]):,} has no wrong text to compare with."
+            )
         wins += (right_scores < wrong_scores).sum().item() + 0.5 * (right_scores == wrong_scores).sum().item()
     return wins / len(rows)
 

@@ -204,6 +204,8 @@ def check_tokenizer(tokenizer, config: MMTransformerConfig) -> None:
             f"The tokenizer has {len(tokenizer):,} tokens, but the decoder can write {config.decoder_vocab_size:,}: "
             "give it a decoder_config with the vocab_size of the tokenizer."
         )
+    for task in (task for task in config.get_tasks().values() if task.needs_decoder):
+        _check_writing(task, tokenizer, config)
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer):,} tokens, but the text encoder has embeddings for {vocab_size:,}: "
@@ -218,4 +220,26 @@ def check_tokenizer(tokenizer, config: MMTransformerConfig) -> None:
         raise ValueError(
             f"The tokenizer pads with id {tokenizer.pad_token_id}, but the text encoder counts positions from padding "
             f"id {pad}: load the processor that belongs to the model."
+        )
+
+
+def _check_writing(task: Any, tokenizer: Any, config: MMTransformerConfig) -> None:
+    decoder = config.decoder_config if config.decoder_config is not None else config.text_config
+    if task.decoder_start_ids is not None and max(task.decoder_start_ids) >= config.decoder_vocab_size:
+        raise ValueError(
+            f"Task {task.name!r}: decoder_start_ids holds {max(task.decoder_start_ids)}, but the decoder knows "
+            f"{config.decoder_vocab_size:,} tokens."
+        )
+    forced = getattr(decoder, "forced_bos_token_id", None)
+    if hasattr(tokenizer, "tgt_lang") and task.decoder_start_ids is None and forced is None:
+        raise ValueError(
+            f"Task {task.name!r}: {type(tokenizer).__name__} is for several languages; say which is to be written by "
+            "Generation(..., decoder_start_ids=[start token, language code]), as the pretrained model expects them."
+        )
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    stops = decoder.eos_token_id if isinstance(decoder.eos_token_id, (list, tuple)) else [decoder.eos_token_id]
+    if end is not None and end not in stops and (config.decoder_config is not None or stops != [None]):
+        raise ValueError(
+            f"Task {task.name!r}: the tokenizer ends a text with id {end}, but the decoder stops at "
+            f"{decoder.eos_token_id}, so it would never stop: set eos_token_id={end} in the config of the decoder."
         )

@@ -42,6 +42,9 @@ def _join(encoder: PreTrainedModel, decoder_config: PreTrainedConfig) -> PreTrai
     config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder_config)
     for name in ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"):
         setattr(config, name, getattr(decoder_config, name, None))
+    if config.decoder_start_token_id is None:
+        # The Trainer of transformers replaces bos_token_id by that of the tokenizer, which may have none.
+        config.decoder_start_token_id = config.bos_token_id
     return EncoderDecoderModel(config, encoder, decoder)
 
 

@@ -5,8 +5,12 @@ from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .task_base import NO_CONTEXT, LabelContext, Task, is_null, register_task
+
+
+logger = logging.get_logger(__name__)
 
 
 @register_task
@@ -87,7 +91,16 @@ class Generation(Task):
             raise ValueError(f"task {self.name!r}: the tokenizer has no token that ends a text; set its eos_token")
         if not texts:
             return []
-        encoded = tokenizer(text_target=texts, add_special_tokens=False, verbose=False)["input_ids"]
+        # M2M100's has a mode for targets that needs a language, of which nothing is left without special tokens.
+        needs_language = hasattr(tokenizer, "tgt_lang") and tokenizer.tgt_lang is None
+        key = "text" if needs_language else "text_target"
+        encoded = tokenizer(**{key: texts}, add_special_tokens=False, verbose=False)["input_ids"]
+        longest = max(map(len, encoded))
+        if longest >= self.max_length:
+            logger.warning_once(
+                f"Task {self.name!r}: a text of {longest + 1} tokens with its end was cut to max_length="
+                f"{self.max_length}; metrics compare with what is left."
+            )
         return [[*ids[: self.max_length - 1], end] for ids in encoded]
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

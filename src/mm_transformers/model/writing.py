@@ -1,6 +1,7 @@
 """How a model with a decoder writes the answers of its `Generation` tasks."""
 
 import inspect
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -29,7 +30,7 @@ class TextWriting:
         if labels is None:
             # The decoder takes part in every backward pass, as heads do.
             labels = torch.full((states.shape[0], 1), -100, device=states.device)
-        start = torch.tensor(self._decoder_start_ids(task), device=labels.device)
+        start = torch.tensor(self.decoder_start_ids(task), device=labels.device)
         pad = self.model.text_model.config.pad_token_id or 0
         decoder_input_ids = torch.cat(
             [start.expand(labels.shape[0], -1), labels[:, :-1].masked_fill(labels[:, :-1] == -100, pad)], dim=1
@@ -42,7 +43,8 @@ class TextWriting:
         )
         return outputs.logits[:, len(start) - 1 :]
 
-    def _decoder_start_ids(self, task: Any) -> list[int]:
+    def decoder_start_ids(self, task: Any) -> list[int]:
+        """The ids that the decoder is given before it writes the answer of this task."""
         if task.decoder_start_ids is not None:
             return task.decoder_start_ids
         config = self.generation_config
@@ -74,7 +76,8 @@ class TextWriting:
                 [`~transformers.GenerationMixin.generate`].
 
         Returns:
-            (batch, length) int64: the ids of the tokens, with those that the decoder starts with.
+            (batch, length) int64: the ids of the tokens; the first ones are those that the decoder starts with,
+            [`decoder_start_ids`].
 
         Raises:
             ValueError: if there is no such task, or it does not write.
@@ -89,20 +92,35 @@ class TextWriting:
         # What is asked to be shown is for the decoder to show.
         known = inspect.signature(type(self.model).forward).parameters
         inputs = {name: kwargs.pop(name) for name in known if name in kwargs and not name.startswith("output_")}
-        kwargs.pop("labels", None)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "word_index")}
         if encoder_outputs is None:
             encoder_outputs = self.model(**inputs)
         states = encoder_outputs.last_hidden_state
-        if not any(name in kwargs for name in ("max_length", "max_new_tokens", "generation_config")):
+        given = kwargs.get("generation_config")
+        # 20 is what older releases of transformers have by default.
+        says_length = given is not None and (given.max_new_tokens or given.max_length not in (None, 20))
+        if not says_length and not {"max_length", "max_new_tokens"} & set(kwargs):
             kwargs["max_new_tokens"] = writing[task].max_length
-        start = torch.tensor(self._decoder_start_ids(writing[task]), device=states.device)
-        return self.model.text_model.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=encoder_outputs.attention_mask.to(torch.int64),
-            decoder_start_token_id=start[0].item(),
-            decoder_input_ids=start.repeat(states.shape[0], 1),
-            **kwargs,
-        )
+        start = torch.tensor(self.decoder_start_ids(writing[task]), device=states.device)
+        with self._nothing_forced():
+            return self.model.text_model.generate(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states),
+                attention_mask=encoder_outputs.attention_mask.to(torch.int64),
+                decoder_start_token_id=start[0].item(),
+                decoder_input_ids=start.repeat(states.shape[0], 1),
+                **kwargs,
+            )
+
+    @contextmanager
+    def _nothing_forced(self):
+        """What the pretrained model would force the decoder to begin with is among what it starts with, if wanted."""
+        config = self.generation_config
+        forced = config.forced_bos_token_id
+        config.forced_bos_token_id = None
+        try:
+            yield
+        finally:
+            config.forced_bos_token_id = forced
 
     def can_generate(self) -> bool:
         return self.config.has_decoder

@@ -1,5 +1,6 @@
 """Metrics of written answers, offline: what sacrebleu and rouge_score compute, as `evaluate.Metric`s."""
 
+import re
 from typing import Any, ClassVar
 
 import datasets
@@ -68,7 +69,10 @@ class ChrF(TextMetric):
 
 
 class ExactMatch(TextMetric):
-    """Share of the rows whose text is right to the letter, white space around it aside."""
+    """
+    Share of the rows whose text is right to the letter, white space around it aside; right is what the tokenizer makes
+    of the label, up to `max_length`.
+    """
 
     key = "exact_match"
 
@@ -77,8 +81,18 @@ class ExactMatch(TextMetric):
         return sum(reference.strip() == prediction.strip() for reference, prediction in pairs) / len(references)
 
 
+class _Words:
+    """Lower-case words of any script; of scripts without spaces between words, characters."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower())
+
+
 class RougeL(TextMetric):
-    """Mean over the rows of ROUGE-L, 0 to 1 (https://aclanthology.org/W04-1013), for captions. Needs `rouge_score`."""
+    """
+    Mean over the rows of ROUGE-L, 0 to 1 (https://aclanthology.org/W04-1013), for captions; of words, or of characters
+    in Chinese and Japanese. Needs `rouge_score`.
+    """
 
     key = "rouge_l"
 
@@ -87,6 +101,6 @@ class RougeL(TextMetric):
             from rouge_score.rouge_scorer import RougeScorer
         except ImportError as error:
             raise ImportError("The metric 'rouge_l' needs a package more: pip install rouge-score") from error
-        scorer = RougeScorer(["rougeL"])
+        scorer = RougeScorer(["rougeL"], tokenizer=_Words())
         scores = [scorer.score(r, p)["rougeL"].fmeasure for r, p in zip(references, predictions, strict=True)]
         return sum(scores) / len(scores)

@@ -131,8 +131,9 @@ class MMTrainer(Trainer):
 
     @property
     def _fused(self) -> Any:
-        """The model itself, whatever wraps it."""
-        return self.accelerator.unwrap_model(self.model)
+        """The model itself, whatever wraps it, adapters included."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     # Data
 
@@ -238,20 +239,23 @@ class MMTrainer(Trainer):
         if prediction_loss_only or not writes:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels")
-        with torch.no_grad(), self.compute_loss_context_manager():
+        labels = inputs.pop("labels", None)
+        # Not through the wrapped model, which is what otherwise sees to the precision.
+        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             # Once for the loss and all that is written.
             encoded = fused.model(**inputs)
             outputs = fused(encoder_outputs=encoded, labels=labels)
             answers = dict(outputs.logits)
             for name, task in fused.tasks.items():
                 if task.needs_decoder:
-                    pairs = zip(outputs.logits[name], labels[name], strict=True)
-                    answers[name] = {
-                        "generated_ids": fused.generate(name, encoded, **self._generation_options()),
-                        "losses": torch.stack([task.loss(logits[None], row[None])[0] for logits, row in pairs]),
-                    }
-        return outputs.loss.detach(), answers, labels
+                    ids = fused.generate(name, encoded, **self._generation_options())
+                    # What the decoder is given to start with is not of its own writing.
+                    answers[name] = {"generated_ids": ids[:, len(fused.decoder_start_ids(task)) :]}
+                    if labels is not None:
+                        pairs = zip(outputs.logits[name], labels[name], strict=True)
+                        losses = [task.loss(logits[None], row[None])[0] for logits, row in pairs]
+                        answers[name]["losses"] = torch.stack(losses)
+        return None if labels is None else outputs.loss.detach(), answers, labels
 
     def _generation_options(self) -> dict[str, Any]:
         options = {
