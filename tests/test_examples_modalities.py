@@ -55,7 +55,7 @@ def test_translate_reports_every_view(emoji_data, tmp_path):
     for name in ("fused, no picture", "keyword alone"):
         for seed in report["results"][name]["new_emoji"]:
             assert seed["german"]["contrastive"] == 0.5
-    assert "emoji never seen: 12 rows, 8 pairs" in done.stdout
+    assert "German, emoji never seen: 12 rows, 8 pairs" in done.stdout
     assert (out / "results.png").stat().st_size > 10_000
     model = MMTransformerForMultiTask.from_pretrained(out / "model")
     processor = MMTransformerProcessor.from_pretrained(out / "model")

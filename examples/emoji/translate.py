@@ -164,21 +164,18 @@ def evaluate(trainer: MMTrainer, rows: datasets.Dataset) -> dict[str, dict[str, 
     return values
 
 
-def make_table(results: dict, split: str, num_rows: int, num_pairs: int) -> Table:
-    table = Table(
-        title=f"{SPLITS[split]}: {num_rows:,} rows, {num_pairs:,} pairs; mean ± standard deviation over seeds"
-    )
+def make_table(results: dict, split: str, language: str, num_rows: int, num_pairs: int) -> Table:
+    title = f"{language.title()}, {SPLITS[split]}: {num_rows:,} rows, {num_pairs:,} pairs"
+    table = Table(title=title, caption="mean ± standard deviation over seeds")
     table.add_column("what the model sees", style="bold", no_wrap=True)
-    for language in LANGUAGES:
-        for measure in MEASURES:
-            table.add_column(f"{language}\n{measure.replace('_', ' ')}", justify="right")
+    for measure in MEASURES:
+        table.add_column(measure.replace("_", " "), justify="right")
     for name, row in results.items():
         cells = []
-        for language in LANGUAGES:
-            for measure, factor in MEASURES.items():
-                values = [factor * seed[language][measure] for seed in row[split]]
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}")
+        for measure, factor in MEASURES.items():
+            values = [factor * seed[language][measure] for seed in row[split]]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}")
         table.add_row(name, *cells)
     return table
 
@@ -267,7 +264,8 @@ def main() -> None:
             report = {"settings": settings, "rows": counts, "results": results, "seconds": time.perf_counter() - start}
             (args.output_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     for split, (num_rows, num_pairs) in counts.items():
-        console.print(make_table(results, split, num_rows, num_pairs))
+        for language in LANGUAGES:
+            console.print(make_table(results, split, language, num_rows, num_pairs))
     draw_results(args.output_dir / "results.png", results)
     console.print(f"Wrote {args.output_dir}, in {report['seconds']:.0f} s.")
 
