@@ -23,7 +23,7 @@ from mm_transformers.data.embedded import TASK_LABELS, TRANSLATIONS, best_possib
 
 
 SHARES = (0.0, 0.3, 0.7, 1.0)
-DROPOUT = {"without modality dropout": 0.0, "with modality dropout": 0.15}
+DROPOUT = {"no dropout": 0.0, "dropout 0.15": 0.15}
 MEASURES = {**dict.fromkeys(TASK_LABELS, "accuracy"), **dict.fromkeys(TRANSLATIONS, "exact_match")}
 
 
@@ -56,7 +56,7 @@ def main() -> None:
         for name, dropout in DROPOUT.items():
             config = make_config(processor.tokenizer, "cross_attention", with_images=True)
             config.modality_dropout = {"vision": dropout}
-            trainer = train(name[:12], data, processor, config, args.steps, seed, args.output_dir / "training", console)
+            trainer = train(name, data, processor, config, args.steps, seed, args.output_dir / "training", console)
             for share in SHARES:
                 metrics = trainer.evaluate(without_pictures(data["test"], share, seed))
                 for task, measure in MEASURES.items():
@@ -67,7 +67,7 @@ def main() -> None:
     table = Table(
         title="Test accuracy in % (of translations: right to the letter), mean ± standard deviation over seeds"
     )
-    table.add_column("pictures missing", style="bold")
+    table.add_column("missing", style="bold", no_wrap=True)
     for task in MEASURES:
         table.add_column(task, justify="right")
     for name in DROPOUT:
@@ -84,7 +84,7 @@ def main() -> None:
     # What is there is answered as well as from both, what is not as well as from the text.
     for share in SHARES:
         best = [(1 - share) * limits[task]["both"] + share * limits[task]["text"] for task in MEASURES]
-        table.add_row(f"best possible, {share:.0%}", *(f"{100 * value:.1f}" for value in best), style="dim")
+        table.add_row(f"best, {share:.0%}", *(f"{100 * value:.1f}" for value in best), style="dim")
     console.print(table)
 
     figure, axes = plt.subplots(1, len(MEASURES), figsize=(3 * len(MEASURES), 3), layout="constrained", sharey=True)

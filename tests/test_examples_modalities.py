@@ -89,7 +89,7 @@ def test_missing_pictures_reports_every_share(tmp_path):
     for scores in report["scores"].values():
         assert list(scores) == ["sentiment", "topic", "intent", "german", "french"]
         assert all(list(row) == ["0%", "30%", "70%", "100%"] for row in scores.values())
-    assert "best possible, 70%" in done.stdout
+    assert "best, 70%" in done.stdout
 
 
 def test_the_asked_share_of_pictures_is_missing():
