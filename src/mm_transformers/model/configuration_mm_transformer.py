@@ -49,8 +49,14 @@ class MMTransformerConfig(PreTrainedConfig):
         tasks (`list[dict]` or `list[Task]`, *optional*):
             The tasks, as objects or as the dicts that `config.json` stores.
         regularization (`dict`, *optional*):
-            `{"kind": "l2" or "l1", "weight": lambda}`: adds lambda times the sum, over the tasks, of the squares (or
-            absolute values) of the matrices of their task layers to the loss.
+            `{"kind": "l2", "l1" or "l2_sp", "weight": lambda}`: adds lambda times the sum, over the tasks, of the
+            squares (or absolute values, or squared distances from where training started) of the matrices of their
+            task layers to the loss. `"tasks": {"topic": {"weight": ...}}` sets weight or kind for one task,
+            `"encoders": {"kind": "l2_sp", "weight": ...}` keeps the encoders near their pretrained weights
+            (https://arxiv.org/abs/1802.01483).
+        task_weighting (`str` or `dict`, *optional*, defaults to `"static"`):
+            How [`MMTrainer`] weighs the tasks: `"static"`, `"uncertainty"`, `"famo"`, `"db_mtl"`, `"gradnorm"`,
+            `"pcgrad"`, or a kind of your own; with options: `{"kind": "famo", "learning_rate": 0.01}`.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new weights.
 
     Raises:
@@ -103,6 +109,7 @@ class MMTransformerConfig(PreTrainedConfig):
     frame_embedding: str = "sinusoidal"
     tasks: list | None = None
     regularization: dict | None = None
+    task_weighting: str | dict = "static"
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -216,7 +223,7 @@ class MMTransformerConfig(PreTrainedConfig):
             seen.add(task.name)
         writing = [task for task in self.get_tasks().values() if task.needs_decoder]
         check_decoder(self.text_config, self.decoder_config, writing)
-        check_regularization(self.regularization)
+        check_regularization(self.regularization, [task.name for task in self.get_tasks().values()])
 
 
 def _resolve(config: Any, modality: str) -> Optional[PreTrainedConfig]:

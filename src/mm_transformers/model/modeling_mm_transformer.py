@@ -24,7 +24,7 @@ from .fusion_layers import StreamProjection, masked_mean
 from .modeling_base import MMTransformerPreTrainedModel
 from .modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from .pairs import PairReading
-from .regularization import regularization_loss
+from .regularization import regularization_loss, take_starting_point
 from .streams import FrameEmbedding, NullText, check_index, drop_modalities, gather_items
 from .task_base import TaskHeads
 from .writing import TextWriting
@@ -282,7 +282,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
 class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTrainedModel):
     """
     The fused model with a task layer for each of `config.tasks`. Its loss is the sum over the tasks of `loss_weight`
-    times the mean loss of what is labelled, plus the regularizer of the task layers.
+    times the mean loss of what is labelled, plus the regularizer.
 
     Args:
         config ([`MMTransformerConfig`]): What to build; needs at least one task.
@@ -306,6 +306,8 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
         width = encoder_width(config.text_config)
         heads = {name: task.build_head(config, width) for name, task in self.tasks.items() if not task.needs_decoder}
         self.heads = TaskHeads(heads)
+        # Towards which an L2-SP regularizer pulls: the weights with which training started. Not part of the weights.
+        self.starting_point: Optional[dict[str, torch.Tensor]] = None
         self.post_init()
 
     @can_return_tuple
@@ -408,8 +410,10 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
         return losses
 
     def regularization_loss(self) -> torch.Tensor:
-        """lambda times the sum of the penalties of the task layers; needs `config.regularization`."""
-        return regularization_loss(self.heads, self.config.regularization)
+        """lambda times the sum of the penalties; needs `config.regularization`."""
+        if self.starting_point is None:
+            self.starting_point = take_starting_point(self, self.config.regularization)
+        return regularization_loss(self, self.config.regularization, self.starting_point)
 
     def decode(self, outputs: MMTransformerOutput, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
         """

@@ -1,40 +1,132 @@
-"""The regulariser of the task layers: lambda * sum_j Omega(theta_j)."""
+"""The regulariser: lambda * sum_j Omega(theta_j) over the task layers, and of the encoders if asked for."""
 
 import math
 import numbers
-from typing import Any, Optional
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Optional
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
+# Omega of one matrix, given where it started.
 _PENALTIES = {
-    "l2": lambda parameter: parameter.float().square().sum(),
-    "l1": lambda parameter: parameter.float().abs().sum(),
+    "l2": lambda parameter, start: parameter.float().square().sum(),
+    "l1": lambda parameter, start: parameter.float().abs().sum(),
+    "l2_sp": lambda parameter, start: (parameter.float() - start).square().sum(),
 }
+_ENCODERS = ("text_model", "vision_model", "audio_model")
 
 
-def check_regularization(spec: Optional[dict[str, Any]]) -> None:
+class Penalty(NamedTuple):
+    """
+    Args:
+        kind: "l2", "l1" or "l2_sp".
+        weight: lambda.
+        parameters: name in the model -> parameter.
+    """
+
+    kind: str
+    weight: float
+    parameters: dict[str, nn.Parameter]
+
+
+def check_regularization(spec: Optional[dict[str, Any]], tasks: list[str]) -> None:
     """
     Raises:
-        ValueError: if `spec` is neither `None` nor `{"kind": "l2" | "l1", "weight": number >= 0}`.
+        ValueError: if `spec` is neither `None` nor `{"kind": ..., "weight": ..., "tasks": {...}, "encoders": {...}}`,
+            or names a task that there is not.
     """
     if spec is None:
         return
-    if not isinstance(spec, dict) or set(spec) != {"kind", "weight"} or spec["kind"] not in _PENALTIES:
-        raise ValueError(f'regularization must be {{"kind": "l2" or "l1", "weight": lambda}} or None, but is {spec!r}.')
-    weight = spec["weight"]
-    if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
-        raise ValueError(f"The weight of the regularization must be a number >= 0, but is {weight!r}.")
+    if not isinstance(spec, dict) or not {"kind", "weight"} <= set(spec) <= {"kind", "weight", "tasks", "encoders"}:
+        raise ValueError(
+            'regularization must be {"kind": "l2", "l1" or "l2_sp", "weight": lambda}, with "tasks" and "encoders" if '
+            f"something else holds for them, but is {spec!r}."
+        )
+    unknown = sorted(set(spec.get("tasks") or {}) - set(tasks))
+    if unknown:
+        raise ValueError(f"regularization names the task {unknown[0]!r}, but the tasks are {', '.join(tasks)}.")
+    parts = {"": spec, " of the encoders": spec.get("encoders")}
+    parts.update({f" of task {name!r}": part for name, part in (spec.get("tasks") or {}).items()})
+    for where, part in parts.items():
+        if part is None:
+            continue
+        if not isinstance(part, dict) or (where and not set(part) <= {"kind", "weight"}):
+            raise ValueError(f'The regularization{where} must hold "kind" or "weight" or both, but is {part!r}.')
+        kind, weight = part.get("kind", spec["kind"]), part.get("weight", spec["weight"])
+        if kind not in _PENALTIES:
+            raise ValueError(f"The kind of the regularization{where} must be one of l2, l1, l2_sp, but is {kind!r}.")
+        if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"The weight of the regularization{where} must be a number >= 0, but is {weight!r}.")
 
 
-def regularized_parameters(heads: nn.Module) -> list[nn.Parameter]:
-    """The matrices of the task layers that are trained. Biases are left out, as in weight decay."""
-    return [p for p in heads.parameters() if p.ndim >= 2 and p.requires_grad]
+def penalties(model, spec: Optional[dict[str, Any]]) -> Iterator[Penalty]:
+    """
+    What is penalised, and how: of each task, and of the encoders, the matrices that are trained. Biases are left out,
+    as in weight decay.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]).
+    """
+    if spec is None:
+        return
+    groups: dict[Optional[str], dict[str, nn.Parameter]] = {name: {} for name in [*model.tasks, None]}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or not parameter.requires_grad:
+            continue
+        if name.startswith("heads."):
+            # Adapters put parts of their own between the heads and the name of the task.
+            groups[next(part for part in name.split(".")[1:] if part in model.tasks)][name] = parameter
+        elif name.startswith(tuple(f"model.{encoder}." for encoder in _ENCODERS)):
+            groups[None][name] = parameter
+    for task, parameters in groups.items():
+        part = (spec.get("tasks") or {}).get(task, {}) if task is not None else spec.get("encoders")
+        if part is not None and parameters:
+            yield Penalty(part.get("kind", spec["kind"]), part.get("weight", spec["weight"]), parameters)
 
 
-def regularization_loss(heads: nn.Module, spec: dict[str, Any]) -> torch.Tensor:
-    """lambda * sum over the tasks of the squares (l2) or absolute values (l1) in their task layers, in float32."""
-    penalty = _PENALTIES[spec["kind"]]
-    nothing = next(heads.parameters()).new_zeros((), dtype=torch.float32)
-    return spec["weight"] * sum((penalty(p) for p in regularized_parameters(heads)), start=nothing)
+def take_starting_point(model, spec: Optional[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Copies, in float32, of all that an L2-SP penalty will pull towards where it is now."""
+    return {
+        name: parameter.detach().float().clone()
+        for penalty in penalties(model, spec)
+        if penalty.kind == "l2_sp"
+        for name, parameter in penalty.parameters.items()
+    }
+
+
+def regularization_loss(model, spec: dict[str, Any], starting_point: dict[str, torch.Tensor]) -> torch.Tensor:
+    """
+    Sum over the tasks (and the encoders) of lambda times the squares (l2), absolute values (l1) or squared distances
+    from the starting point (l2_sp, Li et al. 2018, https://arxiv.org/abs/1802.01483) of their matrices, in float32.
+    """
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    shard = torch.zeros((), device=device)
+    for kind, weight, parameters in penalties(model, spec):
+        for name, parameter in parameters.items():
+            start = None
+            if kind == "l2_sp":
+                if starting_point[name].device != parameter.device:
+                    starting_point[name] = starting_point[name].to(parameter.device)
+                start = starting_point[name]
+            if hasattr(parameter, "to_local"):
+                # Under FSDP, outside of the layer that it belongs to: this process has, and trains, a part of it.
+                start = None if start is None else _as_sharded(start, parameter)
+                shard = shard + weight * _PENALTIES[kind](parameter.to_local(), start)
+            else:
+                total = total + weight * _PENALTIES[kind](parameter, start)
+    if dist.is_available() and dist.is_initialized() and any(hasattr(p, "to_local") for p in model.parameters()):
+        whole = shard.detach().clone()
+        dist.all_reduce(whole)
+        # The value is that of all parts, the gradient that of this one.
+        shard = shard + (whole - shard).detach()
+    return total + shard
+
+
+def _as_sharded(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements).to_local()

@@ -110,6 +110,8 @@ class Task:
     column: Optional[str] = field(default=None, kw_only=True)
 
     kind: ClassVar[str]
+    # What the loss is multiplied with to be a negative log-likelihood, up to the noise: 1/2 for squared errors.
+    likelihood_scale: ClassVar[float] = 1.0
     # Names of metrics, as `mm_transformers.training.metrics` knows them.
     default_metrics: ClassVar[tuple[str, ...]] = ()
     # True if labels belong to words of the text; the context of labels then has the `word_index`.

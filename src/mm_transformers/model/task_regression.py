@@ -21,6 +21,7 @@ class Regression(Task):
     """
 
     kind: ClassVar[str] = "regression"
+    likelihood_scale: ClassVar[float] = 0.5
     default_metrics: ClassVar[tuple[str, ...]] = ("mae", "mse", "pearson")
 
     def build_head(self, config, hidden_size: int) -> nn.Module:

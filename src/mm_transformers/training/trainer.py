@@ -9,8 +9,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..data.collator import ROW_KEY, MMDataCollator
-from ..model.regularization import regularized_parameters
+from ..model.regularization import penalties, take_starting_point
+from .balancing import TaskBalancing
 from .metrics import MultiTaskMetrics
+from .starting_point import load_starting_point, save_starting_point
 
 
 logger = logging.get_logger(__name__)
@@ -102,12 +104,11 @@ class MMTrainer(Trainer):
             **kwargs,
         )
         # Only now is there a model, if it comes from `model_init`.
-        if not hasattr(self._fused, "tasks"):
-            raise ValueError(
-                f"MMTrainer trains a model with tasks, MMTransformerForMultiTask, not {type(self._fused).__name__}."
-            )
+        if not hasattr(self.fused_model, "tasks"):
+            found = type(self.fused_model).__name__
+            raise ValueError(f"MMTrainer trains a model with tasks, MMTransformerForMultiTask, not {found}.")
         if train_dataset is not None and args.train_batch_size * args.world_size == 1:
-            alone = [task.name for task in self._fused.tasks.values() if task.kind == "retrieval"]
+            alone = [task.name for task in self.fused_model.tasks.values() if task.kind == "retrieval"]
             if alone:
                 raise ValueError(
                     f"Task {alone[0]!r} tells the pairs of a batch apart, but a batch holds one row: set "
@@ -126,16 +127,23 @@ class MMTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         # Of each task, and of the regularizer, since the last log: losses, summed over the optimiser steps, and the
         # number of steps that had any.
+        self._balancing: Optional[TaskBalancing] = None
+        self._rows_per_epoch: Optional[int] = None
         self._losses: dict[str, torch.Tensor] = {}
         self._num_steps: dict[str, torch.Tensor] = {}
 
     @property
-    def _fused(self) -> Any:
+    def fused_model(self) -> Any:
         """The model itself, whatever wraps it, adapters included."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     # Data
+
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        self._rows_per_epoch = None if sampler is None else len(sampler)
+        return sampler
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
         if isinstance(self.data_collator, MMDataCollator):
@@ -153,8 +161,24 @@ class MMTrainer(Trainer):
 
     # Loss
 
+    def get_batch_samples(self, *args, **kwargs):
+        batches, divisors = super().get_batch_samples(*args, **kwargs)
+        if self._balancing is not None:
+            self._balancing.start_step(batches, divisors)
+        return batches, divisors
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._balancing is not None:
+            self._balancing.before_forward(model)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._balancing is not None:
+            self._balancing.after_backward()
+        return loss
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, torch.Tensor]:
-        tasks = self._fused.tasks
+        tasks = self.fused_model.tasks
+        if batch_samples and self.accelerator.gradient_state.end_of_dataloader:
+            self._unlabel_repeated_rows(batch_samples[-1])
         counts = torch.zeros(len(tasks), device=device)
         for batch in batch_samples:
             for i, (name, task) in enumerate(tasks.items()):
@@ -166,15 +190,30 @@ class MMTrainer(Trainer):
         divisors["regularization"] = torch.tensor(float(max(len(batch_samples), 1)), device=device)
         return divisors
 
+    def _unlabel_repeated_rows(self, batch: dict[str, Any]) -> None:
+        """
+        Under several processes the last batches of an epoch are filled up with its first rows, so that all processes
+        have as many; these must not count twice.
+        """
+        size = self.args.train_batch_size
+        num_left = (self._rows_per_epoch or 0) % (size * self.args.world_size)
+        if self.args.world_size > 1 and num_left > 0:
+            num_own = min(max(num_left - size * self.args.process_index, 0), size)
+            for labels in batch.get("labels", {}).values():
+                labels[num_own:] = torch.nan if labels.is_floating_point() else -100
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = outputs.loss
         if model.training:
-            for name, loss in outputs.losses.items():
+            if self._balancing is not None:
+                loss = self._balancing.loss(outputs.losses)
+            for name, value in outputs.losses.items():
                 # Each of the batches of a step is a part of it.
                 steps = (num_items_in_batch[name] > 0) / num_items_in_batch["regularization"]
-                self._losses[name] = self._losses.get(name, 0) + loss.detach()
+                self._losses[name] = self._losses.get(name, 0) + value.detach()
                 self._num_steps[name] = self._num_steps.get(name, 0) + steps
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._losses:
@@ -183,6 +222,8 @@ class MMTrainer(Trainer):
                 if self._num_steps[name] > 0:
                     logs[f"{name}_loss"] = loss / self._num_steps[name].item()
             self._forget_losses()
+            if self._balancing is not None:
+                logs.update(self._balancing.logs())
         super().log(logs, *args, **kwargs)
 
     def _forget_losses(self) -> None:
@@ -192,9 +233,9 @@ class MMTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         names = super().get_decay_parameter_names(model)
-        regularized = set()
-        if self._fused.config.regularization is not None:
-            regularized = {id(p) for p in regularized_parameters(self._fused.heads)}
+        fused = self.fused_model
+        parts = penalties(fused, fused.config.regularization)
+        regularized = {id(parameter) for part in parts for parameter in part.parameters.values()}
         free = {name for name, p in model.named_parameters() if _never_decays(name) or id(p) in regularized}
         return [name for name in names if name not in free]
 
@@ -211,18 +252,41 @@ class MMTrainer(Trainer):
                 optimizer.add_param_group({"params": list(gates.values()), "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    # Evaluation
+    # Training
 
     def train(self, *args, **kwargs):
         self._forget_losses()
+        fused = self.fused_model
+        fused.starting_point = take_starting_point(fused, fused.config.regularization)
+        self.remove_callback(TaskBalancing)
+        balancing = TaskBalancing(self)
+        self._balancing = balancing if balancing.is_needed else None
+        if self._balancing is not None:
+            self.add_callback(self._balancing)
         output = super().train(*args, **kwargs)
         self._report_bad_files()
         return output
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            if self._balancing is not None:
+                self._balancing.save(output_dir)
+            save_starting_point(self.fused_model, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Optional[str]) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            if self._balancing is not None:
+                self._balancing.load(checkpoint)
+            load_starting_point(self.fused_model, checkpoint)
+
+    # Evaluation
+
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        tasks = self._fused.tasks
+        tasks = self.fused_model.tasks
         losses = {name: output.metrics.get(f"{prefix}_{name}_loss") for name in tasks}
         if any(loss is not None for loss in losses.values()):
             # The stock loop reports the mean of the means of batches, which is not the mean.
@@ -234,7 +298,7 @@ class MMTrainer(Trainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        fused = self._fused
+        fused = self.fused_model
         writes = fused.config.has_decoder and getattr(self.args, "predict_with_generate", True)
         if prediction_loss_only or not writes:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -266,7 +330,11 @@ class MMTrainer(Trainer):
 
     def _regularization(self) -> float:
         with torch.no_grad():
-            return float(self._fused.regularization_loss()) if self._fused.config.regularization is not None else 0.0
+            return (
+                float(self.fused_model.regularization_loss())
+                if self.fused_model.config.regularization is not None
+                else 0.0
+            )
 
     def _report_bad_files(self) -> None:
         count = getattr(self.data_collator, "num_bad_files", 0)

@@ -1,0 +1,331 @@
+"""From the losses of the tasks to the gradient of an optimiser step, as a task weighting wants it."""
+
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .task_gradients import TaskGradientsCallback
+from .weighting import StepSignals, WeightedTasks, build_weighting
+
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "task_weighting.safetensors"
+
+
+class TaskBalancing(TrainerCallback):
+    """
+    Collects, over the micro-batches and processes of an optimiser step, what a [`TaskWeighting`] needs to know, and
+    applies what it says. [`MMTrainer`] calls [`start_step`], then [`before_forward`], [`loss`] and [`after_backward`]
+    for each micro-batch; the rest follows as a callback after the step of the optimiser.
+
+    Args:
+        trainer ([`MMTrainer`]): Whose losses these are.
+
+    Raises:
+        ValueError: if the weighting is unknown, or cannot work in the way in which the trainer trains.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        fused = trainer.fused_model
+        self.tasks = fused.tasks
+        scales = [task.likelihood_scale for task in self.tasks.values()]
+        tasks = WeightedTasks(list(self.tasks), scales, trainer.args.learning_rate)
+        self.weighting = build_weighting(fused.config.task_weighting, tasks)
+        self.loss_weights = torch.tensor([task.loss_weight for task in self.tasks.values()])
+        self.weights: Optional[torch.Tensor] = None
+        self._check()
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether anything has to be done that the model does not do by itself."""
+        return not self.is_static or bool(self._observers)
+
+    @property
+    def is_static(self) -> bool:
+        return self.weighting.kind == "static"
+
+    def _check(self) -> None:
+        args, kind = self.trainer.args, self.weighting.kind
+        if not (self.weighting.needs_gradients or self.weighting.merges_gradients or self._observers):
+            return
+        what = f"task_weighting={kind!r}" if not self.is_static else "TaskGradientsCallback"
+        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        obstacles = {
+            "FSDP": self.trainer.is_fsdp_enabled,
+            "DeepSpeed": self.trainer.is_deepspeed_enabled,
+            "torch_compile": args.torch_compile,
+            "reentrant gradient checkpointing (gradient_checkpointing_kwargs={'use_reentrant': True})": reentrant,
+        }
+        for name, is_there in obstacles.items():
+            if is_there:
+                raise ValueError(
+                    f"{what} takes the gradient of each task apart, which does not work with {name}; use "
+                    "task_weighting='static', 'uncertainty' or 'famo' there."
+                )
+
+    @property
+    def _observers(self) -> list[TaskGradientsCallback]:
+        return [c for c in self.trainer.callback_handler.callbacks if isinstance(c, TaskGradientsCallback)]
+
+    # The course of one optimiser step
+
+    def start_step(self, batches: list[dict[str, Any]], divisors: dict[str, torch.Tensor]) -> None:
+        """
+        Args:
+            batches: all micro-batches of this process.
+            divisors: task -> its number of labels in the step, as [`MMTrainer`] gives it to the model.
+        """
+        self.batches, self.divisors = batches, divisors
+        self.labelled = torch.stack([divisors[name] for name in self.tasks]).cpu() > 0
+        self.losses = torch.zeros(len(self.tasks))
+        self.gradients: Optional[torch.Tensor] = None
+        self.signals: Optional[StepSignals] = None
+        self.rng_state: Optional[list[torch.Tensor]] = None
+        self.done = 0
+        step = self.trainer.state.global_step
+        self.observed_by = [observer for observer in self._observers if step % observer.every == 0]
+
+    def before_forward(self, model: nn.Module) -> None:
+        self.model = model
+        if self.done == 0:
+            self.rng_state = _rng_state(self.trainer.args.device)
+            if self.weighting.looks_ahead and len(self.batches) > 1:
+                self._look_ahead()
+            elif not self.weighting.looks_ahead and not self.weighting.merges_gradients:
+                self.weights = self.weighting.weights(None)
+
+    def loss(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What to run the backward pass from, for one micro-batch. Its value is the weighted sum of the losses."""
+        self.done += 1
+        stack = torch.stack([losses[name] for name in self.tasks])
+        regularization = losses.get("regularization", 0.0)
+        if self.weighting.merges_gradients:
+            return self._loss_of_merged(stack, regularization)
+        if self.signals is None:
+            self._collect(stack)
+            if self.weighting.looks_ahead:
+                self.weights = self.weighting.weights(self._take_signals())
+        return (stack * self._total_weights(stack)).sum() + regularization
+
+    def after_backward(self) -> None:
+        """After each micro-batch; closes the step after the last."""
+        if self.done < len(self.batches):
+            return
+        if self.weighting.merges_gradients:
+            self._merge()
+        elif self.signals is None and not (self.is_static and not self.observed_by):
+            self._take_signals()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.signals is None or self.trainer.accelerator.optimizer_step_was_skipped:
+            return
+        if self.weighting.needs_losses_after:
+            with torch.no_grad(), _forked_rng(args.device, self.rng_state):
+                after = torch.stack([self._forward(batch) for batch in self.batches]).sum(0)
+            self.signals = self.signals._replace(losses_after=self._reduce(after).float().cpu())
+        if not self.weighting.merges_gradients:
+            self.weighting.update(self.signals)
+        self.batches = []
+
+    def _total_weights(self, like: torch.Tensor) -> torch.Tensor:
+        assert self.weights is not None
+        return (self.weights * self.loss_weights).to(like.device)
+
+    def _forward(self, batch: dict[str, Any]) -> torch.Tensor:
+        """(num_tasks,) the losses of one micro-batch."""
+        trainer = self.trainer
+        with trainer.compute_loss_context_manager():
+            outputs = self.model(**trainer._prepare_inputs(batch), num_items_in_batch=self.divisors)
+        return torch.stack([outputs.losses[name] for name in self.tasks])
+
+    def _look_ahead(self) -> None:
+        """The signals of a step of several micro-batches, before it; the real pass then draws the same dropout."""
+        with _forked_rng(self.trainer.args.device):
+            for batch in self.batches:
+                with torch.set_grad_enabled(self._needs_gradients), self.trainer.accelerator.no_sync(self.model):
+                    self._collect(self._forward(batch))
+        self.weights = self.weighting.weights(self._take_signals())
+
+    # Signals
+
+    @property
+    def _needs_gradients(self) -> bool:
+        return self.weighting.needs_gradients or bool(self.observed_by)
+
+    def _collect(self, stack: torch.Tensor) -> None:
+        """Adds one micro-batch to the signals."""
+        self.losses = self.losses + stack.detach().float().cpu()
+        if self._needs_gradients:
+            parameters = probe_parameters(self.trainer.fused_model)
+            gradients = torch.stack([_flat(rows) for rows in self._gradients_of(stack, parameters)])
+            self.gradients = gradients if self.gradients is None else self.gradients + gradients
+
+    def _take_signals(self) -> StepSignals:
+        losses = self._reduce(self.losses.to(self.trainer.args.device)).cpu()
+        gradients = None
+        if self.gradients is not None:
+            # Where a loss scale was too large, the optimiser skips this step, and so does the weighting.
+            gradients = self._reduce(self.gradients).nan_to_num(0.0, 0.0, 0.0)
+            self.gradients = None
+            self._show((gradients @ gradients.T).double().cpu())
+        self.signals = StepSignals(losses, self.labelled, gradients)
+        return self.signals
+
+    def _show(self, products: torch.Tensor) -> None:
+        for observer in self.observed_by:
+            observer.record([name for name, seen in zip(self.tasks, self.labelled, strict=True) if seen],
+                            products[self.labelled][:, self.labelled])  # fmt: skip
+
+    def _reduce(self, values: torch.Tensor) -> torch.Tensor:
+        # Losses are scaled such that their mean over processes is the loss.
+        return self.trainer.accelerator.reduce(values, reduction="mean")
+
+    def _gradients_of(self, stack: torch.Tensor, parameters: list[nn.Parameter]) -> list[list[torch.Tensor]]:
+        """For each task, the gradients of its loss by the parameters, float32; the graph is kept."""
+        scaler = self.trainer.accelerator.scaler
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        rows = []
+        for name, loss, seen in zip(self.tasks, stack, self.labelled, strict=True):
+            found: Any = [None] * len(parameters)
+            if seen:
+                found = torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True)
+                if all(gradient is None for gradient in found):
+                    raise ValueError(
+                        f"The loss of task {name!r} does not depend on the last layer that tasks share, so gradients "
+                        f"cannot be compared there; use another task_weighting than {self.weighting.kind!r}."
+                    )
+            pairs = zip(found, parameters, strict=True)
+            rows.append(
+                [torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() / scale for g, p in pairs]
+            )
+        return rows
+
+    # Merged gradients
+
+    def _loss_of_merged(self, stack: torch.Tensor, regularization: Any) -> torch.Tensor:
+        own, shared = self._own_and_shared()
+        stack = stack * self.loss_weights.to(stack.device)
+        rows = self._gradients_of(stack, own + shared)
+        self.losses = self.losses + stack.detach().float().cpu()
+        if self.gradients is None:
+            self.gradients = torch.stack([_flat(row) for row in rows])
+        else:
+            for total, row in zip(self.gradients, rows, strict=True):
+                total += _flat(row)
+        # The gradients were taken without backward hooks. This pass touches every parameter, so that whatever waits for
+        # them goes on, and brings the gradient of the regularizer alone.
+        touched = sum((parameter.sum() * 0.0 for parameter in own + shared), start=regularization * 1.0)
+        return touched + (stack.sum().detach() + regularization - touched).detach()
+
+    def _merge(self) -> None:
+        assert self.gradients is not None
+        gradients, self.gradients = self._reduce(self.gradients), None
+        own, shared = self._own_and_shared()
+        num_own = sum(parameter.numel() for parameter in own)
+        common = gradients[:, num_own:]
+        products = (common @ common.T).double().cpu()
+        self._show(products)
+        self.weights = self.weighting.merge(products.nan_to_num(0.0), self.trainer.state.global_step).float()
+        merged = torch.cat([gradients[:, :num_own].sum(0), self.weights.to(common) @ common])
+        scaler = self.trainer.accelerator.scaler
+        merged *= scaler.get_scale() if scaler is not None else 1.0  # the optimiser will divide by it
+        for parameter, gradient in zip(own + shared, merged.split([p.numel() for p in own + shared]), strict=True):
+            parameter.grad.add_(gradient.view_as(parameter))
+
+    def _own_and_shared(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters that are trained: those of task layers, and all others."""
+        fused = self.trainer.fused_model
+        own = [p for p in fused.heads.parameters() if p.requires_grad]
+        ids = {id(p) for p in own}
+        return own, [p for p in fused.parameters() if p.requires_grad and id(p) not in ids]
+
+    def logs(self) -> dict[str, float]:
+        """The weight of each task in the last step, and what was seen of the gradients."""
+        found: dict[str, float] = {}
+        for observer in self._observers:
+            found.update(observer.take())
+        if not self.is_static and self.weights is not None:
+            found.update(
+                {f"{name}_weight": value for name, value in zip(self.tasks, self.weights.tolist(), strict=True)}
+            )
+        return found
+
+    # Saving
+
+    def save(self, folder: str) -> None:
+        state = self.weighting.state_dict()
+        if state:
+            metadata = {"kind": self.weighting.kind, "tasks": json.dumps(list(self.tasks))}
+            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+            save_file(tensors, Path(folder, STATE_NAME), metadata)
+
+    def load(self, folder: str) -> None:
+        """
+        Raises:
+            ValueError: if the checkpoint holds the state of another weighting, or of other tasks.
+        """
+        path = Path(folder, STATE_NAME)
+        if not path.is_file():
+            if self.weighting.state_dict():
+                logger.warning(f"{folder} has no state of task_weighting={self.weighting.kind!r}, which starts anew.")
+            return
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            if metadata["kind"] != self.weighting.kind or json.loads(metadata["tasks"]) != list(self.tasks):
+                raise ValueError(
+                    f"{folder} was trained with task_weighting={metadata['kind']!r} for the tasks "
+                    f"{', '.join(json.loads(metadata['tasks']))}, and cannot be resumed with {self.weighting.kind!r} "
+                    f"for {', '.join(self.tasks)}."
+                )
+            self.weighting.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+def probe_parameters(fused) -> list[nn.Parameter]:
+    """
+    The parameters at which gradients of tasks are compared: those of the last layer that all tasks share, which is the
+    last of the fusion, or of the text encoder in a model of text alone.
+    """
+    root = fused.model.fusion if fused.model.fusion is not None else fused.model.text_encoder
+    lists = [module for module in root.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
+    for module in [*(layers[-1] for layers in lists), root, fused.model]:
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if parameters:
+            return parameters
+    raise ValueError("All that the tasks share is frozen, so there are no gradients to compare.")
+
+
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _rng_state(device: torch.device) -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+class _forked_rng:
+    """Random numbers drawn within change nothing outside; they may start from an earlier state."""
+
+    def __init__(self, device: torch.device, start: Optional[list[torch.Tensor]] = None):
+        self.device, self.start = device, start
+
+    def __enter__(self):
+        self.outside = _rng_state(self.device)
+        self._set(self.start or self.outside)
+
+    def __exit__(self, *exception):
+        self._set(self.outside)
+
+    def _set(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], self.device)

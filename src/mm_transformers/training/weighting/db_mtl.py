@@ -1,0 +1,58 @@
+"""Weights that balance the scale of losses and of gradients."""
+
+from typing import ClassVar, Optional
+
+import torch
+
+from .base import StepSignals, TaskWeighting, WeightedTasks, check_option, register_weighting
+
+
+@register_weighting
+class DBMTLWeighting(TaskWeighting):
+    """
+    DB-MTL (Lin et al. 2023, https://arxiv.org/abs/2308.12029): takes the logarithm of each loss, and scales the
+    gradient of each task to the norm of the largest, where norms are those of moving averages,
+    `g_k <- beta g_k + (1 - beta) grad log L_k`.
+
+    An approximation: the paper averages and scales the gradients of all shared parameters; here norms are taken at the
+    probe block, the last layer that all tasks share, and they become weights, `max_j |g_j| / (|g_k| L_k)`, of one
+    ordinary backward pass.
+
+    Args:
+        beta (`float`, *optional*, defaults to 0.9):
+            How long the average remembers. With 0 nothing of the size of the probe block is kept (and saved) per task.
+    """
+
+    kind: ClassVar[str] = "db_mtl"
+    looks_ahead: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = True
+
+    def __init__(self, tasks: WeightedTasks, *, beta: float = 0.9):
+        super().__init__(tasks)
+        self.beta = check_option(self.kind, "beta", beta, below=1.0)
+        self.average: Optional[torch.Tensor] = None
+        self.num_steps = torch.zeros(len(tasks.names))
+
+    def weights(self, step: Optional[StepSignals]) -> torch.Tensor:
+        assert step is not None  # it looks ahead
+        assert step.gradients is not None
+        labelled, losses = step.labelled, step.losses.clamp(min=1e-8)
+        gradients = step.gradients / losses[:, None].to(step.gradients.device)
+        if self.beta > 0:
+            average = torch.zeros_like(gradients) if self.average is None else self.average.to(gradients.device)
+            updated = self.beta * average + (1 - self.beta) * gradients
+            self.average = gradients = torch.where(labelled[:, None].to(gradients.device), updated, average)
+            self.num_steps = self.num_steps + labelled
+        # From a start at 0, corrected as in Adam, since tasks may have been seen unequally often.
+        norms = gradients.norm(dim=1).cpu() / (1 - self.beta ** self.num_steps.clamp(min=1))
+        usable = labelled & (norms > 0)
+        if not usable.any():
+            return torch.ones_like(norms)
+        scales = norms[usable].max() / torch.where(usable, norms, 1.0)
+        return torch.where(usable, scales / losses, 0.0)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {} if self.average is None else {"average": self.average, "num_steps": self.num_steps}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.average, self.num_steps = state.get("average"), state.get("num_steps", self.num_steps)
