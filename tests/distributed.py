@@ -70,6 +70,15 @@ class KeepGradients(TrainerCallback):
         self.steps.append(gradients)
 
 
+def allow_fsdp_on_cpu(arguments: TrainingArguments) -> None:
+    """
+    accelerate shards models over processes on accelerators only, though torch does so on the CPU too; to accelerate,
+    these processes then are those of some accelerator.
+    """
+    assert arguments.world_size > 1  # asking for it makes the state
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+
 def train(
     folder, batch_size=32, accumulation=1, num_rows=NUM_ROWS, model=None, weights=None, callbacks=(), **args
 ) -> dict:
@@ -95,6 +104,8 @@ def train(
         lr_scheduler_type="constant",
     )  # fmt: skip
     arguments = TrainingArguments(str(folder), **{**defaults, **args})
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        allow_fsdp_on_cpu(arguments)
     keep = KeepGradients()
     trainer = MMTrainer(
         fused, arguments, processing_class=make_processor(), train_dataset=make_rows(num_rows),
@@ -128,23 +139,13 @@ def run_in_processes(command: list[str], num_processes: int = 2, environment=Non
     }  # fmt: skip
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     done = subprocess.run([*launcher, *command], env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    # What the processes said comes before what the launcher says of them.
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr.partition("Sending process")[0][-6000:]
     return done.stdout + done.stderr
-
-
-def allow_fsdp_on_cpu() -> None:
-    """
-    accelerate shards models over processes on accelerators only, though torch does so on the CPU too; to accelerate,
-    these processes then are those of some accelerator.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP"):
-        PartialState(cpu=True)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    allow_fsdp_on_cpu()
     for i, run in enumerate(json.loads((folder / "runs.json").read_text())):
         result = train(folder / str(i), **run)
         result["world_size"] = torch.distributed.get_world_size()

@@ -36,6 +36,11 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         # allocator gave them.
         return False
 
+    def post_init(self):
+        super().post_init()
+        # Those of all fusions and of whole families of encoders are named; FSDP wants only what there is.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

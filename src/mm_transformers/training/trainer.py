@@ -12,6 +12,7 @@ from ..data.collator import ROW_KEY, MMDataCollator
 from ..model.regularization import penalties, take_starting_point
 from .balancing import TaskBalancing
 from .metrics import MultiTaskMetrics
+from .sharding import layer_classes
 from .starting_point import load_starting_point, save_starting_point
 
 
@@ -114,6 +115,12 @@ class MMTrainer(Trainer):
                     f"Task {alone[0]!r} tells the pairs of a batch apart, but a batch holds one row: set "
                     "per_device_train_batch_size to 2 or more (accumulating gradients does not help)."
                 )
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.fsdp_version == 1:
+                raise ValueError("MMTrainer shards by FSDP2: set fsdp_version: 2 in the config of accelerate.")
+            if plugin.transformer_cls_names_to_wrap is None:
+                plugin.transformer_cls_names_to_wrap = layer_classes(self.fused_model)
         if data_collator is None:
             self.data_collator = MMDataCollator(processing_class, self.model.config)
         if compute_metrics is None:
