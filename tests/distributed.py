@@ -80,12 +80,12 @@ def allow_fsdp_on_cpu(arguments: TrainingArguments) -> None:
 
 
 def train(
-    folder, batch_size=32, accumulation=1, num_rows=NUM_ROWS, model=None, weights=None, callbacks=(), **args
+    folder, batch_size=32, accumulation=1, num_rows=NUM_ROWS, model=None, callbacks=(), resume=None, **args
 ) -> dict:
     """
     Args:
         model: options of `make_model`.
-        weights: file with the weights to start from.
+        resume: `resume_from_checkpoint`.
 
     Returns:
         "steps": the gradients of each step; "logs"; "state": the weights at the end; "num_sharded": how many of the
@@ -95,8 +95,6 @@ def train(
     for module in fused.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    if weights is not None:
-        fused.load_state_dict(torch.load(weights))
     defaults = dict(
         per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_steps=2, optim="sgd",
         learning_rate=0.1, max_grad_norm=0.0, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
@@ -111,7 +109,7 @@ def train(
         fused, arguments, processing_class=make_processor(), train_dataset=make_rows(num_rows),
         callbacks=[keep, *callbacks],
     )  # fmt: skip
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     state = {
         name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()

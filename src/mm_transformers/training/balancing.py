@@ -58,12 +58,12 @@ class TaskBalancing(TrainerCallback):
         if not (self.weighting.needs_gradients or self.weighting.merges_gradients or self._observers):
             return
         what = f"task_weighting={kind!r}" if not self.is_static else "TaskGradientsCallback"
-        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        checkpointing = (args.gradient_checkpointing and args.gradient_checkpointing_kwargs) or {}
         obstacles = {
             "FSDP": self.trainer.is_fsdp_enabled,
             "DeepSpeed": self.trainer.is_deepspeed_enabled,
             "torch_compile": args.torch_compile,
-            "reentrant gradient checkpointing (gradient_checkpointing_kwargs={'use_reentrant': True})": reentrant,
+            "reentrant checkpointing": checkpointing.get("use_reentrant", False),
         }
         for name, is_there in obstacles.items():
             if is_there:
@@ -95,7 +95,7 @@ class TaskBalancing(TrainerCallback):
         self.observed_by = [observer for observer in self._observers if step % observer.every == 0]
 
     def before_forward(self, model: nn.Module) -> None:
-        self.model = model
+        self.model = model.train()
         if self.done == 0:
             self.rng_state = _rng_state(self.trainer.args.device)
             if self.weighting.looks_ahead and len(self.batches) > 1:
@@ -190,19 +190,17 @@ class TaskBalancing(TrainerCallback):
         return self.trainer.accelerator.reduce(values, reduction="mean")
 
     def _gradients_of(self, stack: torch.Tensor, parameters: list[nn.Parameter]) -> list[list[torch.Tensor]]:
-        """For each task, the gradients of its loss by the parameters, float32; the graph is kept."""
+        """
+        For each task, the gradients of its loss by the parameters, float32; 0 where it does not depend on them. The
+        graph is kept.
+        """
         scaler = self.trainer.accelerator.scaler
         scale = scaler.get_scale() if scaler is not None else 1.0
         rows = []
-        for name, loss, seen in zip(self.tasks, stack, self.labelled, strict=True):
+        for loss, seen in zip(stack, self.labelled, strict=True):
             found: Any = [None] * len(parameters)
             if seen:
                 found = torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True)
-                if all(gradient is None for gradient in found):
-                    raise ValueError(
-                        f"The loss of task {name!r} does not depend on the last layer that tasks share, so gradients "
-                        f"cannot be compared there; use another task_weighting than {self.weighting.kind!r}."
-                    )
             pairs = zip(found, parameters, strict=True)
             rows.append(
                 [torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() / scale for g, p in pairs]

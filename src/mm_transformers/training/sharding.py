@@ -1,9 +1,9 @@
 """What FSDP must be told of a model that is put together from others."""
 
-from torch import nn
+from typing import Any
 
 
-def layer_classes(model: nn.Module) -> list[str]:
+def layer_classes(model: Any) -> list[str]:
     """
     The names of the classes of layers that FSDP shards one by one: those that transformers keeps on one device, except
     the ones around the input embeddings, which accelerate shards by themselves, and which must not be sharded twice.

@@ -44,7 +44,8 @@ class MMTrainer(Trainer):
             As [`~transformers.Trainer`] takes them. `processing_class` is the [`MMTransformerProcessor`]; it defaults
             to that of the `data_collator`. In `args`,
             `remove_unused_columns` and `accelerator_config.dispatch_batches` are set to `False`: columns are chosen by
-            the collator, and a batch of images cannot be cut along with its rows.
+            the collator, and a batch of images cannot be cut along with its rows. `ddp_find_unused_parameters`
+            defaults to `False`: every parameter takes part in every step.
 
     Raises:
         ValueError: if several GPUs would be used by `nn.DataParallel`, if there is neither a `processing_class` nor a
@@ -93,6 +94,8 @@ class MMTrainer(Trainer):
         if isinstance(train_dataset, dict):
             raise ValueError(f"train_dataset must be one split, not all of {', '.join(map(repr, train_dataset))}.")
         args.remove_unused_columns = False
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every parameter takes part in every step
         args.accelerator_config.dispatch_batches = False
         super().__init__(
             model=model,

@@ -45,11 +45,9 @@ class DBMTLWeighting(TaskWeighting):
             self.num_steps = self.num_steps + labelled
         # From a start at 0, corrected as in Adam, since tasks may have been seen unequally often.
         norms = gradients.norm(dim=1).cpu() / (1 - self.beta ** self.num_steps.clamp(min=1))
-        usable = labelled & (norms > 0)
-        if not usable.any():
-            return torch.ones_like(norms)
-        scales = norms[usable].max() / torch.where(usable, norms, 1.0)
-        return torch.where(usable, scales / losses, 0.0)
+        # A task without a gradient there, since its rows bypass the layer, is left to its own scale.
+        scales = torch.where(norms > 0, norms.max() / norms, 1.0)
+        return torch.where(labelled, scales / losses, 0.0)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {} if self.average is None else {"average": self.average, "num_steps": self.num_steps}
