@@ -91,7 +91,7 @@ def make_model(args, modality: str, processor, tasks: list[Classification]) -> M
     if args.text:
         vision = None if modality == "text" else args.vision
         return MMTransformerForMultiTask.from_encoders(
-            text=args.text, vision=vision, tasks=tasks, fusion_type=args.fusion_type
+            text=args.text, vision=vision, tasks=tasks, fusion_type=args.fusion_type, task_weighting=args.task_weighting
         )
     text = BertConfig(
         vocab_size=len(processor.tokenizer), hidden_size=96, num_hidden_layers=1, num_attention_heads=4,
@@ -103,6 +103,7 @@ def make_model(args, modality: str, processor, tasks: list[Classification]) -> M
             text_config=text,
             vision_config=None if modality == "text" else vision,
             tasks=tasks,
+            task_weighting=args.task_weighting,
             fusion_type=args.fusion_type,
             num_fusion_layers=1,
             initializer_range=INITIALIZER_RANGE,
@@ -271,6 +272,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1200, help="training steps, of 64 rows each (%(default)s)")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="(%(default)s; pretrained: try 5e-5)")
     parser.add_argument("--fusion_type", default="cross_attention", help="how keyword and picture meet (%(default)s)")
+    parser.add_argument("--task_weighting", default="static", help="how tasks are weighed (%(default)s)")
     parser.add_argument(
         "--split", choices=["validation", "test"], default="test", help="where to measure (%(default)s)"
     )
