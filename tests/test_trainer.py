@@ -17,7 +17,7 @@ from mm_transformers import (
     MultiTaskMetrics,
     Regression,
 )
-from mm_transformers.training.trainer import GATE_LEARNING_RATE_FACTOR
+from mm_transformers.training.learning_rates import GATE_LEARNING_RATE_FACTOR
 
 
 WORDS = [

@@ -34,7 +34,9 @@ from .model.tasks import (
 if TYPE_CHECKING:
     from .data.collator import MMDataCollator
     from .data.embedded import load_demo_dataset
+    from .training.arguments import MMTrainingArguments
     from .training.metrics import MultiTaskMetrics
+    from .training.task_gradients import TaskGradientsCallback
     from .training.trainer import MMTrainer
 
 __version__ = "0.1.0.dev0"
@@ -43,6 +45,8 @@ _LAZY = {
     "MMDataCollator": ".data.collator",
     "load_demo_dataset": ".data.embedded",
     "MMTrainer": ".training.trainer",
+    "MMTrainingArguments": ".training.arguments",
+    "TaskGradientsCallback": ".training.task_gradients",
     "MultiTaskMetrics": ".training.metrics",
 }
 
@@ -68,6 +72,7 @@ __all__ = [
     "Generation",
     "MMDataCollator",
     "MMTrainer",
+    "MMTrainingArguments",
     "MMTransformerConfig",
     "MMTransformerForMultiTask",
     "MMTransformerModel",
@@ -82,6 +87,7 @@ __all__ = [
     "Retrieval",
     "Stream",
     "Task",
+    "TaskGradientsCallback",
     "TokenClassification",
     "load_demo_dataset",
     "register_fusion",

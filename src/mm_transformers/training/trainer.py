@@ -11,15 +11,13 @@ from transformers.utils import logging
 from ..data.collator import ROW_KEY, MMDataCollator
 from ..model.regularization import penalties, take_starting_point
 from .balancing import TaskBalancing
+from .learning_rates import never_decays, set_learning_rates
 from .metrics import MultiTaskMetrics
 from .sharding import layer_classes
 from .starting_point import load_starting_point, save_starting_point
 
 
 logger = logging.get_logger(__name__)
-
-# A gate starts at 0 and is all that learns at first; see Flamingo (https://arxiv.org/abs/2204.14198), section 2.2.
-GATE_LEARNING_RATE_FACTOR = 10.0
 
 
 class MMTrainer(Trainer):
@@ -246,20 +244,14 @@ class MMTrainer(Trainer):
         fused = self.fused_model
         parts = penalties(fused, fused.config.regularization)
         regularized = {id(parameter) for part in parts for parameter in part.parameters.values()}
-        free = {name for name, p in model.named_parameters() if _never_decays(name) or id(p) in regularized}
+        free = {name for name, p in model.named_parameters() if never_decays(name) or id(p) in regularized}
         return [name for name in names if name not in free]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new:
-            parameters = (self.model if model is None else model).named_parameters()
-            gates = {id(p): p for name, p in parameters if _is_gate(name) and p.requires_grad}
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in gates]
-            if gates:
-                rate = optimizer.defaults["lr"] * GATE_LEARNING_RATE_FACTOR
-                optimizer.add_param_group({"params": list(gates.values()), "lr": rate, "weight_decay": 0.0})
+            set_learning_rates(optimizer, self.fused_model, self.args)
         return optimizer
 
     # Training
@@ -370,14 +362,6 @@ class _NumberedRows(Dataset):
         else:
             rows = [self.dataset[index] for index in indices]
         return [{**row, ROW_KEY: index} for row, index in zip(rows, indices, strict=True)]
-
-
-def _is_gate(name: str) -> bool:
-    return name.endswith("gate_alpha")
-
-
-def _never_decays(name: str) -> bool:
-    return name.endswith(("gate_alpha", "logit_scale"))
 
 
 def _is_iterable(dataset) -> bool:

@@ -1,0 +1,111 @@
+"""How fast each parameter learns."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+# A gate starts at 0 and is all that learns at first; see Flamingo (https://arxiv.org/abs/2204.14198), section 2.2.
+GATE_LEARNING_RATE_FACTOR = 10.0
+
+
+def is_gate(name: str) -> bool:
+    return name.endswith("gate_alpha")
+
+
+def never_decays(name: str) -> bool:
+    return name.endswith(("gate_alpha", "logit_scale"))
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, fused, args: Any) -> None:
+    """
+    Splits the groups of an optimizer, so that each part of the model has its rate; gates also lose their weight decay.
+
+    Args:
+        fused ([`MMTransformerForMultiTask`]): Whose parameters these are.
+        args (`TrainingArguments` or [`MMTrainingArguments`]).
+    """
+    rates = learning_rates(fused, args, optimizer.defaults["lr"])
+    gates = {id(p) for name, p in fused.named_parameters() if is_gate(name)}
+    for group in list(optimizer.param_groups):
+        parts: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            rate = rates.get(id(parameter), group["lr"])
+            parts.setdefault((rate, id(parameter) in gates), []).append(parameter)
+        options = {name: value for name, value in group.items() if name not in ("params", "lr")}
+        for i, ((rate, is_gates), parameters) in enumerate(parts.items()):
+            if i == 0:
+                group.update(params=parameters, lr=rate)
+                if is_gates:
+                    group["weight_decay"] = 0.0
+            else:
+                decay = {"weight_decay": 0.0} if is_gates else {}
+                optimizer.add_param_group({**options, **decay, "params": parameters, "lr": rate})
+
+
+def learning_rates(fused, args: Any, default: float) -> dict[int, float]:
+    """By the `id` of each parameter; the default is for parts of which the arguments say nothing."""
+
+    def rate_of(name: str) -> float:
+        rate = getattr(args, f"{name}_learning_rate", None)
+        return default if rate is None else rate
+
+    decay = getattr(args, "layerwise_lr_decay", 1.0)
+    rates: dict[int, float] = {}
+    for name, parameter in fused.named_parameters():
+        rates[id(parameter)] = rate_of("fusion") * (GATE_LEARNING_RATE_FACTOR if is_gate(name) else 1.0)
+    for parameter in fused.heads.parameters():
+        rates[id(parameter)] = rate_of("head")
+    for encoder in _stacks(fused.model):
+        numbers = layer_numbers(encoder)
+        top = max(numbers.values(), default=0)
+        for parameter in encoder.parameters():
+            rates[id(parameter)] = rate_of("encoder") * decay ** (top + 1 - numbers[id(parameter)])
+    return rates
+
+
+def _stacks(model) -> Iterator[nn.Module]:
+    """What has layers of its own; of an encoder-decoder first the whole, for what its two halves do not have."""
+    if model.has_decoder:
+        yield model.text_model
+        yield model.text_model.get_decoder()
+    yield model.text_encoder
+    for name in model.config.modalities:
+        yield getattr(model, f"{name}_model")
+
+
+def layer_numbers(encoder: nn.Module) -> dict[int, int]:
+    """
+    By the `id` of each parameter of an encoder, the number of its layer, from below: 0 for what comes before the first
+    layer (embeddings), then 1, 2, ...; what comes after a layer (norms) counts to it. Layers are the members of lists
+    of modules; of encoders with stages, the layers of the stages.
+    """
+    numbers: dict[int, int] = {}
+    current = 0
+
+    def visit(module: nn.Module) -> None:
+        nonlocal current
+        for parameter in module.parameters(recurse=False):
+            numbers.setdefault(id(parameter), current)
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                for layer in child:
+                    if _is_stage(layer):
+                        visit(layer)
+                    else:
+                        current += 1
+                        for parameter in layer.parameters():
+                            numbers.setdefault(id(parameter), current)
+            else:
+                visit(child)
+
+    visit(encoder)
+    return numbers
+
+
+def _is_stage(layer: nn.Module) -> bool:
+    """Whether it holds a list of layers that are all alike; attention and feed-forward of one layer are not."""
+    lists = [child for child in layer.children() if isinstance(child, nn.ModuleList)]
+    return any(len({type(member) for member in members}) == 1 for members in lists)
