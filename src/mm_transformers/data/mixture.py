@@ -28,7 +28,8 @@ class DataMixture:
     If one of the data sets is a stream (`datasets.IterableDataset` or any iterable), there is one endless stream, in
     which each row is from a data set drawn by the shares; `max_steps` says when to stop. Map-style data sets are
     shuffled; streams are read in their own order: shuffle them by their own `shuffle`. Each process, and each worker of
-    its data loader, reads rows of its own, so every data set needs at least as many rows as there are of those.
+    its data loader, reads rows of its own in each pass through a data set, so every data set needs at least as many
+    rows as there are of those.
 
     Args:
         datasets (`dict[str, Any]`): Names, for messages and logs -> data sets, or [`DataSource`] objects that say their

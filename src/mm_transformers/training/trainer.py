@@ -44,13 +44,15 @@ class MMTrainer(Trainer):
             As [`~transformers.Trainer`] takes them. `processing_class` is the [`MMTransformerProcessor`]; it defaults
             to that of the `data_collator`. In `args`,
             `remove_unused_columns` and `accelerator_config.dispatch_batches` are set to `False`: columns are chosen by
-            the collator, and a batch of images cannot be cut along with its rows.
+            the collator, and a batch of images cannot be cut along with its rows. `train_dataset` may be a
+            [`DataMixture`] of several data sets, or a dict of them; then the logs hold how many rows of each there were
+            since the last log (`rows_<name>`). Where a data set is taken, a [`DataSource`] is too.
 
     Raises:
         ValueError: if several GPUs would be used by `nn.DataParallel`, if there is neither a `processing_class` nor a
             `data_collator`, if the model has no tasks, if a data set lacks the text column or all of the tasks'
-            columns, or if something is asked for that would be ignored: label smoothing, `compute_loss_func`,
-            `batch_eval_metrics`.
+            columns (for several, as [`DataMixture`] says), or if something is asked for that would be ignored: label
+            smoothing, `compute_loss_func`, `batch_eval_metrics`.
     """
 
     def __init__(
