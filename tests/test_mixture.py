@@ -454,6 +454,11 @@ class TestRefusals:
         monkeypatch.setattr(mixture.logger, "warning", said.append)
         make_trainer(tmp_path, {"a": TABLE})
         assert said == ["None of the data sets has labels of task 'tone'."]
+        make_trainer(tmp_path, {"a": DataSource(TABLE, {"tone": "stars"})}, vision="vit")
+        assert said[1:] == [
+            "None of the data sets has a column 'image' or 'video', so no row has images or videos; if some do, name "
+            "the column by DataSource(..., columns=...)."
+        ]
 
     def test_zero_weight_leaves_out(self, tmp_path):
         data = {"a": numbered(0, 5), "b": numbered(1000, 9), "c": numbered(2000, 5)}

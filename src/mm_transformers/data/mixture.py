@@ -37,12 +37,14 @@ class DataMixture:
         sampling (`str` or `dict[str, float]`, *optional*, defaults to `"proportional"`):
             `"proportional"`: every row once per epoch. `"temperature"`: data sets by N^(1 / temperature), N their
             number of rows (https://arxiv.org/abs/1910.10683). Or the weight of each; 0 leaves it out. What is above 0
-            gets at least one row (with separate batches, one batch) in each epoch. Streams need weights.
+            gets at least one row (with separate batches, one batch) in each epoch. Streams need weights. A data set
+            that is repeated is shuffled anew each time, so that its rows are used evenly.
         temperature (`float`, *optional*, defaults to 2.0): More than 0. 1 is by size, infinity the same for all.
         batches (`str`, *optional*, defaults to `"mixed"`):
             `"mixed"`, or `"separate"`: each batch of a process is from one data set; with `"proportional"`, the last
-            batch of a data set then has the rows that are left, and `dataloader_drop_last` leaves it out. Processes
-            may have batches from different data sets in the same step.
+            batch of a data set then has the rows that are left, and `dataloader_drop_last` leaves it out; otherwise
+            all are full, and what is left of a data set is for the next epoch. Processes may have batches from
+            different data sets in the same step.
 
     Raises:
         ValueError: one sentence, if a data set is empty or several splits, weights do not fit the data sets, or streams
@@ -112,6 +114,13 @@ class DataMixture:
                     f"Data set {name!r} has {len(source):,} rows, fewer than a batch of {args.train_batch_size}, and "
                     "would be left out by dataloader_drop_last: leave that out, or make batches smaller."
                 )
+        media = {kind: column.column for kind, column in collator.media.items()}
+        columns = [source.column_names for source in self.sources.values()]
+        if media and not any(names is None or set(names) & set(media.values()) for names in columns):
+            logger.warning(
+                f"None of the data sets has a column {' or '.join(map(repr, media.values()))}, so no row has "
+                f"{' or '.join(media)}; if some do, name the column by DataSource(..., columns=...)."
+            )
         for task in collator.tasks:
             if not any(task in source.labelled_tasks(collator) for source in self.sources.values()):
                 logger.warning(f"None of the data sets has labels of task {task!r}.")
