@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, Value
 from tiny import make_image, make_model, make_processor, make_tasks
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -329,7 +329,10 @@ def test_broken_images_of_any_form_of_data_set(tmp_path, form):
     ("options", "message"),
     [
         ({"compute_loss_func": lambda *_: 0}, "takes no compute_loss_func"),
-        ({"train_dataset": {"train": [], "test": []}}, "must be one split, not all of 'train', 'test'"),
+        (
+            {"train_dataset": DatasetDict(train=make_dataset(), test=make_dataset())},
+            "must be one split, not all of 'train', 'test'",
+        ),
         ({"processing_class": make_processor().tokenizer}, "processing_class must be an MMTransformerProcessor, but"),
     ],
 )

@@ -34,6 +34,8 @@ from .model.tasks import (
 if TYPE_CHECKING:
     from .data.collator import MMDataCollator
     from .data.embedded import load_demo_dataset
+    from .data.mixture import DataMixture
+    from .data.sources import DataSource
     from .training.arguments import MMTrainingArguments
     from .training.metrics import MultiTaskMetrics
     from .training.task_gradients import TaskGradientsCallback
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _LAZY = {
+    "DataMixture": ".data.mixture",
+    "DataSource": ".data.sources",
     "MMDataCollator": ".data.collator",
     "load_demo_dataset": ".data.embedded",
     "MMTrainer": ".training.trainer",
@@ -68,6 +72,8 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Classification",
+    "DataMixture",
+    "DataSource",
     "Fusion",
     "Generation",
     "MMDataCollator",

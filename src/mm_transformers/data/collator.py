@@ -13,10 +13,7 @@ from ..model.processing_mm_transformer import MMTransformerProcessor, as_clips, 
 from ..model.task_base import LabelContext, is_null
 from ..model.video import load_frames, video_key
 from .media import MediaColumn, SharedCounter
-
-
-# Under this key [`MMTrainer`] writes into each row its number in the data set, so that messages can name it.
-ROW_KEY = "__row__"
+from .sources import ANY_SOURCE, ROW_KEY, SOURCE_KEY, count_rows, name_of_row, own_column
 
 
 class MMDataCollator:
@@ -97,7 +94,7 @@ class MMDataCollator:
         return int(self._num_bad_files)
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
-        names = [f"row {row[ROW_KEY]:,}" if ROW_KEY in row else f"row {i} of the batch" for i, row in enumerate(rows)]
+        names = [name_of_row(row, i) for i, row in enumerate(rows)]
         media: dict[str, Any] = {}
         had_any, has_any = [False] * len(rows), [False] * len(rows)
         for name, column in self.media.items():
@@ -127,6 +124,7 @@ class MMDataCollator:
             name: task.collate_labels(self._labels(task, rows, texts, names, is_empty), context)
             for name, task in self.tasks.items()
         }
+        batch.update(count_rows(rows))
         return batch
 
     def _fingerprints(self, texts: list[str], media: dict[str, Any]) -> Optional[dict[str, list[Optional[int]]]]:
@@ -145,7 +143,7 @@ class MMDataCollator:
 
     def _text(self, row: Mapping[str, Any], had_other: bool, name: str) -> str:
         if self.text_column not in row:
-            columns = ", ".join(repr(column) for column in row if column != ROW_KEY)
+            columns = ", ".join(repr(column) for column in row if column not in (ROW_KEY, SOURCE_KEY))
             raise ValueError(
                 f"{name} has no column {self.text_column!r} (its columns are {columns}); name the column of your texts "
                 "by text_column=."
@@ -157,17 +155,18 @@ class MMDataCollator:
             text = ""
         if not isinstance(text, str):
             raise ValueError(
-                f"{name}, column {self.text_column!r}: expected a text (or a list of words), but got {text!r} of type "
-                f"{type(text).__name__}."
+                f"{name}, column {own_column(row, self.text_column)!r}: expected a text (or a list of words), but got "
+                f"{text!r} of type {type(text).__name__}."
             )
         try:
             text.encode()
         except UnicodeEncodeError as error:  # tokenizers would only say that it is no string
             raise ValueError(
-                f"{name}, column {self.text_column!r}: the text is not valid Unicode ({error})."
+                f"{name}, column {own_column(row, self.text_column)!r}: the text is not valid Unicode ({error})."
             ) from error
         if not text.strip() and not had_other:
-            columns = ", ".join(repr(c) for c in [self.text_column, *(media.column for media in self.media.values())])
+            known = [self.text_column, *(media.column for media in self.media.values())]
+            columns = ", ".join(repr(own_column(row, column)) for column in known)
             raise ValueError(f"{name} has nothing in {columns}; remove it.")
         return text
 
@@ -176,10 +175,11 @@ class MMDataCollator:
     ) -> list[Any]:
         labels = []
         for row, text, name, empty in zip(rows, texts, names, is_empty, strict=True):
+            unlabelled = empty or not row.get(SOURCE_KEY, ANY_SOURCE).labels(task.name)
             try:
-                labels.append(None if empty else task.encode_label(row.get(task.column, task.default_cell), text))
+                labels.append(None if unlabelled else task.encode_label(row.get(task.column, task.default_cell), text))
             except ValueError as error:
-                raise ValueError(f"{name}, column {task.column!r}: {error}.") from error
+                raise ValueError(f"{name}, column {own_column(row, task.column)!r}: {error}.") from error
         return labels
 
 

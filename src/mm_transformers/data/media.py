@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from .sources import own_column
+
 
 logger = logging.get_logger(__name__)
 
@@ -70,7 +72,7 @@ class MediaColumn:
                 key = self.key(cell)
                 kept.append(cell)
                 if key not in loaded:
-                    loaded[key] = self._load(cell, name)
+                    loaded[key] = self._load(cell, f"{name}, column {own_column(row, self.column)!r}")
                 if loaded[key] is None:
                     self.num_bad_files.add_one()
                 else:
@@ -79,11 +81,11 @@ class MediaColumn:
             were_there.append(len(cells) > 0)
         return result, were_there
 
-    def _load(self, cell: Any, name: str) -> Any:
+    def _load(self, cell: Any, where: str) -> Any:
         try:
             return self.load(_at_hand(cell))
         except ValueError as error:
-            where = f"{name}, column {self.column!r}: {error}"
+            where = f"{where}: {error}"
             if self.on_bad_file == "raise":
                 raise type(error)(
                     f"{where}; mend or remove it, or pass on_bad_file='drop' to treat it as absent."

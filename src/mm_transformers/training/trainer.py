@@ -4,13 +4,16 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-from ..data.collator import ROW_KEY, MMDataCollator
+from ..data.collator import MMDataCollator
+from ..data.mixture import DataMixture, check_sources
+from ..data.mixture_rows import MixedStream
+from ..data.sources import DataSource, rows_of
 from ..model.regularization import penalties, take_starting_point
 from .balancing import TaskBalancing
+from .counts import TrainingCounts
 from .learning_rates import never_decays, set_learning_rates
 from .metrics import MultiTaskMetrics
 from .sharding import layer_classes
@@ -43,13 +46,15 @@ class MMTrainer(Trainer):
             to that of the `data_collator`. In `args`,
             `remove_unused_columns` and `accelerator_config.dispatch_batches` are set to `False`: columns are chosen by
             the collator, and a batch of images cannot be cut along with its rows. `ddp_find_unused_parameters`
-            defaults to `False`: every parameter takes part in every step.
+            defaults to `False`: every parameter takes part in every step. `train_dataset` may be a [`DataMixture`] of
+            several data sets, or a dict of them; then the logs hold how many rows of each there were since the last
+            log (`rows_<name>`). Where a data set is taken, a [`DataSource`] is too.
 
     Raises:
         ValueError: if several GPUs would be used by `nn.DataParallel`, if there is neither a `processing_class` nor a
             `data_collator`, if the model has no tasks, if a data set lacks the text column or all of the tasks'
-            columns, or if something is asked for that would be ignored: label smoothing, `compute_loss_func`,
-            `batch_eval_metrics`.
+            columns (for several, as [`DataMixture`] says), or if something is asked for that would be ignored: label
+            smoothing, `compute_loss_func`, `batch_eval_metrics`.
     """
 
     def __init__(
@@ -89,7 +94,9 @@ class MMTrainer(Trainer):
                 f"processing_class must be an MMTransformerProcessor, but is a {type(processing_class).__name__}: make "
                 "one by MMTransformerProcessor.from_encoders(text=..., vision=...)."
             )
-        if isinstance(train_dataset, dict):
+        if isinstance(train_dataset, dict) and not hasattr(train_dataset, "column_names"):
+            train_dataset = DataMixture(train_dataset)
+        if isinstance(train_dataset, dict):  # a DatasetDict, whose splits are not all to be trained on
             raise ValueError(f"train_dataset must be one split, not all of {', '.join(map(repr, train_dataset))}.")
         args.remove_unused_columns = False
         if args.ddp_find_unused_parameters is None:
@@ -126,6 +133,7 @@ class MMTrainer(Trainer):
             self.data_collator = MMDataCollator(processing_class, self.model.config)
         if compute_metrics is None:
             self.compute_metrics = MultiTaskMetrics(self.model.config, processing_class)
+        check_sources(train_dataset, eval_dataset, self.data_collator, args)
         if isinstance(self.data_collator, MMDataCollator):
             for name, datasets in {"train": train_dataset, "eval": eval_dataset}.items():
                 for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
@@ -139,6 +147,8 @@ class MMTrainer(Trainer):
         self._rows_per_epoch: Optional[int] = None
         self._losses: dict[str, torch.Tensor] = {}
         self._num_steps: dict[str, torch.Tensor] = {}
+        names = list(train_dataset.sources) if isinstance(train_dataset, DataMixture) else []
+        self._counts = TrainingCounts(list(self.fused_model.tasks), names)
 
     @property
     def fused_model(self) -> Any:
@@ -154,18 +164,19 @@ class MMTrainer(Trainer):
         return sampler
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
-        if isinstance(self.data_collator, MMDataCollator):
-            original = dataset
-            for media in self.data_collator.media.values():
-                dataset = _undecoded(dataset, media.column)
-            if _is_iterable(dataset):
-                return super()._get_dataloader(dataset, description, batch_size, sampler_fn=sampler_fn, **kwargs)
-            dataset = _NumberedRows(dataset)
-            if sampler_fn is not None:
-                return super()._get_dataloader(
-                    dataset, description, batch_size, sampler_fn=lambda _: sampler_fn(original), **kwargs
-                )
-        return super()._get_dataloader(dataset, description, batch_size, sampler_fn=sampler_fn, **kwargs)
+        if not isinstance(self.data_collator, MMDataCollator):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn=sampler_fn, **kwargs)
+        if isinstance(dataset, DataMixture):
+            rows = dataset.rows(self.data_collator, batch_size, self.args)
+            loader = super()._get_dataloader(rows, description, batch_size, lambda rows: rows.sampler, **kwargs)
+            if isinstance(rows, MixedStream):
+                rows.read_own_part(loader.dataset)
+            else:
+                self._rows_per_epoch = len(rows.sampler)
+            return loader
+        rows, original = rows_of(dataset, self.data_collator)
+        wrapped = None if sampler_fn is None else lambda _: sampler_fn(original)
+        return super()._get_dataloader(rows, description, batch_size, sampler_fn=wrapped, **kwargs)
 
     # Loss
 
@@ -187,6 +198,7 @@ class MMTrainer(Trainer):
         tasks = self.fused_model.tasks
         if batch_samples and self.accelerator.gradient_state.end_of_dataloader:
             self._unlabel_repeated_rows(batch_samples[-1])
+        self._counts.take_rows(batch_samples)
         counts = torch.zeros(len(tasks), device=device)
         for batch in batch_samples:
             for i, (name, task) in enumerate(tasks.items()):
@@ -194,6 +206,7 @@ class MMTrainer(Trainer):
                     counts[i] += task.num_labelled(batch["labels"][name]).to(device)
         # Gradients are averaged over processes, so each divides by its share of the labels of all.
         counts = self.accelerator.reduce(counts, reduction="mean")
+        self._counts.add_labels(counts)
         divisors = dict(zip(tasks, counts, strict=True))
         divisors["regularization"] = torch.tensor(float(max(len(batch_samples), 1)), device=device)
         return divisors
@@ -232,6 +245,8 @@ class MMTrainer(Trainer):
             self._forget_losses()
             if self._balancing is not None:
                 logs.update(self._balancing.logs())
+        if "loss" in logs:
+            logs.update(self._counts.rows_since_last(self.accelerator))
         super().log(logs, *args, **kwargs)
 
     def _forget_losses(self) -> None:
@@ -258,6 +273,7 @@ class MMTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         self._forget_losses()
+        self._counts.reset()
         fused = self.fused_model
         fused.starting_point = take_starting_point(fused, fused.config.regularization)
         self.remove_callback(TaskBalancing)
@@ -266,6 +282,7 @@ class MMTrainer(Trainer):
         if self._balancing is not None:
             self.add_callback(self._balancing)
         output = super().train(*args, **kwargs)
+        self._counts.warn_of_unlabelled()
         self._report_bad_files()
         return output
 
@@ -344,54 +361,9 @@ class MMTrainer(Trainer):
             logger.warning(f"{count:,} times so far a file could not be read; it was treated as absent.")
 
 
-class _NumberedRows(Dataset):
-    """Rows that know their number, for messages."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], ROW_KEY: index}
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        if hasattr(self.dataset, "__getitems__"):
-            rows = self.dataset.__getitems__(indices)
-        else:
-            rows = [self.dataset[index] for index in indices]
-        return [{**row, ROW_KEY: index} for row, index in zip(rows, indices, strict=True)]
-
-
-def _is_iterable(dataset) -> bool:
-    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
-
-
-def _undecoded(dataset, column: str):
-    """
-    Cells of `datasets.Image`, `Video` and `Audio` as bytes or path: what is shared is then seen, and what is broken has
-    its row named.
-    """
-    import datasets
-
-    known = isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and dataset.features is not None
-    if not known or column not in dataset.features:
-        return dataset
-    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
-        return dataset  # a transform of the user's own, which may want pictures
-    feature, kinds = dataset.features[column], (datasets.Image, datasets.Video, datasets.Audio)
-    if isinstance(feature, kinds):
-        return dataset.cast_column(column, type(feature)(decode=False))
-    inner = getattr(feature, "feature", None)
-    if isinstance(inner, kinds):
-        return dataset.cast_column(column, datasets.List(type(inner)(decode=False)))
-    return dataset
-
-
 def _check_columns(dataset, name: str, collator: MMDataCollator) -> None:
     columns = getattr(dataset, "column_names", None)
-    if not columns:
+    if not columns or isinstance(dataset, DataSource):
         return
     shown = ", ".join(repr(column) for column in columns)
     if collator.text_column not in columns:

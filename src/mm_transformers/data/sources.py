@@ -1,0 +1,266 @@
+"""Data sets as the collator is to see them: columns as it calls them, rows that know where they are from."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+
+# Under these keys [`MMTrainer`] writes into each row its number in the data set, and which data set that is.
+ROW_KEY = "__row__"
+SOURCE_KEY = "__source__"
+# In a batch of a mixture: how many rows are from each data set. [`MMTrainer`] takes it out before the model sees it.
+ROWS_PER_SOURCE = "rows_per_source"
+
+
+class RowSource(NamedTuple):
+    """
+    What a row says of its data set.
+
+    Args:
+        name: how messages call the data set; `None` if there is only one.
+        columns: name that the collator looks for -> name in the data set.
+        tasks: the tasks that have labels there; `None` for all whose column is there.
+        place: which of how many data sets of a mixture it is, for counting; `None` outside of mixtures.
+    """
+
+    name: Optional[str] = None
+    columns: Mapping[str, str] = {}
+    tasks: Optional[frozenset[str]] = None
+    place: Optional[tuple[int, int]] = None
+
+    def labels(self, task: str) -> bool:
+        return self.tasks is None or task in self.tasks
+
+
+ANY_SOURCE = RowSource()
+
+
+def name_of_row(row: Mapping[str, Any], i: int) -> str:
+    """How messages call the i-th row of a batch."""
+    name = f"row {row[ROW_KEY]:,}" if ROW_KEY in row else f"row {i} of the batch"
+    source = row.get(SOURCE_KEY, ANY_SOURCE).name
+    return name if source is None else f"{name} of {source!r}" if ROW_KEY in row else f"{name}, from {source!r}"
+
+
+def own_column(row: Mapping[str, Any], column: str) -> str:
+    """What the data set of the row itself calls a column."""
+    return row.get(SOURCE_KEY, ANY_SOURCE).columns.get(column, column)
+
+
+def count_rows(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """How many rows of the batch are from each data set of a mixture, (num_datasets,) int64; nothing for others."""
+    places = [row[SOURCE_KEY].place for row in rows if SOURCE_KEY in row]
+    if not places or places[0] is None:
+        return {}
+    return {ROWS_PER_SOURCE: torch.bincount(torch.tensor([i for i, _ in places]), minlength=places[0][1])}
+
+
+class DataSource:
+    """
+    A data set with columns and tasks of its own, for [`DataMixture`], or for [`MMTrainer`] in place of a data set.
+
+    Args:
+        dataset: what [`~transformers.Trainer`] takes: a `datasets.Dataset` or `IterableDataset`, a list of dicts, ...
+        columns (`dict[str, str]`, *optional*):
+            Names that the collator and the tasks look for ("text", "image", the columns of tasks) -> names in this data
+            set. A column that is named here answers to its new names only; several may be given to one column.
+        tasks (`list[str]`, *optional*):
+            The tasks that have labels in this data set. Defaults to all whose column is there, and those that need no
+            column. In its rows the others have no label, whatever columns there are.
+
+    Raises:
+        ValueError: if the data set is several splits, or `columns` or `tasks` are of another form.
+    """
+
+    def __init__(self, dataset: Any, columns: Optional[Mapping[str, str]] = None, tasks: Optional[list[str]] = None):
+        if isinstance(dataset, (dict, DataSource)):
+            form = "several splits or data sets" if isinstance(dataset, dict) else "a DataSource itself"
+            raise ValueError(f"A DataSource takes one data set, but got {form}; give it one of them.")
+        columns = dict(columns or {})
+        if not all(isinstance(x, str) for pair in columns.items() for x in pair):
+            raise ValueError(f"columns must be a dict of names, {{'text': 'review', ...}}, but is {columns!r}.")
+        if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks or []):
+            raise ValueError(f"tasks must be a list of names of tasks, but is {tasks!r}.")
+        self.dataset, self.columns = dataset, columns
+        self.tasks = None if tasks is None else list(tasks)
+
+    @property
+    def is_stream(self) -> bool:
+        return is_iterable(self.dataset)
+
+    @property
+    def column_names(self) -> Optional[list[str]]:
+        """The columns by the names that the collator looks for; `None` if the data set does not say."""
+        own = getattr(self.dataset, "column_names", None)
+        if not own:
+            return None
+        renamed = set(self.columns.values())
+        return [*self.columns, *(name for name in own if name not in renamed and name not in self.columns)]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def check(self, collator: Any, name: str) -> None:
+        """
+        Args:
+            collator: the [`MMDataCollator`].
+            name: how messages call the data set.
+
+        Raises:
+            ValueError: if a task is unknown, a mapped column is not there or is one that nothing reads, the text column
+                is missing, or no task has labels.
+        """
+        for task in self.tasks or []:
+            if task not in collator.tasks:
+                raise ValueError(
+                    f"{name} names the task {task!r}, but the tasks of the model are {_shown(collator.tasks)}."
+                )
+        known = [collator.text_column, *(media.column for media in collator.media.values())]
+        known += [task.column for task in collator.tasks.values()]
+        own = getattr(self.dataset, "column_names", None)
+        for target, column in self.columns.items():
+            if target not in known:
+                raise ValueError(
+                    f"{name} maps its column {column!r} to {target!r}, which nothing reads; what is read is "
+                    f"{_shown(dict.fromkeys(known))}."
+                )
+            if own and column not in own:
+                raise ValueError(
+                    f"{name} has no column {column!r}, which is to be {target!r}; its columns are {_shown(own)}."
+                )
+        columns = self.column_names
+        if columns is not None and collator.text_column not in columns:
+            raise ValueError(
+                f"{name} has no column {collator.text_column!r} (its columns are {_shown(columns)}); name the column "
+                f"of its texts by DataSource(..., columns={{{collator.text_column!r}: '...'}})."
+            )
+        labelled = self.labelled_tasks(collator)
+        if self.tasks is not None and labelled != set(self.tasks):
+            task = collator.tasks[min(set(self.tasks) - labelled)]
+            raise ValueError(
+                f"{name} is to have labels of task {task.name!r}, but has no column {task.column!r} (its columns are "
+                f"{_shown(columns or [])}); name it by DataSource(..., columns={{{task.column!r}: '...'}})."
+            )
+        if not labelled:
+            raise ValueError(
+                f"{name} has labels for none of the tasks {_shown(collator.tasks)}; leave it out, or name the columns "
+                "of its labels by DataSource(..., columns=...)."
+            )
+
+    def labelled_tasks(self, collator: Any) -> set[str]:
+        """The tasks that may have labels in this data set, as far as its columns tell."""
+        tasks = collator.tasks.values() if self.tasks is None else [collator.tasks[name] for name in self.tasks]
+        columns = self.column_names
+        return {t.name for t in tasks if columns is None or t.default_cell is not None or t.column in columns}
+
+    def rows(self, collator: Any, name: Optional[str] = None, place: Optional[tuple[int, int]] = None) -> Any:
+        """The data set as a map-style or iterable data set of torch whose rows the collator understands."""
+        dataset = self.dataset
+        for media in collator.media.values():
+            dataset = undecoded(dataset, self.columns.get(media.column, media.column))
+        tasks = None if self.tasks is None else frozenset(self.tasks)
+        source = RowSource(name, self.columns, tasks, place)
+        return (StreamOfSource if self.is_stream else RowsOfSource)(dataset, source)
+
+
+def rows_of(dataset: Any, collator: Any) -> tuple[Any, Any]:
+    """Of a data set or a [`DataSource`]: what the data loader is to read, and the data set that samplers look at."""
+    source = dataset if isinstance(dataset, DataSource) else DataSource(dataset)
+    if source.is_stream and source is not dataset:
+        for media in collator.media.values():
+            dataset = undecoded(dataset, media.column)
+        return dataset, dataset  # as it is, accelerate knows how to share it out among processes
+    return source.rows(collator), source.dataset
+
+
+class RowsOfSource(Dataset):
+    def __init__(self, dataset: Any, source: RowSource):
+        self.dataset, self.source = dataset, source
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _view(self.dataset[index], self.source, index)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        if hasattr(self.dataset, "__getitems__"):
+            rows = self.dataset.__getitems__(indices)
+        else:
+            rows = [self.dataset[index] for index in indices]
+        return [_view(row, self.source, index) for row, index in zip(rows, indices, strict=True)]
+
+
+class StreamOfSource(IterableDataset):
+    def __init__(self, dataset: Any, source: RowSource):
+        self.dataset, self.source = dataset, source
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in self.dataset:
+            yield _view(row, self.source)
+
+    def part(self, consumer: int, num_consumers: int, epoch: int) -> Iterator[dict[str, Any]]:
+        """The rows of one of several consumers, each a process or a worker of one; no two have a row in common."""
+        import datasets
+        from datasets.distributed import split_dataset_by_node
+
+        dataset = self.dataset
+        if isinstance(dataset, datasets.IterableDataset):
+            dataset = split_dataset_by_node(dataset, consumer, num_consumers)
+            dataset.set_epoch(epoch)
+            # Not `iter(dataset)`, which in a worker of a data loader would split its rows once more.
+            for batch in dataset.iter(batch_size=1):
+                yield _view({column: cells[0] for column, cells in batch.items()}, self.source)
+            return
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
+        for i, row in enumerate(dataset):
+            if i % num_consumers == consumer:
+                yield _view(row, self.source)
+
+
+def _view(row: Mapping[str, Any], source: RowSource, number: Optional[int] = None) -> dict[str, Any]:
+    view = dict(row)
+    if source.columns:
+        renamed = set(source.columns.values())
+        view = {column: cell for column, cell in row.items() if column not in renamed}
+        for target, column in source.columns.items():
+            view.pop(target, None)
+            if column in row:
+                view[target] = row[column]
+    if number is not None:
+        view[ROW_KEY] = number
+    if source != ANY_SOURCE:
+        view[SOURCE_KEY] = source
+    return view
+
+
+def is_iterable(dataset: Any) -> bool:
+    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+
+
+def undecoded(dataset: Any, column: str) -> Any:
+    """
+    Cells of `datasets.Image`, `Video` and `Audio` as bytes or path: what is shared is then seen, and what is broken has
+    its row named.
+    """
+    import datasets
+
+    known = isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and dataset.features is not None
+    if not known or column not in dataset.features:
+        return dataset
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+        return dataset  # a transform of the user's own, which may want pictures
+    feature, kinds = dataset.features[column], (datasets.Image, datasets.Video, datasets.Audio)
+    if isinstance(feature, kinds):
+        return dataset.cast_column(column, type(feature)(decode=False))
+    inner = getattr(feature, "feature", None)
+    if isinstance(inner, kinds):
+        return dataset.cast_column(column, datasets.List(type(inner)(decode=False)))
+    return dataset
+
+
+def _shown(names: Any) -> str:
+    return ", ".join(map(repr, names))
