@@ -1,7 +1,13 @@
-"""Rows of all processes."""
+"""What a model must know of other processes."""
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether its weights are shared out over processes (FSDP), so that all of them must run it together."""
+    return any(hasattr(parameter, "to_local") for parameter in module.parameters())
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .configuration_mm_transformer import MMTransformerConfig
 from .decoders import build_seq2seq
+from .distributed import is_sharded
 from .encoders import (
     as_tokens,
     audio_token_mask,
@@ -237,11 +238,11 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         """The tokens that each row has of one modality, `None` if it has none and nothing has to be trained."""
         if items and index.shape[1] > 0:
             tokens, token_mask = self._tokens(name, items)
-        elif not self.training:
+        elif not self.training and not is_sharded(getattr(self, f"{name}_model")):
             return None
         else:
             # Encoder and projection take part in every training step, even where one rank has no item: DDP would
-            # complain of unused parameters, and FSDP would wait for this rank.
+            # complain of unused parameters, and FSDP would wait for this rank, in evaluation too.
             blank = blank_input(getattr(self.config, f"{name}_config"), name)
             with _frozen_batch_norm(getattr(self, f"{name}_model")):
                 tokens, token_mask = self._tokens(name, {k: v.to(index.device) for k, v in blank.items()})

@@ -111,6 +111,28 @@ class TextWriting:
                 **kwargs,
             )
 
+    @torch.no_grad()
+    def forward_and_write(
+        self, labels: Optional[dict[str, torch.Tensor]] = None, generation_kwargs: Any = None, **inputs
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """
+        The output of the model, and what the decoder writes for each task that writes, (batch, length) int64 without
+        what it starts with; encoders and fusion run once for all of it.
+
+        Args:
+            labels, inputs: as [`MMTransformerForMultiTask.forward`] takes them.
+            generation_kwargs (`dict`, *optional*): For [`~transformers.GenerationMixin.generate`].
+        """
+        encoded = self.model(**inputs)
+        # Not by a call of the model: under FSDP this already is one.
+        outputs = self.forward(encoder_outputs=encoded, labels=labels)  # type: ignore[attr-defined]
+        written = {}
+        for name, task in self.tasks.items():
+            if task.needs_decoder:
+                ids = self.generate(name, encoded, **(generation_kwargs or {}))
+                written[name] = ids[:, len(self.decoder_start_ids(task)) :]
+        return outputs, written
+
     @contextmanager
     def _nothing_forced(self):
         """What the pretrained model would force the decoder to begin with is among what it starts with, if wanted."""

@@ -10,7 +10,24 @@ def layer_classes(model: Any) -> list[str]:
 
     Args:
         model (`PreTrainedModel`).
+
+    Raises:
+        ValueError: if other modules share the input embeddings, as in most encoder-decoders: FSDP must have all that
+            share a weight in one group, and accelerate puts the embeddings in one of their own.
     """
     embeddings = model.get_input_embeddings()
+    if sum(getattr(module, "weight", None) is embeddings.weight for module in model.modules()) > 1:
+        raise ValueError(
+            "The text encoder shares its embeddings with the decoder, which FSDP cannot share out over processes: "
+            "train this model without FSDP (by DDP, or DeepSpeed ZeRO)."
+        )
     around = {type(m).__name__ for m in model.modules() if m is not embeddings and embeddings in m.modules()}
     return sorted(set(model._no_split_modules or ()) - around)
+
+
+def gather_for_method(model: Any, name: str) -> None:
+    """Lets FSDP bring the shared-out weights together for a method as it does for `forward`."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    if name not in vars(model):
+        register_fsdp_forward_method(model, name)

@@ -1,5 +1,6 @@
 """The Trainer of transformers, for models with several tasks and batches with any number of images."""
 
+import os
 from typing import Any, Optional
 
 import torch
@@ -16,7 +17,7 @@ from .balancing import TaskBalancing
 from .counts import TrainingCounts
 from .learning_rates import never_decays, set_learning_rates
 from .metrics import MultiTaskMetrics
-from .sharding import layer_classes
+from .sharding import gather_for_method, layer_classes
 from .starting_point import load_starting_point, save_starting_point
 
 
@@ -98,6 +99,12 @@ class MMTrainer(Trainer):
             train_dataset = DataMixture(train_dataset)
         if isinstance(train_dataset, dict):  # a DatasetDict, whose splits are not all to be trained on
             raise ValueError(f"train_dataset must be one split, not all of {', '.join(map(repr, train_dataset))}.")
+        num_started = int(os.environ.get("WORLD_SIZE", 1))
+        if num_started != args.world_size:
+            raise ValueError(
+                f"{num_started} processes were started, but each would train by itself, since torch sees no GPU; on "
+                "CPUs pass use_cpu=True to the training arguments (--use_cpu)."
+            )
         args.remove_unused_columns = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every parameter takes part in every step
@@ -143,6 +150,7 @@ class MMTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         # Of each task, and of the regularizer, since the last log: losses, summed over the optimiser steps, and the
         # number of steps that had any.
+        self._has_trained = self._has_evaluated = False  # the latter before training
         self._balancing: Optional[TaskBalancing] = None
         self._rows_per_epoch: Optional[int] = None
         self._losses: dict[str, torch.Tensor] = {}
@@ -272,6 +280,12 @@ class MMTrainer(Trainer):
     # Training
 
     def train(self, *args, **kwargs):
+        if self._has_evaluated and self.args.world_size > 1:
+            raise ValueError(
+                "This trainer has evaluated before training, after which the processes would train apart from each "
+                "other: evaluate with a trainer of its own, or set eval_on_start=True in the training arguments."
+            )
+        self._has_trained = True
         self._forget_losses()
         self._counts.reset()
         fused = self.fused_model
@@ -285,6 +299,17 @@ class MMTrainer(Trainer):
         self._counts.warn_of_unlabelled()
         self._report_bad_files()
         return output
+
+    def save_model(self, output_dir: Optional[str] = None, _internal_call: bool = False):
+        if self.is_fsdp_enabled and not _internal_call:
+            # The stock method leaves it out where checkpoints are saved in shards, by FSDP's own files.
+            state = self.accelerator.get_state_dict(self.model)
+            if self.args.should_save:
+                self._save(output_dir or self.args.output_dir, state_dict=state)
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -303,6 +328,7 @@ class MMTrainer(Trainer):
     # Evaluation
 
     def evaluation_loop(self, *args, **kwargs):
+        self._has_evaluated = self._has_evaluated or not self._has_trained
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         tasks = self.fused_model.tasks
@@ -323,27 +349,26 @@ class MMTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels", None)
+        if self.is_fsdp_enabled:
+            gather_for_method(fused, "forward_and_write")
         # Not through the wrapped model, which is what otherwise sees to the precision.
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
-            # Once for the loss and all that is written.
-            encoded = fused.model(**inputs)
-            outputs = fused(encoder_outputs=encoded, labels=labels)
+            outputs, written = fused.forward_and_write(labels, self._generation_options(), **inputs)
             answers = dict(outputs.logits)
-            for name, task in fused.tasks.items():
-                if task.needs_decoder:
-                    ids = fused.generate(name, encoded, **self._generation_options())
-                    # What the decoder is given to start with is not of its own writing.
-                    answers[name] = {"generated_ids": ids[:, len(fused.decoder_start_ids(task)) :]}
-                    if labels is not None:
-                        pairs = zip(outputs.logits[name], labels[name], strict=True)
-                        losses = [task.loss(logits[None], row[None])[0] for logits, row in pairs]
-                        answers[name]["losses"] = torch.stack(losses)
+            for name, ids in written.items():
+                answers[name] = {"generated_ids": ids}
+                if labels is not None:
+                    pairs = zip(outputs.logits[name], labels[name], strict=True)
+                    losses = [fused.tasks[name].loss(logits[None], row[None])[0] for logits, row in pairs]
+                    answers[name]["losses"] = torch.stack(losses)
         return None if labels is None else outputs.loss.detach(), answers, labels
 
     def _generation_options(self) -> dict[str, Any]:
         options = {
             "num_beams": getattr(self.args, "generation_num_beams", None),
             "max_length": getattr(self.args, "generation_max_length", None),
+            # Where processes share layers out, all go on until the last has finished its texts.
+            "synced_gpus": True if self.is_fsdp_enabled else None,
         }
         return {name: value for name, value in options.items() if value is not None}
 
