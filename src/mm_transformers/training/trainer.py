@@ -5,12 +5,13 @@ from typing import Any, Optional
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..data.collator import ROW_KEY, MMDataCollator
 from ..model.regularization import regularized_parameters
 from .metrics import MultiTaskMetrics
+from .resuming import ResumableTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -19,7 +20,7 @@ logger = logging.get_logger(__name__)
 GATE_LEARNING_RATE_FACTOR = 10.0
 
 
-class MMTrainer(Trainer):
+class MMTrainer(ResumableTrainer):
     """
     [`~transformers.Trainer`] with what a [`MMTransformerForMultiTask`] needs:
 
@@ -34,7 +35,9 @@ class MMTrainer(Trainer):
     - in evaluation, tasks that write do so, and their metrics compare texts; `generation_num_beams`,
       `generation_max_length` and `predict_with_generate` of [`~transformers.Seq2SeqTrainingArguments`] are heeded;
     - images of a data set are read by the collator, so that messages about bad data name the row, and how many images
-      could not be read is told at the end.
+      could not be read is told at the end;
+    - it may be killed at any moment: `train(resume_from_checkpoint=True)` goes on from the newest complete checkpoint,
+      or starts from scratch where there is none, and ends as if nothing had happened.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, kwargs:
@@ -126,8 +129,7 @@ class MMTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         # Of each task, and of the regularizer, since the last log: losses, summed over the optimiser steps, and the
         # number of steps that had any.
-        self._losses: dict[str, torch.Tensor] = {}
-        self._num_steps: dict[str, torch.Tensor] = {}
+        self._forget_losses()
 
     @property
     def _fused(self) -> Any:
