@@ -1,7 +1,7 @@
 """
 A small but whole training that may be killed and started again by the same command. Run as a script it forks: each line
-that it reads, a folder, starts a training in a process of its own, whose id it prints, and later how it ended. So the
-libraries are imported once.
+that it reads, a folder and a number of steps, starts a training in a process of its own, whose id it prints, and later
+how it ended. So the libraries are imported once.
 """
 
 import os
@@ -11,9 +11,6 @@ import torch
 from tiny import make_image, make_model, make_processor
 
 from mm_transformers import Classification, MMTrainer, Regression
-
-
-STEPS = 40
 
 
 def make_rows(n: int = 10) -> list[dict]:
@@ -35,7 +32,7 @@ def make_trainer(output_dir, seed: int = 0, callbacks=None, **kwargs) -> MMTrain
     tasks = [Classification("topic", labels=["animals", "food"]), Regression("score")]
     model = make_model(tasks=tasks, modality_dropout=0.3, num_fusion_layers=1, seed=seed)
     defaults = dict(
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=STEPS, learning_rate=1e-2,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, learning_rate=1e-2,
         lr_scheduler_type="cosine", warmup_steps=2, logging_steps=3, save_strategy="steps", save_steps=1, report_to=[],
         disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, log_level="error",
     )  # fmt: skip
@@ -46,8 +43,8 @@ def make_trainer(output_dir, seed: int = 0, callbacks=None, **kwargs) -> MMTrain
     )  # fmt: skip
 
 
-def main(output_dir: str) -> None:
-    trainer = make_trainer(output_dir, save_total_limit=2)
+def main(output_dir: str, steps: str) -> None:
+    trainer = make_trainer(output_dir, max_steps=int(steps), save_total_limit=2)
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
 
@@ -62,7 +59,7 @@ if __name__ == "__main__":
             code = 1
             os.dup2(2, 1)  # what it prints is no answer
             try:
-                main(line.strip())
+                main(*line.split())
                 code = 0
             finally:
                 sys.stderr.flush()

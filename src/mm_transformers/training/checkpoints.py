@@ -105,7 +105,7 @@ def publish(staged: str | os.PathLike, final: str | os.PathLike) -> None:
     if final.exists():
         old = _set_aside(final)
         staged.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old.parent, ignore_errors=True)
     else:
         staged.rename(final)
     _sync(final.parent)
@@ -114,7 +114,7 @@ def publish(staged: str | os.PathLike, final: str | os.PathLike) -> None:
 def discard(folder: str | os.PathLike) -> None:
     """Deletes a checkpoint. Half of it is never in its place."""
     try:
-        shutil.rmtree(_set_aside(Path(folder)), ignore_errors=True)
+        shutil.rmtree(_set_aside(Path(folder)).parent, ignore_errors=True)
     except OSError as error:
         logger.warning(f"{folder} could not be deleted ({error}).")
 
