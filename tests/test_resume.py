@@ -328,6 +328,49 @@ def test_weights_alone(tmp_path):
     assert trainer.train(resume_from_checkpoint=True).global_step == 3
 
 
+def test_what_is_pushed_is_complete_and_stays_where_it_is(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Trainer,
+        "_push_from_checkpoint",
+        lambda self, folder: pushed.append((folder, checkpoints.what_is_missing(folder))),
+    )
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert pushed == [(str(tmp_path / f"checkpoint-{step}"), None) for step in (1, 2)]
+    assert all((Path(folder) / MANIFEST_NAME).exists() for folder, _ in pushed)
+
+
+_TWO_PROCESSES = """
+import sys
+from killable import make_trainer
+from test_resume import assert_equal, log_of
+folder = sys.argv[1]
+options = dict(max_steps=5, save_total_limit=2, gradient_accumulation_steps=1)
+whole = make_trainer(folder + "/whole", **options)
+assert whole.args.world_size == 2
+whole.train()
+again = make_trainer(folder + "/again", seed=1, **options)
+again.train(resume_from_checkpoint=folder + "/whole/checkpoint-4")
+assert_equal(dict(again.model.state_dict()), dict(whole.model.state_dict()))
+assert_equal(log_of(again.state), log_of(whole.state))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    (tmp_path / "script.py").write_text(_TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py"), str(tmp_path)], env={**environment(), "ACCELERATE_USE_CPU": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = files_of(tmp_path / "whole/checkpoint-5")
+    assert {"rng_state_0.pth", "rng_state_1.pth", MANIFEST_NAME} <= set(names)
+
+
 # Killed for real
 
 
