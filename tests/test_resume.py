@@ -409,6 +409,10 @@ def kill_in_a_save(pid: int, folder: Path, name: str, delay: float) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def step_of(checkpoint: str) -> int:
+    return int(checkpoint.rsplit("-", 1)[1])
+
+
 def train_with_kills(tmp_path: Path, steps: int, kills: list[tuple[str, float]]) -> dict[str, int]:
     """Trains without and with kills, checks that the results are the same, and counts what the kills hit."""
     folder, hits = tmp_path / "killed", {"saving": 0, "deleting": 0, "other": 0}
@@ -426,9 +430,9 @@ def train_with_kills(tmp_path: Path, steps: int, kills: list[tuple[str, float]])
             assert nursery.end() == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
             left = [name for name in (SAVING, DELETING) if any((folder / name).glob("*"))]
             hits["saving" if SAVING in left else "deleting" if DELETING in left else "other"] += 1
-            # Whatever was hit, nothing that was complete before is lost.
+            # Whatever was hit, the newest complete checkpoint is that of before, or a later one.
             if before is not None:
-                assert newest_complete_checkpoint(folder) is not None
+                assert step_of(newest_complete_checkpoint(folder)) >= step_of(before)
         nursery.start(folder, steps)
         assert nursery.end() == 0, (tmp_path / "log.txt").read_text()
     whole, last = tmp_path / "whole", f"checkpoint-{steps}"
