@@ -29,10 +29,10 @@ import datasets
 import numpy as np
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from mm_transformers import MMDataCollator, MMTrainer, MMTransformerForMultiTask, MMTransformerProcessor
 from mm_transformers.model.tasks import TASK_KINDS, Task, task_from_dict
+from mm_transformers.training.checkpoints import newest_complete_checkpoint
 
 
 logger = logging.getLogger("finetune")
@@ -360,8 +360,8 @@ def main() -> None:
     # Training comes first: a Trainer that has evaluated before no longer trains on several processes.
     if training_args.do_train:
         checkpoint = training_args.resume_from_checkpoint
-        if checkpoint is None and os.path.isdir(training_args.output_dir):
-            checkpoint = get_last_checkpoint(training_args.output_dir)
+        if checkpoint is None:
+            checkpoint = newest_complete_checkpoint(training_args.output_dir)
             if checkpoint is not None:
                 logger.info(f"Going on from {checkpoint}; to start anew, choose another --output_dir.")
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics

@@ -5,7 +5,7 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..data.collator import MMDataCollator
@@ -17,6 +17,7 @@ from .balancing import TaskBalancing
 from .counts import TrainingCounts
 from .learning_rates import never_decays, set_learning_rates
 from .metrics import MultiTaskMetrics
+from .resuming import ResumableTrainer
 from .sharding import gather_for_method, layer_classes
 from .starting_point import load_starting_point, save_starting_point
 
@@ -24,7 +25,7 @@ from .starting_point import load_starting_point, save_starting_point
 logger = logging.get_logger(__name__)
 
 
-class MMTrainer(Trainer):
+class MMTrainer(ResumableTrainer):
     """
     [`~transformers.Trainer`] with what a [`MMTransformerForMultiTask`] needs:
 
@@ -39,7 +40,9 @@ class MMTrainer(Trainer):
     - in evaluation, tasks that write do so, and their metrics compare texts; `generation_num_beams`,
       `generation_max_length` and `predict_with_generate` of [`~transformers.Seq2SeqTrainingArguments`] are heeded;
     - images of a data set are read by the collator, so that messages about bad data name the row, and how many images
-      could not be read is told at the end.
+      could not be read is told at the end;
+    - it may be killed at any moment: `train(resume_from_checkpoint=True)` goes on from the newest complete checkpoint,
+      or starts from scratch where there is none, and ends as if nothing had happened.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, kwargs:
@@ -153,8 +156,7 @@ class MMTrainer(Trainer):
         self._has_trained = self._has_evaluated = False  # the latter before training
         self._balancing: Optional[TaskBalancing] = None
         self._rows_per_epoch: Optional[int] = None
-        self._losses: dict[str, torch.Tensor] = {}
-        self._num_steps: dict[str, torch.Tensor] = {}
+        self._forget_losses()
         names = list(train_dataset.sources) if isinstance(train_dataset, DataMixture) else []
         self._counts = TrainingCounts(list(self.fused_model.tasks), names)
 

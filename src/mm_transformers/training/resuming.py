@@ -1,0 +1,250 @@
+"""A Trainer that may be killed at any moment and goes on, resumed, as if it had not been."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import EarlyStoppingCallback, Trainer
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerControl
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .checkpoints import (
+    SAVING,
+    check_checkpoint,
+    newest_complete_checkpoint,
+    publish,
+    rotate,
+    tidy,
+    why_not_written,
+    write_manifest,
+)
+
+
+logger = logging.get_logger(__name__)
+
+# Losses since the last log, and over the whole training, that are not in trainer_state.json.
+LOSSES_NAME = "running_losses.safetensors"
+
+
+class ResumableTrainer(Trainer):
+    """
+    [`~transformers.Trainer`] whose checkpoints are complete or not there, and whose resumed training equals one that
+    was never interrupted:
+
+    - a checkpoint is written aside and renamed; old ones are renamed before they are deleted, and only after the new
+      one is in its place;
+    - `train(resume_from_checkpoint=True)` takes the newest complete checkpoint; without any it starts from scratch;
+    - losses that were not yet logged, their mean over the training and the patience of early stopping are restored;
+    - a checkpoint due at the last step of an epoch is written after what else happens at its end, which a resumed
+      training would leave out;
+    - a training that had reached its end takes no further step when it is resumed.
+    """
+
+    # Sums since the last log, by task; see [`MMTrainer`].
+    _losses: dict[str, torch.Tensor]
+    _num_steps: dict[str, torch.Tensor]
+    control: TrainerControl
+    _is_saving = False
+    _to_restore: Optional[str] = None
+    _last_step_seen = -1
+    _was_stopped_early = False
+    _knows_all_losses = False
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        """
+        As [`~transformers.Trainer.train`] does it.
+
+        Args:
+            resume_from_checkpoint (`str | bool`, *optional*):
+                `True` takes the newest complete checkpoint in `args.output_dir`; if there is none, training starts
+                from scratch. So the same command starts a training and continues it.
+
+        Raises:
+            ValueError: if the checkpoint that is named is not complete.
+            OSError: if a checkpoint cannot be written; those before stay as they are.
+        """
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _inner_training_loop(self, batch_size=None, *args, **kwargs):
+        # Begins anew if a smaller batch size is tried.
+        self._to_restore, self._last_step_seen = kwargs.get("resume_from_checkpoint"), -1
+        self._was_stopped_early = self._knows_all_losses = False
+        return super()._inner_training_loop(batch_size, *args, **kwargs)
+
+    def _checkpoint_to_resume(self, wanted: Any) -> Optional[str]:
+        """Decided by one process, since others may not yet see, or no longer see, what it sees."""
+        if self.args.should_save:
+            tidy(self.args.output_dir)
+        found: list[Any] = [None, None]
+        if self.args.process_index == 0 and wanted not in (None, False):
+            try:
+                found[0] = newest_complete_checkpoint(self.args.output_dir) if wanted is True else os.fspath(wanted)
+                if found[0] is not None:
+                    check_checkpoint(found[0])
+            except ValueError as error:
+                found[1] = str(error)
+        checkpoint, problem = broadcast_object_list(found)
+        if problem is not None:
+            raise ValueError(problem)
+        if checkpoint is not None:
+            logger.info(f"Going on from {checkpoint}.")
+            names = os.listdir(checkpoint)
+            if not any(name.startswith(("optimizer", "global_step")) for name in names):
+                logger.warning(
+                    f"{checkpoint} has no {OPTIMIZER_NAME}: weights and step are restored, but optimiser and "
+                    "learning rate start anew."
+                )
+        elif wanted is True:
+            logger.warning(f"There is no complete checkpoint in {self.args.output_dir}: training starts from scratch.")
+        return checkpoint
+
+    # Saving
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, SAVING) if self._is_saving else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # It uploads in the background, so the folder must have its place.
+        if not self._is_saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run_dir = self._get_output_dir(trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging, final = Path(run_dir, SAVING), os.path.join(run_dir, name)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self._note_best_checkpoint(run_dir)
+            if not self.args.save_only_model:
+                self._save_losses(staging / name)
+            self.accelerator.wait_for_everyone()  # each process writes files of its own
+            if self.args.should_save:
+                # Again, because the best checkpoint is not where it was when this was written.
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+                write_manifest(staging / name)
+                publish(staging / name, final)
+                staging.rmdir()
+        except Exception as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            reason = why_not_written(error, run_dir)
+            if reason is None:
+                raise
+            newest = newest_complete_checkpoint(run_dir)
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} could not be written to {run_dir} ({reason}); "
+                f"{'there is none before it' if newest is None else f'{Path(newest).name} is the newest, unharmed'}: "
+                "make room and start again with resume_from_checkpoint=True."
+            ) from error
+        finally:
+            self._is_saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate(run_dir, self.args.save_total_limit, {final} if best is None else {final, best})
+
+    def _note_best_checkpoint(self, run_dir: str) -> None:
+        """As the Trainer does it, but where the checkpoint will be."""
+        step = self.state.best_global_step
+        if step:
+            folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+            if step == self.state.global_step or os.path.exists(folder):
+                self.state.best_model_checkpoint = folder
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
+        # Called after each step, and at the end of an epoch a second time.
+        is_epoch_end = self.state.global_step == self._last_step_seen
+        self._last_step_seen = self.state.global_step
+        should_save, self.control.should_save = self.control.should_save, False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        self.control.should_save |= should_save
+        ends_now = self.control.should_epoch_stop or self.control.should_training_stop
+        ends_now = ends_now or (self.state.epoch is not None and float(self.state.epoch).is_integer())
+        if self.control.should_save and (is_epoch_end or not ends_now):
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _finalize_training(self, trial, *args, **kwargs):
+        self._restore_losses()
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            # The Trainer would delete them in their place.
+            rotate(self._get_output_dir(trial), 1, {best})
+        return super()._finalize_training(trial, *args, **kwargs)
+
+    # Resuming
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        self._restore_losses()
+        if self.state.global_step >= self.state.max_steps or self._was_stopped_early:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                # One that was not there when the checkpoint was written has nothing to restore, but will be saved.
+                saved = self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+                # With this option the Trainer has done so, and has restored their settings too.
+                if isinstance(saved, dict) and not self.args.restore_callback_states_from_checkpoint:
+                    for name, value in saved.get("attributes", {}).items():
+                        setattr(callback, name, value)
+            if isinstance(callback, EarlyStoppingCallback):
+                patience = max(callback.early_stopping_patience, 1)
+                self._was_stopped_early |= callback.early_stopping_patience_counter >= patience
+
+    def _save_losses(self, folder: Path) -> None:
+        losses = {
+            "loss": self._tr_loss.detach(),
+            **{f"losses/{name}": loss for name, loss in self._losses.items()},
+            **{f"num_steps/{name}": steps for name, steps in self._num_steps.items()},
+        }
+        # Of each process its own, since only their means are logged.
+        gathered = self.accelerator.gather({name: loss.reshape(1) for name, loss in losses.items()})
+        if self.args.should_save:
+            numbers = {"last_logged_step": self._globalstep_last_logged, "total_loss": self._total_loss_scalar}
+            metadata = {name: repr(number) for name, number in numbers.items()}
+            save_file(
+                {name: loss.cpu().contiguous() for name, loss in gathered.items()}, folder / LOSSES_NAME, metadata
+            )
+
+    def _restore_losses(self) -> None:
+        checkpoint, self._to_restore = self._to_restore, None
+        if checkpoint is None or not os.path.isfile(os.path.join(checkpoint, LOSSES_NAME)):
+            return
+        with safe_open(os.path.join(checkpoint, LOSSES_NAME), framework="pt") as file:
+            metadata, by_process = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        losses = {}
+        for name, values in by_process.items():
+            # If there are now more processes, or fewer, their mean is all that remains the same.
+            is_own = len(values) == self.args.world_size
+            losses[name] = (values[self.args.process_index] if is_own else values.mean()).to(self.args.device)
+        self._tr_loss = losses.pop("loss")
+        self._losses = {name.split("/", 1)[1]: x for name, x in losses.items() if name.startswith("losses/")}
+        self._num_steps = {name.split("/", 1)[1]: x for name, x in losses.items() if name.startswith("num_steps/")}
+        self._globalstep_last_logged = int(metadata["last_logged_step"])
+        self._total_loss_scalar = float(metadata["total_loss"])
+        self._knows_all_losses = True
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "train_loss" in logs and self._knows_all_losses:
+            # Releases of transformers differ in which steps they divide by after resuming.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, *args, **kwargs)
