@@ -34,12 +34,14 @@ from .model.tasks import (
 if TYPE_CHECKING:
     from .data.collator import MMDataCollator
     from .data.embedded import load_demo_dataset
+    from .data.feature_cache import FeatureCache
     from .training.metrics import MultiTaskMetrics
     from .training.trainer import MMTrainer
 
 __version__ = "0.1.0.dev0"
 
 _LAZY = {
+    "FeatureCache": ".data.feature_cache",
     "MMDataCollator": ".data.collator",
     "load_demo_dataset": ".data.embedded",
     "MMTrainer": ".training.trainer",
@@ -64,6 +66,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Classification",
+    "FeatureCache",
     "Fusion",
     "Generation",
     "MMDataCollator",

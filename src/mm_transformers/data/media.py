@@ -70,7 +70,7 @@ class MediaColumn:
                 key = self.key(cell)
                 kept.append(cell)
                 if key not in loaded:
-                    loaded[key] = self._load(cell, name)
+                    loaded[key] = self.load_item(cell, name)
                 if loaded[key] is None:
                     self.num_bad_files.add_one()
                 else:
@@ -79,7 +79,8 @@ class MediaColumn:
             were_there.append(len(cells) > 0)
         return result, were_there
 
-    def _load(self, cell: Any, name: str) -> Any:
+    def load_item(self, cell: Any, name: str) -> Any:
+        """One item, read; `None` if it cannot be and is to be dropped, which is not counted here."""
         try:
             return self.load(_at_hand(cell))
         except ValueError as error:

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..data.collator import ROW_KEY, MMDataCollator
+from ..data.feature_cache import FeatureCache
 from ..model.regularization import regularized_parameters
 from .metrics import MultiTaskMetrics
 
@@ -33,6 +34,8 @@ class MMTrainer(Trainer):
     - the gates of the fusion learn ten times as fast and without weight decay;
     - in evaluation, tasks that write do so, and their metrics compare texts; `generation_num_beams`,
       `generation_max_length` and `predict_with_generate` of [`~transformers.Seq2SeqTrainingArguments`] are heeded;
+    - with a `feature_cache`, encoders that are frozen as a whole run once per distinct item, before the first batch of a
+      data set, and never again;
     - images of a data set are read by the collator, so that messages about bad data name the row, and how many images
       could not be read is told at the end.
 
@@ -42,6 +45,7 @@ class MMTrainer(Trainer):
             to that of the `data_collator`. In `args`,
             `remove_unused_columns` and `accelerator_config.dispatch_batches` are set to `False`: columns are chosen by
             the collator, and a batch of images cannot be cut along with its rows.
+        feature_cache ([`FeatureCache`], `str` or `Path`, *optional*): The cache, or its folder.
 
     Raises:
         ValueError: if several GPUs would be used by `nn.DataParallel`, if there is neither a `processing_class` nor a
@@ -59,6 +63,7 @@ class MMTrainer(Trainer):
         eval_dataset=None,
         processing_class=None,
         compute_metrics=None,
+        feature_cache=None,
         **kwargs,
     ):
         args = args if args is not None else TrainingArguments("tmp_trainer")
@@ -115,6 +120,9 @@ class MMTrainer(Trainer):
                 )
         if data_collator is None:
             self.data_collator = MMDataCollator(processing_class, self.model.config)
+        self.feature_cache = FeatureCache.of(feature_cache)
+        if self.feature_cache is not None:
+            self.feature_cache.modalities(self._fused, self.data_collator)
         if compute_metrics is None:
             self.compute_metrics = MultiTaskMetrics(self.model.config, processing_class)
         if isinstance(self.data_collator, MMDataCollator):
@@ -142,6 +150,14 @@ class MMTrainer(Trainer):
             original = dataset
             for media in self.data_collator.media.values():
                 dataset = _undecoded(dataset, media.column)
+            if self.feature_cache is not None:
+                self.data_collator = self.feature_cache.prepare(
+                    self._fused,
+                    self.data_collator,
+                    dataset,
+                    self.args.eval_batch_size,
+                    self.args.dataloader_num_workers,
+                )
             if _is_iterable(dataset):
                 return super()._get_dataloader(dataset, description, batch_size, sampler_fn=sampler_fn, **kwargs)
             dataset = _NumberedRows(dataset)
