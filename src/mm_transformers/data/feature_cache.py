@@ -1,11 +1,13 @@
 """Encoders that are not trained run once per image, text or sound, not once per epoch."""
 
+import contextlib
 import copy
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 from torch.utils.data import IterableDataset
@@ -23,6 +25,8 @@ from .feature_store import FeatureStore, in_use, size_of
 logger = logging.get_logger(__name__)
 
 GIGABYTE = 10**9
+# Nothing else is ever removed, whatever else is in the same place.
+_FOLDER = re.compile(r"(text|vision|audio|removed)-[0-9a-f]{32}")
 
 
 class FeatureCache:
@@ -51,9 +55,7 @@ class FeatureCache:
     >>> trainer = MMTrainer(model, args, ..., feature_cache=FeatureCache("features", max_size_gb=50))
     ```"""
 
-    def __init__(
-        self, cache_dir: Union[str, os.PathLike], max_size_gb: Optional[float] = None, dtype: Optional[str] = None
-    ):
+    def __init__(self, cache_dir: str | os.PathLike, max_size_gb: Optional[float] = None, dtype: Optional[str] = None):
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(
                 f"The dtype of a feature cache must be 'float32', 'bfloat16' or 'float16', but is {dtype!r}."
@@ -67,7 +69,7 @@ class FeatureCache:
         self._done: set[Any] = set()
 
     @classmethod
-    def of(cls, cache: Union["FeatureCache", str, os.PathLike, None]) -> Optional["FeatureCache"]:
+    def of(cls, cache: Any) -> Optional["FeatureCache"]:
         """The cache in a folder; a cache, or `None`, as it is."""
         return cls(cache) if isinstance(cache, (str, os.PathLike)) else cache
 
@@ -135,7 +137,7 @@ class FeatureCache:
         if fingerprint is None or getattr(dataset, "format", {}).get("type") == "custom":
             done = None
         else:
-            done = (fingerprint, id(collator), *(store.folder for store in stores.values()))
+            done = (fingerprint, collator, *(store.folder for store in stores.values()))
         if done is None or done not in self._done:
             Builder(model.model, collator, stores, hashes, dtype, self._make_room, batch_size, num_workers).build(
                 dataset
@@ -174,7 +176,7 @@ class FeatureCache:
         advice = (
             "store them in half the space by FeatureCache(..., dtype='bfloat16'), or freeze and cache fewer encoders."
         )
-        folders = [path for path in self.cache_dir.iterdir() if path.is_dir()]
+        folders = [path for path in self.cache_dir.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()]
         sizes = {path: size_of(path) for path in folders}
         idle = sorted((path for path in folders if not in_use(path)), key=_last_used)
         if self.max_size_gb is not None:
@@ -195,7 +197,8 @@ def _evict(folder: Path) -> Path:
     logger.warning(f"{folder} was used longest ago, and is removed from the feature cache to make room.")
     # Under another name first, so that nobody finds half of it.
     doomed = folder.with_name(f"removed-{uuid.uuid4().hex}")
-    folder.rename(doomed)
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
     return folder
 

@@ -125,7 +125,8 @@ def _images(rows: list[list[CachedItem]], names: list[str]) -> dict[str, torch.T
     """Images, and frames of videos behind them, as the processor numbers them."""
     numbers: dict[tuple[bytes, int], int] = {}
     distinct: list[torch.Tensor] = []
-    index, frame_index = [], []
+    index: list[list[int]] = []
+    frame_index: list[list[int]] = []
     for items, name in zip(rows, names, strict=True):
         index.append([])
         frame_index.append([])
@@ -181,6 +182,6 @@ def _padded(rows: list[list[int]]) -> torch.Tensor:
 
 def _missing(name: str, what: str) -> str:
     return (
-        f"{name}: its {what} is not in the feature cache, though the data set was encoded; if rows are changed at random "
-        "when they are read (augmentation), they cannot be cached: leave out feature_cache."
+        f"{name}: its {what} is not in the feature cache, though the data set was encoded; if rows are changed at "
+        "random when they are read (augmentation), they cannot be cached: leave out feature_cache."
     )

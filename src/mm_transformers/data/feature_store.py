@@ -56,7 +56,7 @@ class FeatureStore:
         self._mark = folder / _own_name(".use")
         self._mark.touch()
         self._release = weakref.finalize(self, _remove_own, self._mark, os.getpid())
-        for path in folder.glob("*.tmp"):
+        for path in [*folder.glob("*.tmp"), *folder.glob("*.use")]:
             if not _is_alive(path):
                 path.unlink(missing_ok=True)
         if not (folder / "about.json").exists():
@@ -179,7 +179,8 @@ def _own_name(suffix: str) -> str:
 
 
 def _is_alive(path: Path) -> bool:
-    node, pid = (path.name.split("~") + ["", ""])[:2]
+    node, _, rest = path.name.partition("~")
+    pid = rest.partition("~")[0]
     if node == platform.node() and pid.isdigit():
         return psutil.pid_exists(int(pid))
     try:

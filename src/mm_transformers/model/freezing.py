@@ -36,6 +36,7 @@ class Freezing:
     config: Any
     text_encoder: PreTrainedModel
     named_parameters: Any
+    training: bool
 
     def encoder(self, modality: str) -> PreTrainedModel:
         """The encoder of "text", "vision" or "audio"; of an encoder-decoder the encoder."""

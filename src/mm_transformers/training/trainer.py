@@ -34,8 +34,8 @@ class MMTrainer(Trainer):
     - the gates of the fusion learn ten times as fast and without weight decay;
     - in evaluation, tasks that write do so, and their metrics compare texts; `generation_num_beams`,
       `generation_max_length` and `predict_with_generate` of [`~transformers.Seq2SeqTrainingArguments`] are heeded;
-    - with a `feature_cache`, encoders that are frozen as a whole run once per distinct item, before the first batch of a
-      data set, and never again;
+    - with a `feature_cache`, encoders that are frozen as a whole run once per distinct item, before the first batch of
+      a data set, and never again;
     - images of a data set are read by the collator, so that messages about bad data name the row, and how many images
       could not be read is told at the end.
 
