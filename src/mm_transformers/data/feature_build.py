@@ -180,7 +180,10 @@ class Builder:
         tokenizer, inputs = self.collator.processor.tokenizer, shortest.inputs
         if inputs is None or shortest.length + 3 > self.collator.max_length:
             return
-        ids, mask = torch.tensor([inputs["input_ids"]]), torch.ones(1, shortest.length, dtype=torch.int64)
+        ids, mask = (
+            torch.from_numpy(inputs["input_ids"]).long()[None],
+            torch.ones(1, shortest.length, dtype=torch.int64),
+        )
         places = (3, 0) if tokenizer.padding_side == "left" else (0, 3)
         alone = {"input_ids": ids, "attention_mask": mask}
         padded = {

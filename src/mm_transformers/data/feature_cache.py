@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, is_initialized
 from torch.utils.data import IterableDataset
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from ..model.distributed import is_sharded
@@ -90,6 +93,12 @@ class FeatureCache:
                 f"give the model freeze=[...] with some of {', '.join(map(repr, known))}, or leave out feature_cache "
                 "(adapters within an encoder are trained, too)."
             )
+        is_fsdp = is_initialized() and AcceleratorState().distributed_type == DistributedType.FSDP
+        if is_fsdp or is_deepspeed_zero3_enabled() or is_sharded(model):
+            raise ValueError(
+                "A feature cache needs whole encoders, but FSDP and ZeRO-3 cut them into pieces: train with DDP; "
+                "frozen encoders have neither gradients nor optimizer states that would be worth cutting."
+            )
         return frozen
 
     def prepare(
@@ -120,11 +129,6 @@ class FeatureCache:
                 "without streaming=True, or leave out feature_cache."
             )
         encoders = {modality: model.model.encoder(modality) for modality in modalities}
-        if any(is_sharded(encoder) for encoder in encoders.values()):
-            raise ValueError(
-                "A feature cache needs whole encoders, but FSDP or ZeRO-3 has cut them into pieces: train with DDP, "
-                "since frozen encoders have neither gradients nor optimizer states that would be worth cutting."
-            )
         dtype = {modality: self.dtype or encoder.dtype for modality, encoder in encoders.items()}
         stores = {m: self._store(m, encoders[m], collator.processor, dtype[m]) for m in modalities}
         hashes = {

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple, Optional
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -25,7 +26,7 @@ class Found(NamedTuple):
     key: bytes
     row: int
     place: int
-    inputs: Optional[dict[str, list[int]]] = None
+    inputs: Optional[dict[str, np.ndarray]] = None
 
     @property
     def length(self) -> int:
@@ -109,7 +110,7 @@ class Scanner:
         found = []
         for (number, _), inputs in zip(rows, unpadded_texts(batch), strict=True):
             if inputs is not None and (key := hash_of_text(inputs)) not in self.stores["text"]:
-                ids = {name: value.tolist() for name, value in inputs.items()}
+                ids = {name: value.numpy().astype(np.int32) for name, value in inputs.items()}  # there may be millions
                 found.append(Found("text", "text", key, number, 0, ids))
         return found
 
@@ -145,7 +146,7 @@ class Reader:
         return Read([item for item, _ in read], inputs, numbers, [digest_of(content) for content in contents], dropped)
 
     def _pad(self, items: list[Found]) -> dict[str, torch.Tensor]:
-        rows = [{name: torch.tensor(value) for name, value in (item.inputs or {}).items()} for item in items]
+        rows = [{name: torch.from_numpy(value).long() for name, value in (item.inputs or {}).items()} for item in items]
         fill = {"input_ids": self.processor.tokenizer.pad_token_id}
         pad = torch.nn.utils.rnn.pad_sequence
         inputs = {n: pad([r[n] for r in rows], batch_first=True, padding_value=fill.get(n, 0)) for n in rows[0]}

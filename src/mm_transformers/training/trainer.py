@@ -148,16 +148,7 @@ class MMTrainer(Trainer):
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
         if isinstance(self.data_collator, MMDataCollator):
             original = dataset
-            for media in self.data_collator.media.values():
-                dataset = _undecoded(dataset, media.column)
-            if self.feature_cache is not None:
-                self.data_collator = self.feature_cache.prepare(
-                    self._fused,
-                    self.data_collator,
-                    dataset,
-                    self.args.eval_batch_size,
-                    self.args.dataloader_num_workers,
-                )
+            dataset = self._prepare_rows(dataset)
             if _is_iterable(dataset):
                 return super()._get_dataloader(dataset, description, batch_size, sampler_fn=sampler_fn, **kwargs)
             dataset = _NumberedRows(dataset)
@@ -166,6 +157,17 @@ class MMTrainer(Trainer):
                     dataset, description, batch_size, sampler_fn=lambda _: sampler_fn(original), **kwargs
                 )
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn=sampler_fn, **kwargs)
+
+    def _prepare_rows(self, dataset):
+        """Media are left to the collator to decode, and what frozen encoders give is stored."""
+        for media in self.data_collator.media.values():
+            dataset = _undecoded(dataset, media.column)
+        if self.feature_cache is not None:
+            batch_size, num_workers = self.args.eval_batch_size, self.args.dataloader_num_workers
+            self.data_collator = self.feature_cache.prepare(
+                self._fused, self.data_collator, dataset, batch_size, num_workers
+            )
+        return dataset
 
     # Loss
 
@@ -231,6 +233,11 @@ class MMTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         self._forget_losses()
+        if self.feature_cache is not None and self.args.eval_strategy != "no":
+            # What cannot be stored is told before hours are spent, not after the first epoch.
+            evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+            for dataset in evaluated.values():
+                self._prepare_rows(dataset)
         output = super().train(*args, **kwargs)
         self._report_bad_files()
         return output
