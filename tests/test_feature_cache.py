@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -631,6 +632,19 @@ def test_two_runs_that_build_at_once(tmp_path):
     check(tmp_path, 60, 60)
 
 
+def in_two_processes(code: str, path: Path) -> list:
+    """What each of two processes, started as `torchrun` does, prints as JSON after the word RESULT."""
+    environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "1"}
+    environment["MASTER_PORT"] = str(random.randrange(20_000, 40_000))
+    processes = [start(code, path, RANK=str(rank), LOCAL_RANK=str(rank), **environment) for rank in range(2)]
+    results = []
+    for process in processes:
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+        results.append(json.loads(output.split("RESULT ")[1].splitlines()[0]))
+    return results
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path):
     """As `torchrun` starts them: each encodes its share, both see all, and an error of one is told by both."""
@@ -652,18 +666,34 @@ def test_two_processes_share_the_work(tmp_path):
         "except ValueError as error:\n    message = str(error)\n"
         "print('RESULT', json.dumps([sum(encoded[:-1]), message]))\n"
     )
-    environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "1"}
-    environment["MASTER_PORT"] = str(20_000 + os.getpid() % 20_000)
-    processes = [start(code, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **environment) for rank in range(2)]
-    results = []
-    for process in processes:
-        output, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, output
-        results.append(json.loads(output.split("RESULT ")[1].splitlines()[0]))
+    results = in_two_processes(code, tmp_path)
     assert sorted(count for count, _ in results) == [10, 11]
     messages = [message for _, message in results]
     assert any(message.startswith("row 3, column 'image'") for message in messages)
     assert all("row 3, column 'image'" in message for message in messages)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_without(tmp_path):
+    """With DDP; in most steps one of them has no image, and so nothing for its vision encoder."""
+    code = BUILD + (
+        "import json, pathlib, test_trainer\nfrom mm_transformers import MMTrainer\n"
+        "rows = test_trainer.make_rows(12)\n"
+        "for i in (2, 3, 6, 7, 10, 11):\n    rows[i]['image'] = None\n"
+        "states = []\n"
+        "for cache in (None, sys.argv[1] + '/cache'):\n"
+        "    model = make_model(freeze=['text', 'vision'])\n"
+        "    args = test_trainer.make_args(sys.argv[1], seed=3, per_device_train_batch_size=2, ddp_backend='gloo',\n"
+        "                                  eval_strategy='steps', eval_steps=2)\n"
+        "    assert args.world_size == 2\n"
+        "    trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=rows,\n"
+        "                        eval_dataset=rows, feature_cache=cache)\n"
+        "    trainer.train()\n"
+        "    states.append(model.state_dict())\n"
+        "difference = max(float((states[0][name] - states[1][name]).abs().max()) for name in states[0])\n"
+        "print('RESULT', json.dumps(difference))\n"
+    )
+    assert in_two_processes(code, tmp_path) == pytest.approx([0.0, 0.0], abs=1e-6)
 
 
 def test_hashing_weights_takes_about_a_second_for_a_vit_b():
