@@ -300,6 +300,17 @@ class TestKeys:
         assert not torch.allclose(cached(rows)["image_features"], first)
         same_answers(model, collator, cached, rows)
 
+    def test_models_that_follow_each_other(self, tmp_path):
+        """As in a search for hyperparameters: a new model may lie where the last one has lain."""
+        rows, cache = make_rows(4), FeatureCache(tmp_path)
+        for seed in (0, 1, 2, 0):
+            model = make_model(freeze=["vision"], seed=seed)
+            collator = MMDataCollator(make_processor(), model.config)
+            cached = cache.prepare(model, collator, rows)
+            same_answers(model, collator, cached, rows)
+            del model, collator, cached
+        assert len(folders(tmp_path)) == 3
+
     def test_a_file_whose_content_changes(self, tmp_path):
         path = tmp_path / "image.png"
         path.write_bytes(png(make_image(0)))
@@ -516,6 +527,19 @@ class TestSize:
         assert names[0].exists()
         assert third_folder.exists()
         assert first is not None
+
+    def test_what_was_removed_is_computed_anew(self, tmp_path):
+        """Two models take turns where there is room for one."""
+        data = make_dataset(8)
+        cache = FeatureCache(tmp_path, max_size_gb=7e-6)
+        collator = None
+        for seed in (0, 1, 0):
+            model = make_model(freeze=["vision"], seed=seed)
+            collator = collator or MMDataCollator(make_processor(), model.config)
+            cached = cache.prepare(model, collator, data)
+            same_answers(model, collator, cached, make_rows(8))
+            assert len(folders(tmp_path)) == 1
+            del model, cached
 
     @pytest.mark.slow
     @pytest.mark.skipif(sys.platform == "win32", reason="limits of processes are those of Unix")

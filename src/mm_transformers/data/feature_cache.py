@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import uuid
+import weakref
 from pathlib import Path
 from typing import Any, Optional
 
@@ -67,9 +68,9 @@ class FeatureCache:
             raise ValueError(f"max_size_gb must be more than 0, but is {max_size_gb}.")
         self.cache_dir, self.max_size_gb = Path(cache_dir), max_size_gb
         self.dtype = None if dtype is None else getattr(torch, dtype)
-        # By modality: what the weights were when they were hashed, and the store.
-        self._stores: dict[str, tuple[Any, FeatureStore]] = {}
-        self._done: set[Any] = set()
+        # By modality: the encoder (weakly, since another may come to lie at the same address), what it was when it was
+        # hashed, and the store.
+        self._stores: dict[str, tuple[weakref.ref, Any, FeatureStore]] = {}
 
     @classmethod
     def of(cls, cache: Any) -> Optional["FeatureCache"]:
@@ -138,16 +139,12 @@ class FeatureCache:
         }
         # What was looked through once need not be looked through before each evaluation.
         fingerprint = getattr(dataset, "_fingerprint", None)
-        if fingerprint is None or getattr(dataset, "format", {}).get("type") == "custom":
-            done = None
-        else:
-            done = (fingerprint, collator, *(store.folder for store in stores.values()))
-        if done is None or done not in self._done:
-            Builder(model.model, collator, stores, hashes, dtype, self._make_room, batch_size, num_workers).build(
-                dataset
-            )
-            if done is not None:
-                self._done.add(done)
+        is_fixed = fingerprint is not None and getattr(dataset, "format", {}).get("type") != "custom"
+        if not (is_fixed and all((fingerprint, collator) in store.searched for store in stores.values())):
+            builder = Builder(model.model, collator, stores, hashes, dtype, self._make_room, batch_size, num_workers)
+            builder.build(dataset)
+            for store in stores.values():
+                store.searched.add((fingerprint, collator))
         cached = copy.copy(collator)
         width = encoder_width(model.config.text_config)
         cached.cached = CachedFeatures(stores, hashes, width, dtype.get("text", torch.float32))
@@ -158,13 +155,19 @@ class FeatureCache:
     def _store(self, modality: str, encoder: Any, processor: Any, dtype: torch.dtype) -> FeatureStore:
         preprocessing = {"vision": "image_processor", "audio": "feature_extractor"}.get(modality)
         preprocessing = getattr(processor, preprocessing) if preprocessing else None
-        version = (version_of_weights(encoder), preprocessing and preprocessing.to_json_string(), dtype)
-        if modality not in self._stores or self._stores[modality][0] != version:
-            name = f"{modality}-{hash_of_encoder(encoder, preprocessing, dtype)}"
-            known = next((store for _, store in self._stores.values() if store.folder.name == name), None)
-            about = {"modality": modality, "encoder": encoder.config.model_type, "dtype": str(dtype)}
-            self._stores[modality] = (version, known or FeatureStore(self.cache_dir / name, about))
-        store = self._stores[modality][1]
+        options = [part.to_json_string() for part in (encoder.config, preprocessing) if part is not None]
+        version = (version_of_weights(encoder), options, dtype)
+        known = self._stores.get(modality)
+        if known is not None and known[0]() is encoder and known[1] == version:
+            store = known[2]
+        else:
+            folder = self.cache_dir / f"{modality}-{hash_of_encoder(encoder, preprocessing, dtype)}"
+            if known is not None and known[2].folder == folder:
+                store = known[2]
+            else:
+                about = {"modality": modality, "encoder": encoder.config.model_type, "dtype": str(dtype)}
+                store = FeatureStore(folder, about)
+            self._stores[modality] = (weakref.ref(encoder), version, store)
         store.touch()
         store.refresh()
         return store

@@ -67,6 +67,7 @@ class FeatureStore:
         self.refresh()
 
     def _forget(self) -> None:
+        self.searched: set[Any] = set()  # data sets all of whose items are known to be here
         self._shards: list[torch.Tensor] = []
         self._known: set[str] = set()
         self._index: dict[bytes, tuple[int, int, int, int, bytes]] = {}
