@@ -34,6 +34,7 @@ from .model.tasks import (
 if TYPE_CHECKING:
     from .data.collator import MMDataCollator
     from .data.embedded import load_demo_dataset
+    from .data.feature_cache import FeatureCache
     from .data.mixture import DataMixture
     from .data.sources import DataSource
     from .training.arguments import MMTrainingArguments
@@ -46,6 +47,7 @@ __version__ = "0.1.0.dev0"
 _LAZY = {
     "DataMixture": ".data.mixture",
     "DataSource": ".data.sources",
+    "FeatureCache": ".data.feature_cache",
     "MMDataCollator": ".data.collator",
     "load_demo_dataset": ".data.embedded",
     "MMTrainer": ".training.trainer",
@@ -74,6 +76,7 @@ __all__ = [
     "Classification",
     "DataMixture",
     "DataSource",
+    "FeatureCache",
     "Fusion",
     "Generation",
     "MMDataCollator",

@@ -12,6 +12,7 @@ from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor, as_clips, as_list
 from ..model.task_base import LabelContext, is_null
 from ..model.video import load_frames, video_key
+from .feature_reading import CachedFeatures, CachedItem
 from .media import MediaColumn, SharedCounter
 from .sources import ANY_SOURCE, ROW_KEY, SOURCE_KEY, count_rows, name_of_row, own_column
 
@@ -87,6 +88,9 @@ class MMDataCollator:
         limits = [max_length, max_text_positions(config.text_config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
         self.pad_to_multiple_of = pad_to_multiple_of
+        # Set by [`FeatureCache.prepare`]: what stands in for encoders that need not run.
+        self.cached: Optional[CachedFeatures] = None
+        self.uncached: MMDataCollator = self  # what it was copied from
 
     @property
     def num_bad_files(self) -> int:
@@ -101,7 +105,7 @@ class MMDataCollator:
             media[name], were_there = column.read(rows, names)
             had_any = [a or b for a, b in zip(had_any, were_there, strict=True)]
             has_any = [a or bool(b) for a, b in zip(has_any, media[name], strict=True)]
-        texts = [self._text(row, had, name) for row, had, name in zip(rows, had_any, names, strict=True)]
+        texts = [self.text_of(row, had, name) for row, had, name in zip(rows, had_any, names, strict=True)]
         # What could not be read has left nothing: such a row has nothing to teach.
         is_empty = [not text.strip() and not has for text, has in zip(texts, has_any, strict=True)]
         if "videos" in media:
@@ -109,12 +113,16 @@ class MMDataCollator:
         batch = dict(
             self.processor(
                 text=texts,
-                **media,
+                **{
+                    kind: items for kind, items in media.items() if self.cached is None or kind not in self.cached.kinds
+                },
                 max_length=self.max_length,
                 pad_to_multiple_of=self.pad_to_multiple_of,
                 return_word_index=any(task.is_token_level for task in self.tasks.values()),
             )
         )
+        if self.cached is not None:
+            self.cached.fill(batch, media, names)
         context = LabelContext(
             batch.pop("word_index", None), self.processor.tokenizer, self._fingerprints(texts, media)
         )
@@ -137,11 +145,18 @@ class MMDataCollator:
             rows = [[item for cell in cells for item in cell or []] for cells in zip(*columns, strict=True)]
             for item in (item for row in rows for item in row):
                 if id(item) not in known:
-                    known[id(item)] = item["array"].tobytes() if modality == "audio" else item.tobytes()
+                    known[id(item)] = _bytes_of(item)
             result[modality] = [fingerprint(b"".join(known[id(x)] for x in row)) if row else None for row in rows]
         return {modality: rows or [None] * len(texts) for modality, rows in result.items()}
 
-    def _text(self, row: Mapping[str, Any], had_other: bool, name: str) -> str:
+    def text_of(self, row: Mapping[str, Any], had_other: bool, name: str) -> str:
+        """
+        The text of a row, "" if it has none.
+
+        Args:
+            had_other: whether it has something else.
+            name: how messages call the row.
+        """
         if self.text_column not in row:
             columns = ", ".join(repr(column) for column in row if column not in (ROW_KEY, SOURCE_KEY))
             raise ValueError(
@@ -181,6 +196,13 @@ class MMDataCollator:
             except ValueError as error:
                 raise ValueError(f"{name}, column {own_column(row, task.column)!r}: {error}.") from error
         return labels
+
+
+def _bytes_of(item: Any) -> bytes:
+    """Pixels or samples; of what was looked up, their hash."""
+    if isinstance(item, CachedItem):
+        return item.digest
+    return (item["array"] if isinstance(item, Mapping) else item).tobytes()
 
 
 def _as_one(cell: Any) -> list[Any]:

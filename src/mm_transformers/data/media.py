@@ -72,7 +72,7 @@ class MediaColumn:
                 key = self.key(cell)
                 kept.append(cell)
                 if key not in loaded:
-                    loaded[key] = self._load(cell, f"{name}, column {own_column(row, self.column)!r}")
+                    loaded[key] = self.load_item(cell, f"{name}, column {own_column(row, self.column)!r}")
                 if loaded[key] is None:
                     self.num_bad_files.add_one()
                 else:
@@ -81,7 +81,13 @@ class MediaColumn:
             were_there.append(len(cells) > 0)
         return result, were_there
 
-    def _load(self, cell: Any, where: str) -> Any:
+    def load_item(self, cell: Any, where: str) -> Any:
+        """
+        One item, read; `None` if it cannot be and is to be dropped, which is not counted here.
+
+        Args:
+            where: how messages call the row and the column.
+        """
         try:
             return self.load(_at_hand(cell))
         except ValueError as error:

@@ -179,6 +179,14 @@ class RowsOfSource(Dataset):
     def __init__(self, dataset: Any, source: RowSource):
         self.dataset, self.source = dataset, source
 
+    @property
+    def fingerprint(self) -> Optional[tuple[str, str]]:
+        """Equal for equal rows; `None` where the data set does not tell, or changes its rows as they are read."""
+        fingerprint = getattr(self.dataset, "_fingerprint", None)
+        if fingerprint is None or self.dataset.format["type"] == "custom":
+            return None
+        return fingerprint, repr(sorted(self.source.columns.items()))
+
     def __len__(self) -> int:
         return len(self.dataset)
 

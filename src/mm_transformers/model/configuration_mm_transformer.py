@@ -7,6 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .decoders import check_decoder, decoder_vocab_size
 from .encoders import encoder_width, sub_config_of
+from .freezing import check_freeze
 from .fusion import fusion_class
 from .regularization import check_regularization
 from .tasks import Task, task_from_dict
@@ -58,6 +59,10 @@ class MMTransformerConfig(PreTrainedConfig):
             How [`MMTrainer`] weighs the tasks: `"static"`, `"uncertainty"`, `"famo"`, `"db_mtl"`, `"gradnorm"`,
             `"pcgrad"`, or a kind of your own; with options: `{"kind": "famo", "learning_rate": 0.01}`.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new weights.
+        freeze (`list[str]`, *optional*):
+            What is not trained: `"text"`, `"vision"` or `"audio"` for a whole encoder (of an encoder-decoder the
+            encoder, with the embeddings that its decoder shares), or the name of a sub-module of
+            [`MMTransformerModel`], such as `"text_model.embeddings"`.
 
     Raises:
         ValueError: one sentence, if something does not fit.
@@ -111,6 +116,7 @@ class MMTransformerConfig(PreTrainedConfig):
     regularization: dict | None = None
     task_weighting: str | dict = "static"
     initializer_range: float = 0.02
+    freeze: list | None = None
 
     def __post_init__(self, **kwargs):
         self.text_config = _resolve(self.text_config or {"model_type": "bert"}, "text")
@@ -131,6 +137,7 @@ class MMTransformerConfig(PreTrainedConfig):
         # Also run by `@strict` whenever the config is saved; here they raise a plain `ValueError`.
         self.validate_fusion()
         self.validate_tasks()
+        self.validate_freeze()
         # So that tools that expect one classifier find the labels of the first.
         labels = next((task["labels"] for task in self.tasks if "labels" in task), None)
         if labels is not None:
@@ -224,6 +231,10 @@ class MMTransformerConfig(PreTrainedConfig):
         writing = [task for task in self.get_tasks().values() if task.needs_decoder]
         check_decoder(self.text_config, self.decoder_config, writing)
         check_regularization(self.regularization, [task.name for task in self.get_tasks().values()])
+
+    def validate_freeze(self):
+        """Part of `@strict`-powered validation."""
+        check_freeze(self.freeze, ["text", *self.modalities])
 
 
 def _resolve(config: Any, modality: str) -> Optional[PreTrainedConfig]:

@@ -1,13 +1,8 @@
-"""What a model must know of other processes."""
+"""What several processes share: rows, and models of which each holds a part."""
 
 import torch
 import torch.distributed as dist
 from torch import nn
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether its weights are shared out over processes (FSDP), so that all of them must run it together."""
-    return any(hasattr(parameter, "to_local") for parameter in module.parameters())
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -30,3 +25,13 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
         parts = [torch.zeros_like(padded) for _ in sizes]
         dist.all_gather(parts, padded.contiguous())
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether each process holds a part of the weights (FSDP, ZeRO-3), so that all must run the module, or none."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    kinds = {cls.__name__ for part in module.modules() for cls in type(part).__mro__}
+    return bool(kinds & {"FullyShardedDataParallel", "FSDPModule"}) or any(
+        hasattr(parameter, "ds_id") for parameter in module.parameters()
+    )

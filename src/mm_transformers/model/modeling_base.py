@@ -70,6 +70,14 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        # Loaded weights are new parameters, which want gradients.
+        getattr(model, "model", model).freeze()
+        return loaded
+
+    @classmethod
     def from_encoders(cls, text: str, vision: Optional[str] = None, audio: Optional[str] = None, **kwargs):
         """
         A model with pretrained encoders and a new fusion, whose gates are closed: until it is trained, its
@@ -102,7 +110,9 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         # A wrong option is told before gigabytes are read.
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         text_config = encoder_config_from_pretrained(text, "text", **hub_kwargs)
-        config = MMTransformerConfig(**options, text_config=text_config)
+        # What names other encoders is checked when these are known.
+        early = {name: value for name, value in options.items() if name not in ("freeze", "modality_dropout")}
+        config = MMTransformerConfig(**early, text_config=text_config)
         encoders, chosen = {}, {}
         for modality, path in {"text": text, "vision": vision, "audio": audio}.items():
             if path is not None and modality == "text" and config.has_decoder:

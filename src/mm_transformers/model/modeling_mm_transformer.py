@@ -1,6 +1,5 @@
 """The fused model: encoders, fusion, task layers."""
 
-from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -10,23 +9,15 @@ from transformers.utils import can_return_tuple, logging
 
 from .configuration_mm_transformer import MMTransformerConfig
 from .decoders import build_seq2seq
-from .distributed import is_sharded
-from .encoders import (
-    as_tokens,
-    audio_token_mask,
-    blank_input,
-    build_encoder,
-    encoder_width,
-    min_audio_samples,
-    takes_audio_mask,
-)
+from .encoders import build_encoder, encoder_width, takes_audio_mask
+from .encoding import Encoding
 from .fusion import Stream, fusion_class
 from .fusion_layers import StreamProjection, masked_mean
 from .modeling_base import MMTransformerPreTrainedModel
 from .modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from .pairs import PairReading
 from .regularization import regularization_loss, take_starting_point
-from .streams import FrameEmbedding, NullText, check_index, drop_modalities, gather_items
+from .streams import FrameEmbedding, NullText, check_index, drop_modalities
 from .task_base import TaskHeads
 from .writing import TextWriting
 
@@ -34,7 +25,7 @@ from .writing import TextWriting
 logger = logging.get_logger(__name__)
 
 
-class MMTransformerModel(MMTransformerPreTrainedModel):
+class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
     """
     A text encoder and encoders of images and sound, joined by a fusion in which text tokens see the tokens of the
     others.
@@ -54,6 +45,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         audio_model: Optional[PreTrainedModel] = None,
     ):
         super().__init__(config)
+        self._frozen_encoders: list[str] = []
         width = encoder_width(config.text_config)
         self.has_decoder = config.has_decoder
         if text_model is None and self.has_decoder:
@@ -74,6 +66,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             self.audio_takes_mask = takes_audio_mask(self.audio_model)
             self.audio_projection = StreamProjection(config, encoder_width(config.audio_config))
         self.post_init()
+        self.freeze()
 
     @property
     def text_encoder(self) -> PreTrainedModel:
@@ -99,6 +92,10 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         audio_attention_mask: Optional[torch.Tensor] = None,
         audio_index: Optional[torch.Tensor] = None,
         inputs_embeds: Optional[torch.Tensor] = None,
+        text_features: Optional[torch.Tensor] = None,
+        image_features: Optional[torch.Tensor] = None,
+        audio_features: Optional[torch.Tensor] = None,
+        audio_feature_mask: Optional[torch.Tensor] = None,
         output_attentions: Optional[bool] = None,
         output_hidden_states: Optional[bool] = None,
         **kwargs,
@@ -123,24 +120,39 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
                 Which clips belong to each row, -1 for none. Defaults to one clip per row, in order.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, text_len, text hidden size)`, *optional*):
                 Instead of `input_ids`, for encoders that take it.
+            text_features (`torch.FloatTensor` of shape `(batch, text_len, text hidden size)`, *optional*):
+                What the text encoder gives, as [`encode`] returns it; it then does not run, and `input_ids` may be left
+                out. The same holds for images and sound:
+            image_features (`torch.FloatTensor` of shape `(num_images, tokens, vision hidden size)`, *optional*):
+                Instead of `pixel_values`.
+            audio_features (`torch.FloatTensor` of shape `(num_clips, tokens, audio hidden size)`, *optional*):
+                Instead of `input_values` or `input_features`.
+            audio_feature_mask (`torch.BoolTensor` of shape `(num_clips, tokens)`, *optional*):
+                Which of `audio_features` belong to the clip and not to its padding; all by default.
             output_attentions, output_hidden_states (`bool`, *optional*):
                 Whether to return those of the fusion; default to those of the config.
 
         Raises:
-            ValueError: if the images or clips do not fit the rows, or the model has no encoder for them.
+            ValueError: if the images or clips do not fit the rows, are given twice, or the model has no encoder for
+                them.
         """
-        text = input_ids if input_ids is not None else inputs_embeds
+        text = next((x for x in (input_ids, inputs_embeds, text_features) if x is not None), None)
         if text is None:
-            raise ValueError("Give the texts as input_ids or inputs_embeds; attention_mask 0 says that there are none.")
+            raise ValueError(
+                "Give the texts as input_ids, inputs_embeds or text_features; attention_mask 0 says that there are "
+                "none."
+            )
         batch_size, device = text.shape[0], text.device
         if attention_mask is None:
             attention_mask = torch.ones(text.shape[:2], dtype=torch.int64, device=device)
         items: dict[str, Any] = {
-            "vision": {"pixel_values": pixel_values},
-            "audio": {"input_values": input_values, "input_features": input_features},
+            "vision": {"pixel_values": pixel_values, "features": image_features},
+            "audio": {"input_values": input_values, "input_features": input_features, "features": audio_features},
         }
         for name, values in items.items():
             items[name] = {key: value for key, value in values.items() if value is not None and len(value) > 0}
+            if len(items[name]) > 1:
+                raise ValueError(f"The {name} input is given as {' and as '.join(items[name])}; give one of them.")
         index = {
             "vision": self._index("vision", image_index, items["vision"], batch_size, device),
             "audio": self._index("audio", audio_index, items["audio"], batch_size, device),
@@ -150,6 +162,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             if len(audio_attention_mask) != num_clips:
                 raise ValueError(f"audio_attention_mask has {len(audio_attention_mask)} rows for {num_clips} clips.")
             items["audio"]["attention_mask"] = audio_attention_mask
+        if items["audio"]:
+            items["audio"]["feature_mask"] = audio_feature_mask
         kept = None
         if self.training and self.config.modality_dropout_probabilities:
             present = {name: (index[name] >= 0).any(-1) for name in self.config.modalities}
@@ -159,7 +173,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             index.update({m: index[m].masked_fill(~kept[m][:, None], -1) for m in self.config.modalities})
 
         text_inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
-        encoded = {"text": self._encode_text(attention_mask, **text_inputs)}
+        encoded = {"text": self._encode_text(attention_mask, text_features, **text_inputs)}
         for name in self.config.modalities:
             stream = self._encode_items(name, items[name], index[name], frame_index if name == "vision" else None)
             if stream is not None:
@@ -218,67 +232,6 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         names = ("image_index", "images") if name == "vision" else ("audio_index", "clips")
         return check_index(index, batch_size, num_items, device, *names)
 
-    def _encode_text(self, attention_mask: torch.Tensor, **inputs: Optional[torch.Tensor]) -> Stream:
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        if self.fusion is None:
-            states = self.text_encoder(attention_mask=attention_mask, **inputs).last_hidden_state
-            return Stream("text", states, attention_mask.bool())
-        # The place of the text, where there is none, is taken by one token; nothing that the encoder says is seen.
-        present = attention_mask.bool().any(-1)
-        states = self.text_encoder(
-            attention_mask=torch.where(present[:, None], attention_mask, 1), **inputs
-        ).last_hidden_state
-        first = torch.arange(states.shape[1], device=states.device) == 0
-        mask = torch.where(present[:, None], attention_mask.bool(), first)
-        return Stream("text", self.null_text(states, present), mask)
-
-    def _encode_items(
-        self, name: str, items: dict[str, torch.Tensor], index: torch.Tensor, frame_index: Optional[torch.Tensor]
-    ) -> Optional[Stream]:
-        """The tokens that each row has of one modality, `None` if it has none and nothing has to be trained."""
-        if items and index.shape[1] > 0:
-            tokens, token_mask = self._tokens(name, items)
-        elif not self.training and not is_sharded(getattr(self, f"{name}_model")):
-            return None
-        else:
-            # Encoder and projection take part in every training step, even where one rank has no item: DDP would
-            # complain of unused parameters, and FSDP would wait for this rank, in evaluation too.
-            blank = blank_input(getattr(self.config, f"{name}_config"), name)
-            with _frozen_batch_norm(getattr(self, f"{name}_model")):
-                tokens, token_mask = self._tokens(name, {k: v.to(index.device) for k, v in blank.items()})
-            index, frame_index = torch.full_like(index[:, :1], -1), None
-            if index.shape[1] == 0:
-                index = torch.full((index.shape[0], 1), -1, device=index.device)
-        offsets = None
-        if name == "vision":
-            if frame_index is not None:
-                if frame_index.shape != index.shape:
-                    raise ValueError(
-                        f"frame_index must have the shape of image_index, {tuple(index.shape)}, but has "
-                        f"{tuple(frame_index.shape)}."
-                    )
-                self.frame_embedding.check(frame_index)
-                offsets = self.frame_embedding(frame_index, tokens.dtype)
-            elif self.training and self.config.frame_embedding == "learned":
-                # It too takes part in every step.
-                offsets = self.frame_embedding(torch.full_like(index, -1), tokens.dtype)
-        return gather_items(name, tokens, token_mask, index, offsets)
-
-    def _tokens(self, name: str, items: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """The tokens of each item, (num_items, tokens per item, fusion_hidden_size), and where they are none."""
-        encoder, projection = getattr(self, f"{name}_model"), getattr(self, f"{name}_projection")
-        attention_mask = items.get("attention_mask")
-        inputs = {key: value.to(encoder.dtype) for key, value in items.items() if key != "attention_mask"}
-        if "input_values" in inputs:
-            shortest = min_audio_samples(encoder.config)
-            if inputs["input_values"].shape[-1] < shortest:
-                raise ValueError(f"The audio encoder needs clips of at least {shortest} samples.")
-        if attention_mask is not None and self.audio_takes_mask:
-            inputs["attention_mask"] = attention_mask
-        tokens = as_tokens(encoder(**inputs).last_hidden_state)
-        mask = audio_token_mask(encoder, tokens.shape[1], attention_mask) if name == "audio" else None
-        return projection(tokens), mask
-
 
 class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTrainedModel):
     """
@@ -325,6 +278,10 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
         audio_attention_mask: Optional[torch.Tensor] = None,
         audio_index: Optional[torch.Tensor] = None,
         inputs_embeds: Optional[torch.Tensor] = None,
+        text_features: Optional[torch.Tensor] = None,
+        image_features: Optional[torch.Tensor] = None,
+        audio_features: Optional[torch.Tensor] = None,
+        audio_feature_mask: Optional[torch.Tensor] = None,
         encoder_outputs: Optional[MMTransformerModelOutput] = None,
         labels: Optional[dict[str, torch.Tensor]] = None,
         num_items_in_batch: Optional[dict[str, torch.Tensor]] = None,
@@ -344,7 +301,8 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
             encoder_outputs ([`MMTransformerModelOutput`], *optional*):
                 What `self.model` gave for these inputs, if that is known already.
             input_ids, attention_mask, token_type_ids, pixel_values, image_index, frame_index, input_values,
-            input_features, audio_attention_mask, audio_index, inputs_embeds, output_attentions, output_hidden_states:
+            input_features, audio_attention_mask, audio_index, inputs_embeds, text_features, image_features,
+            audio_features, audio_feature_mask, output_attentions, output_hidden_states:
                 See [`MMTransformerModel.forward`].
 
         Raises:
@@ -364,6 +322,10 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
                 audio_attention_mask=audio_attention_mask,
                 audio_index=audio_index,
                 inputs_embeds=inputs_embeds,
+                text_features=text_features,
+                image_features=image_features,
+                audio_features=audio_features,
+                audio_feature_mask=audio_feature_mask,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
             )
@@ -433,19 +395,6 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
         }
         num_rows = len(next(iter(answers.values()), []))
         return [{name: answers[name][row] for name in answers} for row in range(num_rows)]
-
-
-@contextmanager
-def _frozen_batch_norm(model: nn.Module):
-    """A blank image must not enter running statistics."""
-    modules = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.train()
 
 
 __all__ = [

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..data.collator import MMDataCollator
+from ..data.feature_cache import FeatureCache
 from ..data.mixture import DataMixture, check_sources
 from ..data.mixture_rows import MixedStream
 from ..data.sources import DataSource, rows_of
@@ -39,6 +40,8 @@ class MMTrainer(ResumableTrainer):
     - the gates of the fusion learn ten times as fast and without weight decay;
     - in evaluation, tasks that write do so, and their metrics compare texts; `generation_num_beams`,
       `generation_max_length` and `predict_with_generate` of [`~transformers.Seq2SeqTrainingArguments`] are heeded;
+    - with a `feature_cache`, encoders that are frozen as a whole run once per distinct item, before the first batch of
+      a data set, and never again;
     - images of a data set are read by the collator, so that messages about bad data name the row, and how many images
       could not be read is told at the end;
     - it may be killed at any moment: `train(resume_from_checkpoint=True)` goes on from the newest complete checkpoint,
@@ -53,6 +56,7 @@ class MMTrainer(ResumableTrainer):
             defaults to `False`: every parameter takes part in every step. `train_dataset` may be a [`DataMixture`] of
             several data sets, or a dict of them; then the logs hold how many rows of each there were since the last
             log (`rows_<name>`). Where a data set is taken, a [`DataSource`] is too.
+        feature_cache ([`FeatureCache`], `str` or `Path`, *optional*): The cache, or its folder.
 
     Raises:
         ValueError: if several GPUs would be used by `nn.DataParallel`, if there is neither a `processing_class` nor a
@@ -70,6 +74,7 @@ class MMTrainer(ResumableTrainer):
         eval_dataset=None,
         processing_class=None,
         compute_metrics=None,
+        feature_cache=None,
         **kwargs,
     ):
         args = args if args is not None else TrainingArguments("tmp_trainer")
@@ -141,6 +146,9 @@ class MMTrainer(ResumableTrainer):
                 plugin.transformer_cls_names_to_wrap = layer_classes(self.fused_model)
         if data_collator is None:
             self.data_collator = MMDataCollator(processing_class, self.model.config)
+        self.feature_cache = FeatureCache.of(feature_cache)
+        if self.feature_cache is not None:
+            self.feature_cache.modalities(self.fused_model, self.data_collator)
         if compute_metrics is None:
             self.compute_metrics = MultiTaskMetrics(self.model.config, processing_class)
         check_sources(train_dataset, eval_dataset, self.data_collator, args)
@@ -178,6 +186,7 @@ class MMTrainer(ResumableTrainer):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn=sampler_fn, **kwargs)
         if isinstance(dataset, DataMixture):
             rows = dataset.rows(self.data_collator, batch_size, self.args)
+            self._store_features(rows)
             loader = super()._get_dataloader(rows, description, batch_size, lambda rows: rows.sampler, **kwargs)
             if isinstance(rows, MixedStream):
                 rows.read_own_part(loader.dataset)
@@ -185,8 +194,17 @@ class MMTrainer(ResumableTrainer):
                 self._rows_per_epoch = len(rows.sampler)
             return loader
         rows, original = rows_of(dataset, self.data_collator)
+        self._store_features(rows)
         wrapped = None if sampler_fn is None else lambda _: sampler_fn(original)
         return super()._get_dataloader(rows, description, batch_size, sampler_fn=wrapped, **kwargs)
+
+    def _store_features(self, rows: Any) -> None:
+        """What frozen encoders say of these rows is in the cache from now on, and the collator takes it from there."""
+        if self.feature_cache is not None:
+            batch_size, num_workers = self.args.eval_batch_size, self.args.dataloader_num_workers
+            self.data_collator = self.feature_cache.prepare(
+                self.fused_model, self.data_collator, rows, batch_size, num_workers
+            )
 
     # Loss
 
@@ -297,6 +315,11 @@ class MMTrainer(ResumableTrainer):
         self._balancing = balancing if balancing.is_needed else None
         if self._balancing is not None:
             self.add_callback(self._balancing)
+        if self.feature_cache is not None and self.args.eval_strategy != "no":
+            # What cannot be stored is told before hours are spent, not after the first epoch.
+            evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+            for dataset in evaluated.values():
+                self._store_features(rows_of(dataset, self.data_collator)[0])
         output = super().train(*args, **kwargs)
         self._counts.warn_of_unlabelled()
         self._report_bad_files()

@@ -1,0 +1,221 @@
+"""Encoders that are not trained run once per image, text or sound, not once per epoch."""
+
+import contextlib
+import copy
+import os
+import re
+import shutil
+import uuid
+import weakref
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, is_initialized
+from torch.utils.data import IterableDataset
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
+
+from ..model.distributed import is_sharded
+from ..model.encoders import encoder_width
+from .collator import MMDataCollator
+from .feature_build import ITEMS, Builder
+from .feature_keys import ItemHash, hash_of_encoder, version_of_weights
+from .feature_reading import KINDS, CachedFeatures
+from .feature_store import FeatureStore, in_use, size_of
+
+
+logger = logging.get_logger(__name__)
+
+GIGABYTE = 10**9
+# Nothing else is ever removed, whatever else is in the same place.
+_FOLDER = re.compile(r"(text|vision|audio|removed)-[0-9a-f]{32}")
+
+
+class FeatureCache:
+    """
+    Keeps on disk what frozen encoders give: the token features of each distinct image, video, text and sound, found by
+    the hash of its content. Epochs, runs and searches for hyperparameters share them.
+
+    Each encoder has a folder of its own, named by a hash of its weights, its config, the options of its preprocessing,
+    the dtype that is stored and the release of transformers, so that nothing out of date is ever read. Features are in
+    the precision of the encoder, without autocast. A build may be interrupted at any time, and then goes on from where
+    it was; several processes share the work.
+
+    Args:
+        cache_dir (`str` or `Path`): Where to keep them; made if it does not exist.
+        max_size_gb (`float`, *optional*):
+            How many GB (10^9 bytes) the folder may take. Where a build needs more, the features of the encoders that
+            were used longest ago are removed, but none that a living process uses.
+        dtype (`str`, *optional*):
+            `"bfloat16"` or `"float16"` to store half as much as `"float32"`. By default as the encoder gives them,
+            which changes nothing.
+
+    Example:
+
+    ```python
+    >>> model = MMTransformerForMultiTask.from_encoders(..., freeze=["vision"])
+    >>> trainer = MMTrainer(model, args, ..., feature_cache=FeatureCache("features", max_size_gb=50))
+    ```"""
+
+    def __init__(self, cache_dir: str | os.PathLike, max_size_gb: Optional[float] = None, dtype: Optional[str] = None):
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(
+                f"The dtype of a feature cache must be 'float32', 'bfloat16' or 'float16', but is {dtype!r}."
+            )
+        if max_size_gb is not None and not max_size_gb > 0:
+            raise ValueError(f"max_size_gb must be more than 0, but is {max_size_gb}.")
+        self.cache_dir, self.max_size_gb = Path(cache_dir), max_size_gb
+        self.dtype = None if dtype is None else getattr(torch, dtype)
+        # By modality: the encoder (weakly, since another may come to lie at the same address), what it was when it was
+        # hashed, and the store.
+        self._stores: dict[str, tuple[weakref.ref, Any, FeatureStore]] = {}
+
+    @classmethod
+    def of(cls, cache: Any) -> Optional["FeatureCache"]:
+        """The cache in a folder; a cache, or `None`, as it is."""
+        return cls(cache) if isinstance(cache, (str, os.PathLike)) else cache
+
+    def modalities(self, model: Any, collator: Any) -> list[str]:
+        """
+        What can be cached for a [`MMTransformerForMultiTask`]: the modalities whose encoder is frozen as a whole.
+
+        Raises:
+            ValueError: if there is none, or the collator is not an [`MMDataCollator`].
+        """
+        if not isinstance(collator, MMDataCollator):
+            raise ValueError(f"A feature cache needs an MMDataCollator, not a {type(collator).__name__}.")
+        known = ["text", *model.config.modalities]
+        frozen = [modality for modality in known if model.model.is_frozen(modality)]
+        if not frozen:
+            raise ValueError(
+                "A feature cache is for encoders that are not trained, but none of this model is frozen as a whole: "
+                f"give the model freeze=[...] with some of {', '.join(map(repr, known))}, or leave out feature_cache "
+                "(adapters within an encoder are trained, too)."
+            )
+        is_fsdp = is_initialized() and AcceleratorState().distributed_type == DistributedType.FSDP
+        if is_fsdp or is_deepspeed_zero3_enabled() or is_sharded(model):
+            raise ValueError(
+                "A feature cache needs whole encoders, but FSDP and ZeRO-3 cut them into pieces: train with DDP; "
+                "frozen encoders have neither gradients nor optimizer states that would be worth cutting."
+            )
+        return frozen
+
+    def prepare(
+        self, model: Any, collator: MMDataCollator, dataset: Any, batch_size: int = 32, num_workers: int = 0
+    ) -> MMDataCollator:
+        """
+        Encodes what is missing of a data set, and returns the collator whose batches hold features. All processes must
+        call it.
+
+        Args:
+            model: a [`MMTransformerForMultiTask`].
+            collator: as it is for training without a cache, or one that this method has returned.
+            dataset: rows, by number.
+            batch_size, num_workers: of encoding.
+
+        Raises:
+            ValueError: one sentence, if nothing is frozen, the data set is a stream, an item cannot be read, or there
+                is no room for the features.
+            OSError: if the folder cannot be written to.
+        """
+        collator = collator.uncached
+        modalities = self.modalities(model, collator)
+        if isinstance(dataset, IterableDataset) or not (
+            hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        ):
+            raise ValueError(
+                "A feature cache needs a data set whose rows can be read by number, but this one is a stream: load it "
+                "without streaming=True, or leave out feature_cache."
+            )
+        encoders = {modality: model.model.encoder(modality) for modality in modalities}
+        dtype = {modality: self.dtype or encoder.dtype for modality, encoder in encoders.items()}
+        stores = {m: self._store(m, encoders[m], collator.processor, dtype[m]) for m in modalities}
+        hashes = {
+            kind: ItemHash(kind, collator.media[kind].load, str(collator.processor.num_frames) * (kind == "videos"))
+            for modality in modalities
+            for kind in KINDS[modality]
+        }
+        # What was looked through once need not be looked through before each evaluation.
+        fingerprint = getattr(dataset, "fingerprint", None)
+        if fingerprint is None or not all((fingerprint, collator) in store.searched for store in stores.values()):
+            builder = Builder(model.model, collator, stores, hashes, dtype, self._make_room, batch_size, num_workers)
+            builder.build(dataset)
+            for store in stores.values():
+                store.searched.add((fingerprint, collator))
+        cached = copy.copy(collator)
+        width = encoder_width(model.config.text_config)
+        cached.cached = CachedFeatures(stores, hashes, width, dtype.get("text", torch.float32))
+        cached.media = cached.cached.with_lookup(collator.media)
+        cached.uncached = collator
+        return cached
+
+    def _store(self, modality: str, encoder: Any, processor: Any, dtype: torch.dtype) -> FeatureStore:
+        preprocessing = {"vision": "image_processor", "audio": "feature_extractor"}.get(modality)
+        preprocessing = getattr(processor, preprocessing) if preprocessing else None
+        options = [part.to_json_string() for part in (encoder.config, preprocessing) if part is not None]
+        version = (version_of_weights(encoder), options, dtype)
+        known = self._stores.get(modality)
+        if known is not None and known[0]() is encoder and known[1] == version:
+            store = known[2]
+        else:
+            folder = self.cache_dir / f"{modality}-{hash_of_encoder(encoder, preprocessing, dtype)}"
+            if known is not None and known[2].folder == folder:
+                store = known[2]
+            else:
+                about = {"modality": modality, "encoder": encoder.config.model_type, "dtype": str(dtype)}
+                store = FeatureStore(folder, about)
+            self._stores[modality] = (weakref.ref(encoder), version, store)
+        store.touch()
+        store.refresh()
+        return store
+
+    def _make_room(self, counts: dict[str, int], needed: int) -> None:
+        """
+        Args:
+            counts: modality -> how many items are to be encoded.
+            needed: how many bytes they are expected to take.
+        """
+        what = " and ".join(f"{count:,} {ITEMS[modality]}" for modality, count in counts.items())
+        message = f"The features of {what} need about {_gigabytes(needed)} in {self.cache_dir}, but "
+        advice = (
+            "store them in half the space by FeatureCache(..., dtype='bfloat16'), or freeze and cache fewer encoders."
+        )
+        folders = [path for path in self.cache_dir.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()]
+        sizes = {path: size_of(path) for path in folders}
+        idle = sorted((path for path in folders if not in_use(path)), key=_last_used)
+        if self.max_size_gb is not None:
+            limit = int(self.max_size_gb * GIGABYTE)
+            left = limit - sum(size for path, size in sizes.items() if path not in idle)
+            if needed > left:
+                raise ValueError(
+                    f"{message}max_size_gb={self.max_size_gb:g} leaves {_gigabytes(max(left, 0))}: raise it, {advice}"
+                )
+            while idle and needed > limit - sum(sizes.values()):
+                sizes.pop(_evict(idle.pop(0)))
+        free = shutil.disk_usage(self.cache_dir).free
+        if needed > free:
+            raise ValueError(f"{message}{_gigabytes(free)} are free on that disk: make room, {advice}")
+
+
+def _evict(folder: Path) -> Path:
+    logger.warning(f"{folder} was used longest ago, and is removed from the feature cache to make room.")
+    # Under another name first, so that nobody finds half of it.
+    doomed = folder.with_name(f"removed-{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+    return folder
+
+
+def _last_used(folder: Path) -> float:
+    marker = folder / "last_used"
+    return marker.stat().st_mtime if marker.exists() else 0.0
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / GIGABYTE:.3g} GB"
+
+
+__all__ = ["FeatureCache"]

@@ -1,0 +1,163 @@
+"""The items of a data set, found and read for their encoders, in the workers of a data loader if there are any."""
+
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .feature_keys import ItemHash, digest_of, hash_of_text
+from .feature_reading import KINDS, replace_load, unpadded_texts
+from .feature_store import FeatureStore
+from .media import SharedCounter
+from .sources import ROW_KEY, name_of_row, own_column
+
+
+class Found(NamedTuple):
+    """
+    An item of a data set: where it is first met, and for a text its tokens.
+
+    Args:
+        place: which of the cell's items it is.
+    """
+
+    modality: str
+    kind: str
+    key: bytes
+    row: int
+    place: int
+    inputs: Optional[dict[str, np.ndarray]] = None
+
+    @property
+    def length(self) -> int:
+        return len(self.inputs["input_ids"]) if self.inputs else 0
+
+
+class Read(NamedTuple):
+    """Items, the input of the encoder, which entries of it are whose, and hashes of the items as they were read."""
+
+    items: list[Found]
+    inputs: dict[str, torch.Tensor]
+    numbers: list[Any]
+    digests: list[bytes]
+    dropped: list[bytes]
+
+
+class Rows(Dataset):
+    def __init__(self, dataset: Any, numbers: range):
+        self.dataset, self.numbers = dataset, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, Mapping[str, Any]]]:
+        numbers = [self.numbers[index] for index in indices]
+        if hasattr(self.dataset, "__getitems__"):
+            return list(zip(numbers, self.dataset.__getitems__(numbers), strict=True))
+        return [(number, self.dataset[number]) for number in numbers]
+
+
+class Items(Dataset):
+    """Items, each with the row that it is in."""
+
+    def __init__(self, dataset: Any, items: list[Found]):
+        self.dataset, self.items = dataset, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Found, Any]:
+        item = self.items[index]
+        return item, None if item.inputs is not None else self.dataset[item.row]
+
+
+class Scanner:
+    """Rows -> the items in them that are not stored."""
+
+    def __init__(self, collator: Any, stores: dict[str, FeatureStore], hashes: dict[str, ItemHash]):
+        self.collator, self.stores = collator, stores
+        self.columns = {
+            kind: replace_load(collator.media[kind], hashes[kind], num_bad_files=SharedCounter())
+            for modality in stores
+            for kind in KINDS[modality]
+        }
+
+    def __call__(self, rows: list[tuple[int, Mapping[str, Any]]]) -> list[Found]:
+        found = []
+        for modality, store in self.stores.items():
+            for kind in KINDS[modality]:
+                column = self.columns[kind]
+                known: dict[Hashable, tuple[Any, Any]] = {}
+                for number, row in rows:
+                    for place, cell in enumerate(column.split(row.get(column.column))):
+                        same = column.key(cell)
+                        if same not in known:
+                            # The cell is kept, for its id is given again once it is gone.
+                            known[same] = cell, column.load_item(cell, _where(row, number, column))
+                        key = known[same][1]
+                        if key is not None and key not in store:
+                            found.append(Found(modality, kind, key, number, place))
+        if "text" in self.stores:
+            found += self._texts(rows)
+        return found
+
+    def _texts(self, rows: list[tuple[int, Mapping[str, Any]]]) -> list[Found]:
+        texts = []
+        for number, row in rows:
+            had_other = any(column.split(row.get(column.column)) for column in self.collator.media.values())
+            texts.append(self.collator.text_of(row, had_other, _name(row, number)))
+        batch = self.collator.processor(text=texts, max_length=self.collator.max_length)
+        found = []
+        for (number, _), inputs in zip(rows, unpadded_texts(batch), strict=True):
+            if inputs is not None and (key := hash_of_text(inputs)) not in self.stores["text"]:
+                ids = {name: value.numpy().astype(np.int32) for name, value in inputs.items()}  # there may be millions
+                found.append(Found("text", "text", key, number, 0, ids))
+        return found
+
+
+class Reader:
+    """Items and their rows -> the input of the encoder."""
+
+    def __init__(self, collator: Any, kind: str):
+        self.processor, self.kind = collator.processor, kind
+        self.column = None if kind == "text" else replace_load(collator.media[kind], collator.media[kind].load)
+
+    def __call__(self, pairs: list[tuple[Found, Any]]) -> Read:
+        items = [item for item, _ in pairs]
+        if self.column is None:
+            return Read(items, self._pad(items), list(range(len(items))), [item.key for item in items], [])
+        column, read, dropped = self.column, [], []
+        for item, row in pairs:
+            content = column.load_item(column.split(row[column.column])[item.place], _where(row, item.row, column))
+            if content is None:
+                dropped.append(item.key)
+            else:
+                read.append((item, content))
+        if not read:
+            return Read([], {}, [], [], dropped)
+        contents = [content for _, content in read]
+        options: dict[str, Any] = {self.kind: contents}
+        batch = self.processor(text=[""] * len(read), **options)
+        index = batch["audio_index" if self.kind == "audio" else "image_index"]
+        numbers = [row[row >= 0] if self.kind == "videos" else int(row[0]) for row in index]
+        names = {"pixel_values": "pixel_values", "input_values": "input_values", "input_features": "input_features",
+                 "audio_attention_mask": "attention_mask"}  # fmt: skip
+        inputs = {names[name]: value for name, value in batch.items() if name in names}
+        return Read([item for item, _ in read], inputs, numbers, [digest_of(content) for content in contents], dropped)
+
+    def _pad(self, items: list[Found]) -> dict[str, torch.Tensor]:
+        rows = [{name: torch.from_numpy(value).long() for name, value in (item.inputs or {}).items()} for item in items]
+        fill = {"input_ids": self.processor.tokenizer.pad_token_id}
+        pad = torch.nn.utils.rnn.pad_sequence
+        inputs = {n: pad([r[n] for r in rows], batch_first=True, padding_value=fill.get(n, 0)) for n in rows[0]}
+        inputs["attention_mask"] = pad([torch.ones(item.length, dtype=torch.int64) for item in items], batch_first=True)
+        return inputs
+
+
+def _name(row: Mapping[str, Any], number: int) -> str:
+    return name_of_row(row, 0) if ROW_KEY in row else f"row {number:,}"
+
+
+def _where(row: Mapping[str, Any], number: int, column: Any) -> str:
+    return f"{_name(row, number)}, column {own_column(row, column.column)!r}"

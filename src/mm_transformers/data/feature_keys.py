@@ -1,0 +1,119 @@
+"""Hashes: of encoders and what prepares their input, of items, and of texts."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from ..model.files import content_of, fetch, is_url
+from .feature_store import KEY_SIZE
+
+
+# What a config says that has no part in what an encoder gives.
+_NOT_PART_OF_IT = {
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "id2label",
+    "label2id",
+    "problem_type",
+}
+
+
+def hash_of(*parts: bytes) -> bytes:
+    """The same in every process: 16 bytes of BLAKE2b over the parts and their lengths."""
+    state = hashlib.blake2b(digest_size=KEY_SIZE)
+    for part in parts:
+        state.update(len(part).to_bytes(8, "big"))
+        state.update(part)
+    return state.digest()
+
+
+def hash_of_encoder(encoder: nn.Module, preprocessing: Any, dtype: torch.dtype) -> str:
+    """
+    Changes with the weights of an encoder, its config, what prepares its input (an image processor, a feature
+    extractor, or `None`), the dtype that its features are stored in, and the release of transformers, of whose code all
+    of these are the options.
+    """
+    about = {
+        "transformers": transformers.__version__,
+        "class": type(encoder).__name__,
+        "config": _options(encoder.config),
+        "preprocessing": None if preprocessing is None else _options(preprocessing),
+        "dtype": str(dtype),
+    }
+    state = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=KEY_SIZE)
+    for name, tensor in sorted(encoder.state_dict().items()):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def version_of_weights(encoder: nn.Module) -> tuple:
+    """Differs if weights were replaced or written to since; far cheaper than a hash."""
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in encoder.state_dict(keep_vars=True).values())
+
+
+def hash_of_text(inputs: dict[str, torch.Tensor]) -> bytes:
+    """Of the ids of the tokens of one text, without padding."""
+    return hash_of(*(f"{name}{value.tolist()}".encode() for name, value in sorted(inputs.items())))
+
+
+class ItemHash:
+    """
+    An image, a video or a sound as a table holds it -> the hash of its content: of the bytes of the file, or of the
+    pixels or samples of what is no file.
+
+    Args:
+        kind: "images", "videos" or "audio".
+        load: reads it; raises `ValueError` with one sentence.
+        options: what else `load` depends on.
+    """
+
+    def __init__(self, kind: str, load: Callable[[Any], Any], options: str = ""):
+        self.kind, self.load, self.options = kind, load, options
+
+    def __call__(self, cell: Any) -> bytes:
+        is_array = isinstance(cell, Mapping) and cell.get("array") is not None
+        content = cell if is_array else content_of(cell)
+        try:
+            if is_url(content):
+                content = fetch(content)
+            elif isinstance(content, (str, os.PathLike)):
+                with open(content, "rb") as file:
+                    content = file.read()
+        except OSError:
+            content = None  # `load` says what is wrong
+        if isinstance(content, bytes):
+            return hash_of(self.kind.encode(), self.options.encode(), b"file", content)
+        return hash_of(self.kind.encode(), b"read", *_read_parts(self.load(cell)))
+
+
+def digest_of(item: Any) -> bytes:
+    """The hash of an image, the frames of a video or a sound, as it was read."""
+    return hash_of(*_read_parts(item))
+
+
+def _read_parts(item: Any) -> list[bytes]:
+    if isinstance(item, Mapping):
+        return [item["array"].tobytes()]
+    frames = item if isinstance(item, list) else [item]
+    return [part for frame in frames for part in (repr(frame.size).encode(), frame.tobytes())]
+
+
+def _options(config: Any) -> dict[str, Any]:
+    values = json.loads(json.dumps(config.to_dict(), sort_keys=True, default=str))
+    return _without_names(values)
+
+
+def _without_names(values: Any) -> Any:
+    if isinstance(values, dict):
+        keep = {k: v for k, v in values.items() if not k.startswith("_") and k not in _NOT_PART_OF_IT}
+        return {key: _without_names(value) for key, value in keep.items()}
+    return values

@@ -1,0 +1,195 @@
+"""The features that one encoder gives, on disk: shards that are written once, in one go, and read without copying."""
+
+import json
+import os
+import platform
+import time
+import uuid
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+KEY_SIZE = 16  # bytes of a hash
+# A build that is interrupted loses at most so much of its work.
+SHARD_BYTES = 64 * 2**20
+# Whether a process of another machine still runs cannot be known; after a day it counts as gone.
+_LONGEST_SILENCE = 24 * 3600
+
+
+class Features(NamedTuple):
+    """
+    Args:
+        key: hash of the item.
+        tokens: (tokens, width) of a text, an image or a clip; (frames, tokens, width) of a video.
+        digest: hash of the item as it was read, so that equal pictures in different files are known to be equal.
+    """
+
+    key: bytes
+    tokens: torch.Tensor
+    digest: bytes
+
+
+class FeatureStore:
+    """
+    A folder of shards. A copy that is sent to another process finds its shards anew.
+
+    Args:
+        folder: made if it does not exist.
+        about: what `about.json` in the folder says, for people.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any]):
+        self.folder = folder
+        self._forget()
+        folder.mkdir(parents=True, exist_ok=True)
+        # Others do not evict it while this process lives; what dead processes have left is removed.
+        self._mark = folder / _own_name(".use")
+        self._mark.touch()
+        self._release = weakref.finalize(self, _remove_own, self._mark, os.getpid())
+        for path in [*folder.glob("*.tmp"), *folder.glob("*.use")]:
+            if not _is_alive(path):
+                path.unlink(missing_ok=True)
+        if not (folder / "about.json").exists():
+            unfinished = folder / _own_name(".tmp")
+            unfinished.write_text(json.dumps(about, indent=2) + "\n")
+            unfinished.replace(folder / "about.json")
+        self.touch()
+        self.refresh()
+
+    def _forget(self) -> None:
+        self.searched: set[Any] = set()  # data sets all of whose items are known to be here
+        self._shards: list[torch.Tensor] = []
+        self._known: set[str] = set()
+        self._index: dict[bytes, tuple[int, int, int, int, bytes]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]):
+        self.folder = state["folder"]
+        self._forget()
+        self.refresh()
+
+    def touch(self) -> None:
+        """Notes that it is used now."""
+        self._mark.touch()
+        (self.folder / "last_used").touch()
+
+    def refresh(self) -> None:
+        """Reads the index of shards that are new, whoever has written them."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name not in self._known:
+                self._known.add(path.name)
+                self._open(path)
+
+    def _open(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as shard:
+                # Mapped, not read: what is never asked for never leaves the disk.
+                features = shard.get_tensor("features")
+                keys, digests = (shard.get_tensor(name).numpy().tobytes() for name in ("keys", "digests"))
+                shapes = shard.get_tensor("shapes").tolist()
+        except FileNotFoundError:
+            return
+        except (SafetensorError, OSError) as error:
+            # After a loss of power, a file may have its name but not its content.
+            logger.warning(f"{path} cannot be read ({error}); it is removed, and its features are computed anew.")
+            path.unlink(missing_ok=True)
+            return
+        number, start = len(self._shards), 0
+        self._shards.append(features)
+        for i, (frames, tokens) in enumerate(shapes):
+            part = slice(i * KEY_SIZE, (i + 1) * KEY_SIZE)
+            self._index.setdefault(keys[part], (number, start, frames, tokens, digests[part]))
+            start += max(frames, 1) * tokens
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._index
+
+    def __getitem__(self, key: bytes) -> Features:
+        number, start, frames, tokens, digest = self._index[key]
+        features = self._shards[number][start : start + max(frames, 1) * tokens]
+        return Features(key, features.unflatten(0, (frames, tokens)) if frames else features, digest)
+
+    def write(self, items: list[Features]) -> None:
+        """
+        Adds a shard: under another name first, so that it is there as a whole or not at all.
+
+        Raises:
+            OSError: if there is no space left, or the folder cannot be written to.
+        """
+        shapes = [(item.tokens.shape[0] if item.tokens.ndim == 3 else 0, item.tokens.shape[-2]) for item in items]
+        tensors = {
+            "features": torch.cat([item.tokens.flatten(0, -2) for item in items]).contiguous(),
+            "keys": _as_tensor(item.key for item in items),
+            "digests": _as_tensor(item.digest for item in items),
+            "shapes": torch.tensor(shapes, dtype=torch.int64),
+        }
+        unfinished = self.folder / _own_name(".tmp")
+        try:
+            save_file(tensors, unfinished)
+            with open(unfinished, "rb") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(self.folder / f"{uuid.uuid4().hex}.safetensors")
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"The feature cache in {self.folder} cannot be written ({error}); what it holds so far is kept: make "
+                "room or take another folder, and the next run goes on from there."
+            ) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+        self.refresh()
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder, which others may write to or remove meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a living process, this one included, has the folder as its store."""
+    return any(_is_alive(path) for path in folder.glob("*.use"))
+
+
+def _as_tensor(hashes: Iterable[bytes]) -> torch.Tensor:
+    return torch.frombuffer(bytearray(b"".join(hashes)), dtype=torch.uint8).view(-1, KEY_SIZE)
+
+
+def _own_name(suffix: str) -> str:
+    """A name that nobody else has, and that says which process it belongs to."""
+    return f"{platform.node()}~{os.getpid()}~{uuid.uuid4().hex}{suffix}"
+
+
+def _is_alive(path: Path) -> bool:
+    node, _, rest = path.name.partition("~")
+    pid = rest.partition("~")[0]
+    if node == platform.node() and pid.isdigit():
+        return psutil.pid_exists(int(pid))
+    try:
+        return time.time() - path.stat().st_mtime < _LONGEST_SILENCE
+    except FileNotFoundError:
+        return False
+
+
+def _remove_own(path: Path, pid: int) -> None:
+    if os.getpid() == pid:  # a worker of a data loader has a copy of the store, which is not the store
+        path.unlink(missing_ok=True)
