@@ -69,13 +69,12 @@ class ColumnsSection:
 def _model_hints() -> dict[str, Any]:
     """Encoders, the fields of the config that are not made of them, and what loading an encoder takes."""
     made = ("text_config", "vision_config", "audio_config", "tasks")
-    hints = get_type_hints(MMTransformerConfig)
     config = {
-        name: hints[name]
-        for name in MMTransformerConfig.__annotations__
-        if name not in made and get_origin(hints[name]) is not ClassVar
+        name: hint
+        for name, hint in MMTransformerConfig.__annotations__.items()
+        if name not in made and get_origin(hint) is not ClassVar
     }
-    loading = dict.fromkeys(HUB_KWARGS, bool)
+    loading: dict[str, type] = dict.fromkeys(HUB_KWARGS, bool)
     loading |= dict.fromkeys(("revision", "cache_dir", "token", "dtype", "attn_implementation", "backend"), str)
     return {"text": str, "vision": str | None, "audio": str | None, **config, **loading}
 
@@ -159,7 +158,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """As it can be read again; without defaults, and without secrets."""
-        values = {
+        values: dict[str, Any] = {
             "data": _not_default(self.data),
             "columns": _not_default(self.columns),
             "model": self.model,
@@ -308,7 +307,7 @@ def _name_of(hint: Any) -> str:
     names |= {dict: "a mapping", list: "a list"}
     if get_origin(hint) is typing.Literal:
         return " or ".join(map(repr, get_args(hint)))
-    return names.get(hint) or names.get(get_origin(hint) or hint) or getattr(hint, "__name__", str(hint))
+    return names.get(get_origin(hint) or hint, getattr(hint, "__name__", str(hint)))
 
 
 def _checked_task(task: Any, where: str) -> dict[str, Any]:
