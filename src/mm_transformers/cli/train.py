@@ -1,5 +1,6 @@
 """`mm-transformers train`: a training by a recipe, from its beginning or from where it stopped."""
 
+import atexit
 import json
 import logging
 import os
@@ -79,5 +80,5 @@ def say(text: str) -> None:
 
 
 def leave_processes() -> None:
-    """torch complains of processes that end without it."""
-    PartialState().destroy_process_group()
+    """At the end of this process; torch complains of processes that end without it."""
+    atexit.register(PartialState().destroy_process_group)

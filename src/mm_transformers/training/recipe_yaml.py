@@ -29,10 +29,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                key_node.tag = "tag:yaml.org,2002:str"  # the keys of JSON are texts
-                key = key_node.value
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a text", problem_mark=key_node.start_mark)
+            key_node.tag = "tag:yaml.org,2002:str"  # as keys of JSON are
+            key = key_node.value
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key!r} is there twice", problem_mark=key_node.start_mark)
             seen.add(key)
