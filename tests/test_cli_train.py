@@ -351,23 +351,20 @@ def test_rows_are_answered_as_they_come(trained):
 # Several processes
 
 SCRIPT = """
-import json, os, sys
+import json, sys
 from pathlib import Path
 from accelerate import PartialState
 from mm_transformers.cli import app
 
-state = PartialState()
-Path(f"process{state.process_index}.json").write_text(json.dumps([state.num_processes, str(state.backend)]))
-for command in json.loads(sys.argv[1]):
-    try:
-        app(command, standalone_mode=False)
-    except SystemExit as error:
-        assert not error.code, (command, error.code)
+for i, command in enumerate(json.loads(sys.argv[1])):
+    app(command, standalone_mode=False)
+    state = PartialState()
+    Path(f"process{state.process_index}-{i}.json").write_text(json.dumps(state.num_processes))
 """
 
 
 def test_two_processes_train_measure_and_answer(encoders, tmp_path):
-    recipe = write_recipe(tmp_path, recipe_values(encoders, max_steps=-1, num_train_epochs=1))
+    recipe = write_recipe(tmp_path, recipe_values(encoders, max_steps=-1, num_train_epochs=1, use_cpu=False))
     rows, script = read_csv(tmp_path / "train.csv"), tmp_path / "script.py"
     script.write_text(SCRIPT)
     train = ["train", str(recipe), "training.per_device_train_batch_size=2"]
@@ -375,13 +372,14 @@ def test_two_processes_train_measure_and_answer(encoders, tmp_path):
     evaluate = ["evaluate", "out", "train.csv", "--batch_size", "2", "--output", "m2.json"]
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "1", "HF_HOME": str(tmp_path / "home"),
+        "HF_HOME": str(tmp_path / "home"),
     }  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     commands = json.dumps([train, [*predict, "a2.csv"], evaluate])
     done = subprocess.run([*command, commands], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [json.loads((tmp_path / f"process{i}.json").read_text())[0] for i in (0, 1)] == [2, 2]
+    world_sizes = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("process*.json")}
+    assert world_sizes == {f"process{rank}-{i}": 2 for rank in (0, 1) for i in range(3)}
     # 13 rows, 4 in a step of both: 4 steps, not the 7 of one process.
     assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 4
     assert done.stdout.count("The model is in") == 1
@@ -401,9 +399,8 @@ def test_two_processes_train_measure_and_answer(encoders, tmp_path):
     assert not list(tmp_path.glob(".*.partial"))
     # What one process cannot read ends both, with one sentence.
     (tmp_path / "pictures/5.png").write_bytes(b"no picture")
-    failing = subprocess.run(
-        [*command, json.dumps([[*predict, "a3.csv"]])], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    command = [*command[:-1], "-m", "mm_transformers.cli", *predict, "a3.csv"]
+    failing = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert failing.returncode != 0
     assert "row 5, column 'image'" in failing.stderr
     assert not (tmp_path / "a3.csv").exists()

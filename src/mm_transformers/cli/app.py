@@ -64,8 +64,10 @@ def train(
     Relative paths in a recipe start at its folder, those on the command line at the current one. On several GPUs:
     accelerate launch -m mm_transformers.cli train recipe.yaml
     """
-    from .train import leave_processes, run_training
+    from .processes import join_processes, leave_processes
+    from .train import run_training
 
+    join_processes()
     with _errors_as_sentences():
         run_training(recipe, overrides or [])
     leave_processes()
@@ -111,8 +113,9 @@ def evaluate(
 ) -> None:
     """Measure a model on the labelled rows of a file."""
     from .predict import Reading, run_evaluation
-    from .train import leave_processes
+    from .processes import join_processes, leave_processes
 
+    join_processes()
     with _errors_as_sentences():
         reading = Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file)
         run_evaluation(model, file, output, batch_size, reading)
@@ -147,8 +150,9 @@ def predict(
     complete.
     """
     from .predict import Reading, run_prediction
-    from .train import leave_processes
+    from .processes import join_processes, leave_processes
 
+    join_processes()
     with _errors_as_sentences():
         reading = Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file)
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None

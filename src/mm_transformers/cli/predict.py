@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import TrainingArguments
@@ -28,7 +27,8 @@ from ..training.recipe import RECIPE_NAME, ColumnsSection, DataSection
 from ..training.recipe_yaml import read_yaml
 from ..training.trainer import MMTrainer
 from .metrics_table import print_metrics
-from .train import say, show_progress_of_package
+from .processes import say, this_process
+from .train import show_progress_of_package
 
 
 logger = logging.get_logger(__name__)
@@ -113,7 +113,7 @@ def run_prediction(
     columns, data = reading.options(model_name)
     model, collator = _load(model_name, columns, data)
     check_tasks(model, tasks)
-    state = PartialState()
+    state = this_process()
     show_progress_of_package(state.is_main_process)
     _check_columns(rows.schema.names, collator, columns, reading, file)
     root = data.image_root or str(file.parent)

@@ -1,13 +1,9 @@
 """`mm-transformers train`: a training by a recipe, from its beginning or from where it stopped."""
 
-import atexit
 import json
 import logging
-import os
 import sys
 from pathlib import Path
-
-from accelerate import PartialState
 
 from ..training.from_recipe import (
     build_trainer,
@@ -21,6 +17,7 @@ from ..training.from_recipe import (
 )
 from ..training.recipe import read_recipe
 from .metrics_table import print_metrics
+from .processes import say
 
 
 # As the Trainer calls them in file names and metrics.
@@ -71,14 +68,3 @@ def run_training(path: Path, overrides: list[str]) -> None:
 def show_progress_of_package(should_log: bool) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("mm_transformers").setLevel(logging.INFO if should_log else logging.ERROR)
-
-
-def say(text: str) -> None:
-    """One line, from the first of several processes."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
-
-
-def leave_processes() -> None:
-    """At the end of this process; torch complains of processes that end without it."""
-    atexit.register(PartialState().destroy_process_group)
