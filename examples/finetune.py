@@ -19,7 +19,6 @@ Helsinki-NLP/opus-mt-en-de or google-t5/t5-small. The kinds retrieval and matchi
 
 import json
 import logging
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,15 +30,13 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from mm_transformers import MMDataCollator, MMTrainer, MMTransformerForMultiTask, MMTransformerProcessor
-from mm_transformers.model.tasks import TASK_KINDS, Task, task_from_dict
+from mm_transformers.data.labels import complete_task, prepare_labels
+from mm_transformers.data.loading import check_columns, first_rows, hold_out, load_files, load_named
+from mm_transformers.model.tasks import Task
 from mm_transformers.training.checkpoints import newest_complete_checkpoint
 
 
 logger = logging.getLogger("finetune")
-
-LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-SPLITS = ("train", "validation", "test")
-TEXT_TYPES = (datasets.Value("string"), datasets.Value("large_string"))
 
 
 @dataclass
@@ -144,143 +141,20 @@ def parse_tasks(text: str) -> list[dict[str, Any]]:
     return tasks
 
 
-def load_data(args: DataArguments, cache_dir: str | None) -> datasets.DatasetDict:
-    """The splits that there are, image paths made absolute."""
+def load_data(args: DataArguments, model_args: ModelArguments) -> datasets.DatasetDict:
+    """The splits that there are, paths of images made absolute, the columns that the model reads checked."""
     if args.dataset_name is not None:
-        data = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=cache_dir)
-        if "train" not in data:
-            raise ValueError(f"{args.dataset_name} has no split 'train'; its splits are {', '.join(data)}.")
+        data = load_named(args.dataset_name, args.dataset_config_name, model_args.cache_dir)
     else:
-        data = datasets.DatasetDict()
-        for split, path in args.files.items():
-            loader = LOADERS.get(Path(path).suffix)
-            if loader is None:
-                raise ValueError(f"--{split}_file {path} must end in one of {', '.join(LOADERS)}.")
-            if not Path(path).is_file():
-                raise ValueError(f"--{split}_file {path} does not exist.")
-            # Only an empty cell is a missing label: "None", "null" and "NA" may well be labels.
-            options = {"keep_default_na": False, "na_values": [""]} if loader == "csv" else {}
-            rows = datasets.load_dataset(loader, data_files={split: path}, split=split, cache_dir=cache_dir, **options)
-            for column in (args.image_column, args.video_column, args.audio_column):
-                rows = with_root(rows, column, args.image_root or str(Path(path).parent))
-            data[split] = rows
-    return datasets.DatasetDict({split: data[split] for split in SPLITS if split in data})
-
-
-def hold_out(data: datasets.DatasetDict, fraction: float) -> None:
-    """Takes a part of the training rows as validation split, if there is none."""
-    if "validation" not in data:
-        parts = data["train"].train_test_split(fraction, seed=0)
-        logger.info(
-            f"No validation split: {len(parts['test']):,} of {len(data['train']):,} training rows are held out."
-        )
-        data["train"], data["validation"] = parts["train"], parts["test"]
-
-
-def with_root(rows: datasets.Dataset, column: str, root: str) -> datasets.Dataset:
-    """Relative paths in a column of paths, or of lists of paths, start at `root`."""
-
-    def absolute(cell):
-        if isinstance(cell, list):
-            return [absolute(item) for item in cell]
-        is_path = isinstance(cell, str) and not cell.startswith(("http://", "https://"))
-        return os.path.abspath(os.path.join(root, cell)) if is_path else cell
-
-    if column not in rows.column_names:
-        return rows
-    kind = rows.features[column]
-    if getattr(kind, "feature", kind) not in TEXT_TYPES:
-        return rows
-    return rows.map(lambda cell: {column: absolute(cell)}, input_columns=column, desc=f"Finding {column}")
-
-
-def prepare_labels(data: datasets.DatasetDict, tasks: list[dict[str, Any]], separator: str) -> datasets.DatasetDict:
-    """Brings labels as files store them into the form that tasks take: truth values as names, texts as lists."""
-    for task in tasks:
-        column, kind = task.get("column") or task["name"], task.get("kind")
-        for split, rows in data.items():
-            if column not in rows.column_names:
-                if split == "train" and getattr(TASK_KINDS.get(kind), "default_cell", None) is None:
-                    raise ValueError(
-                        f"The training rows have no column {column!r} for task {task['name']!r}; their columns are "
-                        f"{', '.join(map(repr, rows.column_names))}."
-                    )
-                continue
-            feature = rows.features[column]
-            is_text = feature in TEXT_TYPES
-            if kind == "classification" and feature == datasets.Value("bool"):
-                data[split] = rows.cast_column(column, datasets.Value("string"))
-            elif kind == "generation" and not is_text:
-                data[split] = rows.cast_column(column, datasets.Value("string"))  # texts that look like numbers
-            elif kind in ("multi_label", "token_classification") and is_text:
-                # Words are what white space separates, so their labels are too.
-                between = separator if kind == "multi_label" else None
-                data[split] = rows.map(
-                    lambda cell, column=column, between=between: {column: split_cell(cell, between)},
-                    input_columns=column,
-                    features=datasets.Features(
-                        {**rows.features, column: datasets.List(datasets.Value("string"))}
-                    ),
-                    desc=f"Splitting {column}",
-                )  # fmt: skip
-    return data
-
-
-def split_cell(cell: str | None, separator: str | None) -> list[str] | None:
-    return None if cell is None else [label.strip() for label in cell.split(separator) if label.strip()]
-
-
-def complete_task(task: dict[str, Any], rows: datasets.Dataset) -> Task:
-    """
-    The task that a dict describes; labels that it does not give are those of the training rows.
-
-    Raises:
-        ValueError: if the column holds no label, or what cannot be a label.
-    """
-    column = task.get("column") or task["name"]
-    if "labels" in task or task.get("kind") not in ("classification", "multi_label", "token_classification"):
-        return task_from_dict(task)
-    feature = rows.features[column]
-    feature = getattr(feature, "feature", feature)
-    if isinstance(feature, datasets.ClassLabel):
-        labels = feature.names
-    else:
-        labels = infer_labels(rows[column], column)
-    logger.info(f"Task {task['name']!r}: {len(labels)} labels inferred from the training rows: {', '.join(labels)}.")
-    return task_from_dict({**task, "labels": labels})
-
-
-def infer_labels(cells, column: str) -> list[str]:
-    """The sorted distinct labels of a column; whole numbers are sorted as numbers."""
-    values = set()
-    for cell in cells:
-        values.update(cell if isinstance(cell, list) else [cell])
-    values = {value for value in values if value is not None and value == value}
-    if not values:
-        raise ValueError(f"Column {column!r} has no label in the training rows, so there is nothing to learn from.")
-    if all(isinstance(value, str) for value in values):
-        return sorted(values)
-    numbers = {float(value) for value in values}
-    if not all(number.is_integer() for number in numbers):
-        raise ValueError(f"Column {column!r} holds numbers that are not whole: is its task a regression?")
-    return [str(int(number)) for number in sorted(numbers)]
-
-
-def first_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
-    return rows if count is None else rows.select(range(min(count, len(rows))))
-
-
-def check_columns(data: datasets.DatasetDict, args: DataArguments, takes_images: bool, takes_audio: bool) -> None:
+        media = (args.image_column, args.video_column, args.audio_column)
+        data = load_files(args.files, media, args.image_root, model_args.cache_dir, option="--{split}_file")
     wanted = {"--text_column": (args.text_column,)}
-    if takes_images:
+    if model_args.vision is not None:
         wanted["--image_column (or --video_column)"] = (args.image_column, args.video_column)
-    if takes_audio:
+    if model_args.audio is not None:
         wanted["--audio_column"] = (args.audio_column,)
-    for split, rows in data.items():
-        for option, names in wanted.items():
-            if not set(names) & set(rows.column_names):
-                columns = ", ".join(map(repr, rows.column_names))
-                raise ValueError(f"The {split} rows have no column {names[0]!r}; set {option} to one of {columns}.")
+    check_columns(data, wanted)
+    return data
 
 
 def write_answers(path: Path, tasks: dict[str, Task], predictions: dict[str, Any], processor, word_index) -> None:
@@ -306,13 +180,13 @@ def main() -> None:
         model_args, data_args, training_args = parser.parse_args_into_dataclasses()
 
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
-    logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
+    for name in ("finetune", "mm_transformers"):
+        logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.ERROR)
     set_seed(training_args.seed)
 
     # One process prepares the files in the cache, the others read them there.
     with training_args.main_process_first(desc="reading the data"):
-        data = load_data(data_args, model_args.cache_dir)
-        check_columns(data, data_args, model_args.vision is not None, model_args.audio is not None)
+        data = load_data(data_args, model_args)
         task_dicts = parse_tasks(data_args.tasks)
         data = prepare_labels(data, task_dicts, data_args.label_separator)
     # Before any row is put aside: a rare label may be in those rows only.

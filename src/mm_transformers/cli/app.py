@@ -1,5 +1,7 @@
 """The commands; each imports what it needs when it is called, so that `--help` is quick."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +28,145 @@ def demo(
     """Train a small model on the data set that comes with the package, and show what the pictures are good for."""
     from .demo import run_demo
 
-    try:
+    with _errors_as_sentences():
         run_demo(steps=steps, output_dir=output_dir, seed=seed, fusion_type=fusion)
-    except ValueError as error:
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML or JSON file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys of the recipe with other values, such as training.learning_rate=1e-4."),
+    ] = None,
+) -> None:
+    """
+    Train a model as a recipe says, or go on where that stopped.
+
+    A recipe has these sections (a commented one is examples/recipe.yaml of the repository):
+
+    \b
+    data      train, validation, test: CSV, JSON lines or Parquet files;
+              or dataset_name (of the Hub, or a folder);
+              validation_fraction, max_train_samples, max_eval_samples,
+              image_root, label_separator, on_bad_file, sampling_rate,
+              max_length, pad_to_multiple_of,
+              feature_cache: folder for what frozen encoders say
+    columns   text, image, video, audio: what these columns are called
+    model     text, vision, audio: encoders, by Hub id or folder;
+              all fields of MMTransformerConfig (fusion_type, ...);
+              revision, dtype, attn_implementation, backend, ...
+    tasks     a list; each task has a name, a kind and the options of its
+              kind; labels not given are those of the training rows
+    training  output_dir, and all fields of transformers.TrainingArguments;
+              encoder_learning_rate, fusion_learning_rate,
+              head_learning_rate, layerwise_lr_decay;
+              predict_with_generate, generation_num_beams,
+              generation_max_length
+
+    Relative paths in a recipe start at its folder, those on the command line at the current one. On several GPUs:
+    accelerate launch -m mm_transformers.cli train recipe.yaml
+    """
+    from .processes import join_processes, leave_processes
+    from .train import run_training
+
+    join_processes()
+    with _errors_as_sentences():
+        run_training(recipe, overrides or [])
+    leave_processes()
+
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a trained model.")]
+DataArgument = Annotated[Path, typer.Argument(metavar="FILE", help="CSV, JSON lines or Parquet file.")]
+BatchSize = Annotated[int, typer.Option("--batch_size", "--batch-size", min=1, help="Rows per batch and process.")]
+
+
+# Underscores, as the columns of the collator and the options of transformers have them; dashes, as other commands do.
+_COLUMN_HELP = "By default as in the recipe beside the model, or else the name of this kind."
+TextColumn = Annotated[str | None, typer.Option("--text_column", "--text-column", help=_COLUMN_HELP)]
+ImageColumn = Annotated[str | None, typer.Option("--image_column", "--image-column", help=_COLUMN_HELP)]
+VideoColumn = Annotated[str | None, typer.Option("--video_column", "--video-column", help=_COLUMN_HELP)]
+AudioColumn = Annotated[str | None, typer.Option("--audio_column", "--audio-column", help=_COLUMN_HELP)]
+ImageRoot = Annotated[
+    str | None,
+    typer.Option(
+        "--image_root", "--image-root", help="Where relative paths start; by default at the folder of the file."
+    ),
+]
+OnBadFile = Annotated[
+    str | None,
+    typer.Option(
+        "--on_bad_file", "--on-bad-file", help="raise: stop at a picture or sound that cannot be read; drop: go on."
+    ),
+]
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    file: DataArgument,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the metrics.")] = None,
+    batch_size: BatchSize = 32,
+    text_column: TextColumn = None,
+    image_column: ImageColumn = None,
+    video_column: VideoColumn = None,
+    audio_column: AudioColumn = None,
+    image_root: ImageRoot = None,
+    on_bad_file: OnBadFile = None,
+) -> None:
+    """Measure a model on the labelled rows of a file."""
+    from .predict import Reading, run_evaluation
+    from .processes import join_processes, leave_processes
+
+    join_processes()
+    with _errors_as_sentences():
+        reading = Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file)
+        run_evaluation(model, file, output, batch_size, reading)
+    leave_processes()
+
+
+@app.command()
+def predict(
+    model: ModelArgument,
+    file: DataArgument,
+    output: Annotated[Path, typer.Option(help="CSV, JSON lines or Parquet file for rows and answers.")],
+    tasks: Annotated[str | None, typer.Option(help="Names of tasks, with commas; by default all.")] = None,
+    batch_size: BatchSize = 32,
+    num_workers: Annotated[
+        int, typer.Option("--num_workers", "--num-workers", min=0, help="Processes that read files in the background.")
+    ] = 0,
+    num_beams: Annotated[
+        int | None, typer.Option("--num_beams", "--num-beams", min=1, help="Beams, for tasks that write.")
+    ] = None,
+    text_column: TextColumn = None,
+    image_column: ImageColumn = None,
+    video_column: VideoColumn = None,
+    audio_column: AudioColumn = None,
+    image_root: ImageRoot = None,
+    on_bad_file: OnBadFile = None,
+) -> None:
+    """
+    Answer the rows of a file, of any size; labels are not needed.
+
+    The output has the rows in their order, with a column for each task (topic) and for what else its answer says
+    (topic_score). Columns of the input that are called alike get _input behind their name. The file appears when it is
+    complete.
+    """
+    from .predict import Reading, run_prediction
+    from .processes import join_processes, leave_processes
+
+    join_processes()
+    with _errors_as_sentences():
+        reading = Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file)
+        names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
+        run_prediction(model, file, output, names, batch_size, num_workers, num_beams, reading)
+    leave_processes()
+
+
+@contextmanager
+def _errors_as_sentences() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
         typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from error

@@ -1,0 +1,44 @@
+"""Metrics for reading; the files have all of them."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_metrics(
+    metrics: Mapping[str, Mapping[str, float]], prefixes: Mapping[str, str], tasks: Sequence[str]
+) -> None:
+    """
+    One row per task and metric, one column per split.
+
+    Args:
+        metrics: split -> what `Trainer.evaluate` returned.
+        prefixes: split -> what its metrics begin with.
+        tasks: the names of the tasks; what belongs to none is left out, but for the loss.
+    """
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for split, values in metrics.items():
+        for name, value in values.items():
+            name = name.removeprefix(f"{prefixes[split]}_")
+            # The longest, for a task may be called as another with something behind it.
+            task = max((task for task in tasks if name.startswith(f"{task}_")), key=len, default=None)
+            if task is not None:
+                rows.setdefault((task, name.removeprefix(f"{task}_")), {})[split] = value
+            elif name == "loss":
+                rows.setdefault(("", "loss"), {})[split] = value
+    if not rows:
+        return
+    table = Table("task", "metric")
+    for split in metrics:
+        table.add_column(split, justify="right")
+    order = {task: i for i, task in enumerate([*tasks, ""])}
+    previous = None
+    for task, metric in sorted(rows, key=lambda row: order[row[0]]):
+        if previous not in (None, task):
+            table.add_section()
+        values = rows[task, metric]
+        shown = [f"{values[split]:.4g}" if split in values else "" for split in metrics]
+        table.add_row(task if task != previous else "", metric, *shown)
+        previous = task
+    Console().print(table)

@@ -1,0 +1,197 @@
+"""`mm-transformers evaluate` and `mm-transformers predict`: a trained model and a file of rows."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers import TrainingArguments
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
+
+from ..data.collator import MMDataCollator
+from ..data.files import write_atomically
+from ..data.labels import prepare_labels
+from ..data.loading import absolute_paths, load_files
+from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
+from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+from ..model.processing_mm_transformer import MMTransformerProcessor
+from ..training.from_recipe import newest_checkpoint
+from ..training.prediction import answer_columns, check_tasks, stream_answers
+from ..training.recipe import RECIPE_NAME, ColumnsSection, DataSection
+from ..training.recipe_yaml import read_yaml
+from ..training.trainer import MMTrainer
+from .metrics_table import print_metrics
+from .processes import say, this_process
+from .train import show_progress_of_package
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Reading:
+    """How rows are read; what is `None` is as the recipe beside the model has it, or its default."""
+
+    text_column: str | None = None
+    image_column: str | None = None
+    video_column: str | None = None
+    audio_column: str | None = None
+    image_root: str | None = None
+    on_bad_file: str | None = None
+
+    def options(self, model: str) -> tuple[ColumnsSection, DataSection]:
+        """
+        Raises:
+            ValueError: if the recipe is no YAML.
+        """
+        columns, data = ColumnsSection(), DataSection()
+        path = cached_file(model, RECIPE_NAME, _raise_exceptions_for_missing_entries=False)
+        # Only what says how rows are read; the rest may be from another release.
+        recipe = read_yaml(Path(path)) if path is not None else {}
+        for section, name in ((columns, "columns"), (data, "data")):
+            for field in fields(section):
+                if field.name in (recipe.get(name) or {}):
+                    setattr(section, field.name, recipe[name][field.name])
+        for field in fields(columns):
+            setattr(columns, field.name, getattr(self, f"{field.name}_column") or getattr(columns, field.name))
+        data.image_root = self.image_root or data.image_root
+        data.on_bad_file = self.on_bad_file or data.on_bad_file
+        return columns, data
+
+
+def run_evaluation(model_name: str, file: Path, output: Path | None, batch_size: int, reading: Reading) -> None:
+    """
+    Raises:
+        ValueError, OSError: one sentence.
+    """
+    columns, data = reading.options(model_name)
+    model, collator = _load(model_name, columns, data)
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(folder, per_device_eval_batch_size=batch_size, report_to="none")
+        show_progress_of_package(args.should_log)
+        media = (columns.image, columns.video, columns.audio)
+        with args.main_process_first(desc="reading the data"):
+            splits = load_files({"test": str(file)}, media, data.image_root, option="The file")
+            tasks = [task.to_dict() for task in model.tasks.values()]
+            rows = prepare_labels(splits, tasks, data.label_separator)["test"]
+        _check_columns(rows.column_names, collator, columns, reading, file)
+        trainer = MMTrainer(model, args, data_collator=collator, eval_dataset=rows)
+        metrics = {**trainer.evaluate(), "eval_samples": len(rows)}
+        if args.should_save:
+            print_metrics({file.name: metrics}, {file.name: "eval"}, list(model.tasks))
+            if output is not None:
+                with write_atomically(output) as target:
+                    target.write((json.dumps(metrics, indent=2) + "\n").encode())
+                say(f"Wrote {output}.")
+
+
+def run_prediction(
+    model_name: str,
+    file: Path,
+    output: Path,
+    tasks: list[str] | None,
+    batch_size: int,
+    num_workers: int,
+    num_beams: int | None,
+    reading: Reading,
+) -> None:
+    """
+    Raises:
+        ValueError, OSError: one sentence.
+    """
+    suffix = check_suffix(output)
+    if output.exists() and file.exists() and output.samefile(file):
+        raise ValueError(f"The answers would overwrite the rows: {output} is the input.")
+    rows = TableRows(file)
+    types = rows.plain_types()
+    columns, data = reading.options(model_name)
+    model, collator = _load(model_name, columns, data)
+    check_tasks(model, tasks)
+    state = this_process()
+    show_progress_of_package(state.is_main_process)
+    _check_columns(rows.schema.names, collator, columns, reading, file)
+    root = data.image_root or str(file.parent)
+    answered = stream_answers(
+        model.to(state.device),
+        collator,
+        rows,
+        tasks,
+        batch_size,
+        num_workers,
+        prepare=partial(_with_absolute_paths, (columns.image, columns.video, columns.audio), root),
+        keep=partial(plain_cells, list(types)),
+        **({} if num_beams is None else {"num_beams": num_beams}),
+    )
+    try:
+        if state.is_main_process:
+            num_rows = _write(answered, output, suffix, types)
+            say(f"Wrote the answers to {num_rows:,} rows to {output}.")
+        else:
+            for _ in answered:  # takes its share
+                pass
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if collator.num_bad_files:
+        logger.warning(f"{collator.num_bad_files:,} times a file could not be read; it was treated as absent.")
+
+
+def _load(name: str, columns: ColumnsSection, data: DataSection) -> tuple[MMTransformerForMultiTask, MMDataCollator]:
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        checkpoint = newest_checkpoint(name)
+        advice = "" if checkpoint is None else f"; its training has not ended, but there is {checkpoint}"
+        raise ValueError(f"{name} holds no model{advice}.")
+    model = MMTransformerForMultiTask.from_pretrained(name).eval()
+    processor = MMTransformerProcessor.from_pretrained(name)
+    options: dict[str, Any] = {**columns.collator_options, **data.collator_options}
+    return model, MMDataCollator(processor, model.config, **options)
+
+
+def _check_columns(
+    names: list[str], collator: MMDataCollator, columns: ColumnsSection, reading: Reading, file: Path
+) -> None:
+    known = ", ".join(map(repr, names))
+    for kind, column in asdict(columns).items():
+        asked = getattr(reading, f"{kind}_column") is not None
+        if column not in names and (asked or kind == "text"):
+            raise ValueError(f"{file} has no column {column!r}; set --{kind}_column to one of {known}.")
+    media = {kind: column.column for kind, column in collator.media.items()}
+    if media and not set(media.values()) & set(names):
+        logger.warning(
+            f"{file} has no column {' or '.join(map(repr, media.values()))}, so its rows have no {' or '.join(media)}; "
+            f"its columns are {known}."
+        )
+
+
+def _with_absolute_paths(names: tuple[str, ...], root: str, row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, **{name: absolute_paths(row[name], root) for name in names if name in row}}
+
+
+def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str, Any]) -> int:
+    """How many rows there were."""
+    writer, num_rows, names = None, 0, {}
+    bar = Progress(
+        TextColumn("answering"), SpinnerColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )  # fmt: skip
+    with write_atomically(output) as file, bar:
+        shown = bar.add_task("", total=None)
+        for batch in answered:
+            rows = [(kept, answer_columns(answers)) for kept, answers in batch]
+            if writer is None:
+                # What the input says stays beside the answer, under another name.
+                names = {name: f"{name}_input" if name in rows[0][1] else name for name in types}
+                if len({*names.values(), *rows[0][1]}) < len(names) + len(rows[0][1]):
+                    raise ValueError("Two columns of the output would be called alike; rename those of the input.")
+                writer = table_writer(file, suffix, {names[name]: kind for name, kind in types.items()})
+            writer.write([{names[n]: cell for n, cell in kept.items()} | answers for kept, answers in rows])
+            num_rows += len(rows)
+            bar.advance(shown, len(rows))
+        if writer is not None:
+            writer.close()
+    return num_rows

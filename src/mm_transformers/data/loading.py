@@ -1,0 +1,120 @@
+"""Files and data sets of the Hub become splits of rows."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+from datasets.exceptions import DatasetGenerationError
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SPLITS = ("train", "validation", "test")
+TEXT_TYPES = (datasets.Value("string"), datasets.Value("large_string"))
+
+
+def load_files(
+    files: Mapping[str, str],
+    media_columns: tuple[str, ...],
+    root: str | None = None,
+    cache_dir: str | None = None,
+    option: str = "{split}",
+) -> datasets.DatasetDict:
+    """
+    The rows of CSV, JSON lines or Parquet files.
+
+    Args:
+        files: split -> path.
+        media_columns: columns of images, videos and sounds; relative paths in them become absolute.
+        root: where these paths start; defaults to the folder of each file.
+        cache_dir: where `datasets` keeps what it has read.
+        option: how messages call what named the file of a split.
+
+    Raises:
+        ValueError: if a file does not exist, or is of another kind.
+    """
+    data = datasets.DatasetDict()
+    for split, path in files.items():
+        named = f"{option.format(split=split)} {path}"
+        loader = LOADERS.get(Path(path).suffix)
+        if loader is None:
+            raise ValueError(f"{named} must end in one of {', '.join(LOADERS)}.")
+        if not Path(path).is_file():
+            raise ValueError(f"{named} does not exist.")
+        # Only an empty cell is a missing label: "None", "null" and "NA" may well be labels.
+        options = {"keep_default_na": False, "na_values": [""]} if loader == "csv" else {}
+        try:
+            rows = datasets.load_dataset(loader, data_files={split: path}, split=split, cache_dir=cache_dir, **options)
+        except DatasetGenerationError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise ValueError(f"{named} cannot be read as {loader}: {reason}") from error
+        for column in media_columns:
+            rows = with_root(rows, column, root or str(Path(path).parent))
+        data[split] = rows
+    return data
+
+
+def load_named(name: str, config_name: str | None = None, cache_dir: str | None = None) -> datasets.DatasetDict:
+    """
+    Train, validation and test splits, as far as there are any, of a data set of the Hub or a folder.
+
+    Raises:
+        ValueError: if there are no training rows.
+    """
+    data = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+    if "train" not in data:
+        raise ValueError(f"{name} has no split 'train'; its splits are {', '.join(data)}.")
+    return datasets.DatasetDict({split: data[split] for split in SPLITS if split in data})
+
+
+def with_root(rows: datasets.Dataset, column: str, root: str) -> datasets.Dataset:
+    """Relative paths in a column of paths, or of lists of paths, start at `root`."""
+    if column not in rows.column_names:
+        return rows
+    kind = rows.features[column]
+    if getattr(kind, "feature", kind) not in TEXT_TYPES:
+        return rows
+    return rows.map(
+        lambda cell: {column: absolute_paths(cell, root)}, input_columns=column, desc=f"Finding {column}"
+    )  # fmt: skip
+
+
+def absolute_paths(cell, root: str):
+    """The path, or list of paths, of one cell; addresses and what is no path stay as they are."""
+    if isinstance(cell, list):
+        return [absolute_paths(item, root) for item in cell]
+    is_path = isinstance(cell, str) and not cell.startswith(("http://", "https://"))
+    return os.path.abspath(os.path.join(root, cell)) if is_path else cell
+
+
+def hold_out(data: datasets.DatasetDict, fraction: float) -> None:
+    """Takes a part of the training rows as validation split, if there is none."""
+    if "validation" not in data:
+        parts = data["train"].train_test_split(fraction, seed=0)
+        logger.info(
+            f"No validation split: {len(parts['test']):,} of {len(data['train']):,} training rows are held out."
+        )
+        data["train"], data["validation"] = parts["train"], parts["test"]
+
+
+def first_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
+    return rows if count is None else rows.select(range(min(count, len(rows))))
+
+
+def check_columns(data: Mapping[str, datasets.Dataset], wanted: Mapping[str, tuple[str, ...]]) -> None:
+    """
+    Args:
+        data: split -> rows.
+        wanted: the option that names the columns -> columns, of which each split needs one.
+
+    Raises:
+        ValueError: if a split has none of them.
+    """
+    for split, rows in data.items():
+        for option, names in wanted.items():
+            if not set(names) & set(rows.column_names):
+                columns = ", ".join(map(repr, rows.column_names))
+                raise ValueError(f"The {split} rows have no column {names[0]!r}; set {option} to one of {columns}.")

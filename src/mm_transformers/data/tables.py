@@ -1,0 +1,235 @@
+"""Tables of any size, read row by row and written as rows come: CSV, JSON lines, Parquet."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from datetime import date, time
+from decimal import Decimal
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import pandas
+import pyarrow
+import pyarrow.parquet
+
+
+SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
+# How many rows are read, or written, at a time.
+CHUNK_SIZE = 1024
+
+
+def check_suffix(path: Path) -> str:
+    """
+    Raises:
+        ValueError: if the name says no kind of table that is known.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}.")
+    return path.suffix
+
+
+class TableRows:
+    """
+    The rows of a file, as dicts that all have the columns of `schema`; read anew by each iteration, a part at a time.
+
+    Cells of CSV are texts as they are written, so that 007 stays 007; an empty one is `None`. Of JSON lines the whole
+    file is read once beforehand, to know its columns.
+
+    Args:
+        path: CSV, JSON lines or Parquet; a .json file may also hold one list of objects, which is read at once.
+
+    Raises:
+        ValueError: if there is no such file, if it has no rows, or one sentence that names what cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        suffix = check_suffix(path)
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist.")
+        self.path = path
+        self._read = {".csv": self._read_csv, ".parquet": self._read_parquet}.get(suffix, self._read_json)
+        first = next(self._read(), None)
+        if first is None:
+            raise ValueError(f"{path} has no rows.")
+        if suffix == ".parquet":
+            self.schema = pyarrow.parquet.read_schema(path)
+        elif suffix == ".csv":
+            self.schema = pyarrow.schema([(name, pyarrow.string()) for name in first])
+        else:
+            self.schema = self._find_schema()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in self._read():
+            yield {name: row.get(name) for name in self.schema.names}
+
+    def plain_types(self) -> dict[str, pyarrow.DataType]:
+        """The columns that [`plain_cells`] can keep, with their types."""
+        types = {field.name: _plain_type(field.type) for field in self.schema}
+        return {name: kind for name, kind in types.items() if kind is not None}
+
+    def _find_schema(self) -> pyarrow.Schema:
+        schema, rows = pyarrow.schema([]), self._read_json()
+        try:
+            while chunk := list(islice(rows, CHUNK_SIZE)):
+                names = dict.fromkeys(name for row in chunk for name in row)
+                columns = {name: pyarrow.array([row.get(name) for row in chunk]) for name in names}
+                new = pyarrow.schema([(name, column.type) for name, column in columns.items()])
+                schema = pyarrow.unify_schemas([schema, new], promote_options="permissive")
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError) as error:
+            raise ValueError(f"{self.path} is no table: a column holds values of several types ({error}).") from error
+        return schema
+
+    def _read_csv(self) -> Iterator[dict[str, Any]]:
+        options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""], "index_col": False}
+        try:
+            with pandas.read_csv(self.path, chunksize=CHUNK_SIZE, encoding="utf-8-sig", **options) as chunks:
+                for chunk in chunks:
+                    for row in chunk.astype(object).where(chunk.notna(), None).to_dict("records"):
+                        yield {str(name): cell for name, cell in row.items()}
+        except pandas.errors.EmptyDataError:
+            return
+        except (pandas.errors.ParserError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.path} cannot be read as CSV: {str(error).strip()}.") from error
+
+    def _read_parquet(self) -> Iterator[dict[str, Any]]:
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                for batch in file.iter_batches(CHUNK_SIZE):
+                    yield from batch.to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{self.path} cannot be read as Parquet: {error}.") from error
+
+    def _read_json(self) -> Iterator[dict[str, Any]]:
+        number = 0
+        try:
+            for number, row in enumerate(self._json_values()):
+                if not isinstance(row, dict):
+                    raise ValueError(f"{self.path}: row {number:,} must be a JSON object, but is {str(row)[:50]!r}.")
+                yield row
+                number += 1
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.path}: row {number:,} cannot be read as JSON ({error}).") from error
+
+    def _json_values(self) -> Iterator[Any]:
+        with self.path.open(encoding="utf-8-sig") as file:
+            start = file.read(1)
+            while start.isspace():
+                start = file.read(1)
+            file.seek(0)
+            if start == "[":
+                yield from json.load(file)
+            else:
+                yield from (json.loads(line) for line in file if line.strip())
+
+
+def plain_cells(names: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:
+    """The cells of a row that any table can hold, of pictures and the like the path; `None` where there is none."""
+    cells = {name: row.get(name) for name in names}
+    for name, cell in cells.items():
+        if isinstance(cell, dict):
+            cells[name] = cell.get("path")
+        elif isinstance(cell, (date, time, Decimal)):
+            cells[name] = str(cell)
+    return cells
+
+
+def _plain_type(kind: pyarrow.DataType) -> pyarrow.DataType | None:
+    """The type of what [`plain_cells`] makes of such cells; `None` for what it cannot be asked to keep."""
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if types.is_struct(kind):
+        return pyarrow.string() if {f.name for f in kind} == {"bytes", "path"} else None
+    if types.is_list(kind) or types.is_large_list(kind):
+        item = _plain_type(kind.value_type)
+        return pyarrow.list_(item) if item == kind.value_type else None
+    if types.is_temporal(kind) or types.is_decimal(kind):
+        return pyarrow.string()
+    is_plain = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_null(kind)
+    return kind if is_plain or types.is_string(kind) or types.is_large_string(kind) else None
+
+
+def table_writer(file: IO[bytes], suffix: str, types: dict[str, pyarrow.DataType]) -> "TableWriter":
+    """
+    Args:
+        file: open for writing, empty.
+        suffix: says what kind of table.
+        types: column -> type, where it is known; Parquet takes the others from the first rows.
+    """
+    if suffix == ".parquet":
+        return _ParquetWriter(file, types)
+    return _CsvWriter(file) if suffix == ".csv" else _JsonWriter(file)
+
+
+class TableWriter:
+    """Takes rows, which all have the columns of the first."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """To be called when all rows are written."""
+
+
+class _JsonWriter(TableWriter):
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+class _CsvWriter(TableWriter):
+    has_header = False
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        if not self.has_header and rows:
+            writer.writerow(rows[0])
+            self.has_header = True
+        writer.writerows([map(_as_csv, row.values()) for row in rows])
+        self.file.write(text.getvalue().encode())
+
+
+def _as_csv(cell: Any) -> Any:
+    return json.dumps(cell, ensure_ascii=False) if isinstance(cell, (list, dict, bool)) else cell
+
+
+class _ParquetWriter(TableWriter):
+    def __init__(self, file: IO[bytes], types: dict[str, pyarrow.DataType]):
+        super().__init__(file)
+        self.types = types
+        self.waiting: list[dict[str, Any]] = []
+        self.writer: Any = None
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        self.waiting += rows
+        if len(self.waiting) >= CHUNK_SIZE:
+            self._write_waiting()
+
+    def close(self) -> None:
+        if self.waiting or self.writer is None:
+            self._write_waiting()
+        self.writer.close()
+
+    def _write_waiting(self) -> None:
+        if self.writer is None:
+            found = pyarrow.Table.from_pylist(
+                [{k: v for k, v in r.items() if k not in self.types} for r in self.waiting]
+            )
+            types = {f.name: f.type for f in found.schema} | self.types
+            names = list(self.waiting[0]) if self.waiting else list(types)
+            schema = pyarrow.schema([(name, _settled(types[name])) for name in names])
+            self.writer = pyarrow.parquet.ParquetWriter(self.file, schema)
+        self.writer.write_table(pyarrow.Table.from_pylist(self.waiting, schema=self.writer.schema))
+        self.waiting = []
+
+
+def _settled(kind: pyarrow.DataType) -> pyarrow.DataType:
+    """Where there were empty cells only, texts may come."""
+    if pyarrow.types.is_null(kind):
+        return pyarrow.string()
+    return pyarrow.list_(_settled(kind.value_type)) if pyarrow.types.is_list(kind) else kind

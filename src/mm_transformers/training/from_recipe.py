@@ -1,0 +1,200 @@
+"""What a recipe describes: arguments, data, trainer; and what is in the folder that it trains into."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from transformers import TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..data.collator import MMDataCollator
+from ..data.labels import complete_task, prepare_labels
+from ..data.loading import check_columns, first_rows, hold_out, load_files, load_named
+from ..model.configuration_mm_transformer import MMTransformerConfig
+from ..model.encoders import HUB_KWARGS
+from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+from ..model.processing_mm_transformer import MMTransformerProcessor
+from ..model.tasks import Task
+from .arguments import MMTrainingArguments
+from .checkpoints import newest_complete_checkpoint
+from .recipe import RECIPE_NAME, Recipe
+from .recipe_yaml import read_yaml
+from .trainer import MMTrainer
+
+
+class RecipeData(NamedTuple):
+    """The rows of "train", and of "validation" and "test" if there are any, and the tasks with all of their labels."""
+
+    splits: dict[str, datasets.Dataset]
+    tasks: list[Task]
+
+
+def training_arguments(recipe: Recipe) -> MMTrainingArguments:
+    """
+    Raises:
+        ValueError: as transformers does, if values do not fit each other.
+    """
+    return MMTrainingArguments(**recipe.training)
+
+
+def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
+    """
+    The rows of a recipe. One process prepares them in the cache of `datasets`, the others read them there.
+
+    Raises:
+        ValueError: one sentence, if a file or column is missing, or a column cannot be that of its task.
+    """
+    data, columns, cache_dir = recipe.data, recipe.columns, recipe.model.get("cache_dir")
+    with args.main_process_first(desc="reading the data"):
+        if data.dataset_name is not None:
+            splits = load_named(data.dataset_name, data.dataset_config_name, cache_dir)
+        else:
+            media = (columns.image, columns.video, columns.audio)
+            splits = load_files(data.files, media, data.image_root, cache_dir, option="data.{split}")
+        wanted: dict[str, tuple[str, ...]] = {"columns.text": (columns.text,)}
+        if recipe.model.get("vision") is not None:
+            wanted["columns.image (or columns.video)"] = (columns.image, columns.video)
+        if recipe.model.get("audio") is not None:
+            wanted["columns.audio"] = (columns.audio,)
+        check_columns(splits, wanted)
+        splits = prepare_labels(splits, recipe.tasks, data.label_separator)
+    # Before any row is put aside: a rare label may be in those rows only.
+    tasks = [complete_task(task, splits["train"]) for task in recipe.tasks]
+    if data.validation_fraction is not None:
+        hold_out(splits, data.validation_fraction)
+    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_eval_samples}
+    return RecipeData({split: first_rows(rows, limits[split]) for split, rows in splits.items()}, tasks)
+
+
+def build_trainer(
+    recipe: Recipe,
+    args: MMTrainingArguments | None = None,
+    data: RecipeData | None = None,
+    saved: str | os.PathLike | None = None,
+    **kwargs: Any,
+) -> MMTrainer:
+    """
+    The trainer of a recipe, with a new model of pretrained encoders.
+
+    Args:
+        recipe: says everything; `dataclasses.replace` makes another of it.
+        args, data: those of the recipe, if they are there already.
+        saved: folder of a model to take instead.
+        kwargs: for [`MMTrainer`].
+
+    Raises:
+        ValueError: one sentence, if something does not fit.
+
+    Example:
+
+    ```python
+    >>> from mm_transformers.training.from_recipe import build_trainer
+    >>> from mm_transformers.training.recipe import read_recipe
+
+    >>> trainer = build_trainer(read_recipe("recipe.yaml", ["training.max_steps=100"]))
+    >>> trainer.train()
+    ```"""
+    args = training_arguments(recipe) if args is None else args
+    data = load_data(recipe, args) if data is None else data
+    set_seed(args.seed)
+    if saved is not None:
+        processor = MMTransformerProcessor.from_pretrained(saved)
+        model = MMTransformerForMultiTask.from_pretrained(saved)
+    else:
+        encoders: dict[str, Any] = {name: recipe.model.get(name) for name in ("text", "vision", "audio")}
+        options = {name: value for name, value in recipe.model.items() if name not in encoders}
+        known: dict[str, Any] = {name: options[name] for name in (*HUB_KWARGS, "num_frames") if name in options}
+        processor = MMTransformerProcessor.from_encoders(**encoders, backend=options.pop("backend", None), **known)
+        model = MMTransformerForMultiTask.from_encoders(**encoders, tasks=data.tasks, **options)
+    options = {**recipe.columns.collator_options, **recipe.data.collator_options}
+    collator = MMDataCollator(processor, model.config, **options)
+    return MMTrainer(
+        model,
+        args,
+        data_collator=collator,
+        train_dataset=data.splits["train"],
+        eval_dataset=data.splits.get("validation"),
+        processing_class=processor,
+        feature_cache=recipe.data.feature_cache,
+        callbacks=[RecipeCallback(recipe), *kwargs.pop("callbacks", [])],
+        **kwargs,
+    )
+
+
+class RecipeCallback(TrainerCallback):
+    """Writes the recipe beside the model and beside each checkpoint."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.recipe.save(Path(args.output_dir))
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            self.recipe.save(folder)
+
+
+# The folder that a recipe trains into
+
+
+def newest_checkpoint(folder: str | os.PathLike) -> str | None:
+    return newest_complete_checkpoint(folder) if os.path.isdir(folder) else None
+
+
+def check_output(recipe: Recipe) -> None:
+    """
+    Raises:
+        ValueError: if the output folder of the recipe holds a model that this recipe does not make.
+    """
+    folder = Path(recipe.training["output_dir"])
+    has_checkpoints = folder.is_dir() and get_last_checkpoint(folder) is not None  # complete or not
+    if not (folder / "config.json").is_file() and not has_checkpoints:
+        return
+    advice = (
+        f"nothing was changed there. Train into another folder, by training.output_dir=..., or remove {folder} if it "
+        "is no longer needed."
+    )
+    if not (folder / RECIPE_NAME).is_file():
+        raise ValueError(f"{folder} holds a model that was not trained by a recipe; {advice}")
+    differences = recipe.differences(Recipe.from_dict(read_yaml(folder / RECIPE_NAME)))
+    if differences:
+        more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
+        raise ValueError(f"{folder} holds a model of another recipe: {'; '.join(differences[:3])}{more}; {advice}")
+
+
+def check_checkpoint(checkpoint: str, tasks: list[Task]) -> None:
+    """
+    Raises:
+        ValueError: if the checkpoint has other tasks; their labels may be those of rows that have changed since.
+    """
+    saved = MMTransformerConfig.from_pretrained(checkpoint).get_tasks()
+    for task in tasks:
+        if saved.get(task.name) != task:
+            known = saved[task.name].to_dict() if task.name in saved else {}
+            changed = [f"{key} {known.get(key)!r}" for key, value in task.to_dict().items() if known.get(key) != value]
+            raise ValueError(
+                f"{checkpoint} has task {task.name!r} with {', '.join(changed)}, unlike the data now: bring back the "
+                "data that it was trained on, or train into another folder, by training.output_dir=...."
+            )
+
+
+def steps_done(folder: str | os.PathLike) -> int:
+    """How many steps the training that left this checkpoint, or this model, had done; 0 if there is none."""
+    state = Path(folder) / TRAINER_STATE_NAME
+    return TrainerState.load_from_json(str(state)).global_step if state.is_file() else 0
+
+
+def is_finished(args: MMTrainingArguments) -> bool:
+    """Whether the model in the output folder was trained, and evaluated, for as long as the arguments say."""
+    folder = Path(args.output_dir)
+    if not (folder / "config.json").is_file() or not (folder / TRAINER_STATE_NAME).is_file():
+        return False
+    state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return state.epoch is not None and state.epoch >= args.num_train_epochs
