@@ -372,6 +372,17 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
             losses["regularization"] = self.regularization_loss() / divisors.get("regularization", 1)
         return losses
 
+    @property
+    def new_modules(self) -> list[str]:
+        """
+        The names of the parts that are no part of a pretrained encoder. Whoever trains adapters gives them as
+        `modules_to_save`, so that they are trained, and saved with the adapters:
+        `LoraConfig(target_modules=[...], modules_to_save=model.new_modules)`.
+        """
+        parts = [name for name, child in self.model.named_children() if not name.endswith("_model")]
+        names = [name for name in parts if any(True for _ in getattr(self.model, name).parameters())]
+        return [*names, "heads"] if self.heads.names else names
+
     def regularization_loss(self) -> torch.Tensor:
         """lambda times the sum of the penalties; needs `config.regularization`."""
         if self.starting_point is None:

@@ -144,6 +144,8 @@ class MMTrainer(ResumableTrainer):
                 raise ValueError("MMTrainer shards by FSDP2: set fsdp_version: 2 in the config of accelerate.")
             if plugin.transformer_cls_names_to_wrap is None:
                 plugin.transformer_cls_names_to_wrap = layer_classes(self.fused_model)
+        if train_dataset is not None and hasattr(self.model, "get_base_model"):
+            _check_adapters(self.fused_model)
         if data_collator is None:
             self.data_collator = MMDataCollator(processing_class, self.model.config)
         self.feature_cache = FeatureCache.of(feature_cache)
@@ -409,6 +411,19 @@ class MMTrainer(ResumableTrainer):
         count = getattr(self.data_collator, "num_bad_files", 0)
         if count:
             logger.warning(f"{count:,} times so far a file could not be read; it was treated as absent.")
+
+
+def _check_adapters(fused) -> None:
+    idle = []
+    for name in fused.new_modules:
+        module = getattr(fused.model, name, None) or getattr(fused, name)
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            idle.append(name)
+    if idle:
+        logger.warning(
+            f"{', '.join(idle)} will not be trained, nor saved with the adapters: unless that is meant, give the "
+            "config of the adapters modules_to_save=model.new_modules."
+        )
 
 
 def _check_columns(dataset, name: str, collator: MMDataCollator) -> None:
