@@ -459,3 +459,33 @@ def test_predict_gives_the_logits_by_task(tmp_path):
         logits = model(**MMDataCollator(make_processor(), model.config)(make_rows())).logits
     np.testing.assert_allclose(output.predictions["topic"], logits["topic"].numpy(), rtol=1e-4, atol=1e-5)
     assert "test_topic_accuracy" in output.metrics
+
+
+def test_rows_without_any_label_are_told_before_training(tmp_path):
+    features = Features({"text": Value("string"), "topic": Value("string"), "score": Value("float32")})
+    rows = [{"text": "red cat", "topic": None, "score": None}] * 8
+    model = make_model(tasks=[Classification("topic", labels=["a", "b"]), Regression("score")])
+    data = Dataset.from_list(rows, features=features)
+    with pytest.raises(
+        ValueError, match="No row of the train data set has a label of any task: the columns 'topic', 'score' are empty"
+    ):
+        MMTrainer(model, make_args(tmp_path), processing_class=make_processor(), train_dataset=data)
+    MMTrainer(model, make_args(tmp_path), processing_class=make_processor(), eval_dataset=data)  # for predict
+    rows[3] = {"text": "red cat", "topic": "a", "score": None}
+    data = Dataset.from_list(rows, features=features)
+    MMTrainer(model, make_args(tmp_path), processing_class=make_processor(), train_dataset=data)
+
+
+def test_losses_of_tasks_are_in_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = make_model(regularization={"kind": "l2", "weight": 1e-3}, task_weighting="uncertainty")
+    args = make_args(tmp_path, report_to=["tensorboard"])
+    trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=make_dataset())
+    trainer.train()
+    [events] = tmp_path.rglob("events.out.tfevents.*")
+    found = EventAccumulator(str(events.parent)).Reload()
+    for name in ("topic_loss", "regularization_loss", "topic_weight"):
+        logged = [entry[name] for entry in trainer.state.log_history if name in entry]
+        assert [event.value for event in found.Scalars(f"train/{name}")] == pytest.approx(logged, rel=1e-5)

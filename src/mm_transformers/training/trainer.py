@@ -1,6 +1,5 @@
 """The Trainer of transformers, for models with several tasks and batches with any number of images."""
 
-import os
 from typing import Any, Optional
 
 import torch
@@ -12,9 +11,10 @@ from ..data.collator import MMDataCollator
 from ..data.feature_cache import FeatureCache
 from ..data.mixture import DataMixture, check_sources
 from ..data.mixture_rows import MixedStream
-from ..data.sources import DataSource, rows_of
+from ..data.sources import rows_of
 from ..model.regularization import penalties, take_starting_point
 from .balancing import TaskBalancing
+from .checks import check_adapters, check_arguments, check_columns, check_lengths
 from .counts import TrainingCounts
 from .learning_rates import never_decays, set_learning_rates
 from .metrics import MultiTaskMetrics
@@ -78,20 +78,9 @@ class MMTrainer(ResumableTrainer):
         **kwargs,
     ):
         args = args if args is not None else TrainingArguments("tmp_trainer")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"This process sees {args.n_gpu} GPUs, and nn.DataParallel cannot split a batch of images: start one "
-                "process per GPU by `accelerate launch`, or show it one GPU by CUDA_VISIBLE_DEVICES=0."
-            )
-        if args.label_smoothing_factor != 0:
-            raise ValueError(
-                "label_smoothing_factor has no meaning for all kinds of tasks, so MMTrainer does not take it; write "
-                "the loss that you want as a task kind of your own."
-            )
+        check_arguments(args)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("MMTrainer takes no compute_loss_func: the loss of a task is its method `loss`.")
-        if args.batch_eval_metrics:
-            raise ValueError("MMTrainer computes metrics over all rows at once; leave out batch_eval_metrics.")
         if processing_class is None and isinstance(data_collator, MMDataCollator):
             processing_class = data_collator.processor
         if data_collator is None and processing_class is None:
@@ -107,12 +96,6 @@ class MMTrainer(ResumableTrainer):
             train_dataset = DataMixture(train_dataset)
         if isinstance(train_dataset, dict):  # a DatasetDict, whose splits are not all to be trained on
             raise ValueError(f"train_dataset must be one split, not all of {', '.join(map(repr, train_dataset))}.")
-        num_started = int(os.environ.get("WORLD_SIZE", 1))
-        if num_started != args.world_size:
-            raise ValueError(
-                f"{num_started} processes were started, but each would train by itself, since torch sees no GPU; on "
-                "CPUs pass use_cpu=True to the training arguments (--use_cpu)."
-            )
         args.remove_unused_columns = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every parameter takes part in every step
@@ -145,7 +128,7 @@ class MMTrainer(ResumableTrainer):
             if plugin.transformer_cls_names_to_wrap is None:
                 plugin.transformer_cls_names_to_wrap = layer_classes(self.fused_model)
         if train_dataset is not None and hasattr(self.model, "get_base_model"):
-            _check_adapters(self.fused_model)
+            check_adapters(self.fused_model)
         if data_collator is None:
             self.data_collator = MMDataCollator(processing_class, self.model.config)
         self.feature_cache = FeatureCache.of(feature_cache)
@@ -157,8 +140,8 @@ class MMTrainer(ResumableTrainer):
         if isinstance(self.data_collator, MMDataCollator):
             for name, datasets in {"train": train_dataset, "eval": eval_dataset}.items():
                 for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
-                    _check_columns(dataset, name, self.data_collator)
-            _check_lengths(train_dataset, args)
+                    check_columns(dataset, name, self.data_collator)
+            check_lengths(train_dataset, args)
         # `num_items_in_batch` holds the divisors of the whole optimiser step, so nothing is left to be divided.
         self.model_accepts_loss_kwargs = True
         # Of each task, and of the regularizer, since the last log: losses, summed over the optimiser steps, and the
@@ -411,51 +394,3 @@ class MMTrainer(ResumableTrainer):
         count = getattr(self.data_collator, "num_bad_files", 0)
         if count:
             logger.warning(f"{count:,} times so far a file could not be read; it was treated as absent.")
-
-
-def _check_adapters(fused) -> None:
-    idle = []
-    for name in fused.new_modules:
-        module = getattr(fused.model, name, None) or getattr(fused, name)
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            idle.append(name)
-    if idle:
-        logger.warning(
-            f"{', '.join(idle)} will not be trained, nor saved with the adapters: unless that is meant, give the "
-            "config of the adapters modules_to_save=model.new_modules."
-        )
-
-
-def _check_columns(dataset, name: str, collator: MMDataCollator) -> None:
-    columns = getattr(dataset, "column_names", None)
-    if not columns or isinstance(dataset, DataSource):
-        return
-    shown = ", ".join(repr(column) for column in columns)
-    if collator.text_column not in columns:
-        raise ValueError(
-            f"The {name} data set has no column {collator.text_column!r} (its columns are {shown}); name the column of "
-            "your texts by data_collator=MMDataCollator(processor, model.config, text_column=...)."
-        )
-    media = {kind: column.column for kind, column in collator.media.items()}
-    if media and not set(media.values()) & set(columns):
-        logger.warning(
-            f"The {name} data set has no column {' or '.join(map(repr, media.values()))} (its columns are {shown}), so "
-            f"its rows have no {' or '.join(media)}; if they do, name the column by "
-            "data_collator=MMDataCollator(..., image_column=...)."
-        )
-    tasks = collator.tasks.values()
-    missing = [task for task in tasks if task.default_cell is None and task.column not in columns]
-    if missing and len(missing) == len(tasks):
-        raise ValueError(f"The {name} data set has a column for none of the tasks (its columns are {shown}).")
-    for task in missing:
-        logger.warning(f"The {name} data set has no column {task.column!r}: task {task.name!r} has no labels there.")
-
-
-def _check_lengths(dataset, args: TrainingArguments) -> None:
-    columns = getattr(dataset, "column_names", None)
-    wanted = args.length_column_name
-    if getattr(args, "train_sampling_strategy", None) == "group_by_length" and columns and wanted not in columns:
-        raise ValueError(
-            f"Grouping by length needs a column {wanted!r} with the length of each text, for example by "
-            f"data.map(lambda row: {{{wanted!r}: len(row['text'])}})."
-        )

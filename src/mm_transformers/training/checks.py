@@ -1,0 +1,106 @@
+"""What is wrong with arguments and data is told before training begins."""
+
+import os
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from ..data.collator import MMDataCollator
+from ..data.sources import DataSource
+
+
+logger = logging.get_logger(__name__)
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: if something is asked for that would be ignored, or that cannot work.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs, and nn.DataParallel cannot split a batch of images: start one "
+            "process per GPU by `accelerate launch`, or show it one GPU by CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.label_smoothing_factor != 0:
+        raise ValueError(
+            "label_smoothing_factor has no meaning for all kinds of tasks, so MMTrainer does not take it; write "
+            "the loss that you want as a task kind of your own."
+        )
+    if args.batch_eval_metrics:
+        raise ValueError("MMTrainer computes metrics over all rows at once; leave out batch_eval_metrics.")
+    num_started = int(os.environ.get("WORLD_SIZE", 1))
+    if num_started != args.world_size:
+        raise ValueError(
+            f"{num_started} processes were started, but each would train by itself, since torch sees no GPU; on "
+            "CPUs pass use_cpu=True to the training arguments (--use_cpu)."
+        )
+
+
+def check_adapters(fused: Any) -> None:
+    """Says so if adapters are trained and what is new is not."""
+    idle = []
+    for name in fused.new_modules:
+        module = getattr(fused.model, name, None) or getattr(fused, name)
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            idle.append(name)
+    if idle:
+        logger.warning(
+            f"{', '.join(idle)} will not be trained, nor saved with the adapters: unless that is meant, give the "
+            "config of the adapters modules_to_save=model.new_modules."
+        )
+
+
+def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
+    """
+    Args:
+        name: "train" or "eval".
+
+    Raises:
+        ValueError: if the column of texts is missing, or all columns of labels are, or are empty.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if not columns or isinstance(dataset, DataSource):
+        return
+    shown = ", ".join(repr(column) for column in columns)
+    if collator.text_column not in columns:
+        raise ValueError(
+            f"The {name} data set has no column {collator.text_column!r} (its columns are {shown}); name the column of "
+            "your texts by data_collator=MMDataCollator(processor, model.config, text_column=...)."
+        )
+    media = {kind: column.column for kind, column in collator.media.items()}
+    if media and not set(media.values()) & set(columns):
+        logger.warning(
+            f"The {name} data set has no column {' or '.join(map(repr, media.values()))} (its columns are {shown}), so "
+            f"its rows have no {' or '.join(media)}; if they do, name the column by "
+            "data_collator=MMDataCollator(..., image_column=...)."
+        )
+    tasks = collator.tasks.values()
+    missing = [task for task in tasks if task.default_cell is None and task.column not in columns]
+    if missing and len(missing) == len(tasks):
+        raise ValueError(f"The {name} data set has a column for none of the tasks (its columns are {shown}).")
+    table = getattr(getattr(dataset, "data", None), "table", None)
+    if name == "train" and table is not None and all(task.default_cell is None for task in tasks):
+        named = [task.column for task in tasks if task.column in table.column_names]
+        if named and all(table[column].null_count == len(table) for column in named):
+            raise ValueError(
+                f"No row of the train data set has a label of any task: the columns {', '.join(map(repr, named))} are "
+                "empty."
+            )
+    for task in missing:
+        logger.warning(f"The {name} data set has no column {task.column!r}: task {task.name!r} has no labels there.")
+
+
+def check_lengths(dataset: Any, args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: if rows are to be grouped by a length that they do not have.
+    """
+    columns = getattr(dataset, "column_names", None)
+    wanted = args.length_column_name
+    if getattr(args, "train_sampling_strategy", None) == "group_by_length" and columns and wanted not in columns:
+        raise ValueError(
+            f"Grouping by length needs a column {wanted!r} with the length of each text, for example by "
+            f"data.map(lambda row: {{{wanted!r}: len(row['text'])}})."
+        )
