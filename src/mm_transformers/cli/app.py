@@ -163,6 +163,33 @@ def predict(
     leave_processes()
 
 
+@app.command("compare-tasks")
+def compare_tasks(
+    recipe: Annotated[Path, typer.Argument(help="YAML or JSON file, as `train` takes it.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys of the recipe with other values, such as training.max_steps=500."),
+    ] = None,
+    output_dir: Annotated[
+        Path, typer.Option("--output_dir", "--output-dir", help="Where table, plot and results go.")
+    ] = Path("comparison"),
+    seeds: Annotated[int, typer.Option(min=1, help="How many times each is trained.")] = 3,
+) -> None:
+    """
+    Train each task of a recipe alone and all of them jointly, and show what the tasks gained.
+
+    All trainings have the same steps, rows and seeds; a task alone is trained without the labels of the others. What is
+    measured is kept after each training, so a comparison that was stopped goes on.
+    """
+    from .compare_tasks import run_compare_tasks
+    from .processes import join_processes, leave_processes
+
+    join_processes()
+    with _errors_as_sentences():
+        run_compare_tasks(recipe, overrides or [], output_dir, seeds)
+    leave_processes()
+
+
 @contextmanager
 def _errors_as_sentences() -> Iterator[None]:
     try:

@@ -293,13 +293,6 @@ class MMTrainer(ResumableTrainer):
         self._has_trained = True
         self._forget_losses()
         self._counts.reset()
-        fused = self.fused_model
-        fused.starting_point = take_starting_point(fused, fused.config.regularization)
-        self.remove_callback(TaskBalancing)
-        balancing = TaskBalancing(self)
-        self._balancing = balancing if balancing.is_needed else None
-        if self._balancing is not None:
-            self.add_callback(self._balancing)
         if self.feature_cache is not None and self.args.eval_strategy != "no":
             # What cannot be stored is told before hours are spent, not after the first epoch.
             evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
@@ -309,6 +302,17 @@ class MMTrainer(ResumableTrainer):
         self._counts.warn_of_unlabelled()
         self._report_bad_files()
         return output
+
+    def _inner_training_loop(self, *args, **kwargs):
+        # Only here is the model surely the one that is trained: a `model_init` makes a new one for each trial.
+        fused = self.fused_model
+        fused.starting_point = take_starting_point(fused, fused.config.regularization)
+        self.remove_callback(TaskBalancing)
+        balancing = TaskBalancing(self)
+        self._balancing = balancing if balancing.is_needed else None
+        if self._balancing is not None:
+            self.add_callback(self._balancing)
+        return super()._inner_training_loop(*args, **kwargs)
 
     def save_model(self, output_dir: Optional[str] = None, _internal_call: bool = False):
         if self.is_fsdp_enabled and not _internal_call:
