@@ -80,6 +80,18 @@ def test_both_halves_of_an_encoder_decoder_have_layers(tmp_path, text):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("audio", ["wav2vec2", "whisper"])
+def test_every_weight_of_an_audio_encoder_has_a_rate(tmp_path, audio):
+    # The weight-normed convolution of Wav2Vec2 keeps its weights in a list that holds no layers.
+    model = make_model(audio=audio)
+    rates = rates_of(tmp_path, model, encoder_learning_rate=1e-4, layerwise_lr_decay=0.5)
+    heard = {name: rate for name, rate in rates.items() if name.startswith("model.audio_model.")}
+    layers = max(layer_numbers(model.model.audio_model).values())
+    assert len(heard) > 10
+    assert max(heard.values()) == pytest.approx(1e-4 * 0.5)
+    assert all(1e-4 * 0.5 ** (layers + 1) * 0.999 < rate < 1e-4 for rate in heard.values())
+
+
 def test_stages_are_taken_apart():
     model = make_model("bert", "swin").model.vision_model
     numbers = layer_numbers(model)

@@ -200,7 +200,7 @@ def test_tokenizers_without_special_tokens_leave_a_place():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"input_ids": None}, "Give the texts as input_ids or inputs_embeds"),
+        ({"input_ids": None}, "Give the texts as input_ids, inputs_embeds or text_features"),
         ({"image_index": torch.zeros(1, 1)}, "image_index must hold integers in the shape .* but is of torch.float32"),
         ({"audio_attention_mask": torch.ones(3, 9)}, "audio_attention_mask has 3 rows for 1 clips"),
     ],

@@ -3,12 +3,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import yaml
 from recipes import make_rows, recipe_values, save_encoders, write_csv
 from typer.testing import CliRunner
 
-from mm_transformers.analysis.task_comparison import JOINTLY, as_cells, compare, run_comparison, to_markdown
+from mm_transformers.analysis.task_comparison import JOINTLY, Comparison, as_cells, compare, run_comparison, to_markdown
 from mm_transformers.cli.app import app
 
 
@@ -17,32 +18,41 @@ RUNS = {
     "b": {"0": {"b": {"mae": 2.0}}, "1": {"b": {"mae": 1.0}}},
     JOINTLY: {
         "0": {"a": {"accuracy": 0.7, "loss": 0.8}, "b": {"mae": 2.5}},
-        "1": {"a": {"accuracy": 0.9, "loss": 0.8}, "b": {"mae": 1.1}},
+        "1": {"a": {"accuracy": 0.81, "loss": 0.8}, "b": {"mae": 1.1}},
     },
 }
 
 
 def test_gains_and_their_errors():
-    """Paired: 0.2 and 0.3, so 0.25 ± 0.05; of what is better the smaller it is, less is a gain."""
+    """Paired; of what is better the smaller it is, less is a gain. 12.706 is the 97.5% quantile of t with 1 degree."""
     accuracy, loss, mae = compare(RUNS, [0, 1])
-    assert (accuracy.task, accuracy.metric, accuracy.alone, accuracy.jointly) == (
-        "a",
-        "accuracy",
-        [0.5, 0.6],
-        [0.7, 0.9],
-    )
-    assert accuracy.gain == pytest.approx(0.25)
-    assert accuracy.standard_error == pytest.approx(math.sqrt(2 * 0.05**2 / 1) / math.sqrt(2))
-    assert accuracy.verdict == "better"
+    assert (accuracy.task, accuracy.metric) == ("a", "accuracy")
+    assert (accuracy.alone, accuracy.jointly) == ([0.5, 0.6], [0.7, 0.81])
+    assert accuracy.gain == pytest.approx(0.205)  # 0.2 and 0.21
+    assert accuracy.standard_error == pytest.approx(0.005)
+    assert accuracy.verdict == "better"  # 0.205 > 12.706 * 0.005
     assert loss.gain == pytest.approx(0.15)  # 0.2 and 0.1
-    assert loss.verdict == "better"
-    assert mae.gain == pytest.approx(-0.3)  # 0.5 and 0.1 worse: within two standard errors of 0.2
+    assert loss.verdict == "no clear difference"  # 0.15 < 12.706 * 0.05
+    assert mae.gain == pytest.approx(-0.3)  # 0.5 and 0.1 worse
     assert mae.verdict == "no clear difference"
     assert compare(RUNS, [0])[0].verdict == "no clear difference"  # of one seed nobody knows
-    assert as_cells(accuracy)[4] == "+0.2500 ± 0.0500"
+    assert as_cells(accuracy)[4] == "+0.2050 ± 0.0050"
     assert to_markdown([accuracy]).splitlines()[2] == (
-        "| a | accuracy | 0.5500 ± 0.0707 | 0.8000 ± 0.1414 | +0.2500 ± 0.0500 | better |"
+        "| a | accuracy | 0.5500 ± 0.0707 | 0.7550 ± 0.0778 | +0.2050 ± 0.0050 | better |"
     )
+
+
+@pytest.mark.parametrize("num_seeds", [3, 5, 10])
+def test_chance_is_seldom_called_a_gain(num_seeds):
+    """Differences of no tasks at all: one in twenty is called clear."""
+    random = np.random.default_rng(0)
+    clear = 0
+    for _ in range(1000):
+        differences = random.normal(size=num_seeds)
+        error = differences.std(ddof=1) / math.sqrt(num_seeds)
+        comparison = Comparison("a", "f1", [0.0] * num_seeds, list(differences), differences.mean(), error)
+        clear += comparison.verdict != "no clear difference"
+    assert 30 < clear < 70
 
 
 def test_a_stopped_comparison_goes_on(tmp_path):

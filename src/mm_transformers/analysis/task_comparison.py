@@ -38,8 +38,14 @@ class Comparison(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Better, worse, or no clear difference: a gain within two standard errors, or of one seed."""
-        if not abs(self.gain) > 2 * self.standard_error:  # also if it is not a number
+        """
+        Better, worse, or no clear difference: of one seed, or a gain of which Student's paired t test would say at
+        level 0.05 that chance may have given it.
+        """
+        from scipy.stats import t
+
+        num_seeds = len(self.alone)
+        if num_seeds < 2 or not abs(self.gain) > t.ppf(0.975, num_seeds - 1) * self.standard_error:
             return "no clear difference"
         return "better" if self.gain > 0 else "worse"
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 
 # A gate starts at 0 and is all that learns at first; see Flamingo (https://arxiv.org/abs/2204.14198), section 2.2.
@@ -90,7 +91,8 @@ def layer_numbers(encoder: nn.Module) -> dict[int, int]:
         for parameter in module.parameters(recurse=False):
             numbers.setdefault(id(parameter), current)
         for child in module.children():
-            if isinstance(child, nn.ModuleList):
+            # A weight-normed layer keeps its two weights in what is also a list, but not one of layers.
+            if isinstance(child, nn.ModuleList) and not isinstance(child, ParametrizationList):
                 for layer in child:
                     if _is_stage(layer):
                         visit(layer)

@@ -333,11 +333,12 @@ class MMTrainer(ResumableTrainer):
             save_starting_point(self.fused_model, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Optional[str]) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            # First, since another objective has other groups of parameters, of which the optimiser would complain.
+            load_starting_point(self.fused_model, checkpoint)
             if self._balancing is not None:
                 self._balancing.load(checkpoint)
-            load_starting_point(self.fused_model, checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     # Evaluation
 
