@@ -14,11 +14,12 @@ import torch
 import yaml
 from recipes import make_rows, read_csv, recipe_values, save_encoders, write_csv, write_jsonl
 from safetensors.torch import load_file
-from scripts import EXAMPLES
+from scripts import EXAMPLES, import_script
 from typer.testing import CliRunner
 
 from mm_transformers import MMDataCollator, MMTransformerForMultiTask, MMTransformerProcessor
 from mm_transformers.cli import app
+from mm_transformers.data.embedded import load_demo_dataset
 from mm_transformers.training.prediction import stream_answers
 
 
@@ -355,6 +356,7 @@ import json, sys
 from pathlib import Path
 from accelerate import PartialState
 from mm_transformers.cli import app
+from mm_transformers.data.embedded import load_demo_dataset
 
 for i, command in enumerate(json.loads(sys.argv[1])):
     app(command, standalone_mode=False)
@@ -405,3 +407,19 @@ def test_two_processes_train_measure_and_answer(encoders, tmp_path):
     assert "row 5, column 'image'" in failing.stderr
     assert not (tmp_path / "a3.csv").exists()
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_the_demo_as_a_recipe(tmp_path, monkeypatch):
+    """examples/demo_recipe.py writes what the commands can take as it stands."""
+    script = import_script(EXAMPLES / "demo_recipe.py")
+    few = load_demo_dataset(train_size=64, validation_size=16, test_size=16)
+    monkeypatch.setattr(script, "load_demo_dataset", lambda seed: few)
+    monkeypatch.setattr(sys, "argv", ["demo_recipe.py", "--output_dir", str(tmp_path / "demo")])
+    script.main()
+    printed = mm("train", tmp_path / "demo/recipe.yaml", "training.max_steps=2", "training.use_cpu=true")
+    assert "sentiment" in printed
+    model = MMTransformerForMultiTask.from_pretrained(tmp_path / "demo/out")
+    assert model.num_parameters() < 500_000
+    mm("predict", tmp_path / "demo/out", tmp_path / "demo/test.parquet", "--output", tmp_path / "answers.csv")
+    answers = read_csv(tmp_path / "answers.csv")
+    assert [answer["text"] for answer in answers] == few["test"]["text"]
