@@ -15,7 +15,7 @@ from accelerate import DistributedType, PartialState
 from tiny import make_image, make_model, make_processor
 from transformers import TrainerCallback, TrainingArguments
 
-from mm_transformers import Classification, MMTrainer, MultiLabel, Regression, TokenClassification
+from mm_transformers import Classification, MMTrainer, MultiLabel, Regression, Retrieval, TokenClassification
 
 
 NUM_ROWS = 32
@@ -80,18 +80,20 @@ def allow_fsdp_on_cpu(arguments: TrainingArguments) -> None:
 
 
 def train(
-    folder, batch_size=32, accumulation=1, num_rows=NUM_ROWS, model=None, callbacks=(), resume=None, **args
+    folder, batch_size=32, accumulation=1, num_rows=NUM_ROWS, model=None, pairs=False, callbacks=(), resume=None, **args
 ) -> dict:
     """
     Args:
         model: options of `make_model`.
+        pairs: with a task "find" that tells the pairs of a batch apart.
         resume: `resume_from_checkpoint`.
 
     Returns:
         "steps": the gradients of each step; "logs"; "state": the weights at the end; "num_sharded": how many of the
         parameters this process had only a part of.
     """
-    fused = make_model(**{"tasks": make_tasks(), "fusion_dropout": 0.0, "classifier_dropout": 0.0, **(model or {})})
+    tasks = [*make_tasks(), *([Retrieval("find")] if pairs else [])]
+    fused = make_model(**{"tasks": tasks, "fusion_dropout": 0.0, "classifier_dropout": 0.0, **(model or {})})
     for module in fused.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

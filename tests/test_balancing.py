@@ -2,13 +2,21 @@
 
 import pytest
 import torch
-from distributed import NUM_ROWS, make_rows, make_tasks, train, train_in_processes
+from distributed import FSDP, NUM_ROWS, make_rows, make_tasks, train, train_in_processes
 from test_objective import differ
-from tiny import make_model, make_processor
-from transformers import TrainerCallback
+from tiny import SEQ2SEQ, VISION_ENCODERS, make_model, make_processor
+from transformers import TrainerCallback, TrainingArguments
 
-from mm_transformers import MMDataCollator, Retrieval
-from mm_transformers.training.balancing import probe_parameters
+from mm_transformers import (
+    Classification,
+    Generation,
+    MMDataCollator,
+    MMTrainer,
+    MMTransformerConfig,
+    MMTransformerForMultiTask,
+    Retrieval,
+)
+from mm_transformers.training.balancing import TaskBalancing, probe_parameters
 from mm_transformers.training.task_gradients import TaskGradientsCallback
 
 
@@ -258,8 +266,56 @@ def test_a_loss_that_does_not_reach_the_shared_layer_keeps_its_weight(tmp_path):
     result = train(tmp_path, model={"task_weighting": "gradnorm", "tasks": tasks}, max_steps=2)
     found = torch.tensor([result["logs"][1][f"{name}_weight"] for name in [*TASKS, "find"]])
     # The same as that of the task of which no labelled row has a picture, which does not move either.
-    assert found[-1] == found[TASKS.index("sentiment")]
+    assert found[-1] == found[TASKS.index("sentiment")] == 1.0
     assert found.sum().item() == pytest.approx(6.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["famo", "db_mtl", "gradnorm"])
+def test_a_task_that_does_not_count_changes_nothing(tmp_path, kind):
+    """With a loss_weight of 0 it is logged, and has no part in how the others are balanced."""
+    topic, _, *others = make_tasks()
+    off = Classification("sentiment", labels=["negative", "positive"], loss_weight=0.0)
+    logs = train(tmp_path, model={"task_weighting": kind, "tasks": [topic, off, *others]}, max_steps=4)["logs"]
+    assert logs[-1]["sentiment_loss"] > 0
+    weights = weights_of({"logs": logs}, 3)
+    counts = torch.tensor([name != "sentiment" for name in TASKS])
+    assert weights[~counts].item() == (1.0 if kind == "gradnorm" else 0.0)
+    if kind != "db_mtl":
+        assert weights[counts].sum().item() == pytest.approx(4.0 if kind == "gradnorm" else 1.0)
+
+
+def test_pcgrad_leaves_the_decoder_of_a_single_task_to_it(tmp_path):
+    """It is not in the inner products; if two tasks write, they share it."""
+    owned = []
+    for tasks in ([Generation("german")], [Generation("german"), Generation("french")]):
+        torch.manual_seed(0)
+        config = MMTransformerConfig(
+            text_config=SEQ2SEQ["t5"](), vision_config=VISION_ENCODERS["vit"](), num_fusion_layers=1,
+            tasks=[*make_tasks(), *tasks], task_weighting="pcgrad",
+        )  # fmt: skip
+        model = MMTransformerForMultiTask(config)
+        args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+        trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=make_rows(4))
+        own, shared = TaskBalancing(trainer)._own_and_shared()
+        assert not {id(p) for p in own} & {id(p) for p in shared}
+        assert len(own) + len(shared) == sum(p.requires_grad for p in model.parameters())
+        names = {id(p): name for name, p in model.named_parameters()}
+        owned.append({names[id(p)].split(".decoder.")[0] for p in own if "heads" not in names[id(p)]})
+        assert not any("embed" in names[id(p)] or ".encoder." in names[id(p)] for p in own)
+    assert owned == [{"model.text_model"}, set()]
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP"])
+def test_famo_sees_all_pairs_in_two_processes(tmp_path, environment):
+    """The losses before and after are those of training, where each row is compared with those of all processes."""
+    run = {"model": {"task_weighting": "famo"}, "pairs": True, "num_rows": 8, "max_steps": 3}
+    alone = train(tmp_path / "alone", **run, batch_size=8)
+    [result] = train_in_processes(tmp_path, [{**run, "batch_size": 4}], environment=environment)
+    assert (result["num_sharded"] > 50) == bool(environment)
+    assert differ(alone, result) < 1e-4
+    for found, expected in zip(result["logs"], alone["logs"], strict=True):
+        for name in [*TASKS, "find"]:
+            assert found[f"{name}_weight"] == pytest.approx(expected[f"{name}_weight"], rel=1e-3, abs=1e-5)
 
 
 def test_rows_of_the_test_data_are_uneven():

@@ -284,13 +284,24 @@ class TestTraining:
         assert sorted(x for batch in trainer.seen for x in batch) == list(range(7))
 
     def test_a_task_that_never_had_a_label_is_named(self, tmp_path, monkeypatch):
-        from mm_transformers.training import counts
+        from mm_transformers.training import trainer
 
         said = []
-        monkeypatch.setattr(counts.logger, "warning", said.append)
+        monkeypatch.setattr(trainer.logger, "warning", said.append)
         rows = [{"text": "a dog", "score": float(i), "tone": None} for i in range(8)]
         make_trainer(tmp_path, rows, max_steps=2).train()
         assert said == ["No row that was trained on had a label of task 'tone', so its head has learned nothing."]
+
+    def test_labels_before_a_resume_are_remembered(self, tmp_path, monkeypatch):
+        from mm_transformers.training import trainer
+
+        rows = [{"text": "a dog", "score": float(i), "tone": "bad" if i < 4 else None} for i in range(32)]
+        args = dict(max_steps=4, save_strategy="steps", save_steps=3, train_sampling_strategy="sequential")
+        make_trainer(tmp_path, rows, **args).train()
+        said = []
+        monkeypatch.setattr(trainer.logger, "warning", said.append)
+        make_trainer(tmp_path, rows, **args).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert said == []
 
 
 def a_batch(sources: dict, tasks: list, vision=None, **kwargs):

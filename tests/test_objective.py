@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from distributed import FSDP, make_rows, make_tasks, train, train_in_processes
-from tiny import make_batch, make_model, make_processor
+from distributed import FSDP, KeepGradients, make_rows, make_tasks, train, train_in_processes
+from tiny import SEQ2SEQ, make_batch, make_model, make_processor
+from transformers import TrainingArguments
 
-from mm_transformers import Classification, MMDataCollator, MMTransformerConfig
+from mm_transformers import Classification, Generation, MMDataCollator, MMTrainer, MMTransformerConfig
 
 
 REGULARIZATION = {
@@ -130,6 +131,56 @@ def test_two_processes(tmp_path, whole, environment):
 def test_a_wrong_regularization_is_told(spec, message):
     with pytest.raises(ValueError, match=message):
         MMTransformerConfig(tasks=[Classification("topic", labels=["a", "b"])], regularization=spec)
+
+
+def test_a_task_without_layers_of_its_own_has_no_penalty_of_its_own():
+    spec = {"kind": "l2", "weight": 1, "tasks": {"german": {"weight": 2}}}
+    with pytest.raises(ValueError, match="'german', which has no layers of its own: it writes with the decoder"):
+        MMTransformerConfig(text_config=SEQ2SEQ["t5"](), tasks=[Generation("german")], regularization=spec)
+
+
+def test_any_name_of_a_task_is_told_apart_under_adapters():
+    """PEFT calls its own adapter "default"."""
+    peft = pytest.importorskip("peft")
+    tasks = [Classification("topic", labels=["a", "b"]), Classification("default", labels=["a", "b"])]
+    spec = {"kind": "l2", "weight": 0.0, "tasks": {"default": {"weight": 1.0}}}
+    model = make_model(tasks=tasks, regularization=spec)
+    expected = model.regularization_loss()
+    lora = peft.LoraConfig(target_modules=["query"], modules_to_save=model.new_modules)
+    peft.get_peft_model(model, lora)
+    assert expected > 0
+    torch.testing.assert_close(model.regularization_loss(), expected)
+
+
+def test_a_dropped_last_batch_takes_no_labels_along(tmp_path):
+    """With `dataloader_drop_last` no row is repeated, so none may be taken for a repeated one."""
+    result = train(tmp_path, batch_size=8, num_rows=27, max_steps=3, dataloader_drop_last=True)
+    [parted] = train_in_processes(
+        tmp_path / "two", [{"batch_size": 4, "num_rows": 27, "max_steps": 3, "dataloader_drop_last": True}]
+    )
+    assert differ(result, parted) < 1e-5
+
+
+def test_what_is_left_of_a_stream_is_no_part_of_the_next_step(tmp_path):
+    """5 batches in steps of 2: the fifth is left out, and the third step is again the first."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(make_rows(20))
+
+    keep = KeepGradients()
+    args = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=3, learning_rate=0.0,
+        max_grad_norm=0.0, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    model = make_model(tasks=make_tasks(), fusion_dropout=0.0, classifier_dropout=0.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    MMTrainer(model, args, processing_class=make_processor(), train_dataset=Stream(), callbacks=[keep]).train()
+    first, second, third = keep.steps
+    assert differ({"steps": [first]}, {"steps": [third]}) < 1e-6
+    assert differ({"steps": [first]}, {"steps": [second]}) > 1e-2
 
 
 def test_the_plain_forward_has_the_penalty():

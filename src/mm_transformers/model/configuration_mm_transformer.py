@@ -230,7 +230,7 @@ class MMTransformerConfig(PreTrainedConfig):
             seen.add(task.name)
         writing = [task for task in self.get_tasks().values() if task.needs_decoder]
         check_decoder(self.text_config, self.decoder_config, writing)
-        check_regularization(self.regularization, [task.name for task in self.get_tasks().values()])
+        check_regularization(self.regularization, self.get_tasks())
 
     def validate_freeze(self):
         """Part of `@strict`-powered validation."""

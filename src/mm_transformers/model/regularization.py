@@ -32,11 +32,15 @@ class Penalty(NamedTuple):
     parameters: dict[str, nn.Parameter]
 
 
-def check_regularization(spec: Optional[dict[str, Any]], tasks: list[str]) -> None:
+def check_regularization(spec: Optional[dict[str, Any]], tasks: dict[str, Any]) -> None:
     """
+    Args:
+        spec: `config.regularization`.
+        tasks: name -> [`Task`].
+
     Raises:
         ValueError: if `spec` is neither `None` nor `{"kind": ..., "weight": ..., "tasks": {...}, "encoders": {...}}`,
-            or names a task that there is not.
+            or names a task that there is not, or one that has no layers of its own.
     """
     if spec is None:
         return
@@ -48,6 +52,12 @@ def check_regularization(spec: Optional[dict[str, Any]], tasks: list[str]) -> No
     unknown = sorted(set(spec.get("tasks") or {}) - set(tasks))
     if unknown:
         raise ValueError(f"regularization names the task {unknown[0]!r}, but the tasks are {', '.join(tasks)}.")
+    for name in spec.get("tasks") or {}:
+        if tasks[name].needs_decoder:
+            raise ValueError(
+                f"regularization names the task {name!r}, which has no layers of its own: it writes with the decoder, "
+                'which is a part of the text model that "encoders" stands for.'
+            )
     parts = {"": spec, " of the encoders": spec.get("encoders")}
     parts.update({f" of task {name!r}": part for name, part in (spec.get("tasks") or {}).items()})
     for where, part in parts.items():
@@ -77,14 +87,19 @@ def penalties(model, spec: Optional[dict[str, Any]]) -> Iterator[Penalty]:
         if parameter.ndim < 2 or not parameter.requires_grad:
             continue
         if name.startswith("heads."):
-            # Adapters put parts of their own between the heads and the name of the task.
-            groups[next(part for part in name.split(".")[1:] if part in model.tasks)][name] = parameter
+            groups[_task_of(name)][name] = parameter
         elif name.startswith(tuple(f"model.{encoder}." for encoder in _ENCODERS)):
             groups[None][name] = parameter
     for task, parameters in groups.items():
         part = (spec.get("tasks") or {}).get(task, {}) if task is not None else spec.get("encoders")
         if part is not None and parameters:
             yield Penalty(part.get("kind", spec["kind"]), part.get("weight", spec["weight"]), parameters)
+
+
+def _task_of(name: str) -> str:
+    """`heads.<task>...`; where adapters are trained, `heads.modules_to_save.<adapter>.<task>...`."""
+    parts = name.split(".")
+    return parts[3 if parts[1] == "modules_to_save" else 2 if parts[1] == "original_module" else 1]
 
 
 def take_starting_point(model, spec: Optional[dict[str, Any]]) -> dict[str, torch.Tensor]:

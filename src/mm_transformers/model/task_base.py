@@ -169,7 +169,8 @@ class Task:
 
     def labels_left(self, labels: torch.Tensor, kept: dict[str, torch.Tensor]) -> torch.Tensor:
         """
-        The labels that modality dropout leaves: of rows that have lost their text, none for words.
+        The labels that modality dropout leaves: of rows that have lost their text, none for words. The mean of the loss
+        is still that over all labels of the step, so it falls by the share that has been taken away.
 
         Args:
             kept: "text" or modality -> (batch,) bool, whether the row has it.

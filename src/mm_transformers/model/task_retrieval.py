@@ -123,7 +123,8 @@ class RetrievalHead(nn.Module):
         self.modality, self.temperature = modality, temperature
         self.text_projection = nn.Linear(text_size, embedding_size, bias=False)
         self.item_projection = nn.Linear(item_size, embedding_size, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature), dtype=torch.float32))
+        # Not 0-dim, which FSDP cannot share out.
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / temperature)], dtype=torch.float32))
 
     def init_own_parameters(self, std: float):
         init.constant_(self.logit_scale, math.log(1 / self.temperature))

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from .sharding import share_out_again
 from .task_gradients import TaskGradientsCallback
 from .weighting import StepSignals, WeightedTasks, build_weighting
 
@@ -129,8 +130,10 @@ class TaskBalancing(TrainerCallback):
         if self.signals is None or self.trainer.accelerator.optimizer_step_was_skipped:
             return
         if self.weighting.needs_losses_after:
-            with torch.no_grad(), _forked_rng(args.device, self.rng_state):
-                after = torch.stack([self._forward(batch) for batch in self.batches]).sum(0)
+            with _forked_rng(args.device, self.rng_state):
+                after = torch.stack([self._losses_only(batch) for batch in self.batches]).sum(0)
+            if self.trainer.is_fsdp_enabled:
+                share_out_again(self.model)
             self.signals = self.signals._replace(losses_after=self._reduce(after).float().cpu())
         if not self.weighting.merges_gradients:
             self.weighting.update(self.signals)
@@ -147,12 +150,21 @@ class TaskBalancing(TrainerCallback):
             outputs = self.model(**trainer._prepare_inputs(batch), num_items_in_batch=self.divisors)
         return torch.stack([outputs.losses[name] for name in self.tasks])
 
+    def _losses_only(self, batch: dict[str, Any]) -> torch.Tensor:
+        # Where rows are compared with those of other processes, which only training does, gradients must be on.
+        compares = any(task.compares_rows for task in self.tasks.values())
+        with torch.set_grad_enabled(compares), self.trainer.accelerator.no_sync(self.model):
+            return self._forward(batch).detach()
+
     def _look_ahead(self) -> None:
         """The signals of a step of several micro-batches, before it; the real pass then draws the same dropout."""
         with _forked_rng(self.trainer.args.device):
             for batch in self.batches:
-                with torch.set_grad_enabled(self._needs_gradients), self.trainer.accelerator.no_sync(self.model):
-                    self._collect(self._forward(batch))
+                if self._needs_gradients:
+                    with self.trainer.accelerator.no_sync(self.model):
+                        self._collect(self._forward(batch))
+                else:
+                    self._collect(self._losses_only(batch))
         self.weights = self.weighting.weights(self._take_signals())
 
     # Signals
@@ -173,11 +185,12 @@ class TaskBalancing(TrainerCallback):
         losses = self._reduce(self.losses.to(self.trainer.args.device)).cpu()
         gradients = None
         if self.gradients is not None:
-            # Where a loss scale was too large, the optimiser skips this step, and so does the weighting.
+            # Where a loss scale was too large, the optimiser skips this step, and the weighting does not learn from it.
             gradients = self._reduce(self.gradients).nan_to_num(0.0, 0.0, 0.0)
             self.gradients = None
             self._show((gradients @ gradients.T).double().cpu())
-        self.signals = StepSignals(losses, self.labelled, gradients)
+        # A task that does not count must not take part in how the others are balanced.
+        self.signals = StepSignals(losses, self.labelled & (self.loss_weights > 0), gradients)
         return self.signals
 
     def _show(self, products: torch.Tensor) -> None:
@@ -240,11 +253,14 @@ class TaskBalancing(TrainerCallback):
             parameter.grad.add_(gradient.view_as(parameter))
 
     def _own_and_shared(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The parameters that are trained: those of task layers, and all others."""
+        """The parameters that are trained: those of one task alone, and all others."""
         fused = self.trainer.fused_model
-        own = [p for p in fused.heads.parameters() if p.requires_grad]
-        ids = {id(p) for p in own}
-        return own, [p for p in fused.parameters() if p.requires_grad and id(p) not in ids]
+        ids = {id(p) for p in fused.heads.parameters()}
+        if sum(task.needs_decoder for task in self.tasks.values()) == 1:
+            encoder = {id(p) for p in fused.model.text_encoder.parameters()}  # may share its embeddings
+            ids |= {id(p) for p in fused.model.text_model.parameters()} - encoder
+        trained = [p for p in fused.parameters() if p.requires_grad]
+        return [p for p in trained if id(p) in ids], [p for p in trained if id(p) not in ids]
 
     def logs(self) -> dict[str, float]:
         """The weight of each task in the last step, and what was seen of the gradients."""

@@ -41,15 +41,17 @@ class ResumableTrainer(Trainer):
     - a checkpoint is written aside and renamed; old ones are renamed before they are deleted, and only after the new
       one is in its place;
     - `train(resume_from_checkpoint=True)` takes the newest complete checkpoint; without any it starts from scratch;
-    - losses that were not yet logged, their mean over the training and the patience of early stopping are restored;
+    - losses that were not yet logged, their mean over the training, the numbers of labels and the patience of early
+      stopping are restored;
     - a checkpoint due at the last step of an epoch is written after what else happens at its end, which a resumed
       training would leave out;
     - a training that had reached its end takes no further step when it is resumed.
     """
 
-    # Sums since the last log, by task; see [`MMTrainer`].
+    # By task: sums since the last log, and the number of labels since the beginning; see [`MMTrainer`].
     _losses: dict[str, torch.Tensor]
     _num_steps: dict[str, torch.Tensor]
+    _num_labels: dict[str, torch.Tensor]
     control: TrainerControl
     _is_saving = False
     _to_restore: Optional[str] = None
@@ -215,6 +217,7 @@ class ResumableTrainer(Trainer):
             "loss": self._tr_loss.detach(),
             **{f"losses/{name}": loss for name, loss in self._losses.items()},
             **{f"num_steps/{name}": steps for name, steps in self._num_steps.items()},
+            **{f"num_labels/{name}": count for name, count in self._num_labels.items()},
         }
         # Of each process its own, since only their means are logged.
         gathered = self.accelerator.gather({name: loss.reshape(1) for name, loss in losses.items()})
@@ -237,8 +240,10 @@ class ResumableTrainer(Trainer):
             is_own = len(values) == self.args.world_size
             losses[name] = (values[self.args.process_index] if is_own else values.mean()).to(self.args.device)
         self._tr_loss = losses.pop("loss")
-        self._losses = {name.split("/", 1)[1]: x for name, x in losses.items() if name.startswith("losses/")}
-        self._num_steps = {name.split("/", 1)[1]: x for name, x in losses.items() if name.startswith("num_steps/")}
+        self._losses, self._num_steps, self._num_labels = (
+            {name.removeprefix(part): x for name, x in losses.items() if name.startswith(part)}
+            for part in ("losses/", "num_steps/", "num_labels/")
+        )
         self._globalstep_last_logged = int(metadata["last_logged_step"])
         self._total_loss_scalar = float(metadata["total_loss"])
         self._knows_all_losses = True

@@ -31,3 +31,15 @@ def gather_for_method(model: Any, name: str) -> None:
 
     if name not in vars(model):
         register_fsdp_forward_method(model, name)
+
+
+def share_out_again(model: Any) -> None:
+    """
+    After a forward pass without a backward pass, FSDP leaves weights together. Then the gradients of the weights that
+    are shared out are out of the reach of `zero_grad`.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,5 +1,6 @@
 """The Trainer of transformers, for models with several tasks and batches with any number of images."""
 
+import itertools
 from typing import Any, Optional
 
 import torch
@@ -15,7 +16,7 @@ from ..data.sources import rows_of
 from ..model.regularization import penalties, take_starting_point
 from .balancing import TaskBalancing
 from .checks import check_adapters, check_arguments, check_columns, check_lengths
-from .counts import TrainingCounts
+from .counts import RowCounts
 from .learning_rates import never_decays, set_learning_rates
 from .metrics import MultiTaskMetrics
 from .resuming import ResumableTrainer
@@ -151,7 +152,8 @@ class MMTrainer(ResumableTrainer):
         self._rows_per_epoch: Optional[int] = None
         self._forget_losses()
         names = list(train_dataset.sources) if isinstance(train_dataset, DataMixture) else []
-        self._counts = TrainingCounts(list(self.fused_model.tasks), names)
+        self._counts = RowCounts(names)
+        self._num_labels = {}
 
     @property
     def fused_model(self) -> Any:
@@ -193,8 +195,16 @@ class MMTrainer(ResumableTrainer):
 
     # Loss
 
-    def get_batch_samples(self, *args, **kwargs):
-        batches, divisors = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if 0 < len(batches) < num_batches:
+            # Their gradients would wait, unweighted by the labels of what follows, for the next step.
+            logger.warning_once(
+                f"The stream ended with {len(batches)} of the {num_batches} batches of an optimiser step; such a rest "
+                "is left out, since what a step is made of must be known before it."
+            )
+            batches = []
+        divisors = self._get_num_items_in_batch(batches, device)
         if self._balancing is not None:
             self._balancing.start_step(batches, divisors)
         return batches, divisors
@@ -219,8 +229,9 @@ class MMTrainer(ResumableTrainer):
                     counts[i] += task.num_labelled(batch["labels"][name]).to(device)
         # Gradients are averaged over processes, so each divides by its share of the labels of all.
         counts = self.accelerator.reduce(counts, reduction="mean")
-        self._counts.add_labels(counts)
         divisors = dict(zip(tasks, counts, strict=True))
+        for name, count in divisors.items():
+            self._num_labels[name] = self._num_labels.get(name, 0) + count
         divisors["regularization"] = torch.tensor(float(max(len(batch_samples), 1)), device=device)
         return divisors
 
@@ -229,7 +240,11 @@ class MMTrainer(ResumableTrainer):
         Under several processes the last batches of an epoch are filled up with its first rows, so that all processes
         have as many; these must not count twice.
         """
-        size = self.args.train_batch_size
+        if self.args.dataloader_drop_last:
+            return
+        size = self._train_batch_size  # the one that has been found, with `auto_find_batch_size`
+        if self.accelerator.split_batches:
+            size //= self.args.world_size
         num_left = (self._rows_per_epoch or 0) % (size * self.args.world_size)
         if self.args.world_size > 1 and num_left > 0:
             num_own = min(max(num_left - size * self.args.process_index, 0), size)
@@ -292,6 +307,7 @@ class MMTrainer(ResumableTrainer):
             )
         self._has_trained = True
         self._forget_losses()
+        self._num_labels = {}
         self._counts.reset()
         if self.feature_cache is not None and self.args.eval_strategy != "no":
             # What cannot be stored is told before hours are spent, not after the first epoch.
@@ -299,7 +315,11 @@ class MMTrainer(ResumableTrainer):
             for dataset in evaluated.values():
                 self._store_features(rows_of(dataset, self.data_collator)[0])
         output = super().train(*args, **kwargs)
-        self._counts.warn_of_unlabelled()
+        for name, count in self._num_labels.items():
+            if count == 0:
+                logger.warning(
+                    f"No row that was trained on had a label of task {name!r}, so its head has learned nothing."
+                )
         self._report_bad_files()
         return output
 

@@ -10,6 +10,9 @@ import torch
 
 WEIGHTINGS: dict[str, type["TaskWeighting"]] = {}
 
+# A task whose loss is less has nothing left to learn; its logarithm, or its share of another, would be without bounds.
+SMALLEST_LOSS = 1e-8
+
 
 class WeightedTasks(NamedTuple):
     """
@@ -30,7 +33,7 @@ class StepSignals(NamedTuple):
 
     Args:
         losses (num_tasks,) float32: the mean loss of each task, without its `loss_weight`; 0 where nothing is labelled.
-        labelled (num_tasks,) bool: which tasks have a label in this step.
+        labelled (num_tasks,) bool: which tasks have a label in this step, and count (their `loss_weight` is not 0).
         gradients (num_tasks, num_parameters) float32: the gradients of `losses` at the probe block; only where
             `needs_gradients`. They alone are on the device of the model.
         losses_after (num_tasks,) float32: the losses of the same batches after the step; only where
@@ -41,6 +44,11 @@ class StepSignals(NamedTuple):
     labelled: torch.Tensor
     gradients: Optional[torch.Tensor] = None
     losses_after: Optional[torch.Tensor] = None
+
+    @property
+    def can_improve(self) -> torch.Tensor:
+        """(num_tasks,) bool: which labelled tasks have a loss whose logarithm is a number."""
+        return self.labelled & (self.losses > SMALLEST_LOSS)
 
 
 class TaskWeighting:

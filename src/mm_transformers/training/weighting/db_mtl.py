@@ -4,7 +4,7 @@ from typing import ClassVar, Optional
 
 import torch
 
-from .base import StepSignals, TaskWeighting, WeightedTasks, check_option, register_weighting
+from .base import SMALLEST_LOSS, StepSignals, TaskWeighting, WeightedTasks, check_option, register_weighting
 
 
 @register_weighting
@@ -35,19 +35,26 @@ class DBMTLWeighting(TaskWeighting):
 
     def weights(self, step: Optional[StepSignals]) -> torch.Tensor:
         assert step is not None  # it looks ahead
-        assert step.gradients is not None
-        labelled, losses = step.labelled, step.losses.clamp(min=1e-8)
-        gradients = step.gradients / losses[:, None].to(step.gradients.device)
-        if self.beta > 0:
-            average = torch.zeros_like(gradients) if self.average is None else self.average.to(gradients.device)
-            updated = self.beta * average + (1 - self.beta) * gradients
-            self.average = gradients = torch.where(labelled[:, None].to(gradients.device), updated, average)
-            self.num_steps = self.num_steps + labelled
+        average, num_steps = self._averaged(step)
         # From a start at 0, corrected as in Adam, since tasks may have been seen unequally often.
-        norms = gradients.norm(dim=1).cpu() / (1 - self.beta ** self.num_steps.clamp(min=1))
+        norms = average.norm(dim=1).cpu() / (1 - self.beta ** num_steps.clamp(min=1))
         # A task without a gradient there, since its rows bypass the layer, is left to its own scale.
         scales = torch.where(norms > 0, norms.max() / norms, 1.0)
-        return torch.where(labelled, scales / losses, 0.0)
+        return torch.where(step.can_improve, scales / step.losses.clamp(min=SMALLEST_LOSS), 0.0)
+
+    def update(self, step: StepSignals) -> None:
+        # Not in `weights`: the optimiser may skip a step, whose gradients are then not to be trusted.
+        if self.beta > 0:
+            self.average, self.num_steps = self._averaged(step)
+
+    def _averaged(self, step: StepSignals) -> tuple[torch.Tensor, torch.Tensor]:
+        """The averages with this step, (num_tasks, num_parameters), and in how many steps each task was seen."""
+        assert step.gradients is not None
+        seen = step.can_improve
+        gradients = step.gradients / step.losses.clamp(min=SMALLEST_LOSS)[:, None].to(step.gradients.device)
+        average = torch.zeros_like(gradients) if self.average is None else self.average.to(gradients.device)
+        updated = self.beta * average + (1 - self.beta) * gradients
+        return torch.where(seen[:, None].to(gradients.device), updated, average), self.num_steps + seen
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {} if self.average is None else {"average": self.average, "num_steps": self.num_steps}

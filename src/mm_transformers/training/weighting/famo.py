@@ -4,12 +4,8 @@ from typing import ClassVar, Optional
 
 import torch
 
-from .base import StepSignals, TaskWeighting, WeightedTasks, check_option, register_weighting
-from .uncertainty import adam_state, load_adam_state
-
-
-# Losses below this count as this: the logarithm of 0 is not a number.
-SMALLEST_LOSS = 1e-8
+from .base import SMALLEST_LOSS, StepSignals, TaskWeighting, WeightedTasks, check_option, register_weighting
+from .task_numbers import TaskNumbers
 
 
 @register_weighting
@@ -33,38 +29,33 @@ class FAMOWeighting(TaskWeighting):
 
     def __init__(self, tasks: WeightedTasks, *, learning_rate: float = 0.025, weight_decay: float = 0.01):
         super().__init__(tasks)
-        self.logits = torch.zeros(len(tasks.names), requires_grad=True)
-        self.optimizer = torch.optim.Adam(
-            [self.logits],
-            lr=check_option(self.kind, "learning_rate", learning_rate),
-            weight_decay=check_option(self.kind, "weight_decay", weight_decay),
+        self.logits = TaskNumbers(
+            0.0,
+            len(tasks.names),
+            check_option(self.kind, "learning_rate", learning_rate),
+            check_option(self.kind, "weight_decay", weight_decay),
         )
 
-    def _shares(self, labelled: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(self.logits.masked_fill(~labelled, -torch.inf), dim=0)
+    def _shares(self, seen: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.logits.values.masked_fill(~seen, -torch.inf), dim=0)
 
     def weights(self, step: Optional[StepSignals]) -> torch.Tensor:
         assert step is not None  # it looks ahead
-        if not step.labelled.any():
+        if not step.can_improve.any():
             return torch.ones_like(step.losses)
-        weights = self._shares(step.labelled).detach() / step.losses.clamp(min=SMALLEST_LOSS)
+        weights = self._shares(step.can_improve) / step.losses.clamp(min=SMALLEST_LOSS)
         return weights / weights.sum()
 
     def update(self, step: StepSignals) -> None:
         assert step.losses_after is not None
-        if not step.labelled.any():
-            return
-        before = self.logits.detach().clone()
-        gain = step.losses.clamp(min=SMALLEST_LOSS).log() - step.losses_after.clamp(min=SMALLEST_LOSS).log()
-        [self.logits.grad] = torch.autograd.grad((self._shares(step.labelled) * gain).sum(), self.logits)
-        self.optimizer.step()
-        with torch.no_grad():
-            self.logits.copy_(torch.where(step.labelled, self.logits, before))
+        seen = step.can_improve
+        if seen.any():
+            gain = step.losses.clamp(min=SMALLEST_LOSS).log() - step.losses_after.clamp(min=SMALLEST_LOSS).log()
+            shares = self._shares(seen)
+            self.logits.step(shares * (gain - (shares * gain).sum()), seen)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"logits": self.logits.detach(), **adam_state(self.optimizer)}
+        return self.logits.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            self.logits.copy_(state["logits"])
-        load_adam_state(self.optimizer, state)
+        self.logits.load_state_dict(state)

@@ -5,7 +5,7 @@ from typing import ClassVar, Optional
 import torch
 
 from .base import StepSignals, TaskWeighting, WeightedTasks, check_option, register_weighting
-from .uncertainty import adam_state, load_adam_state
+from .task_numbers import TaskNumbers
 
 
 @register_weighting
@@ -14,7 +14,8 @@ class GradNormWeighting(TaskWeighting):
     GradNorm (Chen et al. 2018, https://arxiv.org/abs/1711.02257): with `G_k = |w_k grad L_k|` at the probe block, the
     last layer that all tasks share, the weights follow the gradient of `sum_k |G_k - mean(G) * r_k^alpha|`, where `r_k`
     is the share of its first loss that task k still has, relative to the mean of the tasks; the target is held fixed.
-    Then they are scaled to sum to the number of tasks. Tasks without labels in a step are not updated.
+    Then they are scaled to sum to the number of tasks. Tasks without labels in a step, or whose gradient does not reach
+    the probe block, keep their weight.
 
     Args:
         alpha (`float`, *optional*, defaults to 1.5): How strongly slow tasks are helped.
@@ -27,38 +28,34 @@ class GradNormWeighting(TaskWeighting):
     def __init__(self, tasks: WeightedTasks, *, alpha: float = 1.5, learning_rate: float = 0.025):
         super().__init__(tasks)
         self.alpha = check_option(self.kind, "alpha", alpha)
-        self.task_weights = torch.ones(len(tasks.names), requires_grad=True)
-        self.first_losses = torch.full((len(tasks.names),), torch.nan)
         rate = check_option(self.kind, "learning_rate", learning_rate)
-        self.optimizer = torch.optim.Adam([self.task_weights], lr=rate)
+        self.task_weights = TaskNumbers(1.0, len(tasks.names), rate)
+        self.first_losses = torch.full((len(tasks.names),), torch.nan)
 
     def weights(self, step: Optional[StepSignals]) -> torch.Tensor:
-        return self.task_weights.detach().clone()
+        return self.task_weights.values
 
     def update(self, step: StepSignals) -> None:
         assert step.gradients is not None
-        seen, losses = step.labelled, step.losses.clamp(min=1e-8)
-        self.first_losses = torch.where(seen & self.first_losses.isnan(), losses, self.first_losses)
         norms = step.gradients.norm(dim=1).cpu()
-        if not (norms[seen] > 0).any():  # the rows of this step do not reach the probe block
+        seen = step.can_improve & (norms > 0)
+        if not seen.any():
             return
-        before = self.task_weights.detach().clone()
-        rates = losses[seen] / self.first_losses[seen]
-        scaled = self.task_weights[seen] * norms[seen]
-        target = (scaled.mean() * (rates / rates.mean()) ** self.alpha).detach()
-        [self.task_weights.grad] = torch.autograd.grad((scaled - target).abs().sum(), self.task_weights)
-        self.optimizer.step()
-        with torch.no_grad():
-            # A weight that Adam would take below 0 would turn the task around.
-            updated = torch.where(seen, self.task_weights.clamp(min=1e-3), before)
-            self.task_weights.copy_(updated * len(updated) / updated.sum())
+        self.first_losses = torch.where(seen & self.first_losses.isnan(), step.losses, self.first_losses)
+        before = self.task_weights.values
+        rates = step.losses[seen] / self.first_losses[seen]
+        scaled = before[seen] * norms[seen]
+        target = scaled.mean() * (rates / rates.mean()) ** self.alpha
+        gradients = torch.zeros_like(before)
+        gradients[seen] = (scaled - target).sign() * norms[seen]  # of sum |G_k - target|, the target held fixed
+        self.task_weights.step(gradients, seen)
+        # A weight that Adam would take below 0 would turn the task around.
+        after = self.task_weights.values.clamp(min=1e-3)
+        self.task_weights.values = torch.where(seen, after * before[seen].sum() / after[seen].sum(), before)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        state = {"weights": self.task_weights.detach(), "first_losses": self.first_losses}
-        return {**state, **adam_state(self.optimizer)}
+        return {**self.task_weights.state_dict(), "first_losses": self.first_losses}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            self.task_weights.copy_(state["weights"])
         self.first_losses = state["first_losses"].clone()
-        load_adam_state(self.optimizer, state)
+        self.task_weights.load_state_dict(state)

@@ -12,8 +12,9 @@ class PCGradWeighting(TaskWeighting):
     """
     PCGrad (Yu et al. 2020, https://arxiv.org/abs/2001.06782): where the gradients of two tasks point against each
     other, `g_i . g_j < 0`, the part of `g_i` along `g_j` is taken away, `g_i <- g_i - (g_i . g_j) / |g_j|^2 g_j`, for
-    all other tasks j in random order; the results are summed. For the parameters that tasks share; task layers keep
-    their gradients. With several processes, gradients are averaged over them first, and then projected.
+    all other tasks j in random order; the results are summed. For the parameters that tasks share; task layers, and the
+    decoder if one task alone writes, keep their gradients. With several processes, gradients are averaged over them
+    first, and then projected.
 
     It costs a backward pass and a copy of the gradients per task.
 

@@ -5,6 +5,7 @@ from typing import ClassVar, Optional
 import torch
 
 from .base import StepSignals, TaskWeighting, WeightedTasks, check_option, register_weighting
+from .task_numbers import TaskNumbers
 
 
 @register_weighting
@@ -27,37 +28,19 @@ class UncertaintyWeighting(TaskWeighting):
     def __init__(self, tasks: WeightedTasks, *, learning_rate: Optional[float] = None):
         super().__init__(tasks)
         rate = 10 * tasks.learning_rate if learning_rate is None else learning_rate
-        self.log_variances = torch.zeros(len(tasks.names), requires_grad=True)
+        rate = check_option(self.kind, "learning_rate", rate)
+        self.log_variances = TaskNumbers(0.0, len(tasks.names), rate)
         self.scales = torch.tensor(tasks.likelihood_scales)
-        self.optimizer = torch.optim.Adam([self.log_variances], lr=check_option(self.kind, "learning_rate", rate))
 
     def weights(self, step: Optional[StepSignals]) -> torch.Tensor:
-        return self.scales * torch.exp(-self.log_variances.detach())
+        return self.scales * torch.exp(-self.log_variances.values)
 
     def update(self, step: StepSignals) -> None:
-        before = self.log_variances.detach().clone()
-        self.log_variances.grad = 0.5 - self.weights(None) * step.losses
-        self.optimizer.step()
-        with torch.no_grad():
-            self.log_variances.clamp_(-5.0, 5.0)
-            self.log_variances.copy_(torch.where(step.labelled, self.log_variances, before))
+        self.log_variances.step(0.5 - self.weights(None) * step.losses, step.labelled)
+        self.log_variances.values = self.log_variances.values.clamp(-5.0, 5.0)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"log_variances": self.log_variances.detach(), **adam_state(self.optimizer)}
+        return self.log_variances.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            self.log_variances.copy_(state["log_variances"])
-        load_adam_state(self.optimizer, state)
-
-
-def adam_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What Adam remembers of its one parameter, as tensors."""
-    [parameter] = optimizer.param_groups[0]["params"]
-    return {f"adam_{name}": torch.as_tensor(value) for name, value in optimizer.state[parameter].items()}
-
-
-def load_adam_state(optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]) -> None:
-    [parameter] = optimizer.param_groups[0]["params"]
-    found = {name.removeprefix("adam_"): value.clone() for name, value in state.items() if name.startswith("adam_")}
-    optimizer.state[parameter].update(found)
+        self.log_variances.load_state_dict(state)

@@ -1,0 +1,54 @@
+"""One learned number per task."""
+
+import torch
+
+
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+class TaskNumbers:
+    """
+    A number for each task, each followed by an Adam (https://arxiv.org/abs/1412.6980) of its own: a step in which a
+    task has no labels leaves its number, its moments and its count of steps as they are. In one Adam over a vector,
+    the momentum of tasks that are seldom seen would fade without their having moved, and they would move too far.
+
+    Args:
+        start: what each number starts at.
+        num_tasks: how many there are.
+        learning_rate, weight_decay: of Adam.
+    """
+
+    def __init__(self, start: float, num_tasks: int, learning_rate: float, weight_decay: float = 0.0):
+        self._parameters = [torch.nn.Parameter(torch.tensor(start)) for _ in range(num_tasks)]
+        self._optimizer = torch.optim.Adam(self._parameters, lr=learning_rate, weight_decay=weight_decay)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """(num_tasks,) float32, a copy."""
+        return torch.stack([parameter.detach() for parameter in self._parameters])
+
+    @values.setter
+    def values(self, values: torch.Tensor) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.detach().copy_(value)
+
+    def step(self, gradients: torch.Tensor, seen: torch.Tensor) -> None:
+        """
+        Args:
+            gradients (num_tasks,) float32: by the numbers.
+            seen (num_tasks,) bool: the tasks that take the step.
+        """
+        for parameter, gradient, is_seen in zip(self._parameters, gradients, seen.tolist(), strict=True):
+            parameter.grad = gradient.clone() if is_seen else None
+        self._optimizer.step()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        states = [self._optimizer.state[parameter] for parameter in self._parameters]
+        zero = torch.zeros(())
+        moments = {f"adam_{name}": torch.stack([state.get(name, zero) for state in states]) for name in _ADAM}
+        return {"values": self.values, **moments}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.values = state["values"]
+        for i, parameter in enumerate(self._parameters):
+            self._optimizer.state[parameter].update({name: state[f"adam_{name}"][i].clone() for name in _ADAM})
