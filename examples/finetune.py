@@ -30,7 +30,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from mm_transformers import MMDataCollator, MMTrainer, MMTransformerForMultiTask, MMTransformerProcessor
-from mm_transformers.data.labels import complete_task, prepare_labels
+from mm_transformers.data.labels import check_labels, complete_task, prepare_labels
 from mm_transformers.data.loading import check_columns, first_rows, hold_out, load_files, load_named
 from mm_transformers.model.tasks import Task
 from mm_transformers.training.checkpoints import newest_complete_checkpoint
@@ -191,6 +191,7 @@ def main() -> None:
         data = prepare_labels(data, task_dicts, data_args.label_separator)
     # Before any row is put aside: a rare label may be in those rows only.
     tasks = [complete_task(task, data["train"]) for task in task_dicts]
+    check_labels(data, tasks, data_args.text_column)
     hold_out(data, data_args.validation_fraction)
     data["train"] = first_rows(data["train"], data_args.max_train_samples)
     data["validation"] = first_rows(data["validation"], data_args.max_eval_samples)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from mm_transformers import MMDataCollator, MMTransformerForMultiTask, MMTransformerProcessor
 from mm_transformers.cli import app
 from mm_transformers.data.embedded import load_demo_dataset
-from mm_transformers.training.prediction import stream_answers
+from mm_transformers.training.prediction import answer_columns, stream_answers
 
 
 def mm(*arguments, ok: bool = True) -> str:
@@ -275,6 +275,9 @@ def test_predict_names_what_cannot_be_read(trained, tmp_path):
         ("", ["--output", "a.csv"], "rows.csv has no rows"),
         ("text,id\na,1\nb,2,3\n", ["--output", "a.csv"], "cannot be read as CSV"),
         ("text\na\n\"\"\n", ["--output", "a.csv"], "row 1 has nothing in 'text'"),
+        ("text\na\n", ["--output", "rows.csv/a.csv"], "rows.csv is no folder"),
+        ("text\na\n", ["--output", "."], ". must end in one of"),
+        ("text,topic,topic_input\na,b,c\n", ["--output", "a.csv"], "columns 'topic', which is called like an answer"),
     ],
 )  # fmt: skip
 def test_predict_says_what_is_wrong(trained, tmp_path, monkeypatch, text, arguments, message):
@@ -282,6 +285,26 @@ def test_predict_says_what_is_wrong(trained, tmp_path, monkeypatch, text, argume
     Path("rows.csv").write_text(text)
     assert message in " ".join(mm("predict", trained / "out", "rows.csv", *arguments, ok=False).split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.csv"]
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("text,topic,stars\na,,\n", [], "has no label of any task (looked for in column 'topic', 'stars', 'tags')"),
+        ("text,topic\na,food\nb,fud\n", [], "row 1, column 'topic': task 'topic': label 'fud' is not one of"),
+        ("text,stars\na,1\nb,two\n", [], "row 1, column 'stars': task 'stars' expects a number"),
+        ("text,topic\na,food\n", ["--output", "."], ". is a folder"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(trained, tmp_path, monkeypatch, text, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text(text)
+    assert message in " ".join(mm("evaluate", trained / "out", "rows.csv", *arguments, ok=False).split())
+
+
+def test_answers_of_two_tasks_in_one_column_are_told():
+    with pytest.raises(ValueError, match="'topic_score' and of another task would both be in a column 'topic_score'"):
+        answer_columns({"topic": {"label": "a", "score": 1.0}, "topic_score": 2.0})
 
 
 def test_predict_needs_a_model_that_is_done(trained, tmp_path):

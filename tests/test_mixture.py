@@ -555,6 +555,13 @@ class TestStreams:
         with pytest.raises(ValueError, match="Data set 'b' has no row for part 1 of 1"):
             trainer.train()
 
+    def test_a_row_that_is_no_dict_is_told(self, tmp_path):
+        trainer = make_trainer(tmp_path, DataMixture({"a": TABLE, "b": ["a text"]}, {"a": 1, "b": 9}))
+        with pytest.raises(
+            ValueError, match="Row 0 of data set 'b' must be a dict from column to cell, but is of type str"
+        ):
+            trainer.train()
+
     def test_max_steps_is_needed(self, tmp_path):
         data = DataMixture({"a": stream(numbered(0, 6))}, {"a": 1})
         with pytest.raises(ValueError, match="max_steps has to be specified"):

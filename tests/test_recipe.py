@@ -94,6 +94,8 @@ def test_a_key_that_is_there_twice_is_told(tmp_path):
         (["data.dataset_name=x"], "either data.train, a file, or data.dataset_name"),
         (["data.train=null", "data.dataset_name=x"], "data.validation goes with data.train"),
         (["data.validation_fraction=1.5"], "data.validation_fraction must lie between 0 and 1, but is 1.5"),
+        (["data.max_eval_samples=-1"], "data.max_eval_samples must be at least 1, but is -1"),
+        (["data.max_length=0"], "data.max_length must be at least 1, but is 0"),
         (["training.seed"], "'training.seed' must read section.key=value"),
         (["training.seed=[1"], "The value of training.seed cannot be read as YAML"),
     ],

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import TrainingArguments
@@ -15,12 +16,13 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from ..data.collator import MMDataCollator
-from ..data.files import write_atomically
-from ..data.labels import prepare_labels
+from ..data.files import check_writable, write_atomically
+from ..data.labels import check_labels, prepare_labels
 from ..data.loading import absolute_paths, load_files
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
+from ..model.task_base import is_missing
 from ..training.from_recipe import newest_checkpoint
 from ..training.prediction import answer_columns, check_tasks, stream_answers
 from ..training.recipe import RECIPE_NAME, ColumnsSection, DataSection
@@ -70,6 +72,8 @@ def run_evaluation(model_name: str, file: Path, output: Path | None, batch_size:
     Raises:
         ValueError, OSError: one sentence.
     """
+    if output is not None:
+        check_writable(output)
     columns, data = reading.options(model_name)
     model, collator = _load(model_name, columns, data)
     with tempfile.TemporaryDirectory() as folder:
@@ -81,6 +85,8 @@ def run_evaluation(model_name: str, file: Path, output: Path | None, batch_size:
             tasks = [task.to_dict() for task in model.tasks.values()]
             rows = prepare_labels(splits, tasks, data.label_separator)["test"]
         _check_columns(rows.column_names, collator, columns, reading, file)
+        check_labels({file.name: rows}, model.tasks.values(), columns.text)
+        _check_labelled(rows, collator, file)
         trainer = MMTrainer(model, args, data_collator=collator, eval_dataset=rows)
         metrics = {**trainer.evaluate(), "eval_samples": len(rows)}
         if args.should_save:
@@ -106,6 +112,7 @@ def run_prediction(
         ValueError, OSError: one sentence.
     """
     suffix = check_suffix(output)
+    check_writable(output)
     if output.exists() and file.exists() and output.samefile(file):
         raise ValueError(f"The answers would overwrite the rows: {output} is the input.")
     rows = TableRows(file)
@@ -168,6 +175,26 @@ def _check_columns(
         )
 
 
+def _check_labelled(rows: datasets.Dataset, collator: MMDataCollator, file: Path) -> None:
+    """
+    Raises:
+        ValueError: if there is nothing to measure.
+    """
+    wanted = [task for task in collator.tasks.values() if task.default_cell is None]
+    labelled = [
+        task for task in wanted if task.column in rows.column_names and not all(map(is_missing, rows[task.column]))
+    ]
+    if not labelled and len(wanted) == len(collator.tasks):
+        columns = ", ".join(repr(task.column) for task in wanted)
+        raise ValueError(
+            f"{file} has no label of any task (looked for in column {columns}), so there is nothing to measure; what "
+            "the model answers, mm-transformers predict tells."
+        )
+    for task in wanted:
+        if task not in labelled and task.column in rows.column_names:
+            logger.warning(f"{file} has no label of task {task.name!r}: column {task.column!r} is empty.")
+
+
 def _with_absolute_paths(names: tuple[str, ...], root: str, row: dict[str, Any]) -> dict[str, Any]:
     return {**row, **{name: absolute_paths(row[name], root) for name in names if name in row}}
 
@@ -186,8 +213,12 @@ def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str,
             if writer is None:
                 # What the input says stays beside the answer, under another name.
                 names = {name: f"{name}_input" if name in rows[0][1] else name for name in types}
-                if len({*names.values(), *rows[0][1]}) < len(names) + len(rows[0][1]):
-                    raise ValueError("Two columns of the output would be called alike; rename those of the input.")
+                twice = next((name for name in names if f"{name}_input" in types and names[name] != name), None)
+                if twice is not None:
+                    raise ValueError(
+                        f"its columns {twice!r}, which is called like an answer, and '{twice}_input' would both be in "
+                        f"a column '{twice}_input' of the output; rename one."
+                    )
                 writer = table_writer(file, suffix, {names[name]: kind for name, kind in types.items()})
             writer.write([{names[n]: cell for n, cell in kept.items()} | answers for kept, answers in rows])
             num_rows += len(rows)

@@ -64,6 +64,9 @@ class MMDataCollator:
     ):
         if on_bad_file not in ("raise", "drop"):
             raise ValueError(f"on_bad_file must be 'raise' or 'drop', but is {on_bad_file!r}.")
+        for name, number in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, but is {number}.")
         check_tokenizer(processor.tokenizer, config)
         if config.frame_embedding == "learned" and processor.num_frames > config.num_frames:
             raise ValueError(

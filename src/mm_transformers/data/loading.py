@@ -1,17 +1,19 @@
 """Files and data sets of the Hub become splits of rows."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
+from .tables import SUFFIXES, TableRows
+
 
 logger = logging.get_logger(__name__)
 
-LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLITS = ("train", "validation", "test")
 TEXT_TYPES = (datasets.Value("string"), datasets.Value("large_string"))
 
@@ -24,7 +26,7 @@ def load_files(
     option: str = "{split}",
 ) -> datasets.DatasetDict:
     """
-    The rows of CSV, JSON lines or Parquet files.
+    The rows of CSV, JSON lines or Parquet files. Cells of CSV are texts; see [`prepare_labels`].
 
     Args:
         files: split -> path.
@@ -34,27 +36,49 @@ def load_files(
         option: how messages call what named the file of a split.
 
     Raises:
-        ValueError: if a file does not exist, or is of another kind.
+        ValueError: if a file does not exist, is of another kind, has no rows, or cannot be read.
     """
     data = datasets.DatasetDict()
     for split, path in files.items():
         named = f"{option.format(split=split)} {path}"
-        loader = LOADERS.get(Path(path).suffix)
-        if loader is None:
-            raise ValueError(f"{named} must end in one of {', '.join(LOADERS)}.")
+        if Path(path).suffix not in SUFFIXES:
+            raise ValueError(f"{named} must end in one of {', '.join(SUFFIXES)}.")
         if not Path(path).is_file():
             raise ValueError(f"{named} does not exist.")
-        # Only an empty cell is a missing label: "None", "null" and "NA" may well be labels.
-        options = {"keep_default_na": False, "na_values": [""]} if loader == "csv" else {}
         try:
-            rows = datasets.load_dataset(loader, data_files={split: path}, split=split, cache_dir=cache_dir, **options)
+            rows = _read(path, split, cache_dir)
+        except ValueError as error:
+            raise ValueError(f"{option.format(split=split)}: {error}") from error
         except DatasetGenerationError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise ValueError(f"{named} cannot be read as {loader}: {reason}") from error
+            raise ValueError(f"{named} cannot be read: {reason}") from error
         for column in media_columns:
             rows = with_root(rows, column, root or str(Path(path).parent))
         data[split] = rows
     return data
+
+
+def _read(path: str, split: str, cache_dir: str | None) -> datasets.Dataset:
+    table = TableRows(Path(path))
+    if table.path.suffix == ".parquet":  # may say more of its columns than their types, as that they are images
+        return datasets.load_dataset("parquet", data_files={split: path}, split=split, cache_dir=cache_dir)
+    # The loaders of `datasets` guess types from the first rows of each part of a file, which later rows may belie.
+    stat = table.path.stat()
+    return datasets.Dataset.from_generator(
+        _rows_of,
+        features=datasets.Features.from_arrow_schema(table.schema),
+        cache_dir=cache_dir,
+        gen_kwargs={"table": table, "version": (os.path.abspath(path), stat.st_mtime_ns, stat.st_size)},
+        split=datasets.NamedSplit(split),
+    )
+
+
+def _rows_of(table: TableRows, version: Any) -> Iterator[dict[str, Any]]:
+    """
+    Args:
+        version: of the file; `datasets` reads it anew when this changes.
+    """
+    yield from table
 
 
 def load_named(name: str, config_name: str | None = None, cache_dir: str | None = None) -> datasets.DatasetDict:
@@ -101,6 +125,12 @@ def hold_out(data: datasets.DatasetDict, fraction: float) -> None:
 
 
 def first_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
+    """
+    Raises:
+        ValueError: if the count is less than 1.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"A number of rows must be at least 1, but is {count}.")
     return rows if count is None else rows.select(range(min(count, len(rows))))
 
 

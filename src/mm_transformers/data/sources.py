@@ -230,6 +230,10 @@ class StreamOfSource(IterableDataset):
 
 
 def _view(row: Mapping[str, Any], source: RowSource, number: Optional[int] = None) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        which = "A row" if number is None else f"Row {number:,}"
+        where = "" if source.name is None else f" of data set {source.name!r}"
+        raise ValueError(f"{which}{where} must be a dict from column to cell, but is of type {type(row).__name__}.")
     view = dict(row)
     if source.columns:
         renamed = set(source.columns.values())

@@ -4,13 +4,12 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from datetime import date, time
+from datetime import date, time, timedelta
 from decimal import Decimal
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import IO, Any
 
-import pandas
 import pyarrow
 import pyarrow.parquet
 
@@ -34,8 +33,8 @@ class TableRows:
     """
     The rows of a file, as dicts that all have the columns of `schema`; read anew by each iteration, a part at a time.
 
-    Cells of CSV are texts as they are written, so that 007 stays 007; an empty one is `None`. Of JSON lines the whole
-    file is read once beforehand, to know its columns.
+    Cells of CSV are texts as they are written, so that 007 stays 007; an empty one is `None`. CSV and JSON lines are
+    read once beforehand, to know their columns and to find what cannot be read.
 
     Args:
         path: CSV, JSON lines or Parquet; a .json file may also hold one list of objects, which is read at once.
@@ -55,8 +54,11 @@ class TableRows:
             raise ValueError(f"{path} has no rows.")
         if suffix == ".parquet":
             self.schema = pyarrow.parquet.read_schema(path)
+            self._check_names(self.schema.names)
         elif suffix == ".csv":
             self.schema = pyarrow.schema([(name, pyarrow.string()) for name in first])
+            for _ in self._read():  # what is wrong in the last row is told before hours are spent on the others
+                pass
         else:
             self.schema = self._find_schema()
 
@@ -70,35 +72,49 @@ class TableRows:
         return {name: kind for name, kind in types.items() if kind is not None}
 
     def _find_schema(self) -> pyarrow.Schema:
-        schema, rows = pyarrow.schema([]), self._read_json()
-        try:
-            while chunk := list(islice(rows, CHUNK_SIZE)):
-                names = dict.fromkeys(name for row in chunk for name in row)
-                columns = {name: pyarrow.array([row.get(name) for row in chunk]) for name in names}
-                new = pyarrow.schema([(name, column.type) for name, column in columns.items()])
-                schema = pyarrow.unify_schemas([schema, new], promote_options="permissive")
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError) as error:
-            raise ValueError(f"{self.path} is no table: a column holds values of several types ({error}).") from error
-        return schema
+        types: dict[str, pyarrow.DataType] = {}
+        rows = self._read_json()
+        while chunk := list(islice(rows, CHUNK_SIZE)):
+            for name in dict.fromkeys(name for row in chunk for name in row):
+                try:
+                    found = pyarrow.array([row.get(name) for row in chunk]).type
+                    fields = [pyarrow.schema([(name, kind)]) for kind in (types.get(name, found), found)]
+                    types[name] = pyarrow.unify_schemas(fields, promote_options="permissive").field(0).type
+                except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
+                    raise ValueError(
+                        f"{self.path} is no table: column {name!r} holds values of several types, or what no table can "
+                        f"hold ({error})."
+                    ) from error
+        return pyarrow.schema(types)
 
     def _read_csv(self) -> Iterator[dict[str, Any]]:
-        options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""], "index_col": False}
+        csv.field_size_limit(2**31 - 1)  # long texts are no error
         try:
-            with pandas.read_csv(self.path, chunksize=CHUNK_SIZE, encoding="utf-8-sig", **options) as chunks:
-                for chunk in chunks:
-                    for row in chunk.astype(object).where(chunk.notna(), None).to_dict("records"):
-                        yield {str(name): cell for name, cell in row.items()}
-        except pandas.errors.EmptyDataError:
-            return
-        except (pandas.errors.ParserError, UnicodeDecodeError) as error:
+            with self.path.open(encoding="utf-8-sig", newline="") as file:
+                lines = (cells for cells in csv.reader(file) if cells)
+                names = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(next(lines, []))]
+                self._check_names(names)
+                for number, cells in enumerate(lines):
+                    if any(cells[len(names) :]):
+                        raise ValueError(
+                            f"{self.path} cannot be read as CSV: row {number:,} has {len(cells)} cells, but there are "
+                            f"{len(names)} columns (a text with a comma must be in quotes)."
+                        )
+                    yield {name: cell or None for name, cell in zip_longest(names, cells[: len(names)])}
+        except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{self.path} cannot be read as CSV: {str(error).strip()}.") from error
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+        if twice is not None:
+            raise ValueError(f"{self.path} has two columns {twice!r}: rename one.")
 
     def _read_parquet(self) -> Iterator[dict[str, Any]]:
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 for batch in file.iter_batches(CHUNK_SIZE):
                     yield from batch.to_pylist()
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} cannot be read as Parquet: {error}.") from error
 
     def _read_json(self) -> Iterator[dict[str, Any]]:
@@ -109,7 +125,7 @@ class TableRows:
                     raise ValueError(f"{self.path}: row {number:,} must be a JSON object, but is {str(row)[:50]!r}.")
                 yield row
                 number += 1
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{self.path}: row {number:,} cannot be read as JSON ({error}).") from error
 
     def _json_values(self) -> Iterator[Any]:
@@ -119,9 +135,14 @@ class TableRows:
                 start = file.read(1)
             file.seek(0)
             if start == "[":
-                yield from json.load(file)
+                yield from json.load(file, parse_constant=_constant)
             else:
-                yield from (json.loads(line) for line in file if line.strip())
+                yield from (json.loads(line, parse_constant=_constant) for line in file if line.strip())
+
+
+def _constant(name: str) -> float | None:
+    """What JSON has no word for, but Python writes: NaN is an empty cell."""
+    return None if name == "NaN" else float(name)
 
 
 def plain_cells(names: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +151,7 @@ def plain_cells(names: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:
     for name, cell in cells.items():
         if isinstance(cell, dict):
             cells[name] = cell.get("path")
-        elif isinstance(cell, (date, time, Decimal)):
+        elif isinstance(cell, (date, time, timedelta, Decimal)):
             cells[name] = str(cell)
     return cells
 

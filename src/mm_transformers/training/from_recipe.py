@@ -10,7 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.collator import MMDataCollator
-from ..data.labels import complete_task, prepare_labels
+from ..data.labels import check_labels, complete_task, prepare_labels
 from ..data.loading import check_columns, first_rows, hold_out, load_files, load_named
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import HUB_KWARGS
@@ -62,6 +62,7 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
         splits = prepare_labels(splits, recipe.tasks, data.label_separator)
     # Before any row is put aside: a rare label may be in those rows only.
     tasks = [complete_task(task, splits["train"]) for task in recipe.tasks]
+    check_labels(splits, tasks, columns.text)
     if data.validation_fraction is not None:
         hold_out(splits, data.validation_fraction)
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_eval_samples}

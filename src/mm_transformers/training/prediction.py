@@ -123,6 +123,9 @@ def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:
     """
     The answers of a row as columns: under the name of the task what it says first (a label, a number, a text), and the
     rest behind its name, as in `topic_score`. Of a list, as tasks that label words give it, each is a list.
+
+    Raises:
+        ValueError: if two tasks would have a column alike, as tasks `topic` and `topic_score` do.
     """
     columns: dict[str, Any] = {}
     for name, answer in answers.items():
@@ -132,7 +135,13 @@ def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(answer, dict):
             answer = {"": answer}
         for i, (key, value) in enumerate(answer.items()):
-            columns[name if i == 0 else f"{name}_{key}"] = value
+            column = name if i == 0 else f"{name}_{key}"
+            if column in columns:
+                raise ValueError(
+                    f"The answers of task {name!r} and of another task would both be in a column {column!r}; choose "
+                    "the tasks to answer, one of the two at a time."
+                )
+            columns[column] = value
     return columns
 
 

@@ -158,6 +158,9 @@ class Recipe:
             raise ValueError(f"data.{other} goes with data.train; a data set that data.dataset_name names has its own.")
         if data.validation_fraction is not None and not 0 < data.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction must lie between 0 and 1, but is {data.validation_fraction}.")
+        for name in ("max_train_samples", "max_eval_samples", "sampling_rate", "max_length", "pad_to_multiple_of"):
+            if (number := getattr(data, name)) is not None and number < 1:
+                raise ValueError(f"data.{name} must be at least 1, but is {number}.")
         return cls(data, columns, model, tasks, training)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,226 @@
+"""Rows of files, and labels as files store them."""
+
+import csv
+import json
+import os
+import re
+
+import datasets
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mm_transformers.data.files import check_writable, write_atomically
+from mm_transformers.data.labels import check_labels, infer_labels, prepare_labels
+from mm_transformers.data.loading import first_rows, load_files
+from mm_transformers.data.tables import TableRows
+from mm_transformers.model.tasks import TASK_KINDS, task_from_dict
+
+
+CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=8)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tables")
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.lists(CELLS, min_size=2, max_size=2), min_size=1, max_size=6))
+def test_cells_of_csv_are_the_texts_that_were_written(folder, rows):
+    path = folder / "rows.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows([["text", "topic"], *rows])
+    expected = [{"text": text or None, "topic": topic or None} for text, topic in rows]
+    assert list(TableRows(path)) == expected
+    data = load_files({"train": str(path)}, (), cache_dir=str(folder / "cache"))["train"]
+    assert data.to_list() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("\ufefftext,n\na,007\n", [{"text": "a", "n": "007"}]),
+        ("text,n\na\n\nb,1,\n", [{"text": "a", "n": None}, {"text": "b", "n": "1"}]),
+        (",text\n0,a\n", [{"Unnamed: 0": "0", "text": "a"}]),
+        ('text,n\r\n"a\nb",NA\r\n', [{"text": "a\nb", "n": "NA"}]),
+        ("text\n" + "a" * 200_000 + "\n", [{"text": "a" * 200_000}]),
+    ],
+)
+def test_csv_as_it_comes(tmp_path, text, rows):
+    (tmp_path / "rows.csv").write_text(text, encoding="utf-8", newline="")
+    assert list(TableRows(tmp_path / "rows.csv")) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", "text,topic\na,b\nI like it, really,b\n", "row 1 has 3 cells, but there are 2 columns"),
+        ("rows.csv", "text,topic,text\na,b,c\n", "has two columns 'text': rename one"),
+        ("rows.csv", b"text\n\xff\xfe\n", "cannot be read as CSV"),
+        ("rows.csv", "text,topic\n", "has no rows"),
+        ("rows.jsonl", '{"text": "a"}\n{"text": \n', "row 1 cannot be read as JSON"),
+        ("rows.jsonl", '{"text": "a"}\n["b"]\n', "row 1 must be a JSON object, but is \"['b']\""),
+        ("rows.jsonl", '{"n": 1, "m": 1}\n{"n": 1, "m": [2]}\n', "column 'm' holds values of several types"),
+        ("rows.jsonl", '{"n": 99999999999999999999999}\n', "column 'n' holds values of several types"),
+        ("rows.jsonl", '{"n": "\\ud800"}\n', "column 'n' holds values of several types, or what no table can"),
+        ("rows.jsonl", '{"n": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "row 0 cannot be read as JSON"),
+        ("rows.parquet", "PAR1 it is not", "cannot be read as Parquet"),
+    ],
+)  # fmt: skip
+def test_one_sentence_says_what_cannot_be_read(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for read in (TableRows, lambda path: load_files({"train": str(path)}, (), option="data.{split}")):
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            read(path)
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_what_comes_late_in_a_file_has_its_type(tmp_path):
+    """`datasets` guesses types by the first block of a file."""
+    rows = [{"n": 1, "tags": None, "word": "1"} for _ in range(40_000)]
+    rows += [{"n": 0.5, "tags": ["a"], "word": "x", "late": True}, {"n": float("nan")}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_files({"train": str(path)}, ())["train"]
+    assert data.features == datasets.Features(
+        n=datasets.Value("float64"), tags=datasets.List(datasets.Value("string")), word=datasets.Value("string"),
+        late=datasets.Value("bool"),
+    )  # fmt: skip
+    assert data[0] == {"n": 1.0, "tags": None, "word": "1", "late": None}
+    assert data[-2] == {"n": 0.5, "tags": ["a"], "word": "x", "late": True}
+    assert data[-1] == {"n": None, "tags": None, "word": None, "late": None}
+    path = tmp_path / "rows.csv"
+    path.write_text("topic\n" + "1\n" * 400_000 + "one\n")
+    assert load_files({"train": str(path)}, ())["train"][-1] == {"topic": "one"}
+
+
+def test_a_file_that_changes_is_read_anew(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text\na\n")
+    assert load_files({"train": str(path)}, ())["train"]["text"][:] == ["a"]
+    path.write_text("text\nb\n")  # as long, and perhaps within the same second
+    os.utime(path, ns=(0, 12345))
+    assert load_files({"train": str(path)}, ())["train"]["text"][:] == ["b"]
+
+
+def prepared(task: dict, train: list, validation: list) -> datasets.DatasetDict:
+    splits = {"train": train, "validation": validation}
+    data = datasets.DatasetDict({k: datasets.Dataset.from_dict({"topic": v}) for k, v in splits.items()})
+    return prepare_labels(data, [{"name": "topic", **task}], "|")
+
+
+@pytest.mark.parametrize(
+    ("task", "cells", "expected"),
+    [
+        ({"kind": "classification"}, ["a ", None, "b", ""], ["a", None, "b", None]),
+        ({"kind": "classification"}, ["0", "1.0", " "], [0, 1, None]),
+        ({"kind": "classification"}, ["007", "1", None], ["007", "1", None]),
+        ({"kind": "classification"}, ["1", "one", "NA"], ["1", "one", "NA"]),
+        ({"kind": "regression"}, ["1", " .5", "1e-3", None, "-2."], [1.0, 0.5, 0.001, None, -2.0]),
+        ({"kind": "matching"}, ["True", "0", "false", None], [True, False, False, None]),
+        ({"kind": "multi_label"}, ["a| b", None, ""], [["a", "b"], None, []]),
+        ({"kind": "token_classification"}, ["B-PER  O", None], [["B-PER", "O"], None]),
+    ],
+)
+def test_texts_become_what_the_task_takes(task, cells, expected):
+    data = prepared(task, cells, cells[:1])
+    assert data["train"]["topic"][:] == expected
+    assert [type(cell) for cell in data["train"]["topic"]] == [type(cell) for cell in expected]
+    assert data["validation"]["topic"][:] == expected[:1]
+
+
+def test_splits_are_read_alike():
+    assert prepared({"kind": "classification"}, ["a", "b"], ["1"])["validation"]["topic"][:] == ["1"]  # no id
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("regression", "expects a number"), ("matching", "expects true or false")]
+)
+def test_a_text_that_is_none_of_the_task_is_named(kind, expected):
+    with pytest.raises(ValueError, match=rf"^validation rows: row 2, column 'topic': task 'topic' {expected}.*'two'"):
+        prepared({"kind": kind}, ["1", "0"], ["1", None, "two"])
+
+
+def test_labels_that_a_task_does_not_know_are_found_in_all_splits():
+    task = task_from_dict({"name": "topic", "kind": "classification", "labels": ["a", "b"]})
+    data = {
+        "train": datasets.Dataset.from_dict({"text": ["x", "y"], "topic": ["a", "b"]}),
+        "test": datasets.Dataset.from_dict({"text": ["x", "y", "z"], "topic": ["a", None, "c"]}),
+    }
+    with pytest.raises(ValueError, match=r"^test rows: row 2, column 'topic': .*'c'"):
+        check_labels(data, [task], "text")
+    check_labels({"train": data["train"]}, [task], "text")
+    words = task_from_dict({"name": "tags", "kind": "token_classification", "labels": ["O", "B"]})
+    rows = datasets.Dataset.from_dict({"text": ["a b", "a b"], "tags": [["O", "B"], ["O"]]})
+    with pytest.raises(ValueError, match=r"^train rows: row 1, column 'tags'"):
+        check_labels({"train": rows}, [words], "text")
+
+
+@pytest.mark.parametrize(
+    ("cells", "labels"),
+    [(["b", None, "a"], ["a", "b"]), ([10, 9, -100, 2.0], ["2", "9", "10"]), ([["x"], [], ["y"]], ["x", "y"])],
+)
+def test_labels_are_inferred(cells, labels):
+    assert infer_labels(cells, "topic") == labels
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([0.5, 1.0], "numbers that are not whole: is its task a regression"),
+        (["0.5", "1"], "numbers that are not whole: is its task a regression"),
+        (["a", 1], "holds texts and numbers"),
+        ([{"a": 1}], "which is no label"),
+        ([None, -100], "has no label in the training rows"),
+    ],
+)
+def test_what_is_no_label_is_told(cells, message):
+    with pytest.raises(ValueError, match=message):
+        infer_labels(cells, "topic")
+
+
+def test_kinds_that_read_texts_are_all_kinds_of_tasks():
+    """A kind that is added must say what its cells are in a table of texts."""
+    known = {"classification", "regression", "multi_label", "token_classification", "matching", "retrieval"}
+    assert set(TASK_KINDS) - {"generation"} == known
+
+
+def test_numbers_of_rows_are_positive():
+    with pytest.raises(ValueError, match="at least 1, but is -3"):
+        first_rows(datasets.Dataset.from_dict({"text": ["a"]}), -3)
+
+
+def test_where_nothing_can_be_written_is_told_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "new" / "rows.csv")
+    assert not (tmp_path / "new").exists()
+    for path, message in [(tmp_path, "is a folder"), (tmp_path / "file" / "rows.csv", "is no folder")]:
+        with pytest.raises(ValueError, match=message):
+            check_writable(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+def test_a_full_disk_is_named_by_its_file(tmp_path):
+    def write():
+        with write_atomically(tmp_path / "rows.csv") as file, open("/dev/full", "wb", buffering=0) as full:
+            file.write(b"some")
+            full.write(b"more")
+
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/rows.csv'"):
+        write()
+    assert os.listdir(tmp_path) == []
+
+
+def test_parquet_of_nested_columns(tmp_path):
+    table = pyarrow.table({"text": ["a"], "scores": [[1, 2]]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert list(TableRows(tmp_path / "rows.parquet")) == [{"text": "a", "scores": [1, 2]}]
