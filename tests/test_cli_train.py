@@ -95,6 +95,9 @@ def test_train_goes_on_and_knows_when_it_is_done(trained, tmp_path):
     weights = load_file(out / "model.safetensors")
     stamp = (out / "model.safetensors").stat().st_mtime_ns
     assert "has been trained already, for 3 steps" in mm("train", recipe)
+    assert "another training" not in mm("train", recipe)
+    said = " ".join(mm("train", recipe, "training.learning_rate=0.1").split())
+    assert "for another training: training.learning_rate was 0.001 and is 0.1." in said
     assert (out / "model.safetensors").stat().st_mtime_ns == stamp
     # Stopped after the second step: it ends where it would have ended.
     shutil.rmtree(out / "checkpoint-3")
@@ -130,12 +133,33 @@ def test_train_goes_on_and_knows_when_it_is_done(trained, tmp_path):
         (["tasks.1.kind=classification"], "is its task a regression?"),
         (["model.fusion_type=lat"], "Unknown fusion_type 'lat'"),
         (["training.eval_strategy=often"], "often is not a valid IntervalStrategy"),
+        (["training.resume_from_checkpoint=none"], "There is no checkpoint 'none' to resume from"),
+        (
+            ["training.metric_for_best_model=topic_acuracy"],
+            "metric_for_best_model is 'topic_acuracy', which is not measured; did you mean 'eval_topic_accuracy'?",
+        ),
+        (["training.metric_for_best_model=stars_mae"], "'stars_mae', the less the better: set greater_is_better to"),
     ],
 )
 def test_train_says_what_is_wrong(encoders, tmp_path, overrides, message):
     recipe = write_recipe(tmp_path, recipe_values(encoders))
     assert message in " ".join(mm("train", recipe, *overrides, ok=False).split())
     assert not (tmp_path / "out/config.json").exists()
+
+
+def test_an_output_folder_that_is_none_is_told_before_encoders_are_loaded(encoders, tmp_path):
+    recipe = write_recipe(tmp_path, recipe_values(encoders))
+    (tmp_path / "out").write_text("a file")
+    said = mm("train", recipe, "model.text=nowhere", ok=False)
+    assert "recipe.yaml cannot be written" in " ".join(said.split())
+
+
+def test_a_package_that_is_missing_is_told(encoders, tmp_path, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    said = mm("train", write_recipe(tmp_path, recipe_values(encoders)), "training.report_to=wandb", ok=False)
+    assert "Error: WandbCallback requires wandb to be installed" in " ".join(said.split())
 
 
 def test_the_recipe_of_the_examples_trains(encoders, tmp_path):

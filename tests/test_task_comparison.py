@@ -98,6 +98,10 @@ def test_from_a_recipe(tmp_path, monkeypatch):
     assert set(runs["topic"]["42"]) == {"topic"}
     assert "| stars | mae |" in (tmp_path / "out/comparison.md").read_text()
     assert (tmp_path / "out/comparison.png").stat().st_size > 10_000
+    write_csv(tmp_path / "test.csv", [{**row, "stars": None} for row in make_rows(tmp_path)])
+    done = CliRunner().invoke(app, ["compare-tasks", "recipe.yaml", "data.test=test.csv", "--output_dir", "none"])
+    assert done.exit_code == 2
+    assert "The test rows have no label of task 'stars'" in done.output
     values["tasks"] = values["tasks"][:1]
     values["model"].pop("regularization")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.files import write_atomically
+from ..training.metrics import LESS_IS_BETTER
 
 
 # Name of the training on all tasks; no task can be called so.
 JOINTLY = "<jointly>"
-# What ends in one of these is the better the smaller it is.
-_LESS_IS_BETTER = ("loss", "mae", "mse")
 
 # Training -> seed -> task -> metric -> value.
 Runs = dict[str, dict[str, dict[str, dict[str, float]]]]
@@ -97,7 +96,7 @@ def compare(runs: Runs, seeds: Sequence[int]) -> list[Comparison]:
         for metric in alone[0]:
             if all(metric in values for values in [*alone, *jointly]):
                 first, second = [v[metric] for v in alone], [v[metric] for v in jointly]
-                sign = -1.0 if metric.split("_")[-1] in _LESS_IS_BETTER else 1.0
+                sign = -1.0 if metric.endswith(LESS_IS_BETTER) else 1.0
                 differences = [sign * (b - a) for a, b in zip(first, second, strict=True)]
                 error = math.nan
                 if len(differences) > 1:

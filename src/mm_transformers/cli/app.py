@@ -194,6 +194,9 @@ def compare_tasks(
 def _errors_as_sentences() -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        # Packages that are missing are told by transformers as the one or the other; the rest are faults.
+        if isinstance(error, RuntimeError) and "to be installed" not in str(error):
+            raise
         typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from error

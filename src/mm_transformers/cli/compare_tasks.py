@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..analysis.task_comparison import as_cells, compare, draw_comparison, run_comparison, to_markdown
+from ..data.labels import has_labels
 from ..training.from_recipe import build_trainer, load_data, training_arguments
 from ..training.recipe import read_recipe
 from .processes import say
@@ -23,6 +24,10 @@ def run_compare_tasks(path: Path, overrides: list[str], output_dir: Path, num_se
     split = next((name for name in ("test", "validation") if name in data.splits), None)
     if split is None:
         raise ValueError("Comparing tasks needs rows to measure on: name data.validation, or data.test, in the recipe.")
+    for task in data.tasks:
+        for name in ("train", split):
+            if task.default_cell is None and not has_labels(data.splits[name], task):
+                raise ValueError(f"The {name} rows have no label of task {task.name!r}, so it cannot be compared.")
     names = [task.name for task in data.tasks]
 
     def train_and_measure(tasks: list[str], seed: int) -> dict[str, dict[str, float]]:

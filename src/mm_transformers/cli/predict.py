@@ -17,12 +17,11 @@ from transformers.utils.hub import cached_file
 
 from ..data.collator import MMDataCollator
 from ..data.files import check_writable, write_atomically
-from ..data.labels import check_labels, prepare_labels
+from ..data.labels import check_labels, has_labels, prepare_labels
 from ..data.loading import absolute_paths, load_files
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
-from ..model.task_base import is_missing
 from ..training.from_recipe import newest_checkpoint
 from ..training.prediction import answer_columns, check_tasks, stream_answers
 from ..training.recipe import RECIPE_NAME, ColumnsSection, DataSection
@@ -181,9 +180,7 @@ def _check_labelled(rows: datasets.Dataset, collator: MMDataCollator, file: Path
         ValueError: if there is nothing to measure.
     """
     wanted = [task for task in collator.tasks.values() if task.default_cell is None]
-    labelled = [
-        task for task in wanted if task.column in rows.column_names and not all(map(is_missing, rows[task.column]))
-    ]
+    labelled = [task for task in wanted if has_labels(rows, task)]
     if not labelled and len(wanted) == len(collator.tasks):
         columns = ", ".join(repr(task.column) for task in wanted)
         raise ValueError(

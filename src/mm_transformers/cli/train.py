@@ -5,6 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
+from ..training.checkpoints import check_checkpoint as check_resumable
 from ..training.from_recipe import (
     build_trainer,
     check_checkpoint,
@@ -14,6 +15,7 @@ from ..training.from_recipe import (
     newest_checkpoint,
     steps_done,
     training_arguments,
+    training_differences,
 )
 from ..training.recipe import read_recipe
 from .metrics_table import print_metrics
@@ -33,12 +35,16 @@ def run_training(path: Path, overrides: list[str]) -> None:
     args = training_arguments(recipe)
     show_progress_of_package(args.should_log)
     check_output(recipe)
+    if args.resume_from_checkpoint is not None:
+        check_resumable(args.resume_from_checkpoint)
     data, folder = load_data(recipe, args), Path(args.output_dir)
     finished = is_finished(args)
     measured = {split: PREFIXES[split] for split in PREFIXES if split in data.splits}
     results = {split: folder / f"{prefix}_results.json" for split, prefix in measured.items()}
     if finished:
         say(f"The model in {folder} has been trained already, for {steps_done(folder):,} steps; it stays as it is.")
+        if differences := training_differences(recipe):
+            say(f"It takes another folder, by training.output_dir=..., for another training: {'; '.join(differences)}.")
         measured = {split: prefix for split, prefix in measured.items() if not results[split].is_file()}
     if not finished or measured:
         trainer = build_trainer(recipe, args, data, saved=folder if finished else None)

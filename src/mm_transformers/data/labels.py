@@ -153,6 +153,11 @@ def check_labels(data: Mapping[str, datasets.Dataset], tasks: Iterable[Task], te
                 seen.add(key)
 
 
+def has_labels(rows: datasets.Dataset, task: Task) -> bool:
+    """Whether any row has one."""
+    return task.column in rows.column_names and not all(map(is_missing, rows[task.column]))
+
+
 def split_cell(cell: str | None, separator: str | None) -> list[str] | None:
     return None if cell is None else [label.strip() for label in cell.split(separator) if label.strip()]
 

@@ -1,6 +1,8 @@
 """What is wrong with arguments and data is told before training begins."""
 
+import difflib
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import TrainingArguments
@@ -8,6 +10,8 @@ from transformers.utils import logging
 
 from ..data.collator import MMDataCollator
 from ..data.sources import DataSource
+from ..model.task_base import Task
+from .metrics import LESS_IS_BETTER
 
 
 logger = logging.get_logger(__name__)
@@ -36,6 +40,32 @@ def check_arguments(args: TrainingArguments) -> None:
             f"{num_started} processes were started, but each would train by itself, since torch sees no GPU; on "
             "CPUs pass use_cpu=True to the training arguments (--use_cpu)."
         )
+
+
+def check_best_metric(args: TrainingArguments, tasks: Iterable[Task], eval_dataset: Any) -> None:
+    """
+    Raises:
+        ValueError: if `metric_for_best_model` is none of what is measured, or the best would be the worst.
+    """
+    wanted = args.metric_for_best_model
+    if wanted is None or eval_dataset is None:
+        return
+    name = wanted.removeprefix("eval_")
+    if isinstance(eval_dataset, dict):
+        of_one = [dataset for dataset in eval_dataset if name.startswith(f"{dataset}_")]
+        name = name.removeprefix(f"{max(of_one, key=len)}_") if of_one else name
+    tasks = list(tasks)
+    known = ["loss", *(f"{task.name}_{metric}" for task in tasks for metric in ("loss", *task.default_metrics))]
+    # How many the hits of retrieval are counted among is a part of the name.
+    of_retrieval = [task.name for task in tasks if task.kind == "retrieval"]
+    if name not in known and not any(name.startswith(f"{task}_") for task in of_retrieval):
+        near = difflib.get_close_matches(name, known, 1) or known
+        raise ValueError(
+            f"metric_for_best_model is {wanted!r}, which is not measured; "
+            + (f"did you mean 'eval_{near[0]}'?" if len(near) == 1 else f"known are {', '.join(near)}.")
+        )
+    if name.endswith(LESS_IS_BETTER) and args.greater_is_better:
+        raise ValueError(f"metric_for_best_model is {wanted!r}, the less the better: set greater_is_better to False.")
 
 
 def check_adapters(fused: Any) -> None:

@@ -10,6 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.collator import MMDataCollator
+from ..data.files import check_writable
 from ..data.labels import check_labels, complete_task, prepare_labels
 from ..data.loading import check_columns, first_rows, hold_out, load_files, load_named
 from ..model.configuration_mm_transformer import MMTransformerConfig
@@ -19,7 +20,7 @@ from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.tasks import Task
 from .arguments import MMTrainingArguments
 from .checkpoints import newest_complete_checkpoint
-from .recipe import RECIPE_NAME, Recipe
+from .recipe import RECIPE_NAME, SECRETS, Recipe
 from .recipe_yaml import read_yaml
 from .trainer import MMTrainer
 
@@ -150,9 +151,11 @@ def newest_checkpoint(folder: str | os.PathLike) -> str | None:
 def check_output(recipe: Recipe) -> None:
     """
     Raises:
-        ValueError: if the output folder of the recipe holds a model that this recipe does not make.
+        ValueError: if the output folder of the recipe holds a model that this recipe does not make, or cannot be
+            written to.
     """
     folder = Path(recipe.training["output_dir"])
+    check_writable(folder / RECIPE_NAME)
     has_checkpoints = folder.is_dir() and get_last_checkpoint(folder) is not None  # complete or not
     if not (folder / "config.json").is_file() and not has_checkpoints:
         return
@@ -188,6 +191,16 @@ def steps_done(folder: str | os.PathLike) -> int:
     """How many steps the training that left this checkpoint, or this model, had done; 0 if there is none."""
     state = Path(folder) / TRAINER_STATE_NAME
     return TrainerState.load_from_json(str(state)).global_step if state.is_file() else 0
+
+
+def training_differences(recipe: Recipe) -> list[str]:
+    """Which training options the model in the output folder was trained by with other values: parts of a sentence."""
+    before = Recipe.from_dict(read_yaml(Path(recipe.training["output_dir"]) / RECIPE_NAME)).training
+    return [
+        f"training.{key} was {before.get(key)!r} and is {recipe.training.get(key)!r}"
+        for key in dict.fromkeys([*before, *recipe.training])
+        if before.get(key) != recipe.training.get(key) and key not in SECRETS
+    ]
 
 
 def is_finished(args: MMTrainingArguments) -> bool:

@@ -163,6 +163,9 @@ METRICS: Mapping[str, type[ArrayMetric | TextMetric | RetrievalRecall]] = Mappin
     {metric.key: metric for metric in (*_ARRAY_METRICS, Bleu, ChrF, ExactMatch, RougeL, RetrievalRecall)}
 )
 
+# How the names of metrics end that are the better the smaller they are.
+LESS_IS_BETTER = ("loss", "mae", "mse")
+
 
 class MultiTaskMetrics:
     """

@@ -104,7 +104,7 @@ _NO_MATTER = {
     "data": ("test", "max_eval_samples", "feature_cache"),
     "model": ("cache_dir", "token", "local_files_only", "force_download", "trust_remote_code"),
 }
-_SECRETS = ("token", "hub_token", "push_to_hub_token")
+SECRETS = ("token", "hub_token", "push_to_hub_token")
 
 
 @dataclass
@@ -173,7 +173,7 @@ class Recipe:
             "training": self.training,
         }
         for name in ("model", "training"):
-            values[name] = {key: value for key, value in values[name].items() if key not in _SECRETS}
+            values[name] = {key: value for key, value in values[name].items() if key not in SECRETS}
         return {name: value for name, value in values.items() if value}
 
     def save(self, folder: Path) -> None:

@@ -15,7 +15,7 @@ from ..data.mixture_rows import MixedStream
 from ..data.sources import rows_of
 from ..model.regularization import penalties, take_starting_point
 from .balancing import TaskBalancing
-from .checks import check_adapters, check_arguments, check_columns, check_lengths
+from .checks import check_adapters, check_arguments, check_best_metric, check_columns, check_lengths
 from .counts import RowCounts
 from .learning_rates import never_decays, set_learning_rates
 from .metrics import MultiTaskMetrics
@@ -137,6 +137,7 @@ class MMTrainer(ResumableTrainer):
             self.feature_cache.modalities(self.fused_model, self.data_collator)
         if compute_metrics is None:
             self.compute_metrics = MultiTaskMetrics(self.model.config, processing_class)
+            check_best_metric(args, self.fused_model.tasks.values(), eval_dataset)
         check_sources(train_dataset, eval_dataset, self.data_collator, args)
         if isinstance(self.data_collator, MMDataCollator):
             for name, datasets in {"train": train_dataset, "eval": eval_dataset}.items():
