@@ -1,34 +1,14 @@
 """
 Pictures behind any Hugging Face text encoder, several tasks at once.
 
-Importing the package needs torch and transformers only; what trains or reads data is imported when it is first used.
+What the package offers is imported when it is first used: `import mm_transformers` by itself needs no torch. The Auto
+classes and pipelines of transformers know the model from then on.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoProcessor
-
-from .model.configuration_mm_transformer import MMTransformerConfig
-from .model.fusion import Fusion, Stream, register_fusion
-from .model.modeling_mm_transformer import (
-    MMTransformerForMultiTask,
-    MMTransformerModel,
-    MMTransformerPreTrainedModel,
-)
-from .model.modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
-from .model.processing_mm_transformer import MMTransformerProcessor
-from .model.tasks import (
-    Classification,
-    Generation,
-    Matching,
-    MultiLabel,
-    Regression,
-    Retrieval,
-    Task,
-    TokenClassification,
-    register_task,
-)
+from .when_imported import register_when_imported
 
 
 if TYPE_CHECKING:
@@ -37,6 +17,26 @@ if TYPE_CHECKING:
     from .data.feature_cache import FeatureCache
     from .data.mixture import DataMixture
     from .data.sources import DataSource
+    from .model.configuration_mm_transformer import MMTransformerConfig
+    from .model.fusion import Fusion, Stream, register_fusion
+    from .model.modeling_mm_transformer import (
+        MMTransformerForMultiTask,
+        MMTransformerModel,
+        MMTransformerPreTrainedModel,
+    )
+    from .model.modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
+    from .model.processing_mm_transformer import MMTransformerProcessor
+    from .model.tasks import (
+        Classification,
+        Generation,
+        Matching,
+        MultiLabel,
+        Regression,
+        Retrieval,
+        Task,
+        TokenClassification,
+        register_task,
+    )
     from .training.arguments import MMTrainingArguments
     from .training.metrics import MultiTaskMetrics
     from .training.task_gradients import TaskGradientsCallback
@@ -44,27 +44,45 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
-_LAZY = {
-    "DataMixture": ".data.mixture",
-    "DataSource": ".data.sources",
-    "FeatureCache": ".data.feature_cache",
-    "MMDataCollator": ".data.collator",
-    "load_demo_dataset": ".data.embedded",
-    "MMTrainer": ".training.trainer",
-    "MMTrainingArguments": ".training.arguments",
-    "TaskGradientsCallback": ".training.task_gradients",
-    "MultiTaskMetrics": ".training.metrics",
+_MODULES = {
+    "data.collator": ["MMDataCollator"],
+    "data.embedded": ["load_demo_dataset"],
+    "data.feature_cache": ["FeatureCache"],
+    "data.mixture": ["DataMixture"],
+    "data.sources": ["DataSource"],
+    "model.configuration_mm_transformer": ["MMTransformerConfig"],
+    "model.fusion": ["Fusion", "Stream", "register_fusion"],
+    "model.modeling_mm_transformer": [
+        "MMTransformerForMultiTask",
+        "MMTransformerModel",
+        "MMTransformerPreTrainedModel",
+    ],
+    "model.modeling_outputs": ["MMTransformerModelOutput", "MMTransformerOutput"],
+    "model.processing_mm_transformer": ["MMTransformerProcessor"],
+    "model.tasks": [
+        "Classification",
+        "Generation",
+        "Matching",
+        "MultiLabel",
+        "Regression",
+        "Retrieval",
+        "Task",
+        "TokenClassification",
+        "register_task",
+    ],
+    "training.arguments": ["MMTrainingArguments"],
+    "training.metrics": ["MultiTaskMetrics"],
+    "training.task_gradients": ["TaskGradientsCallback"],
+    "training.trainer": ["MMTrainer"],
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-AutoConfig.register(MMTransformerConfig.model_type, MMTransformerConfig)
-# With two classes for one config, `AutoModel` takes the one that the checkpoint was saved from.
-AutoModel.register(MMTransformerConfig, (MMTransformerForMultiTask, MMTransformerModel))
-AutoProcessor.register(MMTransformerConfig, MMTransformerProcessor)
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

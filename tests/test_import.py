@@ -1,0 +1,73 @@
+"""`import mm_transformers` costs nothing, and yet the Auto classes know the model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mm_transformers
+
+
+def run(script: str) -> str:
+    source = str(Path(mm_transformers.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_what_is_heavy_is_not_imported():
+    """Next to `import transformers`, which imports no torch, nothing but modules of the package and of Python."""
+    script = (
+        "import sys\n"
+        "import transformers\n"
+        "before = set(sys.modules)\n"
+        "import mm_transformers\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new - set(sys.stdlib_module_names)))\n"
+        "heavy = ('torch', 'datasets', 'evaluate', 'sklearn', 'matplotlib')\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+    )
+    assert run(script).splitlines() == ["['mm_transformers']", "[]"]
+
+
+KNOWN = """
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from mm_transformers import MMTransformerConfig, MMTransformerForMultiTask, MMTransformerProcessor
+assert type(AutoConfig.for_model("mm_transformer")) is MMTransformerConfig
+assert MMTransformerForMultiTask in AutoModel._model_mapping[MMTransformerConfig]
+assert PROCESSOR_MAPPING[MMTransformerConfig] is MMTransformerProcessor
+import sys
+assert not any("_Watch" in type(finder).__name__ for finder in sys.meta_path)
+assert type(sys.modules["transformers.modeling_utils"].__loader__).__name__ == "SourceFileLoader"
+print("known")
+"""
+
+# What is imported first decides which modules of transformers are half imported when the Auto classes are there.
+FIRST = [
+    "import mm_transformers\nfrom transformers import AutoConfig",
+    "from transformers import AutoModel\nimport mm_transformers",
+    "import mm_transformers\nfrom transformers import BertModel",
+    "import mm_transformers.model.fusion_merged",
+    "import mm_transformers.training.trainer",
+]
+OTHERS = [
+    "import mm_transformers\nfrom transformers import AutoModel",
+    "import mm_transformers\nfrom transformers import AutoProcessor",
+    "import mm_transformers\nfrom transformers import GenerationMixin",
+    "import mm_transformers\nfrom transformers import PreTrainedModel",
+    "import mm_transformers\nfrom transformers import Trainer",
+    "import mm_transformers\nfrom transformers import pipeline",
+    "import mm_transformers\nimport peft",
+    "import mm_transformers.data.collator",
+    "from mm_transformers import *",
+    "from mm_transformers import MMTransformerForMultiTask",
+]
+
+
+@pytest.mark.parametrize("first", [*FIRST, *(pytest.param(lines, marks=pytest.mark.slow) for lines in OTHERS)])
+def test_auto_classes_know_the_model_whatever_is_imported_first(first):
+    assert run(first + KNOWN) == "known"
