@@ -1,0 +1,39 @@
+"""
+How long `import mm_transformers` takes beside `import transformers`, and until a model class is there. Each in fresh
+processes, in turns; the median of each.
+
+    python benchmarks/imports.py --repeats 7
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+
+
+STATEMENTS = {
+    "import transformers": "import transformers",
+    "import transformers, mm_transformers": "import transformers, mm_transformers",
+    "from transformers import AutoModel, PreTrainedModel": "from transformers import AutoModel, PreTrainedModel",
+    "from mm_transformers import MMTransformerForMultiTask": "from mm_transformers import MMTransformerForMultiTask",
+}
+TIMED = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    seconds: dict[str, list[float]] = {name: [] for name in STATEMENTS}
+    for repeat in range(args.repeats + 1):
+        for name, statement in STATEMENTS.items():
+            command = [sys.executable, "-c", TIMED.format(statement)]
+            taken = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            if repeat > 0:  # the first time, files are read from the disk
+                seconds[name].append(taken)
+    for name, times in seconds.items():
+        print(f"{statistics.median(times):6.2f} s  {name}")
+
+
+if __name__ == "__main__":
+    main()
