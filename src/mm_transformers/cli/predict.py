@@ -20,10 +20,11 @@ from ..data.files import check_writable, write_atomically
 from ..data.labels import check_labels, has_labels, prepare_labels
 from ..data.loading import absolute_paths, load_files
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
+from ..model.answering import check_tasks
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..training.from_recipe import newest_checkpoint
-from ..training.prediction import answer_columns, check_tasks, stream_answers
+from ..training.prediction import answer_columns, stream_answers
 from ..training.recipe import RECIPE_NAME, ColumnsSection, DataSection
 from ..training.recipe_yaml import read_yaml
 from ..training.trainer import MMTrainer

@@ -4,6 +4,7 @@ from typing import Any, ClassVar, Optional
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .decoders import check_decoder, decoder_vocab_size
 from .encoders import encoder_width, sub_config_of
@@ -143,6 +144,9 @@ class MMTransformerConfig(PreTrainedConfig):
         if labels is not None:
             self.id2label = dict(enumerate(labels))
             self.label2id = {label: i for i, label in enumerate(labels)}
+        if not __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
+            # It is for those who have a copy of this code only; to us the pipeline is known.
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
 
     @classmethod

@@ -1,6 +1,7 @@
 """What all models of this type have in common: how they begin, and how they are saved."""
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Optional
 
 import torch
@@ -12,6 +13,11 @@ from .configuration_mm_transformer import MMTransformerConfig
 from .decoders import load_seq2seq
 from .encoders import HUB_KWARGS, encoder_config_from_pretrained, load_encoder
 from .fusion_layers import Gate
+from .travelling import write_model_code
+
+
+# What `save_pretrained(push_to_hub=True)` hands on to `push_to_hub`.
+_PUSHING = ("repo_id", "commit_message", "private", "token", "create_pr", "max_shard_size", "revision", "tags")
 
 
 class MMTransformerPreTrainedModel(PreTrainedModel):
@@ -63,11 +69,21 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         config.text_config.vocab_size = config.decoder_config.vocab_size = embeddings.num_embeddings
         return embeddings
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.save_pretrained`] does, and copies the code of the model into the folder, so
+        that it can be loaded with `trust_remote_code=True` where this package is not installed.
+        """
         # In the original layout of a vision tower its keys have other names, and the Trainer, which resumes by
         # `load_state_dict(strict=False)`, would leave them out.
         kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, **kwargs)
+        hub_kwargs = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs} if push_to_hub else {}
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            write_model_code(save_directory, self)
+        if push_to_hub:
+            # Not by the stock method, which uploads before the code is there.
+            self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

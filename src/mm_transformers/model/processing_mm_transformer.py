@@ -4,6 +4,7 @@ import functools
 import inspect
 import numbers
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -19,6 +20,7 @@ from .files import describe
 from .images import image_key, load_image
 from .task_base import is_null
 from .task_token_classification import index_words
+from .travelling import write_processor_code
 from .video import load_frames, video_key
 
 
@@ -74,6 +76,18 @@ class MMTransformerProcessor(ProcessorMixin):
         if num_frames is None:
             num_frames = (saved or {}).get("num_frames", 8)
         return cls(**parts, num_frames=num_frames)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """
+        As [`~transformers.ProcessorMixin.save_pretrained`] does, and copies the code of the processor into the folder,
+        so that it can be loaded with `trust_remote_code=True` where this package is not installed.
+        """
+        saved = super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
+        write_processor_code(save_directory)
+        if push_to_hub:
+            # Not by the stock method, which uploads before the code is there.
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return saved
 
     @classmethod
     def from_encoders(

@@ -189,7 +189,10 @@ class Task:
         return (labels != -100).sum().float()
 
     def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[Any]:
-        """One answer per row, made of JSON values."""
+        """
+        One answer per row, made of JSON values. A kind may take more options by keyword, such as `top_k`: whoever asks
+        the pipeline for them has them handed on to the kinds that know them.
+        """
         raise NotImplementedError
 
     def predictions_and_references(

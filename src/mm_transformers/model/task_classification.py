@@ -50,11 +50,16 @@ class Classification(Task):
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return cross_entropy_sum(logits, labels), self.num_labelled(labels)
 
-    def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
-        scores, ids = logits.float().softmax(-1).max(-1)
-        return [
-            {"label": self.labels[i], "score": score} for i, score in zip(ids.tolist(), scores.tolist(), strict=True)
+    def decode(
+        self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None, top_k: Optional[int] = None
+    ) -> list[Any]:
+        """For each row the label with the highest probability; with `top_k` a list of as many, highest first."""
+        scores, ids = logits.float().softmax(-1).topk(min(top_k or 1, len(self.labels)))
+        answers = [
+            [{"label": self.labels[i], "score": score} for i, score in zip(*row, strict=True)]
+            for row in zip(ids.tolist(), scores.tolist(), strict=True)
         ]
+        return [row[0] for row in answers] if top_k is None else answers
 
     def predictions_and_references(
         self, logits: torch.Tensor, labels: torch.Tensor

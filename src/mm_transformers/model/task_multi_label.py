@@ -73,11 +73,15 @@ class MultiLabel(Task):
         losses = nn.functional.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none") * known
         return (losses.sum(-1) / known.sum(-1).clamp(min=1)).sum(), self.num_labelled(labels)
 
-    def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
+    def decode(
+        self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None, threshold: Optional[float] = None
+    ) -> list[dict[str, Any]]:
+        """For each row the labels whose probability is at least `threshold`, by default that of the task; and all."""
+        threshold = self.threshold if threshold is None else threshold
         answers = []
         for row in logits.float().sigmoid().tolist():
             scores = dict(zip(self.labels, row, strict=True))
-            answers.append({"labels": [name for name, p in scores.items() if p >= self.threshold], "scores": scores})
+            answers.append({"labels": [name for name, p in scores.items() if p >= threshold], "scores": scores})
         return answers
 
     def predictions_and_references(

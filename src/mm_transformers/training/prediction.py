@@ -1,6 +1,5 @@
 """Answers for rows that come one after another, as many as there may be, from one process or several."""
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any
@@ -11,6 +10,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..data.collator import ROW_KEY, MMDataCollator
+from ..model.answering import answer_batch, check_tasks
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.task_base import is_null
 
@@ -71,52 +71,6 @@ def stream_answers(
             if isinstance(answered, ValueError):
                 raise answered  # in all processes, so that none waits for the others
             yield answered
-
-
-def check_tasks(model: MMTransformerForMultiTask, tasks: Sequence[str] | None) -> list[str]:
-    """
-    The names of the tasks, or of all.
-
-    Raises:
-        ValueError: if the model has no such task.
-    """
-    for name in tasks or []:
-        if name not in model.tasks:
-            near = difflib.get_close_matches(name, model.tasks, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"its tasks are {', '.join(map(repr, model.tasks))}."
-            raise ValueError(f"The model has no task {name!r}; {hint}")
-    return list(dict.fromkeys(tasks)) if tasks else list(model.tasks)
-
-
-@torch.no_grad()
-def answer_batch(
-    model: MMTransformerForMultiTask,
-    processor: Any,
-    inputs: Mapping[str, Any],
-    tasks: Sequence[str],
-    word_index: torch.Tensor | None = None,
-    **generation_options: Any,
-) -> list[dict[str, Any]]:
-    """
-    For each row a dict from task to answer. Encoders and fusion run once, whatever the number of tasks.
-
-    Args:
-        inputs: what the processor gives, on the device of the model.
-        word_index (batch, text_len) int64: where words start; for tasks that label words.
-    """
-    encoded = model.model(**inputs)
-    logits = model(encoder_outputs=encoded).logits
-    columns: dict[str, list[Any]] = {}
-    for name in tasks:
-        task = model.tasks[name]
-        if task.needs_decoder:
-            ids = model.generate(name, encoded, **generation_options)
-            # What the decoder is given to start with is not of its own writing.
-            texts = processor.batch_decode(ids[:, len(model.decoder_start_ids(task)) :], skip_special_tokens=True)
-            columns[name] = [{"text": text.strip()} for text in texts]
-        else:
-            columns[name] = task.decode(logits[name], word_index)
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:

@@ -118,6 +118,9 @@ class ResumableTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # It uploads in the background, so the folder must have its place.
         if not self._is_saving:
+            # The stock method takes along what it knows: config and weights.
+            for code in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(code, self.args.output_dir)
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial) -> None:

@@ -1,0 +1,66 @@
+"""What the tasks of a model answer, in words."""
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import torch
+
+
+def check_tasks(model: Any, tasks: Optional[Sequence[str]]) -> list[str]:
+    """
+    The names of the tasks, or of all.
+
+    Raises:
+        ValueError: if the model has no such task.
+    """
+    if isinstance(tasks, str):
+        tasks = [tasks]
+    for name in tasks or []:
+        if name not in model.tasks:
+            near = difflib.get_close_matches(name, model.tasks, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"its tasks are {', '.join(map(repr, model.tasks))}."
+            raise ValueError(f"The model has no task {name!r}; {hint}")
+    return list(dict.fromkeys(tasks)) if tasks else list(model.tasks)
+
+
+@torch.no_grad()
+def answer_batch(
+    model: Any,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    tasks: Sequence[str],
+    word_index: Optional[torch.Tensor] = None,
+    decode_options: Optional[Mapping[str, Any]] = None,
+    **generation_options: Any,
+) -> list[dict[str, Any]]:
+    """
+    For each row a dict from task to answer, as [`Task.decode`] gives it; of tasks that write, `{"text": ...}`. Encoders
+    and fusion run once, whatever the number of tasks.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): In evaluation mode.
+        processor ([`MMTransformerProcessor`]): Reads what a decoder writes.
+        inputs: what the processor gives, on the device of the model.
+        tasks: names of tasks.
+        word_index (`torch.LongTensor` of shape `(batch, text_len)`, *optional*):
+            Where words start; for tasks that label words.
+        decode_options: for the `decode` of those tasks that know them, such as `top_k`.
+        generation_options: for `model.generate`.
+    """
+    encoded = model.model(**inputs)
+    logits = model(encoder_outputs=encoded).logits
+    columns: dict[str, list[Any]] = {}
+    for name in tasks:
+        task = model.tasks[name]
+        if task.needs_decoder:
+            ids = model.generate(name, encoded, **generation_options)
+            # What the decoder is given to start with is not of its own writing.
+            texts = processor.batch_decode(ids[:, len(model.decoder_start_ids(task)) :], skip_special_tokens=True)
+            columns[name] = [{"text": text.strip()} for text in texts]
+        else:
+            known = inspect.signature(task.decode).parameters
+            options = {key: value for key, value in (decode_options or {}).items() if key in known}
+            columns[name] = task.decode(logits[name], word_index, **options)
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -1,0 +1,222 @@
+"""`pipeline("multimodal")`: rows in, the answers of all tasks out."""
+
+import difflib
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import Pipeline
+from transformers.pipelines.pt_utils import PipelineIterator
+
+from .answering import answer_batch, check_tasks
+from .processing_mm_transformer import as_list
+from .task_base import is_null
+from .task_token_classification import split_words
+
+
+# What a row may hold -> what the processor calls it.
+PARTS = {"text": "text", "image": "images", "video": "videos", "audio": "audio"}
+
+
+class MultimodalPipeline(Pipeline):
+    """
+    Answers the tasks of a [`MMTransformerForMultiTask`] for rows of text, images, video and sound.
+
+    A row is a dict with any of `"text"`, `"image"` (or a list of images), `"video"` and `"audio"`, each as
+    [`MMTransformerProcessor`] takes it (a path, a URL, a PIL image, bytes, an array); a string is a text. Columns of
+    labels are not looked at. Given one row, the pipeline returns a dict from task to answer; given a list of rows, a
+    list; given a generator or a data set, an iterator, which holds one batch at a time. With `batch_size`, rows are
+    answered together; what several of them share is encoded once.
+
+    Options, of the pipeline or of a call:
+        tasks (`list[str]`): Names of the tasks to answer; all by default. A decoder only runs for those.
+        top_k (`int`): For tasks that choose one label: that many of them, the most probable first.
+        threshold (`float`): For tasks with any number of labels: the probability from which on one is in the answer.
+        generate_kwargs (`dict`): For tasks that write: `num_beams`, `max_new_tokens`, ...
+
+    Raises:
+        ValueError: one sentence, if a row holds nothing, a key that a row cannot have, or something that cannot be
+            read or that the model has no encoder for; if the model has no such task, or an option does not fit.
+
+    Example:
+
+    ```python
+    >>> pipe = pipeline("multimodal", model="my-model")
+    >>> pipe({"text": "Lovely weather!", "image": "rain.jpg"}, tasks=["sentiment"])
+    {'sentiment': {'label': 'negative', 'score': 0.87}}
+    ```
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not hasattr(self.model, "tasks"):
+            raise ValueError(
+                f"The multimodal pipeline needs a model with tasks, MMTransformerForMultiTask, but got a "
+                f"{type(self.model).__name__}."
+            )
+        if self.processor is None:
+            raise ValueError("The multimodal pipeline needs the processor of the model: processor=...")
+
+    def _sanitize_parameters(self, tasks=None, top_k=None, threshold=None, generate_kwargs=None, **unknown):
+        if unknown:
+            near = difflib.get_close_matches(next(iter(unknown)), ["tasks", "top_k", "threshold", "generate_kwargs"], 1)
+            hint = f"did you mean {near[0]!r}?" if near else "its options are tasks, top_k, threshold, generate_kwargs."
+            raise ValueError(f"The multimodal pipeline has no option {next(iter(unknown))!r}; {hint}")
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k must be an integer >= 1, but is {top_k!r}.")
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must lie between 0 and 1, but is {threshold!r}.")
+        options = {name: value for name, value in (("top_k", top_k), ("threshold", threshold)) if value is not None}
+        given = {
+            "tasks": None if tasks is None else check_tasks(self.model, tasks),
+            "decode_options": options or None,
+            "generate_kwargs": generate_kwargs,
+        }
+        return {}, {name: value for name, value in given.items() if value is not None}, {}
+
+    def __call__(self, inputs, **kwargs):
+        if isinstance(inputs, (str, dict)):
+            return super().__call__([inputs], **kwargs)[0]
+        if isinstance(inputs, (list, tuple)):
+            return super().__call__(list(inputs), **kwargs) if len(inputs) > 0 else []
+        if isinstance(inputs, Dataset) or (hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__")):
+            return super().__call__(_NumberedRows(inputs), **kwargs)
+        return super().__call__((row for row in inputs), **kwargs)
+
+    def get_iterator(
+        self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
+    ):
+        # Other than in the stock method, a batch is made of rows at once, not of rows that were made into tensors one
+        # by one: only so can an image that several share be read and encoded once.
+        if isinstance(inputs, list):
+            inputs = _NumberedRows(inputs)
+        elif not isinstance(inputs, _NumberedRows):
+            inputs, num_workers = _NumberedStream(inputs), min(num_workers, 1)
+        names = forward_params.get("tasks") or list(self.model.tasks)
+        read = functools.partial(
+            read_rows,
+            processor=self.processor,
+            known=(*PARTS, *(task.column for task in self.model.tasks.values())),
+            wants_words=any(self.model.tasks[name].is_token_level for name in names),
+        )
+        loader = DataLoader(inputs, batch_size=batch_size, num_workers=num_workers, collate_fn=read)
+        answered = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
+        return PipelineIterator(answered, self.postprocess, postprocess_params)
+
+    def preprocess(self, input_, **kwargs):
+        raise NotImplementedError("Rows are read by batches: see get_iterator.")
+
+    def _forward(self, inputs, tasks=None, decode_options=None, generate_kwargs=None):
+        if "error" in inputs:
+            raise ValueError(inputs["error"])
+        names, texts, word_index = tasks or list(self.model.tasks), inputs["texts"], inputs["word_index"]
+        answers = answer_batch(
+            self.model, self.processor, inputs["tensors"], names, word_index, decode_options, **(generate_kwargs or {})
+        )
+        for name in names:
+            if self.model.tasks[name].is_token_level:
+                for row, text, words in zip(answers, texts, word_index.tolist(), strict=True):
+                    row[name] = _with_words(row[name], text, words)
+        return {"answers": answers}
+
+    def postprocess(self, model_outputs):
+        answers = model_outputs["answers"]
+        return answers[0] if isinstance(answers, list) else answers  # batches of one row are not taken apart
+
+
+def read_rows(
+    numbered: Sequence[tuple[int, Any]], processor: Any, known: Sequence[str], wants_words: bool
+) -> dict[str, Any]:
+    """
+    What the model takes for some rows, each with its number: `tensors`, `texts` and, for tasks that label words,
+    `word_index`; or the `error`, in one sentence. It is not raised here, since the loader would put the traceback of
+    its worker into the message.
+    """
+    try:
+        rows = [_checked(row, number, known) for number, row in numbered]
+        try:
+            tensors = _process(rows, processor, wants_words)
+        except ValueError as error:
+            # Whose fault is it?
+            for (number, _), row in zip(numbered, rows, strict=True):
+                try:
+                    _process([row], processor, wants_words)
+                except ValueError as found:
+                    raise ValueError(f"Row {number}: {found}") from error
+            raise
+    except ValueError as error:
+        return {"error": str(error)}
+    return {
+        "tensors": tensors,
+        "texts": [row.get("text") or "" for row in rows],
+        "word_index": tensors.pop("word_index", None),
+    }
+
+
+def _process(rows: list[dict[str, Any]], processor: Any, wants_words: bool) -> dict[str, Any]:
+    parts = {argument: [row.get(name) for row in rows] for name, argument in PARTS.items()}
+    given = {name: part for name, part in parts.items() if name == "text" or any(x is not None for x in part)}
+    return dict(processor(**given, return_word_index=wants_words))
+
+
+def _checked(row: Any, number: int, known: Sequence[str]) -> dict[str, Any]:
+    """What the row has."""
+    if isinstance(row, str):
+        row = {"text": row}
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"Row {number} must be a dict with any of 'text', 'image', 'video' and 'audio', or a string, but is a "
+            f"{type(row).__name__}."
+        )
+    for key in row:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), PARTS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "a row has any of 'text', 'image', 'video' and 'audio'."
+            raise ValueError(f"Row {number} has the key {key!r}; {hint}")
+    parts = {name: row[name] for name in PARTS if name in row and not is_null(row[name])}
+    if isinstance(parts.get("image"), (list, tuple)):
+        parts["image"] = as_list(parts["image"]) or None
+    if not isinstance(parts.get("text", ""), str):
+        raise ValueError(f"Row {number}: the text must be a string, but is a {type(parts['text']).__name__}.")
+    parts = {name: part for name, part in parts.items() if part is not None}
+    if not any(name != "text" or part.strip() for name, part in parts.items()):
+        raise ValueError(f"Row {number} has neither a text nor an image, a video or a sound.")
+    return parts
+
+
+def _with_words(answers: list[dict[str, Any]], text: str, word_index: list[int]) -> list[dict[str, Any]]:
+    """Each word with what was said of it, and where in the text it is; words that were cut off have no answer."""
+    spans = split_words(text)
+    answered = [spans[word] for word in word_index if word >= 0]
+    return [
+        {"word": text[start:end], **answer, "start": start, "end": end}
+        for (start, end), answer in zip(answered, answers, strict=True)
+    ]
+
+
+class _NumberedRows(Dataset):
+    def __init__(self, rows: Any):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> tuple[int, Any]:
+        return number, self.rows[number]
+
+
+class _NumberedStream(IterableDataset):
+    def __init__(self, rows: Iterable[Any]):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(self.rows)
+
+
+__all__ = ["MultimodalPipeline"]
