@@ -85,7 +85,7 @@ class MultimodalPipeline(Pipeline):
             return super().__call__([inputs], **kwargs)[0]
         if isinstance(inputs, (list, tuple)):
             return super().__call__(list(inputs), **kwargs) if len(inputs) > 0 else []
-        if isinstance(inputs, Dataset) or (hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__")):
+        if hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"):
             return super().__call__(_NumberedRows(inputs), **kwargs)
         return super().__call__((row for row in inputs), **kwargs)
 
