@@ -25,12 +25,12 @@ def same_weights(first, second) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_rule_8_a_checkpoint_is_safetensors_and_json(tmp_path):
+def test_rule_8_a_checkpoint_is_safetensors_json_and_code(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
     make_processor().save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
-    assert {path.rpartition(".")[2] for path in files} <= {"safetensors", "json", "jinja", "txt"}
+    assert {path.rpartition(".")[2] for path in files} <= {"safetensors", "json", "jinja", "txt", "py"}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "mm_transformer"
     assert [task["name"] for task in config["tasks"]] == ["topic", "sentiment", "tags", "score", "entities"]

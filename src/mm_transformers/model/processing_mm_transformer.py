@@ -67,9 +67,23 @@ class MMTransformerProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        As [`~transformers.ProcessorMixin.from_pretrained`].
+
+        Raises:
+            OSError: if there is no processor.
+        """
         num_frames = kwargs.pop("num_frames", None)
         saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        parts = {"tokenizer": AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)}
+        try:
+            parts = {"tokenizer": AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)}
+        except ValueError as error:
+            if saved:
+                raise
+            raise OSError(
+                f"{pretrained_model_name_or_path} holds no processor; save it next to the model by "
+                "processor.save_pretrained(...), or push it by processor.push_to_hub(...)."
+            ) from error
         for name, auto_class in (("image_processor", AutoImageProcessor), ("feature_extractor", AutoFeatureExtractor)):
             if not saved or name in saved:
                 parts[name] = auto_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
