@@ -253,6 +253,20 @@ def test_columns_of_labels_are_not_looked_at(pipe):
     assert_same([pipe({**row, "topic": "food", "tags": ["red"], "score": 3.0})], [reference(pipe, row)])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_columns_of_a_table_are_not_looked_at(pipe, streaming):
+    rows = Dataset.from_list([{"id": 7, "text": "a dog"}])
+    rows = rows.to_iterable_dataset() if streaming else rows
+    assert_same(list(pipe(rows)), [reference(pipe, {"text": "a dog"})])
+
+
+def test_saved_and_shown(pipe, rows, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = pipeline("multimodal", model=str(tmp_path))
+    assert_same(again(rows), pipe(rows))
+    assert "MMTransformerForMultiTask" in repr(again)
+
+
 def test_a_model_and_a_processor_at_hand(pipe, rows):
     other = pipeline("multimodal", model=pipe.model, processor=pipe.processor)
     assert_same(other(rows), [reference(pipe, row) for row in rows])

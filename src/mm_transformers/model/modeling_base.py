@@ -27,7 +27,8 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     config_class = MMTransformerConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("text", "image", "audio")
+    input_modalities = ("text", "image", "video", "audio")
+    output_modalities = ("text",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -3,7 +3,7 @@
 import difflib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Optional
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
@@ -25,9 +25,9 @@ class MultimodalPipeline(Pipeline):
 
     A row is a dict with any of `"text"`, `"image"` (or a list of images), `"video"` and `"audio"`, each as
     [`MMTransformerProcessor`] takes it (a path, a URL, a PIL image, bytes, an array); a string is a text. Columns of
-    labels are not looked at. Given one row, the pipeline returns a dict from task to answer; given a list of rows, a
-    list; given a generator or a data set, an iterator, which holds one batch at a time. With `batch_size`, rows are
-    answered together; what several of them share is encoded once.
+    labels, and other columns of a `datasets` data set, are not looked at. Given one row, the pipeline returns a dict
+    from task to answer; given a list of rows, a list; given a generator or a data set, an iterator, which holds one
+    batch at a time. With `batch_size`, rows are answered together; what several of them share is encoded once.
 
     Options, of the pipeline or of a call:
         tasks (`list[str]`): Names of the tasks to answer; all by default. A decoder only runs for those.
@@ -87,7 +87,7 @@ class MultimodalPipeline(Pipeline):
             return super().__call__(list(inputs), **kwargs) if len(inputs) > 0 else []
         if hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"):
             return super().__call__(_NumberedRows(inputs), **kwargs)
-        return super().__call__((row for row in inputs), **kwargs)
+        return super().__call__(_NumberedStream(inputs), **kwargs)
 
     def get_iterator(
         self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
@@ -96,18 +96,25 @@ class MultimodalPipeline(Pipeline):
         # by one: only so can an image that several share be read and encoded once.
         if isinstance(inputs, list):
             inputs = _NumberedRows(inputs)
-        elif not isinstance(inputs, _NumberedRows):
-            inputs, num_workers = _NumberedStream(inputs), min(num_workers, 1)
+        elif isinstance(inputs, _NumberedStream):
+            num_workers = min(num_workers, 1)
+        # A key that nobody knows is a slip in a row made by hand; a table has the columns that it has.
+        is_table = hasattr(inputs.rows, "column_names")
         names = forward_params.get("tasks") or list(self.model.tasks)
         read = functools.partial(
             read_rows,
             processor=self.processor,
-            known=(*PARTS, *(task.column for task in self.model.tasks.values())),
+            known=None if is_table else (*PARTS, *(task.column for task in self.model.tasks.values())),
             wants_words=any(self.model.tasks[name].is_token_level for name in names),
         )
         loader = DataLoader(inputs, batch_size=batch_size, num_workers=num_workers, collate_fn=read)
         answered = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
         return PipelineIterator(answered, self.postprocess, postprocess_params)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves model and processor; the stock method saves the parts of the processor without what joins them."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
 
     def preprocess(self, input_, **kwargs):
         raise NotImplementedError("Rows are read by batches: see get_iterator.")
@@ -131,7 +138,7 @@ class MultimodalPipeline(Pipeline):
 
 
 def read_rows(
-    numbered: Sequence[tuple[int, Any]], processor: Any, known: Sequence[str], wants_words: bool
+    numbered: Sequence[tuple[int, Any]], processor: Any, known: Optional[Sequence[str]], wants_words: bool
 ) -> dict[str, Any]:
     """
     What the model takes for some rows, each with its number: `tensors`, `texts` and, for tasks that label words,
@@ -165,7 +172,7 @@ def _process(rows: list[dict[str, Any]], processor: Any, wants_words: bool) -> d
     return dict(processor(**given, return_word_index=wants_words))
 
 
-def _checked(row: Any, number: int, known: Sequence[str]) -> dict[str, Any]:
+def _checked(row: Any, number: int, known: Optional[Sequence[str]]) -> dict[str, Any]:
     """What the row has."""
     if isinstance(row, str):
         row = {"text": row}
@@ -175,7 +182,7 @@ def _checked(row: Any, number: int, known: Sequence[str]) -> dict[str, Any]:
             f"{type(row).__name__}."
         )
     for key in row:
-        if key not in known:
+        if known is not None and key not in known:
             near = difflib.get_close_matches(str(key), PARTS, 1)
             hint = f"did you mean {near[0]!r}?" if near else "a row has any of 'text', 'image', 'video' and 'audio'."
             raise ValueError(f"Row {number} has the key {key!r}; {hint}")
