@@ -1,5 +1,6 @@
 """Configuration of the fused model."""
 
+import re
 from typing import Any, ClassVar, Optional
 
 from huggingface_hub.dataclasses import strict
@@ -145,8 +146,9 @@ class MMTransformerConfig(PreTrainedConfig):
             self.id2label = dict(enumerate(labels))
             self.label2id = {label: i for i, label in enumerate(labels)}
         if not __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
-            # It is for those who have a copy of this code only; to us the pipeline is known.
+            # They are for those who have a copy of this code only; and where the config is saved alone, none is there.
             kwargs.pop("custom_pipelines", None)
+            kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -157,7 +159,13 @@ class MMTransformerConfig(PreTrainedConfig):
                 f"{pretrained_model_name_or_path} holds a model of type {values.get('model_type')!r}, not "
                 f"{cls.model_type!r}; to put it into a new model, use `from_encoders`."
             )
+        _check_auto_map(values, pretrained_model_name_or_path)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        _check_auto_map(config_dict, kwargs.get("name_or_path"))
+        return super().from_dict(config_dict, **kwargs)
 
     def get_tasks(self) -> dict[str, Task]:
         """The tasks by name, in order."""
@@ -239,6 +247,20 @@ class MMTransformerConfig(PreTrainedConfig):
     def validate_freeze(self):
         """Part of `@strict`-powered validation."""
         check_freeze(self.freeze, ["text", *self.modalities])
+
+
+def _check_auto_map(values: dict[str, Any], path: Any) -> None:
+    """Code is named as `module.Class`, and lies beside the config; transformers puts the Hub id in front of it."""
+    for name, references in (values.get("auto_map") or {}).items():
+        for reference in references if isinstance(references, (list, tuple)) else [references]:
+            repo, _, code = str(reference).rpartition("--")
+            beside = not repo or path is None or repo == str(path)
+            if reference is not None and not (beside and re.fullmatch(r"[^\W\d]\w*\.[^\W\d]\w*", code)):
+                raise ValueError(
+                    f"auto_map of {'the config' if path is None else str(path)} asks for code outside of it "
+                    f"({name}: {reference!r}), which is not run; it must name a file beside config.json, as in "
+                    f"'{MMTransformerConfig.__module__.rpartition('.')[2]}.MMTransformerConfig'."
+                )
 
 
 def _resolve(config: Any, modality: str) -> Optional[PreTrainedConfig]:

@@ -1,6 +1,7 @@
 """What all models of this type have in common: how they begin, and how they are saved."""
 
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -13,6 +14,7 @@ from .configuration_mm_transformer import MMTransformerConfig
 from .decoders import load_seq2seq
 from .encoders import HUB_KWARGS, encoder_config_from_pretrained, load_encoder
 from .fusion_layers import Gate
+from .loading import what_is_wrong
 from .travelling import write_model_code
 
 
@@ -87,8 +89,23 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`] does. With this package installed, no code of the
+        checkpoint is run.
+
+        Raises:
+            OSError: one sentence, if files are missing or damaged.
+            ValueError: one sentence, if the config or the shapes of weights do not fit.
+        """
+        load = partial(super().from_pretrained, pretrained_model_name_or_path, *args)
+        try:
+            loaded = load(**kwargs)
+        except Exception as error:
+            wrong = what_is_wrong(pretrained_model_name_or_path, partial(load, **kwargs), **kwargs)
+            if wrong is None:
+                raise
+            raise wrong from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         # Loaded weights are new parameters, which want gradients.
         getattr(model, "model", model).freeze()

@@ -1,0 +1,84 @@
+"""
+Time and memory of `from_pretrained`, against reading the same file with `safetensors.torch.load_file`. Each in fresh
+processes that have imported everything before, in turns; medians. Memory is the rise of the resident set's peak.
+
+    python benchmarks/loading.py --size base --repeats 5
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+
+
+SIZES = {
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},
+}
+
+SAVE = """
+import json, sys, torch
+from transformers import BertConfig, ViTConfig
+from mm_transformers import Classification, MMTransformerConfig, MMTransformerForMultiTask
+folder, size, dtype = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+config = MMTransformerConfig(
+    text_config=BertConfig(**size), vision_config=ViTConfig(**size), tasks=[Classification("topic", labels=["a", "b"])]
+)
+MMTransformerForMultiTask(config).to(getattr(torch, dtype)).save_pretrained(folder)
+"""
+
+# Pages of the file that are only mapped count once they are touched, so every weight is read.
+LOAD = """
+import json, resource, sys, time
+import torch
+from safetensors.torch import load_file
+from mm_transformers import MMTransformerForMultiTask
+torch.set_num_threads(1)
+torch.ones(8, 8) @ torch.ones(8, 8)
+how, folder = sys.argv[1:]
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+if how == "load_file":
+    tensors = load_file(folder + "/model.safetensors")
+else:
+    tensors = MMTransformerForMultiTask.from_pretrained(folder).state_dict()
+seconds = time.perf_counter() - start
+total = sum(tensor.float().sum().item() if tensor.numel() < 2**20 else tensor.max().item() for tensor in tensors.values())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"seconds": seconds, "rise_mb": (peak - before) / 1024, "peak_mb": peak / 1024}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="base", help="of both encoders")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the file")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        _run(SAVE, folder, json.dumps(SIZES[args.size]), args.dtype)
+        measured: dict[str, list[dict[str, float]]] = {"load_file": [], "from_pretrained": []}
+        for _ in range(args.repeats):
+            for how, results in measured.items():
+                results.append(json.loads(_run(LOAD, how, folder).splitlines()[-1]))
+    medians = {
+        how: {name: statistics.median(result[name] for result in results) for name in results[0]}
+        for how, results in measured.items()
+    }
+    print(
+        f"| {args.size}, {args.dtype} | seconds | rise of memory (MB) | peak of the process (MB) |\n|---|---|---|---|"
+    )
+    for how, median in medians.items():
+        print(f"| {how} | {median['seconds']:.2f} | {median['rise_mb']:.0f} | {median['peak_mb']:.0f} |")
+    ratios = [medians["from_pretrained"][name] / medians["load_file"][name] for name in ("rise_mb", "peak_mb")]
+    print(f"memory: {ratios[0]:.3f} times the rise, {ratios[1]:.3f} times the peak")
+
+
+def _run(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    main()
