@@ -1,10 +1,12 @@
 """Configuration of the fused model."""
 
+import difflib
+import os
 import re
 from typing import Any, ClassVar, Optional
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .decoders import check_decoder, decoder_vocab_size
@@ -149,7 +151,20 @@ class MMTransformerConfig(PreTrainedConfig):
             # They are for those who have a copy of this code only; and where the config is saved alone, none is there.
             kwargs.pop("custom_pipelines", None)
             kwargs.pop("auto_map", None)
+        for name in kwargs:
+            # Other names are kept: a later release may have them.
+            meant = difflib.get_close_matches(name, MMTransformerConfig.__annotations__, n=1, cutoff=0.85)
+            if meant and name not in self.attribute_map:
+                raise ValueError(f"MMTransformerConfig has no field {name!r}; did you mean {meant[0]!r}?")
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        for name in self.sub_configs:
+            # Hub ids say where an encoder came from; a folder of this machine says nothing to others.
+            if isinstance(values.get(name), dict) and _is_folder(values[name].get("_name_or_path")):
+                values[name].pop("_name_or_path")
+        return values
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -249,6 +264,10 @@ class MMTransformerConfig(PreTrainedConfig):
         check_freeze(self.freeze, ["text", *self.modalities])
 
 
+def _is_folder(name_or_path: Any) -> bool:
+    return isinstance(name_or_path, str) and (os.path.isabs(name_or_path) or os.path.isdir(name_or_path))
+
+
 def _check_auto_map(values: dict[str, Any], path: Any) -> None:
     """Code is named as `module.Class`, and lies beside the config; transformers puts the Hub id in front of it."""
     for name, references in (values.get("auto_map") or {}).items():
@@ -274,8 +293,17 @@ def _resolve(config: Any, modality: str) -> Optional[PreTrainedConfig]:
             raise ValueError(
                 f"{modality}_config is a dict without 'model_type', so it is not known which encoder it is."
             )
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{modality}_config has the model_type {model_type!r}, which transformers does not know; update "
+                "transformers, or make a config of your own known with AutoConfig.register first."
+            )
         config = AutoConfig.for_model(model_type, **values)
-    return sub_config_of(config, modality)
+    config = sub_config_of(config, modality)
+    if hasattr(config, "auto_map"):
+        # Encoders are those that transformers knows or that the user registered; code that a config names is not run.
+        del config.auto_map
+    return config
 
 
 __all__ = ["MMTransformerConfig"]

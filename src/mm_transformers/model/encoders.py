@@ -6,7 +6,7 @@ from typing import Optional
 
 import torch
 import transformers
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 
 _MAIN_INPUTS = {"text": ("input_ids",), "vision": ("pixel_values",), "audio": ("input_values", "input_features")}
@@ -54,7 +54,7 @@ def build_encoder(config: PreTrainedConfig, modality: str) -> PreTrainedModel:
         ValueError: one sentence that says why it cannot be the encoder of this modality.
     """
     cls = _check_config(without_random_skips(config), modality)
-    model = AutoModel.from_config(config) if cls is None else cls._from_config(config, **_options(cls))
+    model = cls._from_config(config, **_options(cls))
     return _as_encoder(model, modality)
 
 
@@ -71,7 +71,7 @@ def load_encoder(path: str, modality: str, **kwargs) -> tuple[PreTrainedModel, P
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
     config = encoder_config_from_pretrained(path, modality, **hub_kwargs)
     cls = _check_config(without_random_skips(config), modality)
-    model = (cls or AutoModel).from_pretrained(path, config=config, **_options(cls), **kwargs)
+    model = cls.from_pretrained(path, config=config, **_options(cls), **kwargs)
     return _as_encoder(model, modality), model.config
 
 
@@ -188,7 +188,7 @@ def min_audio_samples(config: PreTrainedConfig, num_tokens: int = 1) -> int:
 
 
 def _model_class(config: PreTrainedConfig) -> Optional[type[PreTrainedModel]]:
-    """The class of an encoder; `None` for code that is not part of transformers."""
+    """The class of an encoder; `None` for one that is neither part of transformers nor registered."""
     cls = MODEL_MAPPING.get(type(config), None)
     if cls is None and type(config).__module__.startswith("transformers."):
         # Towers that `AutoModel` knows only as part of a whole: SiglipTextConfig -> SiglipTextModel.
@@ -196,19 +196,20 @@ def _model_class(config: PreTrainedConfig) -> Optional[type[PreTrainedModel]]:
     return cls[0] if isinstance(cls, (tuple, list)) else cls
 
 
-def _options(cls: Optional[type[PreTrainedModel]]) -> dict[str, bool]:
-    takes = cls is not None and "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+def _options(cls: type[PreTrainedModel]) -> dict[str, bool]:
+    takes = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
     return {"add_pooling_layer": False} if takes else {}
 
 
-def _check_config(config: PreTrainedConfig, modality: str) -> Optional[type[PreTrainedModel]]:
+def _check_config(config: PreTrainedConfig, modality: str) -> type[PreTrainedModel]:
     """Says what is wrong before weights are built or fetched; returns [`_model_class`]."""
     cls, wanted = _model_class(config), _MAIN_INPUTS[modality]
-    if cls is None and not hasattr(config, "auto_map"):
+    if cls is None:
         raise ValueError(
-            f"{config.model_type!r} cannot be the {modality} encoder: transformers has no model for its config."
+            f"{config.model_type!r} cannot be the {modality} encoder: transformers has no model for its config, and "
+            "code that a checkpoint names is not run; make a class of your own known with AutoModel.register first."
         )
-    if cls is not None and cls.main_input_name not in wanted:
+    if cls.main_input_name not in wanted:
         raise ValueError(
             f"{config.model_type!r} cannot be the {modality} encoder: it takes {cls.main_input_name!r}, not "
             f"{' or '.join(map(repr, wanted))}."

@@ -62,12 +62,16 @@ def eager_attention_forward(
     attention_mask: Optional[torch.Tensor],
     scaling: float,
     dropout: float = 0.0,
+    present: Optional[torch.Tensor] = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if present is not None:
+        # Before the values are weighed, so that the attentions that are shown lie on the way to the output.
+        weights = weights * present
     dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(dropped, value).transpose(1, 2).contiguous(), weights
 
@@ -100,6 +104,8 @@ class FusionAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        # Rows without keys; other implementations show no attentions.
+        options = {"present": mask.present[:, None]} if attention is eager_attention_forward else {}
         output, weights = attention(
             self,
             heads(self.q_proj(queries)),
@@ -109,11 +115,9 @@ class FusionAttention(nn.Module):
             is_causal=False,
             scaling=self.scaling,
             dropout=self.dropout if self.training else 0.0,
+            **options,
         )
-        output = self.out_proj(output.reshape(batch, num_queries, -1)) * mask.present
-        if weights is not None:
-            weights = weights * mask.present[:, None]
-        return output, weights
+        return self.out_proj(output.reshape(batch, num_queries, -1)) * mask.present, weights
 
 
 class FusionMLP(nn.Module):

@@ -58,17 +58,27 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         elif hasattr(module, "init_own_parameters"):
             module.init_own_parameters(self.config.initializer_range)
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: Optional[int] = None,
+        pad_to_multiple_of: Optional[int] = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """As [`~transformers.PreTrainedModel.resize_token_embeddings`] does, for encoder and decoder."""
         inner = getattr(self, "model", self)
         if not inner.has_decoder:
-            return super().resize_token_embeddings(*args, **kwargs)
-        # An encoder-decoder knows what else has the size of its vocabulary.
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         text_model, config = inner.text_model, self.config
+        if pad_to_multiple_of is not None:
+            # Rounded up here, since Marian gives its bias the number that was asked for.
+            size = new_num_tokens if new_num_tokens is not None else config.vocab_size
+            new_num_tokens = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         if config.decoder_config is None:
-            return text_model.resize_token_embeddings(*args, **kwargs)
+            # An encoder-decoder knows what else has the size of its vocabulary.
+            return text_model.resize_token_embeddings(new_num_tokens, mean_resizing=mean_resizing)
         # One that was put together does not, and its parts have configs of their own.
-        text_model.decoder.resize_token_embeddings(*args, **kwargs)
-        embeddings = text_model.encoder.resize_token_embeddings(*args, **kwargs)
+        text_model.decoder.resize_token_embeddings(new_num_tokens, mean_resizing=mean_resizing)
+        embeddings = text_model.encoder.resize_token_embeddings(new_num_tokens, mean_resizing=mean_resizing)
         config.text_config.vocab_size = config.decoder_config.vocab_size = embeddings.num_embeddings
         return embeddings
 
@@ -91,13 +101,14 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """
-        As [`~transformers.PreTrainedModel.from_pretrained`] does. With this package installed, no code of the
-        checkpoint is run.
+        As [`~transformers.PreTrainedModel.from_pretrained`] does, from safetensors only: a pickle is read if
+        `use_safetensors=False` says so. With this package installed, no code of the checkpoint is run.
 
         Raises:
             OSError: one sentence, if files are missing or damaged.
             ValueError: one sentence, if the config or the shapes of weights do not fit.
         """
+        kwargs.setdefault("use_safetensors", True)
         load = partial(super().from_pretrained, pretrained_model_name_or_path, *args)
         try:
             loaded = load(**kwargs)

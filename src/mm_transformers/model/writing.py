@@ -80,7 +80,7 @@ class TextWriting:
             [`decoder_start_ids`].
 
         Raises:
-            ValueError: if there is no such task, or it does not write.
+            ValueError: if there is no such task, it does not write, or `assistant_model` is given.
         """
         writing: dict[str, Any] = {name: known for name, known in self.tasks.items() if known.needs_decoder}
         if task is None and len(writing) == 1:
@@ -88,6 +88,11 @@ class TextWriting:
         if task not in writing:
             raise ValueError(
                 f"generate(task=...) must name a task that writes text, one of {list(writing)}, but is {task!r}."
+            )
+        if kwargs.get("assistant_model") is not None:
+            raise ValueError(
+                "generate cannot use assistant_model, to which the fused states of this model mean nothing; "
+                "leave it out."
             )
         # What is asked to be shown is for the decoder to show.
         known = inspect.signature(type(self.model).forward).parameters
