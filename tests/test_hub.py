@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import Hub
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import make_image, make_model
 
@@ -437,6 +438,7 @@ def test_the_trainer_pushes(hub, client):
         "processor_config.json",
         "tokenizer.json",
         "modeling_mm_transformer.py",
+        "README.md",
     }
     for repo in ("end", "every-save", "checkpoint", "all-checkpoints"):
         files = hub.files(f"ada/{repo}")
@@ -444,6 +446,9 @@ def test_the_trainer_pushes(hub, client):
         config = json.loads(hub.content(files["config.json"]["sha256"]).read_text())
         assert config["auto_map"]["AutoModel"] == "modeling_mm_transformer.MMTransformerForMultiTask"
         assert set(expected(hub, f"ada/{repo}")) == {"topic"}
+        card = ModelCard(hub.content(files["README.md"]["sha256"]).read_text())
+        assert f'model="ada/{repo}"' in card.text
+        assert "| steps | 4 |" in card.text or repo != "end"
     assert hub.repo("models", "ada/end")["private"]
     assert "The end" in [commit["title"] for commit in hub.repo("models", "ada/end")["commits"].values()]
     assert any(name.startswith("last-checkpoint/") for name in hub.files("ada/checkpoint"))

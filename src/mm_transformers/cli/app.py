@@ -126,6 +126,44 @@ def evaluate(
 
 
 @app.command()
+def card(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
+    data: Annotated[Path | None, typer.Option(help="CSV, JSON lines or Parquet file to measure the model on.")] = None,
+    split: Annotated[str, typer.Option(help="What the card calls these rows.")] = "test",
+    ablation: Annotated[
+        bool, typer.Option("--ablate/--no-ablate", help="Measure what each modality is good for.")
+    ] = True,
+    name: Annotated[str | None, typer.Option(help="Hub id that the example loads; by default the folder.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a data set; may be given again.")] = None,
+    license: Annotated[str | None, typer.Option(help="License of the model.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Code of a language; may be given again.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Tag; may be given again.")] = None,
+    batch_size: BatchSize = 32,
+    text_column: TextColumn = None,
+    image_column: ImageColumn = None,
+    video_column: VideoColumn = None,
+    audio_column: AudioColumn = None,
+    image_root: ImageRoot = None,
+    on_bad_file: OnBadFile = None,
+) -> None:
+    """
+    Write the card of a model, README.md, or renew what was generated in the one that is there.
+
+    What you wrote, changed or removed in the card stays so.
+    """
+    from .card import run_card
+    from .predict import Reading
+    from .processes import join_processes, leave_processes
+
+    join_processes()
+    with _errors_as_sentences():
+        reading = Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file)
+        said = {"datasets": dataset, "license": license, "language": language, "tags": tag}
+        run_card(model, data, split, ablation, name, said, batch_size, reading)
+    leave_processes()
+
+
+@app.command()
 def predict(
     model: ModelArgument,
     file: DataArgument,

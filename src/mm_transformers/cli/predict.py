@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,26 @@ def run_evaluation(model_name: str, file: Path, output: Path | None, batch_size:
     """
     if output is not None:
         check_writable(output)
+    with evaluator(model_name, file, batch_size, reading) as (trainer, rows):
+        metrics = {**trainer.evaluate(), "eval_samples": len(rows)}
+        if trainer.args.should_save:
+            print_metrics({file.name: metrics}, {file.name: "eval"}, list(trainer.fused_model.tasks))
+            if output is not None:
+                with write_atomically(output) as target:
+                    target.write((json.dumps(metrics, indent=2) + "\n").encode())
+                say(f"Wrote {output}.")
+
+
+@contextmanager
+def evaluator(
+    model_name: str, file: Path, batch_size: int, reading: Reading
+) -> Iterator[tuple[MMTrainer, datasets.Dataset]]:
+    """
+    A trainer of a saved model for the labelled rows of a file, and these rows.
+
+    Raises:
+        ValueError, OSError: one sentence.
+    """
     columns, data = reading.options(model_name)
     model, collator = _load(model_name, columns, data)
     with tempfile.TemporaryDirectory() as folder:
@@ -87,14 +108,7 @@ def run_evaluation(model_name: str, file: Path, output: Path | None, batch_size:
         _check_columns(rows.column_names, collator, columns, reading, file)
         check_labels({file.name: rows}, model.tasks.values(), columns.text)
         _check_labelled(rows, collator, file)
-        trainer = MMTrainer(model, args, data_collator=collator, eval_dataset=rows)
-        metrics = {**trainer.evaluate(), "eval_samples": len(rows)}
-        if args.should_save:
-            print_metrics({file.name: metrics}, {file.name: "eval"}, list(model.tasks))
-            if output is not None:
-                with write_atomically(output) as target:
-                    target.write((json.dumps(metrics, indent=2) + "\n").encode())
-                say(f"Wrote {output}.")
+        yield MMTrainer(model, args, data_collator=collator, eval_dataset=rows), rows
 
 
 def run_prediction(

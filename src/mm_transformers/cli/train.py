@@ -64,6 +64,7 @@ def run_training(path: Path, overrides: list[str]) -> None:
         metrics = trainer.evaluate(data.splits[split], metric_key_prefix=prefix)
         trainer.save_metrics(prefix, {**metrics, f"{prefix}_samples": len(data.splits[split])})
     if not finished:
+        trainer.create_model_card()
         trainer.save_state()  # last: it says that all the rest is there
     if args.should_save:
         metrics_of = {split: json.loads(file.read_text()) for split, file in results.items()}

@@ -6,6 +6,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from ..data.collator import MMDataCollator
@@ -15,6 +16,7 @@ from ..data.mixture_rows import MixedStream
 from ..data.sources import rows_of
 from ..model.regularization import penalties, take_starting_point
 from .balancing import TaskBalancing
+from .card.writing import write_trainer_card
 from .checks import check_adapters, check_arguments, check_best_metric, check_columns, check_lengths
 from .counts import RowCounts
 from .learning_rates import never_decays, set_learning_rates
@@ -360,6 +362,44 @@ class MMTrainer(ResumableTrainer):
             if self._balancing is not None:
                 self._balancing.load(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    # Sharing
+
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        **kwargs,
+    ) -> None:
+        """
+        Writes the card of the model, `README.md`, into `args.output_dir`; in one that is there, what was generated is
+        renewed and what a person wrote stays.
+
+        Args:
+            language, license, tags, dataset_tags: For the Hub; never guessed. `dataset_tags` are ids of data sets, of
+                which `dataset` gives the names.
+            model_name (`str`, *optional*): How the example calls the model; the Hub id or the folder by default.
+            kwargs: What else [`~transformers.Trainer.create_model_card`] takes; the encoders and tasks are known.
+        """
+        if not self.is_world_process_zero():
+            return
+        name = self.hub_model_id or model_name or self.args.hub_model_id
+        said: dict[str, Any] = {
+            "language": language,
+            "license": license,
+            "tags": tags,
+            "datasets": dataset_tags or dataset,
+        }
+        write_trainer_card(self, self.args.output_dir, name, **said)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.hub_strategy != HubStrategy.END:
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     # Evaluation
 

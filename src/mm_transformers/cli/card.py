@@ -1,0 +1,62 @@
+"""`mm-transformers card`: the model card of a saved model, with what a file of rows says of it."""
+
+from pathlib import Path
+from typing import Any
+
+from ..analysis.ablation import ablate
+from ..model.configuration_mm_transformer import MMTransformerConfig
+from ..training.card.facts import CardFacts, Measurement
+from ..training.card.writing import CARD_NAME, licenses_of, write_card
+from .predict import Reading, evaluator
+from .processes import say
+
+
+def run_card(
+    folder: Path,
+    file: Path | None,
+    split: str,
+    with_ablation: bool,
+    name: str | None,
+    said: dict[str, Any],
+    batch_size: int,
+    reading: Reading,
+) -> None:
+    """
+    Args:
+        folder: that of the model.
+        file: labelled rows to measure it on; `None` to measure nothing.
+        split: what the card calls these rows.
+        with_ablation: whether to measure what each modality is good for.
+        name: the Hub id that the example of the card loads.
+        said: license, language, datasets, tags.
+
+    Raises:
+        ValueError, OSError: one sentence.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model: a card is written beside its config.json.")
+    facts = CardFacts(
+        name=name or folder.resolve().name,
+        config=MMTransformerConfig.from_pretrained(folder),
+        said={key: value for key, value in said.items() if value},
+    )
+    facts.encoder_licenses = licenses_of(facts.config)
+    if file is not None:
+        with evaluator(str(folder), file, batch_size, reading) as (trainer, rows):
+            if with_ablation and facts.config.modalities and set(_media(trainer)) & set(rows.column_names):
+                ablation = ablate(trainer, rows)
+                metrics = next(iter(ablation.variants.values()))
+                facts.ablation = ablation.to_markdown()
+                say(facts.ablation)
+            else:
+                metrics = trainer.evaluate()
+            measured = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+            dataset = (facts.said.get("datasets") or [None])[0]
+            facts.measurements = [Measurement(split, measured, dataset)]
+            facts.num_parameters = trainer.fused_model.num_parameters()
+    write_card(folder, facts)
+    say(f"Wrote {folder / CARD_NAME}.")
+
+
+def _media(trainer: Any) -> list[str]:
+    return [column.column for column in trainer.data_collator.media.values()]

@@ -1,0 +1,119 @@
+"""What the card says, section by section."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...model.tasks import Task
+from .facts import CardFacts
+
+
+def sections_of(facts: CardFacts) -> dict[str, str]:
+    """Heading -> Markdown, "" for what is above the first heading."""
+    tasks = facts.config.get_tasks()
+    sections = {
+        "": _introduction(facts, tasks),
+        "## Use": _use(facts, tasks),
+        "## Tasks": _tasks(tasks),
+        "## Encoders": _encoders(facts),
+    }
+    if facts.measurements:
+        sections["## Results"] = _results(facts, tasks)
+    if facts.ablation:
+        sections["## What each modality is good for"] = facts.ablation
+    if facts.training is not None:
+        sections["## Training"] = markdown_table(["", ""], list(facts.training.rows.items()))
+    sections["## Limits"] = _limits(facts)
+    return sections
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    lines = [list(header), ["---"] * len(header), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _introduction(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
+    inputs = ["text", *({"vision": "pictures or video", "audio": "sound"}[name] for name in facts.config.modalities)]
+    joined = inputs[0] if len(inputs) == 1 else f"{', '.join(inputs[:-1])} and {inputs[-1]}"
+    size = f", {facts.num_parameters / 1e6:,.1f} million parameters" if facts.num_parameters else ""
+    return (
+        f"# {facts.name.rpartition('/')[2]}\n\nA model that reads {joined} and answers "
+        f"{len(tasks)} task{'s' if len(tasks) > 1 else ''}: {', '.join(tasks)}. "
+        f"{facts.config.fusion_type.replace('_', '-')} fusion{size}; made with mm_transformers."
+    )
+
+
+def _use(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
+    row, setup = ['"text": "What you want to know about."'], []
+    if "vision" in facts.config.modalities:
+        setup += ["from PIL import Image", ""]
+        row.append('"image": Image.new("RGB", (224, 224))')
+    if "audio" in facts.config.modalities:
+        setup = ["import numpy as np", *setup] if setup else ["import numpy as np", ""]
+        row.append('"audio": {"array": np.zeros(16_000), "sampling_rate": 16_000}')
+    code = [
+        *setup,
+        "from transformers import pipeline",
+        "",
+        f'pipe = pipeline("multimodal", model="{facts.name}", trust_remote_code=True)',
+        f"print(pipe({{{', '.join(row)}}}))",
+    ]
+    others = "Images may also be paths, addresses or bytes. " if "vision" in facts.config.modalities else ""
+    return (
+        "```python\n" + "\n".join(code) + f"\n```\n\n{others}Each of the inputs may be left out. With `import "
+        "mm_transformers` before, `trust_remote_code=True` is not needed, and no code of this repository is run."
+    )
+
+
+def _tasks(tasks: Mapping[str, Task]) -> str:
+    rows = []
+    for task in tasks.values():
+        labels = list(getattr(task, "labels", None) or [])
+        shown = ", ".join(map(str, labels[:20])) + (f", ... ({len(labels)} in all)" if len(labels) > 20 else "")
+        rows.append([task.name, task.kind.replace("_", " "), shown])
+    return markdown_table(["task", "kind", "labels"], rows)
+
+
+def _encoders(facts: CardFacts) -> str:
+    rows = []
+    for name in ("text", *facts.config.modalities, "decoder"):
+        config = getattr(facts.config, f"{name}_config", None)
+        if config is not None:
+            source = base_model_of(config)
+            link = f"[{source}](https://huggingface.co/{source})" if source else "from a config or a folder"
+            rows.append([name, config.model_type, link, facts.encoder_licenses.get(source or "", "")])
+    return markdown_table(["modality", "architecture", "pretrained", "license"], rows)
+
+
+def _results(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
+    values: dict[tuple[str, str], dict[str, float]] = {}
+    for measured in facts.measurements:
+        for task in tasks.values():
+            for metric, value in measured.of_task(task, tasks).items():
+                values.setdefault((task.name, metric), {})[measured.split] = value
+    splits = [measured.split for measured in facts.measurements]
+    rows = [
+        [task, metric, *(f"{found[split]:.4g}" if split in found else "" for split in splits)]
+        for (task, metric), found in values.items()
+    ]
+    return markdown_table(["task", "metric", *splits], rows)
+
+
+def _limits(facts: CardFacts) -> str:
+    lines = ["It knows only the labels above, and answers with one of them also where none fits."]
+    if not facts.measurements:
+        lines.append("How good it is has not been measured.")
+    else:
+        lines.append("The results hold for data like those that it was measured on; nothing else has been measured.")
+    if facts.config.modalities and not facts.ablation:
+        lines.append("Whether it makes use of more than the text has not been measured.")
+    lines.append("What its encoders have learned from their data, biases included, it has too.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def base_model_of(config: Any) -> str:
+    """The Hub id of an encoder, "" if it has none."""
+    name = str(getattr(config, "_name_or_path", "") or "")
+    parts = name.split("/")
+    is_id = 1 <= len(parts) <= 2 and all(part and not part.startswith(".") for part in parts) and "\\" not in name
+    return name if is_id else ""

@@ -1,0 +1,120 @@
+"""Writes the card of a model into its folder."""
+
+import os
+from pathlib import Path
+from typing import Any, Optional
+
+import huggingface_hub
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from .facts import CardFacts, Measurement, measurements_of, training_of
+from .merging import add_memory, fingerprint, join_sections, merge, split_sections, take_memory
+from .metadata import entries_in, entries_of, to_card_data
+from .sections import base_model_of, sections_of
+
+
+CARD_NAME = "README.md"
+
+
+def write_card(folder: str | os.PathLike, facts: CardFacts) -> ModelCard:
+    """
+    Writes `README.md`, or renews what was generated in the one that is there.
+
+    Args:
+        folder (`str` or `Path`): That of the model.
+        facts ([`CardFacts`]): What is known. Sections that are not known now stay as they are, unless another training
+            has taken the place of the one that they tell of.
+
+    Raises:
+        ValueError: if the front matter of the card that is there is no YAML.
+    """
+    path = Path(folder, CARD_NAME)
+    memory: dict[str, Any] = {}
+    data: Any = ModelCardData()
+    text = ""
+    if path.is_file():
+        content, memory = take_memory(path.read_text(encoding="utf-8"))
+        try:
+            card = ModelCard(content, ignore_metadata_errors=True)
+        except Exception as error:  # of YAML
+            raise ValueError(f"{path} cannot be renewed, since its front matter is no YAML: {error}") from error
+        data, text = card.data, card.text
+    has_card = path.is_file()
+    new_sections, new_entries = sections_of(facts), entries_of(facts)
+    old_sections = split_sections(text) if has_card else {}
+    old_entries = entries_in(data, facts) if has_card else {}
+    remembered = {name: dict(memory.get(name, {})) for name in ("sections", "metadata")}
+    trained = fingerprint(facts.training.rows) if facts.training is not None else None
+    if trained is None or trained == memory.get("training"):
+        # Of the same weights: what only the trainer knew is still true.
+        new_sections = _with_known(new_sections, old_sections, remembered["sections"])
+        new_entries = _with_known(new_entries, old_entries, remembered["metadata"])
+    sections, section_memory = merge(old_sections, new_sections, remembered["sections"])
+    entries, entry_memory = merge(old_entries, new_entries, remembered["metadata"])
+    for key in facts.said:  # said once, it is a person's
+        entry_memory = {name: value for name, value in entry_memory.items() if name.split(" ", 1)[0] != key}
+    front = to_card_data(entries, facts.name.rpartition("/")[2])
+    remember = {"sections": section_memory, "metadata": entry_memory, "training": trained or memory.get("training")}
+    card = ModelCard(f"---\n{front.to_yaml()}\n---\n\n{join_sections(sections)}")
+    path.write_text(add_memory(card.content, remember), encoding="utf-8")
+    return card
+
+
+def write_trainer_card(
+    trainer: Any, folder: str | os.PathLike, name: Optional[str] = None, ablation: Optional[str] = None, **said: Any
+) -> ModelCard:
+    """
+    The card of what a trainer has trained and measured.
+
+    Args:
+        trainer ([`MMTrainer`]): After training.
+        said: `license`, `language`, `datasets`, `tags`; what is `None` is not said.
+    """
+    model = trainer.fused_model
+    said = {key: value for key, value in said.items() if value is not None}
+    datasets = said.get("datasets")
+    measurements = measurements_of(trainer)
+    if datasets:
+        one = datasets if isinstance(datasets, str) else datasets[0]
+        measurements = [Measurement(m.split, m.metrics, one) for m in measurements]
+    facts = CardFacts(
+        name=name or Path(folder).resolve().name,
+        config=model.config,
+        measurements=measurements,
+        training=training_of(trainer),
+        ablation=ablation,
+        said=said,
+        encoder_licenses=licenses_of(model.config),
+        num_parameters=model.num_parameters(),
+    )
+    return write_card(folder, facts)
+
+
+def licenses_of(config: Any) -> dict[str, str]:
+    """Hub id of an encoder -> its license; empty where the Hub cannot be asked."""
+    licenses: dict[str, str] = {}
+    if HF_HUB_OFFLINE:
+        return licenses
+    for name in ("text", "vision", "audio"):
+        part = getattr(config, f"{name}_config", None)
+        source = base_model_of(part) if part is not None else ""
+        if source:
+            try:
+                data = huggingface_hub.model_info(source, timeout=5).card_data
+            except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
+                continue
+            if data is not None and data.get("license"):
+                licenses[source] = str(data["license"])
+    return licenses
+
+
+def _with_known(new: dict[str, Any], old: dict[str, Any], remembered: dict[str, str]) -> dict[str, Any]:
+    """With what was generated before, is not known now, and nobody has changed."""
+    known = {
+        name: old[name]
+        for name, generated in remembered.items()
+        if name not in new and name in old and fingerprint(old[name]) == generated
+    }
+    return {**new, **known}
