@@ -71,7 +71,8 @@ class Encoding(Freezing):
         if self.fusion is None:
             return Stream("text", states, attention_mask.bool())
         first = torch.arange(states.shape[1], device=states.device) == 0
-        mask = torch.where(present[:, None], attention_mask.bool(), first)
+        # Not by `torch.where`, which ONNX Runtime does not know for truth values.
+        mask = attention_mask.bool() | (~present[:, None] & first)
         return Stream("text", self.null_text(states, present), mask)
 
     def _encode_items(

@@ -150,7 +150,7 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             "audio": {"input_values": input_values, "input_features": input_features, "features": audio_features},
         }
         for name, values in items.items():
-            items[name] = {key: value for key, value in values.items() if value is not None and len(value) > 0}
+            items[name] = {key: value for key, value in values.items() if value is not None and value.shape[0] > 0}
             if len(items[name]) > 1:
                 raise ValueError(f"The {name} input is given as {' and as '.join(items[name])}; give one of them.")
         index = {
@@ -158,9 +158,9 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             "audio": self._index("audio", audio_index, items["audio"], batch_size, device),
         }
         if audio_attention_mask is not None and items["audio"]:
-            num_clips = len(next(iter(items["audio"].values())))
-            if len(audio_attention_mask) != num_clips:
-                raise ValueError(f"audio_attention_mask has {len(audio_attention_mask)} rows for {num_clips} clips.")
+            num_clips = next(iter(items["audio"].values())).shape[0]
+            if audio_attention_mask.shape[0] != num_clips:
+                raise ValueError(f"audio_attention_mask has {audio_attention_mask.shape[0]} rows for {num_clips} clips.")
             items["audio"]["attention_mask"] = audio_attention_mask
         if items["audio"]:
             items["audio"]["feature_mask"] = audio_feature_mask

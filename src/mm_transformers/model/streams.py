@@ -94,11 +94,13 @@ def check_index(
             f"{index.dtype} in the shape {tuple(index.shape)}."
         )
     in_range = ((index >= -1) & (index < num_items)).all()
-    message = f"{name} must hold numbers from -1 (none) to {num_items - 1} (there are {num_items} {items})."
     if torch.compiler.is_compiling():
-        torch._assert_async(in_range, message)  # anything that looks at a value would break the graph
+        # Anything that looks at a value would break the graph, and a count in the message would become a constant.
+        torch._assert_async(in_range, f"{name} must hold numbers from -1 (none) to the number of {items} less 1.")
     elif not in_range:
-        raise ValueError(message)
+        raise ValueError(
+            f"{name} must hold numbers from -1 (none) to {num_items - 1} (there are {num_items} {items})."
+        )
     return index
 
 
