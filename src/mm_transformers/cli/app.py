@@ -164,6 +164,20 @@ def card(
 
 
 @app.command()
+def export(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option(help="Folder for the graphs; must not be there.")],
+    format: Annotated[str, typer.Option(help="onnx, or torch for programs of torch.export.")] = "onnx",
+    dtype: Annotated[str, typer.Option(help="float32, or int8 (onnx).")] = "float32",
+) -> None:
+    """Export a model to ONNX or torch.export, and compare the result with it."""
+    from .export import run_export
+
+    with _errors_as_sentences():
+        run_export(model, output, format, dtype)
+
+
+@app.command()
 def predict(
     model: ModelArgument,
     file: DataArgument,

@@ -160,7 +160,9 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
         if audio_attention_mask is not None and items["audio"]:
             num_clips = next(iter(items["audio"].values())).shape[0]
             if audio_attention_mask.shape[0] != num_clips:
-                raise ValueError(f"audio_attention_mask has {audio_attention_mask.shape[0]} rows for {num_clips} clips.")
+                raise ValueError(
+                    f"audio_attention_mask has {audio_attention_mask.shape[0]} rows for {num_clips} clips."
+                )
             items["audio"]["attention_mask"] = audio_attention_mask
         if items["audio"]:
             items["audio"]["feature_mask"] = audio_feature_mask

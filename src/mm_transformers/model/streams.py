@@ -98,9 +98,7 @@ def check_index(
         # Anything that looks at a value would break the graph, and a count in the message would become a constant.
         torch._assert_async(in_range, f"{name} must hold numbers from -1 (none) to the number of {items} less 1.")
     elif not in_range:
-        raise ValueError(
-            f"{name} must hold numbers from -1 (none) to {num_items - 1} (there are {num_items} {items})."
-        )
+        raise ValueError(f"{name} must hold numbers from -1 (none) to {num_items - 1} (there are {num_items} {items}).")
     return index
 
 

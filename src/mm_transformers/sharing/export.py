@@ -1,0 +1,194 @@
+"""
+A model as graphs that need no code of this package's model: ONNX, or programs of `torch.export`.
+
+There is one graph of encoders, fusion and heads, and if a task writes one of the decoder. They are made by the
+exporters of transformers; what they take and give is in `export.json` beside them.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+
+SPEC_NAME = "export.json"
+FUSED, DECODER = "model", "decoder"
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+# What the graph of a model with a decoder gives beside the logits of its heads.
+STATES, STATES_MASK = "fused_states", "fused_mask"
+
+
+class FusedGraph(nn.Module):
+    """What the first graph computes: the logits of the heads and, for the decoder, the fused states."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        encoded = self.model.model(**inputs)
+        logits = self.model(encoder_outputs=encoded).logits
+        outputs = {name: logits[name] for name, task in self.model.tasks.items() if not task.needs_decoder}
+        if self.model.can_generate():
+            outputs |= {STATES: encoded.last_hidden_state, STATES_MASK: encoded.attention_mask.to(torch.int64)}
+        return outputs
+
+
+class DecoderGraph(nn.Module):
+    """What the second graph computes: how likely each token is to be the next one, (batch, 1, vocabulary)."""
+
+    def __init__(self, text_model: Any):
+        super().__init__()
+        self.text_model, self.config = text_model, text_model.config
+
+    def forward(self, decoder_input_ids, fused_states, fused_mask) -> dict[str, torch.Tensor]:
+        outputs = self.text_model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=fused_states),
+            attention_mask=fused_mask,
+            decoder_input_ids=decoder_input_ids,
+            use_cache=False,
+        )
+        return {"logits": outputs.logits[:, -1:]}
+
+
+class Sample(NamedTuple):
+    """Inputs to trace with, and which of their dimensions are not always the same."""
+
+    inputs: dict[str, torch.Tensor]
+    dynamic: dict[str, list[int]]
+
+
+def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: str = "onnx", int8: bool = False) -> None:
+    """
+    Writes the graphs, the processor and the config into a folder, which is whole or not there.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): Stays as it is. Exported with its own precision.
+        processor ([`MMTransformerProcessor`]): That of the model; says what the graphs take.
+        folder (`str` or `Path`): Must not be there, or be empty.
+        kind (`str`, *optional*, defaults to `"onnx"`): `"onnx"` or `"torch"`.
+        int8 (`bool`, *optional*, defaults to `False`): Matrices as 8-bit integers, for ONNX.
+
+    Raises:
+        ValueError: if the folder is not empty, or int8 is asked for another kind than ONNX.
+        ImportError: if what exports is not installed.
+    """
+    folder = Path(folder)
+    if kind not in SUFFIXES:
+        raise ValueError(f"The format must be one of {', '.join(SUFFIXES)}, but is {kind!r}.")
+    if int8 and kind != "onnx":
+        raise ValueError("int8 needs the format onnx: programs of torch.export keep the precision of the model.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not empty; name another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    was_training = model.training
+    model.eval()
+    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        first, second = sample_inputs(model, processor, 2), sample_inputs(model, processor, 3)
+        sample = Sample(first, _differing(first, second))
+        graphs: dict[str, tuple[nn.Module, Sample]] = {FUSED: (FusedGraph(model), sample)}
+        if model.can_generate():
+            graphs[DECODER] = (DecoderGraph(model.model.text_model), _decoder_sample(model, first))
+        spec: dict[str, Any] = {"format": kind, "int8": int8, "graphs": {}}
+        for name, (module, traced) in graphs.items():
+            outputs = _export(module, traced, staged / f"{name}{SUFFIXES[kind]}", kind, int8)
+            shapes = {
+                key: [None if i in traced.dynamic[key] else n for i, n in enumerate(value.shape)]
+                for key, value in traced.inputs.items()
+            }
+            types = {key: str(value.dtype).removeprefix("torch.") for key, value in traced.inputs.items()}
+            spec["graphs"][name] = {"inputs": shapes, "types": types, "outputs": outputs}
+        model.config.save_pretrained(staged)
+        processor.save_pretrained(staged)
+        if model.can_generate():
+            model.generation_config.save_pretrained(staged)
+        (staged / SPEC_NAME).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
+        staged.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        staged.rename(folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        model.train(was_training)
+
+
+def sample_inputs(model: Any, processor: Any, size: int) -> dict[str, torch.Tensor]:
+    """Inputs of `size` rows, with texts, images and sounds whose numbers and lengths also depend on `size`."""
+    modalities: dict[str, Any] = {}
+    if model.config.vision_config is not None:
+        image = Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8))
+        modalities["images"] = [[image.copy() for _ in range(size)], *[[image.copy()]] * (size - 1)]
+    if model.config.audio_config is not None:
+        rate = processor.feature_extractor.sampling_rate
+        modalities["sampling_rate"] = rate
+        # Each an array of its own, for equal ones would be encoded as one.
+        longer = [np.zeros(rate // 4 * size, np.float32) for _ in range(size)]
+        modalities["audio"] = [longer, *([np.zeros(rate // 4, np.float32)] for _ in range(size - 1))]
+    texts = ["a longer text " * size, *["a text"] * (size - 1)]
+    inputs = processor(text=texts, **modalities)
+    return {
+        name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and name not in ("word_index", "frame_index")
+    }
+
+
+def _differing(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+    return {
+        name: [i for i in range(value.ndim) if value.shape[i] != second[name].shape[i]] for name, value in first.items()
+    }
+
+
+def _decoder_sample(model: Any, inputs: Mapping[str, torch.Tensor]) -> Sample:
+    with torch.no_grad():
+        encoded = model.model(**inputs)
+    states = encoded.last_hidden_state
+    values = {
+        "decoder_input_ids": torch.ones(states.shape[0], 3, dtype=torch.int64, device=states.device),
+        STATES: states,
+        STATES_MASK: encoded.attention_mask.to(torch.int64),
+    }
+    return Sample(values, {key: [0, 1] for key in values})
+
+
+def _export(module: nn.Module, sample: Sample, path: Path, kind: str, int8: bool) -> list[str]:
+    """Writes one graph; returns the names of what it gives."""
+    from transformers.exporters import (
+        DynamoConfig,
+        DynamoExporter,
+        OnnxConfig,
+        OnnxExporter,
+        OnnxRuntimeDynamicConfig,
+        OnnxRuntimeQuantizer,
+    )
+
+    module.eval()
+    with torch.no_grad():
+        names = list(module(**sample.inputs))
+    options = {
+        "dynamic": True,
+        "dynamic_shapes": {
+            name: dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for name, dims in sample.dynamic.items()
+        },
+        "prefer_deferred_runtime_asserts_over_guards": True,
+    }
+    if kind == "onnx":
+        quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig()) if int8 else None
+        program, _ = OnnxExporter().export_program(
+            module, dict(sample.inputs), OnnxConfig(quantizer=quantizer, **options)
+        )
+        OnnxExporter.save_program(program, path)
+    else:
+        program, _ = DynamoExporter().export_program(module, dict(sample.inputs), DynamoConfig(**options))
+        DynamoExporter.save_program(program, path)
+    return names

@@ -1,0 +1,183 @@
+"""Exported graphs, used as the model that they were made of."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from ..model.configuration_mm_transformer import MMTransformerConfig
+from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+from ..model.modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
+from ..model.writing import TextWriting
+from .export import DECODER, FUSED, SPEC_NAME, STATES, STATES_MASK, SUFFIXES
+
+
+_Run = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+class ExportedModel(TextWriting):
+    """
+    What [`~mm_transformers.sharing.export.export_model`] wrote, on the CPU: takes what the processor gives, and returns
+    what [`MMTransformerForMultiTask`] returns, without losses. `generate` and `decode` are those of the model; the
+    decoder reads what it has written anew at each step, for its graph has no cache.
+
+    Args:
+        folder (`str` or `Path`): Where the graphs are.
+
+    Raises:
+        OSError: if there are none.
+
+    Example:
+
+    ```python
+    >>> model = ExportedModel("exported")
+    >>> processor = MMTransformerProcessor.from_pretrained("exported")
+    >>> model.decode(model(**processor(text=["Lovely weather!"], images=["rain.jpg"])))
+    ```
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        path = Path(folder, SPEC_NAME)
+        if not path.is_file():
+            raise OSError(f"{folder} holds no exported model: it has no {SPEC_NAME}; mm-transformers export makes one.")
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        self.config = MMTransformerConfig.from_pretrained(folder)
+        self.tasks = self.config.get_tasks()
+        load = {"onnx": _onnx_graph, "torch": _torch_graph}[spec["format"]]
+        suffix = SUFFIXES[spec["format"]]
+        graphs = {name: load(Path(folder, f"{name}{suffix}"), graph) for name, graph in spec["graphs"].items()}
+        self.model = _Fused(graphs[FUSED], spec["graphs"][FUSED])
+        if DECODER in graphs:
+            decoder_config = self.config.decoder_config or self.config.text_config
+            self.model.text_model = _Decoder(decoder_config, graphs[DECODER])
+            self.model.text_model.generation_config = GenerationConfig.from_pretrained(folder)
+
+    def __call__(self, **inputs: torch.Tensor) -> MMTransformerOutput:
+        """
+        Args:
+            inputs: what the processor gives; images and sounds may be absent.
+        """
+        return MMTransformerOutput(logits=self.model(**inputs).logits)
+
+    decode = MMTransformerForMultiTask.decode
+
+
+class _Fused:
+    """The first graph. Rows without images are given a blank one that none of them sees, for a graph takes some."""
+
+    text_model: Any = None
+
+    def __init__(self, run: _Run, spec: Mapping[str, Any]):
+        self.run, self.shapes, self.types = run, spec["inputs"], spec["types"]
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.forward(**inputs)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        pixel_values=None,
+        image_index=None,
+        frame_index=None,
+        input_values=None,
+        input_features=None,
+        audio_attention_mask=None,
+        audio_index=None,
+        word_index=None,
+    ):
+        given = {name: value for name, value in locals().items() if isinstance(value, torch.Tensor)}
+        given.pop("word_index", None)
+        if frame_index is not None and (given.pop("frame_index") >= 0).any():
+            raise ValueError("An exported model takes pictures, but no videos.")
+        unknown = sorted(set(given) - set(self.shapes))
+        if unknown:
+            raise ValueError(f"The exported model takes {', '.join(self.shapes)}, but got {unknown[0]}.")
+        feed = {name: self._value(name, given) for name in self.shapes}
+        outputs = self.run(feed)
+        logits = {name: value for name, value in outputs.items() if name not in (STATES, STATES_MASK)}
+        result: Any = MMTransformerModelOutput()
+        result.last_hidden_state, result.attention_mask = outputs.get(STATES), outputs.get(STATES_MASK)
+        result.logits = logits
+        return result
+
+    def _value(self, name: str, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        dtype = getattr(torch, self.types[name])
+        if name in given and given[name].shape[0] > 0:
+            return given[name].to("cpu", dtype)
+        rows = given["input_ids"].shape[0]
+        if name == "attention_mask":
+            return torch.ones(given["input_ids"].shape, dtype=dtype)
+        if name in ("image_index", "audio_index"):
+            items = ("pixel_values",) if name == "image_index" else ("input_values", "input_features")
+            has_any = any(item in given and given[item].shape[0] > 0 for item in items)
+            return torch.arange(rows)[:, None] if has_any else torch.full((rows, 1), -1)
+        if name == "token_type_ids":
+            return torch.zeros(given["input_ids"].shape, dtype=dtype)
+        if name == "audio_attention_mask" and "input_values" in given:
+            return torch.ones(given["input_values"].shape[:2], dtype=dtype)
+        # One blank item; a second of sound is more than any encoder needs.
+        shape = [1, *(16_000 if size is None else size for size in self.shapes[name][1:])]
+        return torch.zeros(shape, dtype=dtype) if name != "audio_attention_mask" else torch.ones(shape, dtype=dtype)
+
+
+class _Decoder(PreTrainedModel, GenerationMixin):
+    """The second graph, as transformers' generation wants a model to be."""
+
+    main_input_name = "input_ids"
+    _supports_cache_class = False
+
+    def __init__(self, config: Any, run: _Run):
+        super().__init__(config)
+        self.run = run
+        self.nothing = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def get_encoder(self, *args, **kwargs):
+        return None  # it has run
+
+    def prepare_inputs_for_generation(self, input_ids, encoder_outputs=None, attention_mask=None, **kwargs):
+        return {"decoder_input_ids": input_ids, "encoder_outputs": encoder_outputs, "attention_mask": attention_mask}
+
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **{**kwargs, "use_cache": False})
+
+    def forward(
+        self,
+        decoder_input_ids: Optional[torch.Tensor] = None,
+        encoder_outputs: Optional[BaseModelOutput] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        **kwargs,
+    ) -> Seq2SeqLMOutput:
+        states = encoder_outputs[0]
+        feed = {"decoder_input_ids": decoder_input_ids, STATES: states, STATES_MASK: attention_mask}
+        return Seq2SeqLMOutput(logits=self.run(feed)["logits"])
+
+
+def _onnx_graph(path: Path, spec: Mapping[str, Any]) -> _Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    taken = [node.name for node in session.get_inputs()]
+
+    def run(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        outputs = session.run(None, {name: inputs[name].contiguous().numpy() for name in taken})
+        return dict(zip(spec["outputs"], map(torch.from_numpy, outputs), strict=True))
+
+    return run
+
+
+def _torch_graph(path: Path, spec: Mapping[str, Any]) -> _Run:
+    module = torch.export.load(path).module()
+
+    @torch.no_grad()
+    def run(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        outputs = module(**inputs)
+        return {name: outputs[name] for name in spec["outputs"]}
+
+    return run

@@ -1,0 +1,151 @@
+"""Exported graphs answer as the model does, whatever the number of rows, words and images."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_cli_train import mm
+from test_first_class import make_writer
+from tiny import FUSION_KINDS, make_clip, make_feature_extractor, make_image, make_model, make_processor, make_tokenizer
+from typer.testing import CliRunner
+
+from mm_transformers import Classification, MMTransformerProcessor
+from mm_transformers.cli import app
+
+
+pytest.importorskip("transformers.exporters", reason="needs a newer transformers")
+if importlib.util.find_spec("onnxruntime") is None:
+    pytest.skip("needs mm-transformers[onnx]", allow_module_level=True)
+
+from mm_transformers.sharing.export import export_model
+from mm_transformers.sharing.exported_model import ExportedModel
+
+
+def batches(processor):
+    """None of them as those that were traced: one row, no image, many, shared ones, longer texts."""
+    shared = make_image(7)
+    yield processor(text=["a red dog"], images=[None])
+    yield processor(text=["a cat", "over the rain in a very small river", "sun"], images=[None, None, None])
+    yield processor(text=["a"] * 5, images=[[make_image(i) for i in range(4)], None, [shared], [shared], []])
+    yield processor(text=["big cat in the rain"], images=[[make_image(1), make_image(2), make_image(3)]])
+    yield processor(text=["a dog", None], images=[make_image(4), make_image(5)])
+
+
+def check(model, exported, processor):
+    for inputs in batches(processor):
+        with torch.no_grad():
+            expected = model(**inputs).logits
+        found = exported(**inputs).logits
+        for name, task in model.tasks.items():
+            if not task.needs_decoder:
+                assert found[name].shape == expected[name].shape
+                assert (found[name] - expected[name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_every_kind_of_head(kind, tmp_path):
+    model, processor = make_model(), make_processor()
+    export_model(model, processor, tmp_path / "out", kind)
+    exported = ExportedModel(tmp_path / "out")
+    check(model, exported, MMTransformerProcessor.from_pretrained(tmp_path / "out"))
+    inputs = processor(text=["a red dog", "rain"], images=[make_image(0), None])
+    with torch.no_grad():
+        answers = model.decode(model(**inputs), inputs.get("word_index"))
+    for answer, other in zip(exported.decode(exported(**inputs), inputs.get("word_index")), answers, strict=True):
+        assert answer["topic"]["label"] == other["topic"]["label"]
+        assert answer["topic"]["score"] == pytest.approx(other["topic"]["score"], abs=1e-5)
+    assert not list(tmp_path.glob(".out*")), "nothing half-written is left"
+    without_index = {name: value for name, value in inputs.items() if name != "image_index"}
+    without_index |= {"pixel_values": torch.cat([inputs["pixel_values"]] * 2)}
+    torch.testing.assert_close(
+        exported(**without_index).logits["topic"], model(**without_index).logits["topic"], rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+@pytest.mark.parametrize("fusion", FUSION_KINDS)
+@pytest.mark.parametrize(("text", "vision"), [("bert", "convnextv2"), ("distilbert", "clip-vision"), ("t5", "swin")])
+def test_every_fusion(fusion, text, vision, kind, tmp_path):
+    model, processor = make_model(text, vision, fusion_type=fusion), make_processor()
+    export_model(model, processor, tmp_path / "out", kind)
+    check(model, ExportedModel(tmp_path / "out"), processor)
+
+
+@pytest.mark.parametrize(
+    ("writer", "kind"),
+    [
+        ("bart", "onnx"),
+        ("t5", "torch"),
+        *(pytest.param(w, k, marks=pytest.mark.slow) for w in ("marian", "m2m100", "mt5") for k in ("onnx", "torch")),
+    ],
+)
+def test_writing(writer, kind, tmp_path):
+    model, processor = make_writer(writer), make_processor()
+    export_model(model, processor, tmp_path / "out", kind)
+    exported = ExportedModel(tmp_path / "out")
+    for inputs in batches(processor):
+        for options in ({}, {"num_beams": 3}, {"max_new_tokens": 3}):
+            assert torch.equal(exported.generate("german", **inputs, **options), model.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("audio", ["wav2vec2", *(pytest.param(a, marks=pytest.mark.slow) for a in ("whisper", "ast"))])
+def test_sound(audio, tmp_path):
+    model = make_model(vision=None, audio=audio, tasks=[Classification("topic", labels=["a", "b"])])
+    processor = MMTransformerProcessor(tokenizer=make_tokenizer(), feature_extractor=make_feature_extractor(audio))
+    export_model(model, processor, tmp_path / "out", "torch")
+    exported = ExportedModel(tmp_path / "out")
+    for clips in ([make_clip(0.3), None, make_clip(0.1)], [None] * 3, [make_clip(0.2)] * 3):
+        inputs = processor(
+            text=["a dog", "", "rain"] if clips[1] is not None else ["a", "b", "c"], audio=clips, sampling_rate=16_000
+        )
+        with torch.no_grad():
+            expected = model(**inputs).logits["topic"]
+        assert (exported(**inputs).logits["topic"] - expected).abs().max() < 1e-4
+
+
+def test_integers_are_smaller_and_near(tmp_path):
+    model, processor = make_model(), make_processor()
+    export_model(model, processor, tmp_path / "int8", int8=True)
+    matrices = sum(value.nbytes for value in model.parameters() if value.ndim == 2)
+    with (tmp_path / "int8" / "model.onnx.data").open("rb") as file:
+        assert len(file.read()) < sum(value.nbytes for value in model.parameters()) - matrices // 2
+    inputs = next(batches(processor))
+    found = ExportedModel(tmp_path / "int8")(**inputs).logits["entities"]
+    with torch.no_grad():
+        expected = model(**inputs).logits["entities"]
+    assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max() + 0.02
+
+
+def test_the_command(tmp_path):
+    make_model(tasks=[Classification("topic", labels=["a", "b"])]).save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    shown = mm("export", tmp_path / "model", "--output", tmp_path / "out", "--format", "torch")
+    assert "largest difference" in shown
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["format"] == "torch"
+    assert ExportedModel(tmp_path / "out").tasks["topic"].labels == ["a", "b"]
+    for options, words in (
+        (["--output", tmp_path / "out"], "not empty"),
+        (["--output", tmp_path / "b", "--format", "onxx"], "onxx"),
+        (["--output", tmp_path / "b", "--dtype", "int4"], "int4"),
+        (["--output", tmp_path / "b", "--dtype", "int8", "--format", "torch"], "int8 needs"),
+    ):
+        result = CliRunner().invoke(app, ["export", str(tmp_path / "model"), *map(str, options)])
+        assert result.exit_code == 2
+        assert words in result.output
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_an_exported_model_cannot_take(tmp_path):
+    with pytest.raises(OSError, match="no exported model"):
+        ExportedModel(tmp_path)
+    model, processor = make_model(tasks=[Classification("topic", labels=["a", "b"])]), make_processor()
+    export_model(model, processor, tmp_path / "out", "torch")
+    exported = ExportedModel(tmp_path / "out")
+    inputs = dict(processor(text=["a dog"], images=[make_image(0)]))
+    with pytest.raises(ValueError, match="no videos"):
+        exported(**inputs, frame_index=torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="got input_values"):
+        exported(**inputs, input_values=torch.from_numpy(np.zeros((1, 800), np.float32)))
