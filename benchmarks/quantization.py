@@ -1,0 +1,97 @@
+"""
+What smaller numbers cost and give: accuracy on the data that come with the package, size and seconds, one process.
+
+    python benchmarks/quantization.py --steps 400 --threads 1
+
+Kinds that are not installed (torchao) are left out.
+"""
+
+import argparse
+import copy
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mm_transformers import MMDataCollator, MMTransformerForMultiTask, load_demo_dataset
+from mm_transformers.cli.demo_model import make_config, make_processor, train
+from mm_transformers.sharing.export import export_model
+from mm_transformers.sharing.exported_model import ExportedModel
+
+
+def candidates(saved: Path, processor: Any, folder: Path) -> dict[str, tuple[Callable, int]]:
+    """Name -> what answers, and its bytes on the disk."""
+    model = MMTransformerForMultiTask.from_pretrained(saved)
+    found: dict[str, tuple[Callable, int]] = {}
+
+    def add(name: str, answering: torch.nn.Module) -> None:
+        torch.save(answering.state_dict(), folder / "weights")  # of any kind of tensor, to weigh them
+        found[name] = (answering, (folder / "weights").stat().st_size)
+
+    add("torch, float32", model)
+    add("torch, bfloat16", copy.deepcopy(model).to(torch.bfloat16))
+    if importlib.util.find_spec("torchao") is not None:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        for name, kind in {
+            "torchao, int8 weights": Int8WeightOnlyConfig(),
+            "torchao, int8": Int8DynamicActivationInt8WeightConfig(),
+        }.items():
+            add(name, MMTransformerForMultiTask.from_pretrained(saved, quantization_config=TorchAoConfig(kind)))
+    for name, int8 in {"ONNX, float32": False, "ONNX, int8": True}.items():
+        export_model(model, processor, folder / name, int8=int8)
+        size = sum(path.stat().st_size for path in (folder / name).glob("*.onnx*"))
+        found[name] = (ExportedModel(folder / name), size)
+    return found
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    data = load_demo_dataset()
+    processor = make_processor(data["train"]["text"])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = make_config(processor.tokenizer, "cross_attention", with_images=True)
+        with torch.inference_mode(False):
+            trainer = train("the demo's model", data, processor, config, args.steps, 0, folder / "training")
+        trainer.save_model(str(folder / "saved"))
+        torch.set_num_threads(args.threads)
+        rows = data["test"].select(range(args.rows))
+        collator = MMDataCollator(processor, config)
+        starts = range(0, args.rows, args.batch_size)
+        parts = (rows.select(range(i, min(i + args.batch_size, args.rows))) for i in starts)
+        batches = [collator(list(part)) for part in parts]
+        labels = [batch.pop("labels") for batch in batches]
+        answering = candidates(folder / "saved", processor, folder)
+        seconds: dict[str, list[float]] = {kind: [] for kind in answering}
+        right: dict[str, int] = dict.fromkeys(answering, 0)
+        choices = [task.name for task in trainer.fused_model.tasks.values() if task.kind == "classification"]
+        for batch, wanted in zip(batches, labels, strict=True):
+            for kind, (model, _) in answering.items():
+                dtype = getattr(model, "dtype", torch.float32)
+                inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+                start = time.perf_counter()
+                logits = model(**inputs).logits
+                seconds[kind].append(time.perf_counter() - start)
+                right[kind] += sum(int((logits[task].argmax(-1) == wanted[task]).sum()) for task in choices)
+    baseline = statistics.median(seconds["torch, float32"])
+    print("\n| | accuracy (%) | MB | float32 / this (seconds) |\n|---|---|---|---|")
+    for kind, (_, size) in answering.items():
+        accuracy = 100 * right[kind] / (len(choices) * args.rows)
+        print(f"| {kind} | {accuracy:.1f} | {size / 1e6:.2f} | {baseline / statistics.median(seconds[kind]):.2f} |")
+
+
+if __name__ == "__main__":
+    main()
