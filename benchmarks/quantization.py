@@ -2,6 +2,7 @@
 What smaller numbers cost and give: accuracy on the data that come with the package, size and seconds, one process.
 
     python benchmarks/quantization.py --steps 400 --threads 1
+    python benchmarks/quantization.py --width 512 --threads 1   # a larger model with random weights: size and seconds
 
 Kinds that are not installed (torchao) are left out.
 """
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import BertConfig, ViTConfig
 
-from mm_transformers import MMDataCollator, MMTransformerForMultiTask, load_demo_dataset
+from mm_transformers import MMDataCollator, MMTransformerConfig, MMTransformerForMultiTask, load_demo_dataset
 from mm_transformers.cli.demo_model import make_config, make_processor, train
 from mm_transformers.sharing.export import export_model
 from mm_transformers.sharing.exported_model import ExportedModel
@@ -55,6 +57,7 @@ def candidates(saved: Path, processor: Any, folder: Path) -> dict[str, tuple[Cal
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--width", type=int, help="of BERT and ViT of 6 layers, untrained; by default the demo's model")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
@@ -64,9 +67,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = make_config(processor.tokenizer, "cross_attention", with_images=True)
-        with torch.inference_mode(False):
-            trainer = train("the demo's model", data, processor, config, args.steps, 0, folder / "training")
-        trainer.save_model(str(folder / "saved"))
+        if args.width is None:
+            with torch.inference_mode(False):
+                trainer = train("the demo's model", data, processor, config, args.steps, 0, folder / "training")
+            trainer.save_model(str(folder / "saved"))
+        else:
+            size = {"hidden_size": args.width, "num_hidden_layers": 6, "num_attention_heads": 8}
+            size["intermediate_size"] = 4 * args.width
+            text = BertConfig(vocab_size=len(processor.tokenizer), **size)
+            vision = ViTConfig(image_size=64, **size)
+            tasks = [task for task in config.tasks if task["kind"] == "classification"]
+            config = MMTransformerConfig(text_config=text, vision_config=vision, tasks=tasks)
+            MMTransformerForMultiTask(config).save_pretrained(folder / "saved")
         torch.set_num_threads(args.threads)
         rows = data["test"].select(range(args.rows))
         collator = MMDataCollator(processor, config)
@@ -77,7 +89,7 @@ def main() -> None:
         answering = candidates(folder / "saved", processor, folder)
         seconds: dict[str, list[float]] = {kind: [] for kind in answering}
         right: dict[str, int] = dict.fromkeys(answering, 0)
-        choices = [task.name for task in trainer.fused_model.tasks.values() if task.kind == "classification"]
+        choices = [task.name for task in config.get_tasks().values() if task.kind == "classification"]
         for batch, wanted in zip(batches, labels, strict=True):
             for kind, (model, _) in answering.items():
                 dtype = getattr(model, "dtype", torch.float32)
@@ -89,8 +101,8 @@ def main() -> None:
     baseline = statistics.median(seconds["torch, float32"])
     print("\n| | accuracy (%) | MB | float32 / this (seconds) |\n|---|---|---|---|")
     for kind, (_, size) in answering.items():
-        accuracy = 100 * right[kind] / (len(choices) * args.rows)
-        print(f"| {kind} | {accuracy:.1f} | {size / 1e6:.2f} | {baseline / statistics.median(seconds[kind]):.2f} |")
+        accuracy = f"{100 * right[kind] / (len(choices) * args.rows):.1f}" if args.width is None else "untrained"
+        print(f"| {kind} | {accuracy} | {size / 1e6:.2f} | {baseline / statistics.median(seconds[kind]):.2f} |")
 
 
 if __name__ == "__main__":

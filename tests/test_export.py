@@ -9,9 +9,10 @@ import torch
 from test_cli_train import mm
 from test_first_class import make_writer
 from tiny import FUSION_KINDS, make_clip, make_feature_extractor, make_image, make_model, make_processor, make_tokenizer
+from transformers import TorchAoConfig
 from typer.testing import CliRunner
 
-from mm_transformers import Classification, MMTransformerProcessor
+from mm_transformers import Classification, MMTransformerForMultiTask, MMTransformerProcessor
 from mm_transformers.cli import app
 
 
@@ -117,6 +118,25 @@ def test_integers_are_smaller_and_near(tmp_path):
     with torch.no_grad():
         expected = model(**inputs).logits["entities"]
     assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max() + 0.02
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_quantizers_of_transformers(kind, tmp_path):
+    """Heads and gates included; generation too."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = make_writer("bart")
+    model.save_pretrained(tmp_path)
+    config = TorchAoConfig(getattr(quantization, kind)())
+    smaller = MMTransformerForMultiTask.from_pretrained(tmp_path, quantization_config=config)
+    layer = smaller.model.fusion.layers[0].cross_attention.q_proj
+    assert "Int8" in type(layer.weight).__name__ or "AffineQuantized" in type(layer.weight).__name__
+    labels = {"german": torch.tensor([[5, 6, 2]])}
+    for inputs in batches(make_processor()):
+        if inputs["input_ids"].shape[0] == 1:
+            with torch.no_grad():
+                expected, found = (m(**inputs, labels=labels).logits["german"] for m in (model, smaller))
+            assert 0 < (found - expected).abs().mean() < 0.1 * expected.abs().mean()
+            assert smaller.generate("german", **inputs).shape[0] == 1
 
 
 def test_the_command(tmp_path):

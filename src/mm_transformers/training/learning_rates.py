@@ -28,22 +28,24 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, fused, args: Any) -> No
         fused ([`MMTransformerForMultiTask`]): Whose parameters these are.
         args (`TrainingArguments` or [`MMTrainingArguments`]).
     """
-    rates = learning_rates(fused, args, optimizer.defaults["lr"])
+    rates = learning_rates(fused, args, float(optimizer.defaults["lr"]))
     gates = {id(p) for name, p in fused.named_parameters() if is_gate(name)}
     for group in list(optimizer.param_groups):
         parts: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            rate = rates.get(id(parameter), group["lr"])
+            rate = rates.get(id(parameter), float(group["lr"]))
             parts.setdefault((rate, id(parameter) in gates), []).append(parameter)
         options = {name: value for name, value in group.items() if name not in ("params", "lr")}
         for i, ((rate, is_gates), parameters) in enumerate(parts.items()):
+            is_tensor = isinstance(group["lr"], torch.Tensor)  # torchao's optimisers take no other
+            new_rate = torch.full_like(group["lr"], rate) if is_tensor else rate
             if i == 0:
-                group.update(params=parameters, lr=rate)
+                group.update(params=parameters, lr=new_rate)
                 if is_gates:
                     group["weight_decay"] = 0.0
             else:
                 decay = {"weight_decay": 0.0} if is_gates else {}
-                optimizer.add_param_group({**options, **decay, "params": parameters, "lr": rate})
+                optimizer.add_param_group({**options, **decay, "params": parameters, "lr": new_rate})
 
 
 def learning_rates(fused, args: Any, default: float) -> dict[int, float]:
