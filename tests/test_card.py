@@ -150,6 +150,23 @@ def test_encoders_and_several_base_models():
     assert entries["pipeline_tag"] == "translation"
 
 
+LICENSES = """
+import time
+from transformers import ViTConfig
+from mm_transformers import MMTransformerConfig
+from mm_transformers.training.card.writing import licenses_of
+vision = ViTConfig()
+vision._name_or_path = "google/vit-base-patch16-224-in21k"
+print(licenses_of(MMTransformerConfig(vision_config=vision)))
+"""
+
+
+def test_a_hub_that_does_not_answer_costs_no_card():
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", LICENSES], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{}"
+
+
 # What a person wrote
 
 

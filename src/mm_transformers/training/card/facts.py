@@ -55,6 +55,9 @@ class CardFacts:
         training: `None` if it is not known.
         ablation (`str`, *optional*): Markdown of [`~mm_transformers.analysis.ablation.Ablation`].
         said: license, language, datasets, tags, as a person says them; they are never guessed.
+        encoder_licenses: Hub id -> license, of pretrained encoders.
+        num_parameters: of the whole model.
+        is_adapter: whether adapters alone are saved, which the example of the card could not load.
     """
 
     name: str
@@ -65,6 +68,7 @@ class CardFacts:
     said: dict[str, Any] = field(default_factory=dict)
     encoder_licenses: dict[str, str] = field(default_factory=dict)
     num_parameters: Optional[int] = None
+    is_adapter: bool = False
 
 
 def measurements_of(trainer: Any) -> list[Measurement]:

@@ -12,7 +12,7 @@ def sections_of(facts: CardFacts) -> dict[str, str]:
     tasks = facts.config.get_tasks()
     sections = {
         "": _introduction(facts, tasks),
-        "## Use": _use(facts, tasks),
+        **({} if facts.is_adapter else {"## Use": _use(facts, tasks)}),
         "## Tasks": _tasks(tasks),
         "## Encoders": _encoders(facts),
     }

@@ -1,13 +1,13 @@
 """Writes the card of a model into its folder."""
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any, Optional
 
 import huggingface_hub
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from .facts import CardFacts, Measurement, measurements_of, training_of
 from .merging import add_memory, fingerprint, join_sections, merge, split_sections, take_memory
@@ -88,26 +88,26 @@ def write_trainer_card(
         said=said,
         encoder_licenses=licenses_of(model.config),
         num_parameters=model.num_parameters(),
+        is_adapter=hasattr(trainer.accelerator.unwrap_model(trainer.model), "get_base_model"),
     )
     return write_card(folder, facts)
 
 
 def licenses_of(config: Any) -> dict[str, str]:
     """Hub id of an encoder -> its license; empty where the Hub cannot be asked."""
-    licenses: dict[str, str] = {}
-    if HF_HUB_OFFLINE:
-        return licenses
-    for name in ("text", "vision", "audio"):
-        part = getattr(config, f"{name}_config", None)
-        source = base_model_of(part) if part is not None else ""
-        if source:
-            try:
-                data = huggingface_hub.model_info(source, timeout=5).card_data
-            except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
-                continue
-            if data is not None and data.get("license"):
-                licenses[source] = str(data["license"])
-    return licenses
+    parts = [getattr(config, f"{name}_config", None) for name in ("text", "vision", "audio")]
+    sources = {base_model_of(part) for part in parts if part is not None} - {""}
+    known = {} if HF_HUB_OFFLINE else {source: _license_of(source) for source in sorted(sources)}
+    return {source: license for source, license in known.items() if license}
+
+
+@cache  # a trainer that pushes each checkpoint asks once
+def _license_of(source: str) -> Optional[str]:
+    try:
+        data = huggingface_hub.model_info(source, timeout=5).card_data
+    except Exception:  # whatever it is (no network, not found, gated): no card is lost for it
+        return None
+    return str(data["license"]) if data is not None and data.get("license") else None
 
 
 def _with_known(new: dict[str, Any], old: dict[str, Any], remembered: dict[str, str]) -> dict[str, Any]:
