@@ -16,7 +16,7 @@ from mm_transformers import Classification, MMTransformerForMultiTask, MMTransfo
 from mm_transformers.cli import app
 
 
-pytest.importorskip("transformers.exporters", reason="needs a newer transformers")
+pytest.importorskip("transformers.exporters.quantizers", reason="needs a newer transformers")
 if importlib.util.find_spec("onnxruntime") is None:
     pytest.skip("needs mm-transformers[onnx]", allow_module_level=True)
 

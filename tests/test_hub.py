@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hub_server import Hub
 from huggingface_hub import ModelCard
+from packaging import version
 from safetensors.torch import load_file
 from tiny import make_image, make_model
 
@@ -249,6 +251,9 @@ def pulled(client, pushed):
     return client.run(READ, pushed["first"], home="reader")
 
 
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"), reason="older ones ask more often what is there"
+)
 def test_how_many_requests_it_takes(hub, pulled):
     """What one push and one pull of model and processor ask for; written down, so that more would be seen."""
     counts = {name: hub.counted(name) for name in ("push", "second", "unchanged", "pull", "pull-again")}

@@ -5,6 +5,7 @@ There is one graph of encoders, fusion and heads, and if a task writes one of th
 exporters of transformers; what they take and give is in `export.json` beside them.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -82,6 +83,7 @@ def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: st
         ValueError: if the folder is not empty, or int8 is asked for another kind than ONNX.
         ImportError: if what exports is not installed.
     """
+    check_exporters(kind)
     folder = Path(folder)
     if kind not in SUFFIXES:
         raise ValueError(f"The format must be one of {', '.join(SUFFIXES)}, but is {kind!r}.")
@@ -120,6 +122,23 @@ def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: st
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         model.train(was_training)
+
+
+def check_exporters(kind: str) -> None:
+    """
+    Raises:
+        ImportError: one sentence, if what exports is not installed.
+    """
+    needed = {"transformers.exporters.quantizers": "transformers 5.23 or newer"}
+    if kind == "onnx":
+        needed |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "mm-transformers[onnx]")
+    for module, package in needed.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(
+                f"Export needs {package} to be installed: pip install -U '{package.split()[0]}'."
+            ) from error
 
 
 def sample_inputs(model: Any, processor: Any, size: int) -> dict[str, torch.Tensor]:
