@@ -9,9 +9,19 @@ import pickle
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import FUSION_KINDS, SEQ2SEQ, VISION_ENCODERS, make_batch, make_config, make_model, open_gates
+from tiny import (
+    AUDIO_ENCODERS,
+    FUSION_KINDS,
+    SEQ2SEQ,
+    TEXT_ENCODERS,
+    VISION_ENCODERS,
+    make_batch,
+    make_config,
+    make_model,
+    open_gates,
+)
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, BertModel, Wav2Vec2Model
 
 from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask, MMTransformerModel
 
@@ -110,6 +120,33 @@ def test_missing_weights_are_initialised_and_told(fusion, tmp_path):
             assert 0.01 < value.std() < 0.03, name
         elif name.endswith("bias"):
             assert (value == 0).all(), name
+
+
+@pytest.mark.parametrize("audio", AUDIO_ENCODERS)
+def test_an_encoder_that_is_added_to_a_checkpoint_is_initialised(audio, tmp_path, monkeypatch):
+    """Where memory is what was there before, nothing of it may be left; weight-normed layers included."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    make_model().model.save_pretrained(tmp_path)
+    torch.use_deterministic_algorithms(True)  # uninitialised memory is filled with NaN
+    try:
+        config = make_config(audio=audio)
+        model, info = MMTransformerModel.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert any(name.startswith("audio_model.") for name in info["missing_keys"])
+    built = MMTransformerModel(make_config(audio=audio)).state_dict()
+    for name, value in model.state_dict().items():
+        assert value.isfinite().all(), name
+        if name in info["missing_keys"] and value.ndim > 1 and value.numel() > 100:
+            assert value.float().std() == pytest.approx(built[name].float().std(), rel=0.5), name
+
+
+def test_a_pretrained_weight_normed_layer_is_not_initialised_again(tmp_path):
+    encoder = Wav2Vec2Model(AUDIO_ENCODERS["wav2vec2"]())
+    encoder.save_pretrained(tmp_path / "audio")
+    BertModel(TEXT_ENCODERS["bert"]()).save_pretrained(tmp_path / "text")
+    model = MMTransformerModel.from_encoders(str(tmp_path / "text"), audio=str(tmp_path / "audio"))
+    assert_same(model.audio_model, encoder)
 
 
 def test_unexpected_weights_are_told(tmp_path):

@@ -7,6 +7,7 @@ from typing import Optional
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
@@ -58,6 +59,18 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         elif hasattr(module, "init_own_parameters"):
             module.init_own_parameters(self.config.initializer_range)
 
+    @torch.no_grad()
+    def initialize_weights(self):
+        # The audio encoders of transformers leave the weight of a weight-normed layer as the allocator gave it, if a
+        # checkpoint lacks it: what they initialise is the product that the layer makes of its two parameters.
+        for module in self.modules():
+            if is_parametrized(module, "weight") and hasattr(module.parametrizations.weight, "original1"):
+                direction = module.parametrizations.weight.original1
+                if not direction.is_meta and not getattr(direction, "_is_hf_initialized", False):
+                    # As torch does for convolutions; the layer takes it apart into direction and length.
+                    module.weight = nn.init.kaiming_uniform_(torch.empty_like(direction), a=5**0.5)
+        super().initialize_weights()
+
     def resize_token_embeddings(
         self,
         new_num_tokens: Optional[int] = None,
@@ -108,7 +121,8 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             OSError: one sentence, if files are missing or damaged.
             ValueError: one sentence, if the config or the shapes of weights do not fit.
         """
-        kwargs.setdefault("use_safetensors", True)
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
         load = partial(super().from_pretrained, pretrained_model_name_or_path, *args)
         try:
             loaded = load(**kwargs)
