@@ -10,7 +10,6 @@ from .distributed import is_sharded
 from .encoders import as_tokens, audio_token_mask, blank_input, encoder_width, min_audio_samples
 from .freezing import Freezing
 from .fusion_base import Stream
-from .streams import gather_items
 
 
 class Encoding(Freezing):
@@ -109,7 +108,7 @@ class Encoding(Freezing):
             elif self.training and self.config.frame_embedding == "learned":
                 # It too takes part in every step.
                 offsets = self.frame_embedding(torch.full_like(index, -1), tokens.dtype)
-        return gather_items(name, tokens, token_mask, index, offsets)
+        return Stream(name, tokens, token_mask, index, offsets)
 
     def _tokens(self, name: str, items: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """The tokens of each item, (num_items, tokens per item, fusion_hidden_size), and where they are none."""

@@ -83,9 +83,9 @@ class CoAttentionFusion(Fusion):
         stream_states, stream_mask = concatenate(streams)
         masks = (
             key_mask(self.config, text_states, text_mask),
-            key_mask(self.config, text_states, stream_mask, stream_states),
+            key_mask(self.config, text_states, stream_mask),
             key_mask(self.config, stream_states, stream_mask),
-            key_mask(self.config, stream_states, text_mask, text_states),
+            key_mask(self.config, stream_states, text_mask),
         )
         for layer in self.layers:
             text_states, stream_states, weights, cross_weights = layer(text_states, stream_states, *masks)

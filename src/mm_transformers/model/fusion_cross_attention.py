@@ -7,7 +7,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .fusion_base import Fusion, FusionRecord, Stream, register_fusion
-from .fusion_layers import FusionAttention, FusionMLP, Gate, KeyMask, concatenate, key_mask
+from .fusion_layers import FusionAttention, FusionMLP, Gate, KeyMask, key_mask
 
 
 class CrossAttentionLayer(GradientCheckpointingLayer):
@@ -21,8 +21,10 @@ class CrossAttentionLayer(GradientCheckpointingLayer):
         self.mlp = FusionMLP(config)
         self.mlp_gate = Gate()
 
-    def forward(self, text_states: torch.Tensor, stream_states: torch.Tensor, mask: KeyMask):
-        attended, weights = self.cross_attention(self.attention_norm(text_states), stream_states, mask)
+    def forward(self, text_states: torch.Tensor, mask: KeyMask, streams: list[Stream], *tokens: torch.Tensor):
+        # The tokens come by themselves because checkpointing hands gradients to tensors only.
+        streams = [stream._replace(tokens=given) for stream, given in zip(streams, tokens, strict=True)]
+        attended, weights = self.cross_attention(self.attention_norm(text_states), streams, mask)
         text_states = text_states + self.attention_gate(attended)
         text_states = text_states + self.mlp_gate(self.mlp(self.mlp_norm(text_states)))
         return text_states, weights
@@ -44,9 +46,11 @@ class CrossAttentionFusion(Fusion):
     def fuse(
         self, text_states: torch.Tensor, text_mask: torch.Tensor, streams: list[Stream], record: FusionRecord
     ) -> torch.Tensor:
-        stream_states, stream_mask = concatenate(streams)
-        mask = key_mask(self.config, text_states, stream_mask, stream_states)
+        mask = key_mask(self.config, text_states, torch.cat([stream.mask for stream in streams], dim=1))
+        # What differs from row to row is worked out once, not in every layer.
+        streams = [s if s.offsets is None else Stream(s.name, s.hidden_states) for s in streams]
+        tokens = [stream.tokens for stream in streams]
         for layer in self.layers:
-            text_states, weights = layer(text_states, stream_states, mask)
+            text_states, weights = layer(text_states, mask, streams, *tokens)
             record.add(hidden_states=text_states, cross_attentions=weights)
         return text_states

@@ -41,13 +41,14 @@ class KeyMask(NamedTuple):
     present: torch.Tensor
 
 
-def key_mask(config, queries: torch.Tensor, mask: torch.Tensor, keys: Optional[torch.Tensor] = None) -> KeyMask:
+def key_mask(config, queries: torch.Tensor, mask: torch.Tensor) -> KeyMask:
     """
     Args:
-        queries (batch, num_queries, width), keys (batch, num_keys, width): the states; keys default to the queries.
+        queries (batch, num_queries, width): the states that attend.
         mask (batch, num_keys) bool: True where a key may be seen.
     """
     present = mask.any(-1, keepdim=True)
+    keys = queries[:, :1, :1].expand(-1, mask.shape[1], -1)  # asked for their shape only
     attention_mask = create_bidirectional_mask(
         config=config, inputs_embeds=queries, attention_mask=mask | ~present, encoder_hidden_states=keys
     )
@@ -78,7 +79,8 @@ def eager_attention_forward(
 
 class FusionAttention(nn.Module):
     """Multi-head attention (https://arxiv.org/abs/1706.03762) of queries to keys, through any implementation that
-    transformers has. (batch, num_queries, width), (batch, num_keys, width) -> (batch, num_queries, width)."""
+    transformers has. (batch, num_queries, width), (batch, num_keys, width) -> (batch, num_queries, width). The keys may
+    be streams, which are put side by side."""
 
     def __init__(self, config):
         super().__init__()
@@ -94,9 +96,15 @@ class FusionAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(
-        self, queries: torch.Tensor, keys: torch.Tensor, mask: KeyMask
+        self, queries: torch.Tensor, keys: torch.Tensor | list[Stream], mask: KeyMask
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         batch, num_queries = queries.shape[:2]
+
+        def of_keys(layer: nn.Linear) -> torch.Tensor:
+            if isinstance(keys, torch.Tensor):
+                return layer(keys)
+            # An item that several rows share is projected once.
+            return torch.cat([stream.each(layer) for stream in keys], dim=1)
 
         def heads(states: torch.Tensor) -> torch.Tensor:
             return states.view(batch, states.shape[1], -1, self.head_dim).transpose(1, 2)
@@ -109,8 +117,8 @@ class FusionAttention(nn.Module):
         output, weights = attention(
             self,
             heads(self.q_proj(queries)),
-            heads(self.k_proj(keys)),
-            heads(self.v_proj(keys)),
+            heads(of_keys(self.k_proj)),
+            heads(of_keys(self.v_proj)),
             mask.attention_mask,
             is_causal=False,
             scaling=self.scaling,

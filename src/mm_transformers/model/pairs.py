@@ -145,10 +145,7 @@ class PairReading:
         if index is not None:
             rows = self.model._index(modality, index, items, index.shape[0], index.device)
             return getattr(self.heads, name).embed_item(self.model._encode_items(modality, items, rows, frame_index))
-        tokens, mask = self.model._tokens(modality, items)
-        if mask is None:
-            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return getattr(self.heads, name).embed_item(Stream(modality, tokens, mask))
+        return getattr(self.heads, name).embed_item(Stream(modality, *self.model._tokens(modality, items)))
 
     def _retrieval_task(self, task: Optional[str], modality: Optional[str]) -> str:
         known = [
@@ -191,9 +188,8 @@ class PairReading:
             # Where nothing may be chosen, anything is: the verdict is thrown away.
             scores = scores.masked_fill(~may & may.any(1, keepdim=True), -torch.inf)
             chosen = torch.multinomial(scores.softmax(1), 1)[:, 0] if head.training else scores.argmax(1)
-            theirs = encoded[swapped]
-            stream = Stream(swapped, theirs.hidden_states[chosen], theirs.mask[chosen])
-            verdict = head(self.model.fuse({**encoded, swapped: stream}))[:, 0]
+            theirs = {swapped: encoded[swapped].of_rows(chosen)}
+            verdict = head(self.model.fuse({**encoded, **theirs}))[:, 0]
             verdicts.append(torch.where(may.any(1), verdict, torch.nan))
         return torch.stack(verdicts, 1)
 

@@ -6,8 +6,6 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .fusion_base import Stream
-
 
 class NullText(nn.Module):
     """A learned vector (text hidden size) in the place of the text of rows that have none."""
@@ -100,36 +98,6 @@ def check_index(
     elif not in_range:
         raise ValueError(f"{name} must hold numbers from -1 (none) to {num_items - 1} (there are {num_items} {items}).")
     return index
-
-
-def gather_items(
-    name: str,
-    tokens: torch.Tensor,
-    token_mask: Optional[torch.Tensor],
-    index: torch.Tensor,
-    offsets: Optional[torch.Tensor] = None,
-) -> Stream:
-    """
-    The tokens of all the items of each row, side by side.
-
-    Args:
-        name: of the modality.
-        tokens (num_items, length, width), token_mask (num_items, length) bool: the encoded items; without a mask all
-            of their tokens are there.
-        index (batch, max_items): see [`check_index`].
-        offsets (batch, max_items, width), *optional*: what to add to the tokens of each item in each row.
-    """
-    # -1 becomes the index of one more item, of zeros; the mask hides it.
-    has_item = index >= 0
-    tokens = torch.cat([tokens, torch.zeros_like(tokens[:1])])
-    index = torch.where(has_item, index, tokens.shape[0] - 1)
-    gathered = tokens[index]
-    if offsets is not None:
-        gathered = gathered + offsets[:, :, None]
-    mask = has_item[..., None].expand(gathered.shape[:3])
-    if token_mask is not None:
-        mask = mask & torch.cat([token_mask, torch.zeros_like(token_mask[:1])])[index]
-    return Stream(name, gathered.flatten(1, 2), mask.flatten(1))
 
 
 def drop_modalities(present: dict[str, torch.Tensor], probabilities: dict[str, float]) -> dict[str, torch.Tensor]:
