@@ -1,20 +1,22 @@
 """
-What the fused model costs beside its bare parts: text encoder + vision encoder + fusion layers in plain torch.
+What the fused model costs beside the same encoders with fusion layers in plain torch (SDPA), and which part of the
+machine's rate of matrix products (MFU) each way reaches.
 
-    python benchmarks/floor.py --size small
+    python benchmarks/floor.py --size base --rows 8
 """
 
-import torch
-from harness import ENCODERS, in_turns, parser, prepare, report
-from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+from typing import Any
 
-from mm_transformers import Classification, MMTransformerConfig, MMTransformerForMultiTask
+import torch
+from harness import ENCODERS, in_turns, make_batch, make_labels, make_model, matmul_rate, parser, prepare, report, training_step
+from torch import nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 
 class PlainFusion(nn.Module):
-    """The cross-attention fusion as one would write it down for one image per row and no more."""
+    """Cross-attention fusion as one would write it down for one image per row, and no more."""
 
     def __init__(self, width: int, heads: int, layers: int):
         super().__init__()
@@ -32,7 +34,7 @@ class PlainFusion(nn.Module):
     def forward(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         image = self.project(image)
 
-        def split(states):
+        def split(states: torch.Tensor) -> torch.Tensor:
             return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         for layer in self.layers:
@@ -44,12 +46,15 @@ class PlainFusion(nn.Module):
 
 
 class Plain(nn.Module):
+    """BERT, ViT, [`PlainFusion`], the mean, and a head of two layers."""
+
     def __init__(self, text: BertConfig, vision: ViTConfig, layers: int):
         super().__init__()
         self.text = BertModel(text, add_pooling_layer=False)
         self.vision = ViTModel(vision, add_pooling_layer=False)
-        self.fusion = PlainFusion(text.hidden_size, text.num_attention_heads, layers)
-        self.head = nn.Linear(text.hidden_size, 3)
+        width = text.hidden_size
+        self.fusion = PlainFusion(width, text.num_attention_heads, layers)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
 
     def forward(self, input_ids, attention_mask, pixel_values):
         text = self.text(input_ids, attention_mask=attention_mask).last_hidden_state
@@ -60,46 +65,43 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--rows", type=int, default=8)
     made.add_argument("--words", type=int, default=32)
-    made.add_argument("--image_size", type=int, default=112)
+    made.add_argument("--image_size", type=int, default=224)
     args = made.parse_args()
     prepare(args)
-    size = ENCODERS[args.size]
-    text = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **size)
-    vision = ViTConfig(image_size=args.image_size, **size)
-    config = MMTransformerConfig(
-        text_config=text, vision_config=vision, fusion_dropout=0.0, classifier_dropout=0.0,
-        tasks=[Classification("topic", labels=["a", "b", "c"])],
-    )  # fmt: skip
-    dtype = getattr(torch, args.dtype)
-    fused = MMTransformerForMultiTask(config).to(args.device, dtype)
-    plain = Plain(text, vision, config.num_fusion_layers).to(args.device, dtype)
-    ids = torch.randint(5, 1000, (args.rows, args.words), device=args.device)
-    mask = torch.ones_like(ids)
-    pixels = torch.randn(args.rows, 3, args.image_size, args.image_size, device=args.device, dtype=dtype)
-    labels = torch.randint(0, 3, (args.rows,), device=args.device)
-
-    def train(step):
-        def run():
-            step().backward()
-
-        return run
-
+    fused = make_model(args, args.image_size)
+    plain = Plain(fused.config.text_config, fused.config.vision_config, fused.config.num_fusion_layers)
+    plain = plain.to(args.device, getattr(torch, args.dtype))
+    batch = make_batch(args, args.rows, args.words, args.image_size)
+    labels = make_labels(fused, args.rows)
     shapes = {"rows": args.rows, "words": args.words, "image_size": args.image_size}
-    with torch.inference_mode():
+    rate = matmul_rate(args)
+
+    def reached(line: dict[str, Any], ways: dict[str, Any], **shapes: Any) -> None:
+        """Reports the share of the rate of matrix products."""
+        shares = {}
+        for name, way in ways.items():
+            with FlopCounterMode(display=False) as counter:
+                way()
+            shares[name] = [counter.get_total_flops() / line["values"][name] / rate]
+        report(f"{line['benchmark']}, MFU", shares, line["baseline"], args, unit="of the matmul rate", **shapes)
+
+    with torch.no_grad():
         fused.eval(), plain.eval()
         ways = {
-            "plain torch": lambda: plain(ids, mask, pixels),
-            "fused": lambda: fused(ids, mask, pixel_values=pixels),
-            "text encoder": lambda: plain.text(ids, attention_mask=mask),
-            "vision encoder": lambda: plain.vision(pixels),
+            "plain torch": lambda: plain(**batch),
+            "fused": lambda: fused(**batch),
+            "text encoder": lambda: plain.text(batch["input_ids"], attention_mask=batch["attention_mask"]),
+            "vision encoder": lambda: plain.vision(batch["pixel_values"]),
         }
-        report("floor, forward", in_turns(ways, args.repeats, args.device), "plain torch", args, **shapes)
+        line = report("forward", in_turns(ways, args.repeats, args.device), "plain torch", args, **shapes)
+        reached(line, {name: ways[name] for name in ("plain torch", "fused")}, **shapes)
     fused.train(), plain.train()
-    steps = {
-        "plain torch": train(lambda: nn.functional.cross_entropy(plain(ids, mask, pixels), labels)),
-        "fused": train(lambda: fused(ids, mask, pixel_values=pixels, labels={"topic": labels}).loss),
+    ways = {
+        "plain torch": training_step(plain, lambda: cross_entropy(plain(**batch).float(), labels["task0"])),
+        "fused": training_step(fused, lambda: fused(**batch, labels=labels).loss),
     }
-    report("floor, train step", in_turns(steps, args.repeats, args.device), "plain torch", args, **shapes)
+    line = report("train step", in_turns(ways, args.repeats, args.device), "plain torch", args, **shapes)
+    reached(line, ways, **shapes)
 
 
 if __name__ == "__main__":
