@@ -8,7 +8,17 @@ machine's rate of matrix products (MFU) each way reaches.
 from typing import Any
 
 import torch
-from harness import ENCODERS, in_turns, make_batch, make_labels, make_model, matmul_rate, parser, prepare, report, training_step
+from harness import (
+    in_turns,
+    make_batch,
+    make_labels,
+    make_model,
+    matmul_rate,
+    parser,
+    prepare,
+    report,
+    training_step,
+)
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode

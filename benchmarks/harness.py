@@ -1,11 +1,14 @@
 """Measures several ways to do the same thing, in turns, and writes each comparison as one line of JSON."""
 
 import argparse
+import concurrent.futures
+import ctypes
+import gc
 import json
+import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -126,13 +129,40 @@ def matmul_rate(args: argparse.Namespace) -> float:
     return 2 * n**3 / min(seconds)
 
 
-def in_process(code: str, *arguments: str) -> dict[str, Any]:
-    """What a fresh Python process prints as JSON in its last line."""
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
+def peak_memory(build: Callable[..., Callable[[], Any]], args: argparse.Namespace, *given: Any) -> float:
+    """
+    By how many MB the peak of memory rises while something runs.
+
+    Args:
+        build: a function of a module, called with `args` and what else is given; returns what is to run. On the CPU
+            this happens in a process of its own, and the memory is the resident set.
+    """
+    if args.device == "cuda":
+        run = build(args, *given)
+        run()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_rise, build, args, *given).result()
+
+
+def _rise(build: Callable[..., Callable[[], Any]], args: argparse.Namespace, *given: Any) -> float:
+    prepare(args)
+    run = build(args, *given)
+    run()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the run has freed
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def report(

@@ -138,22 +138,25 @@ def as_lxmert(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def lxmert(args: Any, rows: int, words: int) -> None:
-    """Features of 36 regions that a detector has found, in place of a vision encoder (https://arxiv.org/abs/1908.07490)."""
+    """https://arxiv.org/abs/1908.07490: features of 36 regions, found by a detector, in place of a vision encoder."""
     size = ENCODERS[args.size]
     width, heads, layers = size["hidden_size"], size["num_attention_heads"], size["num_hidden_layers"]
     regions, fusing = 36, 5
     text_layers = max(1, layers - 3)
     off = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     config = LxmertConfig(
-        vocab_size=VOCABULARY, hidden_size=width, num_attention_heads=heads, intermediate_size=size["intermediate_size"],
-        l_layers=text_layers, x_layers=fusing, r_layers=fusing, visual_feat_dim=width, **off,
+        **off, vocab_size=VOCABULARY, hidden_size=width, num_attention_heads=heads, visual_feat_dim=width,
+        l_layers=text_layers, x_layers=fusing, r_layers=fusing, intermediate_size=size["intermediate_size"],
     )  # fmt: skip
 
-    def ours(fusion_layers: int, fusion: str = "cross_attention") -> nn.Module:
-        size_of_text = {**size, "num_hidden_layers": text_layers}
-        vision = ViTConfig(**{**size, "num_hidden_layers": 1})  # not run, and not counted
-        model = make_model(args, vision=vision, num_fusion_layers=fusion_layers, fusion_type=fusion,
-                           text=BertConfig(**size_of_text, **off))  # fmt: skip
+    def ours(fusion_layers: int) -> nn.Module:
+        model = make_model(
+            args,
+            text=BertConfig(**{**size, "num_hidden_layers": text_layers}, **off),
+            vision=ViTConfig(**{**size, "num_hidden_layers": 1}),
+            num_fusion_layers=fusion_layers,
+        )
+        # Does not run, and is not counted.
         model.model.vision_model.embeddings = model.model.vision_model.layers = nn.Identity()
         return model
 
@@ -185,8 +188,13 @@ def main() -> None:
             continue
         peer = PEERS[name](ENCODERS[args.size], args.image_size)
         models = {name: peer, "ours": ours(3)}
-        if parameters(peer) > parameters(models["ours"]):
+        if parameters(peer) > parameters(ours(1)):
             models["ours, as many parameters"] = as_large_as(peer, ours)
+            layers = models["ours, as many parameters"].config.num_fusion_layers
+            merged = {"kind": "merge", "num_tokens": 49}
+            models["the same, 49 tokens per image"] = make_model(
+                args, args.image_size, num_fusion_layers=layers, vision_token_reduction=merged
+            )
         compare(name, models, batch, args, **shapes)
 
 

@@ -15,6 +15,7 @@ from .freezing import check_freeze
 from .fusion import fusion_class
 from .regularization import check_regularization
 from .tasks import Task, task_from_dict
+from .token_reduction import check_token_reduction
 
 
 @strict
@@ -51,6 +52,11 @@ class MMTransformerConfig(PreTrainedConfig):
         num_frames (`int`, *optional*, defaults to 8): How many frames are taken of a video, at most.
         frame_embedding (`str`, *optional*, defaults to `"sinusoidal"`):
             How the frames of a video are told apart: `"sinusoidal"` or `"learned"`, by their number.
+        vision_token_reduction (`dict`, *optional*):
+            Leaves fewer tokens of each image to the fusion, which pays for many images or frames per row:
+            `{"kind": "merge", "num_tokens": 49}` merges those that are most alike
+            (https://arxiv.org/abs/2210.09461), without parameters; `{"kind": "resampler", "num_tokens": 32,
+            "num_layers": 2}` lets learned vectors read them (https://arxiv.org/abs/2204.14198).
         tasks (`list[dict]` or `list[Task]`, *optional*):
             The tasks, as objects or as the dicts that `config.json` stores.
         regularization (`dict`, *optional*):
@@ -116,6 +122,7 @@ class MMTransformerConfig(PreTrainedConfig):
     modality_dropout: float | int | dict = 0.0
     num_frames: int = 8
     frame_embedding: str = "sinusoidal"
+    vision_token_reduction: dict | None = None
     tasks: list | None = None
     regularization: dict | None = None
     task_weighting: str | dict = "static"
@@ -234,6 +241,7 @@ class MMTransformerConfig(PreTrainedConfig):
                 "num_frames must be at least 1 and frame_embedding 'sinusoidal' or 'learned', but they are "
                 f"{self.num_frames} and {self.frame_embedding!r}."
             )
+        check_token_reduction(self.vision_token_reduction)
         unknown = sorted(set(self.modality_dropout_probabilities) - {"text", *self.modalities})
         if unknown:
             raise ValueError(

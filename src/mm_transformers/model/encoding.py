@@ -19,6 +19,7 @@ class Encoding(Freezing):
     fusion: Any
     null_text: Any
     frame_embedding: Any
+    vision_reduction: Any
     audio_takes_mask: bool
     training: bool
 
@@ -92,6 +93,8 @@ class Encoding(Freezing):
                 blank = blank_input(getattr(self.config, f"{name}_config"), name)
             with _frozen_batch_norm(getattr(self, f"{name}_model")):
                 tokens, token_mask = self._tokens(name, {k: v.to(index.device) for k, v in blank.items()})
+            # Nobody sees it, so that one token is enough.
+            tokens, token_mask = tokens[:, :1], token_mask if token_mask is None else token_mask[:, :1]
             index, frame_index = torch.full_like(index[:, :1], -1), None
             if index.shape[1] == 0:
                 index = torch.full((index.shape[0], 1), -1, device=index.device)
@@ -112,11 +115,12 @@ class Encoding(Freezing):
 
     def _tokens(self, name: str, items: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """The tokens of each item, (num_items, tokens per item, fusion_hidden_size), and where they are none."""
-        projection = getattr(self, f"{name}_projection")
         if "features" in items:
-            return projection(items["features"].to(self.encoder(name).dtype)), items.get("feature_mask")
-        features, mask = self.encode(name, **{key: x for key, x in items.items() if key != "feature_mask"})
-        return projection(features), mask
+            features, mask = items["features"].to(self.encoder(name).dtype), items.get("feature_mask")
+        else:
+            features, mask = self.encode(name, **{key: x for key, x in items.items() if key != "feature_mask"})
+        tokens = getattr(self, f"{name}_projection")(features)
+        return (self.vision_reduction(tokens) if name == "vision" else tokens), mask
 
 
 @contextmanager

@@ -4,25 +4,10 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import initialization as init
 
 from .fusion_base import Fusion, FusionRecord, Stream, register_fusion
-from .fusion_layers import key_mask
+from .fusion_layers import Latents, key_mask
 from .fusion_merged import SelfAttentionLayer
-
-
-class Latents(nn.Module):
-    """(num_latents, width) learned vectors, the same for every row at the start."""
-
-    def __init__(self, num_latents: int, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_latents, width))
-
-    def init_own_parameters(self, std: float):
-        init.normal_(self.weight, mean=0.0, std=std)
-
-    def forward(self, batch: int) -> torch.Tensor:
-        return self.weight.expand(batch, -1, -1)
 
 
 class BottleneckLayer(nn.Module):

@@ -5,6 +5,7 @@ from typing import NamedTuple, Optional
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -141,6 +142,20 @@ class FusionMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.fc2(self.activation(self.fc1(hidden_states))))
+
+
+class Latents(nn.Module):
+    """(num_latents, width) learned vectors, the same for every row at the start."""
+
+    def __init__(self, num_latents: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_latents, width))
+
+    def init_own_parameters(self, std: float):
+        init.normal_(self.weight, mean=0.0, std=std)
+
+    def forward(self, batch: int) -> torch.Tensor:
+        return self.weight.expand(batch, -1, -1)
 
 
 class StreamProjection(nn.Module):

@@ -19,6 +19,7 @@ from .pairs import PairReading
 from .regularization import regularization_loss, take_starting_point
 from .streams import FrameEmbedding, NullText, check_index, drop_modalities
 from .task_base import TaskHeads
+from .token_reduction import build_token_reduction
 from .writing import TextWriting
 
 
@@ -60,6 +61,7 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
         if config.vision_config is not None:
             self.vision_model = vision_model or build_encoder(config.vision_config, "vision")
             self.vision_projection = StreamProjection(config, encoder_width(config.vision_config))
+            self.vision_reduction = build_token_reduction(config, config.vision_token_reduction)
             self.frame_embedding = FrameEmbedding(config.frame_embedding, config.num_frames, config.fusion_hidden_size)
         if config.audio_config is not None:
             self.audio_model = audio_model or build_encoder(config.audio_config, "audio")

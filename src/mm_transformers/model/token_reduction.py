@@ -1,0 +1,114 @@
+"""Fewer tokens per image, for the fusion of many images or frames."""
+
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from .fusion_layers import FusionAttention, FusionMLP, Latents, key_mask
+
+
+class TokenMerging(nn.Module):
+    """
+    Merges the tokens that are most alike, two by two, until `num_tokens` are left: the bipartite soft matching of ToMe
+    (https://arxiv.org/abs/2210.09461), once after the encoder and not in each of its layers. Has no parameters; what an
+    image gives depends on that image alone. (num_items, length, width) -> (num_items, at most `num_tokens`, width)
+    """
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.num_tokens = num_tokens
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        sizes = torch.ones_like(tokens[..., :1])  # of how many tokens each is the mean
+        while tokens.shape[1] > self.num_tokens:
+            tokens, sizes = _merge(tokens, sizes, tokens.shape[1] - self.num_tokens)
+        return tokens
+
+
+class Resampler(nn.Module):
+    """
+    `num_tokens` learned vectors read the tokens of each image and go on in their place, in layers of cross-attention
+    and feed-forward (Perceiver, https://arxiv.org/abs/2103.03206; the resampler of Flamingo,
+    https://arxiv.org/abs/2204.14198). (num_items, length, width) -> (num_items, num_tokens, width)
+    """
+
+    def __init__(self, config, num_tokens: int, num_layers: int = 2):
+        super().__init__()
+        self.config = config
+        self.latents = Latents(num_tokens, config.fusion_hidden_size)
+        self.layers = nn.ModuleList(_ResamplerLayer(config) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(config.fusion_hidden_size)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        latents = self.latents(tokens.shape[0]).to(tokens.dtype)
+        mask = key_mask(self.config, latents, torch.ones_like(tokens[..., 0], dtype=torch.bool))
+        for layer in self.layers:
+            latents = layer(latents, tokens, mask)
+        return self.norm(latents)
+
+
+class _ResamplerLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width = config.fusion_hidden_size
+        self.latents_norm, self.tokens_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = FusionAttention(config)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = FusionMLP(config)
+
+    def forward(self, latents: torch.Tensor, tokens: torch.Tensor, mask: Any) -> torch.Tensor:
+        latents = latents + self.attention(self.latents_norm(latents), self.tokens_norm(tokens), mask)[0]
+        return latents + self.mlp(self.mlp_norm(latents))
+
+
+def _merge(tokens: torch.Tensor, sizes: torch.Tensor, at_most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every second token may join the one among the others that is most like it; those that are most alike do."""
+    directions = nn.functional.normalize(tokens.detach().float(), dim=-1)
+    likeness, partners = (directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)).max(-1)
+    num_merged = min(at_most, partners.shape[1])
+    order = likeness.argsort(dim=-1, descending=True)
+    merged, kept = order[:, :num_merged, None], order[:, num_merged:, None]
+    targets = partners.gather(1, merged[..., 0])[..., None]
+
+    def joined(values: torch.Tensor) -> torch.Tensor:
+        """Sums over what has been merged: (num_items, tokens that are left, ...)."""
+        width = values.shape[-1]
+        moved = values[:, ::2].gather(1, merged.expand(-1, -1, width))
+        sums = values[:, 1::2].scatter_add(1, targets.expand(-1, -1, width), moved)
+        return torch.cat([values[:, ::2].gather(1, kept.expand(-1, -1, width)), sums], dim=1)
+
+    new_sizes = joined(sizes)
+    return joined(tokens * sizes) / new_sizes, new_sizes
+
+
+def build_token_reduction(config, options: Optional[dict[str, Any]]) -> nn.Module:
+    """What `config.vision_token_reduction` describes."""
+    if options is None:
+        return nn.Identity()
+    kind, rest = options["kind"], {name: value for name, value in options.items() if name != "kind"}
+    return TokenMerging(**rest) if kind == "merge" else Resampler(config, **rest)
+
+
+def check_token_reduction(options: Optional[dict[str, Any]]) -> None:
+    """
+    Raises:
+        ValueError: one sentence, if `config.vision_token_reduction` is not what it must be.
+    """
+    if options is None:
+        return
+    known = {"merge": ("num_tokens",), "resampler": ("num_tokens", "num_layers")}
+    kind = options.get("kind") if isinstance(options, dict) else None
+    if kind not in known:
+        raise ValueError(
+            f"vision_token_reduction must be {{'kind': 'merge' or 'resampler', 'num_tokens': ...}}, but is {options!r}."
+        )
+    for name, value in options.items():
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if name != "kind" and not (name in known[kind] and is_count):
+            raise ValueError(
+                f"vision_token_reduction of kind {kind!r} takes {' and '.join(known[kind])}, integers >= 1, but has "
+                f"{name} = {value!r}."
+            )
+    if "num_tokens" not in options:
+        raise ValueError(f"vision_token_reduction {options!r} does not say how many tokens are left: num_tokens.")
