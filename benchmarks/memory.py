@@ -18,7 +18,8 @@ def make_step(args, way: str, rows: int):
         plain = Plain(config.text_config, config.vision_config, config.num_fusion_layers).to(fused.device, fused.dtype)
         return training_step(plain, lambda: torch.nn.functional.cross_entropy(plain(**batch).float(), labels["task0"]))
     if way == "checkpointing":
-        fused.gradient_checkpointing_enable()
+        # The name that transformers 5.23 wants, or that of 5.17.
+        getattr(fused, "activation_checkpointing_enable", fused.gradient_checkpointing_enable)()
     if way == "encoders frozen":
         fused.config.freeze = ["text", "vision"]
         fused.model.freeze()
