@@ -12,17 +12,20 @@ from harness import ENCODERS, in_turns, make_labels, make_model, parser, peak_me
 from mm_transformers.model.fusion_base import FUSION_KINDS
 
 
+# Written behind the kind of fusion that they are used with.
 REDUCTIONS = {
-    "cross_attention, merged to 49": {"kind": "merge", "num_tokens": 49},
-    "cross_attention, resampled to 32": {"kind": "resampler", "num_tokens": 32},
+    "merged to 49": {"kind": "merge", "num_tokens": 49},
+    "resampled to 32": {"kind": "resampler", "num_tokens": 32},
 }
+REDUCED = ["cross_attention, merged to 49", "co_attention, merged to 49", "merged, resampled to 32"]
 
 
 def make_step(args, way: str, words: int, tokens: int, images: int):
     """Forward and backward of the fusion `way` on `args.rows` rows with `images` images each."""
     width = ENCODERS[args.size]["hidden_size"]
-    options = {"fusion_type": way.partition(",")[0], "vision_token_reduction": REDUCTIONS.get(way)}
-    model = make_model(args, freeze=["text", "vision"], **options)
+    kind, _, reduction = way.partition(", ")
+    frozen = ["text", "vision"]
+    model = make_model(args, freeze=frozen, fusion_type=kind, vision_token_reduction=REDUCTIONS.get(reduction))
     dtype = getattr(torch, args.dtype)
     index = torch.arange(args.rows * images, device=args.device).view(args.rows, images)
     batch = {
@@ -51,13 +54,13 @@ def main() -> None:
         kind for kind in ("cross_attention", "co_attention", "bottleneck", "merged", "late") if kind in FUSION_KINDS
     ]
     for words, tokens, images in cases:
-        ways = {way: make_step(args, way, words, tokens, images) for way in [*kinds, *REDUCTIONS]}
+        ways = {way: make_step(args, way, words, tokens, images) for way in [*kinds, *REDUCED]}
         shapes = {"rows": args.rows, "words": words, "tokens per image": tokens, "images per row": images}
         seconds = in_turns(ways, args.repeats, args.device)
         report("fusion kinds, train step", seconds, "cross_attention", args, **shapes)
     for words, tokens, images in (cases[0], cases[-1]):
         shapes = {"rows": args.rows, "words": words, "tokens per image": tokens, "images per row": images}
-        rises = {way: [peak_memory(make_step, args, way, words, tokens, images)] for way in [*kinds, *REDUCTIONS]}
+        rises = {way: [peak_memory(make_step, args, way, words, tokens, images)] for way in [*kinds, *REDUCED]}
         report("fusion kinds, memory", rises, "cross_attention", args, unit="MB", **shapes)
 
 

@@ -2,19 +2,13 @@
 How fast does the fused model write, beside the encoder-decoder that it is made of?
 
 Both get the states that their encoders have given, so that what is timed is the writing alone: the same decoder, the
-same number of tokens, greedy and with beams. They take turns within one process; the ratio is that of the medians.
+same number of tokens, greedy and with beams.
 
     python benchmarks/generation.py
 """
 
-import argparse
-import json
-import platform
-import statistics
-import time
-
 import torch
-import transformers
+from harness import in_turns, parser, prepare, report
 from transformers import AutoModelForSeq2SeqLM, MarianConfig, ViTConfig
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -37,42 +31,30 @@ def make_model(width: int, layers: int, vocab_size: int, max_length: int) -> MMT
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--vocab_size", type=int, default=32_000)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--text_len", type=int, default=32)
-    parser.add_argument("--new_tokens", type=int, default=32)
-    parser.add_argument("--beams", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-
-    model = make_model(args.width, args.layers, args.vocab_size, args.new_tokens).to(args.device)
-    bare = AutoModelForSeq2SeqLM.from_config(model.config.text_config).to(args.device).eval()
+    made = parser(__doc__, repeats=5)
+    made.add_argument("--width", type=int, default=512)
+    made.add_argument("--layers", type=int, default=6)
+    made.add_argument("--vocab_size", type=int, default=32_000)
+    made.add_argument("--batch_size", type=int, default=8)
+    made.add_argument("--text_len", type=int, default=32)
+    made.add_argument("--new_tokens", type=int, default=32)
+    made.add_argument("--beams", type=int, nargs="+", default=[1, 4])
+    args = made.parse_args()
+    prepare(args)
+    dtype = getattr(torch, args.dtype)
+    model = make_model(args.width, args.layers, args.vocab_size, args.new_tokens).to(args.device, dtype)
+    bare = AutoModelForSeq2SeqLM.from_config(model.config.text_config).to(args.device, dtype).eval()
     bare.load_state_dict(model.model.text_model.state_dict())
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, args.vocab_size, (args.batch_size, args.text_len), generator=generator).to(args.device)
-    pixels = torch.randn(args.batch_size, 3, 224, 224, generator=generator).to(args.device)
+    ids = torch.randint(3, args.vocab_size, (args.batch_size, args.text_len), device=args.device)
+    pixels = torch.randn(args.batch_size, 3, 224, 224, device=args.device, dtype=dtype)
     mask = torch.ones_like(ids)
     length = dict(min_new_tokens=args.new_tokens, max_new_tokens=args.new_tokens)
     with torch.no_grad():
         fused_states = model.model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
         bare_states = bare.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-
-    def seconds(write) -> float:
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        write()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
+    names = ("width", "layers", "vocab_size", "batch_size", "text_len", "new_tokens")
     for beams in args.beams:
         ways = {
-            "fused": lambda beams=beams: model.generate("german", fused_states, num_beams=beams, **length),
             # A fresh output each time: beams are written into it.
             "bare": lambda beams=beams: bare.generate(
                 encoder_outputs=BaseModelOutput(last_hidden_state=bare_states),
@@ -80,30 +62,13 @@ def main() -> None:
                 num_beams=beams,
                 **length,
             ),
+            "fused": lambda beams=beams: model.generate("german", fused_states, num_beams=beams, **length),
         }
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        for repeat in range(args.repeats + 1):
-            for name, write in ways.items():
-                taken = seconds(write)
-                if repeat:  # the first warms up
-                    times[name].append(taken)
+        seconds = in_turns(ways, args.repeats, args.device, warmup=1)
         tokens = args.batch_size * args.new_tokens
-        rates = {name: tokens / statistics.median(values) for name, values in times.items()}
-        ratios = [b / f for f, b in zip(times["fused"], times["bare"], strict=True)]
-        rounded = {name: round(rate, 1) for name, rate in rates.items()}
-        print(
-            json.dumps(
-                {
-                    "benchmark": "generation", "beams": beams, "tokens_per_second": rounded,
-                    "ratio": round(rates["fused"] / rates["bare"], 3),
-                    "ratio_of_each_turn": [round(min(ratios), 3), round(max(ratios), 3)],
-                    "device": args.device, "machine": platform.machine(), "threads": torch.get_num_threads(),
-                    "torch": torch.__version__, "transformers": transformers.__version__,
-                    "shapes": {name: getattr(args, name) for name in
-                               ("width", "layers", "vocab_size", "batch_size", "text_len", "new_tokens")},
-                }
-            )
-        )  # fmt: skip
+        per_token = {way: [each / tokens for each in values] for way, values in seconds.items()}
+        shapes = {name: getattr(args, name) for name in names}
+        report("generation, seconds per token", per_token, "bare", args, beams=beams, **shapes)
 
 
 if __name__ == "__main__":

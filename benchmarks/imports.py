@@ -5,10 +5,10 @@ processes, in turns; the median of each.
     python benchmarks/imports.py --repeats 7
 """
 
-import argparse
-import statistics
 import subprocess
 import sys
+
+from harness import parser, report
 
 
 STATEMENTS = {
@@ -21,9 +21,7 @@ TIMED = "import time; start = time.perf_counter(); {}; print(time.perf_counter()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args()
+    args = parser(__doc__, repeats=5).parse_args()
     seconds: dict[str, list[float]] = {name: [] for name in STATEMENTS}
     for repeat in range(args.repeats + 1):
         for name, statement in STATEMENTS.items():
@@ -31,8 +29,9 @@ def main() -> None:
             taken = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             if repeat > 0:  # the first time, files are read from the disk
                 seconds[name].append(taken)
-    for name, times in seconds.items():
-        print(f"{statistics.median(times):6.2f} s  {name}")
+    first, second, third, fourth = seconds
+    report("start-up, import", {name: seconds[name] for name in (first, second)}, first, args)
+    report("start-up, until a model class is there", {name: seconds[name] for name in (third, fourth)}, third, args)
 
 
 if __name__ == "__main__":

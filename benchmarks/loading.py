@@ -5,18 +5,13 @@ processes that have imported everything before, in turns; medians. Memory is the
     python benchmarks/loading.py --size base --repeats 5
 """
 
-import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 
+from harness import ENCODERS, parser, report
 
-SIZES = {
-    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},
-}
 
 SAVE = """
 import json, sys, torch
@@ -51,28 +46,17 @@ print(json.dumps({"seconds": seconds, "rise_mb": (peak - before) / 1024, "peak_m
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="base", help="of both encoders")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the file")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
+    args = parser(__doc__, size="base", repeats=5).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        _run(SAVE, folder, json.dumps(SIZES[args.size]), args.dtype)
+        _run(SAVE, folder, json.dumps(ENCODERS[args.size]), args.dtype)
         measured: dict[str, list[dict[str, float]]] = {"load_file": [], "from_pretrained": []}
         for _ in range(args.repeats):
             for how, results in measured.items():
                 results.append(json.loads(_run(LOAD, how, folder).splitlines()[-1]))
-    medians = {
-        how: {name: statistics.median(result[name] for result in results) for name in results[0]}
-        for how, results in measured.items()
-    }
-    print(
-        f"| {args.size}, {args.dtype} | seconds | rise of memory (MB) | peak of the process (MB) |\n|---|---|---|---|"
-    )
-    for how, median in medians.items():
-        print(f"| {how} | {median['seconds']:.2f} | {median['rise_mb']:.0f} | {median['peak_mb']:.0f} |")
-    ratios = [medians["from_pretrained"][name] / medians["load_file"][name] for name in ("rise_mb", "peak_mb")]
-    print(f"memory: {ratios[0]:.3f} times the rise, {ratios[1]:.3f} times the peak")
+    for name, unit in {"rise_mb": "MB", "peak_mb": "MB", "seconds": "s"}.items():
+        values = {how: [result[name] for result in results] for how, results in measured.items()}
+        what = {"rise_mb": "rise of memory", "peak_mb": "peak of the process", "seconds": "time"}[name]
+        report(f"start-up, load, {what}", values, "load_file", args, unit=unit)
 
 
 def _run(code: str, *arguments: str) -> str:

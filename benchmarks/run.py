@@ -1,0 +1,99 @@
+"""
+Runs the benchmarks one after the other, writes their lines of JSON to a file, and renders docs/benchmarks.md from it.
+
+    python benchmarks/run.py quick     # under five minutes on two cores; renders nothing
+    python benchmarks/run.py cpu       # all figures of docs/benchmarks.md for the CPU
+    python benchmarks/run.py gpu       # those for a GPU
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+FOLDER = Path(__file__).parent
+BF16 = "--dtype bfloat16"
+
+PLANS = {
+    "quick": [
+        "floor.py --size tiny --repeats 5",
+        "peers.py --size tiny --repeats 5 --image_size 112",
+        "shared_images.py --size small --repeats 3 --image_size 112",
+        "absent_images.py --size tiny --repeats 5",
+        "tasks.py --size tiny --repeats 5",
+        "fusion_kinds.py --size tiny --repeats 3 --words 32 --tokens 197 --images 1 4",
+        "inputs.py --rows 32 --repeats 3",
+        "padding.py --size tiny --rows 128 --repeats 1",
+        "evaluation.py --rows 256 1024",
+        "generation.py --width 128 --layers 2 --repeats 3",
+        "imports.py --repeats 3",
+    ],
+    "cpu": [
+        "floor.py --size small",
+        "floor.py --size base --rows 4 --repeats 5",
+        "peers.py --size base --rows 2 --repeats 3",
+        "shared_images.py --size base --repeats 3",
+        "absent_images.py --size small",
+        "tasks.py --size base --rows 4 --image_size 64 --repeats 5",
+        "fusion_kinds.py --size small --rows 4 --repeats 3",
+        "token_reduction.py",
+        "inputs.py",
+        "padding.py",
+        "evaluation.py",
+        "memory.py --size small",
+        "generation.py",
+        "imports.py",
+        "loading.py --size base --repeats 3",
+        "growth.py --size small",
+        "levers.py --size small",
+    ],
+    "gpu": [
+        f"floor.py --size base --rows 32 {BF16}",
+        f"floor.py --size base --rows 256 {BF16}",
+        f"floor.py --size large --rows 64 {BF16}",
+        f"peers.py --size base --rows 64 {BF16}",
+        f"shared_images.py --size base --rows 320 --texts_per_image 1 2 5 10 --repeats 5 {BF16}",
+        f"absent_images.py --size base --rows 128 {BF16}",
+        f"tasks.py --size base --rows 64 --image_size 224 {BF16}",
+        f"fusion_kinds.py --size base --rows 64 {BF16}",
+        f"memory.py --size base --rows 32 64 128 {BF16}",
+        f"generation.py {BF16}",
+        f"growth.py --size base {BF16}",
+        "levers.py --size base --rows 64",
+        "levers.py --size base --rows 4",
+        f"inputs.py --size base --rows 256 --batch_size 64 --workers 0 4 8 12 {BF16}",
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", choices=PLANS)
+    parser.add_argument("--output", type=Path, help="defaults to benchmarks/results/PLAN.jsonl; quick keeps nothing")
+    args = parser.parse_args()
+    output = args.output
+    if output is None and args.plan != "quick":
+        output = FOLDER / "results" / f"{args.plan}.jsonl"
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.unlink(missing_ok=True)
+    failed, begun = [], time.perf_counter()
+    for number, line in enumerate(PLANS[args.plan], 1):
+        name, *arguments = line.split()
+        start = time.perf_counter()
+        print(f"[{number}/{len(PLANS[args.plan])}] {line}", file=sys.stderr, flush=True)
+        kept = [] if output is None else ["--output", str(output)]
+        if subprocess.run([sys.executable, str(FOLDER / name), *arguments, *kept], check=False).returncode:
+            failed.append(line)
+        print(f"    {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    print(f"{(time.perf_counter() - begun) / 60:.1f} minutes", file=sys.stderr)
+    if failed:
+        sys.exit(f"Failed: {'; '.join(failed)}")
+    if output is not None and args.output is None:
+        subprocess.run([sys.executable, str(FOLDER / "render.py")], check=True)
+
+
+if __name__ == "__main__":
+    main()
