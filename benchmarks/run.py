@@ -61,9 +61,9 @@ PLANS = {
         f"memory.py --size base --rows 32 64 128 {BF16}",
         f"generation.py {BF16}",
         f"growth.py --size base {BF16}",
-        "levers.py --size base --rows 64",
-        "levers.py --size base --rows 4",
         f"inputs.py --size base --rows 256 --batch_size 64 --workers 0 4 8 12 {BF16}",
+        "levers.py --size base --rows 4",
+        "levers.py --size base --rows 64",
     ],
 }
 

@@ -14,7 +14,7 @@ from transformers import BertConfig, TrainingArguments, ViTConfig
 
 from mm_transformers import Classification, MMTrainer, MMTransformerConfig, MMTransformerForMultiTask
 from mm_transformers.cli.demo_model import make_processor
-from mm_transformers.data.embedded import TASK_LABELS, load_embedded
+from mm_transformers.data.embedded import TASK_LABELS, load_demo_dataset
 
 
 WAYS = {
@@ -32,7 +32,7 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=600)
     args = made.parse_args()
     prepare(args)
-    data = load_embedded()
+    data = load_demo_dataset()
     processor = make_processor(data["train"]["text"])
     size = dict(hidden_size=64, num_attention_heads=4, intermediate_size=128, initializer_range=0.1)
     tokenizer = processor.tokenizer
