@@ -25,7 +25,8 @@ def main() -> None:
         frame["image"] = frame["image"].map(lambda cell: cell["bytes"])
         frames[split] = frame[["text", "image", "group"]]
     start = time.time()
-    predictor = MultiModalPredictor(label="group", problem_type="multiclass", eval_metric="accuracy")
+    folder = str(args.output.with_suffix(""))
+    predictor = MultiModalPredictor(label="group", problem_type="multiclass", eval_metric="accuracy", path=folder)
     predictor.fit(
         frames["train"],
         tuning_data=frames["validation"],

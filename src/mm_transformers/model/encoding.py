@@ -76,9 +76,19 @@ class Encoding(Freezing):
         return Stream("text", self.null_text(states, present), mask)
 
     def _encode_items(
-        self, name: str, items: dict[str, torch.Tensor], index: torch.Tensor, frame_index: Optional[torch.Tensor]
+        self,
+        name: str,
+        items: dict[str, torch.Tensor],
+        index: torch.Tensor,
+        frame_index: Optional[torch.Tensor] = None,
+        is_full: bool = False,
     ) -> Optional[Stream]:
-        """The tokens that each row has of one modality, `None` if it has none and nothing has to be trained."""
+        """
+        The tokens that each row has of one modality, `None` if it has none and nothing has to be trained.
+
+        Args:
+            index, is_full: as [`check_index`] gives them.
+        """
         if items and index.shape[1] > 0:
             tokens, token_mask = self._tokens(name, items)
         elif not self.training and not is_sharded(self.encoder(name)):
@@ -111,7 +121,7 @@ class Encoding(Freezing):
             elif self.training and self.config.frame_embedding == "learned":
                 # It too takes part in every step.
                 offsets = self.frame_embedding(torch.full_like(index, -1), tokens.dtype)
-        return Stream(name, tokens, token_mask, index, offsets)
+        return Stream(name, tokens, token_mask, index, offsets, is_full and token_mask is None)
 
     def _tokens(self, name: str, items: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """The tokens of each item, (num_items, tokens per item, fusion_hidden_size), and where they are none."""

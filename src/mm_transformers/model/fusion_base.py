@@ -24,6 +24,7 @@ class Stream(NamedTuple):
         item_index (batch, max_items) int64, *optional*: which items belong to each row, -1 for none; by default row
             i has item i, so that `Stream(name, hidden_states, mask)` holds rows as they are.
         offsets (batch, max_items, fusion_hidden_size), *optional*: added to the tokens of each item in each row.
+        is_full: whether it is known, without a look at the tensors, that every place of every row holds a token.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Stream(NamedTuple):
     token_mask: Optional[torch.Tensor] = None
     item_index: Optional[torch.Tensor] = None
     offsets: Optional[torch.Tensor] = None
+    is_full: bool = False
 
     @property
     def hidden_states(self) -> torch.Tensor:
@@ -170,8 +172,10 @@ class Fusion(nn.Module):
             if not self.same_width:
                 # The residual is taken in the narrow space, so that a closed gate adds exactly nothing.
                 fused = text_states + self.up_proj(fused - inputs)
-            present = torch.stack([stream.present for stream in streams]).any(0)
-            hidden_states = torch.where(present[:, None, None], fused, text_states)
+            hidden_states = fused
+            if not any(stream.is_full for stream in streams):
+                present = torch.stack([stream.present for stream in streams]).any(0)
+                hidden_states = torch.where(present[:, None, None], fused, text_states)
         return FusionOutput(
             hidden_states,
             tuple(record.hidden_states) if output_hidden_states else None,

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .fusion_base import Fusion, FusionRecord, Stream, register_fusion
-from .fusion_layers import FusionAttention, FusionMLP, Gate, KeyMask, concatenate, key_mask
+from .fusion_layers import FusionAttention, FusionMLP, Gate, KeyMask, concatenate, key_mask, stream_mask
 
 
 class CoAttentionSide(nn.Module):
@@ -80,11 +80,12 @@ class CoAttentionFusion(Fusion):
     def fuse(
         self, text_states: torch.Tensor, text_mask: torch.Tensor, streams: list[Stream], record: FusionRecord
     ) -> torch.Tensor:
-        stream_states, stream_mask = concatenate(streams)
+        stream_states, _ = concatenate(streams)
+        mask = stream_mask(streams)
         masks = (
             key_mask(self.config, text_states, text_mask),
-            key_mask(self.config, text_states, stream_mask),
-            key_mask(self.config, stream_states, stream_mask),
+            key_mask(self.config, text_states, mask),
+            key_mask(self.config, stream_states, mask),
             key_mask(self.config, stream_states, text_mask),
         )
         for layer in self.layers:

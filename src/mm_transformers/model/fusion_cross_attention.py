@@ -7,7 +7,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .fusion_base import Fusion, FusionRecord, Stream, register_fusion
-from .fusion_layers import FusionAttention, FusionMLP, Gate, KeyMask, key_mask
+from .fusion_layers import FusionAttention, FusionMLP, Gate, KeyMask, key_mask, stream_mask
 
 
 class CrossAttentionLayer(GradientCheckpointingLayer):
@@ -46,7 +46,7 @@ class CrossAttentionFusion(Fusion):
     def fuse(
         self, text_states: torch.Tensor, text_mask: torch.Tensor, streams: list[Stream], record: FusionRecord
     ) -> torch.Tensor:
-        mask = key_mask(self.config, text_states, torch.cat([stream.mask for stream in streams], dim=1))
+        mask = key_mask(self.config, text_states, stream_mask(streams))
         # What differs from row to row is worked out once, not in every layer.
         streams = [s if s.offsets is None else Stream(s.name, s.hidden_states) for s in streams]
         tokens = [stream.tokens for stream in streams]

@@ -36,18 +36,21 @@ class KeyMask(NamedTuple):
         attention_mask: what the attention implementation takes; it never hides all the keys of a row, because
             implementations differ in what they then return (0, the mean of the values, or NaN).
         present (batch, 1, 1) bool: False for the rows whose keys are all hidden; their attention output is set to 0.
+            `None` if there are no such rows.
     """
 
     attention_mask: Optional[torch.Tensor]
-    present: torch.Tensor
+    present: Optional[torch.Tensor]
 
 
-def key_mask(config, queries: torch.Tensor, mask: torch.Tensor) -> KeyMask:
+def key_mask(config, queries: torch.Tensor, mask: Optional[torch.Tensor]) -> KeyMask:
     """
     Args:
         queries (batch, num_queries, width): the states that attend.
-        mask (batch, num_keys) bool: True where a key may be seen.
+        mask (batch, num_keys) bool: True where a key may be seen; `None` if all may.
     """
+    if mask is None:
+        return KeyMask(None, None)
     present = mask.any(-1, keepdim=True)
     keys = queries[:, :1, :1].expand(-1, mask.shape[1], -1)  # asked for their shape only
     attention_mask = create_bidirectional_mask(
@@ -114,7 +117,8 @@ class FusionAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         # Rows without keys; other implementations show no attentions.
-        options = {"present": mask.present[:, None]} if attention is eager_attention_forward else {}
+        absent = mask.present is not None
+        options = {"present": mask.present[:, None]} if absent and attention is eager_attention_forward else {}
         output, weights = attention(
             self,
             heads(self.q_proj(queries)),
@@ -126,7 +130,8 @@ class FusionAttention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             **options,
         )
-        return self.out_proj(output.reshape(batch, num_queries, -1)) * mask.present, weights
+        output = self.out_proj(output.reshape(batch, num_queries, -1))
+        return output * mask.present if absent else output, weights
 
 
 class FusionMLP(nn.Module):
@@ -172,6 +177,11 @@ class StreamProjection(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # A frozen encoder may be kept in another precision.
         return self.linear(self.layer_norm(hidden_states.to(self.layer_norm.weight.dtype)))
+
+
+def stream_mask(streams: list[Stream]) -> Optional[torch.Tensor]:
+    """Their masks side by side, (batch, sum of lengths) bool; `None` if nothing is known to be hidden."""
+    return None if all(s.is_full for s in streams) else torch.cat([s.mask for s in streams], dim=1)
 
 
 def concatenate(streams: list[Stream]) -> tuple[torch.Tensor, torch.Tensor]:

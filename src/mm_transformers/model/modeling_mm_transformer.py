@@ -155,10 +155,12 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             items[name] = {key: value for key, value in values.items() if value is not None and value.shape[0] > 0}
             if len(items[name]) > 1:
                 raise ValueError(f"The {name} input is given as {' and as '.join(items[name])}; give one of them.")
-        index = {
+        checked = {
             "vision": self._index("vision", image_index, items["vision"], batch_size, device),
             "audio": self._index("audio", audio_index, items["audio"], batch_size, device),
         }
+        index = {name: rows for name, (rows, _) in checked.items()}
+        is_full = {name: full for name, (_, full) in checked.items()}
         if audio_attention_mask is not None and items["audio"]:
             num_clips = next(iter(items["audio"].values())).shape[0]
             if audio_attention_mask.shape[0] != num_clips:
@@ -175,11 +177,13 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             kept = drop_modalities(present, self.config.modality_dropout_probabilities)
             attention_mask = attention_mask * kept["text"][:, None]
             index.update({m: index[m].masked_fill(~kept[m][:, None], -1) for m in self.config.modalities})
+            is_full = dict.fromkeys(is_full, False)
 
         text_inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
         encoded = {"text": self._encode_text(attention_mask, text_features, **text_inputs)}
         for name in self.config.modalities:
-            stream = self._encode_items(name, items[name], index[name], frame_index if name == "vision" else None)
+            frames = frame_index if name == "vision" else None
+            stream = self._encode_items(name, items[name], index[name], frames, is_full[name])
             if stream is not None:
                 encoded[name] = stream
         return self.fuse(encoded, output_attentions, output_hidden_states, kept)
@@ -226,7 +230,7 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
 
     def _index(
         self, name: str, index: Optional[torch.Tensor], items: dict[str, torch.Tensor], batch_size: int, device
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, bool]:
         num_items = next(iter(items.values())).shape[0] if items else 0
         if items and name not in self.config.modalities:
             raise ValueError(

@@ -143,7 +143,7 @@ class PairReading:
     ) -> torch.Tensor:
         name = self._retrieval_task(task, modality)
         if index is not None:
-            rows = self.model._index(modality, index, items, index.shape[0], index.device)
+            rows, _ = self.model._index(modality, index, items, index.shape[0], index.device)
             return getattr(self.heads, name).embed_item(self.model._encode_items(modality, items, rows, frame_index))
         return getattr(self.heads, name).embed_item(Stream(modality, *self.model._tokens(modality, items)))
 

@@ -69,9 +69,10 @@ class FrameEmbedding(nn.Module):
 
 def check_index(
     index: Optional[torch.Tensor], batch_size: int, num_items: int, device: torch.device, name: str, items: str
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, bool]:
     """
-    Which items belong to each row, (batch, max_items) int64, -1 for none; by default row i has item i.
+    Which items belong to each row, (batch, max_items) int64, -1 for none; by default row i has item i. And whether it
+    is known that none is -1, so that no mask is needed.
 
     Args:
         name, items: how messages call the index and the items: "image_index", "images".
@@ -85,7 +86,7 @@ def check_index(
                 f"Got {num_items} {items} for {batch_size} rows: say by `{name}` which belong to which row."
             )
         first = torch.arange(batch_size, device=device)[:, None]
-        return first if num_items else torch.full_like(first, -1)
+        return (first, True) if num_items else (torch.full_like(first, -1), False)
     if index.ndim != 2 or index.shape[0] != batch_size or index.is_floating_point():
         raise ValueError(
             f"{name} must hold integers in the shape (batch, max_{items}) with batch = {batch_size}, but is of "
@@ -95,9 +96,12 @@ def check_index(
     if torch.compiler.is_compiling():
         # Anything that looks at a value would break the graph, and a count in the message would become a constant.
         torch._assert_async(in_range, f"{name} must hold numbers from -1 (none) to the number of {items} less 1.")
-    elif not in_range:
+        return index, False
+    # Before an encoder runs, when a GPU has nothing to do: a question that waits for it later leaves it idle.
+    is_right, is_full = torch.stack([in_range, (index >= 0).all()]).tolist()
+    if not is_right:
         raise ValueError(f"{name} must hold numbers from -1 (none) to {num_items - 1} (there are {num_items} {items}).")
-    return index
+    return index, is_full and index.shape[1] > 0
 
 
 def drop_modalities(present: dict[str, torch.Tensor], probabilities: dict[str, float]) -> dict[str, torch.Tensor]:

@@ -42,7 +42,7 @@ class Resampler(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         latents = self.latents(tokens.shape[0]).to(tokens.dtype)
-        mask = key_mask(self.config, latents, torch.ones_like(tokens[..., 0], dtype=torch.bool))
+        mask = key_mask(self.config, latents, None)
         for layer in self.layers:
             latents = layer(latents, tokens, mask)
         return self.norm(latents)
