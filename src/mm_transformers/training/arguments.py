@@ -1,4 +1,4 @@
-"""Training arguments with learning rates for the parts of a fused model."""
+"""Training arguments with what is special to a fused model."""
 
 from dataclasses import dataclass, field
 from typing import Optional
@@ -10,7 +10,8 @@ from transformers import Seq2SeqTrainingArguments
 class MMTrainingArguments(Seq2SeqTrainingArguments):
     """
     [`~transformers.Seq2SeqTrainingArguments`], in which tasks that write do so in evaluation unless told otherwise,
-    with learning rates for the parts of the model. [`MMTrainer`] takes plain [`~transformers.TrainingArguments`] too.
+    with learning rates for the parts of the model and an order of rows that share images. [`MMTrainer`] takes plain
+    [`~transformers.TrainingArguments`] too.
 
     Args:
         encoder_learning_rate (`float`, *optional*):
@@ -22,9 +23,13 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
             Layers of encoders learn the more slowly the lower they are: the highest at this times the rate of the
             encoders, the next at its square, ..., and the embeddings the most slowly (ELECTRA,
             https://arxiv.org/abs/2003.10555; usual are 0.65 to 0.95).
+        rows_per_image (`int`, *optional*, defaults to 1):
+            Rows of one image come up to so many at a time, in an otherwise random order: a batch reads and encodes each
+            image once, so an epoch is the faster the more rows share theirs. Batches hold fewer images then.
 
     Raises:
-        ValueError: if `layerwise_lr_decay` is not in (0, 1], or a rate is negative.
+        ValueError: if `layerwise_lr_decay` is not in (0, 1], a rate is negative, or `rows_per_image` is less than 1 or
+            is asked for together with another order of the rows.
     """
 
     predict_with_generate: bool = field(
@@ -42,9 +47,19 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
     layerwise_lr_decay: float = field(
         default=1.0, metadata={"help": "By how much more slowly each layer of an encoder learns than the one above it."}
     )
+    rows_per_image: int = field(
+        default=1, metadata={"help": "How many rows that share an image come together in the order of training."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.rows_per_image < 1:
+            raise ValueError(f"rows_per_image must be at least 1, but is {self.rows_per_image}.")
+        if self.rows_per_image > 1 and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"rows_per_image={self.rows_per_image} is an order of the rows of its own: leave out "
+                f"train_sampling_strategy={self.train_sampling_strategy!r}."
+            )
         if not 0 < self.layerwise_lr_decay <= 1:
             raise ValueError(
                 f"layerwise_lr_decay must be greater than 0 and at most 1, but is {self.layerwise_lr_decay}."

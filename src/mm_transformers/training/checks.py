@@ -9,7 +9,8 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..data.collator import MMDataCollator
-from ..data.sources import DataSource
+from ..data.mixture import DataMixture
+from ..data.sources import DataSource, is_iterable
 from ..model.task_base import Task
 from .metrics import LESS_IS_BETTER
 
@@ -134,3 +135,22 @@ def check_lengths(dataset: Any, args: TrainingArguments) -> None:
             f"Grouping by length needs a column {wanted!r} with the length of each text, for example by "
             f"data.map(lambda row: {{{wanted!r}: len(row['text'])}})."
         )
+
+
+def check_rows_per_image(dataset: Any, collator: MMDataCollator, args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: if rows of one image are to come together where their order is not ours to choose.
+    """
+    wanted = getattr(args, "rows_per_image", 1)
+    if wanted == 1 or dataset is None:
+        return
+    why = None
+    if isinstance(dataset, DataMixture):
+        why = "a mixture has an order of its own"
+    elif is_iterable(dataset.dataset if isinstance(dataset, DataSource) else dataset):
+        why = "a stream is read in its own order"
+    elif "images" not in collator.media:
+        why = "the model takes no images"
+    if why is not None:
+        raise ValueError(f"rows_per_image={wanted} cannot be heeded: {why}; leave it out.")

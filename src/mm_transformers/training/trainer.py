@@ -11,13 +11,21 @@ from transformers.utils import logging
 
 from ..data.collator import MMDataCollator
 from ..data.feature_cache import FeatureCache
+from ..data.image_groups import SharedImageSampler, images_of
 from ..data.mixture import DataMixture, check_sources
 from ..data.mixture_rows import MixedStream
 from ..data.sources import rows_of
 from ..model.regularization import penalties, take_starting_point
 from .balancing import TaskBalancing
 from .card.writing import write_trainer_card
-from .checks import check_adapters, check_arguments, check_best_metric, check_columns, check_lengths
+from .checks import (
+    check_adapters,
+    check_arguments,
+    check_best_metric,
+    check_columns,
+    check_lengths,
+    check_rows_per_image,
+)
 from .counts import RowCounts
 from .learning_rates import never_decays, set_learning_rates
 from .metrics import MultiTaskMetrics
@@ -146,6 +154,7 @@ class MMTrainer(ResumableTrainer):
                 for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
                     check_columns(dataset, name, self.data_collator)
             check_lengths(train_dataset, args)
+            check_rows_per_image(train_dataset, self.data_collator, args)
         # `num_items_in_batch` holds the divisors of the whole optimiser step, so nothing is left to be divided.
         self.model_accepts_loss_kwargs = True
         # Of each task, and of the regularizer, since the last log: losses, summed over the optimiser steps, and the
@@ -166,10 +175,20 @@ class MMTrainer(ResumableTrainer):
 
     # Data
 
-    def _get_train_sampler(self, *args, **kwargs):
-        sampler = super()._get_train_sampler(*args, **kwargs)
+    def _get_train_sampler(self, train_dataset=None):
+        if getattr(self.args, "rows_per_image", 1) > 1:
+            dataset = self.train_dataset if train_dataset is None else train_dataset
+            sampler: Any = self._shared_image_sampler(dataset)
+        else:
+            sampler = super()._get_train_sampler(train_dataset)
         self._rows_per_epoch = None if sampler is None else len(sampler)
         return sampler
+
+    def _shared_image_sampler(self, dataset: Any) -> SharedImageSampler:
+        rows, _ = rows_of(dataset, self.data_collator)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        column = self.data_collator.media["images"]
+        return SharedImageSampler(images_of(rows, column), self.args.rows_per_image, seed)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
         if not isinstance(self.data_collator, MMDataCollator):

@@ -1,0 +1,62 @@
+"""Rows in random order, those that share an image side by side."""
+
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class SharedImageSampler(Sampler[int]):
+    """
+    Indices in a random order in which rows that share an image come up to `rows_per_image` at a time, so that a batch
+    reads and encodes an image once for all of them. A function of the seed and the epoch alone.
+
+    Args:
+        images: for each row something that is equal for equal images, `None` for a row without any.
+        rows_per_image: how many rows of an image come together at most; 1 is the usual random order.
+        seed: of the order.
+    """
+
+    def __init__(self, images: Iterable[Hashable], rows_per_image: int, seed: int = 0):
+        # Numbered as they come, and not by a hash, so that every process has the same order.
+        numbers: dict[Hashable, int] = {}
+        groups = [
+            numbers.setdefault(("row", row) if key is None else key, len(numbers)) for row, key in enumerate(images)
+        ]
+        self.groups = np.array(groups, dtype=np.int64)
+        self.rows_per_image, self.seed, self.epoch = rows_per_image, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order(self.epoch).tolist()
+
+    def order(self, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng([self.seed, epoch])
+        rows = generator.permutation(len(self.groups))
+        rows = rows[np.argsort(self.groups[rows], kind="stable")]
+        groups = self.groups[rows]
+        starts = np.flatnonzero(np.diff(groups, prepend=-1))
+        place = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
+        chunks = np.cumsum((place % self.rows_per_image) == 0) - 1  # the number of the chunk that each row is in
+        positions = generator.permutation(chunks[-1] + 1 if len(rows) else 0)
+        return rows[np.argsort(positions[chunks], kind="stable")]
+
+
+def images_of(rows: Any, column: Any) -> Iterator[Hashable]:
+    """
+    What [`SharedImageSampler`] takes, of rows as the collator sees them. Images are equal by path or by the bytes of
+    their files; what is neither, such as an array, is taken for an image of its own.
+
+    Args:
+        column: the [`MediaColumn`] of the images.
+    """
+    for start in range(0, len(rows), 1000):
+        for row in rows.__getitems__(list(range(start, min(start + 1000, len(rows))))):
+            keys = tuple(column.key(cell) for cell in column.split(row.get(column.column)))
+            yield keys if keys and all(isinstance(key, (str, bytes)) for key in keys) else None
