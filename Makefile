@@ -9,10 +9,11 @@ FLOOR := .venv-floor
 
 # The tests use tiny models and nothing from the network; more threads than workers only get into each other's way.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+BENCH_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-floor coverage lint format clean
+.PHONY: help demo test test-slow test-floor coverage lint format bench bench-quick bench-gpu clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | while IFS='|' read -r target text; do printf '%-18s %s\n' "$$target" "$$text"; done
@@ -40,6 +41,15 @@ lint: $(VENV)/.installed ## Check style and types.
 format: $(VENV)/.installed ## Format the code and repair what ruff can repair.
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.installed ## Measure every figure of docs/benchmarks.md for the CPU (under 30 minutes on 2 cores).
+	$(BENCH_ENV) $(VENV)/bin/python benchmarks/run.py cpu
+
+bench-quick: $(VENV)/.installed ## Run all benchmarks in small (under 5 minutes); nothing is kept.
+	$(BENCH_ENV) $(VENV)/bin/python benchmarks/run.py quick
+
+bench-gpu: $(VENV)/.installed ## Measure the figures for a GPU.
+	$(BENCH_ENV) $(VENV)/bin/python benchmarks/run.py gpu
 
 clean: ## Remove the virtual environments and all that was built or cached.
 	rm -rf $(VENV) $(FLOOR) build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache

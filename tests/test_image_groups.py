@@ -37,24 +37,8 @@ def test_epochs_and_seeds_differ():
     assert sum(b == a + 1 for a, b in zip(orders[0], orders[0][1:], strict=False)) < 200
 
 
-WORDS = [
-    "the",
-    "a",
-    "red",
-    "green",
-    "blue",
-    "small",
-    "big",
-    "dog",
-    "cat",
-    "crane",
-    "bat",
-    "river",
-    "desk",
-    "sun",
-    "rain",
-    "picnic",
-]
+WORDS = ["the", "a", "red", "green", "blue", "small", "big", "dog", "cat", "crane", "bat", "river", "desk", "sun"]
+WORDS += ["rain", "picnic"]
 TASKS = [Classification("topic", labels=["a", "b"])]
 
 
@@ -65,11 +49,11 @@ def file_of(seed: int) -> bytes:
 
 
 def rows_that_share(num_images: int = 4, rows_per_image: int = 4) -> list[dict]:
-    files = [file_of(i) for i in range(num_images)]
+    [{"bytes": file_of(i), "path": None} for i in range(num_images)]
     return [
         {
             "text": f"{WORDS[i]} {WORDS[-1 - i]}",
-            "image": {"bytes": files[i % num_images], "path": None},
+            "image": images[i % num_images],
             "topic": "ab"[i % 2],
         }
         for i in range(num_images * rows_per_image)
@@ -78,7 +62,7 @@ def rows_that_share(num_images: int = 4, rows_per_image: int = 4) -> list[dict]:
 
 def trainer_of(tmp_path, rows, **options) -> MMTrainer:
     args = MMTrainingArguments(
-        str(tmp_path), per_device_train_batch_size=4, use_cpu=True, report_to=[], save_strategy="no", **options
+        str(tmp_path), per_device_train_batch_size=4, use_cpu=True, report_to=[], **{"save_strategy": "no", **options}
     )
     return MMTrainer(make_model(tasks=TASKS), args, processing_class=make_processor(), train_dataset=rows)
 
@@ -94,6 +78,17 @@ def test_batches_of_a_trainer(tmp_path, make):
     loader.set_epoch(1)
     assert [b["input_ids"].tolist() for b in loader] != [b["input_ids"].tolist() for b in batches]
     trainer.train()
+
+
+def test_resumed_in_the_middle_of_an_epoch(tmp_path):
+    options = {"rows_per_image": 2, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}
+    whole = trainer_of(tmp_path / "whole", rows_that_share(), **options)
+    whole.train()
+    again = trainer_of(tmp_path / "again", rows_that_share(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert again.state.global_step == whole.state.global_step == 8
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
 
 
 def test_what_cannot_be_heeded_is_refused(tmp_path):

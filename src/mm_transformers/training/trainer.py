@@ -204,7 +204,15 @@ class MMTrainer(ResumableTrainer):
             return loader
         rows, original = rows_of(dataset, self.data_collator)
         self._store_features(rows)
-        wrapped = None if sampler_fn is None else lambda _: sampler_fn(original)
+
+        def sampler_of(_: Any) -> Any:
+            sampler = sampler_fn(original)
+            if hasattr(sampler, "set_epoch"):
+                # Once batches are skipped on several processes, accelerate finds the data set, but not the sampler.
+                rows.set_epoch = sampler.set_epoch
+            return sampler
+
+        wrapped = None if sampler_fn is None else sampler_of
         return super()._get_dataloader(rows, description, batch_size, sampler_fn=wrapped, **kwargs)
 
     def _store_features(self, rows: Any) -> None:
