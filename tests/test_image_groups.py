@@ -49,7 +49,7 @@ def file_of(seed: int) -> bytes:
 
 
 def rows_that_share(num_images: int = 4, rows_per_image: int = 4) -> list[dict]:
-    [{"bytes": file_of(i), "path": None} for i in range(num_images)]
+    images = [{"bytes": file_of(i), "path": None} for i in range(num_images)]
     return [
         {
             "text": f"{WORDS[i]} {WORDS[-1 - i]}",
