@@ -24,10 +24,15 @@ from transformers import (
     CLIPModel,
     PreTrainedTokenizerFast,
     TrainerCallback,
-    TrainingArguments,
 )
 
-from mm_transformers import Classification, MMTrainer, MMTransformerForMultiTask, MMTransformerProcessor
+from mm_transformers import (
+    Classification,
+    MMTrainer,
+    MMTrainingArguments,
+    MMTransformerForMultiTask,
+    MMTransformerProcessor,
+)
 
 
 def make_clip(folder: Path, texts: list[str]) -> None:
@@ -75,6 +80,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--rows_per_image", type=int, default=4)
+    parser.add_argument("--fusion_type", default="cross_attention")
+    parser.add_argument("--num_fusion_layers", type=int, default=1)
+    parser.add_argument("--text_dropout", type=float, default=0.2, help="modality dropout of the keyword")
     args = parser.parse_args()
     data = datasets.load_dataset(str(args.data_dir))
     if not args.encoders.exists():
@@ -84,11 +93,15 @@ def main() -> None:
     curve = Curve()
     torch.manual_seed(0)
     trainer = MMTrainer(
-        MMTransformerForMultiTask.from_encoders(**encoders, tasks=tasks, initializer_range=0.1, num_fusion_layers=1),
-        TrainingArguments(
+        MMTransformerForMultiTask.from_encoders(
+            **encoders, tasks=tasks, initializer_range=0.1, num_fusion_layers=args.num_fusion_layers,
+            fusion_type=args.fusion_type, modality_dropout={"text": args.text_dropout},
+        ),
+        MMTrainingArguments(
             str(args.output.with_suffix("")), num_train_epochs=args.epochs, per_device_train_batch_size=64,
             per_device_eval_batch_size=128, learning_rate=args.learning_rate, lr_scheduler_type="cosine",
             warmup_steps=0.1, eval_strategy="epoch", save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+            rows_per_image=args.rows_per_image,
         ),
         processing_class=MMTransformerProcessor.from_encoders(**encoders),
         train_dataset=data["train"],
