@@ -34,7 +34,7 @@ PLANS = {
         "floor.py --size small",
         "floor.py --size base --rows 4 --repeats 5",
         "peers.py --size base --rows 2 --repeats 3",
-        "shared_images.py --size base --repeats 2",
+        "shared_images.py --size base --repeats 5 --texts_per_image 2 5 10",
         "absent_images.py --size small",
         "tasks.py --size base --rows 4 --image_size 64 --repeats 5",
         "fusion_kinds.py --size small --rows 4 --repeats 3",

@@ -37,7 +37,7 @@ def main() -> None:
     ways.update({name(count): make_step(args, count, shared=True) for count in counts})
     seconds = in_turns(ways, args.repeats, args.device, warmup=1)
     report("shared images, train step", seconds, "a copy for each text", args, **shapes)
-    megabytes = {name(count): [peak_memory(make_step, args, count, True)] for count in counts[1:]}
+    megabytes = {name(count): [peak_memory(make_step, args, count, True)] for count in counts if count > 1}
     megabytes["a copy for each text"] = [peak_memory(make_step, args, 1, False)]
     report("shared images, memory", megabytes, "a copy for each text", args, unit="MB", **shapes)
 
