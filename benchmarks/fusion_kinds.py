@@ -58,7 +58,7 @@ def main() -> None:
         shapes = {"rows": args.rows, "words": words, "tokens per image": tokens, "images per row": images}
         seconds = in_turns(ways, args.repeats, args.device)
         report("fusion kinds, train step", seconds, "cross_attention", args, **shapes)
-    for words, tokens, images in (cases[0], cases[-1]):
+    for words, tokens, images in dict.fromkeys((cases[0], cases[-1])):
         shapes = {"rows": args.rows, "words": words, "tokens per image": tokens, "images per row": images}
         rises = {way: [peak_memory(make_step, args, way, words, tokens, images)] for way in [*kinds, *REDUCED]}
         report("fusion kinds, memory", rises, "cross_attention", args, unit="MB", **shapes)
