@@ -33,7 +33,8 @@ PLANS = {
     "cpu": [
         "floor.py --size small",
         "floor.py --size base --rows 4 --repeats 5",
-        "peers.py --size base --rows 2 --repeats 3",
+        "peers.py --size base --rows 4 --repeats 3 --peers BridgeTower FLAVA",
+        "peers.py --size base --rows 2 --repeats 3 --peers ViLT VisionTextDualEncoder LXMERT",
         "shared_images.py --size base --rows 20 --repeats 3 --texts_per_image 2 5 10",
         "absent_images.py --size small",
         "tasks.py --size base --rows 4 --image_size 64 --repeats 5",
