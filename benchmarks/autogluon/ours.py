@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--rows_per_image", type=int, default=4)
     parser.add_argument("--fusion_type", default="cross_attention")
     parser.add_argument("--num_fusion_layers", type=int, default=1)
@@ -98,7 +99,7 @@ def main() -> None:
             fusion_type=args.fusion_type, modality_dropout={"text": args.text_dropout},
         ),
         MMTrainingArguments(
-            str(args.output.with_suffix("")), num_train_epochs=args.epochs, per_device_train_batch_size=64,
+            str(args.output.with_suffix("")), num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
             per_device_eval_batch_size=128, learning_rate=args.learning_rate, lr_scheduler_type="cosine",
             warmup_steps=0.1, eval_strategy="epoch", save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
             rows_per_image=args.rows_per_image,

@@ -1,7 +1,7 @@
 """What a fusion kind is, and the registry of fusion kinds."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Optional
 
 import torch
@@ -84,19 +84,45 @@ class Stream(NamedTuple):
         return gathered.unflatten(0, self.item_index.shape).flatten(1, 2)
 
 
+class AttentionStep(NamedTuple):
+    """
+    One attention of a fusion: which tokens read which.
+
+    Args:
+        queries, keys: what lies side by side there: "text", names of streams, or what a kind has of its own, such as
+            "latents". Equal ones are a self-attention; otherwise the keys are as they were when the layer began.
+        weights (batch, heads, length of the queries, length of the keys): the attention.
+    """
+
+    queries: tuple[str, ...]
+    keys: tuple[str, ...]
+    weights: torch.Tensor
+
+
 class FusionOutput(NamedTuple):
     """
     Args:
         hidden_states (batch, text_len, hidden_size): the text tokens, having seen the other streams.
         all_hidden_states: the text states before and after each layer, if asked for.
-        attentions, cross_attentions: one (batch, heads, queries, keys) tensor per layer, if asked for: text tokens to
-            text tokens (or to all tokens, in kinds with one stream), text tokens to stream tokens.
+        layers: the attentions of each layer, in the order in which they happen, if asked for.
     """
 
     hidden_states: torch.Tensor
     all_hidden_states: Optional[tuple[torch.Tensor, ...]] = None
-    attentions: Optional[tuple[torch.Tensor, ...]] = None
-    cross_attentions: Optional[tuple[torch.Tensor, ...]] = None
+    layers: tuple[tuple[AttentionStep, ...], ...] = ()
+
+    @property
+    def attentions(self) -> Optional[tuple[torch.Tensor, ...]]:
+        """One (batch, heads, text_len, text_len) tensor per layer; in kinds with one sequence, of all its tokens."""
+        return self._weights(lambda step: "text" in step.queries and step.keys == step.queries)
+
+    @property
+    def cross_attentions(self) -> Optional[tuple[torch.Tensor, ...]]:
+        """One (batch, heads, text_len, length of all streams) tensor per layer, in kinds that have it."""
+        return self._weights(lambda step: step.queries == ("text",) and step.keys != ("text",))
+
+    def _weights(self, wanted: Callable[[AttentionStep], bool]) -> Optional[tuple[torch.Tensor, ...]]:
+        return tuple(step.weights for steps in self.layers for step in steps if wanted(step)) or None
 
 
 class FusionRecord:
@@ -105,16 +131,20 @@ class FusionRecord:
     def __init__(self, attentions: bool = False, hidden_states: bool = False):
         self.keep_attentions, self.keep_hidden_states = attentions, hidden_states
         self.hidden_states: list[torch.Tensor] = []
-        self.attentions: list[torch.Tensor] = []
-        self.cross_attentions: list[torch.Tensor] = []
+        self.layers: list[tuple[AttentionStep, ...]] = []
 
-    def add(self, hidden_states=None, attentions=None, cross_attentions=None):
-        if self.keep_hidden_states and hidden_states is not None:
+    def add(self, hidden_states: torch.Tensor, *steps: tuple[Sequence[str], Sequence[str], Optional[torch.Tensor]]):
+        """
+        Args:
+            hidden_states: the text tokens after a layer, or before the first.
+            steps: queries, keys and weights of each attention of the layer, in the order in which they happen; see
+                [`AttentionStep`]. The weights are `None` where the implementation of attention shows none.
+        """
+        if self.keep_hidden_states:
             self.hidden_states.append(hidden_states)
-        if self.keep_attentions and attentions is not None:
-            self.attentions.append(attentions)
-        if self.keep_attentions and cross_attentions is not None:
-            self.cross_attentions.append(cross_attentions)
+        shown = [AttentionStep(tuple(q), tuple(k), weights) for q, k, weights in steps if weights is not None]
+        if self.keep_attentions and shown:
+            self.layers.append(tuple(shown))
 
 
 class Fusion(nn.Module):
@@ -167,7 +197,7 @@ class Fusion(nn.Module):
         hidden_states = text_states
         if streams:
             inputs = text_states if self.same_width else self.down_proj(text_states)
-            record.add(hidden_states=inputs)
+            record.add(inputs)
             fused = self.fuse(inputs, text_mask, streams, record)
             if not self.same_width:
                 # The residual is taken in the narrow space, so that a closed gate adds exactly nothing.
@@ -179,8 +209,7 @@ class Fusion(nn.Module):
         return FusionOutput(
             hidden_states,
             tuple(record.hidden_states) if output_hidden_states else None,
-            tuple(record.attentions) or None,
-            tuple(record.cross_attentions) or None,
+            tuple(record.layers),
         )
 
 

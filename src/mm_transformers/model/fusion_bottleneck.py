@@ -55,11 +55,12 @@ class BottleneckFusion(Fusion):
         states = [stream.hidden_states for stream in streams]
         weights = torch.stack([stream.present for stream in streams]).to(text_states.dtype)[..., None, None]
         for layer in self.layers:
-            updates = []
+            updates, steps = [], []
             for i, stream in enumerate(streams):
-                states[i], update, _ = layer.streams[stream.name](states[i], latents, stream_masks[i])
+                states[i], update, shown = layer.streams[stream.name](states[i], latents, stream_masks[i])
                 updates.append(update)
+                steps.append(([stream.name, "latents"], [stream.name, "latents"], shown))
             latents = (torch.stack(updates) * weights).sum(0) / weights.sum(0).clamp(min=1)
             text_states, latents, attentions = layer.text(text_states, latents, text_key_mask)
-            record.add(hidden_states=text_states, attentions=attentions)
+            record.add(text_states, *steps, (["text", "latents"], ["text", "latents"], attentions))
         return text_states

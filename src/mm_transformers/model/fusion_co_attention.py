@@ -52,12 +52,12 @@ class CoAttentionLayer(GradientCheckpointingLayer):
         stream_cross: KeyMask,
     ):
         # Both sides see each other as they were before the layer.
-        new_text, self_weights, cross_weights = self.text(
-            text_states, self.stream_norm(stream_states), text_self, text_cross
-        )
+        new_text, *shown = self.text(text_states, self.stream_norm(stream_states), text_self, text_cross)
         if self.stream is not None:
-            stream_states, _, _ = self.stream(stream_states, self.text_norm(text_states), stream_self, stream_cross)
-        return new_text, stream_states, self_weights, cross_weights
+            normed = self.text_norm(text_states)
+            stream_states, *others = self.stream(stream_states, normed, stream_self, stream_cross)
+            shown += others
+        return new_text, stream_states, *shown
 
 
 @register_fusion
@@ -88,7 +88,9 @@ class CoAttentionFusion(Fusion):
             key_mask(self.config, stream_states, mask),
             key_mask(self.config, stream_states, text_mask),
         )
+        text, others = ["text"], [stream.name for stream in streams]
+        who_reads_whom = [(text, text), (text, others), (others, others), (others, text)]
         for layer in self.layers:
-            text_states, stream_states, weights, cross_weights = layer(text_states, stream_states, *masks)
-            record.add(hidden_states=text_states, attentions=weights, cross_attentions=cross_weights)
+            text_states, stream_states, *weights = layer(text_states, stream_states, *masks)
+            record.add(text_states, *((*sides, shown) for sides, shown in zip(who_reads_whom, weights, strict=False)))
         return text_states

@@ -52,5 +52,5 @@ class CrossAttentionFusion(Fusion):
         tokens = [stream.tokens for stream in streams]
         for layer in self.layers:
             text_states, weights = layer(text_states, mask, streams, *tokens)
-            record.add(hidden_states=text_states, cross_attentions=weights)
+            record.add(text_states, (["text"], [stream.name for stream in streams], weights))
         return text_states

@@ -38,5 +38,5 @@ class LateFusion(Fusion):
         parts = [text] + [pooled.get(name, torch.zeros_like(text)) for name in self.stream_names]
         update = self.dropout(self.fc2(self.activation(self.fc1(self.norm(torch.cat(parts, dim=-1))))))
         text_states = text_states + self.gate(update)[:, None]
-        record.add(hidden_states=text_states)
+        record.add(text_states)
         return text_states

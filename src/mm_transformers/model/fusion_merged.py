@@ -55,7 +55,8 @@ class MergedFusion(Fusion):
         mask = key_mask(
             self.config, torch.cat([text_states, other_states], dim=1), torch.cat([text_mask, other_mask], dim=1)
         )
+        names = ["text", *(stream.name for stream in streams)]
         for layer in self.layers:
             text_states, other_states, weights = layer(text_states, other_states, mask)
-            record.add(hidden_states=text_states, attentions=weights)
+            record.add(text_states, (names, names, weights))
         return text_states
