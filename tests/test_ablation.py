@@ -1,91 +1,233 @@
-"""What each modality is good for, against rows that were emptied and exchanged by hand."""
+"""What each modality is good for, against rows that were emptied and exchanged by hand, and sums over all orders."""
 
+import itertools
+import json
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
-from test_trainer import make_args, make_dataset, make_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_trainer import make_dataset, make_rows
 from tiny import make_model, make_processor
 
-from mm_transformers import MMDataCollator, MMTrainer
-from mm_transformers.analysis.ablation import ablate
+from mm_transformers import MMDataCollator
+from mm_transformers.analysis import ablate
+from mm_transformers.analysis.ablation.calibration import calibration
+from mm_transformers.analysis.ablation.contributions import additive_projection, shapley_values, subsets
+from mm_transformers.analysis.ablation.views import exchanged
+
+
+NUM_ROWS = 24
+SEED = 5
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    return MMTrainer(make_model(seed=2), make_args(tmp_path_factory.mktemp("out")), processing_class=make_processor())
+def model():
+    return make_model(seed=2)
+
+
+@pytest.fixture(scope="module")
+def ablation(model):
+    return ablate(model, make_processor(), make_dataset(NUM_ROWS), batch_size=10, num_permutations=3, seed=SEED)
+
+
+def logits_by_hand(model, rows: list[dict]) -> dict[str, np.ndarray]:
+    """Each row alone, by the model itself; of rows that have nothing left, an empty text."""
+    processor, found = make_processor(), []
+    for row in rows:
+        images = None if row["image"] is None else [row["image"]]
+        with torch.no_grad():
+            found.append(model(**processor(text=[row["text"]], images=images)).logits)
+    return {task: torch.cat([one[task] for one in found]).numpy() for task in ("topic", "sentiment")}
 
 
 def accuracy_by_hand(model, rows: list[dict], task: str) -> float:
-    """Each row alone, by the model itself."""
-    collator = MMDataCollator(make_processor(), model.config)
-    right = []
-    for row in rows:
-        if row[task] is None:
-            continue
-        batch = collator([row])
-        labels = batch.pop("labels")[task]
-        with torch.no_grad():
-            right.append((model(**batch).logits[task].argmax(-1) == labels).item())
-    return sum(right) / len(right)
+    labels = model.tasks[task].labels
+    logits = logits_by_hand(model, rows)[task]
+    known = [i for i, row in enumerate(rows) if row[task] is not None]
+    encoded = [model.tasks[task].encode_label(rows[i][task], "") for i in known]
+    assert max(encoded) < len(labels)
+    return float(np.mean([logits[i].argmax() == label for i, label in zip(known, encoded, strict=True)]))
 
 
-def test_variants_are_what_they_are_called(trainer):
-    rows = make_rows(24)
-    ablation = ablate(trainer, make_dataset(24), seed=5)
-    assert list(ablation.variants) == ["all", "text only", "image only", "image shuffled"]
-    model = trainer.model
+def test_variants_are_what_they_are_called(model, ablation):
+    rows = make_rows(NUM_ROWS)
+    named = ["all", "text only", "image only", "nothing", "text shuffled", "image shuffled"]
+    assert list(ablation.variants) == named
     for task in ("topic", "sentiment"):
         by_hand = {
             "all": rows,
             "text only": [{**row, "image": None} for row in rows],
-            "image only": [{**row, "text": None, "entities": None} for row in rows if row["image"] is not None],
+            "image only": [{**row, "text": None} for row in rows],
+            "nothing": [{**row, "text": None, "image": None} for row in rows],
         }
         for variant, changed in by_hand.items():
             found = ablation.variants[variant][f"{task}_accuracy"]
             assert found == pytest.approx(accuracy_by_hand(model, changed, task)), (variant, task)
     # Words are gone with the text.
     assert "entities_accuracy" in ablation.variants["text only"]
-    assert "entities_accuracy" not in ablation.variants["image only"]
+    for variant in ("image only", "nothing", "text shuffled"):
+        assert "entities_accuracy" not in ablation.variants[variant]
 
 
-def test_exchanged_pictures_go_round_once():
-    from mm_transformers.analysis.ablation import _exchanged
+def test_exchanged_rows_by_hand(model):
+    """The same order and cycles, drawn again; the rows exchanged before anything is encoded."""
+    rows = make_rows(NUM_ROWS)
+    found = ablate(model, make_processor(), rows, batch_size=10, num_permutations=1, num_additive_rows=0, seed=SEED)
+    rng = np.random.default_rng(SEED)
+    order = rng.permutation(NUM_ROWS)
+    moved = {"text": [], "image": []}
+    for start in range(0, NUM_ROWS, 10):
+        window = [rows[i] for i in order[start : start + 10]]
+        for column in ("text", "image"):
+            present = np.array([bool(row[column]) if column == "text" else row[column] is not None for row in window])
+            source = exchanged(present, rng)
+            moved[column] += [{**row, column: window[i][column]} for row, i in zip(window, source, strict=True)]
+    for column, changed in moved.items():
+        for task in ("topic", "sentiment"):
+            assert found.variants[f"{column} shuffled"][f"{task}_accuracy"] == pytest.approx(
+                accuracy_by_hand(model, changed, task)
+            ), (column, task)
 
-    rows = make_dataset(24)
-    for seed in range(5):
-        moved = _exchanged(rows, ["image"], seed)
-        assert moved.remove_columns("image")[:] == rows.remove_columns("image")[:]
-        before, after = ([cell and cell.tobytes() for cell in data["image"]] for data in (rows, moved))
-        assert [cell is None for cell in after] == [cell is None for cell in before]
-        assert Counter(after) == Counter(before)
-    numbered = rows.remove_columns("image").add_column("image", [None if i % 3 == 0 else f"{i}.png" for i in range(24)])
-    moved = _exchanged(numbered, ["image"], 0)["image"]
-    follows = {own: other for own, other in zip(numbered["image"], moved, strict=True) if own is not None}
-    walked, place = [], "1.png"
-    while place not in walked:
-        walked.append(place)
-        place = follows[place]
-    assert len(walked) == 16, "one cycle through all, so none keeps its own"
+
+@given(st.lists(st.booleans(), min_size=1, max_size=20), st.integers(0, 100))
+@settings(max_examples=50, deadline=None)
+def test_exchanging_is_one_cycle(present, seed):
+    present = np.array(present)
+    rows = exchanged(present, np.random.default_rng(seed))
+    assert (rows[~present] == np.flatnonzero(~present)).all()
+    assert sorted(rows) == list(range(len(present)))
+    if present.sum() > 1:
+        place, walked = int(np.flatnonzero(present)[0]), []
+        while place not in walked:
+            walked.append(place)
+            place = int(rows[place])
+        assert len(walked) == present.sum(), "one cycle through all, so none keeps its own"
 
 
-def test_majority_table_and_log(trainer):
-    rows, before = make_dataset(24), list(trainer.state.log_history)
-    ablation = ablate(trainer, rows)
-    assert trainer.state.log_history == before
+def test_shapley_values_are_means_over_all_orders_and_sum_to_the_gain(ablation):
+    rng = np.random.default_rng(0)
+    names = ["text", "vision", "audio"]
+    worths = {kept: float(rng.random()) for kept in subsets(names)}
+    found = shapley_values(names, worths.__getitem__)
+    for name in names:
+        gains = []
+        for order in itertools.permutations(names):
+            before = frozenset(order[: order.index(name)])
+            gains.append(worths[before | {name}] - worths[before])
+        assert found[name] == pytest.approx(np.mean(gains))
+    assert sum(found.values()) == pytest.approx(worths[frozenset(names)] - worths[frozenset()])
+    for task, contribution in ablation.contributions.items():
+        gain = ablation.variants["all"][contribution.metric] - ablation.variants["nothing"][contribution.metric]
+        assert sum(contribution.shapley.values()) == pytest.approx(gain), task
+
+
+def test_the_additive_projection_is_the_nearest_sum():
+    """Least squares over all sums of a function of the row and one of the column."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, 5, 3))
+    design = np.concatenate([np.kron(np.eye(5), np.ones((5, 1))), np.kron(np.ones((5, 1)), np.eye(5))], axis=1)
+    nearest = design @ np.linalg.lstsq(design, logits.reshape(25, 3), rcond=None)[0]
+    expected = nearest.reshape(5, 5, 3)[np.arange(5), np.arange(5)]
+    np.testing.assert_allclose(additive_projection(torch.tensor(logits)).numpy(), expected, atol=1e-12)
+    additive = rng.normal(size=(5, 1, 3)) + rng.normal(size=(1, 5, 3))
+    own = additive[np.arange(5), np.arange(5)]
+    np.testing.assert_allclose(additive_projection(torch.tensor(additive)).numpy(), own, atol=1e-12)
+
+
+def test_the_projection_of_the_model_pairs_each_text_with_each_picture(model):
+    rows = make_rows(6)
+    found = ablate(model, make_processor(), rows, batch_size=6, num_permutations=1, seed=0)
+    order = np.random.default_rng(0).permutation(6)
+    rows = [rows[i] for i in order]
+    crossed = [{**one, "image": other["image"]} for one in rows for other in rows]
+    for task in ("topic", "sentiment"):
+        logits = torch.tensor(logits_by_hand(model, crossed)[task]).unflatten(0, (6, 6))
+        chosen = additive_projection(logits).argmax(-1).tolist()
+        known = [i for i, row in enumerate(rows) if row[task] is not None]
+        encoded = [model.tasks[task].encode_label(rows[i][task], "") for i in known]
+        expected = np.mean([chosen[i] == label for i, label in zip(known, encoded, strict=True)])
+        assert found.contributions[task].additive == pytest.approx(float(expected))
+        assert found.contributions[task].score == pytest.approx(found.variants["all"][f"{task}_accuracy"])
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60))
+@settings(max_examples=50, deadline=None)
+def test_calibration_error_against_a_loop(answers):
+    confidences, right = np.array([c for c, _ in answers]), np.array([r for _, r in answers])
+    found = calibration(confidences, right, num_bins=15)
+    error = 0.0
+    for number in range(15):
+        inside = [
+            i for i, c in enumerate(confidences) if min(int(c * 15), 14) == number
+        ]
+        if inside:
+            error += len(inside) / len(answers) * abs(right[inside].mean() - confidences[inside].mean())
+            assert found.accuracies[number] == pytest.approx(right[inside].mean())
+        assert found.counts[number] == len(inside)
+    assert found.ece == pytest.approx(error)
+
+
+def test_slices_are_scores_of_those_rows(model):
+    rows = [{**row, "source": "web" if i % 3 else "paper"} for i, row in enumerate(make_rows(NUM_ROWS))]
+    found = ablate(model, make_processor(), rows, slices=["source"], num_permutations=1, num_additive_rows=0)
+    assert set(found.slices["source"]) == {"web", "paper"}
+    for value, variants in found.slices["source"].items():
+        own = [row for row in rows if row["source"] == value]
+        assert variants["all"]["topic_accuracy"] == pytest.approx(accuracy_by_hand(model, own, "topic"))
+        emptied = [{**row, "image": None} for row in own]
+        assert variants["text only"]["topic_accuracy"] == pytest.approx(accuracy_by_hand(model, emptied, "topic"))
+    assert "| web |" in found.to_markdown()
+    with pytest.raises(ValueError, match="slices names the column 'origin', but the columns are"):
+        ablate(model, make_processor(), rows, slices=["origin"])
+
+
+def test_tables_values_and_figure(model, ablation, tmp_path):
+    rows = make_dataset(NUM_ROWS)
     known = [label for label in rows["topic"] if label is not None]
     assert ablation.majority["topic"] == Counter(known).most_common(1)[0][1] / len(known)
     lines = ablation.to_markdown().splitlines()
-    assert lines[0] == "| task | metric | all | text only | image only | image shuffled | majority class |"
+    assert lines[0] == f"| task | metric | {' | '.join(ablation.variants)} | majority class |"
     topic = next(line for line in lines if line.startswith("| topic |"))
     assert f"| {ablation.variants['all']['topic_accuracy']:.3f} |" in topic
-    values = ablation.to_dict()["variants"]["all"]
-    assert all(math.isfinite(value) for value in values.values())
+    values = json.loads(json.dumps(ablation.to_dict()))
+    assert all(math.isfinite(value) for value in values["variants"]["all"].values())
+    assert values["num_rows"] == NUM_ROWS
+    ablation.plot().savefig(tmp_path / "ablation.png")
+    with Image.open(tmp_path / "ablation.png") as picture:
+        assert picture.width > 600
 
 
-def test_what_cannot_be_ablated_is_told(trainer, tmp_path):
-    with pytest.raises(ValueError, match=r"datasets\.Dataset"):
-        ablate(trainer, make_rows(4))
-    with pytest.raises(ValueError, match="nothing to leave out"):
-        ablate(trainer, make_dataset(4).remove_columns("image"))
+def test_encoders_run_once_per_row(model):
+    counts = {"text": 0, "vision": 0}
+
+    def count(name):
+        return lambda module, args, kwargs, output: counts.__setitem__(name, counts[name] + len(output.last_hidden_state))
+
+    hooks = [model.model.encoder(n).register_forward_hook(count(n), with_kwargs=True) for n in counts]
+    try:
+        ablate(model, make_processor(), make_dataset(NUM_ROWS), num_permutations=4)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert counts["text"] == NUM_ROWS
+    assert counts["vision"] <= sum(row["image"] is not None for row in make_rows(NUM_ROWS))
+
+
+def test_what_cannot_be_ablated_is_told(model):
+    with pytest.raises(ValueError, match="There are no rows"):
+        ablate(model, make_processor(), [])
+    with pytest.raises(ValueError, match="text alone"):
+        ablate(make_model(vision=None), make_processor(), make_rows(4))
+
+
+def test_a_collator_with_other_columns(model):
+    rows = [{"message": row["text"], **{k: v for k, v in row.items() if k != "text"}} for row in make_rows(8)]
+    collator = MMDataCollator(make_processor(), model.config, text_column="message")
+    found = ablate(model, make_processor(), rows, collator, num_permutations=1, num_additive_rows=0)
+    same = ablate(model, make_processor(), make_rows(8), num_permutations=1, num_additive_rows=0)
+    assert found.variants == same.variants

@@ -24,12 +24,38 @@ def demo(
     fusion: Annotated[
         str, typer.Option(help="cross_attention, co_attention, bottleneck, merged or late.")
     ] = "cross_attention",
+    ui: Annotated[
+        bool, typer.Option("--ui", help="Instead: a page in the browser on which to try a model; needs the extra demo.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="With --ui: folder or Hub id; by default what this command has trained.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="With --ui: the port; by default the first free one from 7860.")] = None,
 ) -> None:
     """Train a small model on the data set that comes with the package, and show what the pictures are good for."""
     from .demo import run_demo
 
     with _errors_as_sentences():
-        run_demo(steps=steps, output_dir=output_dir, seed=seed, fusion_type=fusion)
+        if ui:
+            from .page import run_page
+
+            run_page(model or str(output_dir / "model"), model is None, port)
+        else:
+            run_demo(steps=steps, output_dir=output_dir, seed=seed, fusion_type=fusion)
+
+
+@app.command()
+def space(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id of a model.")],
+    output: Annotated[Path, typer.Option(help="Folder to write to; what is there stays.")] = Path("space"),
+) -> None:
+    """Write what the Hub needs to run the demo page of a model as a Space."""
+    from ..sharing.space import write_space
+    from .processes import say
+
+    with _errors_as_sentences():
+        written = write_space(output, model)
+        say(f"Wrote {', '.join(map(str, written))}." if written else f"Nothing to write: {output} has all files.")
 
 
 @app.command()
@@ -106,6 +132,9 @@ def evaluate(
     model: ModelArgument,
     file: DataArgument,
     output: Annotated[Path | None, typer.Option(help="JSON file for the metrics.")] = None,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Also score with modalities missing or exchanged; drawn beside the output.")
+    ] = False,
     batch_size: BatchSize = 32,
     text_column: TextColumn = None,
     image_column: ImageColumn = None,
@@ -121,8 +150,59 @@ def evaluate(
     join_processes()
     with _errors_as_sentences():
         reading = Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file)
-        run_evaluation(model, file, output, batch_size, reading)
+        run_evaluation(model, file, output, batch_size, reading, ablate)
     leave_processes()
+
+
+@app.command()
+def explain(
+    model: ModelArgument,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="CSV, JSON lines or Parquet file of rows to report on.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Of rows: an HTML page. Of one row: a picture (PNG, SVG, PDF) or JSON.")
+    ] = Path("report.html"),
+    task: Annotated[list[str] | None, typer.Option(help="Task; may be given again. All by default.")] = None,
+    method: Annotated[
+        str,
+        typer.Option(help="chefer, rollout, gradient_attention, attention, integrated_gradients or random."),
+    ] = "chefer",
+    text: Annotated[str | None, typer.Option(help="Instead of a file: the text of one row,")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="its picture; may be given again,")] = None,
+    video: Annotated[str | None, typer.Option(help="its video,")] = None,
+    audio: Annotated[str | None, typer.Option(help="its sound.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Of one row: the answer to explain, whatever the model says.")] = None,
+    word: Annotated[int | None, typer.Option(min=0, help="Of one row: which word's answer, counted from 0.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Rows of each kind on the page, at most.")] = 6,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Also measure what each modality is good for.")] = False,
+    batch_size: BatchSize = 32,
+    text_column: TextColumn = None,
+    image_column: ImageColumn = None,
+    video_column: VideoColumn = None,
+    audio_column: AudioColumn = None,
+    image_root: ImageRoot = None,
+    on_bad_file: OnBadFile = None,
+) -> None:
+    """
+    Show what the answers of a model rest on.
+
+    Of a file of rows: a page with what is confused with what, the worst and the most confident errors and some other
+    rows, with heat maps. Of one row: a picture.
+    """
+    from .explain import explain_one, explain_rows
+    from .predict import Reading
+
+    with _errors_as_sentences():
+        row = {"text": text, "image": image or None, "video": video, "audio": audio}
+        row = {name: value for name, value in row.items() if value is not None}
+        if (file is None) == (not row):
+            raise ValueError("Give either a file of rows or one row by --text, --image, --video and --audio.")
+        if file is not None:
+            reading = Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file)
+            explain_rows(model, file, output, task, method, examples, ablate, batch_size, reading)
+        else:
+            explain_one(model, row, output, task, method, answer, word)
 
 
 @app.command()

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from ..analysis.ablation import ablate
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..training.card.facts import CardFacts, Measurement
 from ..training.card.writing import CARD_NAME, licenses_of, write_card
-from .predict import Reading, evaluator
+from .metrics_table import print_ablation
+from .predict import Reading, ablation_of, evaluator
 from .processes import say
+
+ABLATION_PICTURE = "ablation.png"
 
 
 def run_card(
@@ -44,10 +46,11 @@ def run_card(
     if file is not None:
         with evaluator(str(folder), file, batch_size, reading) as (trainer, rows):
             if with_ablation and facts.config.modalities and set(_media(trainer)) & set(rows.column_names):
-                ablation = ablate(trainer, rows)
+                ablation = ablation_of(trainer, rows, batch_size)
                 metrics = next(iter(ablation.variants.values()))
-                facts.ablation = ablation.to_markdown()
-                say(facts.ablation)
+                ablation.plot().savefig(folder / ABLATION_PICTURE, dpi=110)
+                facts.ablation = f"{ablation.to_markdown()}\n\n![Scores and contributions]({ABLATION_PICTURE})"
+                print_ablation(ablation)
             else:
                 metrics = trainer.evaluate()
             measured = {key.removeprefix("eval_"): value for key, value in metrics.items()}

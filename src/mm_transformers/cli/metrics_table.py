@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
+
+from ..analysis import Ablation
 
 
 def print_metrics(
@@ -42,3 +45,8 @@ def print_metrics(
         table.add_row(task if task != previous else "", metric, *shown)
         previous = task
     Console().print(table)
+
+
+def print_ablation(ablation: Ablation) -> None:
+    """What each modality is good for, as tables."""
+    Console().print(Markdown(ablation.to_markdown()))

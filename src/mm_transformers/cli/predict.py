@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from ..analysis import Ablation, ablate
 from ..data.collator import MMDataCollator
 from ..data.files import check_writable, write_atomically
 from ..data.labels import check_labels, has_labels, prepare_labels
@@ -29,7 +30,7 @@ from ..training.prediction import answer_columns, stream_answers
 from ..training.recipe import RECIPE_NAME, ColumnsSection, DataSection
 from ..training.recipe_yaml import read_yaml
 from ..training.trainer import MMTrainer
-from .metrics_table import print_metrics
+from .metrics_table import print_ablation, print_metrics
 from .processes import say, this_process
 from .train import show_progress_of_package
 
@@ -68,7 +69,9 @@ class Reading:
         return columns, data
 
 
-def run_evaluation(model_name: str, file: Path, output: Path | None, batch_size: int, reading: Reading) -> None:
+def run_evaluation(
+    model_name: str, file: Path, output: Path | None, batch_size: int, reading: Reading, with_ablation: bool = False
+) -> None:
     """
     Raises:
         ValueError, OSError: one sentence.
@@ -76,13 +79,34 @@ def run_evaluation(model_name: str, file: Path, output: Path | None, batch_size:
     if output is not None:
         check_writable(output)
     with evaluator(model_name, file, batch_size, reading) as (trainer, rows):
-        metrics = {**trainer.evaluate(), "eval_samples": len(rows)}
-        if trainer.args.should_save:
-            print_metrics({file.name: metrics}, {file.name: "eval"}, list(trainer.fused_model.tasks))
+        metrics: dict[str, Any] = {**trainer.evaluate(), "eval_samples": len(rows)}
+        if not trainer.args.should_save:
+            return
+        print_metrics({file.name: metrics}, {file.name: "eval"}, list(trainer.fused_model.tasks))
+        if with_ablation:
+            ablation = ablation_of(trainer, rows, batch_size)
+            print_ablation(ablation)
+            metrics["ablation"] = ablation.to_dict()
             if output is not None:
-                with write_atomically(output) as target:
-                    target.write((json.dumps(metrics, indent=2) + "\n").encode())
-                say(f"Wrote {output}.")
+                picture = output.with_suffix(".png")
+                ablation.plot().savefig(picture, dpi=120)
+                say(f"Drawn to {picture}.")
+        if output is not None:
+            with write_atomically(output) as target:
+                target.write((json.dumps(metrics, indent=2) + "\n").encode())
+            say(f"Wrote {output}.")
+
+
+def ablation_of(trainer: MMTrainer, rows: datasets.Dataset, batch_size: int) -> Ablation:
+    """What each modality is good for, as the trainer measures."""
+    return ablate(
+        trainer.fused_model,
+        trainer.data_collator.processor,
+        rows,
+        collator=trainer.data_collator,
+        batch_size=batch_size,
+        compute_metrics=trainer.compute_metrics,
+    )
 
 
 @contextmanager
@@ -100,15 +124,38 @@ def evaluator(
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder, per_device_eval_batch_size=batch_size, report_to="none")
         show_progress_of_package(args.should_log)
-        media = (columns.image, columns.video, columns.audio)
         with args.main_process_first(desc="reading the data"):
-            splits = load_files({"test": str(file)}, media, data.image_root, option="The file")
-            tasks = [task.to_dict() for task in model.tasks.values()]
-            rows = prepare_labels(splits, tasks, data.label_separator)["test"]
+            rows = _read(model, file, columns, data)
         _check_columns(rows.column_names, collator, columns, reading, file)
         check_labels({file.name: rows}, model.tasks.values(), columns.text)
         _check_labelled(rows, collator, file)
         yield MMTrainer(model, args, data_collator=collator, eval_dataset=rows), rows
+
+
+def load_with_rows(
+    model_name: str, file: Path, reading: Reading
+) -> tuple[MMTransformerForMultiTask, MMDataCollator, datasets.Dataset]:
+    """
+    A saved model, and the rows of a file, of which some may have labels.
+
+    Raises:
+        ValueError, OSError: one sentence.
+    """
+    columns, data = reading.options(model_name)
+    model, collator = _load(model_name, columns, data)
+    rows = _read(model, file, columns, data)
+    _check_columns(rows.column_names, collator, columns, reading, file)
+    check_labels({file.name: rows}, model.tasks.values(), columns.text)
+    return model, collator, rows
+
+
+def _read(
+    model: MMTransformerForMultiTask, file: Path, columns: ColumnsSection, data: DataSection
+) -> datasets.Dataset:
+    media = (columns.image, columns.video, columns.audio)
+    splits = load_files({"test": str(file)}, media, data.image_root, option="The file")
+    tasks = [task.to_dict() for task in model.tasks.values()]
+    return prepare_labels(splits, tasks, data.label_separator)["test"]
 
 
 def run_prediction(

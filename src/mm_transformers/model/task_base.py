@@ -195,6 +195,26 @@ class Task:
         """
         raise NotImplementedError
 
+    def answer_scores(
+        self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
+    ) -> tuple[torch.Tensor, list[Any]]:
+        """
+        How much the logits speak for an answer, before any softmax: what an explanation follows back to the inputs.
+
+        Args:
+            logits: those of this task.
+            answers: one per row, such as the name of a label; `None` for the answer that the model gives.
+            places (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
+                For answers that have a part for each token: of which tokens; by default of all.
+
+        Returns:
+            (batch,) scores, and the answers.
+
+        Raises:
+            ValueError: if an answer is none that this task can give.
+        """
+        raise ValueError(f"Task {self.name!r}: tasks of kind {self.kind!r} do not say how to explain their answers.")
+
     def predictions_and_references(
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -266,6 +286,13 @@ def check_labels(name: str, labels: list[Any]) -> list[str]:
     if duplicates:
         raise ValueError(f"Task {name!r}: label {duplicates[0]!r} occurs twice in labels.")
     return labels
+
+
+def label_scores(task: Any, logits: torch.Tensor, answers: list[Any]) -> tuple[torch.Tensor, list[str]]:
+    """Of each row the logit (batch, num_labels) of one label, by default of the highest; and the labels' names."""
+    chosen = logits.argmax(-1).tolist()
+    ids = [i if answer is None else label_id(task.name, task.labels, answer) for i, answer in zip(chosen, answers, strict=True)]
+    return logits[torch.arange(len(ids), device=logits.device), ids], [task.labels[i] for i in ids]
 
 
 def label_id(name: str, labels: list[str], value: Any) -> int:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, check_labels, is_missing, label_id, register_task
+from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, check_labels, is_missing, label_id, label_scores, register_task
 
 
 @register_task
@@ -60,6 +60,11 @@ class Classification(Task):
             for row in zip(ids.tolist(), scores.tolist(), strict=True)
         ]
         return [row[0] for row in answers] if top_k is None else answers
+
+    def answer_scores(
+        self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
+    ) -> tuple[torch.Tensor, list[Any]]:
+        return label_scores(self, logits, answers)
 
     def predictions_and_references(
         self, logits: torch.Tensor, labels: torch.Tensor

@@ -103,6 +103,17 @@ class Generation(Task):
             )
         return [[*ids[: self.max_length - 1], end] for ids in encoded]
 
+    def answer_scores(
+        self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
+    ) -> tuple[torch.Tensor, list[Any]]:
+        """The sum over the tokens of their logits; answers are lists of ids, which must be given."""
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in answers], True, -100).to(logits.device)
+        known = ids != -100
+        if places is not None:
+            known = known & places
+        scores = logits[:, : ids.shape[1]].gather(-1, ids.clamp(min=0)[..., None])[..., 0]
+        return (scores * known).sum(-1), answers
+
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         total = nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=self.label_smoothing

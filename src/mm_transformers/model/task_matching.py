@@ -84,6 +84,15 @@ class Matching(Task):
     def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
         return [{"match": score > 0.5, "score": score} for score in logits[:, 0].float().sigmoid().tolist()]
 
+    def answer_scores(
+        self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
+    ) -> tuple[torch.Tensor, list[Any]]:
+        verdicts = [score > 0 if answer is None else answer for score, answer in zip(logits[:, 0].tolist(), answers, strict=True)]
+        if any(verdict not in (True, False) for verdict in verdicts):
+            raise ValueError(f"Task {self.name!r}: an answer must be True or False, but is {verdicts!r}.")
+        signs = torch.tensor([1.0 if verdict else -1.0 for verdict in verdicts], device=logits.device)
+        return logits[:, 0] * signs, [bool(verdict) for verdict in verdicts]
+
     def predictions_and_references(
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

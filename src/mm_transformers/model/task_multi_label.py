@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, check_labels, is_missing, label_id, register_task
+from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, check_labels, is_missing, label_id, label_scores, register_task
 
 
 @register_task
@@ -83,6 +83,12 @@ class MultiLabel(Task):
             scores = dict(zip(self.labels, row, strict=True))
             answers.append({"labels": [name for name, p in scores.items() if p >= threshold], "scores": scores})
         return answers
+
+    def answer_scores(
+        self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
+    ) -> tuple[torch.Tensor, list[Any]]:
+        """Of one label; by default the most probable."""
+        return label_scores(self, logits, answers)
 
     def predictions_and_references(
         self, logits: torch.Tensor, labels: torch.Tensor

@@ -51,6 +51,14 @@ class Regression(Task):
     def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
         return [{"value": value} for value in logits.float().tolist()]
 
+    def answer_scores(
+        self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
+    ) -> tuple[torch.Tensor, list[Any]]:
+        """The number itself: what raises it."""
+        if any(answer is not None for answer in answers):
+            raise ValueError(f"Task {self.name!r} gives a number, which speaks for itself; leave out the answer.")
+        return logits, logits.float().tolist()
+
     def predictions_and_references(
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -108,6 +108,14 @@ class Retrieval(Task):
         vectors = nn.functional.normalize(logits.float(), dim=-1)
         return [{"similarity": value} for value in (vectors[:, 0] * vectors[:, 1]).sum(-1).tolist()]
 
+    def answer_scores(
+        self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
+    ) -> tuple[torch.Tensor, list[Any]]:
+        """The cosine: what makes text and item similar."""
+        vectors = nn.functional.normalize(logits.float(), dim=-1)
+        similarities = (vectors[:, 0] * vectors[:, 1]).sum(-1)
+        return similarities, similarities.tolist()
+
     def predictions_and_references(
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

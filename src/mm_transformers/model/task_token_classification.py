@@ -106,6 +106,19 @@ class TokenClassification(Task):
             for row, score, k in zip(ids, scores, keep, strict=True)
         ]
 
+    def answer_scores(
+        self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
+    ) -> tuple[torch.Tensor, list[Any]]:
+        """The sum over the tokens of the logit of a label, the same for all; by default of the highest of each."""
+        tokens = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if places is None else places
+        ids = logits.argmax(-1)
+        for row, answer in enumerate(answers):
+            if answer is not None:
+                ids[row] = label_id(self.name, self.labels, answer)
+        scores = (logits.gather(-1, ids[..., None])[..., 0] * tokens).sum(-1)
+        chosen = [[self.labels[i] for i in row[shown].tolist()] for row, shown in zip(ids, tokens, strict=True)]
+        return scores, [labels[0] if len(labels) == 1 else labels for labels in chosen]
+
     def predictions_and_references(
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

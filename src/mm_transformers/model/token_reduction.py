@@ -25,6 +25,17 @@ class TokenMerging(nn.Module):
             tokens, sizes = _merge(tokens, sizes, tokens.shape[1] - self.num_tokens)
         return tokens
 
+    @torch.no_grad()
+    def shares(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Of which tokens those that are left are the means: (num_items, tokens that are left, length), rows sum to 1."""
+        sizes, length = torch.ones_like(tokens[..., :1]), tokens.shape[1]
+        shares = torch.eye(length, dtype=tokens.dtype, device=tokens.device).expand(len(tokens), -1, -1)
+        while tokens.shape[1] > self.num_tokens:
+            both = torch.cat([tokens, shares], -1)
+            both, sizes = _merge(both, sizes, tokens.shape[1] - self.num_tokens, tokens.shape[-1])
+            tokens, shares = both[..., :-length], both[..., -length:]
+        return shares
+
 
 class Resampler(nn.Module):
     """
@@ -62,9 +73,14 @@ class _ResamplerLayer(nn.Module):
         return latents + self.mlp(self.mlp_norm(latents))
 
 
-def _merge(tokens: torch.Tensor, sizes: torch.Tensor, at_most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every second token may join the one among the others that is most like it; those that are most alike do."""
-    directions = nn.functional.normalize(tokens.detach().float(), dim=-1)
+def _merge(
+    tokens: torch.Tensor, sizes: torch.Tensor, at_most: int, width: Optional[int] = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Every second token may join the one among the others that is most like it, in the first `width` of its values; those
+    that are most alike do.
+    """
+    directions = nn.functional.normalize(tokens[..., :width].detach().float(), dim=-1)
     likeness, partners = (directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)).max(-1)
     num_merged = min(at_most, partners.shape[1])
     order = likeness.argsort(dim=-1, descending=True)

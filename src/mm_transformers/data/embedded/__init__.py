@@ -12,6 +12,7 @@ from .dataset import (
     render_image,
     render_text,
 )
+from .pointing import load_pointing_dataset
 
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "best_possible_accuracy",
     "draw_row_specs",
     "load_demo_dataset",
+    "load_pointing_dataset",
     "other_senses",
     "render_image",
     "render_text",

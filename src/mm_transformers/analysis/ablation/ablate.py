@@ -1,0 +1,287 @@
+"""`ablate`: what each modality is good for."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from tqdm.auto import tqdm
+from transformers import EvalPrediction
+from transformers.trainer_pt_utils import nested_concat
+
+from ...data.collator import MMDataCollator
+from ...model.modeling_outputs import MMTransformerModelOutput
+from ...model.task_base import is_missing
+from ...model.tasks import Task
+from ...training.metrics import MultiTaskMetrics
+from .calibration import Calibration, calibration
+from .contributions import additive_projection, perceptual_score, shapley_values, subsets
+from .results import Ablation, Contribution, main_metric
+from .views import EncodedRows, exchanged, pairs, shown_name
+
+
+ALL, NOTHING = "all", "nothing"
+_PAIRS_AT_ONCE = 256
+
+
+@torch.no_grad()
+def ablate(
+    model: Any,
+    processor: Any,
+    rows: Sequence[Mapping[str, Any]],
+    collator: Optional[MMDataCollator] = None,
+    num_permutations: int = 5,
+    num_additive_rows: int = 256,
+    slices: Sequence[str] = (),
+    batch_size: int = 64,
+    seed: int = 0,
+    compute_metrics: Optional[Callable[[EvalPrediction], dict[str, float]]] = None,
+    **generation_options: Any,
+) -> Ablation:
+    """
+    Scores a model on rows as they are, with each modality alone and each missing, with nothing, and with each modality
+    that of another row; and what follows from that: how much each contributes, how much is owed to their interaction,
+    and whether answers are as sure as they are right.
+
+    Encoders run once per row: all else needs the fusion and the heads only. What a row does not have it does not have
+    in any variant; without anything left, the model answers from what it expects. Rows are taken in an order drawn by
+    lot, `batch_size` at a time, and exchange what they have within these. Answers that belong to words of the text are
+    not scored where the text is missing or that of another row.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): Is left as it was.
+        processor ([`MMTransformerProcessor`]): That of the model.
+        rows: with the columns that the collator reads: a `datasets.Dataset`, or a list of dicts.
+        collator ([`MMDataCollator`], *optional*): Where the columns are called otherwise.
+        num_permutations (`int`, *optional*, defaults to 5): How often modalities are exchanged; for mean and spread.
+        num_additive_rows (`int`, *optional*, defaults to 256):
+            On how many rows the nearest sum of a function of the text and one of the rest is worked out, which takes
+            `batch_size` passes of the fusion per row; 0 for none.
+        slices (`list[str]`, *optional*): Columns; scores are also given for the rows of each of their values.
+        batch_size (`int`, *optional*, defaults to 64): Rows at once.
+        seed (`int`, *optional*, defaults to 0): Of all that is drawn by lot.
+        compute_metrics (*optional*): Defaults to [`MultiTaskMetrics`].
+        generation_options: for `model.generate`, where a task writes.
+
+    Raises:
+        ValueError: if there are no rows, or the model reads text alone; as the collator, if a row cannot be read.
+
+    Example:
+
+    ```python
+    >>> ablation = ablate(model, processor, data["test"])
+    >>> print(ablation.to_markdown())
+    >>> ablation.plot().savefig("ablation.png")
+    ```
+    """
+    modalities = ["text", *model.config.modalities]
+    if len(modalities) < 2:
+        raise ValueError("The model reads text alone, so there is nothing to leave out.")
+    if len(rows) == 0:
+        raise ValueError("There are no rows to score the model on.")
+    collator = collator or MMDataCollator(processor, model.config)
+    known = sorted(rows[0])
+    for name in slices:
+        if name not in known:
+            raise ValueError(f"slices names the column {name!r}, but the columns are {', '.join(known)}.")
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(rows))
+    scores = _Scores(model, modalities, generation_options)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in tqdm(range(0, len(rows), batch_size), desc="ablate", disable=len(rows) <= 4 * batch_size):
+            batch = collator([rows[int(i)] for i in order[start : start + batch_size]])
+            scores.add(send_to_device(batch, model.device), rng, num_permutations, num_additive_rows - start)
+    finally:
+        model.train(was_training)
+    compute_metrics = compute_metrics or MultiTaskMetrics(model.config, processor)
+    columns = {name: [rows[int(i)][name] for i in order] for name in slices}
+    return scores.result(compute_metrics, _majority(rows, model.tasks), columns)
+
+
+class _Scores:
+    """Collects the answers to all variants of the rows, batch by batch."""
+
+    def __init__(self, model: Any, modalities: list[str], generation_options: dict[str, Any]):
+        self.model, self.modalities, self.generation_options = model, modalities, generation_options
+        self.tasks: dict[str, Task] = model.tasks
+        self.answers: dict[str, Any] = {}
+        self.labels: Any = None
+        self.additive: Any = None
+        self.num_additive = 0
+        # What is missing or exchanged in a variant; words have no answer where that is the text.
+        self.without_words: set[str] = set()
+
+    def add(self, batch: dict[str, Any], rng: np.random.Generator, num_permutations: int, additive_left: int) -> None:
+        labels = {name: value.cpu() for name, value in batch.pop("labels").items()}
+        rows = EncodedRows(self.model.model, self.model.model(**batch))
+        self.labels = labels if self.labels is None else nested_concat(self.labels, labels)
+        # In the order in which they are shown: all first, nothing last.
+        for kept in sorted(subsets(self.modalities), key=lambda kept: -len(kept)):
+            name = subset_name(kept, self.modalities)
+            if "text" not in kept:
+                self.without_words.add(name)
+            self._keep(name, self._answers(rows.with_only(kept), labels))
+        for modality in self.modalities:
+            present = rows.present(modality)
+            for number in range(num_permutations):
+                name = shuffle_name(modality, number)
+                if modality == "text":
+                    self.without_words.add(name)
+                self._keep(name, self._answers(rows.with_others(modality, exchanged(present, rng)), labels))
+        if additive_left > 0:
+            projected = self._project(rows, min(additive_left, rows.num_rows))
+            self.num_additive += len(next(iter(projected.values()), []))
+            self.additive = projected if self.additive is None else nested_concat(self.additive, projected)
+
+    def _keep(self, variant: str, answers: dict[str, Any]) -> None:
+        before = self.answers.get(variant)
+        self.answers[variant] = answers if before is None else nested_concat(before, answers)
+
+    def _answers(self, outputs: MMTransformerModelOutput, labels: dict[str, torch.Tensor]) -> dict[str, Any]:
+        logits = self.model(encoder_outputs=outputs).logits
+        answers: dict[str, Any] = {}
+        for name, task in self.tasks.items():
+            if task.needs_decoder:
+                given = labels[name].to(outputs.attention_mask.device)
+                read = self.model.read_written(task, outputs, given)
+                losses = [task.loss(row[None], label[None])[0] for row, label in zip(read, given, strict=True)]
+                ids = self.model.generate(name, outputs, **self.generation_options)
+                written = ids[:, len(self.model.decoder_start_ids(task)) :]
+                answers[name] = {"generated_ids": written.cpu(), "losses": torch.stack(losses).cpu()}
+            else:
+                answers[name] = logits[name].float().cpu()
+        return answers
+
+    def _project(self, rows: EncodedRows, num_rows: int) -> dict[str, torch.Tensor]:
+        """Logits of the nearest sum, for tasks whose answer is one row of numbers."""
+        names = [n for n, t in self.tasks.items() if not (t.needs_decoder or t.is_token_level or t.compares_rows)]
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        others = [modality for modality in self.modalities if modality in rows.encoded and modality != "text"]
+        for texts, items in pairs(num_rows, _PAIRS_AT_ONCE):
+            outputs = rows.with_pairs({"text": texts, **dict.fromkeys(others, items)})
+            logits = self.model(encoder_outputs=outputs).logits
+            for name in names:
+                found[name].append(logits[name].float().cpu())
+        return {
+            name: additive_projection(torch.cat(values).unflatten(0, (num_rows, num_rows)))
+            for name, values in found.items()
+        }
+
+    def result(
+        self,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+        majority: dict[str, float],
+        columns: dict[str, list[Any]],
+    ) -> Ablation:
+        measured = {name: self._metrics(name, compute_metrics) for name in self.answers}
+        variants = {name: metrics for name, metrics in measured.items() if not name.startswith(_SHUFFLED)}
+        spreads: dict[str, dict[str, float]] = {}
+        for modality in self.modalities:
+            runs = [m for name, m in measured.items() if name.startswith(f"{_SHUFFLED}{modality}/")]
+            if runs:
+                name = f"{shown_name(modality)} shuffled"
+                variants[name] = {metric: float(np.mean([run[metric] for run in runs])) for metric in runs[0]}
+                spreads[name] = {metric: float(np.std([run[metric] for run in runs])) for metric in runs[0]}
+        result = Ablation(variants, spreads, majority, tasks=self.tasks, num_rows=len(self.labels[next(iter(self.tasks))]))
+        self._add_contributions(result, compute_metrics)
+        result.calibration = {n: c for n, t in self.tasks.items() if (c := self._calibration(n, t)) is not None}
+        shown = [ALL, *dict.fromkeys(subset_name(frozenset(self.modalities) - {m}, self.modalities) for m in self.modalities)]
+        for column, cells in columns.items():
+            values = {repr(cell): cell for cell in cells}
+            result.slices[column] = {
+                str(value): {
+                    name: self._metrics(name, compute_metrics, np.flatnonzero([repr(cell) == key for cell in cells]))
+                    for name in shown
+                }
+                for key, value in values.items()
+            }
+        return result
+
+    def _metrics(self, variant: str, compute_metrics, rows: Optional[np.ndarray] = None) -> dict[str, float]:
+        answers, labels = self.answers[variant], self.labels
+        if variant in self.without_words:
+            labels = {n: _missing(v) if self.tasks[n].is_token_level else v for n, v in labels.items()}
+            answers = {n: self.answers[ALL][n] if self.tasks[n].is_token_level else v for n, v in answers.items()}
+        if rows is not None:
+            answers, labels = _select(answers, rows), _select(labels, rows)
+        found = compute_metrics(EvalPrediction(predictions=answers, label_ids=labels))
+        return {key: float(value) for key, value in found.items()}
+
+    def _add_contributions(self, result: Ablation, compute_metrics) -> None:
+        everything = frozenset(self.modalities)
+        additive = self._additive_metrics(compute_metrics)
+        for name, task in self.tasks.items():
+            metric = main_metric(name, result.variants[ALL])
+            worths = {kept: result.variants[subset_name(kept, self.modalities)] for kept in subsets(self.modalities)}
+            if metric is None or any(metric not in worth for worth in worths.values()):
+                continue
+            values = shapley_values(self.modalities, lambda kept: worths[kept][metric])  # noqa: B023
+            score = worths[everything][metric]
+            lost = {
+                modality: perceptual_score(score, shuffled[metric])
+                for modality in self.modalities
+                if (shuffled := result.variants.get(f"{shown_name(modality)} shuffled")) and metric in shuffled
+            }
+            own, summed = (metrics.get(metric) for metrics in additive) if additive else (None, None)
+            result.contributions[name] = Contribution(metric, values, lost, own, summed)
+
+    def _additive_metrics(self, compute_metrics) -> Optional[tuple[dict[str, float], dict[str, float]]]:
+        """Of the model and of the nearest sum, on the rows for which that was worked out."""
+        if not self.additive:
+            return None
+        rows = np.arange(self.num_additive)
+        labels, own = _select(self.labels, rows), _select(self.answers[ALL], rows)
+        summed = {**own, **self.additive}
+        return tuple(compute_metrics(EvalPrediction(predictions=p, label_ids=labels)) for p in (own, summed))  # type: ignore[return-value]
+
+    def _calibration(self, name: str, task: Task) -> Optional[Calibration]:
+        if task.kind not in ("classification", "token_classification"):
+            return None
+        logits, labels = self.answers[ALL][name], self.labels[name]
+        labelled = labels != -100
+        if not labelled.any():
+            return None
+        confidences, chosen = logits[labelled].softmax(-1).max(-1)
+        return calibration(confidences.numpy(), (chosen == labels[labelled]).numpy())
+
+
+_SHUFFLED = "shuffled/"
+
+
+def shuffle_name(modality: str, number: int) -> str:
+    return f"{_SHUFFLED}{modality}/{number}"
+
+
+def subset_name(kept: frozenset[str], modalities: Sequence[str]) -> str:
+    """ "all", "nothing", "text only", "without sound"."""
+    missing = [name for name in modalities if name not in kept]
+    if not missing:
+        return ALL
+    if not kept:
+        return NOTHING
+    if len(kept) == 1:
+        return f"{shown_name(next(iter(kept)))} only"
+    return f"without {' and '.join(map(shown_name, missing))}"
+
+
+def _missing(labels: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(labels, torch.nan if labels.is_floating_point() else -100)
+
+
+def _select(values: Any, rows: np.ndarray) -> Any:
+    return {name: _select(v, rows) if isinstance(v, Mapping) else v[rows] for name, v in values.items()}
+
+
+def _majority(rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Task]) -> dict[str, float]:
+    shares = {}
+    for name, task in tasks.items():
+        if task.kind == "classification":
+            column = rows[task.column] if hasattr(rows, "column_names") else [row.get(task.column) for row in rows]
+            cells = [cell for cell in column if not is_missing(cell)]
+            if cells:
+                shares[name] = Counter(cells).most_common(1)[0][1] / len(cells)
+    return shares

@@ -1,0 +1,58 @@
+"""How much each modality contributes: sums over what was measured, no models."""
+
+from collections.abc import Callable, Sequence
+from itertools import chain, combinations
+from math import factorial
+
+import torch
+
+
+def subsets(names: Sequence[str]) -> list[frozenset[str]]:
+    """All of them, the smallest first."""
+    return [
+        frozenset(chosen)
+        for chosen in chain.from_iterable(combinations(names, size) for size in range(len(names) + 1))
+    ]
+
+
+def shapley_values(names: Sequence[str], worth: Callable[[frozenset[str]], float]) -> dict[str, float]:
+    """
+    The exact Shapley value of each modality (https://arxiv.org/abs/1705.07874): the mean, over all orders in which they
+    may come, of what it adds when it comes. They sum to the worth of all less the worth of none.
+
+    Args:
+        worth: of a set of modalities, such as the accuracy with these alone.
+    """
+    total = len(names)
+    values = {}
+    for name in names:
+        others = [other for other in names if other != name]
+        values[name] = sum(
+            factorial(len(before)) * factorial(total - len(before) - 1) / factorial(total)
+            * (worth(before | {name}) - worth(before))
+            for before in subsets(others)
+        )  # fmt: skip
+    return values
+
+
+def perceptual_score(score: float, shuffled: float) -> float:
+    """
+    How much of a score is lost when a modality is that of another row, as a share of the score (Gat et al. 2021,
+    https://arxiv.org/abs/2110.14375, normalised by the model's own score); 0 if there was none to lose.
+    """
+    return (score - shuffled) / score if score else 0.0
+
+
+def additive_projection(logits: torch.Tensor) -> torch.Tensor:
+    """
+    EMAP (Hessel and Lee 2020, https://arxiv.org/abs/2010.06572): the nearest that a sum of a function of the text and a
+    function of the rest comes to a model. What it scores less than the model is owed to interaction.
+
+    Args:
+        logits (n, n, ...): of text i with the pictures (and sound) of row j.
+
+    Returns:
+        (n, ...): what the sum says of each row's own text and pictures.
+    """
+    own = torch.arange(len(logits), device=logits.device)
+    return logits.mean(1)[own] + logits.mean(0)[own] - logits.mean((0, 1))

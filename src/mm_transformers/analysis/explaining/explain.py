@@ -1,0 +1,221 @@
+"""`explain`: which words, patches and sounds an answer rests on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import numpy as np
+import torch
+
+from ...model.answering import check_tasks
+from ...model.images import load_image
+from ...model.pipeline_mm_transformer import PARTS, read_rows
+from ...model.processing_mm_transformer import as_clips, as_list
+from ...model.task_base import is_null
+from ...model.video import load_frames
+from .explanation import Explanation, ImageRelevance, SoundRelevance, TokenRelevance
+from .methods import ATTENTION_METHODS, check_method
+from .placing import over_time, patch_grid, seen_region, spread_over_pixels, token_spans
+from .questions import Asked, Question
+from .reading import relevance_of_inputs
+from .watching import watched
+
+
+def explain(
+    model: Any,
+    processor: Any,
+    row: Any,
+    task: Optional[str] = None,
+    method: str = "chefer",
+    answer: Any = None,
+    word: Optional[int] = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    **generation_options: Any,
+) -> Any:
+    """
+    Which tokens of the text, patches of the pictures and parts of the sound an answer rests on.
+
+    Methods:
+
+    - `"chefer"`: gradient times attention through all layers of encoders and fusion, by the bi-modal rules of Chefer et
+      al. 2021 (https://arxiv.org/abs/2103.15679);
+    - `"rollout"`: the attentions of all layers, multiplied (https://arxiv.org/abs/2005.00928); the same for any answer;
+    - `"gradient_attention"`: gradient times attention of the last layer of the fusion;
+    - `"attention"`: the attention of that layer;
+    - `"integrated_gradients"`: no attention at all (https://arxiv.org/abs/1703.01365); needs the extra `explain`, and
+      32 times as long;
+    - `"random"`: the floor that others must beat.
+
+    Encoders whose tokens do not attend to all others (Swin, ConvNeXt, ResNet) are not looked into: their tokens stand
+    for the parts of the picture where they lie. Fusions without attention (`late`) and heads that read what the encoders
+    gave ([`Retrieval`]) say by gradient times activation which tokens count.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): Is left as it was.
+        processor ([`MMTransformerProcessor`]): That of the model.
+        row (`dict`, `str` or a list of these): As [`MultimodalPipeline`] takes them.
+        task (`str`, *optional*): Whose answer; may be left out if the model has one task.
+        method (`str`, *optional*, defaults to `"chefer"`): One of the above.
+        answer (*optional*): Label or text to explain, whatever the model says. By default what it says.
+        word (`int`, *optional*):
+            For tasks that label words, which word; for tasks that write, which word of the answer; counted from 0. By
+            default all of them together.
+        batch_size (`int`, *optional*, defaults to 8): Of a list, how many rows at once.
+        seed (`int`, *optional*, defaults to 0): Of `"random"`.
+        generation_options: for `model.generate`, where the task writes.
+
+    Returns:
+        [`Explanation`], or a list of them for a list of rows.
+
+    Raises:
+        ValueError: one sentence, if a row cannot be read, or there is no such task, method, answer or word.
+        ImportError: if the extra `explain` is needed and not installed.
+
+    Example:
+
+    ```python
+    >>> explanation = explain(model, processor, {"text": "Lovely weather!", "image": "rain.jpg"}, task="sentiment")
+    >>> explanation.plot().savefig("why.png")
+    ```
+    """
+    check_method(method)
+    if task is None and len(model.tasks) > 1:
+        raise ValueError(f"Say which task is to be explained: task= one of {', '.join(model.tasks)}.")
+    names = check_tasks(model, None if task is None else [task])
+    question = Question(names[0], answer, word, generation_options)
+    rows = list(row) if isinstance(row, (list, tuple)) else [row]
+    was_training = model.training
+    model.eval()
+    try:
+        found: list[Explanation] = []
+        for start in range(0, len(rows), batch_size):
+            batch = list(enumerate(rows))[start : start + batch_size]
+            found += _explain_batch(model, processor, batch, question, method, seed + start)
+    finally:
+        model.train(was_training)
+    return found if isinstance(row, (list, tuple)) else found[0]
+
+
+def _explain_batch(
+    model: Any, processor: Any, numbered: list[tuple[int, Any]], question: Question, method: str, seed: int
+) -> list[Explanation]:
+    known = (*PARTS, *(task.column for task in model.tasks.values()))
+    read = read_rows(numbered, processor, known, wants_words=model.tasks[question.task].is_token_level)
+    if "error" in read:
+        raise ValueError(read["error"])
+    inputs = {name: x.to(model.device) for name, x in apart(read["tensors"]).items()}
+    words = None if read["word_index"] is None else read["word_index"].to(model.device)
+    with watched(model) as seen:
+        outputs = model.model(**inputs, output_attentions=True)
+        asked = question.ask(model, processor, outputs, read["texts"], words)
+        if method in ATTENTION_METHODS:
+            relevance = relevance_of_inputs(seen, outputs, asked.scores, ATTENTION_METHODS[method])
+    if method == "random":
+        relevance = _random(outputs, seen.num_tokens, seed)
+    elif method == "integrated_gradients":
+        from .integrated_gradients import integrated_gradients
+
+        relevance = integrated_gradients(model, processor, inputs, question, asked, read["texts"], words, seen)
+    placing = _Placing(model, processor, inputs, outputs, relevance, seen.maps)
+    rows = [row if isinstance(row, Mapping) else {"text": row} for _, row in numbered]
+    return [placing.explanation(i, row, question.task, asked, method) for i, row in enumerate(rows)]
+
+
+def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    The same inputs with nothing shared between rows, so that the gradient of an item is that of one row. Within a row,
+    an item that it has twice is there twice.
+    """
+    result = dict(tensors)
+    for index, parts in (
+        ("image_index", ["pixel_values"]),
+        ("audio_index", ["input_values", "input_features", "audio_attention_mask"]),
+    ):
+        given = [part for part in parts if part in result]
+        if index in result and given:
+            has_item = result[index] >= 0
+            which = result[index][has_item]
+            result.update({part: result[part][which] for part in given})
+            result[index] = torch.where(has_item, has_item.flatten().cumsum(0).view_as(has_item) - 1, -1)
+    return result
+
+
+def _random(outputs: Any, num_tokens: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        name: (len(stream.mask), num_tokens[name])
+        if stream.item_index is None
+        else (*stream.item_index.shape, num_tokens[name])
+        for name, stream in outputs.encoded.items()
+    }
+    return {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+
+
+class _Placing:
+    """Puts the relevance of tokens where these come from."""
+
+    def __init__(self, model, processor, inputs, outputs, relevance: dict[str, torch.Tensor], maps):
+        self.model, self.processor, self.inputs, self.outputs = model, processor, inputs, outputs
+        self.relevance = {name: values.float().cpu().numpy() for name, values in relevance.items()}
+        self.maps = maps
+
+    def explanation(self, number: int, row: Mapping[str, Any], task: str, asked: Asked, method: str) -> Explanation:
+        text = row.get("text")
+        text = "" if is_null(text) else text
+        return Explanation(
+            task,
+            asked.answers[number],
+            float(asked.scores[number].detach()),
+            method,
+            text,
+            self._tokens(number, text),
+            self._images(number, row),
+            self._sounds(number, row),
+            asked.words[number],
+        )
+
+    def _tokens(self, number: int, text: str) -> list[TokenRelevance]:
+        places = self.inputs["attention_mask"][number].nonzero()[:, 0].tolist()
+        if not text.strip() or not places:
+            return []
+        tokenizer = self.processor.tokenizer
+        ids = self.inputs["input_ids"][number][places].tolist()
+        spans = token_spans(tokenizer, text, ids)
+        names = tokenizer.convert_ids_to_tokens(ids)
+        return [
+            TokenRelevance(text[start:end] if start < end else name, start, end, float(value))
+            for name, (start, end), value in zip(names, spans, self.relevance["text"][number][places], strict=True)
+        ]
+
+    def _images(self, number: int, row: Mapping[str, Any]) -> list[ImageRelevance]:
+        pictures = [load_image(image) for image in as_list(row.get("image"))]
+        if not is_null(row.get("video")):
+            pictures += load_frames(row["video"], self.processor.num_frames)
+        if not pictures:
+            return []
+        height, width = self.inputs["pixel_values"].shape[-2:]
+        found = []
+        for picture, values in zip(pictures, self.relevance["vision"][number], strict=False):
+            shape = self.maps.get("vision")
+            if shape is None:
+                shape = patch_grid(self.model.config.vision_config, len(values), height, width)
+            patches = values[len(values) - shape[0] * shape[1] :].reshape(shape)
+            region = seen_region(self.processor.image_processor, *picture.size)
+            found.append(ImageRelevance(picture, patches, spread_over_pixels(patches, *picture.size, region)))
+        return found
+
+    def _sounds(self, number: int, row: Mapping[str, Any]) -> list[SoundRelevance]:
+        clips: Sequence[Any] = as_clips(row.get("audio"))
+        if not clips:
+            return []
+        config, stream = self.model.config.audio_config, self.outputs.encoded["audio"]
+        found = []
+        for clip, values, item in zip(clips, self.relevance["audio"][number], stream.item_index[number], strict=False):
+            rate = self.processor.feature_extractor.sampling_rate
+            seconds = len(self.processor.load_audio(clip)) / rate
+            if stream.token_mask is not None:
+                values = values[stream.token_mask[item].cpu().numpy()]
+            if config.model_type == "audio-spectrogram-transformer":
+                seconds = config.max_length / 100  # its window, in frames of 10 ms
+            found.append(SoundRelevance(seconds, np.asarray(over_time(config, values))))
+        return found

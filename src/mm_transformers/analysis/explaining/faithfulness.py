@@ -1,0 +1,147 @@
+"""Is an explanation true of the model? What becomes of the answer when relevant parts are taken away, or come first."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ...model.pipeline_mm_transformer import PARTS, read_rows
+from .explain import apart, explain
+
+
+
+
+SHARES = tuple(i / 10 for i in range(10))
+
+
+class Faithfulness(NamedTuple):
+    """
+    Args:
+        shares: of the tokens and patches that are taken away.
+        positive (rows, shares): probability of the answer when the most relevant go first; the sooner it falls, the
+            better.
+        negative (rows, shares): when the least relevant go first; the longer it stays, the better.
+    """
+
+    shares: tuple[float, ...]
+    positive: np.ndarray
+    negative: np.ndarray
+
+    @property
+    def positive_auc(self) -> float:
+        """Mean over the rows of the area under the curve, scaled to 0 to 1; less is better."""
+        return _area(self.shares, self.positive)
+
+    @property
+    def negative_auc(self) -> float:
+        """More is better."""
+        return _area(self.shares, self.negative)
+
+
+def _area(shares: Sequence[float], curves: np.ndarray) -> float:
+    return float(np.trapezoid(curves.mean(0), shares) / (shares[-1] - shares[0]))
+
+
+def faithfulness(
+    model: Any,
+    processor: Any,
+    rows: Sequence[Any],
+    task: str,
+    method: str = "chefer",
+    modalities: Sequence[str] = ("text", "vision"),
+    shares: Sequence[float] = SHARES,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> Faithfulness:
+    """
+    Positive and negative perturbation (Samek et al. 2017, https://arxiv.org/abs/1509.06321; Chefer et al. 2021): tokens
+    of the text are taken out of the attention mask, patches of pictures become the mean colour of the picture, each
+    modality for itself by its own relevances, both at once; and how probable the answer to the whole row then is.
+
+    Args:
+        rows: each with a text, a picture, or both.
+        task: one that chooses among labels for the whole row.
+        method: one of those of [`explain`].
+        modalities: what is taken away: "text", "vision", or both.
+
+    Raises:
+        ValueError: as [`explain`], or if the task has no labels for the row.
+    """
+    kind = model.tasks[task]
+    if kind.kind not in ("classification", "multi_label"):
+        raise ValueError(f"faithfulness needs a task that chooses among labels for the whole row; {task!r} does not.")
+    explanations = explain(model, processor, list(rows), task, method, batch_size=batch_size, seed=seed)
+    curves: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(rows), batch_size):
+            batch = explanations[start : start + batch_size]
+            read = read_rows(
+                list(enumerate(rows))[start : start + batch_size],
+                processor,
+                (*PARTS, *(known.column for known in model.tasks.values())),
+                wants_words=False,
+            )
+            inputs = {name: value.to(model.device) for name, value in apart(read["tensors"]).items()}
+            for first in (True, False):
+                probabilities = [
+                    _probabilities(model, kind, _without(model, inputs, batch, share, first, modalities), batch)
+                    for share in shares
+                ]
+                curves[first].append(np.stack(probabilities, 1))
+    finally:
+        model.train(was_training)
+    return Faithfulness(tuple(shares), np.concatenate(curves[True]), np.concatenate(curves[False]))
+
+
+@torch.no_grad()
+def _probabilities(model: Any, kind: Any, inputs: dict[str, torch.Tensor], batch: list[Any]) -> np.ndarray:
+    logits = model(**inputs).logits[kind.name].float()
+    probabilities = logits.softmax(-1) if kind.kind == "classification" else logits.sigmoid()
+    ids = [kind.labels.index(explanation.answer) for explanation in batch]
+    return probabilities[torch.arange(len(ids)), ids].cpu().numpy()
+
+
+def _without(
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    batch: list[Any],
+    share: float,
+    most_relevant_first: bool,
+    modalities: Sequence[str],
+) -> dict[str, torch.Tensor]:
+    """The inputs less this share of the words' tokens and of the patches."""
+    changed = dict(inputs)
+    sign = -1 if most_relevant_first else 1
+    if "text" in modalities:
+        mask = inputs["attention_mask"].clone()
+        for row, explanation in enumerate(batch):
+            places = mask[row].nonzero()[:, 0].tolist()
+            # Special tokens stay: without them some encoders have nothing to hold on to.
+            own = [(sign * t.relevance, p) for t, p in zip(explanation.tokens, places, strict=False) if t.start < t.end]
+            for _, place in sorted(own)[: round(share * len(own))]:
+                mask[row, place] = 0
+        changed["attention_mask"] = mask
+    if "vision" in modalities and "pixel_values" in inputs:
+        pixels = inputs["pixel_values"].clone()
+        for row, explanation in enumerate(batch):
+            items = [item for item in inputs["image_index"][row].tolist() if item >= 0]
+            for item, image in zip(items, explanation.images, strict=True):
+                order = np.argsort(sign * image.patches.flatten(), kind="stable")
+                gone = np.zeros(image.patches.size, dtype=bool)
+                gone[order[: round(share * len(order))]] = True
+                hidden = torch.tensor(gone.reshape(image.patches.shape), device=pixels.device)
+                hidden = _to_pixels(hidden, *pixels.shape[-2:])
+                mean = pixels[item].mean((1, 2), keepdim=True)
+                pixels[item] = torch.where(hidden, mean, pixels[item])
+        changed["pixel_values"] = pixels
+    return changed
+
+
+def _to_pixels(patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(rows, columns) -> (height, width), each patch as large as it is."""
+    return torch.nn.functional.interpolate(patches[None, None].float(), size=(height, width), mode="nearest")[0, 0] > 0
+
+

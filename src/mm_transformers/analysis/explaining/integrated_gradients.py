@@ -1,0 +1,156 @@
+"""Integrated gradients, through captum: a reference that looks at no attention."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+from torch.nn.functional import adaptive_avg_pool2d
+
+from .placing import patch_grid
+from .questions import Asked, Question
+from .watching import Seen
+
+
+NUM_STEPS = 32
+_SOUNDS = ("input_values", "input_features")
+
+
+def integrated_gradients(
+    model: Any,
+    processor: Any,
+    inputs: dict[str, torch.Tensor],
+    question: Question,
+    asked: Asked,
+    texts: list[str],
+    word_index: Optional[torch.Tensor],
+    seen: Seen,
+) -> dict[str, torch.Tensor]:
+    """
+    Sundararajan et al. 2017 (https://arxiv.org/abs/1703.01365), from padding in the place of the words, grey pictures
+    and silence. Relevances of a row sum to the difference of the score from that of these, up to the number of steps.
+
+    Args:
+        inputs: of the model, with no item in two rows.
+        asked: the answers that are explained.
+
+    Returns:
+        As [`relevance_of_inputs`], and less than 0 where an input speaks against the answer.
+    """
+    try:
+        from captum.attr import IntegratedGradients
+    except ImportError as error:
+        raise ImportError(
+            "Integrated gradients need a package more: pip install mm-transformers[explain]"
+        ) from error
+    rows = [_Row(model, processor, inputs, question, asked, texts, word_index, number) for number in range(len(texts))]
+    found: dict[str, torch.Tensor] = {"text": torch.zeros(inputs["input_ids"].shape)}
+    for name, index in (("vision", "image_index"), ("audio", "audio_index")):
+        if index in inputs and name in seen.num_tokens:
+            found[name] = torch.zeros(*inputs[index].shape, seen.num_tokens[name])
+    for number, row in enumerate(rows):
+        starts = tuple(row.varied.values())
+        attributions = IntegratedGradients(row.scores).attribute(
+            starts, row.baselines(), n_steps=NUM_STEPS, internal_batch_size=8
+        )
+        for name, values in zip(row.varied, attributions, strict=True):
+            values = values.detach()[0].float().cpu()
+            if name == "embeddings":
+                found["text"][number] = values.sum(-1)
+            elif name == "pixel_values":
+                for slot, picture in enumerate(values):
+                    found["vision"][number, slot] = _over_patches(model, seen, picture.sum(0))
+            else:
+                for slot, clip in enumerate(values):
+                    found["audio"][number, slot] = _over_clip(model, seen, clip)
+    return found
+
+
+class _Row:
+    """One row as a function of what it varies: (copies, ...) of each -> (copies,) scores."""
+
+    def __init__(self, model, processor, inputs, question, asked, texts, word_index, number: int):
+        self.model, self.processor, self.question = model, processor, question
+        self.answer, self.text = asked.answers[number], texts[number]
+        self.word_index = None if word_index is None else word_index[number : number + 1]
+        text_parts = ("input_ids", "attention_mask", "token_type_ids")
+        self.fixed = {name: inputs[name][number : number + 1] for name in text_parts if name in inputs}
+        self.varied: dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            self.varied["embeddings"] = model.get_input_embeddings()(self.fixed["input_ids"]).float()
+        self.indexed: dict[str, torch.Tensor] = {}
+        for index, parts in (("image_index", ("pixel_values",)), ("audio_index", _SOUNDS)):
+            if index in inputs:
+                items = inputs[index][number]
+                items = items[items >= 0]
+                self.indexed[index] = torch.arange(len(items), device=items.device)[None]
+                for part in parts:
+                    if part in inputs and len(items):
+                        self.varied[part] = inputs[part][items][None]
+                if index == "audio_index" and "audio_attention_mask" in inputs and len(items):
+                    self.fixed["audio_attention_mask"] = inputs["audio_attention_mask"][items]
+                if index == "image_index" and "frame_index" in inputs:
+                    self.fixed["frame_index"] = inputs["frame_index"][number : number + 1, : len(items)]
+
+    def baselines(self) -> tuple[torch.Tensor, ...]:
+        tokenizer, ids = self.processor.tokenizer, self.fixed["input_ids"]
+        special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
+        blank = torch.where(special, ids, tokenizer.pad_token_id or 0)
+        with torch.no_grad():
+            embeddings = self.model.get_input_embeddings()(blank).float()
+        others = (torch.zeros_like(value) for name, value in self.varied.items() if name != "embeddings")
+        return embeddings, *others
+
+    def scores(self, *varied: torch.Tensor) -> torch.Tensor:
+        copies = varied[0].shape[0]
+        inputs = {name: x.repeat(copies, *[1] * (x.ndim - 1)) for name, x in self.fixed.items()}
+        for index, numbers in self.indexed.items():
+            offsets = torch.arange(copies, device=numbers.device)[:, None] * numbers.shape[1]
+            inputs[index] = numbers + offsets if numbers.shape[1] else torch.full_like(offsets, -1)
+        values = dict(zip(self.varied, varied, strict=True))
+        embeddings = values.pop("embeddings")
+        inputs.update({name: value.flatten(0, 1) for name, value in values.items()})
+        with _embeddings_of_first_call(self.model, embeddings):
+            outputs = self.model.model(**inputs)
+        words = None if self.word_index is None else self.word_index.expand(copies, -1)
+        asked = self.question.ask(
+            self.model, self.processor, outputs, [self.text] * copies, words, [self.answer] * copies
+        )
+        return asked.scores
+
+
+@contextmanager
+def _embeddings_of_first_call(model: Any, embeddings: torch.Tensor) -> Iterator[None]:
+    """What the text encoder reads; a decoder that shares the layer comes later. Not every encoder takes it itself."""
+    waiting = [embeddings]
+
+    def hook(module, args, output):
+        return waiting.pop().to(output.dtype) if waiting else output
+
+    handle = model.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _over_patches(model: Any, seen: Seen, pixels: torch.Tensor) -> torch.Tensor:
+    """(height, width) of pixels -> (tokens,): the sum over each patch, 0 of tokens that are none."""
+    num_tokens = seen.num_tokens["vision"]
+    shape = seen.maps.get("vision") or patch_grid(model.config.vision_config, num_tokens, *pixels.shape)
+    sums = adaptive_avg_pool2d(pixels[None], shape)[0].flatten() * (pixels.numel() / (shape[0] * shape[1]))
+    return torch.nn.functional.pad(sums, (num_tokens - len(sums), 0))
+
+
+def _over_clip(model: Any, seen: Seen, values: torch.Tensor) -> torch.Tensor:
+    """(samples,), or (features, frames), of a clip -> (tokens,): the sum over the part of each token."""
+    num_tokens, config = seen.num_tokens["audio"], model.config.audio_config
+    if config.model_type == "audio-spectrogram-transformer":
+        bands = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+        shape = (bands, (num_tokens - 2) // bands)
+        sums = adaptive_avg_pool2d(values.T[None], shape)[0].flatten() * (values.numel() / (shape[0] * shape[1]))
+        return torch.nn.functional.pad(sums, (2, 0))
+    if values.ndim == 2:
+        # Whisper has (features, frames), Wav2Vec2-BERT and others (frames, features).
+        values = values.sum(0 if config.model_type == "whisper" else 1)
+    return adaptive_avg_pool2d(values[None, None], (1, num_tokens))[0, 0] * (len(values) / num_tokens)

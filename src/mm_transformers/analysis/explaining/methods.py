@@ -1,0 +1,57 @@
+"""The ways to say which inputs an answer rests on."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple, Optional
+
+import torch
+
+from .relevance import Chefer, LastLayer, Rollout, Rule
+
+
+class AttentionMethod(NamedTuple):
+    """
+    Args:
+        weigh: attention and its gradient, both (batch, heads, queries, keys) -> (batch, queries, keys).
+        rule: how what was read goes from layer to layer.
+        through_encoders: whether the layers of the encoders count, or those of the fusion only.
+    """
+
+    weigh: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    rule: Rule
+    through_encoders: bool
+
+
+def mean_over_heads(attention: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    return attention.mean(1)
+
+
+def positive_evidence(attention: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The part of the attention that speaks for the answer, meaned over heads."""
+    return (attention * gradient).clamp(min=0).mean(1)
+
+
+# Beside these: "random", the floor, and "integrated_gradients", which looks at no attention.
+ATTENTION_METHODS: Mapping[str, AttentionMethod] = MappingProxyType(
+    {
+        "chefer": AttentionMethod(positive_evidence, Chefer(), True),
+        "rollout": AttentionMethod(mean_over_heads, Rollout(), True),
+        "gradient_attention": AttentionMethod(positive_evidence, LastLayer(), False),
+        "attention": AttentionMethod(mean_over_heads, LastLayer(), False),
+    }
+)
+METHODS = (*ATTENTION_METHODS, "integrated_gradients", "random")
+
+
+def check_method(method: str) -> str:
+    """
+    Raises:
+        ValueError: if there is no such method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {method!r}.")
+    return method
+
+
+def zeros_if_none(gradient: Optional[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient

@@ -1,0 +1,114 @@
+"""Where in the text, in the pictures and in the sound the tokens of a model come from."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+# What tokenizers without offsets put in the place of a space, or before a later piece of a word.
+_MARKS = ("▁", "Ġ", "##", "</w>", "@@")
+
+
+def token_spans(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, int]]:
+    """
+    Start and end in the text of each token; equal ones for tokens that are none of it, such as special ones.
+
+    Args:
+        ids: the tokens of this text, without padding.
+    """
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=len(ids), verbose=False)
+        spans = [tuple(span) for span in encoded["offset_mapping"]]
+        if encoded["input_ids"] == ids:
+            return [_without_spaces(text, *span) for span in spans]
+    spans, place = [], 0
+    for piece in tokenizer.convert_ids_to_tokens(ids):
+        for mark in _MARKS:
+            piece = piece.replace(mark, "")
+        start = text.find(piece, place) if piece and piece not in tokenizer.all_special_tokens else -1
+        if start < 0:
+            spans.append((place, place))
+        else:
+            place = start + len(piece)
+            spans.append((start, place))
+    return spans
+
+
+def _without_spaces(text: str, start: int, end: int) -> tuple[int, int]:
+    """Byte-level tokens begin with the space before their word."""
+    while start < end and text[start].isspace():
+        start += 1
+    while start < end and text[end - 1].isspace():
+        end -= 1
+    return start, end
+
+
+def patch_grid(config: Any, num_tokens: int, height: int, width: int) -> tuple[int, int]:
+    """
+    How many patches lie above and beside each other, for a vision encoder that gives so many tokens of a picture of
+    height x width pixels. Tokens that are no patches (class, registers) come first.
+
+    Raises:
+        ValueError: if the tokens do not lie in a grid.
+    """
+    size = getattr(config, "patch_size", None)
+    if isinstance(size, int):
+        rows, columns = height // size, width // size
+        if 0 < rows * columns <= num_tokens <= rows * columns + 16:
+            return rows, columns
+    # Stages that put patches together: by how much is told by how many are left.
+    for stride in range(1, min(height, width) + 1):
+        rows, columns = height // stride, width // stride
+        if rows * columns <= num_tokens:
+            if num_tokens <= rows * columns + 16:
+                return rows, columns
+            break
+    raise ValueError(
+        f"It is not known where in a picture of {height} x {width} pixels the {num_tokens} tokens of "
+        f"{config.model_type!r} lie."
+    )
+
+
+def seen_region(image_processor: Any, width: int, height: int) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom, in pixels, of the part of a picture that the model is given: all, or a middle."""
+    crop, size = getattr(image_processor, "crop_size", None), getattr(image_processor, "size", None) or {}
+    if not getattr(image_processor, "do_center_crop", False) or not crop:
+        return 0.0, 0.0, float(width), float(height)
+    scale_x = scale_y = 1.0
+    shortest = _of(size, "shortest_edge")
+    if getattr(image_processor, "do_resize", True):
+        if shortest:
+            scale_x = scale_y = shortest / min(width, height)
+        elif _of(size, "height"):
+            scale_x, scale_y = _of(size, "width") / width, _of(size, "height") / height
+    crop_width = (_of(crop, "width") or _of(crop, "shortest_edge") or width) / scale_x
+    crop_height = (_of(crop, "height") or _of(crop, "shortest_edge") or height) / scale_y
+    left, top = (width - crop_width) / 2, (height - crop_height) / 2
+    return max(left, 0.0), max(top, 0.0), min(left + crop_width, width), min(top + crop_height, height)
+
+
+def _of(size: Any, name: str) -> Any:
+    return size.get(name) if hasattr(size, "get") else getattr(size, name, None)
+
+
+def spread_over_pixels(
+    patches: np.ndarray, width: int, height: int, region: tuple[float, float, float, float]
+) -> np.ndarray:
+    """(rows, columns) of patches -> (height, width) of pixels: linear between the middles of patches, 0 outside."""
+    left, top, right, bottom = (round(edge) for edge in region)
+    size = (max(bottom - top, 1), max(right - left, 1))
+    grid = torch.tensor(patches, dtype=torch.float32)[None, None]
+    pixels = np.zeros((height, width), dtype=np.float32)
+    inside = torch.nn.functional.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
+    pixels[top : top + size[0], left : left + size[1]] = inside[: height - top, : width - left]
+    return pixels
+
+
+def over_time(config: Any, relevance: np.ndarray) -> np.ndarray:
+    """The relevance of an audio encoder's tokens in the order of time, one value per step."""
+    if config.model_type != "audio-spectrogram-transformer":
+        return relevance
+    # Two tokens that are no patches, then patches: for each band of frequencies all of its times.
+    bands = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+    return relevance[2:].reshape(bands, -1).sum(0)

@@ -1,0 +1,108 @@
+"""Which answer is to be explained, and how much the model speaks for it."""
+
+from typing import Any, NamedTuple, Optional
+
+import torch
+
+from ...model.modeling_outputs import MMTransformerModelOutput
+from ...model.task_base import LabelContext
+from ...model.task_token_classification import split_words
+
+
+class Asked(NamedTuple):
+    """
+    Args:
+        scores (batch,): before any softmax; the gradient goes on from here.
+        answers: one per row.
+        words: the word of each row that was asked about, if one was.
+    """
+
+    scores: torch.Tensor
+    answers: list[Any]
+    words: list[Optional[str]]
+
+
+class Question(NamedTuple):
+    """
+    Args:
+        task: name of a task.
+        answer: label or text that is to be explained; `None` for that which the model gives.
+        word: number of the word of the text, or of the written answer, counted from 0; `None` for all of them.
+        generation_options: for tasks that write.
+    """
+
+    task: str
+    answer: Any
+    word: Optional[int]
+    generation_options: dict[str, Any]
+
+    def ask(
+        self,
+        model: Any,
+        processor: Any,
+        outputs: MMTransformerModelOutput,
+        texts: list[str],
+        word_index: Optional[torch.Tensor],
+        answers: Optional[list[Any]] = None,
+    ) -> Asked:
+        """
+        Args:
+            outputs: of the encoders and the fusion.
+            texts, word_index: of the rows.
+            answers: what is known already to be the answers, one per row.
+
+        Raises:
+            ValueError: if the task has no such answer, or a row no such word.
+        """
+        task = model.tasks[self.task]
+        answers = [self.answer] * len(texts) if answers is None else answers
+        if task.needs_decoder:
+            return self._ask_written(model, processor, outputs, answers)
+        places, words = None, [None] * len(texts)
+        if task.is_token_level:
+            places, words = self._places_of_words(texts, word_index)
+        elif self.word is not None:
+            raise ValueError(f"Task {self.task!r} answers for the whole row; leave out the word.")
+        scores, found = task.answer_scores(model(encoder_outputs=outputs).logits[self.task], answers, places)
+        return Asked(scores, found, words)
+
+    def _places_of_words(self, texts: list[str], word_index: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+        if self.word is None:
+            return word_index >= 0, [None] * len(texts)
+        places = word_index == self.word
+        for row, text in enumerate(texts):
+            if not places[row].any():
+                raise ValueError(
+                    f"Row {row} has no word {self.word}: the model reads {int(word_index[row].max()) + 1} words of its "
+                    "text."
+                )
+        return places, [text[slice(*split_words(text)[self.word])] for text in texts]
+
+    def _ask_written(
+        self, model: Any, processor: Any, outputs: MMTransformerModelOutput, answers: list[Any]
+    ) -> Asked:
+        task, tokenizer = model.tasks[self.task], processor.tokenizer
+        if any(answer is None for answer in answers):
+            written = model.generate(self.task, outputs, **self.generation_options)
+            written = written[:, len(model.decoder_start_ids(task)) :]
+            texts = processor.batch_decode(written, skip_special_tokens=True)
+            answers = [text.strip() if answer is None else answer for answer, text in zip(answers, texts, strict=True)]
+        encoded = [task.encode_label(answer, "") for answer in answers]
+        labels = task.collate_labels(encoded, LabelContext(tokenizer=tokenizer)).to(outputs.last_hidden_state.device)
+        ids = [[i for i in row if i != -100] for row in labels.tolist()]
+        places, words = None, [None] * len(answers)
+        if self.word is not None:
+            places = torch.zeros_like(labels, dtype=torch.bool)
+            for row, row_ids in enumerate(ids):
+                numbers, words[row] = self._written_word(tokenizer, row, row_ids, answers[row])
+                places[row, numbers] = True
+        scores, _ = task.answer_scores(model.read_written(task, outputs, labels), ids, places)
+        return Asked(scores, answers, words)
+
+    def _written_word(self, tokenizer: Any, row: int, ids: list[int], answer: str) -> tuple[list[int], str]:
+        # How many words there are when a token has been written says to which it belongs.
+        counts = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True).split()) for i in range(len(ids))]
+        numbers = [i for i, count in enumerate(counts[:-1]) if count - 1 == self.word]
+        if not numbers:
+            raise ValueError(f"Row {row}: the answer {answer!r} has no word {self.word}.")
+        return numbers, answer.split()[self.word]

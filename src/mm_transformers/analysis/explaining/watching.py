@@ -1,0 +1,150 @@
+"""Runs a model so that all its attentions, and their gradients, can be seen."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from transformers import PreTrainedModel
+
+from ...model.fusion_base import AttentionStep
+from ...model.token_reduction import Resampler, TokenMerging
+
+
+@dataclass
+class Seen:
+    """
+    What was seen of one forward pass.
+
+    Args:
+        encoders: modality -> its self-attentions, (items, heads, tokens, tokens) each; none of encoders that have no
+            attention of all tokens to all tokens (convolutions, windows).
+        num_tokens: modality -> how many tokens its encoder gives.
+        maps: modality -> (height, width) of the feature map, of encoders that give one.
+        reduction: the steps in which learned vectors read the tokens of each image, (items, heads, ...).
+        merged (items, tokens that are left, tokens): of which tokens those that are left are the means.
+        fusion: the attentions of each layer of the fusion.
+    """
+
+    encoders: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    num_tokens: dict[str, int] = field(default_factory=dict)
+    maps: dict[str, tuple[int, int]] = field(default_factory=dict)
+    reduction: list[AttentionStep] = field(default_factory=list)
+    merged: Optional[torch.Tensor] = None
+    fusion: tuple[tuple[AttentionStep, ...], ...] = ()
+
+    def attentions(self) -> list[torch.Tensor]:
+        """All of them, in an order that [`replaced`] knows."""
+        steps = [*self.reduction, *(step for layer in self.fusion for step in layer)]
+        return [*(x for layers in self.encoders.values() for x in layers), *(step.weights for step in steps)]
+
+    def replaced(self, weights: list[torch.Tensor]) -> "Seen":
+        """The same with other weights in the place of [`attentions`]."""
+        rest = iter(weights)
+        return Seen(
+            {name: tuple(next(rest) for _ in layers) for name, layers in self.encoders.items()},
+            self.num_tokens,
+            self.maps,
+            [step._replace(weights=next(rest)) for step in self.reduction],
+            self.merged,
+            tuple(tuple(step._replace(weights=next(rest)) for step in layer) for layer in self.fusion),
+        )
+
+
+@contextmanager
+def watched(model: Any) -> Iterator[Seen]:
+    """
+    While this is open, the model ([`MMTransformerForMultiTask`], in evaluation mode) computes attention itself, with
+    gradients through all encoders, and the next forward pass is seen. Afterwards it is as it was.
+    """
+    fused, seen = model.model, Seen()
+    with ExitStack() as stack:
+        stack.enter_context(eager_attention(model))
+        stack.enter_context(torch.enable_grad())
+        # A frozen encoder would run without gradients, and one whose weights need none would make no graph.
+        stack.callback(setattr, fused, "_frozen_encoders", fused._frozen_encoders)
+        fused._frozen_encoders = []
+        hooks = [model.get_input_embeddings().register_forward_hook(_require_gradient)]
+        for name in ("text", *fused.config.modalities):
+            encoder = fused.encoder(name)
+            if _shows_attentions(encoder):
+                hooks.append(encoder.register_forward_pre_hook(_ask_for_attentions, with_kwargs=True))
+            hooks.append(encoder.register_forward_hook(_Remember(seen, name)))
+        if fused.fusion is not None:
+            hooks.append(fused.fusion.register_forward_hook(_remember_fusion(seen)))
+        reduction = getattr(fused, "vision_reduction", None)
+        if isinstance(reduction, TokenMerging):
+            hooks.append(reduction.register_forward_hook(_remember_merging(seen)))
+        if isinstance(reduction, Resampler):
+            for layer in reduction.layers:
+                hooks.append(layer.attention.register_forward_hook(_remember_reading(seen)))
+        for hook in hooks:
+            stack.callback(hook.remove)
+        yield seen
+
+
+@contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """While this is open, attention is computed in the one way that shows its weights."""
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+def _shows_attentions(encoder: PreTrainedModel) -> bool:
+    parameters = inspect.signature(encoder.forward).parameters
+    return "output_attentions" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _ask_for_attentions(module, args, kwargs):
+    return args, {**kwargs, "output_attentions": True}
+
+
+def _require_gradient(module, args, output):
+    return output if output.requires_grad else output.requires_grad_()
+
+
+class _Remember:
+    """What an encoder gives."""
+
+    def __init__(self, seen: Seen, name: str):
+        self.seen, self.name = seen, name
+
+    def __call__(self, module, args, output):
+        states = output.last_hidden_state
+        if states.ndim == 4:
+            self.seen.maps[self.name] = (states.shape[2], states.shape[3])
+        num_tokens = states[0, 0].numel() if states.ndim == 4 else states.shape[1]
+        self.seen.num_tokens[self.name] = num_tokens
+        attentions = tuple(x for x in getattr(output, "attentions", None) or () if x is not None)
+        # Windows see a part of the tokens, and stages have ever fewer of them.
+        whole = all(x.shape[-2:] == (num_tokens, num_tokens) and len(x) == len(states) for x in attentions)
+        self.seen.encoders[self.name] = attentions if whole else ()
+
+
+def _remember_fusion(seen: Seen):
+    def hook(module, args, output):
+        seen.fusion = output.layers
+
+    return hook
+
+
+def _remember_merging(seen: Seen):
+    def hook(module, args, output):
+        seen.merged = module.shares(args[0])
+
+    return hook
+
+
+def _remember_reading(seen: Seen):
+    def hook(module, args, output):
+        seen.reduction.append(AttentionStep(("vision",), ("tokens",), output[1]))
+
+    return hook

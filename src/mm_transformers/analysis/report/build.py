@@ -1,0 +1,163 @@
+"""Writes the page."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+import jinja2
+import numpy as np
+from tqdm.auto import tqdm
+
+from ...data.collator import MMDataCollator
+from ...data.files import write_atomically
+from ...model.images import load_image
+from ...model.processing_mm_transformer import as_list
+from ...model.task_base import is_null
+from ..ablation.results import Ablation
+from ..explaining.explain import explain
+from ..explaining.explanation import Explanation
+from ..explaining.html import colored_words, heat_map_url, picture_url
+from ..explaining.plotting import text_color
+from .answered import Answered, answers_to, confusion, most_confident_errors, worst
+
+
+def write_report(
+    path: Path,
+    model: Any,
+    processor: Any,
+    rows: Sequence[Mapping[str, Any]],
+    tasks: Optional[Sequence[str]] = None,
+    method: str = "chefer",
+    num_examples: int = 6,
+    title: str = "",
+    ablation: Optional[Ablation] = None,
+    collator: Optional[MMDataCollator] = None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> None:
+    """
+    One HTML page, with its pictures in it: per task how often which label was taken for which, the worst and the most
+    confident errors and some rows drawn by lot, with what the answers rest on; and what each modality is good for, if
+    that was measured. For a phone as for a wide screen.
+
+    Args:
+        path: of the file; it appears when it is finished.
+        model ([`MMTransformerForMultiTask`]), processor ([`MMTransformerProcessor`]): What is looked at.
+        rows: with the columns that the collator reads; labels may be missing.
+        tasks (`list[str]`, *optional*): Which tasks; all by default.
+        method (`str`, *optional*, defaults to `"chefer"`): See [`explain`].
+        num_examples (`int`, *optional*, defaults to 6): Rows of each kind, at most.
+        title (`str`, *optional*): What the page is called.
+        ablation ([`Ablation`], *optional*): Of the same rows.
+        collator ([`MMDataCollator`], *optional*): Where the columns are called otherwise.
+
+    Raises:
+        ValueError: if there are no rows, or one cannot be read.
+    """
+    if len(rows) == 0:
+        raise ValueError("There are no rows to report on.")
+    collator = collator or MMDataCollator(processor, model.config)
+    model.eval()
+    answers: dict[str, list[Answered]] = {name: [] for name in tasks or model.tasks}
+    batches = answers_to(model, collator, rows, batch_size)
+    for batch in tqdm(batches, "answering", -(-len(rows) // batch_size), disable=len(rows) <= 4 * batch_size):
+        for answered in batch:
+            if answered.task in answers:
+                answers[answered.task].append(answered)
+    draw = partial(_Drawn, model, processor, collator, rows, method)
+    sections = [_section(model.tasks[name], found, draw, num_examples, seed) for name, found in answers.items()]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("report.html.jinja").render(
+        title=title or "What the model answers, and why",
+        num_rows=len(rows),
+        method=method,
+        sections=sections,
+        ablation=_of_ablation(ablation),
+    )
+    with write_atomically(path) as file:
+        file.write(page.encode())
+
+
+def _section(task: Any, answers: list[Answered], draw: Any, num_examples: int, seed: int) -> dict[str, Any]:
+    labelled = [answered for answered in answers if answered.truth is not None]
+    judged = [answered for answered in labelled if answered.right is not None]
+    losses = [answered.loss for answered in labelled if answered.loss is not None]
+    chosen = np.random.default_rng(seed).permutation(len(answers))[:num_examples]
+    groups = {
+        "Most confident errors": most_confident_errors(answers, num_examples),
+        "Highest loss": worst(answers, num_examples),
+        "Drawn by lot": [answers[i] for i in sorted(chosen)],
+    }
+    matrix = None
+    if task.kind in ("classification", "token_classification") and judged:
+        counts = confusion(judged, task.labels)
+        matrix = [(label, _shaded(row)) for label, row in zip(task.labels, counts, strict=True)]
+    return {
+        "name": task.name,
+        "kind": task.kind.replace("_", " "),
+        "num_labelled": len(labelled),
+        "accuracy": sum(a.right for a in judged) / len(judged) if judged else None,
+        "loss": float(np.mean(losses)) if losses else None,
+        "labels": list(getattr(task, "labels", None) or []),
+        "confusion": matrix,
+        "groups": [(name, [draw(answered) for answered in group]) for name, group in groups.items() if group],
+    }
+
+
+def _shaded(counts: list[int]) -> list[tuple[int, str, str]]:
+    return [(count, *text_color(count / max(sum(counts), 1))) for count in counts]
+
+
+class _Drawn:
+    """An answered row as the page shows it."""
+
+    def __init__(self, model, processor, collator: MMDataCollator, rows, method: str, answered: Answered):
+        self.answered = answered
+        row = rows[answered.number]
+        parts = {"text": collator.text_of(row, True, f"row {answered.number}")}
+        for kind, name in (("images", "image"), ("videos", "video"), ("audio", "audio")):
+            column = collator.media.get(kind)
+            if column is not None and not is_null(row.get(column.column)):
+                parts[name] = row[column.column]
+        # What cannot be explained is shown all the same.
+        self.problem, explanation = "", None
+        try:
+            explanation = explain(model, processor, parts, answered.task, method)
+        except ValueError as error:
+            self.problem = str(error)
+        self.pictures = [] if explanation else [(picture_url(load_image(x)), None) for x in as_list(parts.get("image"))]
+        self.words = [(word, *text_color(0)) for word in parts["text"].split()]
+        self.answer, self.truth = shown(answered.answer), shown(answered.truth)
+        if explanation is not None:
+            self._draw(explanation)
+
+    def _draw(self, explanation: Explanation) -> None:
+        if self.answered.answer is None:
+            self.answer = shown(explanation.answer)
+        self.words = colored_words(explanation)
+        self.pictures = [(picture_url(image.image), heat_map_url(explanation, image)) for image in explanation.images]
+
+
+def shown(value: Any) -> str:
+    if value is None:
+        return "—"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _of_ablation(ablation: Optional[Ablation]) -> Optional[dict[str, Any]]:
+    if ablation is None:
+        return None
+    buffer = io.BytesIO()
+    ablation.plot().savefig(buffer, format="png", dpi=110)
+    tables = [
+        [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in table.splitlines() if "---" not in line]
+        for table in ablation.to_markdown().split("\n\n")
+    ]
+    return {"figure": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", "tables": tables}

@@ -1,0 +1,207 @@
+"""The demo page: type a text, give a picture or a sound, see the answers and what they rest on."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import jinja2
+import torch
+
+from ..analysis import explain
+from ..analysis.explaining.html import colored_words, heat_map_url, picture_url
+from ..model.answering import answer_batch, check_tasks
+from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+from ..model.pipeline_mm_transformer import PARTS, read_rows
+from ..model.processing_mm_transformer import MMTransformerProcessor
+
+
+_NAMES = {"image": "picture", "video": "video", "audio": "sound", "text": "text"}
+_WITHOUT_FONTS_FROM_ELSEWHERE = ["system-ui", "sans-serif"]
+
+
+def load_page(model: str, examples: Sequence[Sequence[Any]] = ()) -> Any:
+    """
+    The page of a saved model, a `gradio.Blocks`: `load_page("my-model").launch()`. Needs the extra `demo`.
+
+    Args:
+        model: folder or Hub id.
+        examples: rows to begin with: each a text, and a picture and a sound where the model takes them.
+
+    Raises:
+        ImportError: if gradio is not installed.
+        OSError, ValueError: if there is no such model.
+    """
+    fused = MMTransformerForMultiTask.from_pretrained(model).eval()
+    processor = MMTransformerProcessor.from_pretrained(model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return make_page(fused.to(device), processor, Path(model).name, examples)
+
+
+def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequence[Any]] = ()) -> Any:
+    """
+    The same for a model that is there already.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): In evaluation mode.
+        processor ([`MMTransformerProcessor`]): That of the model.
+    """
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise ImportError("The page needs a package more: pip install mm-transformers[demo]") from error
+
+    kinds = ["text", *(kind for kind, name in (("image", "vision"), ("audio", "audio")) if name in model.config.modalities)]
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
+        gr.Markdown(f"# {title}\n\nGive {_either(kinds)}. Colours show what an answer rests on.")
+        with gr.Row():
+            with gr.Column(scale=1):
+                inputs = [gr.Textbox(label="Text", lines=2, submit_btn=False, autofocus=True)]
+                if "image" in kinds:
+                    sources = ["upload", "clipboard", "webcam"]
+                    inputs.append(gr.Image(label="Picture", type="filepath", sources=sources, height=260))
+                if "audio" in kinds:
+                    inputs.append(gr.Audio(label="Sound", type="filepath", sources=["upload", "microphone"]))
+                tasks = gr.CheckboxGroup(list(model.tasks), value=list(model.tasks), label="Tasks")
+                button = gr.Button("Answer", variant="primary")
+            with gr.Column(scale=2):
+                answers = gr.HTML(label="Answers", value=render_page([], "", kinds))
+        answer = _answering(model, processor, kinds)
+        for event in (button.click, inputs[0].submit):
+            event(answer, [*inputs, tasks], answers, api_name="answer" if event is button.click else False)
+        if examples:
+            gr.Examples([list(example) for example in examples], inputs)
+    return page
+
+
+def launch_options() -> dict[str, Any]:
+    """What [`make_page`] wants to be launched with: nothing is fetched from elsewhere."""
+    import gradio as gr
+
+    theme = gr.themes.Base(font=_WITHOUT_FONTS_FROM_ELSEWHERE, font_mono=["ui-monospace", "monospace"])
+    return {"theme": theme, "footer_links": [], "quiet": True}
+
+
+def _answering(model: Any, processor: Any, kinds: Sequence[str]) -> Callable[..., str]:
+    def answer(*given: Any) -> str:
+        *parts, tasks = given
+        row = {kind: part for kind, part in zip(kinds, parts, strict=True) if part is not None and part != ""}
+        return answers_as_html(model, processor, row, tasks, kinds)
+
+    return answer
+
+
+def answers_as_html(
+    model: Any, processor: Any, row: dict[str, Any], tasks: Sequence[str], kinds: Sequence[str]
+) -> str:
+    """
+    What the page shows for a row; a sentence, if it cannot be answered.
+
+    Args:
+        row: what was given, of `kinds`.
+        tasks: names of the tasks that are ticked.
+    """
+    if isinstance(row.get("text"), str) and not row["text"].strip():
+        row = {kind: part for kind, part in row.items() if kind != "text"}
+    if not row:
+        return render_page([], f"There is nothing to answer yet: give {_either(kinds)}.", kinds)
+    if not tasks:
+        return render_page([], "Tick at least one task.", kinds)
+    try:
+        names = check_tasks(model, tasks)
+        variants = {"": row}
+        for kind in row:
+            rest = {other: part for other, part in row.items() if other != kind}
+            if rest:
+                variants[f"without the {_NAMES[kind]}"] = rest
+        answered = {name: _answer(model, processor, variant, names) for name, variant in variants.items()}
+        cards = [_card(model, processor, row, task, {name: one[task] for name, one in answered.items()}) for task in names]
+    except (ValueError, ImportError) as error:
+        return render_page([], str(error).removeprefix("Row 0: "), kinds)
+    return render_page(cards, "", kinds)
+
+
+def _answer(model: Any, processor: Any, row: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    wants_words = any(model.tasks[name].is_token_level for name in tasks)
+    read = read_rows([(0, row)], processor, tuple(PARTS), wants_words)
+    if "error" in read:
+        raise ValueError(read["error"])
+    inputs = {name: value.to(model.device) for name, value in read["tensors"].items()}
+    return answer_batch(model, processor, inputs, tasks, read["word_index"])[0]
+
+
+def _card(model: Any, processor: Any, row: dict[str, Any], task: str, answers: dict[str, Any]) -> dict[str, Any]:
+    """One task: the answers to the row and to what is left without a part, and the heat maps of the first."""
+    kind, problem, words, pictures = model.tasks[task], "", [], []
+    try:
+        explanation = explain(model, processor, row, task)
+        words = colored_words(explanation)
+        pictures = [(picture_url(image.image), heat_map_url(explanation, image)) for image in explanation.images]
+    except ValueError as error:
+        problem = str(error)
+    shown = {name: _shown(kind, answer) for name, answer in answers.items()}
+    return {
+        "task": task,
+        "answer": shown.pop(""),
+        "bars": _bars(model, processor, row, kind),
+        "others": list(shown.items()),
+        "words": words,
+        "pictures": pictures,
+        "problem": problem,
+    }
+
+
+def _shown(kind: Any, answer: Any) -> str:
+    if isinstance(answer, list):
+        return ", ".join(one["label"] for one in answer) or "nothing"
+    if "labels" in answer:
+        return ", ".join(answer["labels"]) or "none of the labels"
+    first = next(iter(answer.values()))
+    if isinstance(first, bool):
+        first = "yes" if first else "no"
+    told = f"{first:.3g}" if isinstance(first, float) else str(first)
+    return f"{told} ({100 * answer['score']:.0f}%)" if "score" in answer else told
+
+
+def _bars(model: Any, processor: Any, row: dict[str, Any], kind: Any) -> list[tuple[str, float]]:
+    """How probable each label is, the most probable first; of tasks that choose for the whole row."""
+    if kind.kind not in ("classification", "multi_label"):
+        return []
+    read = read_rows([(0, row)], processor, tuple(PARTS), wants_words=False)
+    inputs = {name: value.to(model.device) for name, value in read["tensors"].items()}
+    with torch.no_grad():
+        logits = model(**inputs).logits[kind.name][0].float()
+    values = logits.softmax(-1) if kind.kind == "classification" else logits.sigmoid()
+    pairs = sorted(zip(kind.labels, values.tolist(), strict=True), key=lambda pair: -pair[1])
+    return pairs[:8]
+
+
+def render_page(cards: list[dict[str, Any]], message: str, kinds: Sequence[str]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("answers.html.jinja").render(cards=cards, message=message, given=_either(kinds))
+
+
+def _either(kinds: Sequence[str]) -> str:
+    """ "a text or a picture"."""
+    names = [f"a {_NAMES[kind]}" for kind in kinds]
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def run_page(model: str, is_default: bool, port: Optional[int]) -> None:
+    """
+    Serves the page of a saved model until it is interrupted.
+
+    Args:
+        is_default: whether nobody has named the model.
+
+    Raises:
+        ValueError, OSError: one sentence.
+    """
+    if is_default and not Path(model).exists():
+        raise ValueError(f"There is no model in {model} yet: train one by mm-transformers demo, or name yours by --model.")
+    try:
+        page = load_page(model)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    page.launch(server_port=port, **launch_options())

@@ -1,0 +1,60 @@
+"""A folder that the Hub runs as a Space: the demo page of a model."""
+
+import re
+from pathlib import Path
+
+import mm_transformers
+
+
+_APP = '''"""The demo page of {model}."""
+
+from mm_transformers.cli.page import launch_options, load_page
+
+
+demo = load_page({model!r})
+
+if __name__ == "__main__":
+    demo.launch(**launch_options())
+'''
+
+_README = """---
+title: {title}
+sdk: gradio
+app_file: app.py
+models:
+- {model}
+---
+
+The demo page of [{model}](https://huggingface.co/{model}), made by mm_transformers.
+"""
+
+
+def write_space(folder: Path, model: str) -> list[Path]:
+    """
+    Writes `app.py`, `requirements.txt` and `README.md`; what is there already stays. `hf upload me/my-space folder .
+    --repo-type space` pushes them.
+
+    Args:
+        model: Hub id of the model, which the Space loads when it starts.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ValueError: if `model` is no Hub id, such as a local folder, which the Space would not have.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or Path(model).exists():
+        raise ValueError(f"A Space loads its model from the Hub, so give its id, such as 'me/my-model'; {model!r} is none.")
+    title = re.sub(r"[^\w .-]", " ", model.rpartition("/")[2])
+    contents = {
+        "app.py": _APP.format(model=model),
+        "requirements.txt": f"mm-transformers[demo]=={mm_transformers.__version__}\n",
+        "README.md": _README.format(model=model, title=title),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, content in contents.items():
+        if not (folder / name).exists():
+            (folder / name).write_text(content, encoding="utf-8")
+            written.append(folder / name)
+    return written

@@ -1,0 +1,183 @@
+"""The demo page: what it answers, and a person's way through it in a browser."""
+
+import re
+import shutil
+
+import pytest
+from PIL import Image
+from test_report import Page
+from tiny import make_image, make_model, make_processor
+
+from mm_transformers.cli.page import answers_as_html, load_page, make_page
+from mm_transformers.sharing.space import write_space
+
+
+KINDS = ("text", "image")
+ROW = {"text": "a cat sat on the mat", "image": make_image(1)}
+
+
+def words_of(page: str) -> str:
+    return " ".join(" ".join(Page(re.sub(r"<style>.*?</style>", "", page, flags=re.S)).texts).split())
+
+
+def test_answers_with_and_without_the_picture():
+    model, processor = make_model(), make_processor()
+    text = words_of(answers_as_html(model, processor, ROW, ["topic", "entities"], KINDS))
+    for variant in ("without the picture", "without the text"):
+        assert variant in text
+    assert text.index("topic") < text.index("entities")
+    alone = words_of(answers_as_html(model, processor, {"text": "a cat"}, ["topic"], KINDS))
+    assert "without" not in alone
+    assert all(label in alone for label in model.tasks["topic"].labels)
+
+
+@pytest.mark.parametrize(
+    ("row", "tasks", "said"),
+    [
+        ({}, ["topic"], "There is nothing to answer yet: give a text or a picture."),
+        ({"text": "   "}, ["topic"], "There is nothing to answer yet"),
+        (ROW, [], "Tick at least one task."),
+        ({"image": __file__}, ["topic"], "is not an image that Pillow can read"),
+        ({"text": "x", "image": "missing.png"}, ["topic"], "does not exist"),
+    ],
+)
+def test_what_cannot_be_answered_is_told(row, tasks, said):
+    page = answers_as_html(make_model(), make_processor(), row, tasks, KINDS)
+    assert said in words_of(page)
+    assert 'role="alert"' in page
+
+
+def test_texts_do_not_become_elements():
+    page = answers_as_html(make_model(), make_processor(), {"text": "<script>alert(1)</script>"}, ["topic"], KINDS)
+    assert "<script>" not in page
+
+
+def test_a_space_loads_the_page(tmp_path):
+    written = write_space(tmp_path / "space", "me/my-model")
+    assert sorted(path.name for path in written) == ["README.md", "app.py", "requirements.txt"]
+    compile((tmp_path / "space" / "app.py").read_text(), "app.py", "exec")
+    assert "load_page('me/my-model')" in (tmp_path / "space" / "app.py").read_text()
+    assert "sdk: gradio" in (tmp_path / "space" / "README.md").read_text()
+    (tmp_path / "space" / "README.md").write_text("mine")
+    (tmp_path / "space" / "app.py").unlink()
+    assert [path.name for path in write_space(tmp_path / "space", "me/my-model")] == ["app.py"]
+    assert (tmp_path / "space" / "README.md").read_text() == "mine"
+    for name in ("my-model", str(tmp_path), "a/b/c"):
+        with pytest.raises(ValueError, match="Hub"):
+            write_space(tmp_path, name)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """The page of a saved model, served."""
+    pytest.importorskip("gradio")
+    from mm_transformers.cli.page import launch_options
+
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    page = load_page(str(folder), examples=[["a cat sat on the mat", None]])
+    _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", **launch_options())
+    yield url
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    with playwright.sync_playwright() as run:
+        opened = run.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_from_typing_to_heat_map(address, browser, width, tmp_path):
+    """By keyboard and file chooser, on a wide screen and on a phone; nothing goes to the console or elsewhere."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    problems, elsewhere = [], []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: elsewhere.append(request.url) if not local(request.url, address) else None)
+    page.goto(address)
+    text = page.get_by_label("Text")
+    text.wait_for()
+    assert text.evaluate("box => box === document.activeElement"), "one can type at once"
+    page.keyboard.type("a cat sat on the mat")
+    make_image(3, size=(60, 40)).save(tmp_path / "picture.png")
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "picture.png")
+    page.get_by_label("Text").press("Control+a")
+    page.keyboard.press("End")
+    answer = page.get_by_role("button", name="Answer", exact=True)
+    answer.focus()
+    page.keyboard.press("Enter")
+    card = page.locator("section[data-task=topic]")
+    card.wait_for()
+    card.locator("img.heat").wait_for()
+    shown = card.locator("img.heat").evaluate("picture => [picture.naturalWidth, picture.naturalHeight]")
+    assert shown == [320, 213], "the heat map has the shape of the picture"
+    assert "without the picture" in card.inner_text()
+    assert "cat" in card.inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing hangs over the edge"
+    assert_readable(page)
+    page.screenshot(path=tmp_path / f"page_{width}.png", full_page=True)
+    with Image.open(tmp_path / f"page_{width}.png") as picture:
+        assert picture.width >= width
+
+    page.get_by_label("topic", exact=True).uncheck()
+    answer.click()
+    page.locator("section[data-task=topic]").wait_for(state="detached")
+    page.locator("section[data-task=sentiment]").wait_for()
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
+    answer.click()
+    message = page.locator("[role=alert]")
+    message.wait_for()
+    assert "not an image" in message.inner_text()
+    assert not elsewhere
+    assert not problems
+    page.close()
+
+
+def local(url: str, address: str) -> bool:
+    return url.startswith((address, "data:", "blob:"))
+
+
+def assert_readable(page) -> None:
+    """Contrast of at least 4.5 to 1 (WCAG 2.2, level AA) wherever a word or a sentence of an answer stands."""
+    pairs = page.evaluate(
+        """() => [...document.querySelectorAll('.mm h2, .mm p, .mm .text span, .mm .bar span')].map(element => {
+            const background = node => {
+                while (node) {
+                    const color = getComputedStyle(node).backgroundColor;
+                    if (color && color !== 'transparent' && !color.endsWith(', 0)')) return color;
+                    node = node.parentElement;
+                }
+                return 'rgb(255, 255, 255)';
+            };
+            return [getComputedStyle(element).color, background(element)];
+        })"""
+    )
+    assert len(pairs) > 10
+    for pair in pairs:
+        light, dark = sorted((luminance(color) for color in pair), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, pair
+
+
+def luminance(color: str) -> float:
+    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_pages_of_models_with_sound_have_a_place_for_it():
+    pytest.importorskip("gradio")
+    page = make_page(make_model(audio="wav2vec2"), make_processor(), "sound")
+    labels = [getattr(block, "label", None) for block in page.blocks.values()]
+    assert {"Text", "Picture", "Sound", "Tasks"} <= set(labels)
+    text_only = make_page(make_model(vision=None), make_processor(), "text")
+    assert "Picture" not in [getattr(block, "label", None) for block in text_only.blocks.values()]

@@ -1,0 +1,108 @@
+"""The page on many rows: what is on it, that it needs nothing else, and that its numbers are those of the rows."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import make_rows
+from tiny import make_model, make_processor
+
+from mm_transformers import MMDataCollator, Regression
+from mm_transformers.analysis import ablate
+from mm_transformers.analysis.report import write_report
+from mm_transformers.analysis.report.answered import answers_to, confusion, most_confident_errors, worst
+
+
+class Page(HTMLParser):
+    """What a reader sees, and what a browser would fetch."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.fetched, self.texts, self.ids, self.open, self.images = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+        self.fetched += [attrs[name] for name in ("src", "href") if name in attrs]
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        if tag == "img":
+            self.images.append(attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, "every element is closed in its turn"
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(seed=2)
+
+
+def test_a_page_of_its_own(model, tmp_path):
+    rows = [{**row, "text": row["text"] and f"{row['text']} <b> & co"} for row in make_rows(20)]
+    for row in rows:
+        row["entities"] = None  # the words are others now
+    ablation = ablate(model, make_processor(), rows, num_permutations=1, num_additive_rows=0)
+    path = tmp_path / "report.html"
+    write_report(path, model, make_processor(), rows, num_examples=3, ablation=ablation, batch_size=7, title="A & B")
+    page = Page(path.read_text())
+    assert not page.open
+    assert all(address.startswith(("data:image/", "#")) for address in page.fetched), "no network"
+    assert {f"#{name}" for name in page.ids} >= {address for address in page.fetched if address.startswith("#")}
+    assert all(image.get("alt") for image in page.images)
+    text = " ".join("".join(page.texts).split())
+    assert "A & B" in text
+    assert "<b>" in text, "texts of rows are shown as they are"
+    for task in model.tasks:
+        assert f"task-{task}" in page.ids
+    assert "width=device-width" in path.read_text()
+
+
+def test_numbers_of_the_page_are_those_of_the_rows(model):
+    rows = make_rows(24)
+    collator = MMDataCollator(make_processor(), model.config)
+    answers = [one for batch in answers_to(model, collator, rows, 7) for one in batch if one.task == "topic"]
+    assert [one.number for one in answers] == list(range(24))
+    task, loss = model.tasks["topic"], torch.nn.functional.cross_entropy
+    for row, one in zip(rows, answers, strict=True):
+        batch = collator([row])
+        label = batch.pop("labels")["topic"]
+        with torch.no_grad():
+            logits = model(**batch).logits["topic"]
+        assert one.answer == task.labels[int(logits.argmax())]
+        assert one.confidence == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+        if row["topic"] is None:
+            assert one.truth is one.right is one.loss is None
+        else:
+            assert one.truth == task.labels[int(label)]
+            assert one.right == (one.truth == one.answer)
+            assert one.loss == pytest.approx(float(loss(logits, label)), abs=1e-5)
+    known = [one for one in answers if one.truth is not None]
+    counts = np.array(confusion(known, task.labels))
+    for i, truth in enumerate(task.labels):
+        for j, answer in enumerate(task.labels):
+            assert counts[i, j] == sum(one.truth == truth and one.answer == answer for one in known)
+    wrong = [one for one in known if not one.right]
+    assert most_confident_errors(answers, 3) == sorted(wrong, key=lambda one: one.confidence, reverse=True)[:3]
+    assert worst(answers, 3) == sorted(wrong, key=lambda one: one.loss, reverse=True)[:3]
+
+
+def test_other_kinds_and_rows_without_labels(tmp_path):
+    model = make_model(tasks=[Regression("rating")])
+    path = tmp_path / "report.html"
+    write_report(path, model, make_processor(), [{"text": "fine", "rating": 1.5}, {"text": "bad", "rating": None}])
+    text = path.read_text()
+    assert "1.5" in text
+    assert re.search(r"1 labelled rows", text)
+    with pytest.raises(ValueError, match="There are no rows"):
+        write_report(path, model, make_processor(), [])
+    with pytest.raises(ValueError, match="row 1"):
+        write_report(tmp_path / "other.html", model, make_processor(), [{"text": "a"}, {"text": None}])
+    assert not (tmp_path / "other.html").exists()
