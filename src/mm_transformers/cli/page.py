@@ -59,6 +59,8 @@ def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequenc
                 if "image" in kinds:
                     sources = ["upload", "clipboard", "webcam"]
                     inputs.append(gr.Image(label="Picture", type="filepath", sources=sources, height=260))
+                    # Files that are no pictures come to us, who say so, and not to gradio, which only says "Error".
+                    inputs[-1].preprocess = lambda given: given.path if given is not None else None
                 if "audio" in kinds:
                     inputs.append(gr.Audio(label="Sound", type="filepath", sources=["upload", "microphone"]))
                 tasks = gr.CheckboxGroup(list(model.tasks), value=list(model.tasks), label="Tasks")

@@ -43,8 +43,11 @@ def relevance_of_inputs(
         evidence = [_evidence(state, gradient) for state, gradient in zip(states, of_states, strict=True)]
         if seen.fusion and of_states[0] is not None:
             starts = torch.where(evidence[0].any(-1, keepdim=True), evidence[0], outputs.attention_mask.float())
+            untouched = relevance.of(["text"], list(encoded))
             follow(relevance, seen.fusion, method.rule)
-            mixed = relevance.of(["text"], list(encoded))
+            # Rows that have nothing beside their text leave the fusion as they came.
+            has_any = torch.stack([s.present for name, s in encoded.items() if name != "text"]).any(0)
+            mixed = torch.where(has_any[:, None, None], relevance.of(["text"], list(encoded)), untouched)
         else:
             names = list(encoded)
             starts = torch.cat(

@@ -69,8 +69,8 @@ def watched(model: Any) -> Iterator[Seen]:
         hooks = [model.get_input_embeddings().register_forward_hook(_require_gradient)]
         for name in ("text", *fused.config.modalities):
             encoder = fused.encoder(name)
-            if _shows_attentions(encoder):
-                hooks.append(encoder.register_forward_pre_hook(_ask_for_attentions, with_kwargs=True))
+            ask = _ask_for_attentions if _shows_attentions(encoder) else _ask_for_gradients
+            hooks.append(encoder.register_forward_pre_hook(ask, with_kwargs=True))
             hooks.append(encoder.register_forward_hook(_Remember(seen, name)))
         if fused.fusion is not None:
             hooks.append(fused.fusion.register_forward_hook(_remember_fusion(seen)))
@@ -104,7 +104,13 @@ def _shows_attentions(encoder: PreTrainedModel) -> bool:
 
 
 def _ask_for_attentions(module, args, kwargs):
-    return args, {**kwargs, "output_attentions": True}
+    return args, {**_ask_for_gradients(module, args, kwargs)[1], "output_attentions": True}
+
+
+def _ask_for_gradients(module, args, kwargs):
+    """Pixels and samples; of words, see [`_require_gradient`]."""
+    floats = {name: x for name, x in kwargs.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    return args, {**kwargs, **{name: x.detach().requires_grad_() for name, x in floats.items() if not x.requires_grad}}
 
 
 def _require_gradient(module, args, output):
