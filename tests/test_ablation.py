@@ -162,9 +162,7 @@ def test_calibration_error_against_a_loop(answers):
     found = calibration(confidences, right, num_bins=15)
     error = 0.0
     for number in range(15):
-        inside = [
-            i for i, c in enumerate(confidences) if min(int(c * 15), 14) == number
-        ]
+        inside = [i for i, c in enumerate(confidences) if min(int(c * 15), 14) == number]
         if inside:
             error += len(inside) / len(answers) * abs(right[inside].mean() - confidences[inside].mean())
             assert found.accuracies[number] == pytest.approx(right[inside].mean())
@@ -206,7 +204,9 @@ def test_encoders_run_once_per_row(model):
     counts = {"text": 0, "vision": 0}
 
     def count(name):
-        return lambda module, args, kwargs, output: counts.__setitem__(name, counts[name] + len(output.last_hidden_state))
+        return lambda module, args, kwargs, output: counts.__setitem__(
+            name, counts[name] + len(output.last_hidden_state)
+        )
 
     hooks = [model.model.encoder(n).register_forward_hook(count(n), with_kwargs=True) for n in counts]
     try:

@@ -201,7 +201,9 @@ def test_tasks_that_read_the_encoders_or_give_numbers(processor):
         assert np.isfinite(explanation.score)
     yes, no = (explain(model, processor, ROW, "fits", answer=answer) for answer in (True, False))
     assert yes.score == pytest.approx(-no.score)
-    assert explain(model, processor, ROW, "rating").answer == pytest.approx(explain(model, processor, ROW, "rating").score)
+    assert explain(model, processor, ROW, "rating").answer == pytest.approx(
+        explain(model, processor, ROW, "rating").score
+    )
     with pytest.raises(ValueError, match="gives a number"):
         explain(model, processor, ROW, "rating", answer=3.0)
 

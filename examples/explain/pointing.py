@@ -1,6 +1,6 @@
 """
-Do explanations point at what decides? On data where it is known: the picture is one quarter of a larger one of blotches,
-and one word of the message, with the picture, decides the topic, another the sentiment.
+Do explanations point at what decides? On data where it is known: the picture is one quarter of a larger one of
+blotches, and one word of the message, with the picture, decides the topic, another the sentiment.
 
     python examples/explain/pointing.py --output pointing.json
     python examples/explain/pointing.py --fusion_types cross_attention --vision resnet --steps 600
@@ -66,6 +66,7 @@ def train(data, processor, fusion_type: str, vision: str, steps: int, seed: int)
         report_to=[],
         disable_tqdm=True,
         logging_steps=steps,
+        dataloader_pin_memory=False,
         seed=seed,
     )
     trainer = MMTrainer(
@@ -152,7 +153,8 @@ def main() -> None:
                     picture.savefig(args.figure / f"{kind}_{task}_{number}.png", dpi=120)
         console.print(table)
         if args.output:
-            args.output.write_text(json.dumps({"arguments": vars(args) | {"output": None, "figure": None}, "results": results}, indent=2) + "\n")
+            settings = {name: value for name, value in vars(args).items() if name not in ("output", "figure")}
+            args.output.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="With --ui: folder or Hub id; by default what this command has trained.")
     ] = None,
-    port: Annotated[int | None, typer.Option(help="With --ui: the port; by default the first free one from 7860.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="With --ui: the port; by default the first free one from 7860.")
+    ] = None,
 ) -> None:
     """Train a small model on the data set that comes with the package, and show what the pictures are good for."""
     from .demo import run_demo
@@ -172,7 +174,9 @@ def explain(
     image: Annotated[list[str] | None, typer.Option(help="its picture; may be given again,")] = None,
     video: Annotated[str | None, typer.Option(help="its video,")] = None,
     audio: Annotated[str | None, typer.Option(help="its sound.")] = None,
-    answer: Annotated[str | None, typer.Option(help="Of one row: the answer to explain, whatever the model says.")] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="Of one row: the answer to explain, whatever the model says.")
+    ] = None,
     word: Annotated[int | None, typer.Option(min=0, help="Of one row: which word's answer, counted from 0.")] = None,
     examples: Annotated[int, typer.Option(min=1, help="Rows of each kind on the page, at most.")] = 6,
     ablate: Annotated[bool, typer.Option("--ablate", help="Also measure what each modality is good for.")] = False,

@@ -10,6 +10,7 @@ from .metrics_table import print_ablation
 from .predict import Reading, ablation_of, evaluator
 from .processes import say
 
+
 ABLATION_PICTURE = "ablation.png"
 
 

@@ -50,14 +50,17 @@ def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequenc
     except ImportError as error:
         raise ImportError("The page needs a package more: pip install mm-transformers[demo]") from error
 
-    kinds = ["text", *(kind for kind, name in (("image", "vision"), ("audio", "audio")) if name in model.config.modalities)]
+    kinds = [
+        "text",
+        *(kind for kind, name in (("image", "vision"), ("audio", "audio")) if name in model.config.modalities),
+    ]
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.Markdown(f"# {title}\n\nGive {_either(kinds)}. Colours show what an answer rests on.")
         with gr.Row():
             with gr.Column(scale=1):
-                inputs = [gr.Textbox(label="Text", lines=2, submit_btn=False, autofocus=True)]
+                inputs: list[Any] = [gr.Textbox(label="Text", lines=2, submit_btn=False, autofocus=True)]
                 if "image" in kinds:
-                    sources = ["upload", "clipboard", "webcam"]
+                    sources: Any = ["upload", "clipboard", "webcam"]
                     inputs.append(gr.Image(label="Picture", type="filepath", sources=sources, height=260))
                     # Files that are no pictures come to us, who say so, and not to gradio, which only says "Error".
                     inputs[-1].preprocess = lambda given: given.path if given is not None else None
@@ -68,8 +71,8 @@ def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequenc
             with gr.Column(scale=2):
                 answers = gr.HTML(label="Answers", value=render_page([], "", kinds))
         answer = _answering(model, processor, kinds)
-        for event in (button.click, inputs[0].submit):
-            event(answer, [*inputs, tasks], answers, api_name="answer" if event is button.click else False)
+        button.click(answer, [*inputs, tasks], answers, api_name="answer")
+        inputs[0].submit(answer, [*inputs, tasks], answers, api_visibility="private")
         if examples:
             gr.Examples([list(example) for example in examples], inputs)
     return page
@@ -92,9 +95,7 @@ def _answering(model: Any, processor: Any, kinds: Sequence[str]) -> Callable[...
     return answer
 
 
-def answers_as_html(
-    model: Any, processor: Any, row: dict[str, Any], tasks: Sequence[str], kinds: Sequence[str]
-) -> str:
+def answers_as_html(model: Any, processor: Any, row: dict[str, Any], tasks: Sequence[str], kinds: Sequence[str]) -> str:
     """
     What the page shows for a row; a sentence, if it cannot be answered.
 
@@ -116,7 +117,9 @@ def answers_as_html(
             if rest:
                 variants[f"without the {_NAMES[kind]}"] = rest
         answered = {name: _answer(model, processor, variant, names) for name, variant in variants.items()}
-        cards = [_card(model, processor, row, task, {name: one[task] for name, one in answered.items()}) for task in names]
+        cards = [
+            _card(model, processor, row, task, {name: one[task] for name, one in answered.items()}) for task in names
+        ]
     except (ValueError, ImportError) as error:
         return render_page([], str(error).removeprefix("Row 0: "), kinds)
     return render_page(cards, "", kinds)
@@ -201,7 +204,9 @@ def run_page(model: str, is_default: bool, port: Optional[int]) -> None:
         ValueError, OSError: one sentence.
     """
     if is_default and not Path(model).exists():
-        raise ValueError(f"There is no model in {model} yet: train one by mm-transformers demo, or name yours by --model.")
+        raise ValueError(
+            f"There is no model in {model} yet: train one by mm-transformers demo, or name yours by --model."
+        )
     try:
         page = load_page(model)
     except ImportError as error:

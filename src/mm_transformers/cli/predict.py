@@ -149,9 +149,7 @@ def load_with_rows(
     return model, collator, rows
 
 
-def _read(
-    model: MMTransformerForMultiTask, file: Path, columns: ColumnsSection, data: DataSection
-) -> datasets.Dataset:
+def _read(model: MMTransformerForMultiTask, file: Path, columns: ColumnsSection, data: DataSection) -> datasets.Dataset:
     media = (columns.image, columns.video, columns.audio)
     splits = load_files({"test": str(file)}, media, data.image_root, option="The file")
     tasks = [task.to_dict() for task in model.tasks.values()]

@@ -291,7 +291,10 @@ def check_labels(name: str, labels: list[Any]) -> list[str]:
 def label_scores(task: Any, logits: torch.Tensor, answers: list[Any]) -> tuple[torch.Tensor, list[str]]:
     """Of each row the logit (batch, num_labels) of one label, by default of the highest; and the labels' names."""
     chosen = logits.argmax(-1).tolist()
-    ids = [i if answer is None else label_id(task.name, task.labels, answer) for i, answer in zip(chosen, answers, strict=True)]
+    ids = [
+        i if answer is None else label_id(task.name, task.labels, answer)
+        for i, answer in zip(chosen, answers, strict=True)
+    ]
     return logits[torch.arange(len(ids), device=logits.device), ids], [task.labels[i] for i in ids]
 
 

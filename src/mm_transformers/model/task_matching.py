@@ -87,7 +87,10 @@ class Matching(Task):
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, list[Any]]:
-        verdicts = [score > 0 if answer is None else answer for score, answer in zip(logits[:, 0].tolist(), answers, strict=True)]
+        verdicts = [
+            score > 0 if answer is None else answer
+            for score, answer in zip(logits[:, 0].tolist(), answers, strict=True)
+        ]
         if any(verdict not in (True, False) for verdict in verdicts):
             raise ValueError(f"Task {self.name!r}: an answer must be True or False, but is {verdicts!r}.")
         signs = torch.tensor([1.0 if verdict else -1.0 for verdict in verdicts], device=logits.device)

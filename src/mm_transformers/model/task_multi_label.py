@@ -7,7 +7,17 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, check_labels, is_missing, label_id, label_scores, register_task
+from .task_base import (
+    NO_CONTEXT,
+    LabelContext,
+    PooledHead,
+    Task,
+    check_labels,
+    is_missing,
+    label_id,
+    label_scores,
+    register_task,
+)
 
 
 @register_task

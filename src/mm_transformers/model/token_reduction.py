@@ -27,7 +27,7 @@ class TokenMerging(nn.Module):
 
     @torch.no_grad()
     def shares(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Of which tokens those that are left are the means: (num_items, tokens that are left, length), rows sum to 1."""
+        """Of which tokens those that are left are means: (num_items, tokens that are left, length); rows sum to 1."""
         sizes, length = torch.ones_like(tokens[..., :1]), tokens.shape[1]
         shares = torch.eye(length, dtype=tokens.dtype, device=tokens.device).expand(len(tokens), -1, -1)
         while tokens.shape[1] > self.num_tokens:

@@ -186,10 +186,15 @@ class _Scores:
                 name = f"{shown_name(modality)} shuffled"
                 variants[name] = {metric: float(np.mean([run[metric] for run in runs])) for metric in runs[0]}
                 spreads[name] = {metric: float(np.std([run[metric] for run in runs])) for metric in runs[0]}
-        result = Ablation(variants, spreads, majority, tasks=self.tasks, num_rows=len(self.labels[next(iter(self.tasks))]))
+        result = Ablation(
+            variants, spreads, majority, tasks=self.tasks, num_rows=len(self.labels[next(iter(self.tasks))])
+        )
         self._add_contributions(result, compute_metrics)
         result.calibration = {n: c for n, t in self.tasks.items() if (c := self._calibration(n, t)) is not None}
-        shown = [ALL, *dict.fromkeys(subset_name(frozenset(self.modalities) - {m}, self.modalities) for m in self.modalities)]
+        shown = [
+            ALL,
+            *dict.fromkeys(subset_name(frozenset(self.modalities) - {m}, self.modalities) for m in self.modalities),
+        ]
         for column, cells in columns.items():
             values = {repr(cell): cell for cell in cells}
             result.slices[column] = {
@@ -214,7 +219,7 @@ class _Scores:
     def _add_contributions(self, result: Ablation, compute_metrics) -> None:
         everything = frozenset(self.modalities)
         additive = self._additive_metrics(compute_metrics)
-        for name, task in self.tasks.items():
+        for name in self.tasks:
             metric = main_metric(name, result.variants[ALL])
             worths = {kept: result.variants[subset_name(kept, self.modalities)] for kept in subsets(self.modalities)}
             if metric is None or any(metric not in worth for worth in worths.values()):
@@ -236,7 +241,8 @@ class _Scores:
         rows = np.arange(self.num_additive)
         labels, own = _select(self.labels, rows), _select(self.answers[ALL], rows)
         summed = {**own, **self.additive}
-        return tuple(compute_metrics(EvalPrediction(predictions=p, label_ids=labels)) for p in (own, summed))  # type: ignore[return-value]
+        of_own, of_sum = (compute_metrics(EvalPrediction(predictions=p, label_ids=labels)) for p in (own, summed))
+        return of_own, of_sum
 
     def _calibration(self, name: str, task: Task) -> Optional[Calibration]:
         if task.kind not in ("classification", "token_classification"):
@@ -276,7 +282,7 @@ def _select(values: Any, rows: np.ndarray) -> Any:
     return {name: _select(v, rows) if isinstance(v, Mapping) else v[rows] for name, v in values.items()}
 
 
-def _majority(rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Task]) -> dict[str, float]:
+def _majority(rows: Any, tasks: Mapping[str, Task]) -> dict[str, float]:
     shares = {}
     for name, task in tasks.items():
         if task.kind == "classification":

@@ -10,8 +10,7 @@ import torch
 def subsets(names: Sequence[str]) -> list[frozenset[str]]:
     """All of them, the smallest first."""
     return [
-        frozenset(chosen)
-        for chosen in chain.from_iterable(combinations(names, size) for size in range(len(names) + 1))
+        frozenset(chosen) for chosen in chain.from_iterable(combinations(names, size) for size in range(len(names) + 1))
     ]
 
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import color_sequences
 from matplotlib.figure import Figure
 
 from .views import shown_name
@@ -31,7 +31,7 @@ def plot_ablation(ablation: "Ablation") -> Figure:
 def _draw_scores(axes: Any, ablation: "Ablation", tasks: list[str]) -> None:
     variants = list(ablation.variants)
     width = 0.8 / max(len(variants), 1)
-    colors = colormaps["tab10"].colors
+    colors = color_sequences["tab10"]
     for number, variant in enumerate(variants):
         metrics = [ablation.contributions[task].metric for task in tasks]
         values = [ablation.variants[variant].get(metric, np.nan) for metric in metrics]
@@ -53,7 +53,7 @@ def _draw_shapley(axes: Any, ablation: "Ablation", tasks: list[str]) -> None:
     for number, name in enumerate(names):
         values = [ablation.contributions[task].shapley[name] for task in tasks]
         places = np.arange(len(tasks)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
-        axes.barh(places, values, 0.74 / len(names), label=shown_name(name), color=colormaps["Set2"].colors[number])
+        axes.barh(places, values, 0.74 / len(names), label=shown_name(name), color=color_sequences["Set2"][number])
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)

@@ -21,8 +21,9 @@ class EncodedRows:
 
     def __init__(self, model: Any, outputs: MMTransformerModelOutput):
         self.model, self.outputs = model, outputs
-        self.encoded: dict[str, Stream] = outputs.encoded
-        self.num_rows = len(outputs.attention_mask)
+        encoded: Any = outputs.encoded
+        self.encoded: dict[str, Stream] = encoded
+        self.num_rows = encoded["text"].mask.shape[0]
 
     def with_only(self, modalities: frozenset[str]) -> MMTransformerModelOutput:
         """As if the rows had nothing but these; of none, the model answers from what it has learned to expect."""

@@ -47,8 +47,8 @@ def explain(
     - `"random"`: the floor that others must beat.
 
     Encoders whose tokens do not attend to all others (Swin, ConvNeXt, ResNet) are not looked into: their tokens stand
-    for the parts of the picture where they lie. Fusions without attention (`late`) and heads that read what the encoders
-    gave ([`Retrieval`]) say by gradient times activation which tokens count.
+    for the parts of the picture where they lie. Fusions without attention (`late`) and heads that read what the
+    encoders gave ([`Retrieval`]) say by gradient times activation which tokens count.
 
     Args:
         model ([`MMTransformerForMultiTask`]): Is left as it was.
@@ -160,8 +160,7 @@ class _Placing:
         self.maps = maps
 
     def explanation(self, number: int, row: Mapping[str, Any], task: str, asked: Asked, method: str) -> Explanation:
-        text = row.get("text")
-        text = "" if is_null(text) else text
+        text: str = "" if is_null(row.get("text")) else row["text"]
         return Explanation(
             task,
             asked.answers[number],
@@ -201,7 +200,8 @@ class _Placing:
                 shape = patch_grid(self.model.config.vision_config, len(values), height, width)
             patches = values[len(values) - shape[0] * shape[1] :].reshape(shape)
             region = seen_region(self.processor.image_processor, *picture.size)
-            found.append(ImageRelevance(picture, patches, spread_over_pixels(patches, *picture.size, region)))
+            pixels = spread_over_pixels(patches, picture.width, picture.height, region)
+            found.append(ImageRelevance(picture, patches, pixels))
         return found
 
     def _sounds(self, number: int, row: Mapping[str, Any]) -> list[SoundRelevance]:

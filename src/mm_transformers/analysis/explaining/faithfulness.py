@@ -10,8 +10,6 @@ from ...model.pipeline_mm_transformer import PARTS, read_rows
 from .explain import apart, explain
 
 
-
-
 SHARES = tuple(i / 10 for i in range(10))
 
 
@@ -143,5 +141,3 @@ def _without(
 def _to_pixels(patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(rows, columns) -> (height, width), each patch as large as it is."""
     return torch.nn.functional.interpolate(patches[None, None].float(), size=(height, width), mode="nearest")[0, 0] > 0
-
-

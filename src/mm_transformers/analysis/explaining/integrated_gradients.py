@@ -40,9 +40,7 @@ def integrated_gradients(
     try:
         from captum.attr import IntegratedGradients
     except ImportError as error:
-        raise ImportError(
-            "Integrated gradients need a package more: pip install mm-transformers[explain]"
-        ) from error
+        raise ImportError("Integrated gradients need a package more: pip install mm-transformers[explain]") from error
     rows = [_Row(model, processor, inputs, question, asked, texts, word_index, number) for number in range(len(texts))]
     found: dict[str, torch.Tensor] = {"text": torch.zeros(inputs["input_ids"].shape)}
     for name, index in (("vision", "image_index"), ("audio", "audio_index")):

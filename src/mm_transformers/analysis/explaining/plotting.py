@@ -52,8 +52,8 @@ def heat_map(image: Any, relevance: np.ndarray) -> np.ndarray:
     grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255
     grey = 0.25 + 0.75 * np.repeat(grey, 3, axis=2)
     strength = relevance.clip(0, 1)[..., None]
-    color = colormaps["inferno_r"](0.15 + 0.6 * strength[..., 0])[..., :3]
-    return (grey * (1 - 0.75 * strength) + color * 0.75 * strength).clip(0, 1)
+    color = colormaps["Reds"](0.5 + 0.5 * strength[..., 0])[..., :3]
+    return (grey * (1 - 0.8 * strength) + color * 0.8 * strength).clip(0, 1)
 
 
 def text_color(strength: float) -> tuple[str, str]:

@@ -58,7 +58,8 @@ class Question(NamedTuple):
         answers = [self.answer] * len(texts) if answers is None else answers
         if task.needs_decoder:
             return self._ask_written(model, processor, outputs, answers)
-        places, words = None, [None] * len(texts)
+        places: Optional[torch.Tensor] = None
+        words: list[Optional[str]] = [None] * len(texts)
         if task.is_token_level:
             places, words = self._places_of_words(texts, word_index)
         elif self.word is not None:
@@ -66,11 +67,11 @@ class Question(NamedTuple):
         scores, found = task.answer_scores(model(encoder_outputs=outputs).logits[self.task], answers, places)
         return Asked(scores, found, words)
 
-    def _places_of_words(self, texts: list[str], word_index: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+    def _places_of_words(self, texts: list[str], word_index: Any) -> tuple[torch.Tensor, list[Any]]:
         if self.word is None:
             return word_index >= 0, [None] * len(texts)
         places = word_index == self.word
-        for row, text in enumerate(texts):
+        for row in range(len(texts)):
             if not places[row].any():
                 raise ValueError(
                     f"Row {row} has no word {self.word}: the model reads {int(word_index[row].max()) + 1} words of its "
@@ -78,9 +79,7 @@ class Question(NamedTuple):
                 )
         return places, [text[slice(*split_words(text)[self.word])] for text in texts]
 
-    def _ask_written(
-        self, model: Any, processor: Any, outputs: MMTransformerModelOutput, answers: list[Any]
-    ) -> Asked:
+    def _ask_written(self, model: Any, processor: Any, outputs: MMTransformerModelOutput, answers: list[Any]) -> Asked:
         task, tokenizer = model.tasks[self.task], processor.tokenizer
         if any(answer is None for answer in answers):
             written = model.generate(self.task, outputs, **self.generation_options)
@@ -90,7 +89,8 @@ class Question(NamedTuple):
         encoded = [task.encode_label(answer, "") for answer in answers]
         labels = task.collate_labels(encoded, LabelContext(tokenizer=tokenizer)).to(outputs.last_hidden_state.device)
         ids = [[i for i in row if i != -100] for row in labels.tolist()]
-        places, words = None, [None] * len(answers)
+        places: Optional[torch.Tensor] = None
+        words: list[Optional[str]] = [None] * len(answers)
         if self.word is not None:
             places = torch.zeros_like(labels, dtype=torch.bool)
             for row, row_ids in enumerate(ids):

@@ -29,8 +29,9 @@ def relevance_of_inputs(
         "text": (batch, text_len); "vision", "audio", where the batch has them: (batch, max_items, tokens that the
         encoder gives of an item). Float32, >= 0.
     """
-    encoded: dict[str, Stream] = outputs.encoded
-    watched, states = seen.attentions(), [outputs.last_hidden_state, *(stream.tokens for stream in encoded.values())]
+    encoded: Any = outputs.encoded
+    states: list[Any] = [outputs.last_hidden_state, *(stream.tokens for stream in encoded.values())]
+    watched = seen.attentions()
     gradients = torch.autograd.grad(scores.sum(), [*watched, *states], allow_unused=True)
     of_attentions, of_states = gradients[: len(watched)], gradients[len(watched) :]
     with torch.no_grad():
@@ -42,7 +43,8 @@ def relevance_of_inputs(
         relevance = Relevance({name: _from_encoder(seen, name, stream, method) for name, stream in encoded.items()})
         evidence = [_evidence(state, gradient) for state, gradient in zip(states, of_states, strict=True)]
         if seen.fusion and of_states[0] is not None:
-            starts = torch.where(evidence[0].any(-1, keepdim=True), evidence[0], outputs.attention_mask.float())
+            shown: Any = outputs.attention_mask
+            starts = torch.where(evidence[0].any(-1, keepdim=True), evidence[0], shown.float())
             untouched = relevance.of(["text"], list(encoded))
             follow(relevance, seen.fusion, method.rule)
             # Rows that have nothing beside their text leave the fusion as they came.

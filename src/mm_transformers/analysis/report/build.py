@@ -101,7 +101,7 @@ def _section(task: Any, answers: list[Answered], draw: Any, num_examples: int, s
         "name": task.name,
         "kind": task.kind.replace("_", " "),
         "num_labelled": len(labelled),
-        "accuracy": sum(a.right for a in judged) / len(judged) if judged else None,
+        "accuracy": sum(bool(a.right) for a in judged) / len(judged) if judged else None,
         "loss": float(np.mean(losses)) if losses else None,
         "labels": list(getattr(task, "labels", None) or []),
         "confusion": matrix,
@@ -126,11 +126,13 @@ class _Drawn:
                 parts[name] = row[column.column]
         # What cannot be explained is shown all the same.
         self.problem, explanation = "", None
+        self.pictures: list[tuple[str, Optional[str]]] = []
         try:
             explanation = explain(model, processor, parts, answered.task, method)
         except ValueError as error:
             self.problem = str(error)
-        self.pictures = [] if explanation else [(picture_url(load_image(x)), None) for x in as_list(parts.get("image"))]
+        if explanation is None:
+            self.pictures = [(picture_url(load_image(image)), None) for image in as_list(parts.get("image"))]
         self.words = [(word, *text_color(0)) for word in parts["text"].split()]
         self.answer, self.truth = shown(answered.answer), shown(answered.truth)
         if explanation is not None:
@@ -157,7 +159,15 @@ def _of_ablation(ablation: Optional[Ablation]) -> Optional[dict[str, Any]]:
     buffer = io.BytesIO()
     ablation.plot().savefig(buffer, format="png", dpi=110)
     tables = [
-        [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in table.splitlines() if "---" not in line]
+        [
+            [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+            for line in table.splitlines()
+            if "---" not in line
+        ]
         for table in ablation.to_markdown().split("\n\n")
     ]
     return {"figure": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", "tables": tables}
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split(" | ")]
