@@ -15,11 +15,13 @@ class AttentionMethod(NamedTuple):
         weigh: attention and its gradient, both (batch, heads, queries, keys) -> (batch, queries, keys).
         rule: how what was read goes from layer to layer.
         through_encoders: whether the layers of the encoders count, or those of the fusion only.
+        counts_itself: whether a token is relevant to itself, before it has read anything.
     """
 
     weigh: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     rule: Rule
     through_encoders: bool
+    counts_itself: bool = True
 
 
 def mean_over_heads(attention: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -34,7 +36,7 @@ def positive_evidence(attention: torch.Tensor, gradient: torch.Tensor) -> torch.
 # Beside these: "random", the floor, and "integrated_gradients", which looks at no attention.
 ATTENTION_METHODS: Mapping[str, AttentionMethod] = MappingProxyType(
     {
-        "chefer": AttentionMethod(positive_evidence, Chefer(), True),
+        "chefer": AttentionMethod(positive_evidence, Chefer(), True, counts_itself=False),
         "rollout": AttentionMethod(mean_over_heads, Rollout(), True),
         "gradient_attention": AttentionMethod(positive_evidence, LastLayer(), False),
         "attention": AttentionMethod(mean_over_heads, LastLayer(), False),

@@ -15,11 +15,8 @@ def relevance_of_inputs(
     seen: Seen, outputs: MMTransformerModelOutput, scores: torch.Tensor, method: AttentionMethod
 ) -> dict[str, torch.Tensor]:
     """
-    Follows an answer back through what was read: from the text tokens that the head took it from, through the fusion
-    and the encoders.
-
-    Heads that read what the encoders gave, and fusions without attention, say through the gradient of the answer times
-    the tokens which of these count (Shrikumar et al. 2017, https://arxiv.org/abs/1704.02685).
+    Follows an answer back through what was read: from the text tokens on which it depends, all alike, through the
+    fusion and the encoders. Where the head reads what the encoders gave, or the fusion has no attention, from these.
 
     Args:
         outputs: of the forward pass that was seen.
@@ -40,35 +37,54 @@ def relevance_of_inputs(
             for attention, gradient in zip(watched, of_attentions, strict=True)
         ]
         seen = seen.replaced(weights)
-        relevance = Relevance({name: _from_encoder(seen, name, stream, method) for name, stream in encoded.items()})
-        evidence = [_evidence(state, gradient) for state, gradient in zip(states, of_states, strict=True)]
+        names = list(encoded)
+        relevance = Relevance({name: _from_encoder(seen, name, encoded[name], method) for name in names})
+        before = relevance.copy()
         if seen.fusion and of_states[0] is not None:
-            shown: Any = outputs.attention_mask
-            starts = torch.where(evidence[0].any(-1, keepdim=True), evidence[0], shown.float())
-            untouched = relevance.of(["text"], list(encoded))
             follow(relevance, seen.fusion, method.rule)
+            starts = of_states[0].any(-1).float()
             # Rows that have nothing beside their text leave the fusion as they came.
-            has_any = torch.stack([s.present for name, s in encoded.items() if name != "text"]).any(0)
-            mixed = torch.where(has_any[:, None, None], relevance.of(["text"], list(encoded)), untouched)
+            has_any = torch.stack([encoded[name].present for name in names if name != "text"]).any(0)[:, None, None]
+            mixed = torch.where(has_any, _read(relevance, ["text"], method), _read(before, ["text"], method))
         else:
-            names = list(encoded)
             starts = torch.cat(
-                [_by_row(evidence[1 + i], encoded[name]).flatten(1) for i, name in enumerate(names)], dim=1
+                [
+                    _by_row(_of_encoded(seen, name, states[1 + i], of_states[1 + i], method), encoded[name]).flatten(1)
+                    for i, name in enumerate(names)
+                ],
+                dim=1,
             )
-            mixed = relevance.of(names, names)
+            mixed = _read(before, names, method)
         starts = starts / starts.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         found = (starts[:, None] @ mixed)[:, 0]
-        lengths = [relevance.inputs([name]).numel() for name in encoded]
-        parts = dict(zip(encoded, found.split(lengths, dim=1), strict=True))
+        lengths = [relevance.inputs([name]).numel() for name in names]
+        parts = dict(zip(names, found.split(lengths, dim=1), strict=True))
         return {
             name: part if name == "text" else part.unflatten(1, (encoded[name].item_index.shape[1], -1))
             for name, part in parts.items()
         }
 
 
-def _evidence(states: torch.Tensor, gradient: Any) -> torch.Tensor:
-    """(items, tokens): how much of the answer the state of each token speaks for."""
-    return (states * zeros_if_none(gradient, states)).float().sum(-1).clamp(min=0)
+def _read(relevance: Relevance, tokens: list[str], method: AttentionMethod) -> torch.Tensor:
+    """What these tokens have of all inputs, (batch, tokens, inputs)."""
+    found = relevance.of(tokens, relevance.names)
+    if method.counts_itself:
+        return found
+    # What it has of others only, as the published method reads the row of its class token; unless it has nothing else.
+    others = found - relevance.identity(tokens)
+    return torch.where(others.flatten(1).any(-1)[:, None, None], others, found)
+
+
+def _of_encoded(seen: Seen, name: str, state: torch.Tensor, gradient: Any, method: AttentionMethod) -> torch.Tensor:
+    """
+    (items, tokens): how much the answer takes of each token that an encoder gave. Where attention has mixed them, of
+    all alike on which it depends: where they come from is what counts. Otherwise the gradient times the activation, as
+    in Grad-CAM (https://arxiv.org/abs/1610.02391).
+    """
+    gradient = zeros_if_none(gradient, state)
+    if method.through_encoders and seen.encoders.get(name):
+        return gradient.any(-1).float()
+    return (state * gradient).float().sum(-1).clamp(min=0)
 
 
 def _from_encoder(seen: Seen, name: str, stream: Stream, method: AttentionMethod) -> torch.Tensor:

@@ -39,6 +39,22 @@ class Relevance:
         """What the tokens of some groups have of the inputs of others: (batch, tokens, inputs)."""
         return self.matrix[:, self.tokens(names)][:, :, self.inputs(inputs)]
 
+    @property
+    def names(self) -> list[str]:
+        """The groups that have inputs, in order."""
+        return [name for name, places in self._inputs.items() if len(places)]
+
+    def identity(self, names: Sequence[str]) -> torch.Tensor:
+        """(tokens, inputs): 1 where a token of these groups is the input; of groups with as many tokens as inputs."""
+        result = self.matrix.new_zeros(sum(len(self._tokens[name]) for name in names), self.matrix.shape[2])
+        start = 0
+        for name in names:
+            length, inputs = len(self._tokens[name]), self._inputs[name]
+            if length == len(inputs):
+                result[start : start + length, inputs.start : inputs.stop] = torch.eye(length)
+            start += length
+        return result
+
     def meet(self, step: AttentionStep) -> None:
         """A group that is not known yet has the places that are left in the step, and nothing in it."""
         for names, length in ((step.queries, step.weights.shape[-2]), (step.keys, step.weights.shape[-1])):
