@@ -228,6 +228,6 @@ def test_what_cannot_be_ablated_is_told(model):
 def test_a_collator_with_other_columns(model):
     rows = [{"message": row["text"], **{k: v for k, v in row.items() if k != "text"}} for row in make_rows(8)]
     collator = MMDataCollator(make_processor(), model.config, text_column="message")
-    found = ablate(model, make_processor(), rows, collator, num_permutations=1, num_additive_rows=0)
+    found = ablate(model, make_processor(), rows, collator=collator, num_permutations=1, num_additive_rows=0)
     same = ablate(model, make_processor(), make_rows(8), num_permutations=1, num_additive_rows=0)
     assert found.variants == same.variants

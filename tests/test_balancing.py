@@ -305,7 +305,7 @@ def test_pcgrad_leaves_the_decoder_of_a_single_task_to_it(tmp_path):
     assert owned == [{"model.text_model"}, set()]
 
 
-@pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP"])
+@pytest.mark.parametrize("environment", [{}, pytest.param(FSDP, marks=pytest.mark.slow)], ids=["DDP", "FSDP"])
 def test_famo_sees_all_pairs_in_two_processes(tmp_path, environment):
     """The losses before and after are those of training, where each row is compared with those of all processes."""
     run = {"model": {"task_weighting": "famo"}, "pairs": True, "num_rows": 8, "max_steps": 3}

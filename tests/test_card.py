@@ -305,7 +305,7 @@ def test_the_command_measures_and_writes(trained, card, tmp_path):
     )
     sections, data = sections_of(card), ModelCard.load(card).data
     assert (
-        "| task | metric | all | text only | image only | image shuffled | majority class |"
+        "| task | metric | all | text only | image only | nothing | text shuffled | image shuffled | majority class |"
         in sections["## What each modality is good for"]
     )
     assert "| steps | 3 |" in sections["## Training"]

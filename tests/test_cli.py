@@ -36,6 +36,9 @@ def test_demo_trains_prints_saves_reloads_and_draws(tmp_path):
         assert list(row) == COLUMNS
         assert all(0 <= value <= 1 for value in row.values())
     assert Image.open(tmp_path / "demo.png").size[0] > 1000
+    for name in ("ablation.png", "explanation.png"):
+        assert Image.open(tmp_path / name).size[0] > 500
+    assert set(saved["ablation"]["contributions"]) == {"sentiment", "topic", "intent"}
     model = MMTransformerForMultiTask.from_pretrained(tmp_path / "model")
     assert model.config.fusion_type == "late"
 
@@ -58,6 +61,18 @@ def test_demo_shows_what_it_claims(tmp_path, seed):
     # Every message is there once with a picture of each place.
     assert contrast["german"]["no picture"] == pytest.approx(0.5, abs=0.02)
     assert contrast["german"]["shuffled pictures"] <= 0.55
+    # On a whole pass of minimal pairs, no answer from one part alone can beat its limit, not even by chance.
+    ablation = saved["ablation"]
+    for task in ("sentiment", "topic"):
+        scores = {name: metrics[f"{task}_accuracy"] for name, metrics in ablation["variants"].items()}
+        assert scores["all"] >= 0.95
+        assert scores["text only"] <= results[task]["best from text"] + 1e-9
+        assert scores["image only"] <= results[task]["best from image"] + 1e-9
+        assert scores["nothing"] <= ablation["majority_class_accuracy"][task] + 1e-9
+        found = ablation["contributions"][task]
+        assert sum(found["shapley"].values()) == pytest.approx(scores["all"] - scores["nothing"])
+        # The sum of what the parts say can do no better than the better of both; the rest is owed to interaction.
+        assert found["score"] - found["additive"] > 0.1
 
 
 def test_unknown_fusion_is_one_sentence(tmp_path):

@@ -120,7 +120,7 @@ def test_evaluation_and_prediction_are_those_of_one_process(tmp_path):
     assert two["writing"]["test_german_loss"] == pytest.approx(written.metrics["test_german_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+@pytest.mark.parametrize("kind", [pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.slow), "FULL_STATE_DICT"])
 def test_fsdp_saves_resumes_evaluates_and_writes(tmp_path, kind):
     environment = {**FSDP, "FSDP_STATE_DICT_TYPE": kind}
     run_in_processes([__file__, "train_save_and_resume", str(tmp_path)], environment=environment)

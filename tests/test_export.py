@@ -79,8 +79,11 @@ def test_every_fusion(fusion, text, vision, kind, tmp_path):
     ("writer", "kind"),
     [
         ("bart", "onnx"),
-        ("t5", "torch"),
-        *(pytest.param(w, k, marks=pytest.mark.slow) for w in ("marian", "m2m100", "mt5") for k in ("onnx", "torch")),
+        *(
+            pytest.param(w, k, marks=pytest.mark.slow)
+            for w in ("t5", "marian", "m2m100", "mt5")
+            for k in ("onnx", "torch")
+        ),
     ],
 )
 def test_writing(writer, kind, tmp_path):
@@ -92,7 +95,8 @@ def test_writing(writer, kind, tmp_path):
             assert torch.equal(exported.generate("german", **inputs, **options), model.generate(**inputs, **options))
 
 
-@pytest.mark.parametrize("audio", ["wav2vec2", *(pytest.param(a, marks=pytest.mark.slow) for a in ("whisper", "ast"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("audio", ["wav2vec2", "whisper", "ast"])
 def test_sound(audio, tmp_path):
     model = make_model(vision=None, audio=audio, tasks=[Classification("topic", labels=["a", "b"])])
     processor = MMTransformerProcessor(tokenizer=make_tokenizer(), feature_extractor=make_feature_extractor(audio))
@@ -107,6 +111,7 @@ def test_sound(audio, tmp_path):
         assert (exported(**inputs).logits["topic"] - expected).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_integers_are_smaller_and_near(tmp_path):
     model, processor = make_model(), make_processor()
     export_model(model, processor, tmp_path / "int8", int8=True)

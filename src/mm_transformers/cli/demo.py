@@ -17,8 +17,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from ..analysis.contrastive import contrastive_accuracy
+from ..analysis import ablate, contrastive_accuracy, explain
 from ..data.embedded import (
+    GRID,
     TASK_LABELS,
     TRANSLATIONS,
     best_possible_accuracy,
@@ -36,6 +37,7 @@ from .reload import answers_of
 
 MODELS = {"fused": "both parts", "text only": "the text", "image only": "the picture"}
 NUM_CARDS = 6
+NUM_ABLATED = len(GRID)  # a whole pass, on which the limits of each part are exact
 # The model saw 64 pixels; what is shown are the same drawings, in finer detail.
 CARD_SIZE = 256
 CHANGING = ("sentiment", "topic")
@@ -46,7 +48,8 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     """
     Trains a fused model, one of text alone and one of pictures alone, with equal care; prints their test accuracy
     beside what is possible from one part alone, and whether the picture makes the right translation likelier than the
-    wrong one; saves the fused model and checks that it answers alike in a fresh process; draws `demo.png`.
+    wrong one; saves the fused model and checks that it answers alike in a fresh process; draws results (`demo.png`),
+    what each modality is good for (`ablation.png`), and what an answer rests on (`explanation.png`).
 
     Returns:
         Task -> column of the table -> test accuracy; of translations, the share that is right to the letter.
@@ -113,11 +116,16 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     difference = _check_in_fresh_process(fused, processor, test.select(range(32)), output_dir)
     console.print(f"Saved to {model_dir}", soft_wrap=True)
     console.print(f"Loaded in a fresh process, it gives the same answers (largest difference {difference:.0e}).")
-    saved = {"accuracy": results, "contrastive_accuracy": contrast}
-    (output_dir / "results.json").write_text(json.dumps(saved, indent=2) + "\n")
     cards = _cards(fused, processor, test, seed)
     draw_results(output_dir / "demo.png", results, histories, cards)
-    console.print(f"Drawn to {output_dir / 'demo.png'}", soft_wrap=True)
+    ablation = ablate(fused.model, processor, test.select(range(NUM_ABLATED)), list(TASK_LABELS), batch_size=128)
+    saved = {"accuracy": results, "contrastive_accuracy": contrast, "ablation": ablation.to_dict()}
+    (output_dir / "results.json").write_text(json.dumps(saved, indent=2) + "\n")
+    ablation.plot().savefig(output_dir / "ablation.png", dpi=100)
+    row = {"text": cards[0]["text"], "image": cards[0]["image"]}
+    explain(fused.model, processor, row, "topic").plot().savefig(output_dir / "explanation.png", dpi=100)
+    for name in ("demo.png", "ablation.png", "explanation.png"):
+        console.print(f"Drawn to {output_dir / name}", soft_wrap=True)
     console.print(f"All in {time.perf_counter() - start:.0f} s.")
     return results
 

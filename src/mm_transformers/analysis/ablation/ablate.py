@@ -12,6 +12,7 @@ from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat
 
 from ...data.collator import MMDataCollator
+from ...model.answering import check_tasks
 from ...model.modeling_outputs import MMTransformerModelOutput
 from ...model.task_base import is_missing
 from ...model.tasks import Task
@@ -31,6 +32,7 @@ def ablate(
     model: Any,
     processor: Any,
     rows: Sequence[Mapping[str, Any]],
+    tasks: Optional[Sequence[str]] = None,
     collator: Optional[MMDataCollator] = None,
     num_permutations: int = 5,
     num_additive_rows: int = 256,
@@ -54,6 +56,7 @@ def ablate(
         model ([`MMTransformerForMultiTask`]): Is left as it was.
         processor ([`MMTransformerProcessor`]): That of the model.
         rows: with the columns that the collator reads: a `datasets.Dataset`, or a list of dicts.
+        tasks (`list[str]`, *optional*): Which tasks to score; all by default.
         collator ([`MMDataCollator`], *optional*): Where the columns are called otherwise.
         num_permutations (`int`, *optional*, defaults to 5): How often modalities are exchanged; for mean and spread.
         num_additive_rows (`int`, *optional*, defaults to 256):
@@ -88,7 +91,7 @@ def ablate(
             raise ValueError(f"slices names the column {name!r}, but the columns are {', '.join(known)}.")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(rows))
-    scores = _Scores(model, modalities, generation_options)
+    scores = _Scores(model, modalities, check_tasks(model, tasks), generation_options)
     was_training = model.training
     model.eval()
     try:
@@ -105,8 +108,9 @@ def ablate(
 class _Scores:
     """Collects the answers to all variants of the rows, batch by batch."""
 
-    def __init__(self, model: Any, modalities: list[str], generation_options: dict[str, Any]):
+    def __init__(self, model: Any, modalities: list[str], wanted: list[str], generation_options: dict[str, Any]):
         self.model, self.modalities, self.generation_options = model, modalities, generation_options
+        self.wanted = wanted
         self.tasks: dict[str, Task] = model.tasks
         self.answers: dict[str, Any] = {}
         self.labels: Any = None
@@ -116,7 +120,10 @@ class _Scores:
         self.without_words: set[str] = set()
 
     def add(self, batch: dict[str, Any], rng: np.random.Generator, num_permutations: int, additive_left: int) -> None:
-        labels = {name: value.cpu() for name, value in batch.pop("labels").items()}
+        labels = {
+            name: value.cpu() if name in self.wanted else _missing(value.cpu())
+            for name, value in batch.pop("labels").items()
+        }
         rows = EncodedRows(self.model.model, self.model.model(**batch))
         self.labels = labels if self.labels is None else nested_concat(self.labels, labels)
         # In the order in which they are shown: all first, nothing last.
@@ -145,7 +152,10 @@ class _Scores:
         logits = self.model(encoder_outputs=outputs).logits
         answers: dict[str, Any] = {}
         for name, task in self.tasks.items():
-            if task.needs_decoder:
+            if task.needs_decoder and name not in self.wanted:
+                nothing = torch.zeros(len(labels[name]), 1)
+                answers[name] = {"generated_ids": nothing.long(), "losses": nothing[:, 0]}
+            elif task.needs_decoder:
                 given = labels[name].to(outputs.attention_mask.device)
                 read = self.model.read_written(task, outputs, given)
                 losses = [task.loss(row[None], label[None])[0] for row, label in zip(read, given, strict=True)]

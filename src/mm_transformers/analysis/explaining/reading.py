@@ -15,8 +15,8 @@ def relevance_of_inputs(
     seen: Seen, outputs: MMTransformerModelOutput, scores: torch.Tensor, method: AttentionMethod
 ) -> dict[str, torch.Tensor]:
     """
-    Follows an answer back through what was read: from the text tokens on which it depends, all alike, through the
-    fusion and the encoders. Where the head reads what the encoders gave, or the fusion has no attention, from these.
+    Follows an answer back through what was read: from the text tokens on which it depends, through the fusion and
+    the encoders. Where the head reads what the encoders gave, or the fusion has no attention, from these.
 
     Args:
         outputs: of the forward pass that was seen.
@@ -42,14 +42,14 @@ def relevance_of_inputs(
         before = relevance.copy()
         if seen.fusion and of_states[0] is not None:
             follow(relevance, seen.fusion, method.rule)
-            starts = of_states[0].any(-1).float()
+            starts = _taken(seen, "text", states[0], of_states[0], method)
             # Rows that have nothing beside their text leave the fusion as they came.
             has_any = torch.stack([encoded[name].present for name in names if name != "text"]).any(0)[:, None, None]
             mixed = torch.where(has_any, _read(relevance, ["text"], method), _read(before, ["text"], method))
         else:
             starts = torch.cat(
                 [
-                    _by_row(_of_encoded(seen, name, states[1 + i], of_states[1 + i], method), encoded[name]).flatten(1)
+                    _by_row(_taken(seen, name, states[1 + i], of_states[1 + i], method), encoded[name]).flatten(1)
                     for i, name in enumerate(names)
                 ],
                 dim=1,
@@ -75,11 +75,11 @@ def _read(relevance: Relevance, tokens: list[str], method: AttentionMethod) -> t
     return torch.where(others.flatten(1).any(-1)[:, None, None], others, found)
 
 
-def _of_encoded(seen: Seen, name: str, state: torch.Tensor, gradient: Any, method: AttentionMethod) -> torch.Tensor:
+def _taken(seen: Seen, name: str, state: torch.Tensor, gradient: Any, method: AttentionMethod) -> torch.Tensor:
     """
-    (items, tokens): how much the answer takes of each token that an encoder gave. Where attention has mixed them, of
-    all alike on which it depends: where they come from is what counts. Otherwise the gradient times the activation, as
-    in Grad-CAM (https://arxiv.org/abs/1610.02391).
+    (items, tokens): how much the answer takes of each token. Where the attention of their encoder is followed, of all
+    alike on which it depends: where they come from is what counts. Otherwise the gradient times the activation, as in
+    Grad-CAM (https://arxiv.org/abs/1610.02391).
     """
     gradient = zeros_if_none(gradient, state)
     if method.through_encoders and seen.encoders.get(name):
@@ -94,6 +94,7 @@ def _from_encoder(seen: Seen, name: str, stream: Stream, method: AttentionMethod
     identity = torch.eye(num_tokens, device=stream.tokens.device).expand(items, -1, -1)
     inside = Relevance({"tokens": identity})
     follow(inside, [[AttentionStep(("tokens",), ("tokens",), weights)] for weights in layers], method.rule)
+    inside.matrix = method.rule.leaving(inside.matrix)
     if name == "vision" and seen.reduction:
         follow(inside, [[step] for step in seen.reduction], method.rule)
         found = inside.of(["vision"], ["tokens"])

@@ -116,6 +116,10 @@ class Rule:
     def joined(self, own: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         return own + read
 
+    def leaving(self, own: torch.Tensor) -> torch.Tensor:
+        """What the tokens of one encoder, all of them, bring into the fusion."""
+        return own
+
 
 class Chefer(Rule):
     """
@@ -123,6 +127,10 @@ class Chefer(Rule):
     that read and q those that are read, a self-attention adds A R_ss and A R_sq; a cross-attention adds
     norm(R_ss)^T A norm(R_qq) to R_sq and A R_qs to R_ss, where norm makes the rows of what was added to the identity
     sum to 1. Rows to which nothing was added stay those of the identity (the published code makes NaN of them).
+
+    The same norm is taken when an encoder is left, which changes nothing for a cross-attention. Without it a
+    self-attention over text and pictures together would see each patch as itself only: what gradients add is small
+    beside the identity.
     """
 
     def within(self, own: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -141,6 +149,9 @@ class Chefer(Rule):
         rows[:, :, is_read] += added
         rows[:, :, reads] += back
         relevance.matrix[:, places] = rows
+
+    def leaving(self, own: torch.Tensor) -> torch.Tensor:
+        return self.normalized(own)
 
     @staticmethod
     def normalized(of_itself: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,87 @@
+"""`explain`, `evaluate --ablate`, `space` and `demo --ui`, as a person calls them."""
+
+import json
+
+import pytest
+from test_report import Page
+from test_trainer import make_rows
+from tiny import make_image, make_model, make_processor
+from typer.testing import CliRunner
+
+from mm_transformers.cli import app
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("explain")
+    make_model(seed=2).save_pretrained(folder / "model")
+    make_processor().save_pretrained(folder / "model")
+    with open(folder / "rows.jsonl", "w") as file:
+        for i, row in enumerate(make_rows(12)):
+            if row["image"] is not None:
+                row["image"].save(folder / f"{i}.png")
+            file.write(json.dumps({**row, "image": row["image"] and f"{i}.png"}) + "\n")
+    make_image(1).save(folder / "rain.png")
+    return folder
+
+
+def run(*words, fails: bool = False) -> str:
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert (result.exit_code != 0) == fails, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.output.split())
+
+
+def test_a_report_on_rows(folder, tmp_path):
+    output = tmp_path / "report.html"
+    shown = run("explain", folder / "model", folder / "rows.jsonl", "--output", output, "--task", "topic", "--ablate")
+    assert "Wrote" in shown
+    page = Page(output.read_text())
+    assert "task-topic" in page.ids
+    assert "task-sentiment" not in page.ids
+    assert "modalities" in page.ids
+    assert any("relevan" in text or "rests on" in text for text in page.texts)
+
+
+def test_one_row(folder, tmp_path):
+    row = ["--text", "a cat", "--image", folder / "rain.png", "--task", "topic"]
+    shown = run("explain", folder / "model", *row, "--output", tmp_path / "why.png", "--answer", "food")
+    assert "topic: food." in shown
+    assert (tmp_path / "why.png").stat().st_size > 5000
+    run("explain", folder / "model", *row, "--output", tmp_path / "why.json", "--method", "rollout")
+    assert json.loads((tmp_path / "why.json").read_text())["method"] == "rollout"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "Give either a file of rows or one row"),
+        (["rows.jsonl", "--text", "a"], "Give either a file of rows or one row"),
+        (["rows.jsonl", "--output", "report.pdf"], "must end in .html"),
+        (["--text", "a", "--output", "report.html"], "must end in .png, .svg, .pdf or .json"),
+        (["--text", "a", "--output", "why.png"], "Say which task is to be explained"),
+        (["--text", "a", "--task", "topik", "--output", "why.png"], "did you mean 'topic'"),
+        (["rows.jsonl", "--method", "shap"], "method must be one of"),
+        (["--image", "no.png", "--task", "topic", "--output", "why.png"], "does not exist"),
+    ],
+)
+def test_what_is_wrong_is_told(folder, words, said, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert said in run("explain", "model", *words, fails=True)
+    assert not (folder / "why.png").exists()
+
+
+def test_evaluation_with_ablation(folder, tmp_path):
+    shown = run("evaluate", folder / "model", folder / "rows.jsonl", "--ablate", "--output", tmp_path / "metrics.json")
+    assert "Shapley" in shown
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    all_inputs = found["ablation"]["variants"]["all"]
+    assert all_inputs["topic_accuracy"] == pytest.approx(found["eval_topic_accuracy"])
+    assert (tmp_path / "metrics.png").exists()
+
+
+def test_a_space_and_a_page_without_a_model(tmp_path, monkeypatch):
+    assert "app.py" in run("space", "me/my-model", "--output", tmp_path / "space")
+    assert "Nothing to write" in run("space", "me/my-model", "--output", tmp_path / "space")
+    monkeypatch.chdir(tmp_path)
+    assert "There is no model in demo-output/model yet" in run("demo", "--ui", fails=True)
