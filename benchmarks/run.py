@@ -7,6 +7,7 @@ Runs the benchmarks one after the other, writes their lines of JSON to a file, a
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import time
@@ -29,15 +30,16 @@ PLANS = {
         "evaluation.py --rows 256 1024",
         "generation.py --width 128 --layers 2 --repeats 3",
         "imports.py --repeats 3",
+        "explanations.py --size tiny --rows 16 --repeats 3",
     ],
     "cpu": [
         "floor.py --size small",
         "floor.py --size base --rows 4 --repeats 5",
         "peers.py --size base --rows 4 --repeats 3 --peers BridgeTower FLAVA",
         "peers.py --size base --rows 2 --repeats 3 --peers ViLT VisionTextDualEncoder LXMERT",
-        "shared_images.py --size base --rows 20 --repeats 3 --texts_per_image 2 5 10",
+        "shared_images.py --size base --rows 20 --repeats 2 --texts_per_image 2 5 10",
         "absent_images.py --size small",
-        "tasks.py --size base --rows 4 --image_size 64 --repeats 5",
+        "tasks.py --size base --rows 4 --image_size 64 --repeats 3",
         "fusion_kinds.py --size small --rows 4 --repeats 3",
         "token_reduction.py --steps 240",
         "inputs.py",
@@ -45,10 +47,11 @@ PLANS = {
         "evaluation.py",
         "memory.py --size small",
         "generation.py",
-        "imports.py",
-        "loading.py --size base --repeats 3",
+        "imports.py --repeats 5",
+        "loading.py --size base --repeats 2",
         "growth.py --size small",
         "levers.py --size small",
+        "explanations.py --size small --rows 32",
     ],
     "gpu": [
         f"floor.py --size base --rows 32 {BF16}",
@@ -73,20 +76,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", choices=PLANS)
     parser.add_argument("--output", type=Path, help="defaults to benchmarks/results/PLAN.jsonl; quick keeps nothing")
+    parser.add_argument("--only", nargs="+", help="scripts to run again; the lines of the others stay")
     args = parser.parse_args()
+    plan = [line for line in PLANS[args.plan] if args.only is None or line.split()[0] in args.only]
     output = args.output
     if output is None and args.plan != "quick":
         output = FOLDER / "results" / f"{args.plan}.jsonl"
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.unlink(missing_ok=True)
+        kept = output.read_text().splitlines() if args.only and output.exists() else []
+        again = [f"benchmarks/{name} " for name in args.only or []]
+        kept = [line for line in kept if not any(name in f"{json.loads(line)['command']} " for name in again)]
+        output.write_text("".join(f"{line}\n" for line in kept))
     failed, begun = [], time.perf_counter()
-    for number, line in enumerate(PLANS[args.plan], 1):
+    for number, line in enumerate(plan, 1):
         name, *arguments = line.split()
         start = time.perf_counter()
-        print(f"[{number}/{len(PLANS[args.plan])}] {line}", file=sys.stderr, flush=True)
-        kept = [] if output is None else ["--output", str(output)]
-        if subprocess.run([sys.executable, str(FOLDER / name), *arguments, *kept], check=False).returncode:
+        print(f"[{number}/{len(plan)}] {line}", file=sys.stderr, flush=True)
+        target = [] if output is None else ["--output", str(output)]
+        if subprocess.run([sys.executable, str(FOLDER / name), *arguments, *target], check=False).returncode:
             failed.append(line)
         print(f"    {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     print(f"{(time.perf_counter() - begun) / 60:.1f} minutes", file=sys.stderr)

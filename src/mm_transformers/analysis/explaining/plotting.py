@@ -16,9 +16,13 @@ _CHARACTERS_PER_LINE = 64
 
 
 def plot_explanation(explanation: "Explanation") -> Figure:
-    num_panels = max(len(explanation.images), 1 if explanation.sounds else 0)
-    columns = min(max(num_panels, 1), 4)
-    rows = -(-len(explanation.images) // columns)
+    highest = max([float(image.pixels.max()) for image in explanation.images] + [0.0]) or 1.0
+    # Each picture, and beside it what of it counts.
+    panels: list[Any] = []
+    for image in explanation.images:
+        panels += [image.image, heat_map(image.image, image.pixels / highest)]
+    columns = min(max(len(panels), 1), 4)
+    rows = -(-len(panels) // columns)
     lines = _lines(explanation)
     heights = [0.32 * max(len(lines), 1) + 0.1, *([3.0] * rows), *([1.2] * len(explanation.sounds))]
     # Not by pyplot, which would keep the figure open, and may have no screen.
@@ -27,10 +31,9 @@ def plot_explanation(explanation: "Explanation") -> Figure:
     told = f" (word {explanation.word!r})" if explanation.word is not None else ""
     figure.suptitle(f"{explanation.task}{told}: {_shown(explanation.answer)}", fontsize=12)
     _draw_text(figure.add_subplot(grid[0, :]), lines)
-    highest = max([float(image.pixels.max()) for image in explanation.images] + [0.0]) or 1.0
-    for number, image in enumerate(explanation.images):
+    for number, panel in enumerate(panels):
         axes = figure.add_subplot(grid[1 + number // columns, number % columns])
-        axes.imshow(heat_map(image.image, image.pixels / highest))
+        axes.imshow(panel)
         axes.axis("off")
     for number, sound in enumerate(explanation.sounds):
         axes = figure.add_subplot(grid[1 + rows + number, :])
