@@ -71,8 +71,8 @@ def test_demo_shows_what_it_claims(tmp_path, seed):
         assert scores["nothing"] <= ablation["majority_class_accuracy"][task] + 1e-9
         found = ablation["contributions"][task]
         assert sum(found["shapley"].values()) == pytest.approx(scores["all"] - scores["nothing"])
-        # The sum of what the parts say can do no better than the better of both; the rest is owed to interaction.
-        assert found["score"] - found["additive"] > 0.1
+        # Each part rules out half of the labels, so that their votes may be summed.
+        assert found["additive"] >= 0.95
 
 
 def test_unknown_fusion_is_one_sentence(tmp_path):

@@ -123,7 +123,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     (output_dir / "results.json").write_text(json.dumps(saved, indent=2) + "\n")
     ablation.plot().savefig(output_dir / "ablation.png", dpi=100)
     row = {"text": cards[0]["text"], "image": cards[0]["image"]}
-    explain(fused.model, processor, row, "topic").plot().savefig(output_dir / "explanation.png", dpi=100)
+    explain(fused.model, processor, row, "sentiment").plot().savefig(output_dir / "explanation.png", dpi=100)
     for name in ("demo.png", "ablation.png", "explanation.png"):
         console.print(f"Drawn to {output_dir / name}", soft_wrap=True)
     console.print(f"All in {time.perf_counter() - start:.0f} s.")

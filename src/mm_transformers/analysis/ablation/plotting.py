@@ -44,7 +44,8 @@ def _draw_scores(axes: Any, ablation: "Ablation", tasks: list[str]) -> None:
             axes.hlines(ablation.majority[task], place - 0.45, place + 0.45, colors="black", linestyles="dotted")
     axes.set_xticks(range(len(tasks)), [ablation.contributions[task].metric.replace("_", " ") for task in tasks])
     axes.set_title("with all inputs, with some, with those of other rows (dotted: majority class)", fontsize=9)
-    axes.legend(fontsize=7, ncols=2, loc="lower right")
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]) * 1.22)
+    axes.legend(fontsize=7, ncols=len(variants), loc="upper center", columnspacing=1.0, handlelength=1.2)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -69,8 +70,8 @@ def _draw_reliability(axes: Any, ablation: "Ablation", task: str) -> None:
     sizes = [10 + 90 * found.counts[i] / max(found.counts) for i in used]
     axes.plot([found.confidences[i] for i in used], [found.accuracies[i] for i in used], color="#1f77b4", linewidth=1)
     axes.scatter([found.confidences[i] for i in used], [found.accuracies[i] for i in used], s=sizes, color="#1f77b4")
-    axes.set_xlim(0, 1.02)
-    axes.set_ylim(0, 1.02)
+    axes.set_xlim(0, 1.05)
+    axes.set_ylim(0, 1.05)
     axes.set_xlabel("confidence", fontsize=8)
     axes.set_ylabel("share that is right", fontsize=8)
     axes.set_title(f"{task}: calibration error {found.ece:.3f}", fontsize=9)

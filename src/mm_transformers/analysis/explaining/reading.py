@@ -15,8 +15,9 @@ def relevance_of_inputs(
     seen: Seen, outputs: MMTransformerModelOutput, scores: torch.Tensor, method: AttentionMethod
 ) -> dict[str, torch.Tensor]:
     """
-    Follows an answer back through what was read: from the text tokens on which it depends, through the fusion and
-    the encoders. Where the head reads what the encoders gave, or the fusion has no attention, from these.
+    Follows an answer back through what was read: from the text tokens on which it depends, all alike, through the
+    fusion and the encoders. Where the head reads what the encoders gave, or the fusion has no attention, from these.
+    Tokens of encoders that are not looked into count by the gradient of the answer times their activation.
 
     Args:
         outputs: of the forward pass that was seen.
@@ -40,23 +41,31 @@ def relevance_of_inputs(
         names = list(encoded)
         relevance = Relevance({name: _from_encoder(seen, name, encoded[name], method) for name in names})
         before = relevance.copy()
-        if seen.fusion and of_states[0] is not None:
+        is_fused = bool(seen.fusion) and of_states[0] is not None
+        if is_fused:
             follow(relevance, seen.fusion, method.rule)
-            starts = _taken(seen, "text", states[0], of_states[0], method)
             # Rows that have nothing beside their text leave the fusion as they came.
-            has_any = torch.stack([encoded[name].present for name in names if name != "text"]).any(0)[:, None, None]
-            mixed = torch.where(has_any, _read(relevance, ["text"], method), _read(before, ["text"], method))
-        else:
-            starts = torch.cat(
-                [
-                    _by_row(_taken(seen, name, states[1 + i], of_states[1 + i], method), encoded[name]).flatten(1)
-                    for i, name in enumerate(names)
-                ],
-                dim=1,
-            )
-            mixed = _read(before, names, method)
-        starts = starts / starts.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        found = (starts[:, None] @ mixed)[:, 0]
+            has_any = torch.stack([encoded[name].present for name in names if name != "text"]).any(0)
+            unchanged = torch.cat([before.matrix, torch.zeros_like(relevance.matrix[:, before.matrix.shape[1] :])], 1)
+            relevance.matrix = torch.where(has_any[:, None, None], relevance.matrix, unchanged)
+        found = torch.zeros_like(relevance.matrix[:, 0])
+        for name, state, gradient in zip(
+            ["text"] if is_fused else names,
+            states[:1] if is_fused else states[1:],
+            of_states[:1] if is_fused else of_states[1:],
+            strict=True,
+        ):
+            gradient = zeros_if_none(gradient, state)
+            depends = _distribution(_by_row(gradient.any(-1).float(), encoded[name]))
+            # As in Grad-CAM (https://arxiv.org/abs/1610.02391).
+            evidence = _distribution(_by_row((state * gradient).float().sum(-1).clamp(min=0), encoded[name]))
+            is_followed = method.through_encoders and bool(seen.encoders.get(name))
+            mixed, itself = relevance.of([name], names), relevance.identity([name])
+            if not method.counts_itself:
+                mixed = mixed - itself
+                if not is_followed:
+                    found += _read(evidence, itself)
+            found += _read(depends if is_followed else evidence, mixed)
         lengths = [relevance.inputs([name]).numel() for name in names]
         parts = dict(zip(names, found.split(lengths, dim=1), strict=True))
         return {
@@ -65,26 +74,15 @@ def relevance_of_inputs(
         }
 
 
-def _read(relevance: Relevance, tokens: list[str], method: AttentionMethod) -> torch.Tensor:
-    """What these tokens have of all inputs, (batch, tokens, inputs)."""
-    found = relevance.of(tokens, relevance.names)
-    if method.counts_itself:
-        return found
-    # What it has of others only, as the published method reads the row of its class token; unless it has nothing else.
-    others = found - relevance.identity(tokens)
-    return torch.where(others.flatten(1).any(-1)[:, None, None], others, found)
+def _distribution(weights: torch.Tensor) -> torch.Tensor:
+    """(batch, ...) -> (batch, tokens), summing to 1 where there is anything."""
+    weights = weights.flatten(1)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _taken(seen: Seen, name: str, state: torch.Tensor, gradient: Any, method: AttentionMethod) -> torch.Tensor:
-    """
-    (items, tokens): how much the answer takes of each token. Where the attention of their encoder is followed, of all
-    alike on which it depends: where they come from is what counts. Otherwise the gradient times the activation, as in
-    Grad-CAM (https://arxiv.org/abs/1610.02391).
-    """
-    gradient = zeros_if_none(gradient, state)
-    if method.through_encoders and seen.encoders.get(name):
-        return gradient.any(-1).float()
-    return (state * gradient).float().sum(-1).clamp(min=0)
+def _read(weights: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens), (batch, tokens, inputs) -> (batch, inputs)"""
+    return (weights[:, None] @ relevance)[:, 0]
 
 
 def _from_encoder(seen: Seen, name: str, stream: Stream, method: AttentionMethod) -> torch.Tensor:
