@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_generation import make_writer
 from tiny import (
     AUDIO_ENCODERS,
     FUSION_KINDS,
@@ -20,7 +21,7 @@ from tiny import (
     open_gates,
 )
 
-from mm_transformers import Classification, Matching, Regression, Retrieval
+from mm_transformers import Classification, Generation, Matching, Regression, Retrieval
 from mm_transformers.analysis import explain
 from mm_transformers.analysis.explaining.methods import ATTENTION_METHODS
 from mm_transformers.analysis.explaining.placing import patch_grid, seen_region, spread_over_pixels, token_spans
@@ -319,3 +320,27 @@ def test_one_patch_lies_over_its_own_pixels():
     y, x = np.unravel_index(pixels.argmax(), pixels.shape)
     assert 20 <= y < 40
     assert 20 <= x < 30
+
+
+@pytest.mark.parametrize("writer", ["marian", "bart", "t5"])
+@pytest.mark.parametrize("kind", ["cross_attention", "late"])
+def test_written_words_are_explained(writer, kind, processor):
+    model = make_writer(writer, tasks=[Generation("german", max_length=8)], fusion_type=kind)
+    written = explain(model, processor, [ROW, {"text": "a dog"}], "german", answer="the cat on")
+    assert [explanation.answer for explanation in written] == ["the cat on"] * 2
+    assert patches(written[0]).max() > 0
+    one, other = (explain(model, processor, ROW, "german", answer="the cat on", word=word) for word in (0, 2))
+    assert (one.word, other.word) == ("the", "on")
+    whole = explain(model, processor, ROW, "german", answer="the cat on")
+    assert one.score != other.score
+    assert whole.score != one.score
+    assert isinstance(explain(model, processor, ROW, "german").answer, str)
+    with pytest.raises(ValueError, match="the answer 'the cat on' has no word 3"):
+        explain(model, processor, ROW, "german", answer="the cat on", word=3)
+
+
+def test_frames_of_videos_are_pictures(processor):
+    frames = [make_image(i) for i in range(3)]
+    explanation = explain(make_model(), processor, {"text": "a cat", "image": ROW["image"], "video": frames}, "topic")
+    assert len(explanation.images) == 4
+    assert [image.image.size for image in explanation.images[1:]] == [frame.size for frame in frames]

@@ -105,4 +105,4 @@ class Question(NamedTuple):
         numbers = [i for i, count in enumerate(counts[:-1]) if count - 1 == self.word]
         if not numbers:
             raise ValueError(f"Row {row}: the answer {answer!r} has no word {self.word}.")
-        return numbers, answer.split()[self.word]
+        return numbers, tokenizer.decode(ids, skip_special_tokens=True).split()[self.word]

@@ -88,14 +88,22 @@ def watched(model: Any) -> Iterator[Seen]:
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """While this is open, attention is computed in the one way that shows its weights."""
-    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    model.set_attn_implementation("eager")
+    configs: dict[int, Any] = {}
+    waiting = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    while waiting:
+        config = waiting.pop()
+        if config is not None and id(config) not in configs:
+            configs[id(config)] = config
+            waiting += [getattr(config, name, None) for name in config.sub_configs]
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    # Not by `set_attn_implementation`, which warns of each config that has no model of its own.
+    for config, _ in before:
+        config._attn_implementation_internal = "eager"
     try:
         yield
     finally:
         for config, implementation in before:
-            config._attn_implementation = implementation
+            config._attn_implementation_internal = implementation
 
 
 def _shows_attentions(encoder: PreTrainedModel) -> bool:
