@@ -96,7 +96,7 @@ def training_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> C
 
 
 def in_turns(
-    ways: Mapping[str, Callable[[], Any]], repeats: int, device: str, warmup: int = 2
+    ways: Mapping[str, Callable[[], Any]], repeats: int, device: str, warmup: int = 1
 ) -> dict[str, list[float]]:
     """
     Seconds of each call.

@@ -1,5 +1,6 @@
 """The demo page: type a text, give a picture or a sound, see the answers and what they rest on."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -8,7 +9,7 @@ import jinja2
 import torch
 
 from ..analysis import explain
-from ..analysis.explaining.html import colored_words, heat_map_url, picture_url
+from ..analysis.explaining.html import colored_words, heat_map_url, picture_url, sound_colors
 from ..model.answering import answer_batch, check_tasks
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.pipeline_mm_transformer import PARTS, read_rows
@@ -16,6 +17,7 @@ from ..model.processing_mm_transformer import MMTransformerProcessor
 
 
 _NAMES = {"image": "picture", "video": "video", "audio": "sound", "text": "text"}
+_EXAMPLE_SIZE = 256  # pixels; the demo's own 64 are too few to look at
 _WITHOUT_FONTS_FROM_ELSEWHERE = ["system-ui", "sans-serif"]
 
 
@@ -136,11 +138,12 @@ def _answer(model: Any, processor: Any, row: dict[str, Any], tasks: Sequence[str
 
 def _card(model: Any, processor: Any, row: dict[str, Any], task: str, answers: dict[str, Any]) -> dict[str, Any]:
     """One task: the answers to the row and to what is left without a part, and the heat maps of the first."""
-    kind, problem, words, pictures = model.tasks[task], "", [], []
+    kind, problem, words, pictures, sounds = model.tasks[task], "", [], [], []
     try:
         explanation = explain(model, processor, row, task)
         words = colored_words(explanation)
         pictures = [(picture_url(image.image), heat_map_url(explanation, image)) for image in explanation.images]
+        sounds = [(sound.seconds, sound_colors(explanation, sound)) for sound in explanation.sounds]
     except ValueError as error:
         problem = str(error)
     shown = {name: _shown(kind, answer) for name, answer in answers.items()}
@@ -151,6 +154,7 @@ def _card(model: Any, processor: Any, row: dict[str, Any], task: str, answers: d
         "others": list(shown.items()),
         "words": words,
         "pictures": pictures,
+        "sounds": sounds,
         "problem": problem,
     }
 
@@ -207,8 +211,27 @@ def run_page(model: str, is_default: bool, port: Optional[int]) -> None:
         raise ValueError(
             f"There is no model in {model} yet: train one by mm-transformers demo, or name yours by --model."
         )
-    try:
-        page = load_page(model)
-    except ImportError as error:
-        raise ValueError(str(error)) from error
-    page.launch(server_port=port, **launch_options())
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            page = load_page(model, demo_examples(Path(folder)) if is_default else ())
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+        page.launch(server_port=port, **launch_options())
+
+
+def demo_examples(folder: Path, num_texts: int = 3) -> list[list[str]]:
+    """
+    Rows of the embedded data set's test split, for the model that knows nothing else: texts, each with two pictures
+    that turn its sentiment. The pictures become files in `folder`.
+    """
+    from ..data.embedded.dataset import GRID, load_demo_dataset
+
+    by_text: dict[str, dict[str, Any]] = {}
+    for row in load_demo_dataset(1, 1, len(GRID), image_size=_EXAMPLE_SIZE)["test"]:
+        by_text.setdefault(row["text"], {}).setdefault(row["sentiment"], row["image"])
+    examples = []
+    for text, pictures in [(text, found) for text, found in by_text.items() if len(found) > 1][:num_texts]:
+        for picture in list(pictures.values())[:2]:
+            examples.append([text, str(folder / f"{len(examples)}.png")])
+            picture.save(examples[-1][1])
+    return examples

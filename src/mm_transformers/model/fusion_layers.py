@@ -1,7 +1,7 @@
 """The parts that fusion kinds are made of."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
 from .fusion_base import Stream
 
@@ -28,6 +29,38 @@ class Gate(nn.Module):
         return hidden_states * self.gate_alpha.tanh().to(hidden_states.dtype)
 
 
+class PackedKeys(NamedTuple):
+    """
+    The keys that may be seen, of all rows end to end, as FlashAttention takes sequences of different lengths
+    (https://arxiv.org/abs/2307.08691). From a mask, transformers packs them only if queries and keys are the same
+    tokens; in a cross-attention it would drop queries by the mask of keys.
+
+    Args:
+        places (num_seen,): where they are among all keys.
+        lengths: the arguments that say where each row begins and ends.
+    """
+
+    places: torch.Tensor
+    lengths: dict[str, torch.Tensor | int]
+
+    @classmethod
+    def of(cls, mask: torch.Tensor, num_queries: int) -> "PackedKeys":
+        """`mask` (batch, num_keys) bool: True where a key may be seen, at least once in each row."""
+        batch, num_keys = mask.shape
+        ends = nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        lengths = {
+            "cu_seq_lens_q": torch.arange(batch + 1, device=mask.device, dtype=torch.int32) * num_queries,
+            "cu_seq_lens_k": ends.to(torch.int32),
+            "max_length_q": num_queries,
+            "max_length_k": num_keys,  # a bound, so that nothing waits for the GPU
+        }
+        return cls(mask.flatten().nonzero()[:, 0], lengths)
+
+    def pack(self, states: torch.Tensor) -> torch.Tensor:
+        """(batch, num_keys, width) -> (1, num_seen, width)"""
+        return states.flatten(0, 1).index_select(0, self.places)[None]
+
+
 class KeyMask(NamedTuple):
     """
     Which keys a query may see.
@@ -37,10 +70,12 @@ class KeyMask(NamedTuple):
             implementations differ in what they then return (0, the mean of the values, or NaN).
         present (batch, 1, 1) bool: False for the rows whose keys are all hidden; their attention output is set to 0.
             `None` if there are no such rows.
+        packed: in the place of `attention_mask`, for FlashAttention.
     """
 
     attention_mask: Optional[torch.Tensor]
     present: Optional[torch.Tensor]
+    packed: Optional[PackedKeys] = None
 
 
 def key_mask(config, queries: torch.Tensor, mask: Optional[torch.Tensor]) -> KeyMask:
@@ -52,6 +87,9 @@ def key_mask(config, queries: torch.Tensor, mask: Optional[torch.Tensor]) -> Key
     if mask is None:
         return KeyMask(None, None)
     present = mask.any(-1, keepdim=True)
+    if is_flash_attention_requested(config):
+        is_first = torch.arange(mask.shape[1], device=mask.device) == 0
+        return KeyMask(None, present[..., None], PackedKeys.of(mask | ~present & is_first, queries.shape[1]))
     keys = queries[:, :1, :1].expand(-1, mask.shape[1], -1)  # asked for their shape only
     attention_mask = create_bidirectional_mask(
         config=config, inputs_embeds=queries, attention_mask=mask | ~present, encoder_hidden_states=keys
@@ -106,19 +144,23 @@ class FusionAttention(nn.Module):
 
         def of_keys(layer: nn.Linear) -> torch.Tensor:
             if isinstance(keys, torch.Tensor):
-                return layer(keys)
-            # An item that several rows share is projected once.
-            return torch.cat([stream.each(layer) for stream in keys], dim=1)
+                states = layer(keys)
+            else:
+                # An item that several rows share is projected once.
+                states = torch.cat([stream.each(layer) for stream in keys], dim=1)
+            return states if mask.packed is None else mask.packed.pack(states)
 
         def heads(states: torch.Tensor) -> torch.Tensor:
-            return states.view(batch, states.shape[1], -1, self.head_dim).transpose(1, 2)
+            return states.view(*states.shape[:2], -1, self.head_dim).transpose(1, 2)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         # Rows without keys; other implementations show no attentions.
         absent = mask.present is not None
-        options = {"present": mask.present[:, None]} if absent and attention is eager_attention_forward else {}
+        options: dict[str, Any] = {} if mask.packed is None else mask.packed.lengths
+        if absent and attention is eager_attention_forward:
+            options = {"present": mask.present[:, None]}
         output, weights = attention(
             self,
             heads(self.q_proj(queries)),

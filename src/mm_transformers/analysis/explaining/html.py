@@ -6,11 +6,12 @@ import io
 import numpy as np
 from PIL import Image
 
-from .explanation import Explanation, ImageRelevance
+from .explanation import Explanation, ImageRelevance, SoundRelevance
 from .plotting import heat_map, strengths, text_color
 
 
 _LONGEST_SIDE = 320  # pixels of a picture on a page
+_MOST_PARTS = 60  # of a sound
 
 
 def colored_words(explanation: Explanation) -> list[tuple[str, str, str]]:
@@ -23,6 +24,16 @@ def heat_map_url(explanation: Explanation, image: ImageRelevance) -> str:
     highest = max(float(other.pixels.max()) for other in explanation.images) or 1.0
     pixels = heat_map(image.image, image.pixels / highest)
     return picture_url(Image.fromarray((pixels * 255).round().astype(np.uint8)))
+
+
+def sound_colors(explanation: Explanation, sound: SoundRelevance) -> list[str]:
+    """
+    Colours of equally long parts of a clip, by the most relevant step of each, on a scale that all clips of the row
+    share.
+    """
+    highest = max(float(other.steps.max(initial=0)) for other in explanation.sounds) or 1.0
+    parts = np.array_split(sound.steps, max(min(len(sound.steps), _MOST_PARTS), 1))
+    return [text_color(float(part.max(initial=0)) / highest)[0] for part in parts]
 
 
 def picture_url(picture: Image.Image) -> str:

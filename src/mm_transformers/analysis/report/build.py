@@ -19,7 +19,7 @@ from ...model.task_base import is_null
 from ..ablation.results import Ablation
 from ..explaining.explain import explain
 from ..explaining.explanation import Explanation
-from ..explaining.html import colored_words, heat_map_url, picture_url
+from ..explaining.html import colored_words, heat_map_url, picture_url, sound_colors
 from ..explaining.plotting import text_color
 from .answered import Answered, answers_to, confusion, most_confident_errors, worst
 
@@ -127,6 +127,7 @@ class _Drawn:
         # What cannot be explained is shown all the same.
         self.problem, explanation = "", None
         self.pictures: list[tuple[str, Optional[str]]] = []
+        self.sounds: list[tuple[float, list[str]]] = []
         try:
             explanation = explain(model, processor, parts, answered.task, method)
         except ValueError as error:
@@ -143,6 +144,7 @@ class _Drawn:
             self.answer = shown(explanation.answer)
         self.words = colored_words(explanation)
         self.pictures = [(picture_url(image.image), heat_map_url(explanation, image)) for image in explanation.images]
+        self.sounds = [(sound.seconds, sound_colors(explanation, sound)) for sound in explanation.sounds]
 
 
 def shown(value: Any) -> str:
@@ -159,11 +161,7 @@ def _of_ablation(ablation: Optional[Ablation]) -> Optional[dict[str, Any]]:
     buffer = io.BytesIO()
     ablation.plot().savefig(buffer, format="png", dpi=110)
     tables = [
-        [
-            [cell.strip() for cell in line.strip().strip("|").split(" | ")]
-            for line in table.splitlines()
-            if "---" not in line
-        ]
+        [_cells(line) for line in table.splitlines() if "---" not in line]
         for table in ablation.to_markdown().split("\n\n")
     ]
     return {"figure": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", "tables": tables}

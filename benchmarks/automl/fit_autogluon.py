@@ -1,4 +1,4 @@
-"""AutoGluon on the emoji data; see ours.py, which says how to run it."""
+"""AutoGluon on the emoji data; see fit_mm_transformers.py, which says how to run it."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ def main() -> None:
         column_types={"text": "text", "image": "image_bytearray"},
         hyperparameters={
             "model.names": ["clip"],
-            "model.clip.checkpoint_name": str(args.encoders),
+            "model.clip.checkpoint_name": str(args.encoders / "clip"),
             "model.clip.train_transforms": ["resize_shorter_side", "center_crop"],
             "model.clip.max_text_len": 32,
             "optim.max_epochs": args.epochs,
