@@ -48,10 +48,9 @@ def table(lines: list[dict[str, Any]]) -> str:
         for way, value in line["values"].items():
             ratio, (low, high) = line["ratio"][way], line["spread"][way]
             is_baseline = way == line["baseline"]
-            spread = f"{low:.2f} to {high:.2f}" if not is_baseline and line["turns"] > 1 else ""
-            rows.append(
-                f"| {what} | {way} | {shown(value, line['unit'])} | {1 if is_baseline else f'{ratio:.2f}'} | {spread} |"
-            )
+            spread = f"{as_ratio(low)} to {as_ratio(high)}" if not is_baseline and line["turns"] > 1 else ""
+            told = "1" if is_baseline else as_ratio(ratio)
+            rows.append(f"| {what} | {way} | {shown(value, line['unit'])} | {told} | {spread} |")
             what = ""
     machines = sorted({line["machine"] for line in lines})
     versions = sorted({", ".join(f"{k} {v}" for k, v in line["versions"].items()) for line in lines})
@@ -73,6 +72,10 @@ def shown(value: float, unit: str) -> str:
     if unit == "s":
         return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
     return f"{value:,.0f} MB" if unit == "MB" else f"{value:.3g} {unit}"
+
+
+def as_ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
 
 
 def plot(lines: list[dict[str, Any]], name: str) -> str:

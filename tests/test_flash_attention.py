@@ -64,7 +64,9 @@ def test_answers_and_gradients_are_those_of_plain_attention(flash, kind, reducti
         model.config._attn_implementation_internal = implementation
         model.zero_grad()
         logits = model(**inputs).logits
-        sum((values * torch.linspace(-1, 1, values.numel()).view_as(values)).sum() for values in logits.values()).backward()
+        sum(
+            (values * torch.linspace(-1, 1, values.numel()).view_as(values)).sum() for values in logits.values()
+        ).backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         found[implementation] = logits, gradients
     (expected, expected_gradients), (logits, gradients) = found.values()
@@ -72,7 +74,9 @@ def test_answers_and_gradients_are_those_of_plain_attention(flash, kind, reducti
         torch.testing.assert_close(logits[name], values, atol=1e-5, rtol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_only_keys_that_may_be_seen_are_read(flash, monkeypatch):

@@ -6,9 +6,10 @@ import shutil
 import pytest
 from PIL import Image
 from test_report import Page
-from tiny import make_image, make_model, make_processor
+from tiny import make_feature_extractor, make_image, make_image_processor, make_model, make_processor, make_tokenizer
 
-from mm_transformers.cli.page import answers_as_html, load_page, make_page
+from mm_transformers import MMTransformerProcessor
+from mm_transformers.cli.page import answers_as_html, demo_examples, load_page, make_page
 from mm_transformers.sharing.space import write_space
 
 
@@ -37,7 +38,7 @@ def test_answers_with_and_without_the_picture():
         ({}, ["topic"], "There is nothing to answer yet: give a text or a picture."),
         ({"text": "   "}, ["topic"], "There is nothing to answer yet"),
         (ROW, [], "Tick at least one task."),
-        ({"image": __file__}, ["topic"], "is not an image that Pillow can read"),
+        ({"image": __file__}, ["topic"], "image 'test_page.py' is not an image that Pillow can read"),
         ({"text": "x", "image": "missing.png"}, ["topic"], "does not exist"),
     ],
 )
@@ -89,7 +90,9 @@ def browser():
     if chromium is None:
         pytest.skip("needs chromium")
     with playwright.sync_playwright() as run:
-        opened = run.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        # A microphone that beeps, and may be used without asking.
+        microphone = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        opened = run.chromium.launch(executable_path=chromium, args=["--no-sandbox", *microphone])
         yield opened
         opened.close()
 
@@ -141,6 +144,56 @@ def test_from_typing_to_heat_map(address, browser, width, tmp_path):
     assert not elsewhere
     assert not problems
     page.close()
+
+
+def test_from_the_microphone_to_what_was_heard(browser, tmp_path):
+    pytest.importorskip("gradio")
+    from mm_transformers.cli.page import launch_options
+
+    processor = MMTransformerProcessor(make_image_processor(), make_tokenizer(), make_feature_extractor())
+    served = make_page(make_model(audio="wav2vec2"), processor, "sound")
+    _, address, _ = served.launch(prevent_thread_lock=True, server_name="127.0.0.1", **launch_options())
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    problems = []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(address)
+    page.get_by_label("Record audio").click()
+    page.get_by_role("button", name="Record", exact=True).click()
+    page.wait_for_timeout(1200)
+    page.get_by_role("button", name="Stop", exact=True).first.click()
+    page.get_by_label("Play", exact=False).first.wait_for()
+    answer = page.get_by_role("button", name="Answer", exact=True)
+    answer.click()
+    card = page.locator("section[data-task=topic]")
+    card.wait_for()
+    heard = card.get_by_role("img", name="The sound, ")
+    colors = heard.locator("i").evaluate_all("parts => parts.map(part => part.style.background)")
+    assert len(colors) > 20
+    assert len(set(colors)) > 1, "beeps and silence do not count alike"
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing hangs over the edge"
+    assert not problems
+
+    (tmp_path / "broken.wav").write_bytes(b"no sound")
+    page.get_by_label("Clear").last.click()
+    page.get_by_label("Upload file").last.click()
+    with page.expect_response(lambda response: "/upload" in response.url):
+        page.locator("input[type=file]").last.set_input_files(tmp_path / "broken.wav")
+    answer.click()
+    message = page.locator("[role=alert]")
+    message.wait_for()
+    assert "broken.wav" in message.inner_text()
+    page.close()
+    served.close()
+
+
+def test_examples_turn_the_sentiment_by_the_picture(tmp_path):
+    examples = demo_examples(tmp_path)
+    assert len(examples) == 6
+    assert all(Image.open(picture).size == (256, 256) for _, picture in examples)
+    texts = [text for text, _ in examples]
+    assert texts[0] == texts[1] != texts[2] == texts[3]
+    assert len({picture for _, picture in examples}) == 6
 
 
 def local(url: str, address: str) -> bool:

@@ -55,17 +55,25 @@ def main() -> None:
     parser.add_argument("--fusion_type", default="cross_attention")
     parser.add_argument("--num_fusion_layers", type=int, default=1)
     parser.add_argument("--text_dropout", type=float, default=0.2, help="modality dropout of the keyword")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of the fusion and the task layer")
+    parser.add_argument("--gates", type=float, default=0.0, help="alpha of all gates at the start; 0 is closed")
     args = parser.parse_args()
     data = datasets.load_dataset(str(args.data_dir))
     encoders = make_encoders(args.encoders, args.towers, data["train"]["text"])
     tasks = [Classification("group", labels=sorted(set(data["train"]["group"])))]
     curve = Curve()
     torch.manual_seed(0)
+    model = MMTransformerForMultiTask.from_encoders(
+        **encoders, tasks=tasks, initializer_range=0.1, num_fusion_layers=args.num_fusion_layers,
+        fusion_type=args.fusion_type, modality_dropout={"text": args.text_dropout}, fusion_dropout=args.dropout,
+        classifier_dropout=args.dropout,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate_alpha"):
+                parameter.fill_(args.gates)
     trainer = MMTrainer(
-        MMTransformerForMultiTask.from_encoders(
-            **encoders, tasks=tasks, initializer_range=0.1, num_fusion_layers=args.num_fusion_layers,
-            fusion_type=args.fusion_type, modality_dropout={"text": args.text_dropout},
-        ),
+        model,
         MMTrainingArguments(
             str(args.output.with_suffix("")), num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
             per_device_eval_batch_size=128, learning_rate=args.learning_rate, lr_scheduler_type="cosine",

@@ -123,7 +123,11 @@ def answers_as_html(model: Any, processor: Any, row: dict[str, Any], tasks: Sequ
             _card(model, processor, row, task, {name: one[task] for name, one in answered.items()}) for task in names
         ]
     except (ValueError, ImportError) as error:
-        return render_page([], str(error).removeprefix("Row 0: "), kinds)
+        told = str(error).removeprefix("Row 0: ")
+        for kind, part in row.items():
+            if kind != "text":  # where the server keeps what it was given is nobody's business
+                told = told.replace(str(part), Path(str(part)).name)
+        return render_page([], told, kinds)
     return render_page(cards, "", kinds)
 
 
