@@ -233,7 +233,7 @@ def demo_examples(folder: Path, num_texts: int = 3) -> list[list[str]]:
     by_text: dict[str, dict[str, Any]] = {}
     for row in load_demo_dataset(1, 1, len(GRID), image_size=_EXAMPLE_SIZE)["test"]:
         by_text.setdefault(row["text"], {}).setdefault(row["sentiment"], row["image"])
-    examples = []
+    examples: list[list[str]] = []
     for text, pictures in [(text, found) for text, found in by_text.items() if len(found) > 1][:num_texts]:
         for picture in list(pictures.values())[:2]:
             examples.append([text, str(folder / f"{len(examples)}.png")])

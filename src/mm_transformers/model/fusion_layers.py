@@ -48,7 +48,7 @@ class PackedKeys(NamedTuple):
         """`mask` (batch, num_keys) bool: True where a key may be seen, at least once in each row."""
         batch, num_keys = mask.shape
         ends = nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-        lengths = {
+        lengths: dict[str, torch.Tensor | int] = {
             "cu_seq_lens_q": torch.arange(batch + 1, device=mask.device, dtype=torch.int32) * num_queries,
             "cu_seq_lens_k": ends.to(torch.int32),
             "max_length_q": num_queries,
