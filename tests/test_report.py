@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from test_trainer import make_rows
-from tiny import make_model, make_processor
+from tiny import make_clip, make_feature_extractor, make_image_processor, make_model, make_processor, make_tokenizer
 
-from mm_transformers import MMDataCollator, Regression
-from mm_transformers.analysis import ablate
+from mm_transformers import MMDataCollator, MMTransformerProcessor, Regression
+from mm_transformers.analysis import ablate, explain
 from mm_transformers.analysis.report import write_report
 from mm_transformers.analysis.report.answered import answers_to, confusion, most_confident_errors, worst
 
@@ -106,3 +106,23 @@ def test_other_kinds_and_rows_without_labels(tmp_path):
     with pytest.raises(ValueError, match="row 1"):
         write_report(tmp_path / "other.html", model, make_processor(), [{"text": "a"}, {"text": None}])
     assert not (tmp_path / "other.html").exists()
+
+
+def test_sounds_are_drawn_as_they_are_relevant(tmp_path):
+    """One strip per clip, as many parts as steps, the most relevant one the darkest."""
+    model = make_model(audio="wav2vec2", seed=1)
+    processor = MMTransformerProcessor(make_image_processor(), make_tokenizer(), make_feature_extractor())
+    rows = [
+        {"text": "a cat", "image": None, "audio": {"array": make_clip(0.05), "sampling_rate": 16_000}, "topic": "food"}
+    ]
+    path = tmp_path / "report.html"
+    write_report(path, model, processor, rows, tasks=["topic"], num_examples=1)
+    page = path.read_text()
+    assert not Page(page).open
+    strip = re.search(r'<div class="sound" role="img" aria-label="Sound of 0.[01] seconds[^>]*>(.*?)</div>', page)[1]
+    colors = re.findall(r"background:(#\w{6})", strip)
+    steps = explain(model, processor, rows[0], "topic").sounds[0].steps
+    assert len(colors) == len(steps) > 20
+    darkness = [-sum(bytes.fromhex(color[1:])) for color in colors]
+    assert darkness[int(steps.argmax())] == max(darkness)
+    assert darkness[int(steps.argmin())] == min(darkness)
