@@ -81,8 +81,8 @@ def test_exchanged_rows_by_hand(model):
     rng = np.random.default_rng(SEED)
     order = rng.permutation(NUM_ROWS)
     moved = {"text": [], "image": []}
-    for start in range(0, NUM_ROWS, 10):
-        window = [rows[i] for i in order[start : start + 10]]
+    for numbers in np.array_split(order, -(-NUM_ROWS // 10)):
+        window = [rows[i] for i in numbers]
         for column in ("text", "image"):
             present = np.array([bool(row[column]) if column == "text" else row[column] is not None for row in window])
             source = exchanged(present, rng)

@@ -42,7 +42,7 @@ def explain_rows(
     check_tasks(model, tasks)
     ablation = None
     if with_ablation:
-        ablation = ablate(model, collator.processor, rows, collator=collator, batch_size=batch_size)
+        ablation = ablate(model, collator.processor, rows, tasks, collator, batch_size=batch_size)
         print_ablation(ablation)
     title = f"{Path(model_name).name} on {file.name}"
     write_report(
@@ -72,7 +72,10 @@ def explain_one(
     names = check_tasks(model, tasks)
     if len(names) > 1:
         raise ValueError(f"Say which task is to be explained: --task, one of {', '.join(names)}.")
-    explanation = explain(model, processor, row, names[0], method, answer, word)
+    told: Any = answer
+    if answer is not None and model.tasks[names[0]].kind == "matching":
+        told = {"true": True, "yes": True, "false": False, "no": False}.get(answer.lower(), answer)
+    explanation = explain(model, processor, row, names[0], method, told, word)
     with write_atomically(output) as file:
         if output.suffix == ".json":
             file.write((json.dumps(explanation.to_dict(), indent=2) + "\n").encode())

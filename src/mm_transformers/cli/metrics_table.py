@@ -7,6 +7,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from ..analysis import Ablation
+from ..training.metrics import task_of_metric
 
 
 def print_metrics(
@@ -24,8 +25,7 @@ def print_metrics(
     for split, values in metrics.items():
         for name, value in values.items():
             name = name.removeprefix(f"{prefixes[split]}_")
-            # The longest, for a task may be called as another with something behind it.
-            task = max((task for task in tasks if name.startswith(f"{task}_")), key=len, default=None)
+            task = task_of_metric(name, tasks)
             if task is not None:
                 rows.setdefault((task, name.removeprefix(f"{task}_")), {})[split] = value
             elif name == "loss":

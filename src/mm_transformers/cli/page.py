@@ -168,11 +168,12 @@ def _shown(kind: Any, answer: Any) -> str:
         return ", ".join(one["label"] for one in answer) or "nothing"
     if "labels" in answer:
         return ", ".join(answer["labels"]) or "none of the labels"
-    first = next(iter(answer.values()))
+    first, score = next(iter(answer.values())), answer.get("score")
     if isinstance(first, bool):
-        first = "yes" if first else "no"
+        # The score is the probability of a match.
+        first, score = ("yes", score) if first else ("no", None if score is None else 1 - score)
     told = f"{first:.3g}" if isinstance(first, float) else str(first)
-    return f"{told} ({100 * answer['score']:.0f}%)" if "score" in answer else told
+    return told if score is None else f"{told} ({100 * score:.0f}%)"
 
 
 def _bars(model: Any, processor: Any, row: dict[str, Any], kind: Any) -> list[tuple[str, float]]:

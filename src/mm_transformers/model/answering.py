@@ -8,6 +8,11 @@ from typing import Any, Optional
 import torch
 
 
+def unwrapped(model: Any) -> Any:
+    """The model itself, of one that PEFT has wrapped; its adapters stay in it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def check_tasks(model: Any, tasks: Optional[Sequence[str]]) -> list[str]:
     """
     The names of the tasks, or of all.

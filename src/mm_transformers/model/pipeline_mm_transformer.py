@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
-from .answering import answer_batch, check_tasks
+from .answering import answer_batch, check_tasks, unwrapped
 from .processing_mm_transformer import as_list
 from .task_base import is_null
 from .task_token_classification import split_words
@@ -55,6 +55,7 @@ class MultimodalPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.model: Any = unwrapped(self.model)
         if not hasattr(self.model, "tasks"):
             raise ValueError(
                 f"The multimodal pipeline needs a model with tasks, MMTransformerForMultiTask, but got a "

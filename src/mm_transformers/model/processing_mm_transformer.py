@@ -313,7 +313,7 @@ class MMTransformerProcessor(ProcessorMixin):
                 f"{name} lasts {1000 * len(waveform) / rate:.1f} ms, less than the "
                 f"{1000 * SHORTEST_CLIP:.0f} ms that audio encoders listen to at a time"
             )
-        longest = _longest_clip(self.feature_extractor)
+        longest = self.longest_clip
         if longest is not None and len(waveform) > longest and "audio" not in self._warned:
             self._warned.add("audio")
             logger.warning(
@@ -321,6 +321,14 @@ class MMTransformerProcessor(ProcessorMixin):
                 "audio encoder takes; further ones are cut without a warning."
             )
         return waveform
+
+    @property
+    def longest_clip(self) -> Optional[int]:
+        """How many samples the audio encoder takes; what comes after is cut off. `None` if there is no limit."""
+        extractor = self.feature_extractor
+        if getattr(extractor, "max_length", None) is not None:  # of AST, in frames of 10 ms
+            return extractor.max_length * extractor.sampling_rate // 100
+        return getattr(extractor, "n_samples", None)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -345,13 +353,6 @@ class _Distinct:
             self.items.append(load())
             self._numbers[key] = len(self.items) - 1
         return self._numbers[key]
-
-
-def _longest_clip(extractor) -> Optional[int]:
-    """How many samples the audio encoder takes; `None` if there is no limit."""
-    if getattr(extractor, "max_length", None) is not None:  # of AST, in frames of 10 ms
-        return extractor.max_length * extractor.sampling_rate // 100
-    return getattr(extractor, "n_samples", None)
 
 
 def _padded(rows: list[list[int]]) -> torch.Tensor:

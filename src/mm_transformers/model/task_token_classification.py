@@ -109,11 +109,22 @@ class TokenClassification(Task):
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, list[Any]]:
-        """The sum over the tokens of the logit of a label, the same for all; by default of the highest of each."""
+        """
+        The sum over the tokens of the logit of a label, the same for all, or of those of a list with one for each; by
+        default of the highest of each.
+        """
         tokens = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if places is None else places
         ids = logits.argmax(-1)
         for row, answer in enumerate(answers):
-            if answer is not None:
+            if isinstance(answer, (list, tuple)):
+                if len(answer) != int(tokens[row].sum()):
+                    raise ValueError(
+                        f"Task {self.name!r}: the answer has {len(answer)} labels for {int(tokens[row].sum())} words; "
+                        "give one label for all, or one for each."
+                    )
+                found = [label_id(self.name, self.labels, label) for label in answer]
+                ids[row, tokens[row]] = torch.tensor(found, dtype=torch.int64, device=ids.device)
+            elif answer is not None:
                 ids[row] = label_id(self.name, self.labels, answer)
         scores = (logits.gather(-1, ids[..., None])[..., 0] * tokens).sum(-1)
         chosen = [[self.labels[i] for i in row[shown].tolist()] for row, shown in zip(ids, tokens, strict=True)]

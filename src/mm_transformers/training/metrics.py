@@ -1,7 +1,7 @@
 """Metrics that run offline, and the `compute_metrics` function that applies them to every task."""
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -165,6 +165,11 @@ METRICS: Mapping[str, type[ArrayMetric | TextMetric | RetrievalRecall]] = Mappin
 
 # How the names of metrics end that are the better the smaller they are.
 LESS_IS_BETTER = ("loss", "mae", "mse")
+
+
+def task_of_metric(metric: str, tasks: Iterable[str]) -> str | None:
+    """The task that `{task}_{metric}` belongs to: the longest, for one may be called as another with more behind it."""
+    return max((task for task in tasks if metric.startswith(f"{task}_")), key=len, default=None)
 
 
 class MultiTaskMetrics:

@@ -1,6 +1,5 @@
 """`ablate`: what each modality is good for."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
@@ -12,11 +11,11 @@ from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat
 
 from ...data.collator import MMDataCollator
-from ...model.answering import check_tasks
+from ...model.answering import check_tasks, unwrapped
 from ...model.modeling_outputs import MMTransformerModelOutput
-from ...model.task_base import is_missing
+from ...model.task_base import as_scalar, is_null
 from ...model.tasks import Task
-from ...training.metrics import MultiTaskMetrics
+from ...training.metrics import LESS_IS_BETTER, MultiTaskMetrics
 from .calibration import Calibration, calibration
 from .contributions import additive_projection, perceptual_score, shapley_values, subsets
 from .results import Ablation, Contribution, main_metric
@@ -79,6 +78,7 @@ def ablate(
     >>> ablation.plot().savefig("ablation.png")
     ```
     """
+    model = unwrapped(model)
     modalities = ["text", *model.config.modalities]
     if len(modalities) < 2:
         raise ValueError("The model reads text alone, so there is nothing to leave out.")
@@ -95,14 +95,16 @@ def ablate(
     was_training = model.training
     model.eval()
     try:
-        for start in tqdm(range(0, len(rows), batch_size), desc="ablate", disable=len(rows) <= 4 * batch_size):
-            batch = collator([rows[int(i)] for i in order[start : start + batch_size]])
-            scores.add(send_to_device(batch, model.device), rng, num_permutations, num_additive_rows - start)
+        # Of nearly the same size, since a batch of one row has no other to exchange anything with.
+        batches = np.array_split(order, -(-len(rows) // batch_size))
+        for numbers in tqdm(batches, desc="ablate", disable=len(batches) <= 4):
+            batch = collator([rows[int(i)] for i in numbers])
+            scores.add(send_to_device(batch, model.device), rng, num_permutations, num_additive_rows)
     finally:
         model.train(was_training)
     compute_metrics = compute_metrics or MultiTaskMetrics(model.config, processor)
-    columns = {name: [rows[int(i)][name] for i in order] for name in slices}
-    return scores.result(compute_metrics, _majority(rows, model.tasks), columns)
+    columns = {name: [_slice_name(rows[int(i)].get(name)) for i in order] for name in slices}
+    return scores.result(compute_metrics, columns)
 
 
 class _Scores:
@@ -119,7 +121,9 @@ class _Scores:
         # What is missing or exchanged in a variant; words have no answer where that is the text.
         self.without_words: set[str] = set()
 
-    def add(self, batch: dict[str, Any], rng: np.random.Generator, num_permutations: int, additive_left: int) -> None:
+    def add(
+        self, batch: dict[str, Any], rng: np.random.Generator, num_permutations: int, num_additive_rows: int
+    ) -> None:
         labels = {
             name: value.cpu() if name in self.wanted else _missing(value.cpu())
             for name, value in batch.pop("labels").items()
@@ -139,6 +143,7 @@ class _Scores:
                 if modality == "text":
                     self.without_words.add(name)
                 self._keep(name, self._answers(rows.with_others(modality, exchanged(present, rng)), labels))
+        additive_left = num_additive_rows - self.num_additive
         if additive_left > 0:
             projected = self._project(rows, min(additive_left, rows.num_rows))
             self.num_additive += len(next(iter(projected.values()), []))
@@ -184,8 +189,7 @@ class _Scores:
     def result(
         self,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]],
-        majority: dict[str, float],
-        columns: dict[str, list[Any]],
+        columns: dict[str, list[str]],
     ) -> Ablation:
         measured = {name: self._metrics(name, compute_metrics) for name in self.answers}
         variants = {name: metrics for name, metrics in measured.items() if not name.startswith(_SHUFFLED)}
@@ -197,7 +201,7 @@ class _Scores:
                 variants[name] = {metric: float(np.mean([run[metric] for run in runs])) for metric in runs[0]}
                 spreads[name] = {metric: float(np.std([run[metric] for run in runs])) for metric in runs[0]}
         result = Ablation(
-            variants, spreads, majority, tasks=self.tasks, num_rows=len(self.labels[next(iter(self.tasks))])
+            variants, spreads, self._majority(), tasks=self.tasks, num_rows=len(self.labels[next(iter(self.tasks))])
         )
         self._add_contributions(result, compute_metrics)
         result.calibration = {n: c for n, t in self.tasks.items() if (c := self._calibration(n, t)) is not None}
@@ -206,13 +210,12 @@ class _Scores:
             *dict.fromkeys(subset_name(frozenset(self.modalities) - {m}, self.modalities) for m in self.modalities),
         ]
         for column, cells in columns.items():
-            values = {repr(cell): cell for cell in cells}
             result.slices[column] = {
-                str(value): {
-                    name: self._metrics(name, compute_metrics, np.flatnonzero([repr(cell) == key for cell in cells]))
+                value: {
+                    name: self._metrics(name, compute_metrics, np.flatnonzero([cell == value for cell in cells]))
                     for name in shown
                 }
-                for key, value in values.items()
+                for value in dict.fromkeys(cells)
             }
         return result
 
@@ -230,18 +233,19 @@ class _Scores:
         everything = frozenset(self.modalities)
         additive = self._additive_metrics(compute_metrics)
         for name in self.tasks:
-            metric = main_metric(name, result.variants[ALL])
+            metric = main_metric(name, result.variants[ALL], self.tasks)
             worths = {kept: result.variants[subset_name(kept, self.modalities)] for kept in subsets(self.modalities)}
             if metric is None or any(metric not in worth for worth in worths.values()):
                 continue
             values = shapley_values(self.modalities, lambda kept: worths[kept][metric])  # noqa: B023
             score = worths[everything][metric]
             lost = {
-                modality: perceptual_score(score, shuffled[metric])
+                modality: perceptual_score(score, shuffled[metric], metric.endswith(LESS_IS_BETTER))
                 for modality in self.modalities
                 if (shuffled := result.variants.get(f"{shown_name(modality)} shuffled")) and metric in shuffled
             }
-            own, summed = (metrics.get(metric) for metrics in additive) if additive else (None, None)
+            is_summed = additive is not None and name in self.additive
+            own, summed = (metrics.get(metric) for metrics in additive) if is_summed else (None, None)
             result.contributions[name] = Contribution(metric, values, lost, own, summed)
 
     def _additive_metrics(self, compute_metrics) -> Optional[tuple[dict[str, float], dict[str, float]]]:
@@ -254,6 +258,14 @@ class _Scores:
         of_own, of_sum = (compute_metrics(EvalPrediction(predictions=p, label_ids=labels)) for p in (own, summed))
         return of_own, of_sum
 
+    def _majority(self) -> dict[str, float]:
+        shares = {}
+        for name, task in self.tasks.items():
+            known = self.labels[name][self.labels[name] != -100]
+            if task.kind == "classification" and len(known):
+                shares[name] = int(known.bincount().max()) / len(known)
+        return shares
+
     def _calibration(self, name: str, task: Task) -> Optional[Calibration]:
         if task.kind not in ("classification", "token_classification"):
             return None
@@ -262,6 +274,8 @@ class _Scores:
         if not labelled.any():
             return None
         confidences, chosen = logits[labelled].softmax(-1).max(-1)
+        if not confidences.isfinite().all():
+            return None
         return calibration(confidences.numpy(), (chosen == labels[labelled]).numpy())
 
 
@@ -292,12 +306,5 @@ def _select(values: Any, rows: np.ndarray) -> Any:
     return {name: _select(v, rows) if isinstance(v, Mapping) else v[rows] for name, v in values.items()}
 
 
-def _majority(rows: Any, tasks: Mapping[str, Task]) -> dict[str, float]:
-    shares = {}
-    for name, task in tasks.items():
-        if task.kind == "classification":
-            column = rows[task.column] if hasattr(rows, "column_names") else [row.get(task.column) for row in rows]
-            cells = [cell for cell in column if not is_missing(cell)]
-            if cells:
-                shares[name] = Counter(cells).most_common(1)[0][1] / len(cells)
-    return shares
+def _slice_name(cell: Any) -> str:
+    return "(none)" if is_null(cell) else str(as_scalar(cell))

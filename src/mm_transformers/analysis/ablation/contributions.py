@@ -34,12 +34,13 @@ def shapley_values(names: Sequence[str], worth: Callable[[frozenset[str]], float
     return values
 
 
-def perceptual_score(score: float, shuffled: float) -> float:
+def perceptual_score(score: float, shuffled: float, less_is_better: bool = False) -> float:
     """
-    How much of a score is lost when a modality is that of another row, as a share of the score (Gat et al. 2021,
+    How much worse a score becomes when a modality is that of another row, as a share of the score (Gat et al. 2021,
     https://arxiv.org/abs/2110.14375, normalised by the model's own score); 0 if there was none to lose.
     """
-    return (score - shuffled) / score if score else 0.0
+    lost = shuffled - score if less_is_better else score - shuffled
+    return lost / abs(score) if score else 0.0
 
 
 def additive_projection(logits: torch.Tensor) -> torch.Tensor:

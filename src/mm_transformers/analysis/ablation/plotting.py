@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .results import Ablation
 
 
+_FROM_0_TO_100 = ("bleu", "chrf")
+
+
 def plot_ablation(ablation: "Ablation") -> Figure:
     tasks = list(ablation.contributions)
     height = 2.6 * (1 + bool(ablation.calibration)) + 0.5
@@ -28,23 +31,32 @@ def plot_ablation(ablation: "Ablation") -> Figure:
     return figure
 
 
+def _scale(metric: str) -> float:
+    """What brings a metric to the scale of the others, 0 to 1."""
+    return 0.01 if metric.endswith(_FROM_0_TO_100) else 1.0
+
+
+def _label(metric: str) -> str:
+    return metric.replace("_", " ") + (" / 100" if _scale(metric) != 1 else "")
+
+
 def _draw_scores(axes: Any, ablation: "Ablation", tasks: list[str]) -> None:
     variants = list(ablation.variants)
     width = 0.8 / max(len(variants), 1)
     colors = color_sequences["tab10"]
     for number, variant in enumerate(variants):
         metrics = [ablation.contributions[task].metric for task in tasks]
-        values = [ablation.variants[variant].get(metric, np.nan) for metric in metrics]
-        spreads = [ablation.spreads.get(variant, {}).get(metric, 0.0) for metric in metrics]
+        values = [ablation.variants[variant].get(metric, np.nan) * _scale(metric) for metric in metrics]
+        spreads = [ablation.spreads.get(variant, {}).get(metric, 0.0) * _scale(metric) for metric in metrics]
         places = np.arange(len(tasks)) + (number - (len(variants) - 1) / 2) * width
         color = "#999999" if variant == "nothing" else colors[number % 10]
         axes.bar(places, values, width * 0.92, yerr=spreads if any(spreads) else None, label=variant, color=color)
     for place, task in enumerate(tasks):
         if task in ablation.majority:
             axes.hlines(ablation.majority[task], place - 0.45, place + 0.45, colors="black", linestyles="dotted")
-    axes.set_xticks(range(len(tasks)), [ablation.contributions[task].metric.replace("_", " ") for task in tasks])
+    axes.set_xticks(range(len(tasks)), [_label(ablation.contributions[task].metric) for task in tasks])
     axes.set_title("with all inputs, with some, with those of other rows (dotted: majority class)", fontsize=9)
-    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]) * 1.22)
+    axes.set_ylim(min(0.0, axes.get_ylim()[0]), max(1.0, axes.get_ylim()[1]) * 1.22)
     axes.legend(fontsize=7, ncols=len(variants), loc="upper center", columnspacing=1.0, handlelength=1.2)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -52,7 +64,8 @@ def _draw_scores(axes: Any, ablation: "Ablation", tasks: list[str]) -> None:
 def _draw_shapley(axes: Any, ablation: "Ablation", tasks: list[str]) -> None:
     names = list(next(iter(ablation.contributions.values())).shapley) if tasks else []
     for number, name in enumerate(names):
-        values = [ablation.contributions[task].shapley[name] for task in tasks]
+        found = [ablation.contributions[task] for task in tasks]
+        values = [one.shapley[name] * _scale(one.metric) for one in found]
         places = np.arange(len(tasks)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
         axes.barh(places, values, 0.74 / len(names), label=shown_name(name), color=color_sequences["Set2"][number])
     axes.set_yticks(range(len(tasks)), tasks)

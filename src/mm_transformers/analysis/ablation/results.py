@@ -1,11 +1,13 @@
 """What an ablation has found, as values, tables and a figure."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
 from ...model.tasks import Task
 from ...training.card.sections import markdown_table
+from ...training.metrics import task_of_metric
 from .calibration import Calibration
 from .views import shown_name
 
@@ -58,8 +60,8 @@ class Ablation:
     num_rows: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
+        """Plain values, for JSON; `None` where there is no number."""
+        found = {
             "num_rows": self.num_rows,
             "variants": self.variants,
             "spreads": self.spreads,
@@ -68,6 +70,7 @@ class Ablation:
             "calibration": {name: value._asdict() for name, value in self.calibration.items()},
             "slices": self.slices,
         }
+        return _without_nan(found)
 
     def to_markdown(self) -> str:
         """Tables: each task in its main metric, what each modality contributes, calibration, slices."""
@@ -86,7 +89,7 @@ class Ablation:
     def _scores_table(self) -> str:
         rows = []
         for name in self.tasks:
-            metric = main_metric(name, next(iter(self.variants.values())))
+            metric = main_metric(name, next(iter(self.variants.values())), self.tasks)
             if metric is not None:
                 shown = [self._shown(variant, metric) for variant in self.variants]
                 majority = f"{self.majority[name]:.3f}" if name in self.majority else ""
@@ -118,15 +121,23 @@ class Ablation:
         rows = []
         for value, variants in values.items():
             for task in self.tasks:
-                metric = main_metric(task, variants[next(iter(variants))])
+                metric = main_metric(task, variants[next(iter(variants))], self.tasks)
                 if metric is not None:
                     rows.append([value, task, *(f"{m[metric]:.3f}" if metric in m else "" for m in variants.values())])
         return markdown_table([column, "task", *next(iter(values.values()))], rows)
 
 
-def main_metric(task: str, measured: Mapping[str, float]) -> Optional[str]:
+def main_metric(task: str, measured: Mapping[str, float], tasks: Iterable[str]) -> Optional[str]:
     """The name of the metric by which a task is told; its loss if there is nothing else, `None` without any."""
-    own = [name for name in measured if name.startswith(f"{task}_")]
+    own = [name for name in measured if task_of_metric(name, tasks) == task]
     preferred = [f"{task}_{metric}" for metric in _MAIN_METRICS if f"{task}_{metric}" in own]
     others = [name for name in own if name != f"{task}_loss"]
     return next(iter([*preferred, *others, *own]), None)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

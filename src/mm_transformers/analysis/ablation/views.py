@@ -63,8 +63,8 @@ class EncodedRows:
 
 def exchanged(present: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """
-    For each row the row whose modality it gets: one cycle through those that have it, so that none keeps its own;
-    rows without it stay without.
+    For each row the row whose modality it gets: one cycle through those that have it, so that none keeps its own
+    (but where it is the only one); rows without it stay without.
     """
     cycle = rng.permutation(np.flatnonzero(present))
     rows = np.arange(len(present))

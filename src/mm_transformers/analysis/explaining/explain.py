@@ -1,12 +1,13 @@
 """`explain`: which words, patches and sounds an answer rests on."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import numpy as np
 import torch
 
-from ...model.answering import check_tasks
+from ...model.answering import check_tasks, unwrapped
 from ...model.images import load_image
 from ...model.pipeline_mm_transformer import PARTS, read_rows
 from ...model.processing_mm_transformer import as_clips, as_list
@@ -41,19 +42,20 @@ def explain(
       al. 2021 (https://arxiv.org/abs/2103.15679);
     - `"rollout"`: the attentions of all layers, multiplied (https://arxiv.org/abs/2005.00928); the same for any answer;
     - `"gradient_attention"`: gradient times attention of the last layer of the fusion;
-    - `"attention"`: the attention of that layer;
+    - `"attention"`: the attention of that layer; the same for any answer;
     - `"integrated_gradients"`: no attention at all (https://arxiv.org/abs/1703.01365); needs the extra `explain`, and
       32 times as long;
     - `"random"`: the floor that others must beat.
 
     Encoders whose tokens do not attend to all others (Swin, ConvNeXt, ResNet) are not looked into: their tokens stand
     for the parts of the picture where they lie. Fusions without attention (`late`) and heads that read what the
-    encoders gave ([`Retrieval`]) say by gradient times activation which tokens count.
+    encoders gave ([`Retrieval`]) say by gradient times activation which tokens count, whatever the method.
 
     Args:
         model ([`MMTransformerForMultiTask`]): Is left as it was.
         processor ([`MMTransformerProcessor`]): That of the model.
-        row (`dict`, `str` or a list of these): As [`MultimodalPipeline`] takes them.
+        row (`dict`, `str`, or a list or a data set of these):
+            As [`MultimodalPipeline`] takes them; other keys than those of a row are not looked at.
         task (`str`, *optional*): Whose answer; may be left out if the model has one task.
         method (`str`, *optional*, defaults to `"chefer"`): One of the above.
         answer (*optional*): Label or text to explain, whatever the model says. By default what it says.
@@ -79,11 +81,15 @@ def explain(
     ```
     """
     check_method(method)
+    model = unwrapped(model)
     if task is None and len(model.tasks) > 1:
         raise ValueError(f"Say which task is to be explained: task= one of {', '.join(model.tasks)}.")
     names = check_tasks(model, None if task is None else [task])
+    if word is not None and word < 0:
+        raise ValueError(f"word counts from 0, but is {word}.")
     question = Question(names[0], answer, word, generation_options)
-    rows = list(row) if isinstance(row, (list, tuple)) else [row]
+    is_one = isinstance(row, (str, Mapping))
+    rows = [row] if is_one else [row[i] for i in range(len(row))]
     was_training = model.training
     model.eval()
     try:
@@ -93,13 +99,13 @@ def explain(
             found += _explain_batch(model, processor, batch, question, method, seed + start)
     finally:
         model.train(was_training)
-    return found if isinstance(row, (list, tuple)) else found[0]
+    return found[0] if is_one else found
 
 
 def _explain_batch(
     model: Any, processor: Any, numbered: list[tuple[int, Any]], question: Question, method: str, seed: int
 ) -> list[Explanation]:
-    known = (*PARTS, *(task.column for task in model.tasks.values()))
+    known = _known_keys(model, numbered)
     read = read_rows(numbered, processor, known, wants_words=model.tasks[question.task].is_token_level)
     if "error" in read:
         raise ValueError(read["error"])
@@ -107,7 +113,7 @@ def _explain_batch(
     words = None if read["word_index"] is None else read["word_index"].to(model.device)
     with watched(model) as seen:
         outputs = model.model(**inputs, output_attentions=True)
-        asked = question.ask(model, processor, outputs, read["texts"], words)
+        asked = question.ask(model, processor, outputs, read["texts"], words, first_row=numbered[0][0])
         if method in ATTENTION_METHODS:
             relevance = relevance_of_inputs(seen, outputs, asked.scores, ATTENTION_METHODS[method])
     if method == "random":
@@ -119,6 +125,13 @@ def _explain_batch(
     placing = _Placing(model, processor, inputs, outputs, relevance, seen.maps)
     rows = [row if isinstance(row, Mapping) else {"text": row} for _, row in numbered]
     return [placing.explanation(i, row, question.task, asked, method) for i, row in enumerate(rows)]
+
+
+def _known_keys(model: Any, numbered: list[tuple[int, Any]]) -> list[str]:
+    """Rows of a table have columns that are not looked at; but one that is called nearly as a part is a slip."""
+    keys = {key for _, row in numbered if isinstance(row, Mapping) for key in row}
+    others = [key for key in keys if not difflib.get_close_matches(str(key), PARTS, 1)]
+    return [*PARTS, *(task.column for task in model.tasks.values()), *others]
 
 
 def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -212,7 +225,8 @@ class _Placing:
         found = []
         for clip, values, item in zip(clips, self.relevance["audio"][number], stream.item_index[number], strict=False):
             rate = self.processor.feature_extractor.sampling_rate
-            seconds = len(self.processor.load_audio(clip)) / rate
+            num_samples = len(self.processor.load_audio(clip))
+            seconds = min(num_samples, self.processor.longest_clip or num_samples) / rate
             if stream.token_mask is not None:
                 values = values[stream.token_mask[item].cpu().numpy()]
             if config.model_type == "audio-spectrogram-transformer":

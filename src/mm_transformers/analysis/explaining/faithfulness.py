@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ...model.pipeline_mm_transformer import PARTS, read_rows
+from ...model.answering import check_tasks, unwrapped
+from ...model.pipeline_mm_transformer import read_rows
 from .explain import apart, explain
 
 
@@ -38,7 +39,8 @@ class Faithfulness(NamedTuple):
 
 
 def _area(shares: Sequence[float], curves: np.ndarray) -> float:
-    return float(np.trapezoid(curves.mean(0), shares) / (shares[-1] - shares[0]))
+    heights, widths = curves.mean(0), np.diff(shares)  # by trapezoids, for which NumPy 1 and 2 have different names
+    return float(((heights[:-1] + heights[1:]) / 2 * widths).sum() / widths.sum())
 
 
 def faithfulness(
@@ -66,7 +68,8 @@ def faithfulness(
     Raises:
         ValueError: as [`explain`], or if the task has no labels for the row.
     """
-    kind = model.tasks[task]
+    model = unwrapped(model)
+    kind = model.tasks[check_tasks(model, [task])[0]]
     if kind.kind not in ("classification", "multi_label"):
         raise ValueError(f"faithfulness needs a task that chooses among labels for the whole row; {task!r} does not.")
     explanations = explain(model, processor, list(rows), task, method, batch_size=batch_size, seed=seed)
@@ -77,9 +80,9 @@ def faithfulness(
         for start in range(0, len(rows), batch_size):
             batch = explanations[start : start + batch_size]
             read = read_rows(
-                list(enumerate(rows))[start : start + batch_size],
+                [(i, rows[i]) for i in range(start, min(start + batch_size, len(rows)))],
                 processor,
-                (*PARTS, *(known.column for known in model.tasks.values())),
+                known=None,
                 wants_words=False,
             )
             inputs = {name: value.to(model.device) for name, value in apart(read["tensors"]).items()}

@@ -21,7 +21,7 @@ def colored_words(explanation: Explanation) -> list[tuple[str, str, str]]:
 
 def heat_map_url(explanation: Explanation, image: ImageRelevance) -> str:
     """The picture under its relevance, on a scale that all pictures of the row share."""
-    highest = max(float(other.pixels.max()) for other in explanation.images) or 1.0
+    highest = max([float(other.pixels.max()) for other in explanation.images] + [0.0]) or 1.0
     pixels = heat_map(image.image, image.pixels / highest)
     return picture_url(Image.fromarray((pixels * 255).round().astype(np.uint8)))
 

@@ -9,7 +9,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from .placing import patch_grid
 from .questions import Asked, Question
-from .watching import Seen
+from .watching import Seen, through_frozen_encoders
 
 
 NUM_STEPS = 32
@@ -48,9 +48,10 @@ def integrated_gradients(
             found[name] = torch.zeros(*inputs[index].shape, seen.num_tokens[name])
     for number, row in enumerate(rows):
         starts = tuple(row.varied.values())
-        attributions = IntegratedGradients(row.scores).attribute(
-            starts, row.baselines(), n_steps=NUM_STEPS, internal_batch_size=8
-        )
+        with torch.enable_grad(), through_frozen_encoders(model):
+            attributions = IntegratedGradients(row.scores).attribute(
+                starts, row.baselines(), n_steps=NUM_STEPS, internal_batch_size=8
+            )
         for name, values in zip(row.varied, attributions, strict=True):
             values = values.detach()[0].float().cpu()
             if name == "embeddings":
@@ -70,6 +71,8 @@ class _Row:
     def __init__(self, model, processor, inputs, question, asked, texts, word_index, number: int):
         self.model, self.processor, self.question = model, processor, question
         self.answer, self.text = asked.answers[number], texts[number]
+        if isinstance(self.answer, float):
+            self.answer = None  # a number is what the score is, and not one of several answers
         self.word_index = None if word_index is None else word_index[number : number + 1]
         text_parts = ("input_ids", "attention_mask", "token_type_ids")
         self.fixed = {name: inputs[name][number : number + 1] for name in text_parts if name in inputs}

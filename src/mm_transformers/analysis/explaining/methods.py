@@ -16,12 +16,14 @@ class AttentionMethod(NamedTuple):
         rule: how what was read goes from layer to layer.
         through_encoders: whether the layers of the encoders count, or those of the fusion only.
         counts_itself: whether a token is relevant to itself, before it has read anything.
+        by_gradients: whether it matters which answer is asked about.
     """
 
     weigh: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     rule: Rule
     through_encoders: bool
     counts_itself: bool = True
+    by_gradients: bool = True
 
 
 def mean_over_heads(attention: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -37,9 +39,9 @@ def positive_evidence(attention: torch.Tensor, gradient: torch.Tensor) -> torch.
 ATTENTION_METHODS: Mapping[str, AttentionMethod] = MappingProxyType(
     {
         "chefer": AttentionMethod(positive_evidence, Chefer(), True, counts_itself=False),
-        "rollout": AttentionMethod(mean_over_heads, Rollout(), True),
+        "rollout": AttentionMethod(mean_over_heads, Rollout(), True, by_gradients=False),
         "gradient_attention": AttentionMethod(positive_evidence, LastLayer(), False),
-        "attention": AttentionMethod(mean_over_heads, LastLayer(), False),
+        "attention": AttentionMethod(mean_over_heads, LastLayer(), False, by_gradients=False),
     }
 )
 METHODS = (*ATTENTION_METHODS, "integrated_gradients", "random")

@@ -44,12 +44,14 @@ class Question(NamedTuple):
         texts: list[str],
         word_index: Optional[torch.Tensor],
         answers: Optional[list[Any]] = None,
+        first_row: int = 0,
     ) -> Asked:
         """
         Args:
             outputs: of the encoders and the fusion.
             texts, word_index: of the rows.
             answers: what is known already to be the answers, one per row.
+            first_row: how messages number the first of them.
 
         Raises:
             ValueError: if the task has no such answer, or a row no such word.
@@ -57,29 +59,31 @@ class Question(NamedTuple):
         task = model.tasks[self.task]
         answers = [self.answer] * len(texts) if answers is None else answers
         if task.needs_decoder:
-            return self._ask_written(model, processor, outputs, answers)
+            return self._ask_written(model, processor, outputs, answers, first_row)
         places: Optional[torch.Tensor] = None
         words: list[Optional[str]] = [None] * len(texts)
         if task.is_token_level:
-            places, words = self._places_of_words(texts, word_index)
+            places, words = self._places_of_words(texts, word_index, first_row)
         elif self.word is not None:
             raise ValueError(f"Task {self.task!r} answers for the whole row; leave out the word.")
         scores, found = task.answer_scores(model(encoder_outputs=outputs).logits[self.task], answers, places)
         return Asked(scores, found, words)
 
-    def _places_of_words(self, texts: list[str], word_index: Any) -> tuple[torch.Tensor, list[Any]]:
+    def _places_of_words(self, texts: list[str], word_index: Any, first_row: int) -> tuple[torch.Tensor, list[Any]]:
         if self.word is None:
             return word_index >= 0, [None] * len(texts)
         places = word_index == self.word
         for row in range(len(texts)):
             if not places[row].any():
                 raise ValueError(
-                    f"Row {row} has no word {self.word}: the model reads {int(word_index[row].max()) + 1} words of its "
-                    "text."
+                    f"Row {first_row + row} has no word {self.word}: the model reads {int(word_index[row].max()) + 1} "
+                    "words of its text."
                 )
         return places, [text[slice(*split_words(text)[self.word])] for text in texts]
 
-    def _ask_written(self, model: Any, processor: Any, outputs: MMTransformerModelOutput, answers: list[Any]) -> Asked:
+    def _ask_written(
+        self, model: Any, processor: Any, outputs: MMTransformerModelOutput, answers: list[Any], first_row: int
+    ) -> Asked:
         task, tokenizer = model.tasks[self.task], processor.tokenizer
         if any(answer is None for answer in answers):
             written = model.generate(self.task, outputs, **self.generation_options)
@@ -94,7 +98,7 @@ class Question(NamedTuple):
         if self.word is not None:
             places = torch.zeros_like(labels, dtype=torch.bool)
             for row, row_ids in enumerate(ids):
-                numbers, words[row] = self._written_word(tokenizer, row, row_ids, answers[row])
+                numbers, words[row] = self._written_word(tokenizer, first_row + row, row_ids, answers[row])
                 places[row, numbers] = True
         scores, _ = task.answer_scores(model.read_written(task, outputs, labels), ids, places)
         return Asked(scores, answers, words)

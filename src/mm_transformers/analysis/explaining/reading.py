@@ -60,12 +60,18 @@ def relevance_of_inputs(
             # As in Grad-CAM (https://arxiv.org/abs/1610.02391).
             evidence = _distribution(_by_row((state * gradient).float().sum(-1).clamp(min=0), encoded[name]))
             is_followed = method.through_encoders and bool(seen.encoders.get(name))
+            if is_followed:
+                read = depends
+            elif is_fused and not method.by_gradients:
+                read = torch.where(has_any[:, None], depends, evidence)
+            else:
+                read = evidence
             mixed, itself = relevance.of([name], names), relevance.identity([name])
             if not method.counts_itself:
                 mixed = mixed - itself
                 if not is_followed:
                     found += _read(evidence, itself)
-            found += _read(depends if is_followed else evidence, mixed)
+            found += _read(read, mixed)
         lengths = [relevance.inputs([name]).numel() for name in names]
         parts = dict(zip(names, found.split(lengths, dim=1), strict=True))
         return {

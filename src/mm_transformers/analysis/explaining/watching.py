@@ -63,9 +63,7 @@ def watched(model: Any) -> Iterator[Seen]:
     with ExitStack() as stack:
         stack.enter_context(eager_attention(model))
         stack.enter_context(torch.enable_grad())
-        # A frozen encoder would run without gradients, and one whose weights need none would make no graph.
-        stack.callback(setattr, fused, "_frozen_encoders", fused._frozen_encoders)
-        fused._frozen_encoders = []
+        stack.enter_context(through_frozen_encoders(model))
         hooks = [model.get_input_embeddings().register_forward_hook(_require_gradient)]
         for name in ("text", *fused.config.modalities):
             encoder = fused.encoder(name)
@@ -75,14 +73,27 @@ def watched(model: Any) -> Iterator[Seen]:
         if fused.fusion is not None:
             hooks.append(fused.fusion.register_forward_hook(_remember_fusion(seen)))
         reduction = getattr(fused, "vision_reduction", None)
-        if isinstance(reduction, TokenMerging):
-            hooks.append(reduction.register_forward_hook(_remember_merging(seen)))
-        if isinstance(reduction, Resampler):
-            for layer in reduction.layers:
-                hooks.append(layer.attention.register_forward_hook(_remember_reading(seen)))
+        # Where PEFT trains it as a whole, its copy is inside a wrapper.
+        for part in () if reduction is None else reduction.modules():
+            if isinstance(part, TokenMerging):
+                hooks.append(part.register_forward_hook(_remember_merging(seen)))
+            if isinstance(part, Resampler):
+                for layer in part.layers:
+                    hooks.append(layer.attention.register_forward_hook(_remember_reading(seen)))
         for hook in hooks:
             stack.callback(hook.remove)
         yield seen
+
+
+@contextmanager
+def through_frozen_encoders(model: Any) -> Iterator[None]:
+    """While this is open, gradients go through encoders that are frozen, too, which otherwise run without."""
+    fused, before = model.model, model.model._frozen_encoders
+    fused._frozen_encoders = []
+    try:
+        yield
+    finally:
+        fused._frozen_encoders = before
 
 
 @contextmanager

@@ -43,6 +43,8 @@ def answers_to(
     Raises:
         ValueError: as the collator, if a row cannot be read.
     """
+    was_training = model.training
+    model.eval()
     for start in range(0, len(rows), batch_size):
         batch_rows = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         batch = send_to_device(collator(batch_rows), model.device)
@@ -55,10 +57,13 @@ def answers_to(
             for i, row in enumerate(batch_rows):
                 total, count = task.loss(of_task[i : i + 1], labels[name][i : i + 1])
                 loss = float(total / count) if count > 0 else None
+                if task.compares_rows and not task.needs_mismatches:
+                    loss = None  # which a row by itself has not
                 cell = row.get(task.column)
                 truth = None if loss is None or is_missing(cell) else cell
                 found.append(Answered(start + i, name, *_judged(task, of_task[i], labels[name][i], truth), loss))
         yield found
+    model.train(was_training)
 
 
 def _judged(task: Any, logits: torch.Tensor, label: torch.Tensor, truth: Any) -> tuple[Any, Any, Any, Any]:

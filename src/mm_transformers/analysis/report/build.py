@@ -13,9 +13,7 @@ from tqdm.auto import tqdm
 
 from ...data.collator import MMDataCollator
 from ...data.files import write_atomically
-from ...model.images import load_image
-from ...model.processing_mm_transformer import as_list
-from ...model.task_base import is_null
+from ...model.answering import unwrapped
 from ..ablation.results import Ablation
 from ..explaining.explain import explain
 from ..explaining.explanation import Explanation
@@ -60,7 +58,7 @@ def write_report(
     if len(rows) == 0:
         raise ValueError("There are no rows to report on.")
     collator = collator or MMDataCollator(processor, model.config)
-    model.eval()
+    model = unwrapped(model)
     answers: dict[str, list[Answered]] = {name: [] for name in tasks or model.tasks}
     batches = answers_to(model, collator, rows, batch_size)
     for batch in tqdm(batches, "answering", -(-len(rows) // batch_size), disable=len(rows) <= 4 * batch_size):
@@ -118,12 +116,14 @@ class _Drawn:
 
     def __init__(self, model, processor, collator: MMDataCollator, rows, method: str, answered: Answered):
         self.answered = answered
-        row = rows[answered.number]
-        parts = {"text": collator.text_of(row, True, f"row {answered.number}")}
+        row, where = rows[answered.number], f"row {answered.number}"
+        parts: dict[str, Any] = {"text": collator.text_of(row, True, where)}
+        # As the model was given them: what cannot be read may have been dropped.
         for kind, name in (("images", "image"), ("videos", "video"), ("audio", "audio")):
             column = collator.media.get(kind)
-            if column is not None and not is_null(row.get(column.column)):
-                parts[name] = row[column.column]
+            items = column.read([row], [where])[0][0] if column is not None else []
+            if items:
+                parts[name] = items[0] if kind == "videos" else items
         # What cannot be explained is shown all the same.
         self.problem, explanation = "", None
         self.pictures: list[tuple[str, Optional[str]]] = []
@@ -133,14 +133,14 @@ class _Drawn:
         except ValueError as error:
             self.problem = str(error)
         if explanation is None:
-            self.pictures = [(picture_url(load_image(image)), None) for image in as_list(parts.get("image"))]
+            self.pictures = [(picture_url(image), None) for image in parts.get("image", [])]
         self.words = [(word, *text_color(0)) for word in parts["text"].split()]
         self.answer, self.truth = shown(answered.answer), shown(answered.truth)
         if explanation is not None:
             self._draw(explanation)
 
     def _draw(self, explanation: Explanation) -> None:
-        if self.answered.answer is None:
+        if self.answered.answer is None or self.answered.answer == []:
             self.answer = shown(explanation.answer)
         self.words = colored_words(explanation)
         self.pictures = [(picture_url(image.image), heat_map_url(explanation, image)) for image in explanation.images]
