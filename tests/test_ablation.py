@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,10 +15,16 @@ from PIL import Image
 from test_trainer import make_dataset, make_rows
 from tiny import make_model, make_processor
 
-from mm_transformers import MMDataCollator
+from mm_transformers import Classification, Matching, MMDataCollator, Retrieval
 from mm_transformers.analysis import ablate
 from mm_transformers.analysis.ablation.calibration import calibration
-from mm_transformers.analysis.ablation.contributions import additive_projection, shapley_values, subsets
+from mm_transformers.analysis.ablation.contributions import (
+    additive_projection,
+    perceptual_score,
+    shapley_values,
+    subsets,
+)
+from mm_transformers.analysis.ablation.results import Ablation, Contribution, main_metric
 from mm_transformers.analysis.ablation.views import exchanged
 
 
@@ -231,3 +238,99 @@ def test_a_collator_with_other_columns(model):
     found = ablate(model, make_processor(), rows, collator=collator, num_permutations=1, num_additive_rows=0)
     same = ablate(model, make_processor(), make_rows(8), num_permutations=1, num_additive_rows=0)
     assert found.variants == same.variants
+
+
+def test_cells_of_any_type_are_counted_as_the_labels_they_are(model):
+    rows = [{"text": f"row {i}", "topic": cell} for i, cell in enumerate(["food", 1, "food", None, "animals", -100])]
+    found = ablate(model, make_processor(), rows, num_permutations=1, num_additive_rows=0)
+    assert found.majority["topic"] == 3 / 4
+    numbers = datasets.Dataset.from_list([{"text": f"row {i}", "topic": i % 4 // 2} for i in range(7)])
+    found = ablate(model, make_processor(), numbers.with_format("torch"), num_permutations=1, num_additive_rows=0)
+    assert found.majority["topic"] == 4 / 7
+
+
+def test_slices_of_cells_that_are_missing_or_formatted(model):
+    rows = [{**row, "year": year} for row, year in zip(make_rows(4), [None, 1, "1", math.nan], strict=True)]
+    del rows[3]["year"]
+    rows.append({**make_rows(1)[0], "year": torch.tensor(1)})
+    found = ablate(model, make_processor(), rows, slices=["year"], num_permutations=1, num_additive_rows=0)
+    assert set(found.slices["year"]) == {"(none)", "1"}
+
+
+def test_a_task_may_be_called_as_another_with_more_behind_it():
+    tasks = ["topic", "topic_fine"]
+    measured = {"topic_fine_loss": 1.0, "topic_fine_accuracy": 0.5}
+    assert main_metric("topic", measured, tasks) is None
+    assert main_metric("topic_fine", measured, tasks) == "topic_fine_accuracy"
+    assert main_metric("topic", {**measured, "topic_loss": 2.0}, tasks) == "topic_loss"
+
+
+def test_what_is_lost_is_what_becomes_worse():
+    assert perceptual_score(0.8, 0.6) == pytest.approx(0.25)
+    assert perceptual_score(0.5, 1.0, less_is_better=True) == pytest.approx(1.0)
+    assert perceptual_score(-0.1, 0.0) == pytest.approx(-1.0)
+    assert perceptual_score(0.0, 0.5) == 0.0
+
+
+def test_interaction_is_told_of_tasks_only_for_which_it_was_worked_out():
+    tasks = [Classification("topic", labels=["animals", "food", "travel"]), Retrieval("pairs"), Matching("fits")]
+    model = make_model(tasks=tasks, seed=2)
+    found = ablate(model, make_processor(), make_rows(12), num_permutations=1)
+    assert found.contributions["topic"].additive is not None
+    assert {"pairs", "fits"} <= set(found.contributions)
+    assert found.contributions["pairs"].additive is None
+    assert found.contributions["fits"].additive is None
+
+
+def test_json_has_no_nan_and_a_diverged_model_is_scored_all_the_same(ablation):
+    json.dumps(ablation.to_dict(), allow_nan=False)
+    assert any(count == 0 for count in ablation.calibration["topic"].counts), "the test needs an empty bin"
+    model = make_model()
+    with torch.no_grad():
+        for parameter in model.heads.parameters():
+            parameter.fill_(math.nan)
+    found = ablate(model, make_processor(), make_rows(6), num_permutations=1, num_additive_rows=0)
+    assert "topic" not in found.calibration
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_no_batch_has_a_single_row(model, monkeypatch):
+    sizes = []
+    collator = MMDataCollator(make_processor(), model.config)
+
+    def collate(rows):
+        sizes.append(len(rows))
+        return collator(rows)
+
+    ablate(model, make_processor(), make_rows(9), collator=collate, batch_size=4, num_permutations=1)
+    assert sorted(sizes) == [3, 3, 3]
+
+
+def test_scores_up_to_100_are_drawn_beside_those_up_to_1():
+    variants = {
+        "all": {"german_bleu": 40.0, "rating_pearson": -0.3},
+        "nothing": {"german_bleu": 1.0, "rating_pearson": 0.0},
+    }
+    shapley = {"text": 20.0, "vision": 19.0}
+    found = Ablation(
+        variants,
+        contributions={
+            "german": Contribution("german_bleu", shapley, {}),
+            "rating": Contribution("rating_pearson", {"text": -0.2, "vision": -0.1}, {}),
+        },
+    )
+    scores, contributions = found.plot().axes[:2]
+    heights = sorted(round(bar.get_height(), 6) for bar in scores.patches)
+    assert heights == [-0.3, 0.0, 0.01, 0.4]
+    assert scores.get_ylim()[0] <= -0.3
+    assert max(bar.get_width() for bar in contributions.patches) == pytest.approx(0.2)
+
+
+def test_models_with_adapters(model):
+    peft = pytest.importorskip("peft")
+    rows = make_rows(8)
+    expected = ablate(model, make_processor(), rows, num_permutations=1, num_additive_rows=0)
+    lora = peft.LoraConfig(target_modules=["query"], modules_to_save=model.new_modules)
+    wrapped = peft.get_peft_model(make_model(seed=2), lora)
+    found = ablate(wrapped, make_processor(), rows, num_permutations=1, num_additive_rows=0)
+    assert found.variants["text only"] == pytest.approx(expected.variants["text only"], rel=1e-4)

@@ -7,9 +7,17 @@ import numpy as np
 import pytest
 import torch
 from test_trainer import make_rows
-from tiny import make_clip, make_feature_extractor, make_image_processor, make_model, make_processor, make_tokenizer
+from tiny import (
+    make_clip,
+    make_feature_extractor,
+    make_image,
+    make_image_processor,
+    make_model,
+    make_processor,
+    make_tokenizer,
+)
 
-from mm_transformers import MMDataCollator, MMTransformerProcessor, Regression
+from mm_transformers import MMDataCollator, MMTransformerProcessor, Regression, Retrieval
 from mm_transformers.analysis import ablate, explain
 from mm_transformers.analysis.report import write_report
 from mm_transformers.analysis.report.answered import answers_to, confusion, most_confident_errors, worst
@@ -126,3 +134,34 @@ def test_sounds_are_drawn_as_they_are_relevant(tmp_path):
     darkness = [-sum(bytes.fromhex(color[1:])) for color in colors]
     assert darkness[int(steps.argmax())] == max(darkness)
     assert darkness[int(steps.argmin())] == min(darkness)
+
+
+def test_pictures_that_were_dropped_do_not_stop_the_page(model, tmp_path):
+    processor = make_processor()
+    collator = MMDataCollator(processor, model.config, on_bad_file="drop")
+    rows = [
+        {"text": "a cat", "image": "missing.png", "topic": "food"},
+        {"text": "a dog", "image": make_image(), "topic": None},
+    ]
+    path = tmp_path / "report.html"
+    write_report(path, model.train(), processor, rows, tasks=["topic", "entities"], collator=collator, num_examples=2)
+    assert model.training
+    page = Page(path.read_text())
+    assert "not explained" not in "".join(page.texts)
+    shown = [image["alt"] for image in page.images]
+    assert shown
+    assert not any("row 0" in alt for alt in shown)
+    model.eval()
+
+
+def test_answers_about_words_without_labels_are_shown(model, tmp_path):
+    path = tmp_path / "report.html"
+    write_report(path, model, make_processor(), [{"text": "a cat sat"}], tasks=["entities"])
+    assert re.search(r"Answer: <span[^>]*>(O|NAME), (O|NAME), (O|NAME)<", path.read_text())
+
+
+def test_a_row_by_itself_has_no_loss_of_retrieval(tmp_path):
+    model = make_model(tasks=[Retrieval("pairs", embedding_size=8)])
+    collator = MMDataCollator(make_processor(), model.config)
+    batches = answers_to(model, collator, [{"text": "a", "image": make_image(i)} for i in range(3)], 2)
+    assert [answered.loss for batch in batches for answered in batch] == [None] * 3

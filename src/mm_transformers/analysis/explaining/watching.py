@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...model.fusion_base import AttentionStep
 from ...model.token_reduction import Resampler, TokenMerging
@@ -100,10 +100,11 @@ def through_frozen_encoders(model: Any) -> Iterator[None]:
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """While this is open, attention is computed in the one way that shows its weights."""
     configs: dict[int, Any] = {}
-    waiting = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    # Of all parts, since copies that PEFT trains as a whole have configs of their own.
+    waiting = [getattr(part, "config", None) for part in model.modules()]
     while waiting:
         config = waiting.pop()
-        if config is not None and id(config) not in configs:
+        if isinstance(config, PreTrainedConfig) and id(config) not in configs:
             configs[id(config)] = config
             waiting += [getattr(config, name, None) for name in config.sub_configs]
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
