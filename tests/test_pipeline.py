@@ -1,5 +1,6 @@
 """`pipeline("multimodal")` against the processor, the model and plain arithmetic, for rows of every kind."""
 
+import copy
 import http.server
 import io
 import json
@@ -270,6 +271,14 @@ def test_saved_and_shown(pipe, rows, tmp_path):
 def test_a_model_and_a_processor_at_hand(pipe, rows):
     other = pipeline("multimodal", model=pipe.model, processor=pipe.processor)
     assert_same(other(rows), [reference(pipe, row) for row in rows])
+
+
+def test_a_model_with_adapters(pipe, rows):
+    peft = pytest.importorskip("peft")
+    before = pipe(rows)
+    lora = peft.LoraConfig(target_modules=["query"], modules_to_save=pipe.model.new_modules)
+    wrapped = peft.get_peft_model(copy.deepcopy(pipe.model), lora)  # adapters start as nothing
+    assert_same(MultimodalPipeline(wrapped, processor=pipe.processor)(rows), before)
 
 
 def test_words_with_punctuation_and_words_that_are_cut_off(pipe):

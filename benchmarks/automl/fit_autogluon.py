@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--batch_size", type=int, default=64)
     args = parser.parse_args()
     frames = {}
     for split in ("train", "validation"):
@@ -42,8 +43,8 @@ def main() -> None:
             "optim.val_check_interval": 1.0,
             "optim.patience": 1000,
             "optim.top_k": 1,
-            "env.batch_size": 64,
-            "env.per_gpu_batch_size": 64,
+            "env.batch_size": args.batch_size,
+            "env.per_gpu_batch_size": args.batch_size,
             "env.accelerator": "cpu",
             "env.precision": 32,
             "env.num_workers": 0,

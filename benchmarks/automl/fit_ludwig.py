@@ -47,10 +47,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--batch_size", type=int, default=64)
     args = parser.parse_args()
     folder = args.output.with_suffix("")
     frames = {split: read(args.data_dir, split, folder / "pictures", 64) for split in ("train", "validation")}
     text, vision = (str(args.encoders / "bert-vit" / name) for name in ("text", "vision"))
+    # Ludwig makes pictures 224 pixels large for weights from a folder, so its ViT starts from new ones of its own.
+    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
+    tower = json.loads((Path(vision) / "config.json").read_text())
     config = {
         "input_features": [
             {
@@ -71,7 +75,7 @@ def main() -> None:
             {
                 "name": "image",
                 "type": "image",
-                "encoder": {"type": "vit", "pretrained_model": vision, "trainable": True},
+                "encoder": {"type": "vit", "use_pretrained": False, "trainable": True, **{f: tower[f] for f in fields}},
                 "preprocessing": {"height": 64, "width": 64, "num_channels": 3},
             },
         ],
@@ -79,7 +83,7 @@ def main() -> None:
         "output_features": [{"name": "group", "type": "category"}],
         "trainer": {
             "epochs": args.epochs,
-            "batch_size": 64,
+            "batch_size": args.batch_size,
             "eval_batch_size": 128,
             "learning_rate": args.learning_rate,
             "learning_rate_scheduler": {"decay": "cosine", "warmup_fraction": 0.1},

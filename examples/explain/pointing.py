@@ -122,36 +122,45 @@ def main() -> None:
     parser.add_argument("--vision", choices=["vit", "resnet"], default="vit")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--num_rows", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data, weights and order")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--figure", type=Path, help="folder for pictures of explanations")
     args = parser.parse_args()
     logging.set_verbosity_error()
     disable_progress_bars()
     console = Console(width=120)
-    data = load_pointing_dataset(seed=args.seed)
-    processor = make_processor(list(data["train"]["text"]), languages=())
-    results = {}
+    results: dict = {}
     for kind in args.fusion_types:
-        model, accuracy = train(data, processor, kind, args.vision, args.steps, args.seed)
-        told = ", ".join(f"{task} {100 * value:.1f}%" for task, value in accuracy.items())
-        table = Table(title=f"{kind}, {args.vision}: test accuracy {told}")
-        results[kind] = {"accuracy": accuracy, "methods": {}}
-        for task in TASKS:
-            rows = right_rows(model, processor, data["test"], task, args.num_rows)
-            for method in args.methods:
-                found = measure(model, processor, rows, task, method, args.seed)
-                results[kind]["methods"].setdefault(task, {})[method] = found
-                if not table.columns:
-                    for name in ("task", "method", *found):
-                        table.add_column(name, justify="left" if name in ("task", "method") else "right")
-                table.add_row(task, method, *(f"{value:.3f}" for value in found.values()))
-            if args.figure:
-                args.figure.mkdir(parents=True, exist_ok=True)
-                for number, row in enumerate(rows[:4]):
-                    picture = explain(model, processor, {"text": row["text"], "image": row["image"]}, task).plot()
-                    picture.savefig(args.figure / f"{kind}_{task}_{number}.png", dpi=120)
+        accuracies, measured = [], {(task, method): [] for task in TASKS for method in args.methods}
+        for seed in args.seeds:
+            data = load_pointing_dataset(seed=seed)
+            processor = make_processor(list(data["train"]["text"]), languages=())
+            model, accuracy = train(data, processor, kind, args.vision, args.steps, seed)
+            accuracies.append(accuracy)
+            for task in TASKS:
+                rows = right_rows(model, processor, data["test"], task, args.num_rows)
+                for method in args.methods:
+                    measured[task, method].append(measure(model, processor, rows, task, method, seed))
+                if args.figure and seed == args.seeds[0]:
+                    args.figure.mkdir(parents=True, exist_ok=True)
+                    for number, row in enumerate(rows[:4]):
+                        picture = explain(model, processor, {"text": row["text"], "image": row["image"]}, task).plot()
+                        picture.savefig(args.figure / f"{kind}_{task}_{number}.png", dpi=120)
+        told = ", ".join(f"{task} {100 * np.mean([one[task] for one in accuracies]):.1f}%" for task in TASKS)
+        table = Table("task", "method", title=f"{kind}, {args.vision}: test accuracy {told}")
+        for (task, method), runs in measured.items():
+            if len(table.columns) == 2:
+                for name in runs[0]:
+                    table.add_column(name, justify="right")
+            values = {name: [run[name] for run in runs] for name in runs[0]}
+            spread = [f" ± {np.std(value):.2f}" if len(runs) > 1 else "" for value in values.values()]
+            means = [f"{np.mean(value):.2f}" for value in values.values()]
+            table.add_row(task, method, *(mean + sd for mean, sd in zip(means, spread, strict=True)))
         console.print(table)
+        results[kind] = {
+            "accuracies": accuracies,
+            "methods": [{"task": task, "method": method, "runs": runs} for (task, method), runs in measured.items()],
+        }
         if args.output:
             settings = {name: value for name, value in vars(args).items() if name not in ("output", "figure")}
             args.output.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
