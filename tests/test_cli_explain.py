@@ -8,6 +8,7 @@ from test_trainer import make_rows
 from tiny import make_image, make_model, make_processor
 from typer.testing import CliRunner
 
+from mm_transformers import Matching
 from mm_transformers.cli import app
 
 
@@ -71,6 +72,17 @@ def test_what_is_wrong_is_told(folder, words, said, monkeypatch):
     assert not (folder / "why.png").exists()
 
 
+def test_whether_a_pair_matches_is_asked_in_words(tmp_path):
+    make_model(tasks=[Matching("fits")]).save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    make_image(1).save(tmp_path / "rain.png")
+    row = ("--text", "a cat", "--image", tmp_path / "rain.png", "--output", tmp_path / "why.json")
+    for told, answer in (("yes", True), ("False", False)):
+        run("explain", tmp_path / "model", *row, "--answer", told)
+        assert json.loads((tmp_path / "why.json").read_text())["answer"] is answer
+    assert "must be True or False" in run("explain", tmp_path / "model", *row, "--answer", "maybe", fails=True)
+
+
 def test_evaluation_with_ablation(folder, tmp_path):
     shown = run("evaluate", folder / "model", folder / "rows.jsonl", "--ablate", "--output", tmp_path / "metrics.json")
     assert "Shapley" in shown
@@ -78,6 +90,14 @@ def test_evaluation_with_ablation(folder, tmp_path):
     all_inputs = found["ablation"]["variants"]["all"]
     assert all_inputs["topic_accuracy"] == pytest.approx(found["eval_topic_accuracy"])
     assert (tmp_path / "metrics.png").exists()
+    by_topic = ("--ablate", "--slice", "sentiment", "--output", tmp_path / "sliced.json")
+    assert "positive" in run("evaluate", folder / "model", folder / "rows.jsonl", *by_topic)
+    sliced = json.loads((tmp_path / "sliced.json").read_text())["ablation"]["slices"]["sentiment"]
+    assert set(sliced) >= {"negative", "positive"}
+    said = run("evaluate", folder / "model", folder / "rows.jsonl", "--slice", "sentiment", fails=True)
+    assert "give both" in said
+    said = run("evaluate", folder / "model", folder / "rows.jsonl", "--ablate", "--slice", "origin", fails=True)
+    assert "slices names the column 'origin'" in said
 
 
 def test_a_space_and_a_page_without_a_model(tmp_path, monkeypatch):

@@ -137,6 +137,10 @@ def evaluate(
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Also score with modalities missing or exchanged; drawn beside the output.")
     ] = False,
+    slices: Annotated[
+        list[str] | None,
+        typer.Option("--slice", help="With --ablate: a column; scores also by its values. May be given again."),
+    ] = None,
     batch_size: BatchSize = 32,
     text_column: TextColumn = None,
     image_column: ImageColumn = None,
@@ -152,7 +156,9 @@ def evaluate(
     join_processes()
     with _errors_as_sentences():
         reading = Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file)
-        run_evaluation(model, file, output, batch_size, reading, ablate)
+        if slices and not ablate:
+            raise ValueError("--slice says by which columns --ablate scores: give both.")
+        run_evaluation(model, file, output, batch_size, reading, ablate, slices or ())
     leave_processes()
 
 

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -70,7 +70,13 @@ class Reading:
 
 
 def run_evaluation(
-    model_name: str, file: Path, output: Path | None, batch_size: int, reading: Reading, with_ablation: bool = False
+    model_name: str,
+    file: Path,
+    output: Path | None,
+    batch_size: int,
+    reading: Reading,
+    with_ablation: bool = False,
+    slices: Sequence[str] = (),
 ) -> None:
     """
     Raises:
@@ -84,7 +90,7 @@ def run_evaluation(
             return
         print_metrics({file.name: metrics}, {file.name: "eval"}, list(trainer.fused_model.tasks))
         if with_ablation:
-            ablation = ablation_of(trainer, rows, batch_size)
+            ablation = ablation_of(trainer, rows, batch_size, slices)
             print_ablation(ablation)
             metrics["ablation"] = ablation.to_dict()
             if output is not None:
@@ -97,13 +103,14 @@ def run_evaluation(
             say(f"Wrote {output}.")
 
 
-def ablation_of(trainer: MMTrainer, rows: datasets.Dataset, batch_size: int) -> Ablation:
+def ablation_of(trainer: MMTrainer, rows: datasets.Dataset, batch_size: int, slices: Sequence[str] = ()) -> Ablation:
     """What each modality is good for, as the trainer measures."""
     return ablate(
         trainer.fused_model,
         trainer.data_collator.processor,
         rows,
         collator=trainer.data_collator,
+        slices=slices,
         batch_size=batch_size,
         compute_metrics=trainer.compute_metrics,
     )
