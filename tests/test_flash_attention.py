@@ -7,6 +7,7 @@ stands in for the one that takes sequences of different lengths, with its argume
 import pytest
 import torch
 from tiny import make_image, make_model, make_processor
+from transformers import modeling_flash_attention_utils
 
 
 ROWS = {
@@ -41,11 +42,17 @@ def wanted_options(softmax_scale, is_causal, dropout, max_seqlen_q=None, max_seq
     return {"softmax_scale": softmax_scale, **lengths}
 
 
+def use(monkeypatch, of_different_lengths) -> None:
+    """Puts it in the place of the kernel; releases of transformers differ in what else they look for."""
+    kernels = (attend_all, of_different_lengths, None, None, None)
+    has_paged_options = hasattr(modeling_flash_attention_utils, "_process_with_kvcache_kwargs_fn")
+    functions = (kernels, (wanted_options, None) if has_paged_options else wanted_options)
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda implementation: functions)
+
+
 @pytest.fixture
 def flash(monkeypatch):
-    functions = ((attend_all, attend_in_a_loop, None, None, None), (wanted_options, None))
-    name = "transformers.modeling_flash_attention_utils.lazy_import_flash_attention"
-    monkeypatch.setattr(name, lambda implementation: functions)
+    use(monkeypatch, attend_in_a_loop)
 
 
 @pytest.mark.parametrize("kind", ["cross_attention", "co_attention", "bottleneck", "merged"])
@@ -91,8 +98,6 @@ def test_only_keys_that_may_be_seen_are_read(flash, monkeypatch):
         read.append(len(k))
         return attend_in_a_loop(q, k, v, **options)
 
-    functions = ((attend_all, counting, None, None, None), (wanted_options, None))
-    name = "transformers.modeling_flash_attention_utils.lazy_import_flash_attention"
-    monkeypatch.setattr(name, lambda implementation: functions)
+    use(monkeypatch, counting)
     model(**inputs)
     assert read == [(2 + 1 + 1 + 3) * num_tokens + 1] * model.config.num_fusion_layers
