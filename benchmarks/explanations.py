@@ -5,10 +5,13 @@ evaluating each variant of the rows from the beginning.
     python benchmarks/explanations.py
 """
 
+import tempfile
+
 import datasets
 import torch
 from harness import in_turns, make_model, parser, prepare, report, training_step
 from rows import jpeg, make_picture, make_processor, make_rows
+from transformers import TrainingArguments
 
 from mm_transformers import MMTrainer
 from mm_transformers.analysis import ablate, explain
@@ -38,21 +41,22 @@ def main() -> None:
 
     columns = make_rows(args.rows)
     rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-    trainer = MMTrainer(model, processing_class=processor, eval_dataset=rows)
-    # All, each alone, nothing, and each exchanged so many times: what reading and encoding them anew would take.
+    options = dict(per_device_eval_batch_size=64, report_to=[], disable_tqdm=True, use_cpu=args.device == "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = MMTrainer(model, TrainingArguments(folder, **options), processing_class=processor, eval_dataset=rows)
+    # All, each alone, nothing, and each exchanged so many times: as many evaluations of the rows as they are.
     variants = 4 + 2 * args.permutations
 
     def from_the_beginning() -> None:
         for _ in range(variants):
             trainer.evaluate()
 
-    options = {"num_permutations": args.permutations, "num_additive_rows": 0}
     ways = {
         "each variant from the beginning": from_the_beginning,
-        "ablate": lambda: ablate(model, processor, rows, **options),
+        "ablate": lambda: ablate(model, processor, rows, num_permutations=args.permutations, num_additive_rows=0),
     }
     shapes = {"rows": args.rows, "variants": variants}
-    report("ablation", in_turns(ways, 1, args.device, warmup=0), "each variant from the beginning", args, **shapes)
+    report("ablation", in_turns(ways, 1, args.device), "each variant from the beginning", args, **shapes)
 
 
 if __name__ == "__main__":

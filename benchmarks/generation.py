@@ -31,7 +31,7 @@ def make_model(width: int, layers: int, vocab_size: int, max_length: int) -> MMT
 
 
 def main() -> None:
-    made = parser(__doc__, repeats=5)
+    made = parser(__doc__, size=None, repeats=5)
     made.add_argument("--width", type=int, default=512)
     made.add_argument("--layers", type=int, default=6)
     made.add_argument("--vocab_size", type=int, default=32_000)

@@ -31,7 +31,8 @@ ENCODERS = {
 }
 
 
-def parser(description: str | None, size: str = "small", repeats: int = 9) -> argparse.ArgumentParser:
+def parser(description: str | None, size: str | None = "small", repeats: int = 9) -> argparse.ArgumentParser:
+    """`size=None`: the models of this script have sizes of their own."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--size", choices=ENCODERS, default=size, help="of both encoders")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -86,11 +87,11 @@ def make_labels(model: MMTransformerForMultiTask, rows: int) -> dict[str, torch.
 
 
 def training_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    """Forward and backward, with gradients that are made anew each time."""
+    """Forward and backward, with gradients that are made anew each time, and are gone after it."""
 
     def step() -> None:
-        model.zero_grad(set_to_none=True)
         loss().backward()
+        model.zero_grad(set_to_none=True)
 
     return step
 
@@ -182,10 +183,13 @@ def report(
         shapes: what tells this comparison from others of the same benchmark.
     """
     ratios = {name: [a / b for a, b in zip(each, values[baseline], strict=True)] for name, each in values.items()}
-    quartiles = {name: statistics.quantiles(each, n=4) if len(each) > 1 else each * 3 for name, each in ratios.items()}
+    quartiles = {
+        name: statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
+        for name, each in ratios.items()
+    }
     line = {
         "benchmark": benchmark,
-        "shapes": {"size": args.size, **shapes},
+        "shapes": {**({"size": args.size} if args.size else {}), **shapes},
         "unit": unit,
         "values": {name: float(f"{statistics.median(each):.4g}") for name, each in values.items()},
         "baseline": baseline,

@@ -11,21 +11,28 @@ import sys
 from harness import parser, report
 
 
+# What comes before the clock starts, and what is timed.
 STATEMENTS = {
-    "import transformers": "import transformers",
-    "import transformers, mm_transformers": "import transformers, mm_transformers",
-    "from transformers import AutoModel, PreTrainedModel": "from transformers import AutoModel, PreTrainedModel",
-    "from mm_transformers import MMTransformerForMultiTask": "from mm_transformers import MMTransformerForMultiTask",
+    "import transformers": ("import time", "import transformers"),
+    "import mm_transformers, after it": ("import time, transformers", "import mm_transformers"),
+    "from transformers import AutoModel, PreTrainedModel": (
+        "import time",
+        "from transformers import AutoModel, PreTrainedModel",
+    ),
+    "from mm_transformers import MMTransformerForMultiTask": (
+        "import time",
+        "from mm_transformers import MMTransformerForMultiTask",
+    ),
 }
-TIMED = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+TIMED = "{}; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
 
 
 def main() -> None:
-    args = parser(__doc__, repeats=5).parse_args()
+    args = parser(__doc__, size=None, repeats=5).parse_args()
     seconds: dict[str, list[float]] = {name: [] for name in STATEMENTS}
     for repeat in range(args.repeats + 1):
         for name, statement in STATEMENTS.items():
-            command = [sys.executable, "-c", TIMED.format(statement)]
+            command = [sys.executable, "-c", TIMED.format(*statement)]
             taken = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             if repeat > 0:  # the first time, files are read from the disk
                 seconds[name].append(taken)

@@ -24,7 +24,7 @@ config = MMTransformerConfig(
 MMTransformerForMultiTask(config).to(getattr(torch, dtype)).save_pretrained(folder)
 """
 
-# Pages of the file that are only mapped count once they are touched, so every weight is read.
+# `load_file` only maps the file, so time and memory count once every weight has been read.
 LOAD = """
 import json, resource, sys, time
 import torch
@@ -38,8 +38,8 @@ if how == "load_file":
     tensors = load_file(folder + "/model.safetensors")
 else:
     tensors = MMTransformerForMultiTask.from_pretrained(folder).state_dict()
-seconds = time.perf_counter() - start
 largest = max(tensor.max().item() for tensor in tensors.values() if tensor.is_floating_point())
+seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({"seconds": seconds, "rise_mb": (peak - before) / 1024, "peak_mb": peak / 1024}))
 """

@@ -27,7 +27,7 @@ WAYS = {
 
 
 def main() -> None:
-    made = parser(__doc__)
+    made = parser(__doc__, size=None)
     made.add_argument("--seeds", type=int, default=1)
     made.add_argument("--steps", type=int, default=600)
     args = made.parse_args()

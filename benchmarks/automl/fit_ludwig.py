@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import math
 import time
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.output.with_suffix("")
     frames = {split: read(args.data_dir, split, folder / "pictures", 64) for split in ("train", "validation")}
+    steps = math.ceil(len(frames["train"]) / args.batch_size)
     text, vision = (str(args.encoders / "bert-vit" / name) for name in ("text", "vision"))
     # Ludwig makes pictures 224 pixels large for weights from a folder, so its ViT starts from new ones of its own.
     fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
@@ -86,7 +88,8 @@ def main() -> None:
             "batch_size": args.batch_size,
             "eval_batch_size": 128,
             "learning_rate": args.learning_rate,
-            "learning_rate_scheduler": {"decay": "cosine", "warmup_fraction": 0.1},
+            # One cosine over the whole training; by default it begins anew in each epoch.
+            "learning_rate_scheduler": {"decay": "cosine", "warmup_fraction": 0.1, "t_0": steps * args.epochs},
             "optimizer": {"type": "adamw"},
             "early_stop": -1,
             "evaluate_training_set": False,

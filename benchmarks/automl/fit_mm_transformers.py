@@ -1,11 +1,14 @@
-"""
+r"""
 The emoji data, from random weights: how long until the validation split is answered as well as AutoGluon or Ludwig
 answers it?
 
     python examples/emoji/build_dataset.py --npm_dir node_modules --output_dir emoji_data    # see examples/emoji
-    python benchmarks/automl/fit_mm_transformers.py --data_dir emoji_data --encoders encoders --output ours.json
-    autogluon/bin/python benchmarks/automl/fit_autogluon.py --data_dir emoji_data --encoders encoders --output a.json
-    ludwig/bin/python benchmarks/automl/fit_ludwig.py --data_dir emoji_data --encoders encoders --output l.json
+    python benchmarks/automl/fit_mm_transformers.py --data_dir emoji_data --encoders encoders --output ours.json \
+        --fusion_type late --gates 1 --batch_size 32
+    autogluon/bin/python benchmarks/automl/fit_autogluon.py --data_dir emoji_data --encoders encoders --output a.json \
+        --batch_size 32
+    ludwig/bin/python benchmarks/automl/fit_ludwig.py --data_dir emoji_data --encoders encoders --output l.json \
+        --batch_size 32
 
 The first makes small encoders with new weights and their tokenizer in the folder `--encoders`, from which the others
 start, too: `--towers clip` for AutoGluon, `--towers bert-vit` for Ludwig. Batch size, learning rate and number of
@@ -51,7 +54,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--rows_per_image", type=int, default=4)
+    parser.add_argument("--rows_per_image", type=int, default=1)
     parser.add_argument("--fusion_type", default="cross_attention")
     parser.add_argument("--num_fusion_layers", type=int, default=1)
     parser.add_argument("--text_dropout", type=float, default=0.2, help="modality dropout of the keyword")
