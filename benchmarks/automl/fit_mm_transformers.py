@@ -13,7 +13,7 @@ answers it?
 The first makes small encoders with new weights and their tokenizer in the folder `--encoders`, from which the others
 start, too: `--towers clip` for AutoGluon, `--towers bert-vit` for Ludwig. Batch size, learning rate and number of
 epochs are the same. The others need environments of their own, without this package: autogluon.multimodal 1.6.3 with
-setuptools<81, and ludwig 0.11.0 with torch and torchaudio 2.9.1, torchvision 0.24.1 and numpy<2.4.
+setuptools<81, torch 2.9.1 and torchvision 0.24.1; ludwig 0.11.0 with these, torchaudio 2.9.1 and numpy<2.4.
 """
 
 import argparse
