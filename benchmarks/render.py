@@ -44,7 +44,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     """One row per way; the ratio is to the first column that all share, the baseline."""
     rows = ["| what | way | measured | ratio | quartiles of the ratio |", "|---|---|--:|--:|--:|"]
     for line in lines:
-        what = f"{line['benchmark']}: {shapes_of(line)}"
+        what = ": ".join(filter(None, [line["benchmark"], shapes_of(line)]))
         for way, value in line["values"].items():
             ratio, (low, high) = line["ratio"][way], line["spread"][way]
             is_baseline = way == line["baseline"]
