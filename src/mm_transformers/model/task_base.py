@@ -5,7 +5,9 @@ import functools
 import math
 import numbers
 import re
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Optional
 
@@ -177,6 +179,33 @@ class Task:
         """
         return labels.masked_fill(~kept["text"][:, None], -100) if self.is_token_level else labels
 
+    @property
+    def unresolved(self) -> tuple[str, ...]:
+        """The names of the options that [`prepare_for`] has yet to read from the training labels; none by default."""
+        return ()
+
+    def prepare_for(self, labels: Iterable[Any]) -> None:
+        """
+        Sets the options that depend on the training labels, such as balanced class weights. [`MMTrainer`] calls it once
+        before training if any option is `unresolved`; by default it does nothing.
+
+        Args:
+            labels: the encoded label of each training row, `None` where it is missing.
+        """
+
+    def strata(self, labels: list[Any]) -> list[tuple[Hashable, ...]]:
+        """
+        The strata of each row: both parts of a split should hold the same share of each stratum.
+
+        By default that follows from the encoded labels: integers and truth values are classes, a list is in the stratum
+        of each of its integers, and numbers fall into five quantile bins. Other labels, and integers of which more than
+        half are distinct (ids), have no strata.
+
+        Args:
+            labels: the encoded label of each row, `None` where it is missing.
+        """
+        return default_strata(labels)
+
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the losses over what is labelled, and how many of those there are, as two 0-dim float32 tensors."""
         raise NotImplementedError
@@ -254,6 +283,21 @@ class PooledHead(nn.Module):
     def forward(self, outputs: Any) -> torch.Tensor:
         pooled = torch.tanh(self.dense(self.dropout(outputs.pooler_output)))
         return self.out_proj(self.dropout(pooled))
+
+
+def default_strata(labels: list[Any]) -> list[tuple[Hashable, ...]]:
+    """See [`Task.strata`]."""
+    known = [label for label in labels if label is not None]
+    if known and all(type(label) is float for label in known):
+        ordered = sorted(known)
+        edges = sorted({ordered[number * len(ordered) // 5] for number in range(1, 5)})
+        return [() if label is None else (bisect_right(edges, label),) for label in labels]
+    if any(isinstance(label, (list, tuple)) for label in known):
+        is_list = [isinstance(label, (list, tuple)) for label in labels]
+        rows = zip(labels, is_list, strict=True)
+        return [tuple(sorted({x for x in label if type(x) is int and x >= 0})) if yes else () for label, yes in rows]
+    are_classes = all(isinstance(label, int) for label in known) and 2 * len(set(known)) <= len(known)
+    return [(label,) if are_classes and label is not None else () for label in labels]
 
 
 def is_null(value: Any) -> bool:
