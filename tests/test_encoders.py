@@ -156,7 +156,7 @@ def test_encoder_that_cannot_work_says_why(kwargs, message):
 def test_encoder_of_unknown_width_says_so():
     config = VISION_ENCODERS["resnet"]()
     config.hidden_sizes = None
-    with pytest.raises(ValueError, match="neither `hidden_size` nor `hidden_sizes`"):
+    with pytest.raises(ValueError, match="'resnet' cannot be the vision encoder: it fails on one blank image: "):
         MMTransformerModel(MMTransformerConfig(text_config=TEXT_ENCODERS["bert"](), vision_config=config))
 
 

@@ -1,12 +1,16 @@
 """Builds any text, vision or audio encoder of transformers, and knows what each of them needs."""
 
+import copy
 import inspect
+import json
 import re
-from typing import Optional
+from contextlib import contextmanager
+from typing import NamedTuple, Optional
 
 import torch
 import transformers
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 _MAIN_INPUTS = {"text": ("input_ids",), "vision": ("pixel_values",), "audio": ("input_values", "input_features")}
@@ -14,15 +18,11 @@ _MAIN_INPUTS = {"text": ("input_ids",), "vision": ("pixel_values",), "audio": ("
 # What `AutoConfig.from_pretrained` takes of the keyword arguments of `AutoModel.from_pretrained`.
 HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download")
 
-# Parameters that serve only a pooled output, which the fusion does not read, or the modelling of masked images or
-# sounds: they would never get a gradient, which DDP refuses.
+# Parameters of text and audio encoders that serve only a pooled output, which the fusion does not read, or the
+# modelling of masked sounds: they would never get a gradient, which DDP refuses. Those of vision encoders are found.
 _UNUSED_PARAMETERS = (r"(^|\.)pooler\.", r"(^|\.)mask_token$", r"(^|\.)masked_spec_embed$")
 _UNUSED_PARAMETERS_OF = {
-    "clip_vision_model": (r"(^|\.)post_layernorm\.",),
-    "convnext": (r"^layernorm\.",),
-    "convnextv2": (r"^layernorm\.",),
     "siglip_text_model": (r"(^|\.)head\.",),
-    "siglip_vision_model": (r"(^|\.)head\.",),
     "wav2vec2-conformer": (r"(^|\.)pos_conv_embed\.",),
 }
 
@@ -77,26 +77,32 @@ def load_encoder(path: str, modality: str, **kwargs) -> tuple[PreTrainedModel, P
 
 def encoder_width(config: PreTrainedConfig) -> int:
     """
-    Width of the tokens that an encoder gives.
+    Width of the tokens that an encoder outputs.
+
+    Text and audio encoders say it in their config, as `hidden_size`. Where the config does not, and for all vision
+    encoders, whose configs call it by many names, it is read from a forward pass on the meta device. This needs neither
+    memory nor weights, and is done once per config.
 
     Raises:
-        ValueError: if the config does not say.
+        ValueError: one sentence, if neither says it.
     """
-    width = getattr(config, "hidden_size", None)
-    if getattr(config, "add_adapter", False):  # Wav2Vec2 and its kin
-        width = config.output_hidden_size
-    if width is None and getattr(config, "hidden_sizes", None):
-        width = config.hidden_sizes[-1]
-    if not isinstance(width, int):
+    modality = _modality_of(config)
+    if modality != "vision":
+        width = getattr(config, "hidden_size", None)
+        if getattr(config, "add_adapter", False):  # Wav2Vec2 and its kin
+            width = config.output_hidden_size
+        if isinstance(width, int):
+            return width
+    if modality is None:
         raise ValueError(
-            f"A {config.model_type!r} config has neither `hidden_size` nor `hidden_sizes`, so the width of its tokens "
-            "is not known: choose another encoder."
+            f"The width of the tokens of {config.model_type!r} is not known: its config has no `hidden_size`, and "
+            "transformers has no encoder for it; choose another encoder."
         )
-    return width
+    return _observe(config, modality).width
 
 
 def as_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Feature maps (batch, width, height, width) of convolutional encoders become (batch, tokens, width)."""
+    """Feature maps (batch, channels, rows, columns) of convolutional encoders become (batch, tokens, channels)."""
     return hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
 
 
@@ -201,6 +207,102 @@ def _options(cls: type[PreTrainedModel]) -> dict[str, bool]:
     return {"add_pooling_layer": False} if takes else {}
 
 
+def _modality_of(config: PreTrainedConfig) -> Optional[str]:
+    """What the encoder of a config reads; `None` if it is not known or none of ours."""
+    cls = _model_class(config)
+    name = getattr(cls, "main_input_name", None)
+    return next((modality for modality, inputs in _MAIN_INPUTS.items() if name in inputs), None)
+
+
+class _Observation(NamedTuple):
+    """What a forward pass of an encoder shows: the width of its tokens, and the parameters that it does not use."""
+
+    width: int
+    unused: frozenset[str]
+
+
+_OBSERVATIONS: dict[tuple[type, str, str], _Observation] = {}
+# Fields that differ before and after loading, and change nothing of what is observed.
+_BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "transformers_version")
+
+
+def _observe(config: PreTrainedConfig, modality: str) -> _Observation:
+    fields = {name: value for name, value in config.to_dict().items() if name not in _BOOKKEEPING}
+    key = (type(config), json.dumps(fields, sort_keys=True, default=str), modality)
+    if key not in _OBSERVATIONS:
+        try:
+            seen = _forward_blank(config, modality, "meta")
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise _not_usable(config, modality, error) from error
+            # What the forward computes depends on values, which tensors on the meta device do not have.
+            try:
+                seen = _forward_blank(config, modality, "cpu")
+            except (RuntimeError, NotImplementedError) as error:
+                raise _not_usable(config, modality, error) from error
+        _OBSERVATIONS[key] = seen
+    return _OBSERVATIONS[key]
+
+
+def _forward_blank(config: PreTrainedConfig, modality: str, device: str) -> _Observation:
+    """Builds the encoder on a device of its own, and runs it on one blank item."""
+    # The encoder that is kept shares its config with the whole model; building sets some of its fields.
+    config = without_random_skips(copy.deepcopy(config))
+    config._attn_implementation = "eager"
+    cls = _model_class(config)
+    assert cls is not None
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.device(device),
+        _unpartitioned(),
+    ):
+        if modality == "text":
+            inputs = {"input_ids": torch.ones(1, 2, dtype=torch.int64)}
+        else:
+            inputs = blank_input(config, modality)
+        # What is missing, and how to install it, is said by an ImportError.
+        try:
+            model = cls(config, **_options(cls)).eval()
+            model = model.get_encoder() if model.config.is_encoder_decoder else model
+            inputs = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+            states = model(**inputs).last_hidden_state
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise _not_usable(config, modality, error) from error
+        is_map = states.ndim == 4 and not states.shape[1] == states.shape[2] != states.shape[3]
+        if states.ndim != 3 and not is_map:
+            raise ValueError(
+                f"{config.model_type!r} cannot be the {modality} encoder: its output has the shape "
+                f"{tuple(states.shape)}, not (batch, tokens, width) or (batch, width, rows, columns)."
+            )
+        parameters = dict(model.named_parameters())
+        gradients = torch.autograd.grad(states.sum(), list(parameters.values()), allow_unused=True)
+    unused = frozenset(name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None)
+    return _Observation(states.shape[1 if is_map else -1], unused)
+
+
+def _not_usable(config: PreTrainedConfig, modality: str, error: Exception) -> ValueError:
+    item = {"vision": "image", "audio": "sound"}.get(modality, modality)
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(f"{config.model_type!r} cannot be the {modality} encoder: it fails on one blank {item}: {reason}")
+
+
+@contextmanager
+def _unpartitioned():
+    """DeepSpeed ZeRO-3 makes each new parameter a part of itself, spread over the processes; not in here."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    from deepspeed.runtime.zero import partition_parameters
+
+    partition_parameters.shutdown_init_context()
+    try:
+        yield
+    finally:
+        partition_parameters.restore_init_context()
+
+
 def _check_config(config: PreTrainedConfig, modality: str) -> type[PreTrainedModel]:
     """Says what is wrong before weights are built or fetched; returns [`_model_class`]."""
     cls, wanted = _model_class(config), _MAIN_INPUTS[modality]
@@ -221,8 +323,8 @@ def _check_config(config: PreTrainedConfig, modality: str) -> type[PreTrainedMod
 
 
 def _as_encoder(model: PreTrainedModel, modality: str) -> PreTrainedModel:
-    model_type = model.config.model_type
-    if model.config.is_encoder_decoder:
+    config, model_type = model.config, model.config.model_type
+    if config.is_encoder_decoder:
         model = model.get_encoder()
     wanted = _MAIN_INPUTS[modality]
     if not set(wanted) & set(inspect.signature(model.forward).parameters):
@@ -230,8 +332,9 @@ def _as_encoder(model: PreTrainedModel, modality: str) -> PreTrainedModel:
             f"{model_type!r} cannot be the {modality} encoder: its forward takes no {' or '.join(map(repr, wanted))}."
         )
     unused = re.compile("|".join(_UNUSED_PARAMETERS + _UNUSED_PARAMETERS_OF.get(model_type, ())))
+    found = _observe(config, modality).unused if modality == "vision" else frozenset()
     for name, parameter in list(model.named_parameters()):
-        if unused.search(name):
+        if name in found or unused.search(name):
             # As buffers they stay in the checkpoint and in `_init_weights`, and nothing waits for their gradient;
             # `requires_grad=False` would not survive `from_pretrained`.
             owner = model.get_submodule(name.rpartition(".")[0])
