@@ -192,7 +192,8 @@ def main() -> None:
     # Before any row is put aside: a rare label may be in those rows only.
     tasks = [complete_task(task, data["train"]) for task in task_dicts]
     check_labels(data, tasks, data_args.text_column)
-    hold_out(data, data_args.validation_fraction)
+    kinds = ("text_column", "image_column", "video_column", "audio_column")
+    hold_out(data, data_args.validation_fraction, {kind: getattr(data_args, kind) for kind in kinds}, tasks)
     data["train"] = first_rows(data["train"], data_args.max_train_samples)
     data["validation"] = first_rows(data["validation"], data_args.max_eval_samples)
 

@@ -1,7 +1,7 @@
 """Files and data sets of the Hub become splits of rows."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
+from ..model.tasks import Task
+from .splitting import hold_out_rows
 from .tables import SUFFIXES, TableRows
 
 
@@ -114,14 +116,21 @@ def absolute_paths(cell, root: str):
     return os.path.abspath(os.path.join(root, cell)) if is_path else cell
 
 
-def hold_out(data: datasets.DatasetDict, fraction: float) -> None:
-    """Takes a part of the training rows as validation split, if there is none."""
+def hold_out(data: datasets.DatasetDict, fraction: float, columns: Mapping[str, Any], tasks: Iterable[Task]) -> None:
+    """
+    Takes a part of the training rows as validation split, if there is none, by [`hold_out_rows`].
+
+    Args:
+        columns: `text_column`, `image_column`, `video_column` and `audio_column`, as [`hold_out_rows`] takes them.
+        tasks: whose labels are to be distributed equally.
+
+    Raises:
+        ValueError: if the rows cannot be split.
+    """
     if "validation" not in data:
-        parts = data["train"].train_test_split(fraction, seed=0)
-        logger.info(
-            f"No validation split: {len(parts['test']):,} of {len(data['train']):,} training rows are held out."
-        )
-        data["train"], data["validation"] = parts["train"], parts["test"]
+        train, held_out = hold_out_rows(data["train"], fraction, tasks=tasks, **columns)
+        logger.info(f"No validation split: {len(held_out):,} of {len(data['train']):,} training rows are held out.")
+        data["train"], data["validation"] = train, held_out
 
 
 def first_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:

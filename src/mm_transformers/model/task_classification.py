@@ -1,5 +1,6 @@
 """One label out of several, for the whole row."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
@@ -53,6 +54,9 @@ class Classification(Task):
 
     def encode_label(self, value: Any, text: str) -> Optional[int]:
         return None if is_missing(value) else label_id(self.name, self.labels, value)
+
+    def strata(self, labels: list[Any]) -> list[tuple[Hashable, ...]]:
+        return [() if label is None else (label,) for label in labels]
 
     def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         return torch.tensor([-100 if value is None else value for value in values], dtype=torch.int64)

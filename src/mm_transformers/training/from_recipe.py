@@ -65,7 +65,7 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
     tasks = [complete_task(task, splits["train"]) for task in recipe.tasks]
     check_labels(splits, tasks, columns.text)
     if data.validation_fraction is not None:
-        hold_out(splits, data.validation_fraction)
+        hold_out(splits, data.validation_fraction, columns.collator_options, tasks)
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_eval_samples}
     return RecipeData({split: first_rows(rows, limits[split]) for split, rows in splits.items()}, tasks)
 

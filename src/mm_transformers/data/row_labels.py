@@ -1,0 +1,74 @@
+"""The labels of a whole data set, and single columns of it, without reading an image, a video or a sound."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import datasets
+
+from ..model.task_base import is_null
+from ..model.tasks import Task
+from .sources import ANY_SOURCE, SOURCE_KEY, DataSource, RowsOfSource, RowSource, own_column, undecoded
+
+
+def rows_with_columns(dataset: Any, columns: Iterable[str]) -> Iterator[Mapping[str, Any]]:
+    """
+    The rows of a data set, in order, with these columns where they exist (and perhaps more). Of a `datasets.Dataset` no
+    other column is read, and images, videos and sounds come as bytes or path.
+
+    Args:
+        dataset: a `datasets.Dataset`, a list of dicts, another map-style data set whose rows are dicts, or a
+            [`DataSource`] of one, whose own names of columns are translated.
+        columns: as the collator calls them.
+    """
+    source = dataset if isinstance(dataset, DataSource) else DataSource(dataset)
+    inner, wanted = source.dataset, list(columns)
+    if isinstance(inner, datasets.Dataset) and inner.format["type"] != "custom":
+        own = [source.columns.get(column, column) for column in wanted]
+        own = [column for column in dict.fromkeys(own) if column in inner.column_names]
+        if not own:
+            yield from ({} for _ in range(len(inner)))
+            return
+        inner = inner.with_format(None).select_columns(own)
+        for column in own:
+            inner = undecoded(inner, column)
+    tasks = None if source.tasks is None else frozenset(source.tasks)
+    rows = RowsOfSource(inner, RowSource(None, source.columns, tasks))
+    for start in range(0, len(rows), 1000):
+        yield from rows.__getitems__(list(range(start, min(start + 1000, len(rows)))))
+
+
+def encoded_labels(dataset: Any, tasks: Iterable[Task], text_column: str) -> dict[str, list[Any]]:
+    """
+    Task name -> the encoded label of each row, `None` where it is missing.
+
+    Args:
+        dataset: as [`rows_with_columns`] takes it.
+        tasks: whose labels to encode.
+        text_column: the column of texts; read only for tasks that label words.
+
+    Raises:
+        ValueError: one sentence that names the row and the column, if a cell is not a label.
+    """
+    tasks = list(tasks)
+    columns = [task.column or task.name for task in tasks]
+    if any(task.is_token_level for task in tasks):
+        columns.append(text_column)
+    labels: dict[str, list[Any]] = {task.name: [] for task in tasks}
+    for number, row in enumerate(rows_with_columns(dataset, columns)):
+        text = text_of(row.get(text_column))
+        for task, column in zip(tasks, columns, strict=False):
+            if not row.get(SOURCE_KEY, ANY_SOURCE).labels(task.name):
+                labels[task.name].append(None)
+                continue
+            try:
+                labels[task.name].append(task.encode_label(row.get(column, task.default_cell), text))
+            except ValueError as error:
+                raise ValueError(f"row {number:,}, column {own_column(row, column)!r}: {error}.") from error
+    return labels
+
+
+def text_of(cell: Any) -> str:
+    """The text of a cell: that of a list of words is joined, that of an empty cell is ""."""
+    if isinstance(cell, (list, tuple)):
+        return " ".join(map(str, cell))
+    return "" if is_null(cell) else str(cell)

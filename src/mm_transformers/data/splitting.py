@@ -1,0 +1,486 @@
+"""Holds out rows for validation: rows of one picture stay together, and both parts have the same shares of labels."""
+
+import contextlib
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from scipy.cluster.hierarchy import DisjointSet
+from scipy.sparse import csr_matrix
+from torch.utils.data import Subset
+from transformers.utils import logging
+
+from ..model.files import content_of
+from ..model.processing_mm_transformer import as_clips, as_list
+from ..model.task_base import as_scalar, is_null
+from ..model.tasks import Task
+from .mixture import DataMixture
+from .row_labels import encoded_labels, rows_with_columns, text_of
+from .sources import DataSource, is_iterable
+
+
+logger = logging.get_logger(__name__)
+
+# A column of images, videos or sounds -> the function that splits one of its cells into items.
+Media = Mapping[str, Callable[[Any], list[Any]]]
+
+
+def hold_out_rows(
+    dataset: Any,
+    fraction: float,
+    *,
+    text_column: str = "text",
+    image_column: str = "image",
+    video_column: str = "video",
+    audio_column: str = "audio",
+    tasks: Iterable[Task] = (),
+    group_column: str | None = None,
+    seed: int = 0,
+) -> tuple[Any, Any]:
+    """
+    Splits rows into training rows and held-out rows, without leakage between the two.
+
+    - **Groups.** Rows with the same image, video or sound are on the same side, whether it is given by path, bytes,
+      array or object; so are rows with the same cell of `group_column`. Rows with an equal text (white space and case
+      aside) are too, as long as their group has at most a quarter of the rows to hold out (or four rows, if that is
+      more). A text that occurs more often is rather a keyword or a prompt than the content of a row, and chains of such
+      texts would join nearly all rows into one group. Rarer texts come first.
+    - **Strata.** Both sides have nearly the same shares of each class, each label of a label set, five quantile bins
+      of numbers, and missing labels, for all tasks at once. A class with two or more groups has at least one on
+      each side if the held-out part is large enough. The only group of a class stays in the training rows.
+
+    Same rows and same seed, same split. Both parts come in random order. A file is read only if another has the same
+    size; nothing is decoded, except an image that is given as an object.
+
+    Args:
+        dataset: a `datasets.Dataset`, a list of dicts, a pandas `DataFrame`, another map-style data set whose rows are
+            dicts, or a [`DataSource`] of one of these.
+        fraction (`float`): The share of the rows to hold out, between 0 and 1.
+        text_column, image_column, video_column, audio_column (`str`, *optional*):
+            As [`MMDataCollator`] takes them; a column that the data set lacks is ignored.
+        tasks (`Iterable[Task]`, *optional*): The tasks whose labels are to be distributed equally.
+        group_column (`str`, *optional*): A column whose equal cells belong together, such as an author or a scene.
+        seed (`int`, *optional*, defaults to 0): Of all that is random.
+
+    Returns:
+        The training rows and the held-out rows: of the type of `dataset`, or `torch.utils.data.Subset`s of it.
+
+    Raises:
+        ValueError: if the data set is a stream, several splits, or one group; if `fraction` is not between 0 and 1; if
+            `group_column` does not exist; or if a cell is not a label.
+
+    Example:
+
+    ```python
+    >>> train, validation = hold_out_rows(rows, 0.1, tasks=[Classification("topic", labels=["animals", "food"])])
+    ```
+    """
+    media: Media = {audio_column: as_clips, video_column: _as_one, image_column: as_list}
+    return _split(dataset, fraction, text_column, media, list(tasks), group_column, seed)
+
+
+def split_for_validation(
+    dataset: Any, collator: Any, fraction: float = 0.1, seed: int = 0, group_column: str | None = None
+) -> tuple[Any, Any] | None:
+    """
+    [`hold_out_rows`] for a trainer without validation rows; columns and tasks are those of its collator.
+
+    Args:
+        dataset: the training rows.
+        collator ([`MMDataCollator`]): Knows the columns and the tasks.
+        fraction, seed, group_column: See [`hold_out_rows`].
+
+    Returns:
+        The training rows and the held-out rows. `None` if no split is possible: for a stream, a [`DataMixture`] or a
+        dict of data sets, for less than two rows, and for rows that form one group.
+
+    Raises:
+        ValueError: if `fraction` is not between 0 and 1, `group_column` does not exist, or a cell is not a label.
+    """
+    inner = dataset.dataset if isinstance(dataset, DataSource) else dataset
+    if inner is None or isinstance(inner, (dict, DataMixture)) or is_iterable(inner):
+        return None
+    media = {column.column: column.split for column in collator.media.values()}
+    tasks = list(collator.tasks.values())
+    try:
+        return _split(dataset, fraction, collator.text_column, media, tasks, group_column, seed)
+    except _OneGroup as error:
+        logger.warning(str(error))
+        return None
+
+
+class _OneGroup(ValueError):
+    pass
+
+
+def _split(
+    dataset: Any,
+    fraction: float,
+    text_column: str,
+    media: Media,
+    tasks: list[Task],
+    group_column: str | None,
+    seed: int,
+) -> tuple[Any, Any]:
+    if not 0 < fraction < 1:
+        raise ValueError(f"The fraction of rows to hold out must lie between 0 and 1, but is {fraction}.")
+    inner = dataset.dataset if isinstance(dataset, DataSource) else dataset
+    if isinstance(inner, (dict, DataMixture)):
+        raise ValueError(f"Rows are held out of one data set, but got a {type(inner).__name__} of several.")
+    if is_iterable(inner):
+        raise ValueError(
+            f"Rows cannot be held out of a stream ({type(inner).__name__}): give validation rows of their own, or a "
+            "data set with a length."
+        )
+    readable = _with_records(dataset)
+    groups = find_groups(readable, fraction, text_column, media, group_column)
+    if len(groups) == 0 or groups.max() == 0:
+        reason = "there are fewer than two" if len(groups) < 2 else "all of them share an image, a video, a sound or "
+        reason += "" if len(groups) < 2 else f"a cell of {group_column!r}" if group_column else "a text"
+        raise _OneGroup(f"No rows can be held out, since {reason}: give validation rows of their own.")
+    strata = strata_of(readable, tasks, text_column)
+    held_out = allocate(groups, strata, fraction, seed, max(len(tasks), 1))
+    order = np.random.default_rng([seed, 1]).permutation(len(groups))
+    return _take(dataset, order[~held_out[order]].tolist()), _take(dataset, order[held_out[order]].tolist())
+
+
+def _with_records(dataset: Any) -> Any:
+    """A table of pandas as a list of dicts; anything else as it is."""
+    if isinstance(dataset, DataSource):
+        return DataSource(_with_records(dataset.dataset), dataset.columns, dataset.tasks)
+    return dataset.to_dict("records") if hasattr(dataset, "iloc") else dataset
+
+
+def _take(dataset: Any, rows: list[int]) -> Any:
+    if isinstance(dataset, DataSource):
+        return DataSource(_take(dataset.dataset, rows), dataset.columns, dataset.tasks)
+    if isinstance(dataset, datasets.Dataset):
+        return dataset.select(rows)
+    if hasattr(dataset, "iloc"):
+        return dataset.iloc[rows]
+    if isinstance(dataset, (list, tuple)):
+        return [dataset[row] for row in rows]
+    return Subset(dataset, rows)
+
+
+def _as_one(cell: Any) -> list[Any]:
+    return [] if is_null(cell) else [cell]
+
+
+# Groups
+
+
+def find_groups(
+    dataset: Any, fraction: float, text_column: str, media: Media, group_column: str | None = None
+) -> np.ndarray:
+    """
+    (num_rows,) int64: the number of the group of each row; see [`hold_out_rows`].
+
+    Raises:
+        ValueError: if no row has the `group_column`.
+    """
+    contents = _Contents()
+    members: list[tuple[int, Hashable]] = []  # row, and what it shares with other rows
+    texts: dict[str, list[int]] = {}
+    has_group_column = group_column is None
+    num_rows = 0
+    wanted = [text_column, *media, *([] if group_column is None else [group_column])]
+    for number, row in enumerate(rows_with_columns(dataset, wanted)):
+        num_rows += 1
+        for column, split in media.items():
+            members += [(number, key) for item in split(row.get(column)) for key in contents.keys(item)]
+        if group_column is not None and group_column in row:
+            has_group_column = True
+            cell = as_scalar(row[group_column])
+            if not is_null(cell):
+                members.append((number, ("group", cell if isinstance(cell, (str, int, float)) else repr(cell))))
+        text = " ".join(text_of(row.get(text_column)).casefold().split())
+        if text:
+            texts.setdefault(text, []).append(number)
+    if num_rows and not has_group_column:
+        raise ValueError(f"No row has the column {group_column!r}, whose equal cells are to be held out together.")
+    joined = DisjointSet(range(num_rows))
+    first: dict[Hashable, int] = {}
+    for number, key in members:
+        joined.merge(number, first.setdefault(contents.resolve(key), number))
+    _join_texts(joined, texts, fraction * num_rows)
+    numbers: dict[int, int] = {}  # in the order of the rows, so that every process has the same
+    return np.array([numbers.setdefault(joined[row], len(numbers)) for row in range(num_rows)], dtype=np.int64)
+
+
+def _join_texts(joined: DisjointSet, texts: dict[str, list[int]], num_held_out: float) -> None:
+    limit = max(min(4, num_held_out), num_held_out / 4)
+    for rows in sorted(texts.values(), key=len):
+        if len(rows) > limit:
+            break
+        if len(rows) > 1 and sum(joined.subset_size(root) for root in {joined[row] for row in rows}) <= limit:
+            for row in rows[1:]:
+                joined.merge(rows[0], row)
+
+
+class _Contents:
+    """Keys of images, videos and sounds that are equal for equal content."""
+
+    def __init__(self) -> None:
+        self._objects: dict[int, tuple[Any, Hashable]] = {}  # the object is kept, so that its id stays its own
+        self._sizes: dict[int, set[tuple[str, Any]]] = {}  # number of bytes -> the keys that have as many
+        self._seen: set[Hashable] = set()
+        self._resolved: dict[Hashable, Hashable] | None = None
+
+    def keys(self, item: Any) -> list[Hashable]:
+        """One key, or none for an empty cell. [`resolve`] is to be applied to it once all items have been seen."""
+        is_array = isinstance(item, Mapping) and item.get("array") is not None
+        content = item["array"] if is_array else item if hasattr(item, "get_all_samples") else content_of(item)
+        return [] if is_null(content) else [self._key(content)]
+
+    def _key(self, content: Any) -> Hashable:
+        if isinstance(content, (str, os.PathLike)):
+            key = ("path", os.fspath(content))
+            if key not in self._seen:
+                self._seen.add(key)
+                with contextlib.suppress(OSError, ValueError):  # an address, or no such file
+                    self._sizes.setdefault(os.stat(content).st_size, set()).add(key)
+            return key
+        if isinstance(content, bytes):
+            key = ("bytes", hashlib.sha256(content).digest())
+            self._sizes.setdefault(len(content), set()).add(key)
+            return key
+        if id(content) not in self._objects:
+            self._objects[id(content)] = content, self._key_of_object(content)
+        return self._objects[id(content)][1]
+
+    def _key_of_object(self, content: Any) -> Hashable:
+        if isinstance(content, (list, tuple)) and content and not isinstance(as_scalar(content[0]), (int, float)):
+            return ("list", *(key for item in content for key in self.keys(item)))  # the frames of a video
+        if hasattr(content, "tobytes") and hasattr(content, "mode"):  # an image of Pillow
+            return ("pixels", content.mode, content.size, hashlib.sha256(content.tobytes()).digest())
+        if hasattr(content, "shape") or isinstance(content, (list, tuple)):
+            array = np.asarray(content.detach().cpu() if hasattr(content, "detach") else content)
+            digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
+            return ("array", str(array.dtype), array.shape, digest)
+        return ("object", id(content))  # a decoder
+
+    def resolve(self, key: Hashable) -> Hashable:
+        """The final key: for files of the same size the hash of their bytes."""
+        if self._resolved is None:
+            self._resolved = {}
+            for keys in self._sizes.values():
+                paths = [key[1] for key in keys if key[0] == "path"]
+                if len(paths) == len(keys):
+                    # The first bytes tell nearly all files apart, such as sounds of the same length.
+                    starts = [_hash_of_file(path, 2**14) for path in paths] if len(paths) > 1 else []
+                    times = Counter(starts)
+                    paths = [path for path, start in zip(paths, starts, strict=False) if times[start] > 1]
+                self._resolved.update({("path", path): ("bytes", _hash_of_file(path)) for path in paths})
+        return self._resolved.get(key, key)
+
+
+def _hash_of_file(path: str, num_bytes: int = -1) -> Hashable:
+    """Of its first bytes; that of the path if the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read(num_bytes)).digest()
+    except OSError:
+        return path
+
+
+# Strata
+
+
+def strata_of(dataset: Any, tasks: Sequence[Task], text_column: str) -> list[list[Hashable]]:
+    """The strata of each row: for each task the values of [`Task.strata`], or that its label is missing."""
+    strata: list[list[Hashable]] = []
+    for name, labels in encoded_labels(dataset, tasks, text_column).items():
+        rows = next(task for task in tasks if task.name == name).strata(labels)
+        strata = strata or [[] for _ in labels]
+        for found, label, values in zip(strata, labels, rows, strict=True):
+            missing = (None,) if label is None else ("no stratum",)
+            found += [(name, value) for value in (values or missing)]
+    return strata
+
+
+class _Counts(NamedTuple):
+    """Which strata the rows of each group have, and how many of its rows have them; the last stratum is "all rows"."""
+
+    strata: list[list[int]]
+    rows: list[list[int]]
+    matrix: csr_matrix  # (num_groups, num_strata) int64
+
+
+def _count(groups: np.ndarray, strata: list[list[Hashable]]) -> _Counts:
+    numbers: dict[Hashable, int] = {}
+    pairs = [(g, numbers.setdefault(s, len(numbers))) for g, row in zip(groups, strata, strict=False) for s in row]
+    pairs += [(group, len(numbers)) for group in groups]
+    shape = (int(groups.max()) + 1, len(numbers) + 1)
+    index = np.array(pairs, dtype=np.int64).T
+    matrix = csr_matrix((np.ones(len(pairs), dtype=np.int64), (index[0], index[1])), shape=shape)
+    matrix.sum_duplicates()
+    parts = [matrix.indptr[i : i + 2] for i in range(shape[0])]
+    return _Counts(
+        [matrix.indices[a:b].tolist() for a, b in parts], [matrix.data[a:b].tolist() for a, b in parts], matrix
+    )
+
+
+def allocate(
+    groups: np.ndarray, strata: list[list[Hashable]], fraction: float, seed: int, size_weight: float = 1.0
+) -> np.ndarray:
+    """
+    Which rows to hold out, (num_rows,) bool.
+
+    Iterative stratification (Sechidis et al. 2011, https://doi.org/10.1007/978-3-642-23808-6_10), of groups instead of
+    rows: from the rarest stratum to the most frequent, each group goes to the side that leaves the smaller sum of
+    squared deviations from the wanted numbers of rows, over its strata and over all rows. scikit-learn's
+    `StratifiedGroupKFold` takes one class per row and fractions of 1 / k only, and may hold out the only group of a
+    class.
+
+    Args:
+        groups (num_rows,) int64: the number of the group of each row; at least two groups.
+        strata: the strata of each row, or an empty list.
+        fraction: the share of the rows to hold out.
+        seed: of the order of groups.
+        size_weight: how much the number of rows counts beside one stratum.
+    """
+    counts = _count(groups, strata)
+    num_groups = len(counts.strata)
+    sizes = np.bincount(groups)
+    rank = np.random.default_rng(seed).permutation(num_groups)
+    by_stratum = counts.matrix.tocsc()
+    members = [by_stratum.indices[a:b] for a, b in zip(by_stratum.indptr[:-1], by_stratum.indptr[1:], strict=True)]
+    members = [rows[np.argsort(rank[rows])] for rows in members]
+    totals = np.asarray(counts.matrix.sum(0)).ravel()
+    order = np.argsort(totals, kind="stable").tolist()
+    side = _Sides(counts, [len(rows) for rows in members])
+    limit = max(1, math.ceil(fraction * len(groups)))
+
+    for group in np.flatnonzero(sizes > limit).tolist():
+        side.train(group)
+    for group in range(num_groups):
+        if not side.may_hold_out(group):
+            side.train(group)
+    _cover(side, counts, order, members, sizes, limit)
+    _distribute(side, counts, order, members, fraction * totals, size_weight)
+    _exchange(side, counts, fraction * totals, seed)
+    if not any(side.held_out):
+        # Every group is too large, or the only one of a class: the smallest one, if possible one that is not the only.
+        only = [any(len(members[stratum]) == 1 for stratum in of_group) for of_group in counts.strata]
+        side.held_out[min(range(num_groups), key=lambda group: (only[group], sizes[group], rank[group]))] = True
+    return np.array(side.held_out)[groups]
+
+
+class _Sides:
+    """On which side each group is, and how many groups of each stratum are not held out."""
+
+    def __init__(self, counts: _Counts, num_groups: list[int]):
+        self.strata = counts.strata
+        self.left = num_groups
+        self.num_held_out = [0] * len(num_groups)
+        self.is_open = [True] * len(counts.strata)  # without a side so far
+        self.held_out = [False] * len(counts.strata)
+
+    def may_hold_out(self, group: int) -> bool:
+        """Whether each of its strata keeps another group."""
+        return self.is_open[group] and all(self.left[stratum] > 1 for stratum in self.strata[group])
+
+    def train(self, group: int) -> None:
+        self.is_open[group] = False
+
+    def hold_out(self, group: int) -> None:
+        self.is_open[group], self.held_out[group] = False, True
+        for stratum in self.strata[group]:
+            self.left[stratum] -= 1
+            self.num_held_out[stratum] += 1
+
+    def may_exchange(self, group: int, other: int) -> bool:
+        """Whether `group` may be held out instead of `other`, with no stratum lost on either side."""
+        of_group, of_other = self.strata[group], self.strata[other]
+        return all(self.left[s] > 1 or s in of_other for s in of_group) and all(
+            self.num_held_out[s] > 1 or s in of_group for s in of_other
+        )
+
+    def exchange(self, group: int, other: int) -> None:
+        self.hold_out(group)
+        self.held_out[other] = False
+        for stratum in self.strata[other]:
+            self.left[stratum] += 1
+            self.num_held_out[stratum] -= 1
+
+
+def _cover(
+    side: _Sides, counts: _Counts, order: list[int], members: list[np.ndarray], sizes: np.ndarray, limit: int
+) -> None:
+    """Holds out one group of each stratum, as far as there is room, from the rarest stratum on."""
+    covered: set[int] = set()
+    used = 0
+    for stratum in order:
+        candidates = [group for group in members[stratum].tolist() if side.may_hold_out(group)]
+        if not candidates or stratum in covered:
+            continue
+        median = np.median(sizes[candidates])
+        small = [group for group in candidates if sizes[group] <= median]
+        best = max(small, key=lambda group: len(set(counts.strata[group]) - covered))  # the first in random order
+        if used + sizes[best] <= limit:
+            side.hold_out(best)
+            used += int(sizes[best])
+            covered.update(counts.strata[best])
+
+
+def _distribute(
+    side: _Sides,
+    counts: _Counts,
+    order: list[int],
+    members: list[np.ndarray],
+    wanted: np.ndarray,
+    size_weight: float,
+) -> None:
+    """Holds out groups, stratum by stratum, such that the wanted number of rows of each stratum is held out."""
+    is_open, held_out = np.array(side.is_open), np.array(side.held_out)
+    num_open = is_open @ counts.matrix
+    rates = np.clip(wanted - held_out @ counts.matrix, 0, num_open) / np.maximum(num_open, 1)
+    rate = rates.tolist()
+    # Of each stratum, how many rows more than wanted are held out, of those that have a side.
+    excess = [0.0] * len(rate)
+    weight = [1.0] * (len(rate) - 1) + [size_weight]
+    for stratum in order:
+        for group in members[stratum].tolist():
+            if not side.is_open[group]:
+                continue
+            parts = list(zip(counts.strata[group], counts.rows[group], strict=True))
+            for s, rows in parts:
+                excess[s] -= rate[s] * rows
+            change = sum(weight[s] * rows * (2 * excess[s] + rows) for s, rows in parts)
+            if change < 0 and side.may_hold_out(group):
+                side.hold_out(group)
+                for s, rows in parts:
+                    excess[s] += rows
+            else:
+                side.train(group)
+
+
+def _exchange(side: _Sides, counts: _Counts, wanted: np.ndarray, seed: int) -> None:
+    """
+    Exchanges held-out groups for others, drawn at random, where that lowers the sum of squared deviations, which
+    matters where a group has several classes.
+    """
+    rng = np.random.default_rng([seed, 2])
+    held_out = np.flatnonzero(side.held_out)
+    others = np.flatnonzero(~np.array(side.held_out))
+    if not len(held_out) or not len(others):
+        return
+    excess = (np.array(side.held_out) @ counts.matrix - wanted).tolist()
+    num_tries = min(50 * len(held_out), 20_000)
+    places = rng.integers(len(held_out), size=num_tries).tolist(), rng.integers(len(others), size=num_tries).tolist()
+    for place, other_place in zip(*places, strict=True):
+        old, new = int(held_out[place]), int(others[other_place])
+        change = dict(zip(counts.strata[new], counts.rows[new], strict=True))
+        for stratum, rows in zip(counts.strata[old], counts.rows[old], strict=True):
+            change[stratum] = change.get(stratum, 0) - rows
+        if sum(rows * (2 * excess[s] + rows) for s, rows in change.items()) < 0 and side.may_exchange(new, old):
+            side.exchange(new, old)
+            held_out[place], others[other_place] = new, old
+            for stratum, rows in change.items():
+                excess[stratum] += rows
