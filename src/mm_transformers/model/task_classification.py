@@ -1,12 +1,15 @@
 """One label out of several, for the whole row."""
 
-from collections.abc import Hashable
+import numbers
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
 
+from .class_weights import BALANCED, balanced_weights, check_weights, weight_tensor
 from .task_base import (
     NO_CONTEXT,
     LabelContext,
@@ -30,6 +33,17 @@ class Classification(Task):
 
     Args:
         labels (`list[str]`): The label names; their order gives the ids.
+        class_weights (`str` or `dict[str, float]`, *optional*):
+            Factors of the loss by the label of the row: `None` for 1, a dict (1 for labels that it leaves out), or
+            `"balanced"` for n / (k * n_c) over the training rows (n rows of k classes, n_c of class c), as
+            scikit-learn has it. [`MMTrainer`] replaces `"balanced"` by these numbers before training.
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Share of the target that is spread over all labels, at least 0 and below 1.
+
+    Both are those of `torch.nn.CrossEntropyLoss`, in training and evaluation; answers and metrics know nothing of them.
+    But the weighted sum is divided by the number of labelled rows, not by the sum of their weights: otherwise the
+    weights of a batch with one class, or one row, would cancel. Over the training rows balanced weights have the mean
+    1, so there both are the same. The weights of a dict are taken as they are.
 
     Example:
 
@@ -39,6 +53,8 @@ class Classification(Task):
     """
 
     labels: list[str] = field(default_factory=list)
+    class_weights: Optional[str | dict[str, float]] = field(default=None, kw_only=True)
+    label_smoothing: float = field(default=0.0, kw_only=True)
 
     kind: ClassVar[str] = "classification"
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "f1_micro")
@@ -48,6 +64,8 @@ class Classification(Task):
         self.labels = check_labels(self.name, self.labels)
         if len(self.labels) < 2:
             raise ValueError(f"Task {self.name!r}: a choice needs at least two labels, but got {self.labels}.")
+        self.class_weights = check_weights(self, "class_weights")
+        self.label_smoothing = check_label_smoothing(self)
 
     def build_head(self, config, hidden_size: int) -> nn.Module:
         return PooledHead(hidden_size, len(self.labels), config.classifier_dropout)
@@ -58,11 +76,21 @@ class Classification(Task):
     def strata(self, labels: list[Any]) -> list[tuple[Hashable, ...]]:
         return [() if label is None else (label,) for label in labels]
 
+    @property
+    def unresolved(self) -> tuple[str, ...]:
+        return ("class_weights",) if self.class_weights == BALANCED else ()
+
+    def prepare_for(self, labels: Iterable[Any]) -> None:
+        if self.unresolved:
+            counts = Counter(labels)
+            self.class_weights = balanced_weights(self.labels, [counts[i] for i in range(len(self.labels))])
+
     def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         return torch.tensor([-100 if value is None else value for value in values], dtype=torch.int64)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return cross_entropy_sum(logits, labels), self.num_labelled(labels)
+        weight = weight_tensor(self, "class_weights", logits.device)
+        return cross_entropy_sum(logits, labels, weight, self.label_smoothing), self.num_labelled(labels)
 
     def decode(
         self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None, top_k: Optional[int] = None
@@ -87,8 +115,26 @@ class Classification(Task):
         return logits.argmax(-1)[labelled], labels[labelled]
 
 
-def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def cross_entropy_sum(
+    logits: torch.Tensor, labels: torch.Tensor, weight: Optional[torch.Tensor] = None, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """Cross-entropy of (..., num_labels) logits in float32, summed over the labels that are not -100."""
     return nn.functional.cross_entropy(
-        logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum"
+        logits.float().flatten(0, -2),
+        labels.flatten(),
+        weight,
+        ignore_index=-100,
+        reduction="sum",
+        label_smoothing=label_smoothing,
     )
+
+
+def check_label_smoothing(task: Any) -> float:
+    """
+    Raises:
+        ValueError: if it is not a number of at least 0 and below 1.
+    """
+    value = task.label_smoothing
+    if not isinstance(value, numbers.Real) or not 0 <= value < 1:
+        raise ValueError(f"Task {task.name!r}: label_smoothing must be at least 0 and below 1, but is {value!r}.")
+    return float(value)

@@ -1,12 +1,15 @@
 """Any number of labels for the whole row."""
 
 import numbers
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
 
+from .class_weights import BALANCED, check_weights, weight_tensor
 from .task_base import (
     NO_CONTEXT,
     LabelContext,
@@ -32,10 +35,17 @@ class MultiLabel(Task):
     Args:
         labels (`list[str]`): The label names; their order gives the ids.
         threshold (`float`, *optional*, defaults to 0.5): Probability from which on a label is part of the answer.
+        pos_weight (`str` or `dict[str, float]`, *optional*):
+            Factors of the loss of each label in rows where it holds, those of `torch.nn.BCEWithLogitsLoss`: `None` for
+            1, a dict (1 for labels that it leaves out), or `"balanced"` for the number of training rows in which the
+            label does not hold, divided by the number in which it does. [`MMTrainer`] replaces `"balanced"` by these
+            numbers before training. A label that holds in all rows or in none has 1. The loss is weighted in training
+            and evaluation; probabilities of rare labels rise, so `threshold` may need to as well.
     """
 
     labels: list[str] = field(default_factory=list)
     threshold: float = field(default=0.5, kw_only=True)
+    pos_weight: Optional[str | dict[str, float]] = field(default=None, kw_only=True)
 
     kind: ClassVar[str] = "multi_label"
     default_metrics: ClassVar[tuple[str, ...]] = ("f1", "f1_micro", "subset_accuracy")
@@ -46,6 +56,7 @@ class MultiLabel(Task):
         if not isinstance(self.threshold, numbers.Real) or not 0 < self.threshold < 1:
             raise ValueError(f"Task {self.name!r}: threshold must lie between 0 and 1, but is {self.threshold!r}.")
         self.threshold = float(self.threshold)
+        self.pos_weight = check_weights(self, "pos_weight")
 
     def build_head(self, config, hidden_size: int) -> nn.Module:
         return PooledHead(hidden_size, len(self.labels), config.classifier_dropout)
@@ -68,6 +79,18 @@ class MultiLabel(Task):
             )
         return ids
 
+    @property
+    def unresolved(self) -> tuple[str, ...]:
+        return ("pos_weight",) if self.pos_weight == BALANCED else ()
+
+    def prepare_for(self, labels: Iterable[Any]) -> None:
+        if self.unresolved:
+            known = [set(label) for label in labels if label is not None]
+            positive = Counter(label for row in known for label in row)
+            counts = [positive[i] for i in range(len(self.labels))]
+            ratios = [(len(known) - count) / count if 0 < count < len(known) else 1.0 for count in counts]
+            self.pos_weight = dict(zip(self.labels, ratios, strict=True))
+
     def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         labels = torch.zeros(len(values), len(self.labels))
         for row, value in enumerate(values):
@@ -80,7 +103,10 @@ class MultiLabel(Task):
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         known = ~labels.isnan()
         targets = torch.where(known, labels, torch.zeros_like(labels)).float()
-        losses = nn.functional.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none") * known
+        losses = nn.functional.binary_cross_entropy_with_logits(
+            logits.float(), targets, reduction="none", pos_weight=weight_tensor(self, "pos_weight", logits.device)
+        )
+        losses = losses * known
         return (losses.sum(-1) / known.sum(-1).clamp(min=1)).sum(), self.num_labelled(labels)
 
     def decode(

@@ -1,14 +1,17 @@
 """One label out of several, for each word of the text."""
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
 
+from .class_weights import BALANCED, balanced_weights, check_weights, weight_tensor
 from .task_base import NO_CONTEXT, LabelContext, Task, check_labels, is_missing, label_id, register_task
-from .task_classification import cross_entropy_sum
+from .task_classification import check_label_smoothing, cross_entropy_sum
 
 
 def split_words(text: str) -> list[tuple[int, int]]:
@@ -51,9 +54,12 @@ class TokenClassification(Task):
 
     Args:
         labels (`list[str]`): The label names; their order gives the ids.
+        class_weights, label_smoothing: See [`Classification`]; words are counted, not rows.
     """
 
     labels: list[str] = field(default_factory=list)
+    class_weights: Optional[str | dict[str, float]] = field(default=None, kw_only=True)
+    label_smoothing: float = field(default=0.0, kw_only=True)
 
     kind: ClassVar[str] = "token_classification"
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "f1_micro")
@@ -64,6 +70,8 @@ class TokenClassification(Task):
         self.labels = check_labels(self.name, self.labels)
         if len(self.labels) < 2:
             raise ValueError(f"Task {self.name!r}: a choice needs at least two labels, but got {self.labels}.")
+        self.class_weights = check_weights(self, "class_weights")
+        self.label_smoothing = check_label_smoothing(self)
 
     def build_head(self, config, hidden_size: int) -> nn.Module:
         return TokenHead(hidden_size, len(self.labels), config.classifier_dropout)
@@ -83,6 +91,15 @@ class TokenClassification(Task):
             raise ValueError(f"task {self.name!r}: got {len(value)} labels for a text of {num_words} words")
         return [-100 if is_missing(item) else label_id(self.name, self.labels, item) for item in value]
 
+    @property
+    def unresolved(self) -> tuple[str, ...]:
+        return ("class_weights",) if self.class_weights == BALANCED else ()
+
+    def prepare_for(self, labels: Iterable[Any]) -> None:
+        if self.unresolved:
+            counts = Counter(label for row in labels for label in row or [])
+            self.class_weights = balanced_weights(self.labels, [counts[i] for i in range(len(self.labels))])
+
     def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         word_index = context.word_index
         if word_index is None:
@@ -95,7 +112,8 @@ class TokenClassification(Task):
         return labels
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return cross_entropy_sum(logits, labels), self.num_labelled(labels)
+        weight = weight_tensor(self, "class_weights", logits.device)
+        return cross_entropy_sum(logits, labels, weight, self.label_smoothing), self.num_labelled(labels)
 
     def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[list[dict[str, Any]]]:
         """A list per row of what was chosen for each word, or for each token if `word_index` is not given."""

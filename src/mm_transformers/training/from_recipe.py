@@ -178,9 +178,12 @@ def check_checkpoint(checkpoint: str, tasks: list[Task]) -> None:
     """
     saved = MMTransformerConfig.from_pretrained(checkpoint).get_tasks()
     for task in tasks:
-        if saved.get(task.name) != task:
-            known = saved[task.name].to_dict() if task.name in saved else {}
-            changed = [f"{key} {known.get(key)!r}" for key, value in task.to_dict().items() if known.get(key) != value]
+        known = saved[task.name].to_dict() if task.name in saved else {}
+        # What a task reads from the training rows, only the checkpoint has.
+        decided = {key: known.get(key, value) for key, value in task.to_dict().items() if key in task.unresolved}
+        values = {**task.to_dict(), **decided}
+        if known != values:
+            changed = [f"{key} {known.get(key)!r}" for key, value in values.items() if known.get(key) != value]
             raise ValueError(
                 f"{checkpoint} has task {task.name!r} with {', '.join(changed)}, unlike the data now: bring back the "
                 "data that it was trained on, or train into another folder, by training.output_dir=...."

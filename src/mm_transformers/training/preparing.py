@@ -1,0 +1,65 @@
+"""Options of tasks that the training rows decide, such as balanced class weights."""
+
+from typing import Any
+
+from transformers.utils import logging
+
+from ..data.mixture import DataMixture
+from ..data.row_labels import encoded_labels
+from ..data.sources import DataSource, is_iterable
+from ..model.tasks import Task
+
+
+logger = logging.get_logger(__name__)
+
+
+def prepare_tasks(model: Any, dataset: Any, collator: Any, *holders: Any) -> list[Task]:
+    """
+    Calls [`Task.prepare_for`] with the training labels for each task with `unresolved` options, and writes the result
+    into the config, so that a saved model has the same loss. Reads the columns of these labels only.
+
+    Each process gets the same result. A second call does nothing.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): Whose tasks and config are changed.
+        dataset: the training rows, without those that are held out; of a [`DataMixture`] each row counts once, whatever
+            its `sampling` is.
+        collator ([`MMDataCollator`]): Knows the column of texts.
+        holders: objects with tasks of their own in a dict `tasks`, such as [`MultiTaskMetrics`], which get the same.
+
+    Returns:
+        The tasks that have changed.
+
+    Raises:
+        ValueError: if the rows are a stream, or a cell is not a label.
+
+    Example:
+
+    ```python
+    >>> prepare_tasks(trainer.fused_model, rows, trainer.data_collator, trainer.compute_metrics)
+    ```
+    """
+    waiting = [task for task in model.tasks.values() if task.unresolved]
+    if not waiting:
+        return []
+    sources = list(dataset.sources.values()) if isinstance(dataset, DataMixture) else [dataset]
+    for source in sources:
+        if is_iterable(source.dataset if isinstance(source, DataSource) else source):
+            raise ValueError(
+                f"Task {waiting[0].name!r}: {waiting[0].unresolved[0]} depends on all training rows, but these are a "
+                "stream: give its numbers, as a dict from label to weight."
+            )
+    labels: dict[str, list[Any]] = {task.name: [] for task in waiting}
+    for source in sources:
+        for name, found in encoded_labels(source, waiting, collator.text_column).items():
+            labels[name] += found
+    for task in waiting:
+        options = task.unresolved
+        task.prepare_for(labels[task.name])
+        for option in options:
+            logger.info(f"Task {task.name!r}: {option} found in the training rows: {getattr(task, option)}.")
+    model.config.tasks = [task.to_dict() for task in model.tasks.values()]
+    for holder in holders:
+        if isinstance(getattr(holder, "tasks", None), dict):
+            holder.tasks.update({task.name: task for task in waiting if task.name in holder.tasks})
+    return waiting
