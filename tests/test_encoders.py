@@ -2,12 +2,31 @@
 
 import pytest
 import torch
-from tiny import TEXT_ENCODERS, VISION_ENCODERS, make_batch, make_config, make_model, make_processor, to_pad_id
+from tiny import (
+    IMAGE_SIZE,
+    MAPPED_ENCODERS,
+    TEXT_ENCODERS,
+    VISION_ENCODERS,
+    make_batch,
+    make_config,
+    make_model,
+    make_processor,
+    make_tasks,
+    open_gates,
+    to_pad_id,
+)
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     CLIPConfig,
     CLIPModel,
     GPT2Config,
+    HGNetV2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Sam2VisionConfig,
+    Siglip2VisionConfig,
     SiglipConfig,
     SiglipModel,
     SiglipTextModel,
@@ -15,9 +34,10 @@ from transformers import (
     Wav2Vec2Config,
     WhisperConfig,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from mm_transformers import Classification, MMTransformerConfig, MMTransformerForMultiTask, MMTransformerModel
-from mm_transformers.model.encoders import max_text_positions
+from mm_transformers.model.encoders import encoder_width, max_text_positions
 
 
 # Each text encoder meets another vision encoder, until all of both have been met.
@@ -76,6 +96,106 @@ def test_absent_image_is_absent(text, vision):
         together = model.model(**batch).last_hidden_state[1, :8]
         single = model.model(**alone).last_hidden_state[0]
     torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-5)
+
+
+def make_mapped(vision):
+    torch.manual_seed(0)
+    config = MMTransformerConfig(
+        text_config=TEXT_ENCODERS["bert"](), vision_config=MAPPED_ENCODERS[vision](), tasks=make_tasks(),
+        num_fusion_layers=2, num_fusion_attention_heads=4,
+    )  # fmt: skip
+    model = MMTransformerForMultiTask(config)
+    open_gates(model)
+    batch = make_batch()
+    batch["pixel_values"] = torch.randn(3, 3, 2 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+    return model, batch
+
+
+@pytest.mark.parametrize("vision", [*MAPPED_ENCODERS, "resnet", "convnextv2", "swin"])
+def test_width_is_that_of_the_output(vision):
+    """Against a forward pass of the real model, by transformers alone."""
+    config = {**MAPPED_ENCODERS, **VISION_ENCODERS}[vision]()
+    size = getattr(config, "image_size", IMAGE_SIZE)
+    states = AutoModel.from_config(config).eval()(pixel_values=torch.zeros(1, 3, size, size)).last_hidden_state
+    assert encoder_width(config) == (states.shape[1] if states.ndim == 4 else states.shape[2])
+
+
+@pytest.mark.parametrize("vision", MAPPED_ENCODERS)
+def test_feature_maps_are_tokens(vision, tmp_path):
+    """Every parameter gets a gradient, a saved model loads equal, and an absent image is absent."""
+    model, batch = make_mapped(vision)
+    model.train()(**batch).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+    model.eval()
+    model.save_pretrained(tmp_path)
+    loaded, info = MMTransformerForMultiTask.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    batch.pop("labels")
+    alone = {"input_ids": batch["input_ids"][1:2, :8], "attention_mask": batch["attention_mask"][1:2, :8]}
+    with torch.no_grad():
+        logits, loaded_logits = model(**batch).logits, loaded(**batch).logits
+        together = model.model(**batch).last_hidden_state[1, :8]
+        single = model.model(**alone).last_hidden_state[0]
+        states = AutoModel.from_config(model.config.vision_config).eval()
+        states.load_state_dict(model.model.vision_model.state_dict())
+        states = states(pixel_values=batch["pixel_values"]).last_hidden_state
+        features, _ = model.model.encode("vision", pixel_values=batch["pixel_values"])
+    for name in logits:
+        torch.testing.assert_close(loaded_logits[name], logits[name], rtol=0, atol=0)
+    torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-5)
+    tokens = torch.stack([s.flatten(1).T for s in states]) if states.ndim == 4 else states
+    torch.testing.assert_close(features, tokens)
+
+
+def test_reading_the_width_leaves_no_trace():
+    config = MAPPED_ENCODERS["efficientnet"]()
+    config._attn_implementation = "sdpa"
+    before, state = config.to_json_string(use_diff=False), torch.get_rng_state()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode():
+            assert encoder_width(config) == 320
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert config.to_json_string(use_diff=False) == before
+    assert config._attn_implementation == "sdpa"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class BandsConfig(PreTrainedConfig):
+    model_type = "bands_for_a_test"
+    num_bands: int = 6
+    image_size: int = 16
+
+
+class BandsModel(PreTrainedModel):
+    """An encoder of a user, whose forward pass depends on values."""
+
+    config_class = BandsConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear = nn.Linear(3, config.num_bands)
+        self.idle = nn.Linear(3, 3)
+        self.post_init()
+
+    def forward(self, pixel_values):
+        darkest = pixel_values.amin().item()
+        return BaseModelOutput(self.linear((pixel_values - darkest).flatten(2).transpose(1, 2)))
+
+
+def test_forward_that_depends_on_values():
+    AutoConfig.register("bands_for_a_test", BandsConfig)
+    AutoModel.register(BandsConfig, BandsModel)
+    config = MMTransformerConfig(text_config=TEXT_ENCODERS["bert"](), vision_config=BandsConfig(), tasks=make_tasks())
+    model = MMTransformerForMultiTask(config).train()
+    assert encoder_width(config.vision_config) == 6
+    model(**{**make_batch(), "pixel_values": torch.randn(3, 3, 16, 16)}).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert "idle.weight" in dict(model.model.vision_model.named_buffers())
 
 
 @pytest.mark.parametrize("text", TEXT_ENCODERS)
@@ -147,6 +267,9 @@ def test_new_weights_are_initialised_as_transformers_does():
     ({"text_config": Wav2Vec2Config()}, "'wav2vec2' cannot be the text encoder: it takes 'input_values', not"),
     ({"vision_config": GPT2Config()}, "'gpt2' cannot be the vision encoder: it takes 'input_ids', not 'pixel_values'"),
     ({"text_config": WhisperConfig()}, "'whisper' cannot be the text encoder"),
+    ({"vision_config": HGNetV2Config()}, "its output has no `last_hidden_state`"),
+    ({"vision_config": Siglip2VisionConfig()}, r"it fails on one blank item of shape \(1, 3, 224, 224\): .*missing 2"),
+    ({"vision_config": Sam2VisionConfig()}, r"its output has the shape \(1, 7, 7, 768\), not"),
 ])  # fmt: skip
 def test_encoder_that_cannot_work_says_why(kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -156,7 +279,7 @@ def test_encoder_that_cannot_work_says_why(kwargs, message):
 def test_encoder_of_unknown_width_says_so():
     config = VISION_ENCODERS["resnet"]()
     config.hidden_sizes = None
-    with pytest.raises(ValueError, match="'resnet' cannot be the vision encoder: it fails on one blank image: "):
+    with pytest.raises(ValueError, match="'resnet' cannot be the vision encoder: it cannot be built: "):
         MMTransformerModel(MMTransformerConfig(text_config=TEXT_ENCODERS["bert"](), vision_config=config))
 
 

@@ -13,24 +13,32 @@ from transformers import (
     CLIPTextConfig,
     CLIPVisionConfig,
     ConvNextV2Config,
+    CvtConfig,
     DebertaV2Config,
     DeiTConfig,
     Dinov2Config,
     DINOv3ViTConfig,
     DistilBertConfig,
+    EfficientNetConfig,
     ElectraConfig,
     HubertConfig,
+    LevitConfig,
     M2M100Config,
     MarianConfig,
     MBartConfig,
+    MobileNetV1Config,
+    MobileNetV2Config,
+    MobileViTConfig,
     ModernBertConfig,
     MPNetConfig,
     MT5Config,
     PreTrainedTokenizerFast,
+    RegNetConfig,
     ResNetConfig,
     RobertaConfig,
     SiglipTextConfig,
     SiglipVisionConfig,
+    SwiftFormerConfig,
     SwinConfig,
     T5Config,
     ViTConfig,
@@ -104,6 +112,30 @@ VISION_ENCODERS = {
     "clip-vision": lambda: CLIPVisionConfig(**_VIT, projection_dim=16),
     "siglip-vision": lambda: SiglipVisionConfig(**_VIT),
 }
+
+# Those whose configs do not say the width of their tokens as `hidden_size`, or say another one.
+MAPPED_ENCODERS = {
+    "cvt": lambda: CvtConfig(embed_dim=[8, 12, 24], depth=[1, 2, 3], num_heads=[1, 1, 2]),
+    "efficientnet": lambda: EfficientNetConfig(
+        image_size=IMAGE_SIZE, width_coefficient=0.25, depth_coefficient=1.0, hidden_dim=320, hidden_act="relu6",
+        kernel_sizes=[3, 3], in_channels=[32, 16], out_channels=[16, 24], strides=[1, 2], num_block_repeats=[1, 2],
+        expand_ratios=[1, 6],
+    ),
+    "levit": lambda: LevitConfig(
+        image_size=2 * IMAGE_SIZE, hidden_sizes=[16, 24, 32], num_attention_heads=[1, 2, 2], depths=[1, 1, 1],
+        key_dim=[8, 8, 8], mlp_ratio=[2, 2, 2], attention_ratio=[2, 2, 2], drop_path_rate=0,
+    ),
+    "mobilenet_v1": lambda: MobileNetV1Config(image_size=IMAGE_SIZE, depth_multiplier=0.05, min_depth=4),
+    "mobilenet_v2": lambda: MobileNetV2Config(
+        image_size=IMAGE_SIZE, depth_multiplier=0.1, finegrained_output=False, min_depth=4
+    ),
+    "mobilevit": lambda: MobileViTConfig(
+        image_size=IMAGE_SIZE, hidden_sizes=[12, 16, 20], neck_hidden_sizes=[8, 8, 12, 12, 16, 16, 28],
+        num_attention_heads=2,
+    ),
+    "regnet": lambda: RegNetConfig(embedding_size=12, hidden_sizes=[12, 24], depths=[1, 1], groups_width=4),
+    "swiftformer": lambda: SwiftFormerConfig(image_size=IMAGE_SIZE, embed_dims=[8, 8, 12, 24], depths=[1, 1, 1, 1]),
+}  # fmt: skip
 
 # Those that take waveforms: a token per 20 samples (1.25 ms), and the norm that does not mix a clip with its padding.
 _WAVES = dict(

@@ -231,25 +231,25 @@ def _observe(config: PreTrainedConfig, modality: str) -> _Observation:
     key = (type(config), json.dumps(fields, sort_keys=True, default=str), modality)
     if key not in _OBSERVATIONS:
         try:
-            seen = _forward_blank(config, modality, "meta")
-        except (RuntimeError, NotImplementedError) as error:
-            if "meta" not in str(error):
-                raise _not_usable(config, modality, error) from error
-            # What the forward computes depends on values, which tensors on the meta device do not have.
-            try:
-                seen = _forward_blank(config, modality, "cpu")
-            except (RuntimeError, NotImplementedError) as error:
-                raise _not_usable(config, modality, error) from error
-        _OBSERVATIONS[key] = seen
+            _OBSERVATIONS[key] = _forward_blank(config, modality, "meta")
+        except RuntimeError:
+            # Its operations depend on values, which tensors on the meta device do not have.
+            _OBSERVATIONS[key] = _forward_blank(config, modality, "cpu")
     return _OBSERVATIONS[key]
 
 
 def _forward_blank(config: PreTrainedConfig, modality: str, device: str) -> _Observation:
-    """Builds the encoder on a device of its own, and runs it on one blank item."""
+    """
+    Builds the encoder on a device of its own, and runs it on one blank item.
+
+    Raises:
+        RuntimeError: if the meta device does not suffice.
+        ValueError: one sentence, if the encoder cannot be used.
+    """
     # The encoder that is kept shares its config with the whole model; building sets some of its fields.
     config = without_random_skips(copy.deepcopy(config))
     config._attn_implementation = "eager"
-    cls = _model_class(config)
+    cls, name = _model_class(config), f"{config.model_type!r} cannot be the {modality} encoder"
     assert cls is not None
     with (
         torch.random.fork_rng(devices=[]),
@@ -258,34 +258,45 @@ def _forward_blank(config: PreTrainedConfig, modality: str, device: str) -> _Obs
         torch.device(device),
         _unpartitioned(),
     ):
+        with _one_sentence(f"{name}: it cannot be built", device):
+            model = cls(config, **_options(cls)).eval()
+        model = _part_of(model, modality)
         if modality == "text":
             inputs = {"input_ids": torch.ones(1, 2, dtype=torch.int64)}
         else:
-            inputs = blank_input(config, modality)
-        # What is missing, and how to install it, is said by an ImportError.
-        try:
-            model = cls(config, **_options(cls)).eval()
-            model = model.get_encoder() if model.config.is_encoder_decoder else model
-            inputs = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-            states = model(**inputs).last_hidden_state
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            raise _not_usable(config, modality, error) from error
+            inputs = {key: x.to(model.dtype) for key, x in blank_input(config, modality).items()}
+        with _one_sentence(f"{name}: it fails on one blank item of shape {_shape_of(inputs)}", device):
+            output = model(**inputs)
+        states = getattr(output, "last_hidden_state", None)
+        if states is None:
+            raise ValueError(f"{name}: its output has no `last_hidden_state`.")
         is_map = states.ndim == 4 and not states.shape[1] == states.shape[2] != states.shape[3]
         if states.ndim != 3 and not is_map:
             raise ValueError(
-                f"{config.model_type!r} cannot be the {modality} encoder: its output has the shape "
-                f"{tuple(states.shape)}, not (batch, tokens, width) or (batch, width, rows, columns)."
+                f"{name}: its output has the shape {tuple(states.shape)}, not (batch, tokens, width) or "
+                "(batch, width, rows, columns)."
             )
-        parameters = dict(model.named_parameters())
+        parameters = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
         gradients = torch.autograd.grad(states.sum(), list(parameters.values()), allow_unused=True)
-    unused = frozenset(name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None)
+    unused = frozenset(key for key, gradient in zip(parameters, gradients, strict=True) if gradient is None)
     return _Observation(states.shape[1 if is_map else -1], unused)
 
 
-def _not_usable(config: PreTrainedConfig, modality: str, error: Exception) -> ValueError:
-    item = {"vision": "image", "audio": "sound"}.get(modality, modality)
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"{config.model_type!r} cannot be the {modality} encoder: it fails on one blank {item}: {reason}")
+def _shape_of(inputs: dict[str, torch.Tensor]) -> tuple[int, ...]:
+    return tuple(next(iter(inputs.values())).shape)
+
+
+@contextmanager
+def _one_sentence(what: str, device: str):
+    """Errors become one sentence, but for those of the meta device, and those that name a missing library."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        if device == "meta" and isinstance(error, RuntimeError) and "meta" in str(error):
+            raise
+        raise ValueError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 @contextmanager
@@ -322,15 +333,22 @@ def _check_config(config: PreTrainedConfig, modality: str) -> type[PreTrainedMod
     return cls
 
 
-def _as_encoder(model: PreTrainedModel, modality: str) -> PreTrainedModel:
-    config, model_type = model.config, model.config.model_type
-    if config.is_encoder_decoder:
+def _part_of(model: PreTrainedModel, modality: str) -> PreTrainedModel:
+    """The encoder of an encoder-decoder; other models as they are."""
+    model_type = model.config.model_type
+    if model.config.is_encoder_decoder:
         model = model.get_encoder()
     wanted = _MAIN_INPUTS[modality]
     if not set(wanted) & set(inspect.signature(model.forward).parameters):
         raise ValueError(
             f"{model_type!r} cannot be the {modality} encoder: its forward takes no {' or '.join(map(repr, wanted))}."
         )
+    return model
+
+
+def _as_encoder(model: PreTrainedModel, modality: str) -> PreTrainedModel:
+    config, model_type = model.config, model.config.model_type
+    model = _part_of(model, modality)
     unused = re.compile("|".join(_UNUSED_PARAMETERS + _UNUSED_PARAMETERS_OF.get(model_type, ())))
     found = _observe(config, modality).unused if modality == "vision" else frozenset()
     for name, parameter in list(model.named_parameters()):
