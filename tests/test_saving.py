@@ -36,7 +36,7 @@ def test_rule_8_a_checkpoint_is_safetensors_json_and_code(tmp_path):
     assert [task["name"] for task in config["tasks"]] == ["topic", "sentiment", "tags", "score", "entities"]
     assert config["tasks"][0] == {
         "kind": "classification", "name": "topic", "loss_weight": 1.0, "column": "topic",
-        "labels": ["animals", "food", "travel"],
+        "labels": ["animals", "food", "travel"], "class_weights": None, "label_smoothing": 0.0,
     }  # fmt: skip
     assert config["id2label"] == {"0": "animals", "1": "food", "2": "travel"}
     assert config["text_config"]["model_type"] == "bert"

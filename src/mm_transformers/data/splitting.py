@@ -227,7 +227,7 @@ class _Contents:
     """Keys of images, videos and sounds that are equal for equal content."""
 
     def __init__(self) -> None:
-        self._objects: dict[int, tuple[Any, Hashable]] = {}  # the object is kept, so that its id stays its own
+        self._decoders: list[Any] = []  # kept, so that their ids stay their own
         self._sizes: dict[int, set[tuple[str, Any]]] = {}  # number of bytes -> the keys that have as many
         self._seen: set[Hashable] = set()
         self._resolved: dict[Hashable, Hashable] | None = None
@@ -250,11 +250,6 @@ class _Contents:
             key = ("bytes", hashlib.sha256(content).digest())
             self._sizes.setdefault(len(content), set()).add(key)
             return key
-        if id(content) not in self._objects:
-            self._objects[id(content)] = content, self._key_of_object(content)
-        return self._objects[id(content)][1]
-
-    def _key_of_object(self, content: Any) -> Hashable:
         if isinstance(content, (list, tuple)) and content and not isinstance(as_scalar(content[0]), (int, float)):
             return ("list", *(key for item in content for key in self.keys(item)))  # the frames of a video
         if hasattr(content, "tobytes") and hasattr(content, "mode"):  # an image of Pillow
@@ -263,7 +258,8 @@ class _Contents:
             array = np.asarray(content.detach().cpu() if hasattr(content, "detach") else content)
             digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
             return ("array", str(array.dtype), array.shape, digest)
-        return ("object", id(content))  # a decoder
+        self._decoders.append(content)
+        return ("object", id(content))
 
     def resolve(self, key: Hashable) -> Hashable:
         """The final key: for files of the same size the hash of their bytes."""
