@@ -8,6 +8,8 @@ from tiny import make_config, make_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_transformers import Classification, MMTransformerConfig, Stream
+from mm_transformers.model.fusion_cross_attention import CrossAttentionFusion
+from mm_transformers.model.fusion_layers import StreamProjection
 from mm_transformers.model.token_reduction import TokenMerging
 
 
@@ -75,6 +77,83 @@ def test_a_shared_image_is_encoded_and_projected_once():
     saved = flops(model.model.vision_model, pixel_values=images[:1])
     saved += 2 * tokens * from_width * width + 2 * (2 * 2 * tokens * width * width)
     assert flops(model, **copied) - flops(model, **shared) == 4 * saved
+
+
+def make_fusion() -> CrossAttentionFusion:
+    fusion = CrossAttentionFusion(make_config(fusion_dropout=0.0, num_fusion_layers=2), ["vision"], 32)
+    with torch.no_grad():
+        for name, parameter in fusion.named_parameters():
+            parameter.copy_(torch.full((1,), 0.7) if "gate" in name else torch.randn(parameter.shape) / 4)
+    return fusion
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        [[0], [1], [2], [3]],
+        [[0], [-1], [1], [2]],
+        [[3], [0], [0], [-1]],
+        [[0, 1], [-1, -1], [2, -1], [3, 3]],
+        [[-1], [-1], [-1], [-1]],
+    ],
+    ids=["one each", "one lacks it", "shared", "several", "none"],
+)
+@pytest.mark.parametrize("extras", [False, True], ids=["", "with padded items and offsets"])
+def test_training_gives_what_evaluation_gives(index, extras):
+    """In training the cross-attention leaves out padding and rows without images, in evaluation it does not."""
+    fusion, index = make_fusion(), torch.tensor(index)
+    text_mask = torch.arange(7) < torch.tensor([7, 3, 1, 5])[:, None]
+    inputs = [torch.randn(4, 7, 32), torch.randn(4, 6, 32), torch.randn(4, index.shape[1], 32)]
+    token_mask = torch.arange(6) < torch.tensor([6, 2, 4, 6])[:, None] if extras else None
+    weights = torch.randn(4, 7, 32) * text_mask[..., None]
+    found = []
+    for training in (True, False):
+        fusion.train(training).zero_grad()
+        text, items, offsets = (x.clone().requires_grad_() for x in inputs)
+        stream = Stream("vision", items, token_mask, index, offsets if extras else None)
+        states = fusion(text, text_mask, [stream]).hidden_states
+        (states * weights).sum().backward()
+        used = [text, items, *fusion.parameters(), *([offsets] if extras else [])]
+        found.append([states[text_mask], *(x.grad for x in used)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)
+
+
+def test_padding_and_rows_without_images_cost_nothing_in_training():
+    """Of them only the attention itself is computed, and for padding only."""
+    fusion, width, images = make_fusion().train(), 32, torch.randn(2, 6, 32)
+
+    def cost(lengths: list[int], padded_to: int, index: list[int]) -> int:
+        mask = torch.arange(padded_to) < torch.tensor(lengths)[:, None]
+        stream = Stream("vision", images, None, torch.tensor(index)[:, None])
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            fusion(torch.randn(len(lengths), padded_to, width), mask, [stream])
+        return counter.get_total_flops()
+
+    no_padding = cost([3, 3], 3, [0, 1])
+    attention = 2 * 2 * 2 * 2 * 6 * width  # layers, products, operations, rows, keys: of one query of each row
+    assert cost([3, 3, 9], 9, [0, 1, -1]) == no_padding + 6 * attention
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_projection_is_a_norm_and_a_linear_layer(frozen):
+    """Of features that need no gradient a third of the operations of the backward pass is saved."""
+    projection = StreamProjection(make_config(), 24)
+    with torch.no_grad():
+        for parameter in projection.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    features, weights = torch.randn(5, 6, 24, requires_grad=not frozen), torch.randn(5, 6, 32)
+    with FlopCounterMode(display=False) as counter:
+        tokens = projection(features)
+        (tokens * weights).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in projection.parameters()]
+    projection.zero_grad()
+    expected = projection.linear(projection.layer_norm(features))
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(tokens, expected)
+    for gradient, parameter in zip(gradients, projection.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-5)
+    assert counter.get_total_flops() // (2 * 5 * 6 * 24 * 32) == (2 if frozen else 3)
 
 
 def merged_by_hand(tokens: torch.Tensor, num_tokens: int) -> list[torch.Tensor]:

@@ -1,13 +1,14 @@
 """Text tokens attend to the tokens of the other streams."""
 
-from typing import ClassVar
+from typing import ClassVar, Optional
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import is_flash_attention_requested
 
 from .fusion_base import Fusion, FusionRecord, Stream, register_fusion
-from .fusion_layers import FusionAttention, FusionMLP, Gate, KeyMask, key_mask, stream_mask
+from .fusion_layers import FusionAttention, FusionMLP, Gate, KeyMask, PackedQueries, key_mask, stream_mask
 
 
 class CrossAttentionLayer(GradientCheckpointingLayer):
@@ -46,7 +47,25 @@ class CrossAttentionFusion(Fusion):
     def fuse(
         self, text_states: torch.Tensor, text_mask: torch.Tensor, streams: list[Stream], record: FusionRecord
     ) -> torch.Tensor:
-        mask = key_mask(self.config, text_states, stream_mask(streams))
+        if self._can_pack(text_states, record):
+            present = torch.stack([stream.present for stream in streams]).any(0)
+            rows, shown = present.nonzero()[:, 0], PackedQueries.of(text_mask & present[:, None])
+            if len(shown.places) > 0:
+                # Neither padding nor rows without other modalities are computed.
+                streams = [_simplified(stream.of_rows(rows)) for stream in streams]
+                fused = self._layers(shown.pack(text_states), streams, record, PackedQueries.of(text_mask[rows]))
+                return shown.put_into(text_states, fused)
+        return self._layers(text_states, streams, record)
+
+    def _layers(
+        self,
+        text_states: torch.Tensor,
+        streams: list[Stream],
+        record: FusionRecord,
+        packing: Optional[PackedQueries] = None,
+    ) -> torch.Tensor:
+        rows = text_states if packing is None else text_states.new_empty(packing.num_rows, packing.length, 1)
+        mask = key_mask(self.config, rows, stream_mask(streams))._replace(packed_queries=packing)
         # What differs from row to row is worked out once, not in every layer.
         streams = [s if s.offsets is None else Stream(s.name, s.hidden_states) for s in streams]
         tokens = [stream.tokens for stream in streams]
@@ -54,3 +73,25 @@ class CrossAttentionFusion(Fusion):
             text_states, weights = layer(text_states, mask, streams, *tokens)
             record.add(text_states, (["text"], [stream.name for stream in streams], weights))
         return text_states
+
+    def _can_pack(self, text_states: torch.Tensor, record: FusionRecord) -> bool:
+        """
+        In training nobody reads the states of padding; elsewhere they are the same in every implementation. On a GPU
+        the number of tokens would have to be waited for.
+        """
+        shows = record.keep_attentions or record.keep_hidden_states
+        on_cpu = text_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        return self.training and on_cpu and not shows and not is_flash_attention_requested(self.config)
+
+
+def _simplified(stream: Stream) -> Stream:
+    """
+    The same with fewer tensors, after a look at them: no index where each row has its own item, in order, and no mask
+    where every place holds a token.
+    """
+    if stream.item_index is None or stream.offsets is not None:
+        return stream
+    is_full = stream.is_full or (stream.token_mask is None and bool((stream.item_index >= 0).all()))
+    own = torch.arange(len(stream.tokens), device=stream.tokens.device)[:, None]
+    index = None if torch.equal(stream.item_index, own) else stream.item_index
+    return stream._replace(item_index=index, is_full=is_full)

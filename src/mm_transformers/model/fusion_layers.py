@@ -61,6 +61,38 @@ class PackedKeys(NamedTuple):
         return states.flatten(0, 1).index_select(0, self.places)[None]
 
 
+class PackedQueries(NamedTuple):
+    """
+    The tokens of some rows end to end, without padding, so that layers which treat every token on its own compute
+    nothing of the padding.
+
+    Args:
+        places (num_tokens,): where they are among all places of the rows.
+        num_rows, length: of the rows.
+    """
+
+    places: torch.Tensor
+    num_rows: int
+    length: int
+
+    @classmethod
+    def of(cls, mask: torch.Tensor) -> "PackedQueries":
+        """`mask` (num_rows, length) bool: True where there is a token."""
+        return cls(mask.flatten().nonzero()[:, 0], *mask.shape)
+
+    def pack(self, states: torch.Tensor) -> torch.Tensor:
+        """(num_rows, length, width) -> (1, num_tokens, width)"""
+        return states.flatten(0, 1).index_select(0, self.places)[None]
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """(1, num_tokens, width) -> (num_rows, length, width), 0 at the padding"""
+        return self.put_into(packed.new_zeros(self.num_rows, self.length, packed.shape[-1]), packed)
+
+    def put_into(self, states: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+        """`states` (num_rows, length, width) with the packed ones (1, num_tokens, width) in their places."""
+        return states.flatten(0, 1).index_copy(0, self.places, packed[0]).view_as(states)
+
+
 class KeyMask(NamedTuple):
     """
     Which keys a query may see.
@@ -71,11 +103,13 @@ class KeyMask(NamedTuple):
         present (batch, 1, 1) bool: False for the rows whose keys are all hidden; their attention output is set to 0.
             `None` if there are no such rows.
         packed: in the place of `attention_mask`, for FlashAttention.
+        packed_queries: if queries, and what the attention returns, are (1, num_tokens, width) without padding.
     """
 
     attention_mask: Optional[torch.Tensor]
     present: Optional[torch.Tensor]
     packed: Optional[PackedKeys] = None
+    packed_queries: Optional[PackedQueries] = None
 
 
 def key_mask(config, queries: torch.Tensor, mask: Optional[torch.Tensor]) -> KeyMask:
@@ -140,7 +174,7 @@ class FusionAttention(nn.Module):
     def forward(
         self, queries: torch.Tensor, keys: torch.Tensor | list[Stream], mask: KeyMask
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        batch, num_queries = queries.shape[:2]
+        packing = mask.packed_queries
 
         def of_keys(layer: nn.Linear) -> torch.Tensor:
             if isinstance(keys, torch.Tensor):
@@ -161,9 +195,10 @@ class FusionAttention(nn.Module):
         options: dict[str, Any] = {} if mask.packed is None else mask.packed.lengths
         if absent and attention is eager_attention_forward:
             options = {"present": mask.present[:, None]}
+        query = self.q_proj(queries)
         output, weights = attention(
             self,
-            heads(self.q_proj(queries)),
+            heads(query if packing is None else packing.unpack(query)),
             heads(of_keys(self.k_proj)),
             heads(of_keys(self.v_proj)),
             mask.attention_mask,
@@ -172,7 +207,8 @@ class FusionAttention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             **options,
         )
-        output = self.out_proj(output.reshape(batch, num_queries, -1))
+        output = output.flatten(-2)
+        output = self.out_proj(output.reshape(queries.shape) if packing is None else packing.pack(output))
         return output * mask.present if absent else output, weights
 
 
@@ -217,8 +253,15 @@ class StreamProjection(nn.Module):
         self.linear = nn.Linear(input_size, config.fusion_hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        norm, linear = self.layer_norm, self.linear
         # A frozen encoder may be kept in another precision.
-        return self.linear(self.layer_norm(hidden_states.to(self.layer_norm.weight.dtype)))
+        hidden_states = hidden_states.to(norm.weight.dtype)
+        if hidden_states.requires_grad or not torch.is_grad_enabled() or type(linear) is not nn.Linear:
+            return linear(norm(hidden_states))
+        # The same with the scale and shift of the norm put into the linear layer, so that no gradient of every token
+        # has to be computed for them.
+        normed = nn.functional.layer_norm(hidden_states, norm.normalized_shape, eps=norm.eps)
+        return nn.functional.linear(normed, linear.weight * norm.weight, linear.bias + linear.weight @ norm.bias)
 
 
 def stream_mask(streams: list[Stream]) -> Optional[torch.Tensor]:

@@ -1,0 +1,28 @@
+"""Memory that one training step frees is kept for the next one."""
+
+import ctypes
+
+
+# Of malloc.h. The second is the largest that glibc takes.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES, _LARGEST_KEPT = 2**30, 2**25
+
+
+def keep_freed_memory() -> None:
+    """
+    Tells the allocator of glibc to keep up to 1 GiB of freed memory, in pieces of up to 32 MiB. By default it returns
+    gradients and activations to the system after each step, and the next step waits while the system clears the pages
+    again. Changes nothing but time; does nothing where the C library is another one.
+
+    Example:
+
+    ```python
+    >>> keep_freed_memory()  # once, before training on the CPU
+    ```
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # musl, macOS, Windows
+        return
+    mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
