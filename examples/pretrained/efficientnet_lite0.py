@@ -17,7 +17,7 @@ from packages import find_file, find_package, licence_of, report
 from transformers import (
     EfficientNetConfig,
     EfficientNetForImageClassification,
-    EfficientNetImageProcessor,
+    EfficientNetImageProcessorPil,
     EfficientNetModel,
 )
 from transformers.utils import logging
@@ -53,7 +53,7 @@ def main() -> None:
     # default, is the share of the old statistics.
     config = EfficientNetConfig(
         width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, hidden_act="relu6", image_size=224,
-        batch_norm_momentum=0.01,
+        batch_norm_momentum=0.01, dropout_rate=0.2,
     )  # fmt: skip
     whole = EfficientNetForImageClassification if args.classifier else EfficientNetModel
     if args.classifier:
@@ -70,8 +70,10 @@ def main() -> None:
         model.classifier.load_state_dict({name: weights[f"_fc.{name}"] for name in ("weight", "bias")})
     model.save_pretrained(args.output_dir)
 
-    EfficientNetImageProcessor(
-        size={"height": 224, "width": 224}, do_center_crop=False, resample=3, rescale_offset=False, include_top=False,
+    # Pillow's, which needs no torchvision; both read the same file.
+    size = {"height": 224, "width": 224}
+    EfficientNetImageProcessorPil(
+        size=size, crop_size=size, do_center_crop=False, resample=3, rescale_offset=False, include_top=False,
         image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
     ).save_pretrained(args.output_dir)  # fmt: skip
 
