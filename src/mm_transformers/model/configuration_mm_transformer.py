@@ -57,6 +57,12 @@ class MMTransformerConfig(PreTrainedConfig):
             `{"kind": "merge", "num_tokens": 49}` merges those that are most alike
             (https://arxiv.org/abs/2210.09461), without parameters; `{"kind": "resampler", "num_tokens": 32,
             "num_layers": 2}` lets learned vectors read them (https://arxiv.org/abs/2204.14198).
+        freeze_batch_norm (`bool`, *optional*, defaults to `False`):
+            Whether batch normalisation in the encoders uses, and keeps, its running statistics in training, so that no
+            row depends on its batch. `from_encoders` sets it to `True`.
+        linear_probe (`bool`, *optional*, defaults to `False`):
+            Whether each head also has a linear layer on the mean encoder outputs, with which [`MMTrainer`] starts it as
+            the best linear model (https://arxiv.org/abs/2202.10054). `from_encoders` sets it to `True`.
         tasks (`list[dict]` or `list[Task]`, *optional*):
             The tasks, as objects or as the dicts that `config.json` stores.
         regularization (`dict`, *optional*):
@@ -123,6 +129,8 @@ class MMTransformerConfig(PreTrainedConfig):
     num_frames: int = 8
     frame_embedding: str = "sinusoidal"
     vision_token_reduction: dict | None = None
+    linear_probe: bool = False
+    freeze_batch_norm: bool = False
     tasks: list | None = None
     regularization: dict | None = None
     task_weighting: str | dict = "static"

@@ -10,6 +10,7 @@ from .distributed import is_sharded
 from .encoders import as_tokens, audio_token_mask, blank_input, encoder_width, min_audio_samples
 from .freezing import Freezing
 from .fusion_base import Stream
+from .fusion_layers import masked_mean
 
 
 class Encoding(Freezing):
@@ -68,12 +69,13 @@ class Encoding(Freezing):
                     f"have {tuple(features.shape)}."
                 )
             states = features.to(self.text_encoder.dtype)
+        means = masked_mean(states, attention_mask.bool()) if self.config.linear_probe else None
         if self.fusion is None:
-            return Stream("text", states, attention_mask.bool())
+            return Stream("text", states, attention_mask.bool(), item_means=means)
         first = torch.arange(states.shape[1], device=states.device) == 0
         # Not by `torch.where`, which ONNX Runtime does not know for truth values.
         mask = attention_mask.bool() | (~present[:, None] & first)
-        return Stream("text", self.null_text(states, present), mask)
+        return Stream("text", self.null_text(states, present), mask, item_means=means)
 
     def _encode_items(
         self,
@@ -90,7 +92,7 @@ class Encoding(Freezing):
             index, is_full: as [`check_index`] gives them.
         """
         if items and index.shape[1] > 0:
-            tokens, token_mask = self._tokens(name, items)
+            tokens, token_mask, means = self._tokens(name, items)
         elif not self.training and not is_sharded(self.encoder(name)):
             return None
         else:
@@ -102,7 +104,7 @@ class Encoding(Freezing):
             else:
                 blank = blank_input(getattr(self.config, f"{name}_config"), name)
             with _frozen_batch_norm(getattr(self, f"{name}_model")):
-                tokens, token_mask = self._tokens(name, {k: v.to(index.device) for k, v in blank.items()})
+                tokens, token_mask, means = self._tokens(name, {k: v.to(index.device) for k, v in blank.items()})
             # Nobody sees it, so that one token is enough.
             tokens, token_mask = tokens[:, :1], token_mask if token_mask is None else token_mask[:, :1]
             index, frame_index = torch.full_like(index[:, :1], -1), None
@@ -121,16 +123,24 @@ class Encoding(Freezing):
             elif self.training and self.config.frame_embedding == "learned":
                 # It too takes part in every step.
                 offsets = self.frame_embedding(torch.full_like(index, -1), tokens.dtype)
-        return Stream(name, tokens, token_mask, index, offsets, is_full and token_mask is None)
+        return Stream(name, tokens, token_mask, index, offsets, is_full and token_mask is None, means)
 
-    def _tokens(self, name: str, items: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """The tokens of each item, (num_items, tokens per item, fusion_hidden_size), and where they are none."""
+    def _tokens(
+        self, name: str, items: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """
+        The tokens of each item, (num_items, tokens per item, fusion_hidden_size), where they are none, and for linear
+        probes the mean of the encoder outputs, (num_items, encoder width).
+        """
         if "features" in items:
             features, mask = items["features"].to(self.encoder(name).dtype), items.get("feature_mask")
         else:
             features, mask = self.encode(name, **{key: x for key, x in items.items() if key != "feature_mask"})
         tokens = getattr(self, f"{name}_projection")(features)
-        return (self.vision_reduction(tokens) if name == "vision" else tokens), mask
+        means = None
+        if self.config.linear_probe:
+            means = features.mean(1) if mask is None else masked_mean(features, mask)
+        return (self.vision_reduction(tokens) if name == "vision" else tokens), mask, means
 
 
 @contextmanager

@@ -87,6 +87,11 @@ class Freezing:
         for modality in self._frozen_encoders:
             if self.is_frozen(modality):
                 self.encoder(modality).eval()
+        if mode and self.config.freeze_batch_norm:
+            for modality in ("text", *self.config.modalities):
+                for module in self.encoder(modality).modules():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.eval()
         return self  # type: ignore[return-value]
 
     def _gradients(self, modality: str, inputs: dict[str, torch.Tensor]) -> Any:

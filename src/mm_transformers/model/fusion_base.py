@@ -25,6 +25,8 @@ class Stream(NamedTuple):
             i has item i, so that `Stream(name, hidden_states, mask)` holds rows as they are.
         offsets (batch, max_items, fusion_hidden_size), *optional*: added to the tokens of each item in each row.
         is_full: whether it is known, without a look at the tensors, that every place of every row holds a token.
+        item_means (num_items, encoder width), *optional*: the mean of the encoder outputs of each item, for linear
+            probes; 0 for a text that is missing.
     """
 
     name: str
@@ -33,6 +35,17 @@ class Stream(NamedTuple):
     item_index: Optional[torch.Tensor] = None
     offsets: Optional[torch.Tensor] = None
     is_full: bool = False
+    item_means: Optional[torch.Tensor] = None
+
+    @property
+    def row_means(self) -> Optional[torch.Tensor]:
+        """(batch, encoder width): the mean of `item_means` over the items of each row; 0 where a row has none."""
+        if self.item_means is None or self.item_index is None:
+            return self.item_means
+        has_item = (self.item_index >= 0)[..., None].to(self.item_means.dtype)
+        means = self.item_means.index_select(0, self.item_index.clamp(min=0).flatten())
+        means = means.unflatten(0, self.item_index.shape)
+        return (means * has_item).sum(1) / has_item.sum(1).clamp(min=1)
 
     @property
     def hidden_states(self) -> torch.Tensor:

@@ -164,6 +164,9 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         ```
         """
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in MMTransformerConfig.__annotations__}
+        # What is pretrained can be probed, and its running statistics are better than those of small batches.
+        options.setdefault("linear_probe", True)
+        options.setdefault("freeze_batch_norm", True)
         # A checkpoint may be stored in half precision; training starts from float32 unless told otherwise.
         kwargs.setdefault("dtype", torch.float32)
         # A wrong option is told before gigabytes are read.

@@ -13,6 +13,7 @@ from .encoders import build_encoder, encoder_width, takes_audio_mask
 from .encoding import Encoding
 from .fusion import Stream, fusion_class
 from .fusion_layers import StreamProjection, masked_mean
+from .linear_probe import with_probe
 from .modeling_base import MMTransformerPreTrainedModel
 from .modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from .pairs import PairReading
@@ -138,6 +139,50 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             ValueError: if the images or clips do not fit the rows, are given twice, or the model has no encoder for
                 them.
         """
+        encoded, kept = self.encode_rows(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            pixel_values=pixel_values,
+            image_index=image_index,
+            frame_index=frame_index,
+            input_values=input_values,
+            input_features=input_features,
+            audio_attention_mask=audio_attention_mask,
+            audio_index=audio_index,
+            inputs_embeds=inputs_embeds,
+            text_features=text_features,
+            image_features=image_features,
+            audio_features=audio_features,
+            audio_feature_mask=audio_feature_mask,
+        )
+        return self.fuse(encoded, output_attentions, output_hidden_states, kept)
+
+    def encode_rows(
+        self,
+        input_ids: Optional[torch.Tensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        token_type_ids: Optional[torch.Tensor] = None,
+        pixel_values: Optional[torch.Tensor] = None,
+        image_index: Optional[torch.Tensor] = None,
+        frame_index: Optional[torch.Tensor] = None,
+        input_values: Optional[torch.Tensor] = None,
+        input_features: Optional[torch.Tensor] = None,
+        audio_attention_mask: Optional[torch.Tensor] = None,
+        audio_index: Optional[torch.Tensor] = None,
+        inputs_embeds: Optional[torch.Tensor] = None,
+        text_features: Optional[torch.Tensor] = None,
+        image_features: Optional[torch.Tensor] = None,
+        audio_features: Optional[torch.Tensor] = None,
+        audio_feature_mask: Optional[torch.Tensor] = None,
+    ) -> tuple[dict[str, Stream], Optional[dict[str, torch.Tensor]]]:
+        """
+        The encoders alone: what [`forward`] does before the fusion, with the same arguments.
+
+        Returns:
+            The tokens of each modality, as [`fuse`] takes them, and in training with modality dropout which rows keep
+            which modality.
+        """
         text = next((x for x in (input_ids, inputs_embeds, text_features) if x is not None), None)
         if text is None:
             raise ValueError(
@@ -186,7 +231,7 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             stream = self._encode_items(name, items[name], index[name], frames, is_full[name])
             if stream is not None:
                 encoded[name] = stream
-        return self.fuse(encoded, output_attentions, output_hidden_states, kept)
+        return encoded, kept
 
     def fuse(
         self,
@@ -266,7 +311,11 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
             )
         self.model = MMTransformerModel(config, **encoders)
         width = encoder_width(config.text_config)
-        heads = {name: task.build_head(config, width) for name, task in self.tasks.items() if not task.needs_decoder}
+        heads = {
+            name: with_probe(task.build_head(config, width), task, config)
+            for name, task in self.tasks.items()
+            if not task.needs_decoder
+        }
         self.heads = TaskHeads(heads)
         # Towards which an L2-SP regularizer pulls: the weights with which training started. Not part of the weights.
         self.starting_point: Optional[dict[str, torch.Tensor]] = None

@@ -145,7 +145,7 @@ class PairReading:
         if index is not None:
             rows, _ = self.model._index(modality, index, items, index.shape[0], index.device)
             return getattr(self.heads, name).embed_item(self.model._encode_items(modality, items, rows, frame_index))
-        return getattr(self.heads, name).embed_item(Stream(modality, *self.model._tokens(modality, items)))
+        return getattr(self.heads, name).embed_item(Stream(modality, *self.model._tokens(modality, items)[:2]))
 
     def _retrieval_task(self, task: Optional[str], modality: Optional[str]) -> str:
         known = [

@@ -10,12 +10,14 @@ import torch.distributed as dist
 from torch import nn
 
 
-# Omega of one matrix, given where it started.
+# Omega of one matrix, given towards what it is pulled.
 _PENALTIES = {
-    "l2": lambda parameter, start: parameter.float().square().sum(),
-    "l1": lambda parameter, start: parameter.float().abs().sum(),
+    "l2": lambda parameter, start: (parameter.float() - start).square().sum(),
+    "l1": lambda parameter, start: (parameter.float() - start).abs().sum(),
     "l2_sp": lambda parameter, start: (parameter.float() - start).square().sum(),
 }
+# Linear probes are pulled to where they started by each kind of penalty; other matrices by L2-SP alone.
+_IS_PROBE = ".probe."
 _ENCODERS = ("text_model", "vision_model", "audio_model")
 
 
@@ -103,33 +105,34 @@ def _task_of(name: str) -> str:
 
 
 def take_starting_point(model, spec: Optional[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Copies, in float32, of all that an L2-SP penalty will pull towards where it is now."""
+    """Copies, in float32, of all that a penalty will pull towards where it is now: L2-SP, and linear probes."""
     return {
         name: parameter.detach().float().clone()
         for penalty in penalties(model, spec)
-        if penalty.kind == "l2_sp"
         for name, parameter in penalty.parameters.items()
+        if penalty.kind == "l2_sp" or _IS_PROBE in name
     }
 
 
 def regularization_loss(model, spec: dict[str, Any], starting_point: dict[str, torch.Tensor]) -> torch.Tensor:
     """
     Sum over the tasks (and the encoders) of lambda times the squares (l2), absolute values (l1) or squared distances
-    from the starting point (l2_sp, Li et al. 2018, https://arxiv.org/abs/1802.01483) of their matrices, in float32.
+    from the starting point (l2_sp, Li et al. 2018, https://arxiv.org/abs/1802.01483) of their matrices, in float32. Of
+    linear probes, l2 and l1 also take the distance from the starting point.
     """
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     shard = torch.zeros((), device=device)
     for kind, weight, parameters in penalties(model, spec):
         for name, parameter in parameters.items():
-            start = None
-            if kind == "l2_sp":
+            start: Any = 0.0
+            if kind == "l2_sp" or _IS_PROBE in name:
                 if starting_point[name].device != parameter.device:
                     starting_point[name] = starting_point[name].to(parameter.device)
                 start = starting_point[name]
             if hasattr(parameter, "to_local"):
                 # Under FSDP, outside of the layer that it belongs to: this process has, and trains, a part of it.
-                start = None if start is None else _as_sharded(start, parameter)
+                start = _as_sharded(start, parameter) if torch.is_tensor(start) else start
                 shard = shard + weight * _PENALTIES[kind](parameter.to_local(), start)
             else:
                 total = total + weight * _PENALTIES[kind](parameter, start)

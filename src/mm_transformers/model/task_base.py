@@ -14,6 +14,8 @@ from typing import Any, ClassVar, NamedTuple, Optional
 import torch
 from torch import nn
 
+from .linear_probe import LinearProblem
+
 
 # Names that would collide with what the model and the Trainer report beside the tasks.
 _RESERVED_NAMES = {"loss", "regularization", "runtime", "samples_per_second", "steps_per_second", "epoch"}
@@ -153,6 +155,13 @@ class Task:
         hidden_size); returns the logits.
         """
         raise NotImplementedError
+
+    def linear_problem(self) -> Optional[LinearProblem]:
+        """
+        The linear model with which the task can start (see [`LinearProbe`]); by default none, so that the head starts
+        from random weights.
+        """
+        return None
 
     def encode_label(self, value: Any, text: str) -> Any:
         """

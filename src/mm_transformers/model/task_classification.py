@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .class_weights import BALANCED, balanced_weights, check_weights, weight_tensor
+from .linear_probe import LinearProblem
 from .task_base import (
     NO_CONTEXT,
     LabelContext,
@@ -69,6 +70,9 @@ class Classification(Task):
 
     def build_head(self, config, hidden_size: int) -> nn.Module:
         return PooledHead(hidden_size, len(self.labels), config.classifier_dropout)
+
+    def linear_problem(self) -> LinearProblem:
+        return LinearProblem("multinomial", len(self.labels))
 
     def encode_label(self, value: Any, text: str) -> Optional[int]:
         return None if is_missing(value) else label_id(self.name, self.labels, value)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .class_weights import BALANCED, check_weights, weight_tensor
+from .linear_probe import LinearProblem
 from .task_base import (
     NO_CONTEXT,
     LabelContext,
@@ -60,6 +61,9 @@ class MultiLabel(Task):
 
     def build_head(self, config, hidden_size: int) -> nn.Module:
         return PooledHead(hidden_size, len(self.labels), config.classifier_dropout)
+
+    def linear_problem(self) -> LinearProblem:
+        return LinearProblem("binary", len(self.labels))
 
     def encode_label(self, value: Any, text: str) -> Optional[list[int]]:
         if is_missing(value):

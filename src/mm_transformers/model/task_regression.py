@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
+from .linear_probe import LinearProblem
 from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, as_scalar, is_null, register_task
 
 
@@ -26,6 +27,9 @@ class Regression(Task):
 
     def build_head(self, config, hidden_size: int) -> nn.Module:
         return RegressionHead(hidden_size, 1, config.classifier_dropout)
+
+    def linear_problem(self) -> LinearProblem:
+        return LinearProblem("ridge", 1)
 
     def encode_label(self, value: Any, text: str) -> Optional[float]:
         if is_null(value):

@@ -1,57 +1,134 @@
 """Training arguments with what is special to a fused model."""
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from transformers import Seq2SeqTrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+
+AUTO = "auto"
+# By part of the model, if neither `learning_rate` nor the rate of the part is given.
+DEFAULT_LEARNING_RATES = {"encoder": 2e-5, "fusion": 1e-3, "head": 1e-3}
 
 
 @dataclass
 class MMTrainingArguments(Seq2SeqTrainingArguments):
     """
-    [`~transformers.Seq2SeqTrainingArguments`], in which tasks that write do so in evaluation unless told otherwise,
-    with learning rates for the parts of the model and an order of rows that share images. [`MMTrainer`] takes plain
-    [`~transformers.TrainingArguments`] too.
+    [`~transformers.Seq2SeqTrainingArguments`] with defaults for fine-tuning pretrained encoders; all that differs from
+    there is listed here. `docs/defaults.md` says how the defaults were chosen. [`MMTrainer`] takes plain
+    [`~transformers.TrainingArguments`] as they are.
 
     Args:
-        encoder_learning_rate (`float`, *optional*):
-            Of the encoders, and of the decoder if there is one. Defaults to `learning_rate`.
-        fusion_learning_rate (`float`, *optional*):
-            Of all that is between encoders and heads. Defaults to `learning_rate`. Gates learn ten times as fast.
-        head_learning_rate (`float`, *optional*): Of the task layers. Defaults to `learning_rate`.
+        learning_rate (`float`, *optional*):
+            Of all parts whose own rate is not given. By default encoders have 2e-5, fusion and heads 1e-3. Encoders
+            from random weights need more: give a `learning_rate`.
+        encoder_learning_rate (`float`, *optional*): Of the encoders, and of the decoder if there is one.
+        fusion_learning_rate (`float`, *optional*): Of all between encoders and heads. Gates learn ten times as fast.
+        head_learning_rate (`float`, *optional*): Of the task layers.
         layerwise_lr_decay (`float`, *optional*, defaults to 1.0):
-            Layers of encoders learn the more slowly the lower they are: the highest at this times the rate of the
-            encoders, the next at its square, ..., and the embeddings the most slowly (ELECTRA,
-            https://arxiv.org/abs/2003.10555; usual are 0.65 to 0.95).
+            The highest layer of an encoder has the rate of the encoders times this factor, the next layer times its
+            square, and so on; the embeddings have the lowest rate (ELECTRA, https://arxiv.org/abs/2003.10555; usual
+            are 0.65 to 0.95).
+        per_device_train_batch_size (`int`, *optional*, defaults to 16): Rows per batch and process.
+        num_train_epochs (`float`, *optional*, defaults to 10.0): Epochs, at most.
+        warmup_steps (`float`, *optional*, defaults to 0.1): Steps of warm-up; below 1 a share of all steps.
+        weight_decay (`float`, *optional*, defaults to 0.01): Of all matrices that no regulariser covers.
+        eval_strategy (`str`, *optional*, defaults to `"auto"`):
+            `"auto"` evaluates after each epoch if there are validation rows.
+        save_strategy (`str`, *optional*, defaults to `"auto"`):
+            `"auto"` saves a checkpoint whenever there is an evaluation; after each epoch if there is none.
+        save_total_limit (`int`, *optional*, defaults to 1): How many checkpoints stay, beside the best one.
+        load_best_model_at_end (`bool`, *optional*):
+            Whether the weights with the best validation loss are those that are kept, the start included. By default
+            yes if there are validation rows and `save_strategy` fits `eval_strategy`.
+        early_stopping_patience (`int`, *optional*, defaults to 3):
+            Training ends after so many evaluations without a better one; 0 for never. Needs
+            `load_best_model_at_end`.
+        validation_fraction (`float`, *optional*, defaults to 0.15):
+            Share of the training rows that is held out if [`MMTrainer`] gets no `eval_dataset` and `eval_strategy` is
+            `"auto"`; see [`hold_out_rows`]. 0 holds out none.
+        probe_start (`bool`, *optional*):
+            Whether tasks start as linear models of the mean encoder outputs; see [`start_probes`]. By default all tasks
+            do whose linear probe is new, as in models of `from_encoders`.
+        predict_with_generate (`bool`, *optional*, defaults to `True`): Whether tasks that write do so in evaluation.
         rows_per_image (`int`, *optional*, defaults to 1):
             Rows of one image come up to so many at a time, in an otherwise random order: a batch reads and encodes each
             image once, so an epoch is the faster the more rows share theirs. Batches hold fewer images then.
 
     Raises:
-        ValueError: if `layerwise_lr_decay` is not in (0, 1], a rate is negative, or `rows_per_image` is less than 1 or
-            is asked for together with another order of the rows.
-    """
+        ValueError: if a value is out of its range, or `rows_per_image` is given together with another order of the
+            rows.
 
-    predict_with_generate: bool = field(
-        default=True, metadata={"help": "Whether tasks that write do so in evaluation."}
+    Example:
+
+    ```python
+    >>> args = MMTrainingArguments("out")  # the defaults
+    >>> args = MMTrainingArguments("out", encoder_learning_rate=1e-5, num_train_epochs=3)
+    ```"""
+
+    learning_rate: Optional[float] = field(
+        default=None, metadata={"help": "Learning rate of all parts whose own rate is not given."}
     )
     encoder_learning_rate: Optional[float] = field(
-        default=None, metadata={"help": "Learning rate of the encoders; defaults to learning_rate."}
+        default=None, metadata={"help": "Learning rate of the encoders; 2e-5 if no learning_rate is given."}
     )
     fusion_learning_rate: Optional[float] = field(
-        default=None, metadata={"help": "Learning rate of the fusion; defaults to learning_rate."}
+        default=None, metadata={"help": "Learning rate of the fusion; 1e-3 if no learning_rate is given."}
     )
     head_learning_rate: Optional[float] = field(
-        default=None, metadata={"help": "Learning rate of the task layers; defaults to learning_rate."}
+        default=None, metadata={"help": "Learning rate of the task layers; 1e-3 if no learning_rate is given."}
     )
     layerwise_lr_decay: float = field(
-        default=1.0, metadata={"help": "By how much more slowly each layer of an encoder learns than the one above it."}
+        default=1.0, metadata={"help": "Factor of the learning rate from each layer of an encoder to the one below."}
+    )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per batch and process."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Number of epochs, at most."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1 a share of all steps."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of all matrices."})
+    eval_strategy: IntervalStrategy | str = field(
+        default=AUTO, metadata={"help": "When to evaluate; auto: after each epoch, if there are validation rows."}
+    )
+    save_strategy: SaveStrategy | str = field(
+        default=AUTO, metadata={"help": "When to save; auto: whenever there is an evaluation, or after each epoch."}
+    )
+    save_total_limit: Optional[int] = field(
+        default=1, metadata={"help": "How many checkpoints stay, beside the best one."}
+    )
+    load_best_model_at_end: Optional[bool] = field(
+        default=None, metadata={"help": "Keep the weights with the best validation loss; by default if there is one."}
+    )
+    early_stopping_patience: int = field(
+        default=3, metadata={"help": "After how many evaluations without a better one training ends; 0: never."}
+    )
+    validation_fraction: float = field(
+        default=0.15, metadata={"help": "Share of the training rows to hold out if there is no eval_dataset."}
+    )
+    probe_start: Optional[bool] = field(
+        default=None, metadata={"help": "Whether tasks start as linear models; by default where they can."}
+    )
+    predict_with_generate: bool = field(
+        default=True, metadata={"help": "Whether tasks that write do so in evaluation."}
     )
     rows_per_image: int = field(
         default=1, metadata={"help": "How many rows that share an image come together in the order of training."}
     )
 
     def __post_init__(self):
+        # What stays open until [`MMTrainer`] knows whether there are validation rows.
+        self.is_auto = {name: getattr(self, name) in (AUTO, None) for name in _DEPENDS_ON_ROWS}
+        if self.is_auto["eval_strategy"]:
+            self.eval_strategy = IntervalStrategy.NO
+        if self.is_auto["save_strategy"]:
+            self.save_strategy = _saves_with(self.eval_strategy)
+        if self.is_auto["load_best_model_at_end"]:
+            self.load_best_model_at_end = False
+        self.has_default_rates = self.learning_rate is None
+        if self.has_default_rates:
+            self.learning_rate = DEFAULT_LEARNING_RATES["head"]
+        if self.is_auto["eval_strategy"] and self.load_best_model_at_end:
+            # Otherwise transformers would refuse it, before the trainer knows better.
+            self.eval_strategy = self.save_strategy
         super().__post_init__()
         if self.rows_per_image < 1:
             raise ValueError(f"rows_per_image must be at least 1, but is {self.rows_per_image}.")
@@ -64,7 +141,51 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"layerwise_lr_decay must be greater than 0 and at most 1, but is {self.layerwise_lr_decay}."
             )
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction must be at least 0 and less than 1, but is {self.validation_fraction}."
+            )
+        if self.early_stopping_patience < 0:
+            raise ValueError(f"early_stopping_patience must be at least 0, but is {self.early_stopping_patience}.")
         for name in ("encoder_learning_rate", "fusion_learning_rate", "head_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and rate < 0:
                 raise ValueError(f"{name} must be at least 0, but is {rate}.")
+
+    @property
+    def wants_validation_rows(self) -> bool:
+        """Whether a part of the training rows is to be held out if no `eval_dataset` is given."""
+        return self.is_auto["eval_strategy"] and self.validation_fraction > 0
+
+    def settle(self, has_validation: bool) -> None:
+        """Settles what was left open; called by [`MMTrainer`], which knows the rows."""
+        args: Any = self  # mypy does not find the types of these fields
+        if args.is_auto["eval_strategy"]:
+            wanted = args.save_strategy if not args.is_auto["save_strategy"] else SaveStrategy.EPOCH
+            by_steps = wanted == SaveStrategy.STEPS and args.save_steps >= 1
+            found = IntervalStrategy.STEPS if by_steps else IntervalStrategy.EPOCH
+            args.eval_strategy = found if has_validation else IntervalStrategy.NO
+            if has_validation and by_steps:
+                args.eval_steps = args.save_steps
+        if args.is_auto["save_strategy"]:
+            args.save_strategy = _saves_with(args.eval_strategy)
+            if args.save_strategy == SaveStrategy.STEPS:
+                args.save_steps = args.eval_steps
+        evaluates = has_validation and args.eval_strategy != IntervalStrategy.NO
+        if args.is_auto["load_best_model_at_end"]:
+            fits = args.save_strategy == SaveStrategy.BEST or args.save_strategy.value == args.eval_strategy.value
+            if fits and args.save_strategy == SaveStrategy.STEPS:
+                fits = args.eval_steps == args.save_steps
+            args.load_best_model_at_end = evaluates and fits
+        elif not evaluates:
+            args.load_best_model_at_end = False
+        if args.load_best_model_at_end and args.metric_for_best_model is None:
+            args.metric_for_best_model, args.greater_is_better = "loss", False
+        args.do_eval = args.do_eval or evaluates
+
+
+_DEPENDS_ON_ROWS = ("eval_strategy", "save_strategy", "load_best_model_at_end")
+
+
+def _saves_with(eval_strategy: Any) -> SaveStrategy:
+    return SaveStrategy.STEPS if IntervalStrategy(eval_strategy) == IntervalStrategy.STEPS else SaveStrategy.EPOCH

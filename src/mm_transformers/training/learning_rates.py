@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from .arguments import DEFAULT_LEARNING_RATES
+
 
 # A gate starts at 0 and is all that learns at first; see Flamingo (https://arxiv.org/abs/2204.14198), section 2.2.
 GATE_LEARNING_RATE_FACTOR = 10.0
@@ -51,9 +53,14 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, fused, args: Any) -> No
 def learning_rates(fused, args: Any, default: float) -> dict[int, float]:
     """By the `id` of each parameter; the default is for parts of which the arguments say nothing."""
 
+    # Unless a rate was given for all, or is tried by a search for hyperparameters.
+    by_part = getattr(args, "has_default_rates", False) and default == DEFAULT_LEARNING_RATES["head"]
+
     def rate_of(name: str) -> float:
         rate = getattr(args, f"{name}_learning_rate", None)
-        return default if rate is None else rate
+        if rate is not None:
+            return rate
+        return DEFAULT_LEARNING_RATES[name] if by_part else default
 
     decay = getattr(args, "layerwise_lr_decay", 1.0)
     rates: dict[int, float] = {}

@@ -172,6 +172,18 @@ def task_of_metric(metric: str, tasks: Iterable[str]) -> str | None:
     return max((task for task in tasks if metric.startswith(f"{task}_")), key=len, default=None)
 
 
+def headline(task: "Task", logits: torch.Tensor, labels: torch.Tensor) -> tuple[str, float]:
+    """
+    The name and the value of a task's first metric.
+
+    Args:
+        logits, labels: of rows (or words) that all have a label.
+    """
+    metric = METRICS[task.default_metrics[0]](keep_in_memory=True)
+    predictions, references = (x.numpy() for x in task.predictions_and_references(logits, labels))
+    return task.default_metrics[0], _compute(task.name, metric, predictions, references)[task.default_metrics[0]]
+
+
 class MultiTaskMetrics:
     """
     The `compute_metrics` of a multi-task model: `Trainer(..., compute_metrics=MultiTaskMetrics(model.config))`.

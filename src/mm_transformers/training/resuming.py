@@ -58,6 +58,7 @@ class ResumableTrainer(Trainer):
     _last_step_seen = -1
     _was_stopped_early = False
     _knows_all_losses = False
+    _has_started = False
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """
@@ -79,8 +80,11 @@ class ResumableTrainer(Trainer):
     def _inner_training_loop(self, batch_size=None, *args, **kwargs):
         # Begins anew if a smaller batch size is tried.
         self._to_restore, self._last_step_seen = kwargs.get("resume_from_checkpoint"), -1
-        self._was_stopped_early = self._knows_all_losses = False
+        self._was_stopped_early = self._knows_all_losses = self._has_started = False
         return super()._inner_training_loop(batch_size, *args, **kwargs)
+
+    def on_start(self, trial: Any, ignore_keys_for_eval: Any) -> None:
+        """Called before the first step of a training that is not resumed."""
 
     def _checkpoint_to_resume(self, wanted: Any) -> Optional[str]:
         """Decided by one process, since others may not yet see, or no longer see, what it sees."""
@@ -166,7 +170,7 @@ class ResumableTrainer(Trainer):
     def _note_best_checkpoint(self, run_dir: str) -> None:
         """As the Trainer does it, but where the checkpoint will be."""
         step = self.state.best_global_step
-        if step:
+        if step is not None:
             folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
             if step == self.state.global_step or os.path.exists(folder):
                 self.state.best_model_checkpoint = folder
@@ -195,6 +199,9 @@ class ResumableTrainer(Trainer):
     # Resuming
 
     def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step == 0 and self._to_restore is None and not self._has_started:
+            self._has_started = True
+            self.on_start(kwargs.get("trial"), kwargs.get("ignore_keys_for_eval"))
         self._restore_losses()
         if self.state.global_step >= self.state.max_steps or self._was_stopped_early:
             self.control.should_training_stop = True

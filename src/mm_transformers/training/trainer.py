@@ -1,11 +1,12 @@
 """The Trainer of transformers, for models with several tasks and batches with any number of images."""
 
 import itertools
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
@@ -15,7 +16,9 @@ from ..data.image_groups import SharedImageSampler, images_of
 from ..data.mixture import DataMixture, check_sources
 from ..data.mixture_rows import MixedStream
 from ..data.sources import rows_of
+from ..data.splitting import split_for_validation
 from ..model.regularization import penalties, take_starting_point
+from .arguments import MMTrainingArguments
 from .balancing import TaskBalancing
 from .card.writing import write_trainer_card
 from .checks import (
@@ -29,9 +32,12 @@ from .checks import (
 from .counts import RowCounts
 from .learning_rates import never_decays, set_learning_rates
 from .metrics import MultiTaskMetrics
+from .preparing import prepare_tasks
+from .probe_start import Start, probes_of, start_probes
 from .resuming import ResumableTrainer
 from .sharding import gather_for_method, layer_classes
 from .starting_point import load_starting_point, save_starting_point
+from .verdict import Verdict
 
 
 logger = logging.get_logger(__name__)
@@ -76,6 +82,9 @@ class MMTrainer(ResumableTrainer):
             smoothing, `compute_loss_func`, `batch_eval_metrics`.
     """
 
+    train_dataset: Any
+    eval_dataset: Any
+
     def __init__(
         self,
         model: Optional[nn.Module] = None,
@@ -88,7 +97,7 @@ class MMTrainer(ResumableTrainer):
         feature_cache=None,
         **kwargs,
     ):
-        args = args if args is not None else TrainingArguments("tmp_trainer")
+        args = args if args is not None else MMTrainingArguments("tmp_trainer")
         check_arguments(args)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("MMTrainer takes no compute_loss_func: the loss of a task is its method `loss`.")
@@ -142,6 +151,7 @@ class MMTrainer(ResumableTrainer):
             check_adapters(self.fused_model)
         if data_collator is None:
             self.data_collator = MMDataCollator(processing_class, self.model.config)
+        train_dataset, eval_dataset = self._with_validation_rows()
         self.feature_cache = FeatureCache.of(feature_cache)
         if self.feature_cache is not None:
             self.feature_cache.modalities(self.fused_model, self.data_collator)
@@ -155,6 +165,13 @@ class MMTrainer(ResumableTrainer):
                     check_columns(dataset, name, self.data_collator)
             check_lengths(train_dataset, args)
             check_rows_per_image(train_dataset, self.data_collator, args)
+        if self.train_dataset is not None and isinstance(self.data_collator, MMDataCollator):
+            prepare_tasks(
+                self.fused_model, self.train_dataset, self.data_collator, self.data_collator, self.compute_metrics
+            )
+        self._start = Start({}, {})
+        self._keeps_start = False
+        self.verdicts: list[Verdict] = []
         # `num_items_in_batch` holds the divisors of the whole optimiser step, so nothing is left to be divided.
         self.model_accepts_loss_kwargs = True
         # Of each task, and of the regularizer, since the last log: losses, summed over the optimiser steps, and the
@@ -174,6 +191,36 @@ class MMTrainer(ResumableTrainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     # Data
+
+    def _with_validation_rows(self) -> tuple[Any, Any]:
+        """Training and validation rows: the latter as given, or held out if the arguments leave that to the trainer."""
+        args = self.args
+        if not isinstance(args, MMTrainingArguments):
+            if probes_of(self.fused_model) and self.train_dataset is not None:
+                logger.warning_once(
+                    f"These are plain {type(args).__name__}, which are taken as they are: one learning rate of "
+                    f"{args.learning_rate:g} for all parts. MMTrainingArguments has defaults for pretrained encoders, "
+                    "validation rows, early stopping and the best weights."
+                )
+            return self.train_dataset, self.eval_dataset
+        if self.eval_dataset is None and args.wants_validation_rows and isinstance(self.data_collator, MMDataCollator):
+            parts = split_for_validation(self.train_dataset, self.data_collator, args.validation_fraction, args.seed)
+            if parts is not None:
+                self.train_dataset, self.eval_dataset = parts
+                logger.warning(
+                    f"No eval_dataset: {len(parts[1]):,} of {len(parts[0]) + len(parts[1]):,} training rows are held "
+                    "out for validation."
+                )
+        args.settle(self.eval_dataset is not None)
+        has_one = any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
+        if args.load_best_model_at_end and args.early_stopping_patience and not has_one:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        return self.train_dataset, self.eval_dataset
+
+    def collator_for(self, rows: Any) -> Any:
+        """The collator for these rows; with a feature cache, what frozen encoders give of them is stored first."""
+        self._store_features(rows)
+        return self.data_collator
 
     def _get_train_sampler(self, train_dataset=None):
         if getattr(self.args, "rows_per_image", 1) > 1:
@@ -345,6 +392,7 @@ class MMTrainer(ResumableTrainer):
             for dataset in evaluated.values():
                 self._store_features(rows_of(dataset, self.data_collator)[0])
         output = super().train(*args, **kwargs)
+        self._tell_verdicts()
         for name, count in self._num_labels.items():
             if count == 0:
                 logger.warning(
@@ -356,6 +404,13 @@ class MMTrainer(ResumableTrainer):
     def _inner_training_loop(self, *args, **kwargs):
         # Only here is the model surely the one that is trained: a `model_init` makes a new one for each trial.
         fused = self.fused_model
+        is_resumed = kwargs.get("resume_from_checkpoint") is not None
+        if isinstance(self.data_collator, MMDataCollator):
+            # A model of `model_init` has not seen the training rows.
+            prepare_tasks(fused, self.train_dataset, self.data_collator, self.data_collator, self.compute_metrics)
+        if not is_resumed and getattr(self.args, "probe_start", None) is not False:
+            self._start = self._started(start_probes(self))
+        self._keeps_start = bool(self._start.models) and self.args.load_best_model_at_end and not is_resumed
         fused.starting_point = take_starting_point(fused, fused.config.regularization)
         self.remove_callback(TaskBalancing)
         balancing = TaskBalancing(self)
@@ -363,6 +418,34 @@ class MMTrainer(ResumableTrainer):
         if self._balancing is not None:
             self.add_callback(self._balancing)
         return super()._inner_training_loop(*args, **kwargs)
+
+    def _started(self, start: Start) -> Start:
+        if start.models and self.is_world_process_zero():
+            names = ", ".join(f"{name} ({model.num_items:,} labels)" for name, model in start.models.items())
+            logger.warning(f"Started as linear models of the mean encoder outputs: {names}.")
+        return start
+
+    def on_start(self, trial: Any, ignore_keys_for_eval: Any) -> None:
+        """The start counts as a checkpoint: it is kept unless trained weights are better on the validation rows."""
+        if self._keeps_start:
+            metrics = self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+            self._determine_best_metric(metrics, trial)
+            self._save_checkpoint(self.model, trial)
+
+    def _tell_verdicts(self) -> None:
+        state, best = self.state, self.state.best_global_step
+        measured = [entry for entry in state.log_history if "eval_loss" in entry]
+        step = best if best is not None and self.args.load_best_model_at_end else state.global_step
+        values: dict[str, Any] = next((entry for entry in reversed(measured) if entry["step"] == step), {})
+        self.verdicts = []
+        for name, verdict in self._start.verdicts.items():
+            verdict = replace(verdict, model=values.get(f"eval_{name}_{verdict.metric}"), kept_start=best == 0)
+            self.verdicts.append(verdict)
+            if self.is_world_process_zero():
+                logger.warning(str(verdict))
+                if not verdict.others_help and self.fused_model.config.modalities:
+                    others = " and ".join(self.fused_model.config.modalities)
+                    logger.warning(f"{name}: {others} did not help on the validation rows; text alone is as good.")
 
     def save_model(self, output_dir: Optional[str] = None, _internal_call: bool = False):
         if self.is_fsdp_enabled and not _internal_call:

@@ -1,0 +1,135 @@
+"""A linear model of the mean encoder outputs inside each head, with which a task can start."""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .encoders import encoder_width
+from .fusion_layers import masked_mean
+
+
+class LinearProblem(NamedTuple):
+    """
+    The linear model of a task: how labels depend on features.
+
+    Args:
+        kind: "multinomial" (labels int64, -100 where missing), "binary" (labels float 0 or 1, one column per output,
+            NaN where missing) or "ridge" (labels float, one per output, NaN where missing).
+        num_outputs: as many as the head has logits.
+        per_token: whether each token has a label of its own, or the whole row.
+    """
+
+    kind: Literal["multinomial", "binary", "ridge"]
+    num_outputs: int
+    per_token: bool = False
+
+
+class LinearProbe(nn.Module):
+    """
+    A linear layer on what the encoders say of a row, without any fusion (linear probing, then fine-tuning: Kumar et
+    al. 2022, https://arxiv.org/abs/2202.10054). All weights are 0 until [`start_probes`] or training sets them.
+
+    The features are, for text and each other modality: the mean of the encoder outputs, scaled to length 1, and 1. Both
+    are 0 where a row lacks the modality. With `per_token`, the text part is the encoder output of each token instead.
+
+    Args:
+        widths: modality -> width of its encoder, "text" first.
+        num_outputs, per_token: see [`LinearProblem`].
+    """
+
+    def __init__(self, widths: dict[str, int], num_outputs: int, per_token: bool = False):
+        super().__init__()
+        self.widths, self.per_token = dict(widths), per_token
+        self.linear = nn.Linear(sum(widths.values()) + len(widths), num_outputs)
+
+    def init_own_parameters(self, std: float):
+        init.zeros_(self.linear.weight)
+        init.zeros_(self.linear.bias)
+
+    @property
+    def blocks(self) -> list[tuple[slice, int]]:
+        """Of each modality the columns of its vector, and the column that is 1 where a row has it."""
+        found, start = [], 0
+        for width in self.widths.values():
+            found.append((slice(start, start + width), start + width))
+            start += width + 1
+        return found
+
+    def features(self, outputs: Any) -> torch.Tensor:
+        """
+        Args:
+            outputs ([`MMTransformerModelOutput`]).
+
+        Returns:
+            (batch, number of features), or (batch, text_len, number of features) with `per_token`.
+        """
+        text = outputs.encoded["text"]
+        batch, length = text.mask.shape
+        parts = []
+        for name, width in self.widths.items():
+            stream = outputs.encoded.get(name)
+            means = None if stream is None else stream.row_means
+            if means is None:
+                means = text.hidden_states.new_zeros(batch, width)
+            is_there = (means != 0).any(-1, keepdim=True)
+            if self.per_token and name == "text":
+                means, is_there = torch.where(is_there[:, None], text.hidden_states, 0), is_there[:, None]
+            vectors = nn.functional.normalize(means.float(), dim=-1)
+            part = torch.cat([vectors, is_there.float().expand(*vectors.shape[:-1], 1)], -1)
+            if self.per_token and name != "text":
+                part = part[:, None].expand(-1, length, -1)
+            parts.append(part)
+        return torch.cat(parts, -1)
+
+    def forward(self, outputs: Any) -> torch.Tensor:
+        return self.linear(self.features(outputs).to(self.linear.weight.dtype))
+
+
+class ProbedHead(nn.Module):
+    """
+    The sum of a linear probe and a head. The head sees only what the fusion changed: fused minus unfused text states.
+    This is 0 while the gates are closed, so at the start the probe alone answers, and gates get gradients at once.
+
+    A model without a fusion changes nothing; there the head sees the text states, and its last layer starts at 0.
+
+    Args:
+        head: as [`Task.build_head`] gives it; of an input of zeros it must make zeros at its initialisation.
+        probe: gives as many outputs as the head.
+        has_fusion: whether the model has a fusion.
+    """
+
+    def __init__(self, head: nn.Module, probe: LinearProbe, has_fusion: bool):
+        super().__init__()
+        self.head, self.probe, self.has_fusion = head, probe, has_fusion
+
+    def init_own_parameters(self, std: float):
+        if not self.has_fusion:
+            last = [module for module in self.head.modules() if isinstance(module, nn.Linear)][-1]
+            init.zeros_(last.weight)
+            init.zeros_(last.bias)
+
+    def forward(self, outputs: Any) -> torch.Tensor:
+        seen = outputs
+        if self.has_fusion:
+            text = outputs.encoded["text"]
+            seen = type(outputs)(**outputs)
+            seen.last_hidden_state = outputs.last_hidden_state - text.hidden_states
+            seen.pooler_output = outputs.pooler_output - masked_mean(text.hidden_states, text.mask)
+        logits = self.head(seen)
+        return logits + self.probe(outputs).view_as(logits)
+
+
+def probe_widths(config: Any) -> dict[str, int]:
+    """Modality -> width of its encoder, "text" first."""
+    return {name: encoder_width(getattr(config, f"{name}_config")) for name in ("text", *config.modalities)}
+
+
+def with_probe(head: nn.Module, task: Any, config: Any) -> nn.Module:
+    """The head of a task, with a linear probe if the config asks for it and the task has a linear problem."""
+    problem = task.linear_problem() if config.linear_probe else None
+    if problem is None:
+        return head
+    probe = LinearProbe(probe_widths(config), problem.num_outputs, problem.per_token)
+    return ProbedHead(head, probe, has_fusion=bool(config.modalities))

@@ -1,0 +1,239 @@
+"""
+A task with a linear problem starts as the best linear model of the mean encoder outputs.
+
+Linear probing, then fine-tuning: a random head distorts good features in the first steps, a solved one does not (Kumar
+et al. 2022, https://arxiv.org/abs/2202.10054).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from torch.utils.data import ConcatDataset, DataLoader, Subset
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..data.mixture import DataMixture
+from ..data.sources import ROWS_PER_SOURCE, DataSource, rows_of
+from ..data.splitting import find_groups
+from ..model.linear_probe import LinearProbe, LinearProblem, ProbedHead
+from ..model.modeling_outputs import MMTransformerModelOutput
+from ..model.task_base import Task
+from .linear_models import NUM_FOLDS, LinearModel, majority, solve
+from .verdict import Verdict, verdict_of
+
+
+logger = logging.get_logger(__name__)
+
+# More rows (or words, for tasks that label words) say little more about a linear model.
+MAX_ROWS, MAX_TOKENS = 20_000, 40_000
+
+
+def probes_of(model: torch.nn.Module) -> dict[str, list[LinearProbe]]:
+    """Task -> its probe; where PEFT trains the heads as a whole, also the copy that it trains."""
+    probes: dict[str, list[LinearProbe]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ProbedHead):
+            probes.setdefault(name.rpartition(".")[2], []).append(module.probe)
+    return probes
+
+
+def is_new(probe: LinearProbe) -> bool:
+    """Whether neither a start nor training has set its weights."""
+    return not probe.linear.weight.any() and not probe.linear.bias.any()
+
+
+class Start(NamedTuple):
+    """
+    How the tasks started.
+
+    Args:
+        models: task -> its linear model.
+        verdicts: task -> the linear model beside simpler ones on the validation rows; empty without such rows.
+    """
+
+    models: dict[str, LinearModel]
+    verdicts: dict[str, Verdict]
+
+
+def start_probes(trainer: Any) -> Start:
+    """
+    Solves the linear problem of each task whose probe is new, and puts the solution into the probe: after that the
+    model answers exactly as the linear model.
+
+    Args:
+        trainer ([`MMTrainer`]): Whose model is not yet wrapped for training. All processes must call this.
+
+    Returns:
+        What was found, the same in all processes.
+    """
+    fused, dataset = trainer.fused_model, trainer.train_dataset
+    waiting = {name: probes for name, probes in probes_of(fused).items() if is_new(probes[0])}
+    parts = None if dataset is None else _map_style(dataset, trainer.data_collator)
+    if not waiting or parts is None:
+        if waiting and dataset is not None:
+            logger.warning("The training rows are a stream, so the tasks do not start as linear models.")
+        return Start({}, {})
+    reader = _Reader(trainer, {name: probes[0] for name, probes in waiting.items()})
+    train = reader.read(parts, "linear start")
+    held_out = trainer.eval_dataset
+    others = None if held_out is None or isinstance(held_out, dict) else _map_style(held_out, trainer.data_collator)
+    known = {} if others is None else reader.read(others, "linear start: validation rows")
+    found: list[Any] = [None]
+    if trainer.args.process_index == 0:
+        found = [_solved(fused.tasks, reader.probes, train, known)]
+    start: Start = broadcast_object_list(found)[0]
+    for name, model in start.models.items():
+        for probe in waiting[name]:
+            with torch.no_grad():
+                probe.linear.weight.copy_(torch.from_numpy(model.weight))
+                probe.linear.bias.copy_(torch.from_numpy(model.bias))
+    return start
+
+
+def _solved(
+    tasks: dict[str, Task], probes: dict[str, LinearProbe], train: dict[str, "_Items"], held_out: dict[str, "_Items"]
+) -> Start:
+    start = Start({}, {})
+    for name, probe in probes.items():
+        problem, items = problem_of(tasks[name]), train[name]
+        model = solve(problem, probe.blocks, *items)
+        if model is None:
+            continue
+        start.models[name] = model
+        others = held_out.get(name)
+        if others is None:
+            continue
+        text = probe.blocks[:1]
+        width = text[0][1] + 1
+        alone = solve(problem, text, items.features[:, :width], *items[1:])
+        assert alone is not None  # the labels are the same
+        logits = (
+            model(others.features),
+            alone(others.features[:, :width]),
+            majority(problem, items, len(others.labels)),
+        )
+        shape = (-1, problem.num_outputs) if problem.kind != "ridge" or problem.num_outputs > 1 else (-1,)
+        tensors = [torch.from_numpy(x).float().reshape(shape) for x in logits]
+        labels = torch.from_numpy(others.labels)
+        verdict = verdict_of(tasks[name], labels.reshape(shape) if problem.kind != "multinomial" else labels, *tensors)
+        if verdict is not None:
+            start.verdicts[name] = verdict
+    return start
+
+
+def problem_of(task: Task) -> LinearProblem:
+    problem = task.linear_problem()
+    assert problem is not None  # it has a probe
+    return problem
+
+
+# Features
+
+
+def _map_style(dataset: Any, collator: Any) -> list[tuple[Any, Any]] | None:
+    """The data sets of a training set, each as the data loader reads it and as it is; `None` for streams."""
+    if isinstance(dataset, DataMixture):
+        sources = dataset.sources.items()
+        if any(source.is_stream for _, source in sources):
+            return None
+        return [(source.rows(collator, name), source) for name, source in sources]
+    source = dataset if isinstance(dataset, DataSource) else DataSource(dataset)
+    return None if source.is_stream else [(rows_of(dataset, collator)[0], source)]
+
+
+def _groups(parts: list[tuple[Any, Any]], collator: Any) -> np.ndarray:
+    """(num_rows,) int64: rows of one picture, video or sound have the same number."""
+    groups: list[np.ndarray] = []
+    media = {column.column: column.split for column in collator.media.values()}
+    for _, source in parts:
+        found = find_groups(source, 1 / NUM_FOLDS, collator.text_column, media)
+        groups.append(found + (groups[-1].max() + 1 if groups else 0))
+    return np.concatenate(groups)
+
+
+class _Items(NamedTuple):
+    features: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray
+
+
+class _Reader:
+    """Reads features, labels and groups of what is labelled."""
+
+    def __init__(self, trainer: Any, probes: dict[str, LinearProbe]):
+        self.trainer, self.probes = trainer, probes
+        self.problems = {name: problem_of(trainer.fused_model.tasks[name]) for name in probes}
+
+    def read(self, parts: list[tuple[Any, Any]], what: str) -> dict[str, _Items]:
+        """Task -> what all processes have read."""
+        args, fused = self.trainer.args, self.trainer.fused_model
+        rows: Any = ConcatDataset([part for part, _ in parts])
+        collator = self.trainer.collator_for(rows)
+        rng = np.random.default_rng(args.seed)
+        groups = _groups(parts, collator)
+        chosen = np.sort(rng.permutation(len(rows))[:MAX_ROWS])
+        mine = chosen[args.process_index :: args.world_size].tolist()
+        loader = DataLoader(
+            Subset(rows, mine),
+            batch_size=args.eval_batch_size,
+            collate_fn=collator,
+            num_workers=args.dataloader_num_workers,
+        )
+        device = next(fused.parameters()).device
+        pieces: dict[str, list[_Items]] = {name: [] for name in self.probes}
+        place = 0
+        with _as_it_was(fused), torch.no_grad(), self.trainer.compute_loss_context_manager():
+            for batch in tqdm(loader, desc=what, disable=args.disable_tqdm or args.process_index > 0, leave=False):
+                labels = batch.pop("labels")
+                batch.pop(ROWS_PER_SOURCE, None)
+                size = len(batch["attention_mask"])
+                group = torch.from_numpy(groups[mine[place : place + size]])
+                place += size
+                encoded, _ = fused.model.encode_rows(**send_to_device(dict(batch), device))
+                outputs = MMTransformerModelOutput(encoded=encoded)
+                features: dict[bool, torch.Tensor] = {}
+                for name, probe in self.probes.items():
+                    problem = self.problems[name]
+                    if problem.per_token not in features:
+                        features[problem.per_token] = probe.features(outputs).float().cpu()
+                    pieces[name].append(_labelled(problem, features[problem.per_token], labels[name], group))
+        return {name: self._joined(found, rng) for name, found in pieces.items()}
+
+    def _joined(self, found: list[_Items], rng: np.random.Generator) -> _Items:
+        gathered = gather_object([_concatenated(found)] if found else [])
+        items = _concatenated(gathered)
+        if len(items.labels) > MAX_TOKENS:
+            some = np.sort(rng.permutation(len(items.labels))[:MAX_TOKENS])
+            items = _Items(*(x[some] for x in items))
+        return items
+
+
+def _concatenated(parts: list[_Items]) -> _Items:
+    return _Items(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+
+
+def _labelled(problem: LinearProblem, features: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor) -> _Items:
+    if problem.kind == "multinomial":
+        known = labels != -100
+    else:
+        labels = labels.reshape(len(labels), -1)
+        known = ~labels.isnan().any(-1)
+    if problem.per_token:
+        groups = groups[:, None].expand(labels.shape)
+    return _Items(features[known].numpy(), labels[known].numpy(), groups[known].numpy())
+
+
+@contextmanager
+def _as_it_was(model: torch.nn.Module) -> Iterator[None]:
+    """In evaluation mode; afterwards mode and random number generators are as before."""
+    was_training = model.training
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)

@@ -1,0 +1,507 @@
+"""Tasks start as the best linear model: the solutions, the start itself, what is kept and told, resuming."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from sklearn.linear_model import LogisticRegression, Ridge
+from tiny import FUSION_KINDS, make_image, make_model, make_processor
+from transformers import TrainingArguments
+
+from mm_transformers import (
+    Classification,
+    MMDataCollator,
+    MMTrainer,
+    MMTrainingArguments,
+    MMTransformerForMultiTask,
+    MultiLabel,
+    Regression,
+    TokenClassification,
+)
+from mm_transformers.model.linear_probe import LinearProbe, LinearProblem
+from mm_transformers.training import linear_models
+from mm_transformers.training.linear_models import solve
+from mm_transformers.training.probe_start import probes_of, start_probes
+
+
+TASKS = [
+    Classification("topic", labels=["animals", "food", "travel"]),
+    Classification("mood", labels=["bad", "good"]),
+    MultiLabel("tags", labels=["red", "green", "blue"]),
+    Regression("score"),
+    TokenClassification("entities", labels=["O", "NAME"]),
+]
+TEXTS = ["a red dog", "the big cat is in the river", "a picnic", "rain over the sun", "a small bat", "the desk"]
+CPU = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
+
+
+def make_rows(count=36, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        text, image = TEXTS[int(rng.integers(len(TEXTS)))] + " in rain" * (i % 2), make_image(i)
+        missing = rng.random(5) < 0.15
+        labels = {
+            "topic": ["animals", "food", "travel"][int(rng.integers(3))],
+            "mood": ["bad", "good"][i % 2],
+            "tags": [tag for tag in ("red", "green", "blue") if rng.random() < 0.5],
+            "score": float(rng.normal()),
+            "entities": [["O", "NAME"][int(rng.integers(2))] for _ in text.split()],
+        }
+        row = {name: None if gone else label for (name, label), gone in zip(labels.items(), missing, strict=True)}
+        row["text"] = None if i % 9 == 4 else text
+        if row["text"] is None:
+            row["entities"] = None
+        row["image"] = None if i % 5 == 3 and row["text"] else [image, make_image(i + 100)] if i % 7 == 2 else image
+        rows.append(row)
+    return rows
+
+
+def new_model(**kwargs):
+    kwargs.setdefault("tasks", TASKS)
+    return make_model(gates_open=False, linear_probe=True, **kwargs)
+
+
+def make_trainer(folder, model=None, rows=None, **kwargs):
+    args = MMTrainingArguments(str(folder), **{**CPU, "num_train_epochs": 1, **kwargs})
+    model = new_model() if model is None else model
+    return MMTrainer(model, args, processing_class=make_processor(), train_dataset=rows or make_rows())
+
+
+def logits_of(model, rows):
+    batch = MMDataCollator(make_processor(), model.config)(rows)
+    batch.pop("labels")
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+# Solutions
+
+
+def random_problem(seed=0, num=80, widths=(5, 7), share=0.3):
+    rng = np.random.default_rng(seed)
+    blocks, parts, start = [], [], 0
+    for width in widths:
+        there = rng.random(num) > share
+        vectors = rng.normal(size=(num, width))
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        parts.append(np.column_stack([vectors * there[:, None], there]))
+        blocks.append((slice(start, start + width), start + width))
+        start += width + 1
+    return blocks, np.concatenate(parts, 1), rng
+
+
+def with_copies_by_hand(features, labels, blocks, weight):
+    """The rows, and each row without each of its modalities, if it has another: one at a time."""
+    rows, targets, weights = list(features), list(labels), [1.0] * len(features)
+    for x, y in zip(features, labels, strict=True):
+        for part, indicator in blocks:
+            others = [i for _, i in blocks if i != indicator and x[i] > 0]
+            if x[indicator] > 0 and others:
+                copy_ = x.copy()
+                copy_[part], copy_[indicator] = 0, 0
+                rows.append(copy_)
+                targets.append(y)
+                weights.append(weight)
+    weights = np.array(weights)
+    return np.array(rows), np.array(targets), weights * len(features) / weights.sum()
+
+
+@pytest.mark.parametrize("num", [12, 80])  # fewer rows than columns, and more
+@pytest.mark.parametrize("num_labels", [2, 4])
+def test_multinomial_solution_is_that_of_scikit_learn(num, num_labels):
+    blocks, features, rng = random_problem(num=num)
+    labels = np.arange(num) % num_labels
+    rng.shuffle(labels)
+    model = solve(LinearProblem("multinomial", num_labels), blocks, features, labels)
+    rows, targets, weights = with_copies_by_hand(features, labels, blocks, linear_models.COPY_WEIGHT)
+    expected = LogisticRegression(C=model.strength, tol=1e-8, max_iter=10_000).fit(rows, targets, weights)
+    probabilities = torch.from_numpy(model(features)).softmax(-1).numpy()
+    assert np.allclose(probabilities, expected.predict_proba(features), atol=2e-3)
+    assert model.num_items == num
+
+
+def test_binary_solution_is_one_regression_per_label():
+    blocks, features, rng = random_problem(1)
+    labels = (rng.random((80, 3)) < [0.5, 0.2, 0.0]).astype(float)  # the last never holds
+    model = solve(LinearProblem("binary", 3), blocks, features, labels)
+    rows, targets, weights = with_copies_by_hand(features, labels, blocks, linear_models.COPY_WEIGHT)
+    probabilities = 1 / (1 + np.exp(-model(features)))
+    for i in (0, 1):
+        expected = LogisticRegression(C=model.strength, tol=1e-8, max_iter=10_000).fit(rows, targets[:, i], weights)
+        assert np.allclose(probabilities[:, i], expected.predict_proba(features)[:, 1], atol=2e-3)
+    assert (probabilities[:, 2] < 0.05).all()
+
+
+def test_ridge_solution_has_a_closed_form():
+    blocks, features, rng = random_problem(2)
+    labels = rng.normal(size=80) * 100 + 500
+    model = solve(LinearProblem("ridge", 1), blocks, features, labels)
+    rows, targets, weights = with_copies_by_hand(features, labels, blocks, linear_models.COPY_WEIGHT)
+    centre = (weights[:, None] * rows).sum(0) / weights.sum(), (weights * targets).sum() / weights.sum()
+    x, y = rows - centre[0], targets - centre[1]
+    weight = np.linalg.solve(x.T @ (weights[:, None] * x) + np.eye(x.shape[1]) / model.strength, x.T @ (weights * y))
+    expected = (features - centre[0]) @ weight + centre[1]
+    assert np.allclose(model(features)[:, 0], expected, rtol=1e-4)
+    assert Ridge  # the package uses scikit-learn's; the closed form is independent of it
+
+
+def test_strength_is_low_where_labels_are_noise_and_high_where_they_are_not():
+    blocks, features, rng = random_problem(3, num=200, share=0.0)
+    noise = rng.integers(0, 2, 200)
+    clear = (features[:, 0] > 0).astype(int)
+    strengths = [solve(LinearProblem("multinomial", 2), blocks, features, y).strength for y in (noise, clear)]
+    assert strengths[0] == linear_models.STRENGTHS[0]
+    assert strengths[1] > strengths[0]
+
+
+def test_folds_share_no_group():
+    groups = np.repeat(np.arange(20), 3)
+    labels = np.arange(60) % 2
+    for problem, y in ((LinearProblem("multinomial", 2), labels), (LinearProblem("ridge", 1), labels * 1.0)):
+        for train, held_out in linear_models._folds(problem, y, groups):
+            assert not set(groups[train]) & set(groups[held_out])
+
+
+@pytest.mark.parametrize("labels", [np.array([1]), np.array([2, 2, 2])])
+def test_nothing_to_learn_has_no_solution(labels):
+    blocks, features, _ = random_problem(num=len(labels))
+    assert solve(LinearProblem("multinomial", 3), blocks, features, labels) is None
+
+
+def test_a_label_that_training_never_shows_is_never_the_answer():
+    blocks, features, _ = random_problem()
+    model = solve(LinearProblem("multinomial", 3), blocks, features, np.arange(80) % 2)
+    assert (model(features).argmax(1) < 2).all()
+
+
+# The start
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp("started"), validation_fraction=0)
+    before = copy.deepcopy(trainer.fused_model.state_dict())
+    return trainer, before, start_probes(trainer)
+
+
+def features_by_hand(model, row, per_token=False):
+    """Unit means of what the encoders give of one row, one encoder at a time, and 1 or 0."""
+    processor, parts = make_processor(), []
+    batch = processor(text=[row["text"] or ""], return_tensors="pt")
+    with torch.no_grad():
+        states = model.model.text_model(batch["input_ids"], attention_mask=torch.ones_like(batch["input_ids"]))[0][0]
+        text = states if per_token else states.mean(0, keepdim=True)
+        text = text / text.norm(dim=-1, keepdim=True)
+        text = torch.cat([text, torch.ones(len(text), 1)], 1)
+        parts.append(text if row["text"] else torch.zeros_like(text))
+        images = row["image"] if isinstance(row["image"], list) else [row["image"]] if row["image"] else []
+        if images:
+            pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            mean = model.model.vision_model(pixels)[0].mean((0, 1))
+            vision = torch.cat([mean / mean.norm(), torch.ones(1)])[None]
+        else:
+            vision = torch.zeros(1, 25)
+    return torch.cat([parts[0], vision.expand(len(text), -1)], 1).numpy()
+
+
+def test_the_started_model_answers_as_its_linear_models(started):
+    trainer, _, start = started
+    assert list(start.models) == [task.name for task in TASKS]
+    rows = make_rows(14, seed=5)
+    logits = logits_of(trainer.fused_model, rows)
+    for i, row in enumerate(rows):
+        for name, model in start.models.items():
+            expected = model(features_by_hand(trainer.fused_model, row, name == "entities"))
+            found = logits[name][i]
+            if name == "entities":
+                if row["text"] is None:
+                    continue
+                found = found[: len(expected)]
+            assert np.allclose(found.reshape(expected.shape), expected, atol=1e-5), (name, i)
+
+
+def test_only_the_probes_change(started):
+    trainer, before, _ = started
+    after = trainer.fused_model.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {f"heads.{t.name}.probe.linear.{part}" for t in TASKS for part in ("weight", "bias")}
+
+
+def test_linear_models_are_those_of_the_training_rows(started):
+    trainer, _, start = started
+    rows = [row for row in trainer.train_dataset if row["topic"] is not None]
+    features = np.concatenate([features_by_hand(trainer.fused_model, row) for row in rows])
+    labels = np.array([TASKS[0].labels.index(row["topic"]) for row in rows])
+    blocks = probes_of(trainer.fused_model)["topic"][0].blocks
+    rows_, targets, weights = with_copies_by_hand(features, labels, blocks, linear_models.COPY_WEIGHT)
+    model = start.models["topic"]
+    expected = LogisticRegression(C=model.strength, tol=1e-8, max_iter=10_000).fit(rows_, targets, weights)
+    found = torch.from_numpy(model(features)).softmax(-1).numpy()
+    assert np.allclose(found, expected.predict_proba(features), atol=5e-3)
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_KINDS)
+def test_gates_get_gradients_at_step_0_and_the_probe_answers_alone(fusion_type):
+    model = new_model(fusion_type=fusion_type, tasks=TASKS[:2])
+    probe = probes_of(model)["topic"][0]
+    torch.nn.init.normal_(probe.linear.weight)
+    batch = MMDataCollator(make_processor(), model.config)(make_rows(8))
+    output = model.train()(**batch)  # dropout in the head has nothing to drop
+    outputs = model.model(**{name: value for name, value in batch.items() if name != "labels"})
+    assert torch.allclose(model.heads.topic.head(_change(outputs)), torch.zeros(8, 3), atol=1e-6)
+    output.loss.backward()
+    gates = {name: p.grad.abs().max() for name, p in model.named_parameters() if name.endswith("gate_alpha")}
+    # Gates behind other closed gates wait for these.
+    assert max(gates.values()) > 0
+    if fusion_type in ("cross_attention", "merged", "late"):
+        assert all(value > 0 for value in gates.values())
+
+
+def _change(outputs):
+    text = outputs.encoded["text"]
+    outputs.last_hidden_state = outputs.last_hidden_state - text.hidden_states
+    weights = text.mask[..., None].float()
+    outputs.pooler_output = outputs.pooler_output - (text.hidden_states * weights).sum(1) / weights.sum(1)
+    return outputs
+
+
+def test_a_model_of_text_alone_starts_as_a_linear_model_too(tmp_path):
+    model = new_model(vision=None)
+    rows = [{k: v for k, v in row.items() if k != "image"} for row in make_rows() if row["text"]]
+    trainer = make_trainer(tmp_path, model, rows)
+    start = start_probes(trainer)
+    logits = logits_of(model, rows[:6])["topic"]
+    for i, row in enumerate(rows[:6]):
+        expected = start.models["topic"](features_by_hand(model, {**row, "image": None})[:, :33])
+        assert np.allclose(logits[i], expected[0], atol=1e-5)
+    batch = MMDataCollator(make_processor(), model.config)(rows[:6])
+    model.train()(**batch).loss.backward()
+    assert model.heads.topic.head.out_proj.weight.grad.abs().max() > 0
+
+
+def test_probes_that_are_not_new_stay_as_they_are(tmp_path, started):
+    trainer, _, _ = started
+    trainer.fused_model.save_pretrained(tmp_path / "saved")
+    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path / "saved")
+    before = {name: p.clone() for name, p in loaded.named_parameters()}
+    assert start_probes(make_trainer(tmp_path / "again", loaded, make_rows(20, seed=9))).models == {}
+    assert all(torch.equal(before[name], p) for name, p in loaded.named_parameters())
+
+
+def test_the_random_numbers_of_training_are_not_touched(tmp_path):
+    trainer = make_trainer(tmp_path)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    start_probes(trainer)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_config_without_the_field_has_todays_architecture_and_answers():
+    old, new = make_model(seed=1), make_model(seed=1, linear_probe=False)
+    assert not any("probe" in name for name in old.state_dict())
+    batch = MMDataCollator(make_processor(), old.config)([{"text": "a red dog", "image": make_image(1)}])
+    a, b = old(**batch).logits, new(**batch).logits
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_task_kind_of_ones_own_without_a_linear_problem_starts_as_before():
+    class Own(Classification):
+        kind = "own_without_linear_problem"
+
+        def linear_problem(self):
+            return None
+
+    from mm_transformers.model.task_base import TASK_KINDS, register_task
+
+    register_task(Own)
+    try:
+        model = new_model(tasks=[Own("topic", labels=["a", "b"]), TASKS[1]])
+        assert list(probes_of(model)) == ["mood"]
+    finally:
+        del TASK_KINDS["own_without_linear_problem"]
+
+
+def test_probe_features_ignore_what_is_absent():
+    model = new_model(tasks=TASKS[:1])
+    torch.nn.init.normal_(probes_of(model)["topic"][0].linear.weight)
+    rows = [{"text": "a red dog", "image": None}, {"text": "the big cat is in the river", "image": make_image(2)}]
+    alone, together = logits_of(model, rows[:1])["topic"], logits_of(model, rows)["topic"]
+    assert torch.allclose(alone[0], together[0], atol=1e-6)
+
+
+# Training
+
+
+def test_the_start_is_kept_where_training_makes_it_worse(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, learning_rate=3.0, max_grad_norm=1e9, num_train_epochs=2)
+    trainer.train()
+    assert trainer.state.best_global_step == 0
+    logits = logits_of(trainer.fused_model, make_rows(6, seed=8))
+    for name, model in trainer._start.models.items():
+        if name != "entities":
+            for i, row in enumerate(make_rows(6, seed=8)):
+                expected = model(features_by_hand(trainer.fused_model, row))
+                assert np.allclose(logits[name][i].reshape(expected.shape), expected, atol=1e-4)
+    assert all(verdict.kept_start for verdict in trainer.verdicts)
+    assert "the start is kept" in str(trainer.verdicts[0])
+
+
+def test_weights_that_are_better_on_validation_rows_are_kept(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=3, early_stopping_patience=0, head_learning_rate=1e-2)
+    trainer.train()
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    assert min(losses) == 0
+    best = min(losses, key=losses.get)
+    assert trainer.state.best_global_step == best
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-4)
+
+
+def test_verdicts_are_the_metrics_of_simple_models_on_validation_rows(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=1)
+    trainer.train()
+    verdict = {v.task: v for v in trainer.verdicts}["topic"]
+    train = [row["topic"] for row in trainer.train_dataset if row["topic"]]
+    held_out = [row for row in trainer.eval_dataset if row["topic"]]
+    most = max(sorted(set(train)), key=train.count)
+    assert verdict.num_rows == len(held_out)
+    assert verdict.majority == pytest.approx(np.mean([row["topic"] == most for row in held_out]))
+    model = trainer._start.models["topic"]
+    answers = [model(features_by_hand(_initial(trainer), row)).argmax() for row in held_out]
+    right = np.mean([TASKS[0].labels[a] == row["topic"] for a, row in zip(answers, held_out, strict=True)])
+    assert verdict.linear == pytest.approx(right)
+    metrics = trainer.evaluate()
+    assert verdict.model == pytest.approx(metrics["eval_topic_accuracy"])
+
+
+def _initial(trainer):
+    """The encoders as they were: those of a new model of the same seed."""
+    return new_model()
+
+
+def test_held_out_rows_are_used_to_choose_and_never_trained_on(tmp_path):
+    rows = make_rows(40)
+    trainer = make_trainer(tmp_path, rows=rows, validation_fraction=0.25)
+    assert len(trainer.train_dataset) + len(trainer.eval_dataset) == 40
+    assert trainer.args.eval_strategy == "epoch" and trainer.args.load_best_model_at_end
+    train, held_out = ([row["score"] for row in part] for part in (trainer.train_dataset, trainer.eval_dataset))
+    assert sorted(map(str, train + held_out)) == sorted(str(row["score"]) for row in rows)
+
+
+def test_probe_start_can_be_switched_off(tmp_path):
+    trainer = make_trainer(tmp_path, probe_start=False, num_train_epochs=1)
+    trainer.train()
+    assert trainer._start.models == {} and trainer.verdicts == []
+
+
+def test_plain_training_arguments_are_taken_as_they_are(tmp_path, caplog):
+    args = TrainingArguments(str(tmp_path), num_train_epochs=1, **CPU)
+    before = args.to_dict()
+    trainer = MMTrainer(new_model(), args, processing_class=make_processor(), train_dataset=make_rows())
+    kept = ("learning_rate", "eval_strategy", "save_strategy", "num_train_epochs", "load_best_model_at_end")
+    assert {name: trainer.args.to_dict()[name] for name in kept} == {name: before[name] for name in kept}
+    assert trainer.eval_dataset is None
+    trainer.train()
+    assert trainer._start.models
+
+
+def test_values_that_a_user_gives_are_not_changed(tmp_path):
+    given = {
+        "learning_rate": 3e-4, "num_train_epochs": 2, "eval_strategy": "no", "save_strategy": "no", "weight_decay": 0.1,
+    }  # fmt: skip
+    trainer = make_trainer(tmp_path, **given)
+    assert trainer.eval_dataset is None
+    assert {name: getattr(trainer.args, name) for name in given} == given
+    trainer.create_optimizer()
+    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    assert sorted(rates) == pytest.approx([3e-4, 3e-3])  # gates learn ten times as fast
+
+
+def test_default_rates_differ_by_part(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.create_optimizer()
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    model = trainer.fused_model
+    assert {rates[id(p)] for p in model.model.text_model.parameters()} == {2e-5}
+    assert {rates[id(p)] for p in model.heads.parameters()} == {1e-3}
+    assert {rates[id(p)] for p in model.model.vision_projection.parameters()} == {1e-3}
+
+
+def test_resumed_training_keeps_the_start_and_ends_alike(tmp_path):
+    def trainer(folder):
+        return make_trainer(folder, num_train_epochs=3, save_total_limit=10, early_stopping_patience=0)
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    other = trainer(tmp_path / "other")
+    other.add_callback(_StopAfter(4))
+    other.train()
+    resumed = trainer(tmp_path / "other")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_global_step == whole.state.best_global_step
+    a, b = whole.fused_model.state_dict(), resumed.fused_model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    state = json.loads((tmp_path / "whole" / "checkpoint-0" / "trainer_state.json").read_text())
+    assert state["global_step"] == 0
+
+
+from transformers import TrainerCallback  # noqa: E402
+
+
+class _StopAfter(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.steps
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1", "l2_sp"])
+def test_the_regulariser_pulls_probes_to_their_start(tmp_path, kind):
+    model = new_model(tasks=TASKS[:1], regularization={"kind": kind, "weight": 0.5})
+    trainer = make_trainer(tmp_path, model, num_train_epochs=1)
+    start_probes(trainer)
+    from mm_transformers.model.regularization import take_starting_point
+
+    model.starting_point = take_starting_point(model, model.config.regularization)
+    probe, head = model.heads.topic.probe.linear.weight, model.heads.topic.head
+    at_start = model.regularization_loss()
+    size = {"l2": torch.square, "l1": torch.abs, "l2_sp": lambda x: torch.zeros_like(x)}[kind]
+    others = sum(size(p.detach()).sum() for p in head.parameters() if p.ndim > 1)
+    assert at_start.item() == pytest.approx(0.5 * float(others), rel=1e-5)
+    with torch.no_grad():
+        probe += 0.1
+    moved = {"l2": 0.01, "l1": 0.1, "l2_sp": 0.01}[kind] * probe.numel()
+    assert (model.regularization_loss() - at_start).item() == pytest.approx(0.5 * moved, rel=1e-4)
+
+
+def test_a_mixture_starts_from_the_rows_of_all_its_data_sets(tmp_path):
+    from mm_transformers import DataMixture, DataSource
+
+    rows = make_rows(30)
+    mixture = DataMixture({"a": DataSource(rows[:15], tasks=["topic"]), "b": DataSource(rows[15:], tasks=["mood"])})
+    args = MMTrainingArguments(str(tmp_path), num_train_epochs=1, **CPU)
+    trainer = MMTrainer(new_model(tasks=TASKS[:2]), args, processing_class=make_processor(), train_dataset=mixture)
+    start = start_probes(trainer)
+    assert start.models["topic"].num_items == sum(row["topic"] is not None for row in rows[:15])
+    assert start.models["mood"].num_items == sum(row["mood"] is not None for row in rows[15:])
+
+
+def test_probes_hold_zeros_until_they_are_started():
+    probe = LinearProbe({"text": 3, "vision": 4}, 2)
+    probe.init_own_parameters(0.02)
+    assert probe.linear.weight.shape == (2, 9) and not probe.linear.weight.any()
+    assert probe.blocks == [(slice(0, 3), 3), (slice(4, 8), 8)]
+
+
+def test_datasets_of_the_hub_start_as_lists_do(tmp_path):
+    rows = [{"text": r["text"], "topic": r["topic"]} for r in make_rows(20) if r["text"]]
+    model = new_model(vision=None, tasks=TASKS[:1])
+    a = start_probes(make_trainer(tmp_path / "a", model, rows, validation_fraction=0)).models["topic"]
+    model = new_model(vision=None, tasks=TASKS[:1])
+    b = start_probes(make_trainer(tmp_path / "b", model, Dataset.from_list(rows), validation_fraction=0))
+    assert np.allclose(a.weight, b.models["topic"].weight, atol=1e-6)
