@@ -62,8 +62,9 @@ def rows_that_share(num_images: int = 4, rows_per_image: int = 4) -> list[dict]:
 
 def trainer_of(tmp_path, rows, **options) -> MMTrainer:
     args = MMTrainingArguments(
-        str(tmp_path), per_device_train_batch_size=4, use_cpu=True, report_to=[], **{"save_strategy": "no", **options}
-    )
+        str(tmp_path), per_device_train_batch_size=4, use_cpu=True, report_to=[], validation_fraction=0,
+        **{"save_strategy": "no", **options},
+    )  # fmt: skip
     return MMTrainer(make_model(tasks=TASKS), args, processing_class=make_processor(), train_dataset=rows)
 
 

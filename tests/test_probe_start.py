@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from sklearn.linear_model import LogisticRegression, Ridge
 from tiny import FUSION_KINDS, make_image, make_model, make_processor
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from mm_transformers import (
     Classification,
@@ -387,7 +387,8 @@ def test_held_out_rows_are_used_to_choose_and_never_trained_on(tmp_path):
     rows = make_rows(40)
     trainer = make_trainer(tmp_path, rows=rows, validation_fraction=0.25)
     assert len(trainer.train_dataset) + len(trainer.eval_dataset) == 40
-    assert trainer.args.eval_strategy == "epoch" and trainer.args.load_best_model_at_end
+    assert trainer.args.eval_strategy == "epoch"
+    assert trainer.args.load_best_model_at_end
     train, held_out = ([row["score"] for row in part] for part in (trainer.train_dataset, trainer.eval_dataset))
     assert sorted(map(str, train + held_out)) == sorted(str(row["score"]) for row in rows)
 
@@ -395,7 +396,8 @@ def test_held_out_rows_are_used_to_choose_and_never_trained_on(tmp_path):
 def test_probe_start_can_be_switched_off(tmp_path):
     trainer = make_trainer(tmp_path, probe_start=False, num_train_epochs=1)
     trainer.train()
-    assert trainer._start.models == {} and trainer.verdicts == []
+    assert trainer._start.models == {}
+    assert trainer.verdicts == []
 
 
 def test_plain_training_arguments_are_taken_as_they_are(tmp_path, caplog):
@@ -426,7 +428,7 @@ def test_default_rates_differ_by_part(tmp_path):
     trainer.create_optimizer()
     rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
     model = trainer.fused_model
-    assert {rates[id(p)] for p in model.model.text_model.parameters()} == {2e-5}
+    assert {rates[id(p)] for p in model.model.text_model.parameters()} == {5e-5}
     assert {rates[id(p)] for p in model.heads.parameters()} == {1e-3}
     assert {rates[id(p)] for p in model.model.vision_projection.parameters()} == {1e-3}
 
@@ -447,9 +449,6 @@ def test_resumed_training_keeps_the_start_and_ends_alike(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
     state = json.loads((tmp_path / "whole" / "checkpoint-0" / "trainer_state.json").read_text())
     assert state["global_step"] == 0
-
-
-from transformers import TrainerCallback  # noqa: E402
 
 
 class _StopAfter(TrainerCallback):
@@ -494,7 +493,8 @@ def test_a_mixture_starts_from_the_rows_of_all_its_data_sets(tmp_path):
 def test_probes_hold_zeros_until_they_are_started():
     probe = LinearProbe({"text": 3, "vision": 4}, 2)
     probe.init_own_parameters(0.02)
-    assert probe.linear.weight.shape == (2, 9) and not probe.linear.weight.any()
+    assert probe.linear.weight.shape == (2, 9)
+    assert not probe.linear.weight.any()
     assert probe.blocks == [(slice(0, 3), 3), (slice(4, 8), 8)]
 
 

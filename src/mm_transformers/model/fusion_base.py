@@ -42,10 +42,11 @@ class Stream(NamedTuple):
         """(batch, encoder width): the mean of `item_means` over the items of each row; 0 where a row has none."""
         if self.item_means is None or self.item_index is None:
             return self.item_means
-        has_item = (self.item_index >= 0)[..., None].to(self.item_means.dtype)
+        has_item = (self.item_index >= 0)[..., None]
         means = self.item_means.index_select(0, self.item_index.clamp(min=0).flatten())
         means = means.unflatten(0, self.item_index.shape)
-        return (means * has_item).sum(1) / has_item.sum(1).clamp(min=1)
+        # Not multiplied by 0, which leaves NaN as it is.
+        return torch.where(has_item, means, 0).sum(1) / has_item.sum(1).clamp(min=1)
 
     @property
     def hidden_states(self) -> torch.Tensor:

@@ -76,7 +76,8 @@ class LinearProbe(nn.Module):
             is_there = (means != 0).any(-1, keepdim=True)
             if self.per_token and name == "text":
                 means, is_there = torch.where(is_there[:, None], text.hidden_states, 0), is_there[:, None]
-            vectors = nn.functional.normalize(means.float(), dim=-1)
+            # Of zeros the gradient would be too large for half precision.
+            vectors = nn.functional.normalize(torch.where(is_there, means.float(), 1), dim=-1) * is_there
             part = torch.cat([vectors, is_there.float().expand(*vectors.shape[:-1], 1)], -1)
             if self.per_token and name != "text":
                 part = part[:, None].expand(-1, length, -1)

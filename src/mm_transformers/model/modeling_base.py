@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -16,8 +16,12 @@ from .decoders import load_seq2seq
 from .encoders import HUB_KWARGS, encoder_config_from_pretrained, load_encoder
 from .fusion_layers import Gate
 from .loading import what_is_wrong
+from .task_base import task_from_dict
 from .travelling import write_model_code
 
+
+# Of models with pretrained encoders; `docs/defaults.md` says how it was chosen.
+MODALITY_DROPOUT = 0.3
 
 # What `save_pretrained(push_to_hub=True)` hands on to `push_to_hub`.
 _PUSHING = ("repo_id", "commit_message", "private", "token", "create_pr", "max_shard_size", "revision", "tags")
@@ -147,8 +151,10 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
                 encoder-decoder the encoder, and if a task writes text the decoder too.
             vision (`str`, *optional*): Hub id or local folder of a vision encoder; of CLIP and SigLIP the vision tower.
             audio (`str`, *optional*): Hub id or local folder of an audio encoder; of Whisper the encoder is taken.
-            kwargs: fields of [`MMTransformerConfig`] (`tasks`, `fusion_type`, `num_fusion_layers`, ...); everything
-                else (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes to `AutoModel.from_pretrained`.
+            kwargs: fields of [`MMTransformerConfig`] (`tasks`, `fusion_type`, `num_fusion_layers`, ...), of which
+                `linear_probe` and `freeze_batch_norm` default to `True` here, and `modality_dropout` to 0.3 of each
+                modality (of the text only if no task writes); everything else (`revision`, `token`, `dtype`,
+                `attn_implementation`, ...) goes to `AutoModel.from_pretrained`.
 
         Raises:
             ValueError: one sentence, if an encoder cannot be used or an option does not fit.
@@ -167,6 +173,9 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         # What is pretrained can be probed, and its running statistics are better than those of small batches.
         options.setdefault("linear_probe", True)
         options.setdefault("freeze_batch_norm", True)
+        given = {"text": text, "vision": vision, "audio": audio}
+        tasks = options.get("tasks") or []
+        options.setdefault("modality_dropout", _modality_dropout([name for name, path in given.items() if path], tasks))
         # A checkpoint may be stored in half precision; training starts from float32 unless told otherwise.
         kwargs.setdefault("dtype", torch.float32)
         # A wrong option is told before gigabytes are read.
@@ -176,7 +185,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         early = {name: value for name, value in options.items() if name not in ("freeze", "modality_dropout")}
         config = MMTransformerConfig(**early, text_config=text_config)
         encoders, chosen = {}, {}
-        for modality, path in {"text": text, "vision": vision, "audio": audio}.items():
+        for modality, path in given.items():
             if path is not None and modality == "text" and config.has_decoder:
                 encoder = load_seq2seq(path, config.decoder_config, **kwargs)
                 encoder_config = encoder.config if config.decoder_config is None else encoder.encoder.config
@@ -195,6 +204,15 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         for encoder_config, implementation in chosen.values():
             encoder_config._attn_implementation = implementation
         return model
+
+
+def _modality_dropout(modalities: list[str], tasks: list[Any]) -> dict[str, float]:
+    """By modality; none of the text where a task writes, since it translates or continues that text."""
+    if len(modalities) < 2:
+        return {}
+    kinds = [task_from_dict(task) if isinstance(task, dict) else task for task in tasks]
+    keeps_text = any(task.needs_decoder for task in kinds)
+    return {name: MODALITY_DROPOUT for name in modalities if not (name == "text" and keeps_text)}
 
 
 @contextmanager

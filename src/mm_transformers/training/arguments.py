@@ -9,7 +9,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 AUTO = "auto"
 # By part of the model, if neither `learning_rate` nor the rate of the part is given.
-DEFAULT_LEARNING_RATES = {"encoder": 2e-5, "fusion": 1e-3, "head": 1e-3}
+DEFAULT_LEARNING_RATES = {"encoder": 5e-5, "fusion": 1e-3, "head": 1e-3}
 
 
 @dataclass
@@ -21,7 +21,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
 
     Args:
         learning_rate (`float`, *optional*):
-            Of all parts whose own rate is not given. By default encoders have 2e-5, fusion and heads 1e-3. Encoders
+            Of all parts whose own rate is not given. By default encoders have 5e-5, fusion and heads 1e-3. Encoders
             from random weights need more: give a `learning_rate`.
         encoder_learning_rate (`float`, *optional*): Of the encoders, and of the decoder if there is one.
         fusion_learning_rate (`float`, *optional*): Of all between encoders and heads. Gates learn ten times as fast.
@@ -31,7 +31,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
             square, and so on; the embeddings have the lowest rate (ELECTRA, https://arxiv.org/abs/2003.10555; usual
             are 0.65 to 0.95).
         per_device_train_batch_size (`int`, *optional*, defaults to 16): Rows per batch and process.
-        num_train_epochs (`float`, *optional*, defaults to 10.0): Epochs, at most.
+        num_train_epochs (`float`, *optional*, defaults to 5.0): Epochs, at most.
         warmup_steps (`float`, *optional*, defaults to 0.1): Steps of warm-up; below 1 a share of all steps.
         weight_decay (`float`, *optional*, defaults to 0.01): Of all matrices that no regulariser covers.
         eval_strategy (`str`, *optional*, defaults to `"auto"`):
@@ -71,7 +71,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
         default=None, metadata={"help": "Learning rate of all parts whose own rate is not given."}
     )
     encoder_learning_rate: Optional[float] = field(
-        default=None, metadata={"help": "Learning rate of the encoders; 2e-5 if no learning_rate is given."}
+        default=None, metadata={"help": "Learning rate of the encoders; 5e-5 if no learning_rate is given."}
     )
     fusion_learning_rate: Optional[float] = field(
         default=None, metadata={"help": "Learning rate of the fusion; 1e-3 if no learning_rate is given."}
@@ -83,7 +83,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
         default=1.0, metadata={"help": "Factor of the learning rate from each layer of an encoder to the one below."}
     )
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per batch and process."})
-    num_train_epochs: float = field(default=10.0, metadata={"help": "Number of epochs, at most."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Number of epochs, at most."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1 a share of all steps."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of all matrices."})
     eval_strategy: IntervalStrategy | str = field(

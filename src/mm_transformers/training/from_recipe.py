@@ -207,11 +207,16 @@ def training_differences(recipe: Recipe) -> list[str]:
 
 
 def is_finished(args: MMTrainingArguments) -> bool:
-    """Whether the model in the output folder was trained, and evaluated, for as long as the arguments say."""
+    """Whether the model in the output folder was trained, and evaluated, to the end that the arguments say."""
     folder = Path(args.output_dir)
     if not (folder / "config.json").is_file() or not (folder / TRAINER_STATE_NAME).is_file():
         return False
     state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    early = state.stateful_callbacks.get("EarlyStoppingCallback")
+    if isinstance(early, dict):
+        patience = early.get("args", {}).get("early_stopping_patience", 1)
+        if early.get("attributes", {}).get("early_stopping_patience_counter", 0) >= max(patience, 1):
+            return True
     if args.max_steps > 0:
         return state.global_step >= args.max_steps
     return state.epoch is not None and state.epoch >= args.num_train_epochs

@@ -166,14 +166,16 @@ def _folds(problem: LinearProblem, labels: np.ndarray, groups: np.ndarray) -> It
     num_folds = min(NUM_FOLDS, len(np.unique(groups)))
     if num_folds < 2:
         return
-    empty = np.zeros((len(labels), 0))
-    if problem.kind == "multinomial":
+    classes = labels if problem.kind == "multinomial" else None
+    if classes is not None and np.bincount(classes).max() >= num_folds:
         splitter: Any = StratifiedGroupKFold(num_folds, shuffle=True, random_state=0)
     else:
         splitter = GroupKFold(num_folds, shuffle=True, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a class with fewer rows than folds
-        yield from splitter.split(empty, labels if problem.kind == "multinomial" else None, groups)
+        for train, held_out in splitter.split(np.zeros((len(labels), 0)), classes, groups):
+            if len(train) and len(held_out):
+                yield train, held_out
 
 
 def _loss(problem: LinearProblem, logits: np.ndarray, labels: np.ndarray) -> float:
