@@ -241,6 +241,42 @@ def test_every_cheap_method_answers_also_where_a_class_has_no_training_row(monke
         assert (fitter.fit(method).seconds >= 0).all()
 
 
+# Other packages
+
+
+PEER = """
+import argparse, json, pandas
+from pathlib import Path
+parser = argparse.ArgumentParser()
+for name in ("script", "--folder", "--label", "--text", "--vision", "--seed"):
+    parser.add_argument(name)
+args = parser.parse_args()
+assert args.script.endswith("peers/fit_ludwig.py"), args.script
+frames = {file.stem: pandas.read_parquet(file) for file in Path(args.folder).glob("*.parquet")}
+width = {len(vector) for frame in frames.values() for vector in frame["image_means"]}
+answers = {name: frame[args.label].tolist() for name, frame in frames.items()}
+answers["test 0.0"][0] = "food" if answers["test 0.0"][0] != "food" else "animals"
+found = {"answers": answers, "seconds": 1, "cpu_seconds": 2, "chosen": {"width": list(width)}}
+(Path(args.folder) / "answers.json").write_text(json.dumps(found))
+"""
+
+
+def test_a_peer_gets_the_rows_and_its_answers_are_scored(the_race, tmp_path):
+    (tmp_path / "peer.py").write_text(PEER)
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path / "peer.py"}" "$@"\n')
+    interpreter.chmod(0o755)
+    the_race.peers = {"ludwig": interpreter}
+    setting = race.Setting("stamps", 0, 0.0, 1.0)
+    line = the_race.run(setting, "ludwig")
+    num_rows = len(the_race.problem(setting).tests[0.0])
+    assert line["tests"]["0.0"]["accuracy"] == pytest.approx(1 - 1 / num_rows)
+    assert line["tests"]["0.3"] == line["tests"]["0.7"] == {"accuracy": 1, "f1": 1}
+    assert (line["seconds"], line["cpu_seconds"]) == (1, 2)
+    assert line["chosen"] == {"width": [24]}
+    assert not list(tmp_path.glob("ludwig-*"))
+
+
 # Results
 
 
@@ -357,7 +393,7 @@ def test_the_page_is_filled_from_the_lines(tmp_path):
     assert "old" not in filled
     assert "Not measured" not in filled
     assert (tmp_path / "race.png").stat().st_size > 1000
-    assert render.render(lines, filled, tmp_path / "race.png") == filled
+    assert render.render(lines + lines[:40], filled, tmp_path / "race.png") == filled
     cell = ("stamps", "ours", 0.0, 0.1)
     found = [line for line in lines if (line["data"], line["method"], line["missing"], line["labels"]) == cell]
     values = [line["tests"]["0.3"]["f1"] for line in found]

@@ -287,7 +287,10 @@ class Race:
             parts = {"train": problem.train, "validation": problem.validation}
             parts |= {f"test {share}": rows for share, rows in problem.tests.items()}
             for name, rows in parts.items():
-                undecoded(rows).select_columns(["text", "image", problem.column]).to_parquet(folder / f"{name}.parquet")
+                columns = undecoded(rows).select_columns(["text", "image", problem.column])
+                # For packages that cannot load the vision encoder.
+                means = self.store.features(columns)[0].image.tolist()
+                columns.add_column("image_means", means).to_parquet(folder / f"{name}.parquet")
             command = [
                 str((self.peers or {})[method]), str(Path(__file__).parent / "peers" / f"fit_{method}.py"),
                 "--folder", str(folder), "--label", problem.column, "--text", str(self.text),

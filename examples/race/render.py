@@ -48,6 +48,7 @@ CHEAP = tuple(NAMES)[:11]
 # Data sets that are splits of the same rows: not independent of each other.
 POOLS = {"stamps": "stamps", "stamps, hard": "stamps", "emoji": "emoji"}
 DRAWS = 20_000
+_KEY = ("data", "split", "missing", "labels", "method")
 
 
 class Cell(NamedTuple):
@@ -352,6 +353,8 @@ def plot(tests: Table, validations: Table, file: Path) -> None:
 
 def render(lines: Sequence[dict[str, Any]], page: str, picture: Path) -> str:
     """The page with its places filled; `picture` is written where the page asks for it."""
+    # Two races that write to one file may both have measured something.
+    lines = list({tuple(line[name] for name in _KEY): line for line in lines}.values())
     tests, validations = tables_of(lines)
     gains = gains_of(tests, validations)
 
