@@ -42,6 +42,8 @@ def test_with_validation_rows_the_best_epoch_is_kept():
         ({"save_strategy": "best"}, ("epoch", "best", True)),
         ({"eval_strategy": "steps", "eval_steps": 7}, ("steps", "steps", True)),
         ({"save_strategy": "steps", "save_steps": 7}, ("steps", "steps", True)),
+        ({"save_steps": 7}, ("steps", "steps", True)),
+        ({"eval_steps": 7}, ("steps", "steps", True)),
         ({"eval_strategy": "epoch", "save_strategy": "steps"}, ("epoch", "steps", False)),
         ({"load_best_model_at_end": False}, ("epoch", "epoch", False)),
         ({"load_best_model_at_end": True}, ("epoch", "epoch", True)),
@@ -57,6 +59,12 @@ def test_what_a_user_gives_stays_and_the_rest_fits_to_it(given, expected):
         assert args.eval_steps == args.save_steps == 7
 
 
+def test_checkpoints_are_deleted_only_where_nothing_is_said_of_them():
+    assert settled(True).save_total_limit == 1
+    assert settled(True, save_steps=7).save_total_limit is None
+    assert settled(True, save_total_limit=4).save_total_limit == 4
+
+
 def test_a_metric_that_is_given_stays():
     args = settled(True, metric_for_best_model="eval_topic_f1")
     assert args.metric_for_best_model == "eval_topic_f1"
@@ -65,7 +73,7 @@ def test_a_metric_that_is_given_stays():
 
 def test_all_other_defaults_are_those_of_transformers():
     ours, theirs = MMTrainingArguments("out", **CPU), Seq2SeqTrainingArguments("out", **CPU)
-    own = set(MMTrainingArguments.__annotations__) | {"do_eval"}
+    own = set(MMTrainingArguments.__annotations__) | {"do_eval", "save_total_limit"}
     changed = [
         f.name
         for f in dataclasses.fields(theirs)

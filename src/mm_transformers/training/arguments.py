@@ -35,10 +35,11 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
         warmup_steps (`float`, *optional*, defaults to 0.1): Steps of warm-up; below 1 a share of all steps.
         weight_decay (`float`, *optional*, defaults to 0.01): Of all matrices that no regulariser covers.
         eval_strategy (`str`, *optional*, defaults to `"auto"`):
-            `"auto"` evaluates after each epoch if there are validation rows.
+            `"auto"` evaluates after each epoch if there are validation rows, or as often as `save_steps` says. With
+            `eval_steps`, the default is `"steps"`.
         save_strategy (`str`, *optional*, defaults to `"auto"`):
-            `"auto"` saves a checkpoint whenever there is an evaluation; after each epoch if there is none.
-        save_total_limit (`int`, *optional*, defaults to 1): How many checkpoints stay, beside the best one.
+            `"auto"` saves a checkpoint whenever there is an evaluation; after each epoch if there is none. Then
+            `save_total_limit` is 1 unless given: the newest checkpoint stays, and the best one.
         load_best_model_at_end (`bool`, *optional*):
             Whether the weights with the best validation loss are those that are kept, the start included. By default
             yes if there are validation rows and `save_strategy` fits `eval_strategy`.
@@ -92,9 +93,6 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
     save_strategy: SaveStrategy | str = field(
         default=AUTO, metadata={"help": "When to save; auto: whenever there is an evaluation, or after each epoch."}
     )
-    save_total_limit: Optional[int] = field(
-        default=1, metadata={"help": "How many checkpoints stay, beside the best one."}
-    )
     load_best_model_at_end: Optional[bool] = field(
         default=None, metadata={"help": "Keep the weights with the best validation loss; by default if there is one."}
     )
@@ -117,10 +115,17 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self):
         # What stays open until [`MMTrainer`] knows whether there are validation rows.
         self.is_auto = {name: getattr(self, name) in (AUTO, None) for name in _DEPENDS_ON_ROWS}
+        for name, steps in (("eval", self.eval_steps), ("save", self.save_steps)):
+            if self.is_auto[f"{name}_strategy"] and steps not in (None, _DEFAULT_SAVE_STEPS):
+                # Whoever says how many steps means steps.
+                setattr(self, f"{name}_strategy", IntervalStrategy.STEPS.value)
+                self.is_auto[f"{name}_strategy"] = False
         if self.is_auto["eval_strategy"]:
             self.eval_strategy = IntervalStrategy.NO
         if self.is_auto["save_strategy"]:
             self.save_strategy = _saves_with(self.eval_strategy)
+        if self.is_auto["save_strategy"] and getattr(self, "save_total_limit", None) is None:
+            self.save_total_limit = 1
         if self.is_auto["load_best_model_at_end"]:
             self.load_best_model_at_end = False
         self.has_default_rates = self.learning_rate is None
@@ -184,6 +189,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
         args.do_eval = args.do_eval or evaluates
 
 
+_DEFAULT_SAVE_STEPS = 500  # of transformers
 _DEPENDS_ON_ROWS = ("eval_strategy", "save_strategy", "load_best_model_at_end")
 
 
