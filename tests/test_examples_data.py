@@ -423,16 +423,18 @@ def test_a_missing_style_is_told(npm_dir, monkeypatch):
 
 
 def test_the_styles_are_written(style_pool, tmp_path):
-    style_pool.to_parquet(tmp_path / "all.parquet")
-    styles.main(["--output_dir", str(tmp_path), "--seed", "1", "--rows", "20", "--missing_images", "0.2"])
+    folder = tmp_path / "styles"
+    folder.mkdir()
+    style_pool.to_parquet(folder / "all.parquet")
+    styles.main(["--output_dir", str(folder), "--seed", "1", "--rows", "20", "--missing_images", "0.2"])
     expected = styles.load_split(style_pool, 1, rows=20, missing_images=0.2)
     assert set(expected) == {"train", "validation", "test", "same_style"}
     for name, part in expected.items():
-        written = datasets.Dataset.from_parquet(str(tmp_path / f"{name}.parquet"), cache_dir=str(tmp_path / "cache"))
+        written = datasets.Dataset.from_parquet(str(folder / f"{name}.parquet"), cache_dir=str(tmp_path / "cache"))
         assert undecoded(written) == undecoded(part)
         assert written.remove_columns("image").to_list() == part.remove_columns("image").to_list()
     # `load_dataset` must not take the same style for a part of the test split.
-    data = datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    data = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
     assert {name: len(part) for name, part in data.items()} == {
         name: len(expected[name]) for name in ("train", "validation", "test")
     }
