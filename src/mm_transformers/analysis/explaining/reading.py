@@ -1,12 +1,13 @@
 """From what was seen of a forward pass to the relevance of each input of each row."""
 
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
 import torch
 
 from ...model.fusion_base import AttentionStep, Stream
 from ...model.modeling_outputs import MMTransformerModelOutput
 from .methods import AttentionMethod, zeros_if_none
+from .probe_reading import ProbeReading, by_row
 from .relevance import Relevance, follow
 from .watching import Seen
 
@@ -19,6 +20,8 @@ def relevance_of_inputs(
     fusion and the encoders. Where the head reads what the encoders gave, or the fusion has no attention, from these.
     Tokens of encoders that are not looked into count by the gradient of the answer times their activation.
 
+    A head with a linear probe reads the mean encoder outputs, and what the fusion changed; see [`_read_with_probe`].
+
     Args:
         outputs: of the forward pass that was seen.
         scores (batch,): of the answers; each must depend on its own row alone.
@@ -28,50 +31,37 @@ def relevance_of_inputs(
         encoder gives of an item). Float32, >= 0.
     """
     encoded: Any = outputs.encoded
+    names = list(encoded)
     states: list[Any] = [outputs.last_hidden_state, *(stream.tokens for stream in encoded.values())]
-    watched = seen.attentions()
-    gradients = torch.autograd.grad(scores.sum(), [*watched, *states], allow_unused=True)
-    of_attentions, of_states = gradients[: len(watched)], gradients[len(watched) :]
+    watched, features = seen.attentions(), [features for _, features in seen.probes]
+    inputs = [*watched, *states, *features]
+    rest = iter(torch.autograd.grad(scores.sum(), inputs, allow_unused=True, retain_graph=bool(features)))
+    of_attentions, of_states, of_features = ([next(rest) for _ in part] for part in (watched, states, features))
+    probe = ProbeReading.of(seen, of_features)
+    of_probe = None if probe is None else probe.parts(seen, encoded)
     with torch.no_grad():
         weights = [
             method.weigh(attention.float(), zeros_if_none(gradient, attention).float())
             for attention, gradient in zip(watched, of_attentions, strict=True)
         ]
         seen = seen.replaced(weights)
-        names = list(encoded)
-        relevance = Relevance({name: _from_encoder(seen, name, encoded[name], method) for name in names})
-        before = relevance.copy()
-        is_fused = bool(seen.fusion) and of_states[0] is not None
-        if is_fused:
+        in_encoders = {name: _in_encoder(seen, name, method) for name in names}
+        relevance = Relevance({name: _in_fusion(seen, encoded[name], in_encoders[name], method) for name in names})
+        before: Optional[Relevance] = None
+        if seen.fusion and of_states[0] is not None:
+            before = relevance.copy()
             follow(relevance, seen.fusion, method.rule)
             # Rows that have nothing beside their text leave the fusion as they came.
-            has_any = torch.stack([encoded[name].present for name in names if name != "text"]).any(0)
             unchanged = torch.cat([before.matrix, torch.zeros_like(relevance.matrix[:, before.matrix.shape[1] :])], 1)
-            relevance.matrix = torch.where(has_any[:, None, None], relevance.matrix, unchanged)
-        found = torch.zeros_like(relevance.matrix[:, 0])
-        for name, state, gradient in zip(
-            ["text"] if is_fused else names,
-            states[:1] if is_fused else states[1:],
-            of_states[:1] if is_fused else of_states[1:],
-            strict=True,
-        ):
-            gradient = zeros_if_none(gradient, state)
-            depends = _distribution(_by_row(gradient.any(-1).float(), encoded[name]))
-            # As in Grad-CAM (https://arxiv.org/abs/1610.02391).
-            evidence = _distribution(_by_row((state * gradient).float().sum(-1).clamp(min=0), encoded[name]))
-            is_followed = method.through_encoders and bool(seen.encoders.get(name))
-            if is_followed:
-                read = depends
-            elif is_fused and not method.by_gradients:
-                read = torch.where(has_any[:, None], depends, evidence)
-            else:
-                read = evidence
-            mixed, itself = relevance.of([name], names), relevance.identity([name])
-            if not method.counts_itself:
-                mixed = mixed - itself
-                if not is_followed:
-                    found += _read(evidence, itself)
-            found += _read(read, mixed)
+            relevance.matrix = torch.where(_has_any(encoded)[:, None, None], relevance.matrix, unchanged)
+            read = {"text": _Read.of(states[0], of_states[0], encoded["text"])}
+        else:
+            of_encoders = zip(names, states[1:], of_states[1:], strict=True)
+            read = {name: _Read.of(state, gradient, encoded[name]) for name, state, gradient in of_encoders}
+        if of_probe is None:
+            found = _read_by_head(read, relevance, before, seen, encoded, method)
+        else:
+            found = _read_with_probe(read, relevance, before, of_probe, in_encoders, encoded, method)
         lengths = [relevance.inputs([name]).numel() for name in names]
         parts = dict(zip(names, found.split(lengths, dim=1), strict=True))
         return {
@@ -80,42 +70,139 @@ def relevance_of_inputs(
         }
 
 
+class _Read(NamedTuple):
+    """
+    What an answer reads of some tokens.
+
+    Args:
+        depends (batch, tokens): 1 where the answer depends on the token, else 0.
+        evidence (batch, tokens): gradient times activation where it speaks for the answer, else 0; as in Grad-CAM
+            (https://arxiv.org/abs/1610.02391).
+    """
+
+    depends: torch.Tensor
+    evidence: torch.Tensor
+
+    @classmethod
+    def of(cls, state: torch.Tensor, gradient: Optional[torch.Tensor], stream: Stream) -> "_Read":
+        gradient = zeros_if_none(gradient, state)
+        evidence = (state * gradient).float().sum(-1).clamp(min=0)
+        return cls(*(by_row(values, stream).flatten(1) for values in (gradient.any(-1).float(), evidence)))
+
+
+def _read_by_head(
+    read: dict[str, _Read],
+    relevance: Relevance,
+    before: Optional[Relevance],
+    seen: Seen,
+    encoded: dict[str, Stream],
+    method: AttentionMethod,
+) -> torch.Tensor:
+    """
+    Args:
+        read: the fused text, or all that the encoders gave.
+        relevance: in these.
+        before: what it was before the fusion, if that has attention.
+
+    Returns:
+        (batch, inputs)
+    """
+    found = torch.zeros_like(relevance.matrix[:, 0])
+    for name, (depends, evidence) in read.items():
+        depends, evidence = _distribution(depends), _distribution(evidence)
+        is_followed = method.through_encoders and bool(seen.encoders.get(name))
+        if is_followed:
+            weights = depends
+        elif before is not None and not method.by_gradients:
+            weights = torch.where(_has_any(encoded)[:, None], depends, evidence)
+        else:
+            weights = evidence
+        mixed, itself = relevance.of([name], relevance.names), relevance.identity([name])
+        if not method.counts_itself:
+            mixed = mixed - itself
+            if not is_followed:
+                found += _read(evidence, itself)
+        found += _read(weights, mixed)
+    return found
+
+
+def _read_with_probe(
+    read: dict[str, _Read],
+    relevance: Relevance,
+    before: Optional[Relevance],
+    of_probe: dict[str, torch.Tensor],
+    in_encoders: dict[str, torch.Tensor],
+    encoded: dict[str, Stream],
+    method: AttentionMethod,
+) -> torch.Tensor:
+    """
+    The same for a head with a linear probe, which reads two things. Of the fused text it sees the change, so only what
+    the fusion added counts. Of the mean encoder outputs each token counts by what it adds to the score, where that is
+    more than 0, and brings what its encoder put into it. The gradients give both in units of the score; methods without
+    gradients let both count alike.
+
+    Args:
+        of_probe: see [`ProbeReading.parts`].
+        in_encoders: see [`_in_encoder`].
+    """
+    names = relevance.names
+    parts = {name: of_probe[name].clamp(min=0) for name in names}
+    evidence = {name: states.evidence for name, states in read.items()} if before is None else {}
+    if not method.by_gradients:
+        total = torch.stack([v.flatten(1).sum(1) for v in (*parts.values(), *evidence.values())]).sum(0)
+        parts, evidence = ({n: _share(values, total) for n, values in both.items()} for both in (parts, evidence))
+    inputs = [_read(parts[name], by_row(in_encoders[name], encoded[name])).flatten(1) for name in names]
+    found = torch.cat(inputs, 1)
+    for name, values in evidence.items():
+        found += _read(values, relevance.of([name], names))
+    if before is not None:
+        added = (relevance.of(["text"], names) - before.of(["text"], names)).clamp(min=0)
+        # The gradients of attentions already have the share of each token in the answer.
+        depends = read["text"].depends if method.by_gradients else _distribution(read["text"].depends)
+        found += _read(depends, added)
+    return found
+
+
+def _has_any(encoded: dict[str, Stream]) -> torch.Tensor:
+    """(batch,) bool: which rows have anything beside their text."""
+    return torch.stack([stream.present for name, stream in encoded.items() if name != "text"]).any(0)
+
+
 def _distribution(weights: torch.Tensor) -> torch.Tensor:
-    """(batch, ...) -> (batch, tokens), summing to 1 where there is anything."""
-    weights = weights.flatten(1)
-    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    """(batch, tokens) -> (batch, tokens), summing to 1 where there is anything."""
+    return _share(weights, weights.sum(-1))
+
+
+def _share(values: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """(batch, ...), (batch,) -> (batch, ...)"""
+    return values / total.clamp(min=torch.finfo(torch.float32).tiny).view(-1, *[1] * (values.ndim - 1))
 
 
 def _read(weights: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
-    """(batch, tokens), (batch, tokens, inputs) -> (batch, inputs)"""
-    return (weights[:, None] @ relevance)[:, 0]
+    """(batch, ..., tokens), (batch, ..., tokens, inputs) -> (batch, ..., inputs)"""
+    return (weights[..., None, :] @ relevance)[..., 0, :]
 
 
-def _from_encoder(seen: Seen, name: str, stream: Stream, method: AttentionMethod) -> torch.Tensor:
-    """(batch, tokens in the fusion, tokens of the encoder), of all the items of each row."""
-    layers = seen.encoders.get(name, ()) if method.through_encoders else ()
-    items, num_tokens = stream.tokens.shape[0], seen.num_tokens[name]
-    identity = torch.eye(num_tokens, device=stream.tokens.device).expand(items, -1, -1)
+def _in_encoder(seen: Seen, name: str, method: AttentionMethod) -> torch.Tensor:
+    """What is in each encoder output: (items, tokens of the encoder, the same)."""
+    layers, states = seen.encoders.get(name, ()) if method.through_encoders else (), seen.states[name]
+    identity = torch.eye(seen.num_tokens[name], device=states.device).expand(len(states), -1, -1)
     inside = Relevance({"tokens": identity})
     follow(inside, [[AttentionStep(("tokens",), ("tokens",), weights)] for weights in layers], method.rule)
-    inside.matrix = method.rule.leaving(inside.matrix)
-    if name == "vision" and seen.reduction:
+    return method.rule.leaving(inside.matrix)
+
+
+def _in_fusion(seen: Seen, stream: Stream, in_encoder: torch.Tensor, method: AttentionMethod) -> torch.Tensor:
+    """(batch, tokens in the fusion, tokens of the encoder), of all the items of each row."""
+    found = in_encoder
+    if stream.name == "vision" and seen.reduction:
+        inside = Relevance({"tokens": in_encoder})
         follow(inside, [[step] for step in seen.reduction], method.rule)
         found = inside.of(["vision"], ["tokens"])
-    else:
-        found = inside.matrix
-        if name == "vision" and seen.merged is not None:
-            found = seen.merged.float() @ found
+    elif stream.name == "vision" and seen.merged is not None:
+        found = seen.merged.float() @ found
     if stream.item_index is None:
         return found
-    by_row = _by_row(found, stream)
-    slots = torch.eye(by_row.shape[1], device=found.device)
-    return torch.einsum("bsnm,st->bsntm", by_row, slots).flatten(3, 4).flatten(1, 2)
-
-
-def _by_row(of_items: torch.Tensor, stream: Stream) -> torch.Tensor:
-    """(items, ...) -> (batch, max_items, ...), 0 where a row has none; of the text as it is."""
-    if stream.item_index is None:
-        return of_items
-    has_item = (stream.item_index >= 0).reshape(*stream.item_index.shape, *[1] * (of_items.ndim - 1))
-    return of_items[stream.item_index.clamp(min=0)] * has_item
+    found = by_row(found, stream)
+    slots = torch.eye(found.shape[1], device=found.device)
+    return torch.einsum("bsnm,st->bsntm", found, slots).flatten(3, 4).flatten(1, 2)

@@ -3,13 +3,15 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ...model.encoders import as_tokens
 from ...model.fusion_base import AttentionStep
+from ...model.linear_probe import LinearProbe
 from ...model.token_reduction import Resampler, TokenMerging
 
 
@@ -21,19 +23,23 @@ class Seen:
     Args:
         encoders: modality -> its self-attentions, (items, heads, tokens, tokens) each; none of encoders that have no
             attention of all tokens to all tokens (convolutions, windows).
+        states: modality -> what its encoder gives, (items, tokens, encoder width), or a feature map.
         num_tokens: modality -> how many tokens its encoder gives.
         maps: modality -> (height, width) of the feature map, of encoders that give one.
         reduction: the steps in which learned vectors read the tokens of each image, (items, heads, ...).
         merged (items, tokens that are left, tokens): of which tokens those that are left are the means.
         fusion: the attentions of each layer of the fusion.
+        probes: the linear probes of all heads, with their features.
     """
 
     encoders: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    states: dict[str, torch.Tensor] = field(default_factory=dict)
     num_tokens: dict[str, int] = field(default_factory=dict)
     maps: dict[str, tuple[int, int]] = field(default_factory=dict)
     reduction: list[AttentionStep] = field(default_factory=list)
     merged: Optional[torch.Tensor] = None
     fusion: tuple[tuple[AttentionStep, ...], ...] = ()
+    probes: list[tuple[LinearProbe, torch.Tensor]] = field(default_factory=list)
 
     def attentions(self) -> list[torch.Tensor]:
         """All of them, in an order that [`replaced`] knows."""
@@ -43,13 +49,11 @@ class Seen:
     def replaced(self, weights: list[torch.Tensor]) -> "Seen":
         """The same with other weights in the place of [`attentions`]."""
         rest = iter(weights)
-        return Seen(
-            {name: tuple(next(rest) for _ in layers) for name, layers in self.encoders.items()},
-            self.num_tokens,
-            self.maps,
-            [step._replace(weights=next(rest)) for step in self.reduction],
-            self.merged,
-            tuple(tuple(step._replace(weights=next(rest)) for step in layer) for layer in self.fusion),
+        return replace(
+            self,
+            encoders={name: tuple(next(rest) for _ in layers) for name, layers in self.encoders.items()},
+            reduction=[step._replace(weights=next(rest)) for step in self.reduction],
+            fusion=tuple(tuple(step._replace(weights=next(rest)) for step in layer) for layer in self.fusion),
         )
 
 
@@ -80,6 +84,9 @@ def watched(model: Any) -> Iterator[Seen]:
             if isinstance(part, Resampler):
                 for layer in part.layers:
                     hooks.append(layer.attention.register_forward_hook(_remember_reading(seen)))
+        for part in model.modules():
+            if isinstance(part, LinearProbe):
+                hooks.append(part.linear.register_forward_pre_hook(_remember_features(seen, part)))
         for hook in hooks:
             stack.callback(hook.remove)
         yield seen
@@ -147,8 +154,8 @@ class _Remember:
         states = output.last_hidden_state
         if states.ndim == 4:
             self.seen.maps[self.name] = (states.shape[2], states.shape[3])
-        num_tokens = states[0, 0].numel() if states.ndim == 4 else states.shape[1]
-        self.seen.num_tokens[self.name] = num_tokens
+        num_tokens = as_tokens(states).shape[1]
+        self.seen.states[self.name], self.seen.num_tokens[self.name] = states, num_tokens
         attentions = tuple(x for x in getattr(output, "attentions", None) or () if x is not None)
         # Windows see a part of the tokens, and stages have ever fewer of them.
         whole = all(x.shape[-2:] == (num_tokens, num_tokens) and len(x) == len(states) for x in attentions)
@@ -172,5 +179,12 @@ def _remember_merging(seen: Seen):
 def _remember_reading(seen: Seen):
     def hook(module, args, output):
         seen.reduction.append(AttentionStep(("vision",), ("tokens",), output[1]))
+
+    return hook
+
+
+def _remember_features(seen: Seen, probe: LinearProbe):
+    def hook(module, args):
+        seen.probes.append((probe, args[0]))
 
     return hook

@@ -1,0 +1,83 @@
+"""What encoder outputs add to an answer through the linear probe of its head."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
+
+import torch
+
+from ...model.encoders import as_tokens
+from ...model.fusion_base import Stream
+from ...model.linear_probe import LinearProbe
+from .watching import Seen
+
+
+class ProbeReading(NamedTuple):
+    """
+    A probe is linear, so each encoder output adds a part of its own to the score: its product with the weights of the
+    answer, divided by the number of tokens and the length of their mean. The length counts as a constant. The parts of
+    all tokens, the indicators and the bias sum to what the probe says.
+
+    Args:
+        probe: that of the head that answers.
+        features: what it read.
+        gradient: of the answers' scores, of the shape of the features: the weights of each row's answer.
+    """
+
+    probe: LinearProbe
+    features: torch.Tensor
+    gradient: torch.Tensor
+
+    @classmethod
+    def of(cls, seen: Seen, gradients: Sequence[Optional[torch.Tensor]]) -> Optional["ProbeReading"]:
+        """
+        Of the probe on which the answers depend; `None` if they depend on none.
+
+        Args:
+            gradients: one for each of `seen.probes`.
+        """
+        for (probe, features), gradient in zip(seen.probes, gradients, strict=True):
+            if gradient is not None:
+                return cls(probe, features.detach(), gradient)
+        return None
+
+    def parts(self, seen: Seen, encoded: dict[str, Stream]) -> dict[str, torch.Tensor]:
+        """
+        Modality -> (batch, max_items, tokens that the encoder gives of an item), of the text (batch, text_len): what
+        each token adds, less than 0 where it speaks against the answer. Needs the graph of the forward pass.
+        """
+        found = {}
+        for name, (block, _) in zip(self.probe.widths, self.probe.blocks, strict=True):
+            weights = self.gradient[..., block].float()
+            if self.probe.per_token and name == "text":
+                found[name] = (self.features[..., block].float() * weights).sum(-1)
+            elif name in encoded:
+                weights = weights.sum(1) if self.probe.per_token else weights
+                found[name] = _parts_of_means(encoded[name], seen.states[name], weights)
+        return found
+
+
+def _parts_of_means(stream: Stream, states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        states: the encoder outputs, whose means the stream has.
+        weights (batch, encoder width): of the mean, scaled to length 1.
+    """
+    item_means: Any = stream.item_means
+    # How much each encoder output has of the mean of its item: nothing where there is no token.
+    (shares,) = torch.autograd.grad(item_means.sum(), states, retain_graph=True)
+    items = by_row((as_tokens(states) * as_tokens(shares)).detach().float(), stream)
+    means: Any = stream.row_means
+    lengths = means.detach().float().norm(dim=-1, keepdim=True)
+    weights = weights / torch.where(lengths > 0, lengths, 1)
+    if stream.item_index is None:
+        return torch.einsum("btw,bw->bt", items, weights)
+    num_items = (stream.item_index >= 0).sum(1, keepdim=True).clamp(min=1)
+    return torch.einsum("bstw,bw->bst", items, weights / num_items)
+
+
+def by_row(of_items: torch.Tensor, stream: Stream) -> torch.Tensor:
+    """(items, ...) -> (batch, max_items, ...), 0 where a row has none; of the text as it is."""
+    if stream.item_index is None:
+        return of_items
+    has_item = (stream.item_index >= 0).reshape(*stream.item_index.shape, *[1] * (of_items.ndim - 1))
+    return of_items[stream.item_index.clamp(min=0)] * has_item
