@@ -6,6 +6,7 @@ Eager, compiled, `torch.export` and ONNX Runtime, on the same batches in turns: 
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -128,6 +130,7 @@ def main() -> None:
         header = " | ".join(f"eager / {kind}" for kind in others)
         print(f"\n| rows, words, images | eager (ms) | {header} | largest difference |")
         print(f"|---|---|{'---|' * len(others)}---|")
+        batches = []
         for shape in BATCHES:
             batch = make_batch(*shape, *options)
             seconds: dict[str, list[float]] = {kind: [] for kind in run_of}
@@ -141,8 +144,13 @@ def main() -> None:
                     if repeat >= 3:
                         seconds[kind].append(taken)
             eager = statistics.median(seconds["eager"])
-            ratios = " | ".join(f"{eager / statistics.median(seconds[kind]):.2f}" for kind in others)
-            print(f"| {', '.join(map(str, shape))} | {1000 * eager:.1f} | {ratios} | {difference:.1e} |", flush=True)
+            ratios = {kind: eager / statistics.median(seconds[kind]) for kind in others}
+            name, shown = ", ".join(map(str, shape)), " | ".join(f"{ratio:.2f}" for ratio in ratios.values())
+            print(f"| {name} | {1000 * eager:.1f} | {shown} | {difference:.1e} |", flush=True)
+            batches.append({"shape": name, "eager_ms": 1000 * eager, "ratios": ratios, "difference": difference})
+    if args.output is not None:
+        options = {name: value for name, value in vars(args).items() if name != "output"}
+        args.output.write_text(json.dumps({"options": options, "batches": batches}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--cache_dtype", default=None, help="for example bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
@@ -151,18 +152,17 @@ def main() -> None:
         ratios[way] = {"first": round(first / full, 4), "later": round(usual / full, 4)}
         table.add_row(way, f"{first / full:.3f}", f"{usual / full:.3f}", f"{full / usual:.1f}")
     Console().print(table)
-    print(
-        json.dumps(
-            {
-                "benchmark": "feature_cache", "ratios": ratios, "stored_gb": round(stored / 1e9, 4),
-                "seconds": {way: [round(second, 3) for second in seconds] for way, seconds in times.items()},
-                "pictures": len(pictures), "device": args.device, "machine": platform.machine(),
-                "torch": torch.__version__, "transformers": transformers.__version__,
-                "shapes": {name: getattr(args, name) for name in
-                           ("rows", "batch_size", "epochs", "threads", "workers", "width", "layers", "image_size")},
-            }
-        )
-    )  # fmt: skip
+    found = {
+        "benchmark": "feature_cache", "ratios": ratios, "stored_gb": round(stored / 1e9, 4),
+        "seconds": {way: [round(second, 3) for second in seconds] for way, seconds in times.items()},
+        "pictures": len(pictures), "device": args.device, "machine": platform.machine(),
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "shapes": {name: getattr(args, name) for name in
+                   ("rows", "batch_size", "epochs", "threads", "workers", "width", "layers", "image_size")},
+    }  # fmt: skip
+    print(json.dumps(found))
+    if args.output is not None:
+        args.output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,9 @@ def main() -> None:
         table.add_row(str(n), *cells, f"{row['eval_loss']:.3f}", f"{row['rows_per_second']:.0f}")
     ratio = results[2]["rows_per_second"] / results[1]["rows_per_second"]
     Console().print(table)
-    print(json.dumps({"benchmark": "processes", "steps": args.steps, "ratio": round(ratio, 3), "results": results}))
+    found = {"benchmark": "processes", "steps": args.steps, "ratio": round(ratio, 3), "results": results}
+    (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Kinds that are not installed (torchao) are left out.
 import argparse
 import copy
 import importlib.util
+import json
 import statistics
 import tempfile
 import time
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="JSON file to which the figures of this model are added")
     args = parser.parse_args()
     data = load_demo_dataset()
     processor = make_processor(data["train"]["text"])
@@ -100,9 +102,16 @@ def main() -> None:
                 right[kind] += sum(int((logits[task].argmax(-1) == wanted[task]).sum()) for task in choices)
     baseline = statistics.median(seconds["torch, float32"])
     print("\n| | accuracy (%) | MB | float32 / this (seconds) |\n|---|---|---|---|")
+    found = {}
     for kind, (_, size) in answering.items():
-        accuracy = f"{100 * right[kind] / (len(choices) * args.rows):.1f}" if args.width is None else "untrained"
-        print(f"| {kind} | {accuracy} | {size / 1e6:.2f} | {baseline / statistics.median(seconds[kind]):.2f} |")
+        accuracy, speed = right[kind] / (len(choices) * args.rows), baseline / statistics.median(seconds[kind])
+        shown = f"{100 * accuracy:.1f}" if args.width is None else "untrained"
+        print(f"| {kind} | {shown} | {size / 1e6:.2f} | {speed:.2f} |")
+        found[kind] = {"accuracy": accuracy, "mb": size / 1e6, "speed": speed}
+    if args.output is not None:
+        known = json.loads(args.output.read_text()) if args.output.exists() else {}
+        known["demo" if args.width is None else "untrained"] = found
+        args.output.write_text(json.dumps(known, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,12 @@ PLACE = re.compile(r"(<!-- (table|plot): (\w+) (.+?) -->\n)(.*?)(<!-- end -->)",
 
 
 def main() -> None:
+    PAGE.write_text(rendered(PAGE.read_text()))
+    print(f"Wrote {PAGE.relative_to(ROOT)}.")
+
+
+def rendered(text: str, draws: bool = True) -> str:
+    """The text of the page with its tables and, if `draws`, its plots as the result files have them."""
     results = {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()]
         for path in sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))
@@ -30,14 +36,15 @@ def main() -> None:
 
     def filled(match: re.Match) -> str:
         start, form, name, benchmark, _, end = match.groups()
+        if form == "plot" and not draws:
+            return match[0]
         lines = [line for line in results.get(name, []) if line["benchmark"].startswith(benchmark)]
         if not lines:
             return f"{start}Not measured.\n{end}"
         made = table(lines) if form == "table" else plot(lines, f"{name} {benchmark}")
         return f"{start}{made}\n{end}"
 
-    PAGE.write_text(PLACE.sub(filled, PAGE.read_text()))
-    print(f"Wrote {PAGE.relative_to(ROOT)}.")
+    return PLACE.sub(filled, text)
 
 
 def table(lines: list[dict[str, Any]]) -> str:
