@@ -51,6 +51,11 @@ def explain(
     for the parts of the picture where they lie. Fusions without attention (`late`) and heads that read what the
     encoders gave ([`Retrieval`]) say by gradient times activation which tokens count, whatever the method.
 
+    A head with a linear probe (`config.linear_probe`) depends on the encoder outputs directly, also while the gates of
+    the fusion are closed. Each encoder output counts by what it adds to the probe's score, and is followed through its
+    encoder; what the fusion added is added to this. `"rollout"` and `"attention"` know no gradients, so there both sum
+    to about 1, and the part of the probe depends on the answer. `"integrated_gradients"` needs no rule for it.
+
     Args:
         model ([`MMTransformerForMultiTask`]): Is left as it was.
         processor ([`MMTransformerProcessor`]): That of the model.
