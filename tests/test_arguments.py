@@ -59,6 +59,25 @@ def test_what_a_user_gives_stays_and_the_rest_fits_to_it(given, expected):
         assert args.eval_steps == args.save_steps == 7
 
 
+def test_several_validation_sets_have_no_loss_that_could_choose():
+    args = MMTrainingArguments("out", **CPU)
+    args.settle(True, has_one_loss=False)
+    assert strategies(args) == ("epoch", "epoch", False)
+    args = MMTrainingArguments("out", **CPU, metric_for_best_model="eval_a_topic_f1")
+    args.settle(True, has_one_loss=False)
+    assert strategies(args) == ("epoch", "epoch", True)
+
+
+def test_streams_are_saved_by_steps():
+    args = MMTrainingArguments("out", **CPU, max_steps=1000)
+    args.settle(False, has_epochs=False)
+    assert strategies(args) == ("no", "steps", False)
+    args = MMTrainingArguments("out", **CPU, max_steps=1000)
+    args.settle(True, has_epochs=False)
+    assert strategies(args) == ("steps", "steps", True)
+    assert args.eval_steps == args.save_steps == 500
+
+
 def test_checkpoints_are_deleted_only_where_nothing_is_said_of_them():
     assert settled(True).save_total_limit == 1
     assert settled(True, save_steps=7).save_total_limit is None

@@ -490,6 +490,36 @@ def test_a_mixture_starts_from_the_rows_of_all_its_data_sets(tmp_path):
     assert start.models["mood"].num_items == sum(row["mood"] is not None for row in rows[15:])
 
 
+def test_streams_and_other_collators_are_told_and_train_as_before(tmp_path, caplog):
+    rows = [{k: v for k, v in row.items() if k != "image"} for row in make_rows(12) if row["text"]]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    model = new_model(vision=None, tasks=TASKS[:1])
+    args = MMTrainingArguments(str(tmp_path / "a"), max_steps=1, **CPU)
+    trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=stream)
+    trainer.train()
+    assert trainer._start.models == {}
+    inner = MMDataCollator(make_processor(), model.config)
+    model = new_model(vision=None, tasks=TASKS[:1])
+    args = MMTrainingArguments(str(tmp_path / "b"), max_steps=1, validation_fraction=0, **CPU)
+    trainer = MMTrainer(
+        model, args, data_collator=lambda batch: inner(batch), processing_class=make_processor(), train_dataset=rows
+    )  # fmt: skip
+    trainer.train()
+    assert trainer._start.models == {}
+
+
+def test_validation_rows_without_labels_choose_nothing_and_lose_nothing(tmp_path):
+    rows = make_rows(16)
+    unlabelled = [{"text": row["text"], "image": row["image"], "topic": None} for row in rows[:5]]
+    args = MMTrainingArguments(str(tmp_path), num_train_epochs=1, **CPU)
+    trainer = MMTrainer(
+        new_model(tasks=TASKS[:1]), args, processing_class=make_processor(), train_dataset=rows, eval_dataset=unlabelled
+    )
+    trainer.train()
+    assert trainer.state.epoch == 1
+    assert trainer.verdicts == []
+
+
 def test_probes_hold_zeros_until_they_are_started():
     probe = LinearProbe({"text": 3, "vision": 4}, 2)
     probe.init_own_parameters(0.02)

@@ -162,26 +162,37 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
         """Whether a part of the training rows is to be held out if no `eval_dataset` is given."""
         return self.is_auto["eval_strategy"] and self.validation_fraction > 0
 
-    def settle(self, has_validation: bool) -> None:
-        """Settles what was left open; called by [`MMTrainer`], which knows the rows."""
+    def settle(self, has_validation: bool, has_one_loss: bool = True, has_epochs: bool = True) -> None:
+        """
+        Settles what was left open; called by [`MMTrainer`], which knows the rows.
+
+        Args:
+            has_validation: whether there are validation rows.
+            has_one_loss: whether they are one data set; of several there is no loss that could choose weights.
+            has_epochs: whether the training rows have a length; otherwise checkpoints come by steps.
+        """
         args: Any = self  # mypy does not find the types of these fields
         if args.is_auto["eval_strategy"]:
-            wanted = args.save_strategy if not args.is_auto["save_strategy"] else SaveStrategy.EPOCH
+            wanted = args.save_strategy
+            if args.is_auto["save_strategy"]:
+                wanted = SaveStrategy.EPOCH if has_epochs else SaveStrategy.STEPS
             by_steps = wanted == SaveStrategy.STEPS and args.save_steps >= 1
             found = IntervalStrategy.STEPS if by_steps else IntervalStrategy.EPOCH
             args.eval_strategy = found if has_validation else IntervalStrategy.NO
             if has_validation and by_steps:
                 args.eval_steps = args.save_steps
         if args.is_auto["save_strategy"]:
-            args.save_strategy = _saves_with(args.eval_strategy)
-            if args.save_strategy == SaveStrategy.STEPS:
+            args.save_strategy = _saves_with(args.eval_strategy) if has_epochs else SaveStrategy.STEPS
+            if args.save_strategy == SaveStrategy.STEPS and args.eval_strategy == IntervalStrategy.STEPS:
                 args.save_steps = args.eval_steps
         evaluates = has_validation and args.eval_strategy != IntervalStrategy.NO
         if args.is_auto["load_best_model_at_end"]:
             fits = args.save_strategy == SaveStrategy.BEST or args.save_strategy.value == args.eval_strategy.value
             if fits and args.save_strategy == SaveStrategy.STEPS:
                 fits = args.eval_steps == args.save_steps
-            args.load_best_model_at_end = evaluates and fits
+            args.load_best_model_at_end = (
+                evaluates and fits and (has_one_loss or args.metric_for_best_model is not None)
+            )
         elif not evaluates:
             args.load_best_model_at_end = False
         if args.load_best_model_at_end and args.metric_for_best_model is None:

@@ -74,6 +74,8 @@ def solve(
     groups = np.arange(len(labels)) if groups is None else groups
     if len(labels) < 2 or len(np.unique(labels, axis=0)) < 2:
         return None
+    if problem.kind != "multinomial":
+        labels = labels.reshape(len(labels), problem.num_outputs)
     small, back = _rotated(features.astype(np.float64), blocks)
     fit = {"multinomial": _multinomial, "binary": _binary, "ridge": _ridge}[problem.kind]
     strength = _choose(fit, problem, small, labels, groups)
@@ -225,7 +227,7 @@ def _binary(
 def _ridge(
     problem: LinearProblem, x: np.ndarray, y: np.ndarray, sample_weight: np.ndarray, strength: float, tol: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    model = Ridge(alpha=1 / strength).fit(x, y.reshape(len(y), -1), sample_weight)
+    model = Ridge(alpha=1 / strength).fit(x, y, sample_weight)
     return model.coef_.reshape(problem.num_outputs, -1), np.atleast_1d(model.intercept_)
 
 

@@ -14,8 +14,10 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from tqdm.auto import tqdm
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
+from ..data.collator import MMDataCollator
 from ..data.mixture import DataMixture
 from ..data.sources import ROWS_PER_SOURCE, DataSource, rows_of
 from ..data.splitting import find_groups
@@ -72,11 +74,14 @@ def start_probes(trainer: Any) -> Start:
     """
     fused, dataset = trainer.fused_model, trainer.train_dataset
     waiting = {name: probes for name, probes in probes_of(fused).items() if is_new(probes[0])}
-    parts = None if dataset is None else _map_style(dataset, trainer.data_collator)
-    if not waiting or parts is None:
-        if waiting and dataset is not None:
-            logger.warning("The training rows are a stream, so the tasks do not start as linear models.")
+    if not waiting or dataset is None:
         return Start({}, {})
+    why_not = _why_not(trainer)
+    if why_not is not None:
+        logger.warning(f"The tasks do not start as linear models: {why_not}.")
+        return Start({}, {})
+    parts = _map_style(dataset, trainer.data_collator)
+    assert parts is not None  # it is no stream
     reader = _Reader(trainer, {name: probes[0] for name, probes in waiting.items()})
     train = reader.read(parts, "linear start")
     held_out = trainer.eval_dataset
@@ -94,6 +99,17 @@ def start_probes(trainer: Any) -> Start:
     return start
 
 
+def _why_not(trainer: Any) -> str | None:
+    """Why the encoders cannot be asked about all rows before training; a part of a sentence."""
+    if not isinstance(trainer.data_collator, MMDataCollator):
+        return f"the data_collator is a {type(trainer.data_collator).__name__}, not an MMDataCollator"
+    if _map_style(trainer.train_dataset, trainer.data_collator) is None:
+        return "the training rows are a stream"
+    if is_deepspeed_zero3_enabled() or any(parameter.is_meta for parameter in trainer.fused_model.parameters()):
+        return "no process has the whole model before training (ZeRO-3, or FSDP with cpu_ram_efficient_loading)"
+    return None
+
+
 def _solved(
     tasks: dict[str, Task], probes: dict[str, LinearProbe], train: dict[str, "_Items"], held_out: dict[str, "_Items"]
 ) -> Start:
@@ -105,7 +121,7 @@ def _solved(
             continue
         start.models[name] = model
         others = held_out.get(name)
-        if others is None:
+        if others is None or len(others.labels) == 0:
             continue
         text = probe.blocks[:1]
         width = text[0][1] + 1
@@ -205,6 +221,8 @@ class _Reader:
 
     def _joined(self, found: list[_Items], rng: np.random.Generator) -> _Items:
         gathered = gather_object([_concatenated(found)] if found else [])
+        if not gathered:  # no rows at all
+            return _Items(np.zeros((0, 0)), np.zeros(0, np.int64), np.zeros(0, np.int64))
         items = _concatenated(gathered)
         if len(items.labels) > MAX_TOKENS:
             some = np.sort(rng.permutation(len(items.labels))[:MAX_TOKENS])

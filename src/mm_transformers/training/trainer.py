@@ -7,7 +7,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import logging
 
 from ..data.collator import MMDataCollator
@@ -48,6 +48,12 @@ class MMTrainer(ResumableTrainer):
     [`~transformers.Trainer`] with what a [`MMTransformerForMultiTask`] needs:
 
     - `data_collator` and `compute_metrics` default to [`MMDataCollator`] and [`MultiTaskMetrics`];
+    - tasks whose linear probe is new start as the best linear model of the mean encoder outputs (see [`start_probes`]);
+      the start is measured and saved like a checkpoint, so it is kept if training makes nothing better of it;
+    - with [`MMTrainingArguments`], a grouped and stratified share of the training rows is held out if there is no
+      `eval_dataset`, the weights with the best validation loss are kept, and training stops early;
+    - after training, `verdicts` compares each task with its linear start, a linear model of the text alone and the
+      majority, on the validation rows; one line per task is logged;
     - the loss of each task is its mean over all the labels of an optimiser step, also under gradient accumulation, and
       the regularizer enters once per step; what the regularizer covers has no weight decay;
     - logs hold the loss of each task (`<task>_loss`, `regularization_loss`), its mean over the optimiser steps in which
@@ -66,8 +72,8 @@ class MMTrainer(ResumableTrainer):
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, kwargs:
-            As [`~transformers.Trainer`] takes them. `processing_class` is the [`MMTransformerProcessor`]; it defaults
-            to that of the `data_collator`. In `args`,
+            As [`~transformers.Trainer`] takes them. `args` defaults to `MMTrainingArguments("tmp_trainer")`.
+            `processing_class` is the [`MMTransformerProcessor`]; it defaults to that of the `data_collator`. In `args`,
             `remove_unused_columns` and `accelerator_config.dispatch_batches` are set to `False`: columns are chosen by
             the collator, and a batch of images cannot be cut along with its rows. `ddp_find_unused_parameters`
             defaults to `False`: every parameter takes part in every step. `train_dataset` may be a [`DataMixture`] of
@@ -211,7 +217,11 @@ class MMTrainer(ResumableTrainer):
                     f"No eval_dataset: {len(parts[1]):,} of {len(parts[0]) + len(parts[1]):,} training rows are held "
                     "out for validation."
                 )
-        args.settle(self.eval_dataset is not None)
+        args.settle(
+            has_validation=self.eval_dataset is not None,
+            has_one_loss=not isinstance(self.eval_dataset, dict),
+            has_epochs=has_length(self.train_dataset) if self.train_dataset is not None else True,
+        )
         has_one = any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
         if args.load_best_model_at_end and args.early_stopping_patience and not has_one:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
@@ -431,6 +441,16 @@ class MMTrainer(ResumableTrainer):
             metrics = self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
             self._determine_best_metric(metrics, trial)
             self._save_checkpoint(self.model, trial)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        was_chosen = isinstance(self.args, MMTrainingArguments) and self.args.is_auto["load_best_model_at_end"]
+        if was_chosen and self.args.load_best_model_at_end and name not in metrics:
+            logger.warning_once(
+                f"The evaluation gives no {name}, since no validation row has a label: the last weights are kept."
+            )
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     def _tell_verdicts(self) -> None:
         state, best = self.state, self.state.best_global_step
