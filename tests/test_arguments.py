@@ -108,7 +108,59 @@ def test_arguments_are_json_and_can_be_copied():
     assert values["encoder_learning_rate"] == 1e-5
     copy = dataclasses.replace(args, num_train_epochs=3)
     assert copy.num_train_epochs == 3
-    assert copy.load_best_model_at_end
+
+
+def test_copies_stay_automatic_and_keep_what_is_given():
+    args = settled(True, num_train_epochs=2)
+    for copy in (dataclasses.replace(args, output_dir="b"), MMTrainingArguments(**args.to_dict())):
+        assert copy.wants_validation_rows
+        copy.settle(False)
+        assert strategies(copy) == ("no", "epoch", False)
+        model_rate = learning_rates_of(copy)
+        assert model_rate == {"encoder": 5e-5, "head": pytest.approx(1e-3)}
+    given = dataclasses.replace(args, eval_strategy="steps", eval_steps=3, learning_rate=1e-3)
+    given.settle(True)
+    assert strategies(given) == ("steps", "steps", True)
+    assert learning_rates_of(given) == {"encoder": 1e-3, "head": 1e-3}
+
+
+def learning_rates_of(args):
+    from tiny import make_model
+
+    model = make_model()
+    rates = learning_rates(model, args, args.learning_rate)
+    return {
+        "encoder": rates[id(next(model.model.text_model.parameters()))],
+        "head": rates[id(next(model.heads.parameters()))],
+    }
+
+
+def test_the_same_arguments_serve_a_second_trainer():
+    args = settled(True)
+    args.reopen()
+    assert strategies(args) == ("no", "epoch", False)
+    args.settle(True)
+    assert strategies(args) == ("epoch", "epoch", True)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"load_best_model_at_end": True},
+        {"load_best_model_at_end": True, "save_strategy": "best"},
+        {"load_best_model_at_end": True, "eval_steps": 300},
+        {"eval_steps": 100},
+    ],
+)
+def test_options_that_go_together_are_not_refused_before_the_rows_are_known(given):
+    args = settled(True, **given)
+    assert args.load_best_model_at_end
+    assert all(getattr(getattr(args, name), "value", getattr(args, name)) == value for name, value in given.items())
+
+
+def test_the_best_of_nothing_is_told():
+    with pytest.raises(ValueError, match="load_best_model_at_end=True needs validation rows"):
+        settled(False, load_best_model_at_end=True)
 
 
 @pytest.mark.parametrize(

@@ -445,6 +445,7 @@ def test_resumed_training_keeps_the_start_and_ends_alike(tmp_path):
     resumed = trainer(tmp_path / "other")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.best_global_step == whole.state.best_global_step
+    assert resumed.verdicts == whole.verdicts
     a, b = whole.fused_model.state_dict(), resumed.fused_model.state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
     state = json.loads((tmp_path / "whole" / "checkpoint-0" / "trainer_state.json").read_text())
@@ -518,6 +519,36 @@ def test_validation_rows_without_labels_choose_nothing_and_lose_nothing(tmp_path
     trainer.train()
     assert trainer.state.epoch == 1
     assert trainer.verdicts == []
+
+
+def test_a_kind_with_a_head_of_its_own_gets_no_probe_that_it_inherits():
+    from mm_transformers.model.linear_probe import with_probe
+    from mm_transformers.model.task_base import PooledHead
+
+    class Own(Classification):
+        def build_head(self, config, hidden_size):
+            return PooledHead(hidden_size, 1, 0.0)
+
+    config = new_model(tasks=TASKS[:1]).config
+    task = Own("stars", labels=["a", "b"])
+    assert isinstance(with_probe(task.build_head(config, 32), task, config), PooledHead)
+
+
+def test_a_task_called_probe_is_regularised_like_any_other():
+    task = Classification("probe", labels=["a", "b"])
+    model = make_model(tasks=[task], regularization={"kind": "l2", "weight": 1.0})
+    expected = sum(p.detach().square().sum() for p in model.heads.parameters() if p.ndim > 1)
+    assert model.regularization_loss().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_two_trainers_share_their_arguments(tmp_path):
+    args = MMTrainingArguments(str(tmp_path), num_train_epochs=1, **CPU)
+    for _ in range(2):
+        model = new_model(tasks=TASKS[:1])
+        trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=make_rows(20))
+        assert trainer.eval_dataset is not None
+        assert trainer.args.load_best_model_at_end
+    MMTrainer(model, args, processing_class=make_processor()).predict(make_rows(4))
 
 
 def test_probes_hold_zeros_until_they_are_started():

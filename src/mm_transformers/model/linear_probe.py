@@ -28,7 +28,7 @@ class LinearProblem(NamedTuple):
 
 class LinearProbe(nn.Module):
     """
-    A linear layer on what the encoders say of a row, without any fusion (linear probing, then fine-tuning: Kumar et
+    A linear layer on the mean encoder outputs of a row, without any fusion (linear probing, then fine-tuning: Kumar et
     al. 2022, https://arxiv.org/abs/2202.10054). All weights are 0 until [`start_probes`] or training sets them.
 
     The features are, for text and each other modality: the mean of the encoder outputs, scaled to length 1, and 1. Both
@@ -128,9 +128,17 @@ def probe_widths(config: Any) -> dict[str, int]:
 
 
 def with_probe(head: nn.Module, task: Any, config: Any) -> nn.Module:
-    """The head of a task, with a linear probe if the config asks for it and the task has a linear problem."""
+    """
+    The head of a task, with a linear probe if the config asks for it and the task has a linear problem. A kind that
+    inherits its linear problem but has a head of its own gets none: what fits the one need not fit the other.
+    """
     problem = task.linear_problem() if config.linear_probe else None
-    if problem is None:
+    if problem is None or _owner(task, "build_head") is not _owner(task, "linear_problem"):
         return head
     probe = LinearProbe(probe_widths(config), problem.num_outputs, problem.per_token)
     return ProbedHead(head, probe, has_fusion=bool(config.modalities))
+
+
+def _owner(task: Any, method: str) -> type:
+    """The class that defines a method."""
+    return next(cls for cls in type(task).__mro__ if method in vars(cls))

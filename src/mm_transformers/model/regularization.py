@@ -17,7 +17,7 @@ _PENALTIES = {
     "l2_sp": lambda parameter, start: (parameter.float() - start).square().sum(),
 }
 # Linear probes are pulled to where they started by each kind of penalty; other matrices by L2-SP alone.
-_IS_PROBE = ".probe."
+_IS_PROBE = ".probe.linear."
 _ENCODERS = ("text_model", "vision_model", "audio_model")
 
 

@@ -1,5 +1,6 @@
 """Training arguments with what is special to a fused model."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -10,6 +11,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 AUTO = "auto"
 # By part of the model, if neither `learning_rate` nor the rate of the part is given.
 DEFAULT_LEARNING_RATES = {"encoder": 5e-5, "fusion": 1e-3, "head": 1e-3}
+# What `learning_rate` is then: a number that nobody types, so that copies of the arguments still tell it from 1e-3.
+NOT_GIVEN = math.nextafter(DEFAULT_LEARNING_RATES["head"], 1.0)
 
 
 @dataclass
@@ -56,6 +59,9 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
         rows_per_image (`int`, *optional*, defaults to 1):
             Rows of one image come up to so many at a time, in an otherwise random order: a batch reads and encodes each
             image once, so an epoch is the faster the more rows share theirs. Batches hold fewer images then.
+        automatic (`dict`, *optional*):
+            Not for users: the values that were chosen for options that are `"auto"` or `None`, so that copies of the
+            arguments stay automatic.
 
     Raises:
         ValueError: if a value is out of its range, or `rows_per_image` is given together with another order of the
@@ -111,30 +117,30 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
     rows_per_image: int = field(
         default=1, metadata={"help": "How many rows that share an image come together in the order of training."}
     )
+    automatic: Optional[dict] = field(default=None, metadata={"help": "Not for users."})
 
     def __post_init__(self):
-        # What stays open until [`MMTrainer`] knows whether there are validation rows.
-        self.is_auto = {name: getattr(self, name) in (AUTO, None) for name in _DEPENDS_ON_ROWS}
-        for name, steps in (("eval", self.eval_steps), ("save", self.save_steps)):
-            if self.is_auto[f"{name}_strategy"] and steps not in (None, _DEFAULT_SAVE_STEPS):
-                # Whoever says how many steps means steps.
-                setattr(self, f"{name}_strategy", IntervalStrategy.STEPS.value)
-                self.is_auto[f"{name}_strategy"] = False
-        if self.is_auto["eval_strategy"]:
-            self.eval_strategy = IntervalStrategy.NO
-        if self.is_auto["save_strategy"]:
-            self.save_strategy = _saves_with(self.eval_strategy)
-        if self.is_auto["save_strategy"] and getattr(self, "save_total_limit", None) is None:
+        known = self.automatic or {}
+        self.automatic = {
+            name: None
+            for name in _DEPENDS_ON_ROWS
+            if getattr(self, name) in (AUTO, None) or (name in known and _plain(getattr(self, name)) == known[name])
+        }
+        if self.save_steps != _DEFAULT_SAVE_STEPS and "save_strategy" in self.automatic:
+            # Whoever says how many steps means steps.
+            self.save_strategy = SaveStrategy.STEPS
+            del self.automatic["save_strategy"]
+        if "save_strategy" in self.automatic and getattr(self, "save_total_limit", None) is None:
             self.save_total_limit = 1
-        if self.is_auto["load_best_model_at_end"]:
+        if self.learning_rate is None:
+            self.learning_rate = NOT_GIVEN
+        self.reopen()
+        wanted = self.load_best_model_at_end
+        if self.automatic:
+            # Otherwise transformers would refuse what is not settled yet.
             self.load_best_model_at_end = False
-        self.has_default_rates = self.learning_rate is None
-        if self.has_default_rates:
-            self.learning_rate = DEFAULT_LEARNING_RATES["head"]
-        if self.is_auto["eval_strategy"] and self.load_best_model_at_end:
-            # Otherwise transformers would refuse it, before the trainer knows better.
-            self.eval_strategy = self.save_strategy
         super().__post_init__()
+        self.load_best_model_at_end = wanted
         if self.rows_per_image < 1:
             raise ValueError(f"rows_per_image must be at least 1, but is {self.rows_per_image}.")
         if self.rows_per_image > 1 and self.train_sampling_strategy != "random":
@@ -160,7 +166,25 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
     @property
     def wants_validation_rows(self) -> bool:
         """Whether a part of the training rows is to be held out if no `eval_dataset` is given."""
-        return self.is_auto["eval_strategy"] and self.validation_fraction > 0
+        return "eval_strategy" in self._automatic and self.validation_fraction > 0
+
+    @property
+    def chooses_best(self) -> bool:
+        """Whether keeping the best weights is the default here, and no wish of the user."""
+        return "load_best_model_at_end" in self._automatic
+
+    @property
+    def _automatic(self) -> dict[str, Any]:
+        return self.automatic if self.automatic is not None else {}
+
+    def reopen(self) -> None:
+        """Automatic options become as they are without validation rows, so that another trainer can settle them."""
+        if "eval_strategy" in self._automatic:
+            self._choose("eval_strategy", IntervalStrategy.NO)
+        if "save_strategy" in self._automatic:
+            self._choose("save_strategy", _saves_with(self.eval_strategy))
+        if "load_best_model_at_end" in self._automatic:
+            self._choose("load_best_model_at_end", False)
 
     def settle(self, has_validation: bool, has_one_loss: bool = True, has_epochs: bool = True) -> None:
         """
@@ -170,34 +194,46 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
             has_validation: whether there are validation rows.
             has_one_loss: whether they are one data set; of several there is no loss that could choose weights.
             has_epochs: whether the training rows have a length; otherwise checkpoints come by steps.
+
+        Raises:
+            ValueError: if the best weights are asked for and nothing is evaluated.
         """
         args: Any = self  # mypy does not find the types of these fields
-        if args.is_auto["eval_strategy"]:
-            wanted = args.save_strategy
-            if args.is_auto["save_strategy"]:
-                wanted = SaveStrategy.EPOCH if has_epochs else SaveStrategy.STEPS
-            by_steps = wanted == SaveStrategy.STEPS and args.save_steps >= 1
-            found = IntervalStrategy.STEPS if by_steps else IntervalStrategy.EPOCH
-            args.eval_strategy = found if has_validation else IntervalStrategy.NO
-            if has_validation and by_steps:
+        saves_by_steps = "save_strategy" not in self._automatic and args.save_strategy == SaveStrategy.STEPS
+        by_steps = args.eval_steps is not None or saves_by_steps or not has_epochs
+        if "eval_strategy" in self._automatic:
+            kind = IntervalStrategy.STEPS if by_steps else IntervalStrategy.EPOCH
+            self._choose("eval_strategy", kind if has_validation else IntervalStrategy.NO)
+            if args.eval_strategy == IntervalStrategy.STEPS and args.eval_steps is None:
                 args.eval_steps = args.save_steps
-        if args.is_auto["save_strategy"]:
-            args.save_strategy = _saves_with(args.eval_strategy) if has_epochs else SaveStrategy.STEPS
+        if "save_strategy" in self._automatic:
+            self._choose("save_strategy", _saves_with(args.eval_strategy) if has_epochs else SaveStrategy.STEPS)
             if args.save_strategy == SaveStrategy.STEPS and args.eval_strategy == IntervalStrategy.STEPS:
                 args.save_steps = args.eval_steps
         evaluates = has_validation and args.eval_strategy != IntervalStrategy.NO
-        if args.is_auto["load_best_model_at_end"]:
+        if self.chooses_best:
             fits = args.save_strategy == SaveStrategy.BEST or args.save_strategy.value == args.eval_strategy.value
             if fits and args.save_strategy == SaveStrategy.STEPS:
                 fits = args.eval_steps == args.save_steps
-            args.load_best_model_at_end = (
-                evaluates and fits and (has_one_loss or args.metric_for_best_model is not None)
+            is_measured = has_one_loss or args.metric_for_best_model is not None
+            self._choose("load_best_model_at_end", evaluates and fits and is_measured)
+        elif args.load_best_model_at_end and not evaluates and self._automatic:
+            raise ValueError(
+                "load_best_model_at_end=True needs validation rows: give an eval_dataset, or leave eval_strategy and "
+                "validation_fraction at their defaults."
             )
-        elif not evaluates:
-            args.load_best_model_at_end = False
         if args.load_best_model_at_end and args.metric_for_best_model is None:
             args.metric_for_best_model, args.greater_is_better = "loss", False
         args.do_eval = args.do_eval or evaluates
+
+    def _choose(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
+        self._automatic[name] = _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return getattr(value, "value", value)
 
 
 _DEFAULT_SAVE_STEPS = 500  # of transformers

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .arguments import DEFAULT_LEARNING_RATES
+from .arguments import DEFAULT_LEARNING_RATES, NOT_GIVEN
 
 
 # A gate starts at 0 and is all that learns at first; see Flamingo (https://arxiv.org/abs/2204.14198), section 2.2.
@@ -54,7 +54,7 @@ def learning_rates(fused, args: Any, default: float) -> dict[int, float]:
     """By the `id` of each parameter; the default is for parts of which the arguments say nothing."""
 
     # Unless a rate was given for all, or is tried by a search for hyperparameters.
-    by_part = getattr(args, "has_default_rates", False) and default == DEFAULT_LEARNING_RATES["head"]
+    by_part = default == NOT_GIVEN
 
     def rate_of(name: str) -> float:
         rate = getattr(args, f"{name}_learning_rate", None)

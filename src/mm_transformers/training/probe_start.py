@@ -73,12 +73,14 @@ def start_probes(trainer: Any) -> Start:
         What was found, the same in all processes.
     """
     fused, dataset = trainer.fused_model, trainer.train_dataset
-    waiting = {name: probes for name, probes in probes_of(fused).items() if is_new(probes[0])}
-    if not waiting or dataset is None:
+    if dataset is None or not probes_of(fused):
         return Start({}, {})
     why_not = _why_not(trainer)
     if why_not is not None:
-        logger.warning(f"The tasks do not start as linear models: {why_not}.")
+        logger.warning(f"The tasks do not start as linear models: {why_not}. probe_start=False leaves out this start.")
+        return Start({}, {})
+    waiting = {name: probes for name, probes in probes_of(fused).items() if all(map(is_new, probes))}
+    if not waiting:
         return Start({}, {})
     parts = _map_style(dataset, trainer.data_collator)
     assert parts is not None  # it is no stream
@@ -86,7 +88,7 @@ def start_probes(trainer: Any) -> Start:
     train = reader.read(parts, "linear start")
     held_out = trainer.eval_dataset
     others = None if held_out is None or isinstance(held_out, dict) else _map_style(held_out, trainer.data_collator)
-    known = {} if others is None else reader.read(others, "linear start: validation rows")
+    known = {} if others is None else reader.read(others, "linear start: validation rows", with_groups=False)
     found: list[Any] = [None]
     if trainer.args.process_index == 0:
         found = [_solved(fused.tasks, reader.probes, train, known)]
@@ -105,8 +107,8 @@ def _why_not(trainer: Any) -> str | None:
         return f"the data_collator is a {type(trainer.data_collator).__name__}, not an MMDataCollator"
     if _map_style(trainer.train_dataset, trainer.data_collator) is None:
         return "the training rows are a stream"
-    if is_deepspeed_zero3_enabled() or any(parameter.is_meta for parameter in trainer.fused_model.parameters()):
-        return "no process has the whole model before training (ZeRO-3, or FSDP with cpu_ram_efficient_loading)"
+    if is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled:
+        return "FSDP and ZeRO-3 cut the model into pieces"
     return None
 
 
@@ -167,7 +169,7 @@ def _groups(parts: list[tuple[Any, Any]], collator: Any) -> np.ndarray:
     media = {column.column: column.split for column in collator.media.values()}
     for _, source in parts:
         found = find_groups(source, 1 / NUM_FOLDS, collator.text_column, media)
-        groups.append(found + (groups[-1].max() + 1 if groups else 0))
+        groups.append(found + sum(len(known) for known in groups))
     return np.concatenate(groups)
 
 
@@ -184,13 +186,13 @@ class _Reader:
         self.trainer, self.probes = trainer, probes
         self.problems = {name: problem_of(trainer.fused_model.tasks[name]) for name in probes}
 
-    def read(self, parts: list[tuple[Any, Any]], what: str) -> dict[str, _Items]:
-        """Task -> what all processes have read."""
+    def read(self, parts: list[tuple[Any, Any]], what: str, with_groups: bool = True) -> dict[str, _Items]:
+        """Task -> what all processes have read; without groups, all have the same."""
         args, fused = self.trainer.args, self.trainer.fused_model
         rows: Any = ConcatDataset([part for part, _ in parts])
         collator = self.trainer.collator_for(rows)
         rng = np.random.default_rng(args.seed)
-        groups = _groups(parts, collator)
+        groups = _groups(parts, collator) if with_groups else np.zeros(len(rows), np.int64)
         chosen = np.sort(rng.permutation(len(rows))[:MAX_ROWS])
         mine = chosen[args.process_index :: args.world_size].tolist()
         loader = DataLoader(
@@ -216,7 +218,13 @@ class _Reader:
                     problem = self.problems[name]
                     if problem.per_token not in features:
                         features[problem.per_token] = probe.features(outputs).float().cpu()
-                    pieces[name].append(_labelled(problem, features[problem.per_token], labels[name], group))
+                    items = _labelled(problem, features[problem.per_token], labels[name], group)
+                    # Of words, each batch gives its share of what is used.
+                    share = -(-MAX_TOKENS * size // len(chosen))
+                    if len(items.labels) > share:
+                        some = np.sort(rng.permutation(len(items.labels))[:share])
+                        items = _Items(*(x[some] for x in items))
+                    pieces[name].append(items)
         return {name: self._joined(found, rng) for name, found in pieces.items()}
 
     def _joined(self, found: list[_Items], rng: np.random.Generator) -> _Items:

@@ -37,7 +37,7 @@ from .probe_start import Start, probes_of, start_probes
 from .resuming import ResumableTrainer
 from .sharding import gather_for_method, layer_classes
 from .starting_point import load_starting_point, save_starting_point
-from .verdict import Verdict
+from .verdict import Verdict, load_verdicts, save_verdicts
 
 
 logger = logging.get_logger(__name__)
@@ -49,7 +49,7 @@ class MMTrainer(ResumableTrainer):
 
     - `data_collator` and `compute_metrics` default to [`MMDataCollator`] and [`MultiTaskMetrics`];
     - tasks whose linear probe is new start as the best linear model of the mean encoder outputs (see [`start_probes`]);
-      the start is measured and saved like a checkpoint, so it is kept if training makes nothing better of it;
+      the start is measured and saved like a checkpoint, and kept unless training improves the validation loss;
     - with [`MMTrainingArguments`], a grouped and stratified share of the training rows is held out if there is no
       `eval_dataset`, the weights with the best validation loss are kept, and training stops early;
     - after training, `verdicts` compares each task with its linear start, a linear model of the text alone and the
@@ -105,6 +105,8 @@ class MMTrainer(ResumableTrainer):
     ):
         args = args if args is not None else MMTrainingArguments("tmp_trainer")
         check_arguments(args)
+        if isinstance(args, MMTrainingArguments):
+            args.reopen()  # another trainer may have settled them
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("MMTrainer takes no compute_loss_func: the loss of a task is its method `loss`.")
         if processing_class is None and isinstance(data_collator, MMDataCollator):
@@ -209,6 +211,8 @@ class MMTrainer(ResumableTrainer):
                     "validation rows, early stopping and the best weights."
                 )
             return self.train_dataset, self.eval_dataset
+        if self.train_dataset is None:
+            return None, self.eval_dataset
         if self.eval_dataset is None and args.wants_validation_rows and isinstance(self.data_collator, MMDataCollator):
             parts = split_for_validation(self.train_dataset, self.data_collator, args.validation_fraction, args.seed)
             if parts is not None:
@@ -220,7 +224,7 @@ class MMTrainer(ResumableTrainer):
         args.settle(
             has_validation=self.eval_dataset is not None,
             has_one_loss=not isinstance(self.eval_dataset, dict),
-            has_epochs=has_length(self.train_dataset) if self.train_dataset is not None else True,
+            has_epochs=has_length(self.train_dataset),
         )
         has_one = any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
         if args.load_best_model_at_end and args.early_stopping_patience and not has_one:
@@ -420,6 +424,8 @@ class MMTrainer(ResumableTrainer):
             prepare_tasks(fused, self.train_dataset, self.data_collator, self.data_collator, self.compute_metrics)
         if not is_resumed and getattr(self.args, "probe_start", None) is not False:
             self._start = self._started(start_probes(self))
+        elif is_resumed:
+            self._start = Start({}, load_verdicts(kwargs["resume_from_checkpoint"]))
         self._keeps_start = bool(self._start.models) and self.args.load_best_model_at_end and not is_resumed
         fused.starting_point = take_starting_point(fused, fused.config.regularization)
         self.remove_callback(TaskBalancing)
@@ -444,7 +450,7 @@ class MMTrainer(ResumableTrainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
-        was_chosen = isinstance(self.args, MMTrainingArguments) and self.args.is_auto["load_best_model_at_end"]
+        was_chosen = isinstance(self.args, MMTrainingArguments) and self.args.chooses_best
         if was_chosen and self.args.load_best_model_at_end and name not in metrics:
             logger.warning_once(
                 f"The evaluation gives no {name}, since no validation row has a label: the last weights are kept."
@@ -484,6 +490,7 @@ class MMTrainer(ResumableTrainer):
             if self._balancing is not None:
                 self._balancing.save(output_dir)
             save_starting_point(self.fused_model, output_dir)
+            save_verdicts(self._start.verdicts, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Optional[str]) -> None:
         if checkpoint is not None:
