@@ -22,6 +22,7 @@ def run_demo(path, *options: str) -> str:
     command = [sys.executable, "-m", "mm_transformers.cli", "demo", "--output-dir", str(path), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=None)
     assert done.returncode == 0, done.stderr
+    assert "it/s" not in done.stderr  # no other progress bars than those of rich
     return done.stdout
 
 

@@ -74,7 +74,7 @@ CASES = {
     ),
     "compare_tasks": (
         {"runs": {"topic": {"0": {"topic": {"accuracy": 0.5}}, "1": {"topic": {"accuracy": 0.6}}},
-                  "jointly": {"0": {"topic": {"accuracy": 0.75}}, "1": {"topic": {"accuracy": 0.85}}}}},
+                  "<jointly>": {"0": {"topic": {"accuracy": 0.75}}, "1": {"topic": {"accuracy": 0.85}}}}},
         ["| topic | 0.5500 ± 0.0707 | 0.8000 ± 0.0707 | +0.2500 ± 0.0000 | better |"],
     ),
     "export": (

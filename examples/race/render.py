@@ -247,7 +247,7 @@ def gain_summary(gains: Sequence[Gain]) -> str:
 def start_table(lines: Sequence[dict[str, Any]], tests: Table) -> str:
     """How often training was better than its linear start: on the validation rows, and on the test rows."""
     rows = []
-    for method in ("ours", "ours_frozen"):
+    for method in ("ours", "ours_vision_frozen", "ours_frozen", "ours_start"):
         for data in POOLS:
             found = [line for line in lines if line["method"] == method and line["data"] == data and "verdict" in line]
             if not found:
@@ -265,14 +265,14 @@ def start_table(lines: Sequence[dict[str, Any]], tests: Table) -> str:
     return markdown(["", "data", "trained weights kept", "better than the start in test", "mean difference"], rows)
 
 
-def parts_table(lines: Sequence[dict[str, Any]]) -> str:
-    """What pictures and texts are good for, with all pictures and labels."""
+def parts_table(lines: Sequence[dict[str, Any]], ours: str = "ours") -> str:
+    """What pictures and texts are good for, with all pictures and labels; `ours` is the method that has both."""
     complete = [line for line in lines if (line["missing"], line["labels"]) == (0.0, 1.0)]
     columns: dict[str, tuple[str, str]] = {
-        "ours": ("ours", "0.0"),
-        "pictures of other rows": ("ours", "shuffled"),
-        "without pictures": ("ours", "no picture"),
-        "without texts": ("ours", "no text"),
+        "ours": (ours, "0.0"),
+        "pictures of other rows": (ours, "shuffled"),
+        "without pictures": (ours, "no picture"),
+        "without texts": (ours, "no text"),
         "trained on texts alone": ("ours_text", "0.0"),
         "trained on pictures alone": ("ours_image", "0.0"),
     }
@@ -317,6 +317,7 @@ def plot(tests: Table, validations: Table, file: Path) -> None:
     )
     shown = {
         "ours, defaults": ("ours", "tab:red"),
+        "ours, vision encoder frozen": ("ours_vision_frozen", "tab:orange"),
         "best cheap": (None, "black"),
         "logistic regression, both": ("logistic_both", "tab:blue"),
         "logistic regression, text": ("logistic_text", "tab:gray"),
@@ -357,19 +358,21 @@ def render(lines: Sequence[dict[str, Any]], page: str, picture: Path) -> str:
     # Two races that write to one file may both have measured something.
     lines = list({tuple(line[name] for name in _KEY): line for line in lines}.values())
     tests, validations = tables_of(lines)
-    gains = gains_of(tests, validations)
+
+    def gains(method: str) -> list[Gain]:
+        return gains_of(tests, validations, method or "ours")
 
     def drawn() -> str:
         plot(tests, validations, picture)
         return f"![Macro F1 over the share of missing pictures]({picture.name})"
 
     makers: dict[str, Callable[[str], str]] = {
-        "summary": lambda _: gain_summary(gains) if gains else "Not measured.",
-        "gain": lambda _: gain_table(gains) if gains else "Not measured.",
+        "summary": lambda method: gain_summary(found) if (found := gains(method)) else "",
+        "gain": lambda method: gain_table(found) if (found := gains(method)) else "",
         "f1": lambda data: scores_table(tests, validations, data, "f1"),
         "accuracy": lambda data: scores_table(tests, validations, data, "accuracy"),
         "start": lambda _: start_table(lines, tests),
-        "parts": lambda _: parts_table(lines),
+        "parts": lambda method: parts_table(lines, method or "ours"),
         "time": lambda _: time_table(lines),
         "plot": lambda _: drawn(),
     }

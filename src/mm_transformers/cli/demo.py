@@ -78,14 +78,14 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
         )
     # Taken now: what follows logs evaluations of other rows.
     histories = {name: list(trainer.state.log_history) for name, trainer in trainers.items()}
-    test = data["test"]
-    accuracy = {name: _accuracy(trainer, _only(name, data)["test"]) for name, trainer in trainers.items()}
-    fused = trainers["fused"]
+    test, fused = data["test"], trainers["fused"]
     views = {
         "fused": test, "shuffled pictures": _shuffle_pictures(test, seed), "no picture": test.remove_columns("image"),
     }  # fmt: skip
-    for view in ("shuffled pictures", "no picture"):
-        accuracy[view] = _accuracy(fused, views[view])
+    with console.status("Answering the test rows ..."):
+        accuracy = {name: _accuracy(trainer, _only(name, data)["test"]) for name, trainer in trainers.items()}
+        for view in ("shuffled pictures", "no picture"):
+            accuracy[view] = _accuracy(fused, views[view])
     possible = best_possible_accuracy()
     results = {
         task: {
@@ -98,13 +98,14 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     }
     console.print(_table(results, len(test)))
     wrong = {name: other_senses(list(test["text"]), list(test[name]), name) for name in TRANSLATIONS}
-    contrast = {
-        name: {
-            view: contrastive_accuracy(fused.model, fused.data_collator, rows, name, wrong[name], batch_size=128)
-            for view, rows in views.items()
+    with console.status("Comparing right and wrong translations ..."):
+        contrast = {
+            name: {
+                view: contrastive_accuracy(fused.model, fused.data_collator, rows, name, wrong[name], batch_size=128)
+                for view, rows in views.items()
+            }
+            for name in TRANSLATIONS
         }
-        for name in TRANSLATIONS
-    }  # fmt: skip
     for name, row in contrast.items():
         console.print(
             f"The right translation into {name.title()} is likelier than that of the other sense in "
@@ -113,17 +114,24 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
 
     model_dir = output_dir / "model"
     fused.save_model(str(model_dir))
-    difference = _check_in_fresh_process(fused, processor, test.select(range(32)), output_dir)
     console.print(f"Saved to {model_dir}", soft_wrap=True)
+    with console.status("Loading it in a fresh process ..."):
+        difference = _check_in_fresh_process(fused, processor, test.select(range(32)), output_dir)
     console.print(f"Loaded in a fresh process, it gives the same answers (largest difference {difference:.0e}).")
-    cards = _cards(fused, processor, test, seed)
-    draw_results(output_dir / "demo.png", results, histories, cards)
-    ablation = ablate(fused.model, processor, test.select(range(NUM_ABLATED)), list(TASK_LABELS), batch_size=128)
-    saved = {"accuracy": results, "contrastive_accuracy": contrast, "ablation": ablation.to_dict()}
-    (output_dir / "results.json").write_text(json.dumps(saved, indent=2) + "\n")
-    ablation.plot().savefig(output_dir / "ablation.png", dpi=100)
-    row = {"text": cards[0]["text"], "image": cards[0]["image"]}
-    explain(fused.model, processor, row, "sentiment").plot().savefig(output_dir / "explanation.png", dpi=100)
+    with console.status("Drawing what each part is good for ..."):
+        cards = _cards(fused, processor, test, seed)
+        draw_results(output_dir / "demo.png", results, histories, cards)
+        ablation = ablate(fused.model, processor, test.select(range(NUM_ABLATED)), list(TASK_LABELS), batch_size=128)
+        saved = {
+            "settings": {"steps": steps, "seed": seed, "fusion": fusion_type, "test_rows": len(test)},
+            "accuracy": results,
+            "contrastive_accuracy": contrast,
+            "ablation": ablation.to_dict(),
+        }
+        (output_dir / "results.json").write_text(json.dumps(saved, indent=2) + "\n")
+        ablation.plot().savefig(output_dir / "ablation.png", dpi=100)
+        row = {"text": cards[0]["text"], "image": cards[0]["image"]}
+        explain(fused.model, processor, row, "sentiment").plot().savefig(output_dir / "explanation.png", dpi=100)
     for name in ("demo.png", "ablation.png", "explanation.png"):
         console.print(f"Drawn to {output_dir / name}", soft_wrap=True)
     console.print(f"All in {time.perf_counter() - start:.0f} s.")

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch.utils.data import ConcatDataset, DataLoader, Subset
-from tqdm.auto import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
@@ -205,7 +204,9 @@ class _Reader:
         pieces: dict[str, list[_Items]] = {name: [] for name in self.probes}
         place = 0
         with _as_it_was(fused), torch.no_grad(), self.trainer.compute_loss_context_manager():
-            for batch in tqdm(loader, desc=what, disable=args.disable_tqdm or args.process_index > 0, leave=False):
+            for batch in logging.tqdm(
+                loader, desc=what, disable=args.disable_tqdm or args.process_index > 0, leave=False
+            ):
                 labels = batch.pop("labels")
                 batch.pop(ROWS_PER_SOURCE, None)
                 size = len(batch["attention_mask"])

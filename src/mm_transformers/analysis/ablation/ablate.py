@@ -6,9 +6,9 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from tqdm.auto import tqdm
 from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat
+from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
 from ...model.answering import check_tasks, unwrapped
@@ -97,7 +97,7 @@ def ablate(
     try:
         # Of nearly the same size, since a batch of one row has no other to exchange anything with.
         batches = np.array_split(order, -(-len(rows) // batch_size))
-        for numbers in tqdm(batches, desc="ablate", disable=len(batches) <= 4):
+        for numbers in logging.tqdm(batches, desc="ablate", disable=len(batches) <= 4):
             batch = collator([rows[int(i)] for i in numbers])
             scores.add(send_to_device(batch, model.device), rng, num_permutations, num_additive_rows)
     finally:

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import jinja2
 import numpy as np
-from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
 from ...data.files import write_atomically
@@ -61,7 +61,9 @@ def write_report(
     model = unwrapped(model)
     answers: dict[str, list[Answered]] = {name: [] for name in tasks or model.tasks}
     batches = answers_to(model, collator, rows, batch_size)
-    for batch in tqdm(batches, "answering", -(-len(rows) // batch_size), disable=len(rows) <= 4 * batch_size):
+    for batch in logging.tqdm(
+        batches, desc="answering", total=-(-len(rows) // batch_size), disable=len(rows) <= 4 * batch_size
+    ):
         for answered in batch:
             if answered.task in answers:
                 answers[answered.task].append(answered)
