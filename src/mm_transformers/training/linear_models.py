@@ -15,6 +15,7 @@ from ..model.linear_probe import LinearProblem
 
 # Inverse strengths of the penalty, as `C` of scikit-learn's LogisticRegression; 1 / alpha of its Ridge.
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+RIDGE_STRENGTHS = (0.001, 0.01, 0.1, *STRENGTHS)  # cheap to try, and numbers are often noisier than labels
 NUM_FOLDS = 3
 # Weight of a copy of a row that lacks one of its modalities, beside 1 for the row as it is.
 COPY_WEIGHT = 0.3
@@ -154,14 +155,15 @@ def _choose(fit: Any, problem: LinearProblem, small: _Rotated, labels: np.ndarra
     if problem.kind == "binary" and problem.num_outputs > MAX_LABELS_TO_CHOOSE:
         frequent = np.sort(np.argsort(-np.minimum(labels.sum(0), len(labels) - labels.sum(0)))[:MAX_LABELS_TO_CHOOSE])
         labels, problem = labels[:, frequent], problem._replace(num_outputs=len(frequent))
-    losses = np.zeros(len(STRENGTHS))
+    strengths = RIDGE_STRENGTHS if problem.kind == "ridge" else STRENGTHS
+    losses = np.zeros(len(strengths))
     for train, held_out in _folds(problem, labels, groups):
         rows = _with_copies(small.rows(train), labels[train])
         seen = small.rows(held_out).matrix()
-        for i, strength in enumerate(STRENGTHS):
+        for i, strength in enumerate(strengths):
             weight, bias = fit(problem, *rows, strength, 1e-3)
             losses[i] += _loss(problem, seen @ weight.T + bias, labels[held_out])
-    return STRENGTHS[int(np.argmin(losses))]
+    return strengths[int(np.argmin(losses))]
 
 
 def _folds(problem: LinearProblem, labels: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
