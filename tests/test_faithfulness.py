@@ -55,16 +55,17 @@ def processor():
     return MMTransformerProcessor(make_image_processor(), make_tokenizer())
 
 
-@pytest.fixture(scope="module", params=FUSION_KINDS)
+@pytest.fixture(scope="module", params=[*FUSION_KINDS, "cross_attention with probes"])
 def model(request, processor):
+    kind, _, has_probes = request.param.partition(" with ")
     labels = {"color": [*COLORS, "none"], "animal": ["cat", "dog", "none"]}
     tasks = [Classification(name, labels=names) for name, names in labels.items()]
     # The usual 0.02 is made for widths of 768.
     text, vision = TEXT_ENCODERS["bert"](), VISION_ENCODERS["vit"]()
     text.initializer_range = vision.initializer_range = 0.15
     config = MMTransformerConfig(
-        text_config=text, vision_config=vision, tasks=tasks, fusion_type=request.param, num_fusion_layers=1,
-        num_fusion_attention_heads=4, initializer_range=0.15,
+        text_config=text, vision_config=vision, tasks=tasks, fusion_type=kind, num_fusion_layers=1,
+        num_fusion_attention_heads=4, initializer_range=0.15, linear_probe=bool(has_probes),
     )  # fmt: skip
     # From seed 0 the bottleneck learns to read the colour off all patches, so no patch is irrelevant to it.
     torch.manual_seed(1 if request.param == "bottleneck" else 0)
@@ -72,7 +73,9 @@ def model(request, processor):
     rows = make_rows(512, seed=0)
     inputs = processor(text=[row["text"] for row in rows], images=[row["image"] for row in rows])
     labels = {task.name: torch.tensor([task.labels.index(row[task.name]) for row in rows]) for task in tasks}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    probes = [p for name, p in model.named_parameters() if ".probe." in name]
+    others = [p for name, p in model.named_parameters() if ".probe." not in name]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": probes, "lr": 0.1}], lr=5e-3)
     generator = torch.Generator().manual_seed(0)
     for _ in range(150):
         chosen = torch.randperm(len(rows), generator=generator)[:64]
