@@ -60,9 +60,11 @@ BUILDERS = {"stamps": "stamps/build_dataset.py", "emoji": "emoji/build_styles.py
 SHARES = {0.0: (0.0, 0.3, 0.7), 0.3: (0.3,), 0.7: (0.7,)}
 LABELS = (1.0, 0.1)
 MISSING_TEXTS = 0.05
-OURS = ("ours_start", "ours_frozen", "ours_vision_frozen", "ours", "ours_text", "ours_image")
+OURS = ("ours", "ours_frozen", "ours_all_trained", "ours_text", "ours_image")
 PEERS = ("autogluon", "ludwig")
 METHODS = (*CHEAP, *OURS, *PEERS)
+# Those whose vision encoder is frozen.
+CACHED = ("ours", "ours_frozen", "ours_image")
 # What only the complete data with all labels are asked about.
 ONLY_COMPLETE = ("ours_text", "ours_image")
 
@@ -217,30 +219,30 @@ class Race:
         if method == "ours_image":
             train, validation = without(train, "text"), without(validation, "text")
             tests = {name: without(rows, "text") for name, rows in tests.items()}
-        if method in ("ours", "ours_frozen", "ours_vision_frozen") and problem.setting[2:] == (0.0, 1.0):
+        if len(encoders) == 2 and method != "ours_image" and problem.setting[2:] == (0.0, 1.0):
             complete = problem.tests[0.0]
             tests["shuffled"] = shuffled(complete, problem.setting.split)
             tests["no picture"], tests["no text"] = without(complete, "image"), without(complete, "text")
         parts = ("text", "image") if "vision" in encoders else ("text",)
         train, validation = (rows.select(with_something(rows, parts)) for rows in (train, validation))
-        frozen = {"ours_frozen": ["text", "vision"], "ours_start": ["text", "vision"], "ours_vision_frozen": ["vision"]}
-        options: dict[str, Any] = {"freeze": frozen[method]} if method in frozen else {}
+        options: dict[str, Any] = {"ours_frozen": {"freeze": ["text", "vision"]}, "ours_all_trained": {"freeze": []}}
         arguments: dict[str, Any] = {"seed": problem.setting.split, "report_to": [], "disable_tqdm": True}
-        if method == "ours_start":
-            arguments.update(num_train_epochs=0, eval_strategy="no", save_strategy="no")
         folder = tempfile.mkdtemp(prefix="training-", dir=self.cache)
         try:
             with timed() as seconds:
                 transformers.set_seed(problem.setting.split)
                 trainer = MMTrainer(
                     MMTransformerForMultiTask.from_encoders(
-                        **encoders, tasks=[Classification(problem.column, labels=problem.classes)], **options
+                        **encoders,
+                        tasks=[Classification(problem.column, labels=problem.classes)],
+                        **options.get(method, {}),
                     ),
                     MMTrainingArguments(folder, **arguments),
                     processing_class=MMTransformerProcessor.from_encoders(**encoders),
                     train_dataset=train,
                     eval_dataset=validation,
-                    feature_cache=FeatureCache(self.cache / "features") if method in frozen else None,
+                    # It changes no answer.
+                    feature_cache=FeatureCache(self.cache / "features") if method in CACHED else None,
                 )
                 trainer.train()
 
@@ -267,16 +269,24 @@ class Race:
             "steps": trainer.state.global_step,
             "validation_loss": [round(entry["eval_loss"], 4) for entry in curve],
         }
-        if method != "ours_start":
-            for verdict in trainer.verdicts:
-                found["verdict"] = {
-                    "metric": verdict.metric,
-                    "model": verdict.model,
-                    "linear": verdict.linear,
-                    "text_alone": verdict.text_alone,
-                    "majority": verdict.majority,
-                    "kept_start": verdict.kept_start,
-                }
+        if len(parts) == 2 and method != "ours_image" and problem.column in trainer.linear_models:
+            linear = trainer.linear_models[problem.column]
+
+            def of_start(rows: datasets.Dataset) -> dict[str, float]:
+                # The features that the probe sees, in its order.
+                features = self.store.features(undecoded(rows))[0].matrix(("text", "image"))
+                return scores(problem.labels_of(rows), linear(features).argmax(1))
+
+            found["start"] = {str(share): of_start(rows) for share, rows in problem.tests.items()}
+        for verdict in trainer.verdicts:
+            found["verdict"] = {
+                "metric": verdict.metric,
+                "model": verdict.model,
+                "linear": verdict.linear,
+                "text_alone": verdict.text_alone,
+                "majority": verdict.majority,
+                "kept_start": verdict.kept_start,
+            }
         return found
 
     # Others' packages, each in an environment of its own

@@ -58,6 +58,12 @@ def weight_tensor(task: Any, option: str, device: torch.device) -> Optional[torc
     return torch.tensor([value[label] for label in task.labels], dtype=torch.float32, device=device)
 
 
+def known_weights(task: Any, option: str) -> Optional[tuple[float, ...]]:
+    """The weights in the order of the labels; `None` if there are none, or if they are not yet known."""
+    value = getattr(task, option)
+    return tuple(value[label] for label in task.labels) if isinstance(value, dict) else None
+
+
 def balanced_weights(labels: list[str], counts: list[float]) -> dict[str, float]:
     """
     n / (k * n_c) for each label: n labels in all, of k different ones, n_c of label c. Their mean over the n labels is

@@ -19,11 +19,14 @@ class LinearProblem(NamedTuple):
             NaN where missing) or "ridge" (labels float, one per output, NaN where missing).
         num_outputs: as many as the head has logits.
         per_token: whether each token has a label of its own, or the whole row.
+        label_weights (`num_outputs` floats, *optional*):
+            How much each label counts; of a binary problem, how much its 1 counts beside its 0.
     """
 
     kind: Literal["multinomial", "binary", "ridge"]
     num_outputs: int
     per_token: bool = False
+    label_weights: tuple[float, ...] | None = None
 
 
 class LinearProbe(nn.Module):

@@ -152,9 +152,10 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             vision (`str`, *optional*): Hub id or local folder of a vision encoder; of CLIP and SigLIP the vision tower.
             audio (`str`, *optional*): Hub id or local folder of an audio encoder; of Whisper the encoder is taken.
             kwargs: fields of [`MMTransformerConfig`] (`tasks`, `fusion_type`, `num_fusion_layers`, ...), of which
-                `linear_probe` and `freeze_batch_norm` default to `True` here, and `modality_dropout` to 0.3 of each
-                modality (of the text only if no task writes); everything else (`revision`, `token`, `dtype`,
-                `attn_implementation`, ...) goes to `AutoModel.from_pretrained`.
+                `num_fusion_layers` defaults to 1 here, `linear_probe` and `freeze_batch_norm` to `True`, `freeze` to
+                `["vision"]` (Zhai et al. 2022, https://arxiv.org/abs/2111.07991; `[]` trains all), and
+                `modality_dropout` to 0.3 of each modality (of the text only if no task writes); everything else
+                (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes to `AutoModel.from_pretrained`.
 
         Raises:
             ValueError: one sentence, if an encoder cannot be used or an option does not fit.
@@ -173,6 +174,9 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         # What is pretrained can be probed, and its running statistics are better than those of small batches.
         options.setdefault("linear_probe", True)
         options.setdefault("freeze_batch_norm", True)
+        options.setdefault("num_fusion_layers", 1)
+        if vision is not None:
+            options.setdefault("freeze", ["vision"])
         given = {"text": text, "vision": vision, "audio": audio}
         tasks = options.get("tasks") or []
         options.setdefault("modality_dropout", _modality_dropout([name for name, path in given.items() if path], tasks))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .class_weights import BALANCED, balanced_weights, check_weights, weight_tensor
+from .class_weights import BALANCED, balanced_weights, check_weights, known_weights, weight_tensor
 from .linear_probe import LinearProblem
 from .task_base import (
     NO_CONTEXT,
@@ -72,7 +72,7 @@ class Classification(Task):
         return PooledHead(hidden_size, len(self.labels), config.classifier_dropout)
 
     def linear_problem(self) -> LinearProblem:
-        return LinearProblem("multinomial", len(self.labels))
+        return LinearProblem("multinomial", len(self.labels), label_weights=known_weights(self, "class_weights"))
 
     def encode_label(self, value: Any, text: str) -> Optional[int]:
         return None if is_missing(value) else label_id(self.name, self.labels, value)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .class_weights import BALANCED, check_weights, weight_tensor
+from .class_weights import BALANCED, check_weights, known_weights, weight_tensor
 from .linear_probe import LinearProblem
 from .task_base import (
     NO_CONTEXT,
@@ -63,7 +63,7 @@ class MultiLabel(Task):
         return PooledHead(hidden_size, len(self.labels), config.classifier_dropout)
 
     def linear_problem(self) -> LinearProblem:
-        return LinearProblem("binary", len(self.labels))
+        return LinearProblem("binary", len(self.labels), label_weights=known_weights(self, "pos_weight"))
 
     def encode_label(self, value: Any, text: str) -> Optional[list[int]]:
         if is_missing(value):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .class_weights import BALANCED, balanced_weights, check_weights, weight_tensor
+from .class_weights import BALANCED, balanced_weights, check_weights, known_weights, weight_tensor
 from .linear_probe import LinearProblem
 from .task_base import NO_CONTEXT, LabelContext, Task, check_labels, is_missing, label_id, register_task
 from .task_classification import check_label_smoothing, cross_entropy_sum
@@ -78,7 +78,9 @@ class TokenClassification(Task):
         return TokenHead(hidden_size, len(self.labels), config.classifier_dropout)
 
     def linear_problem(self) -> LinearProblem:
-        return LinearProblem("multinomial", len(self.labels), per_token=True)
+        return LinearProblem(
+            "multinomial", len(self.labels), per_token=True, label_weights=known_weights(self, "class_weights")
+        )
 
     def encode_label(self, value: Any, text: str) -> Optional[list[int]]:
         if is_missing(value):

@@ -55,6 +55,10 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
         probe_start (`bool`, *optional*):
             Whether tasks start as linear models of the mean encoder outputs; see [`start_probes`]. By default all tasks
             do whose linear probe is new, as in models of `from_encoders`.
+        start_share (`float`, *optional*, defaults to 0.5):
+            Where tasks start as linear models: the share of the start in the weights that are evaluated during training
+            and kept at its end; the rest are the trained weights (WiSE-FT, https://arxiv.org/abs/2109.01903). 0 leaves
+            the trained weights as they are.
         predict_with_generate (`bool`, *optional*, defaults to `True`): Whether tasks that write do so in evaluation.
         rows_per_image (`int`, *optional*, defaults to 1):
             Rows of one image come up to so many at a time, in an otherwise random order: a batch reads and encodes each
@@ -111,6 +115,9 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
     probe_start: Optional[bool] = field(
         default=None, metadata={"help": "Whether tasks start as linear models; by default where they can."}
     )
+    start_share: float = field(
+        default=0.5, metadata={"help": "Share of a linear start in the weights that are kept; the rest are trained."}
+    )
     predict_with_generate: bool = field(
         default=True, metadata={"help": "Whether tasks that write do so in evaluation."}
     )
@@ -156,6 +163,8 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"validation_fraction must be at least 0 and less than 1, but is {self.validation_fraction}."
             )
+        if not 0 <= self.start_share < 1:
+            raise ValueError(f"start_share must be at least 0 and less than 1, but is {self.start_share}.")
         if self.early_stopping_patience < 0:
             raise ValueError(f"early_stopping_patience must be at least 0, but is {self.early_stopping_patience}.")
         for name in ("encoder_learning_rate", "fusion_learning_rate", "head_learning_rate"):

@@ -1,7 +1,7 @@
 """The best linear model of a task, from the features of a linear probe."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +15,35 @@ from ..model.linear_probe import LinearProblem
 
 # Inverse strengths of the penalty, as `C` of scikit-learn's LogisticRegression; 1 / alpha of its Ridge.
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+MIXED_STRENGTHS = (1.0, 10.0, 100.0)  # all of them at once
 RIDGE_STRENGTHS = (0.001, 0.01, 0.1, *STRENGTHS)  # cheap to try, and numbers are often noisier than labels
 NUM_FOLDS = 3
+# With fewer rows, cross-validation is repeated with other folds, since one says little.
+FEW_ROWS, NUM_REPEATS = 200, 3
+# How a model is fitted is chosen on at most so many rows.
+MAX_ROWS_TO_CHOOSE = 3_000
 # Weight of a copy of a row that lacks one of its modalities, beside 1 for the row as it is.
 COPY_WEIGHT = 0.3
 # The penalty of a multi-label problem is chosen on its most frequent labels.
 MAX_LABELS_TO_CHOOSE = 10
+# What logits may be multiplied with, see [`_choose`].
+SCALES = tuple(2 ** (i / 4) for i in range(-12, 13))
+# The logit of a label without training rows.
+NEVER = -20.0
+
+
+class Way(NamedTuple):
+    """
+    How a linear model is fitted.
+
+    Args:
+        balanced: whether all classes count alike, however many rows they have.
+        separate: whether each modality has a model of its own, fitted without the others; their logits are added
+            (product of experts: Hinton 2002, https://doi.org/10.1162/089976602760128018).
+    """
+
+    balanced: bool = False
+    separate: bool = False
 
 
 class LinearModel(NamedTuple):
@@ -29,13 +52,16 @@ class LinearModel(NamedTuple):
 
     Args:
         weight (num_outputs, num_features), bias (num_outputs,): as `nn.Linear` has them.
-        strength: the chosen inverse strength of the penalty.
+        way: how it was fitted.
+        scales: inverse strength of the penalty -> factor of the logits that were fitted with it; the solution is the
+            mean over the strengths.
         num_items: how many rows (or words) have a label.
     """
 
     weight: np.ndarray
     bias: np.ndarray
-    strength: float
+    way: Way
+    scales: dict[float, float]
     num_items: int
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
@@ -53,9 +79,15 @@ def solve(
     """
     The best linear model of some features: multinomial or binary logistic regression, or ridge regression.
 
-    Each row also counts, with a small weight, as it would be without each of its modalities, so that the model stays
-    good where modalities are missing. Cross-validation chooses the strength of the penalty by the loss; its folds share
-    no group.
+    Cross-validation, whose folds share no group, chooses how it is fitted.
+
+    - One label per row: the classes are balanced, each modality has a model of its own, and the answers of several
+      strengths are averaged, each scaled to be as sure as it is right. Few rows cannot choose between strengths. If one
+      unbalanced model of all modalities is clearly more accurate (by two standard errors), it is taken instead.
+    - Otherwise: one model of all modalities, with the strength of the lowest loss.
+
+    In a model of all modalities each row also counts, with a small weight, as it would be without each of its
+    modalities, so that the model stays good where modalities are missing.
 
     Args:
         problem: says which model.
@@ -78,10 +110,9 @@ def solve(
     if problem.kind != "multinomial":
         labels = labels.reshape(len(labels), problem.num_outputs)
     small, back = _rotated(features.astype(np.float64), blocks)
-    fit = {"multinomial": _multinomial, "binary": _binary, "ridge": _ridge}[problem.kind]
-    strength = _choose(fit, problem, small, labels, groups)
-    weight, bias = fit(problem, *_with_copies(small, labels), strength, 1e-4)
-    return LinearModel((weight @ back).astype(np.float32), bias.astype(np.float32), strength, len(labels))
+    way, scales = _choose(problem, small, labels, groups)
+    weight, bias = _mean(_solver(problem, small, labels, way, 1e-4), scales)
+    return LinearModel((weight @ back).astype(np.float32), bias.astype(np.float32), way, scales, len(labels))
 
 
 def majority(problem: LinearProblem, items: Any, num_items: int) -> np.ndarray:
@@ -137,33 +168,188 @@ def _rotated(features: np.ndarray, blocks: list[tuple[slice, int]]) -> tuple[_Ro
     return _Rotated(vectors, present), np.concatenate(turns)
 
 
-def _with_copies(small: _Rotated, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+# Fitting
+
+# Inverse strength -> weights (num_outputs, columns) and biases (num_outputs,). Each call begins at the solution of the
+# call before, which is close if strengths rise.
+_Solver = Callable[[float], tuple[np.ndarray, np.ndarray]]
+
+
+def _solver(problem: LinearProblem, small: _Rotated, labels: np.ndarray, way: Way, tol: float) -> _Solver:
+    solver_of = {"multinomial": _multinomial, "binary": _binary, "ridge": _ridge}[problem.kind]
+    counts = _row_weights(problem, labels, way.balanced)
+    if not way.separate:
+        return solver_of(problem, *_with_copies(small, labels, counts), tol)
+    parts = []
+    for x, there in zip(small.vectors, small.present, strict=True):
+        known = np.bincount(labels[there], minlength=problem.num_outputs) > 0
+        solver = solver_of(problem, x[there], labels[there], counts[there], tol) if known.sum() > 1 else None
+        parts.append((solver, known, x.shape[1]))
+    bias = np.where(np.bincount(labels, minlength=problem.num_outputs) > 0, 0.0, NEVER)
+
+    def solve_all(strength: float) -> tuple[np.ndarray, np.ndarray]:
+        weights = []
+        for solver, known, width in parts:
+            weight, own = np.zeros((problem.num_outputs, width)), np.zeros(problem.num_outputs)
+            if solver is not None:
+                weight, own = solver(strength)
+                # A class whose rows all lack this modality is neither likely nor out of the question.
+                own[~known] = own[known].min()
+            weights += [weight, own[:, None]]
+        return np.concatenate(weights, 1), bias
+
+    return solve_all
+
+
+def _row_weights(problem: LinearProblem, labels: np.ndarray, balanced: bool) -> np.ndarray:
+    """(num_items,): how much each row counts; the mean is 1."""
+    weights = np.ones(len(labels))
+    if problem.kind == "multinomial" and problem.label_weights is not None:
+        weights = np.asarray(problem.label_weights, dtype=np.float64)[labels]
+    elif balanced:
+        weights = 1 / np.bincount(labels)[labels]
+    return weights * len(weights) / weights.sum()
+
+
+def _with_copies(small: _Rotated, labels: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows, labels and weights: the rows as they are, and without each modality if another is left."""
     num_there = np.sum(small.present, 0)
-    matrices, targets, weights = [small.matrix()], [labels], [np.ones(len(labels))]
+    matrices, targets, weights = [small.matrix()], [labels], [counts]
     for i, there in enumerate(small.present):
         rows = np.flatnonzero(there & (num_there > 1))
         if len(rows) and COPY_WEIGHT:
             matrices.append(small.rows(rows).without(i).matrix())
             targets.append(labels[rows])
-            weights.append(np.full(len(rows), COPY_WEIGHT))
+            weights.append(COPY_WEIGHT * counts[rows])
     weight = np.concatenate(weights)
     return np.concatenate(matrices), np.concatenate(targets), weight * len(labels) / weight.sum()
 
 
-def _choose(fit: Any, problem: LinearProblem, small: _Rotated, labels: np.ndarray, groups: np.ndarray) -> float:
+def _multinomial(problem: LinearProblem, x: np.ndarray, y: np.ndarray, counts: np.ndarray, tol: float) -> _Solver:
+    classes = np.unique(y)
+    model = _logistic(x, y, counts, tol) if len(classes) > 1 else None
+
+    def solve_one(strength: float) -> tuple[np.ndarray, np.ndarray]:
+        weight, bias = np.zeros((problem.num_outputs, x.shape[1])), np.full(problem.num_outputs, NEVER)
+        if model is None:
+            bias[classes] = 0.0
+            return weight, bias
+        coefficients, intercepts = model(strength)
+        if len(classes) == 2:
+            # scikit-learn gives the difference of the two; half of it to each is the same model.
+            coefficients, intercepts = (np.concatenate([-a, a]) / 2 for a in (coefficients, intercepts))
+        weight[classes], bias[classes] = coefficients, intercepts
+        return weight, bias
+
+    return solve_one
+
+
+def _binary(problem: LinearProblem, x: np.ndarray, y: np.ndarray, counts: np.ndarray, tol: float) -> _Solver:
+    weight, bias = np.zeros((problem.num_outputs, x.shape[1])), np.zeros(problem.num_outputs)
+    models = {}
+    for i in range(problem.num_outputs):
+        factor = 1.0 if problem.label_weights is None else problem.label_weights[i]
+        weights = np.where(y[:, i] > 0.5, factor, 1.0) * counts
+        share = (y[:, i] * weights).sum() / max(weights.sum(), 1e-30)
+        if 0 < share < 1:
+            models[i] = _logistic(x, y[:, i] > 0.5, weights, tol)
+        else:
+            bias[i] = np.log((share * len(y) + 0.5) / ((1 - share) * len(y) + 0.5))
+
+    def solve_all(strength: float) -> tuple[np.ndarray, np.ndarray]:
+        for i, model in models.items():
+            coefficients, intercepts = model(strength)
+            weight[i], bias[i] = coefficients[0], intercepts[0]
+        return weight.copy(), bias.copy()
+
+    return solve_all
+
+
+def _ridge(problem: LinearProblem, x: np.ndarray, y: np.ndarray, counts: np.ndarray, tol: float) -> _Solver:
+    def solve_one(strength: float) -> tuple[np.ndarray, np.ndarray]:
+        model = Ridge(alpha=1 / strength).fit(x, y, counts)
+        return model.coef_.reshape(problem.num_outputs, -1), np.atleast_1d(model.intercept_)
+
+    return solve_one
+
+
+def _logistic(x: np.ndarray, y: np.ndarray, counts: np.ndarray, tol: float) -> _Solver:
+    model = LogisticRegression(tol=tol, max_iter=1000, warm_start=True)
+
+    def solve_one(strength: float) -> tuple[np.ndarray, np.ndarray]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.set_params(C=strength).fit(x, y, counts)
+        return model.coef_.copy(), model.intercept_.copy()
+
+    return solve_one
+
+
+def _mean(solver: _Solver, scales: dict[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of the solutions of some strengths, each with a scale."""
+    solutions = [(scale, *solver(strength)) for strength, scale in scales.items()]
+    weight = np.mean([scale * weight for scale, weight, _ in solutions], 0)
+    return weight, np.mean([scale * bias for scale, _, bias in solutions], 0)
+
+
+# Choosing
+
+
+def _choose(
+    problem: LinearProblem, small: _Rotated, labels: np.ndarray, groups: np.ndarray
+) -> tuple[Way, dict[float, float]]:
+    """How to fit, and by which strengths with which scales."""
     if problem.kind == "binary" and problem.num_outputs > MAX_LABELS_TO_CHOOSE:
         frequent = np.sort(np.argsort(-np.minimum(labels.sum(0), len(labels) - labels.sum(0)))[:MAX_LABELS_TO_CHOOSE])
-        labels, problem = labels[:, frequent], problem._replace(num_outputs=len(frequent))
-    strengths = RIDGE_STRENGTHS if problem.kind == "ridge" else STRENGTHS
-    losses = np.zeros(len(strengths))
-    for train, held_out in _folds(problem, labels, groups):
-        rows = _with_copies(small.rows(train), labels[train])
+        weights = problem.label_weights
+        weights = None if weights is None else tuple(weights[i] for i in frequent)
+        labels, problem = labels[:, frequent], problem._replace(num_outputs=len(frequent), label_weights=weights)
+    if len(labels) > MAX_ROWS_TO_CHOOSE:
+        some = np.sort(np.random.default_rng(0).permutation(len(labels))[:MAX_ROWS_TO_CHOOSE])
+        small, labels, groups = small.rows(some), labels[some], groups[some]
+    folds = list(_folds(problem, labels, groups))
+    if problem.kind != "multinomial" or problem.per_token:
+        strengths = RIDGE_STRENGTHS if problem.kind == "ridge" else STRENGTHS
+        answers, truth = _answers(problem, small, labels, folds, Way(), strengths)
+        losses = {strength: _losses(problem, logits, truth).sum() for strength, logits in answers.items()}
+        return Way(), {min(losses, key=lambda strength: losses[strength]): 1.0}
+    found = []
+    for way in (Way(balanced=True, separate=True), Way()):
+        answers, truth = _answers(problem, small, labels, folds, way, MIXED_STRENGTHS)
+        counts = _row_weights(problem, truth, way.balanced)
+        scales = {
+            strength: min(SCALES, key=lambda scale: (counts * _losses(problem, scale * logits, truth)).sum())
+            for strength, logits in answers.items()
+        }
+        logits = sum(scales[strength] * logits for strength, logits in answers.items())
+        found.append((way, scales, logits.argmax(1) == truth))
+    (_, _, first), (_, _, second) = found
+    gain = second.astype(float) - first
+    # Repeated folds ask about the same rows again, which tells nothing new.
+    is_clear = gain.mean() > 2 * gain.std() / np.sqrt(max(len(labels), 1))
+    return found[int(is_clear)][:2]
+
+
+def _answers(
+    problem: LinearProblem,
+    small: _Rotated,
+    labels: np.ndarray,
+    folds: list[tuple[np.ndarray, np.ndarray]],
+    way: Way,
+    strengths: Sequence[float],
+) -> tuple[dict[float, np.ndarray], np.ndarray]:
+    """By strength the logits of all rows that were held out; and their labels."""
+    found: dict[float, list[np.ndarray]] = {strength: [] for strength in strengths}
+    for train, held_out in folds:
+        solver = _solver(problem, small.rows(train), labels[train], way, 1e-3)
         seen = small.rows(held_out).matrix()
-        for i, strength in enumerate(strengths):
-            weight, bias = fit(problem, *rows, strength, 1e-3)
-            losses[i] += _loss(problem, seen @ weight.T + bias, labels[held_out])
-    return strengths[int(np.argmin(losses))]
+        for strength, logits in found.items():
+            weight, bias = solver(strength)
+            logits.append(seen @ weight.T + bias)
+    empty = np.zeros((0, problem.num_outputs))
+    return {strength: np.concatenate([empty, *logits]) for strength, logits in found.items()}, np.concatenate(
+        [labels[:0], *(labels[held_out] for _, held_out in folds)]
+    )
 
 
 def _folds(problem: LinearProblem, labels: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -171,18 +357,18 @@ def _folds(problem: LinearProblem, labels: np.ndarray, groups: np.ndarray) -> It
     if num_folds < 2:
         return
     classes = labels if problem.kind == "multinomial" else None
-    if classes is not None and np.bincount(classes).max() >= num_folds:
-        splitter: Any = StratifiedGroupKFold(num_folds, shuffle=True, random_state=0)
-    else:
-        splitter = GroupKFold(num_folds, shuffle=True, random_state=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a class with fewer rows than folds
-        for train, held_out in splitter.split(np.zeros((len(labels), 0)), classes, groups):
-            if len(train) and len(held_out):
-                yield train, held_out
+    is_stratified = classes is not None and np.bincount(classes).max() >= num_folds
+    for repeat in range(NUM_REPEATS if len(labels) < FEW_ROWS else 1):
+        splitter = (StratifiedGroupKFold if is_stratified else GroupKFold)(num_folds, shuffle=True, random_state=repeat)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a class with fewer rows than folds
+            for train, held_out in splitter.split(np.zeros((len(labels), 0)), classes, groups):
+                if len(train) and len(held_out):
+                    yield train, held_out
 
 
-def _loss(problem: LinearProblem, logits: np.ndarray, labels: np.ndarray) -> float:
+def _losses(problem: LinearProblem, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The loss of each row."""
     scores, target = torch.from_numpy(logits), torch.from_numpy(labels)
     if problem.kind == "multinomial":
         # A label that no training row of the fold has would cost the same, endlessly, at every strength.
@@ -191,51 +377,4 @@ def _loss(problem: LinearProblem, logits: np.ndarray, labels: np.ndarray) -> flo
         losses = torch.nn.functional.binary_cross_entropy_with_logits(scores, target.double(), reduction="none")
     else:
         losses = (scores - target).square()
-    return float(losses.sum())
-
-
-def _multinomial(
-    problem: LinearProblem, x: np.ndarray, y: np.ndarray, sample_weight: np.ndarray, strength: float, tol: float
-) -> tuple[np.ndarray, np.ndarray]:
-    weight, bias = np.zeros((problem.num_outputs, x.shape[1])), np.full(problem.num_outputs, -20.0)
-    classes = np.unique(y)
-    if len(classes) == 1:
-        bias[classes] = 0.0
-        return weight, bias
-    model = _logistic(strength, tol, x, y, sample_weight)
-    if len(classes) == 2:
-        # scikit-learn gives the difference of the two; half of it to each is the same model.
-        weight[classes] = np.stack([-model.coef_[0], model.coef_[0]]) / 2
-        bias[classes] = np.array([-model.intercept_[0], model.intercept_[0]]) / 2
-    else:
-        weight[classes], bias[classes] = model.coef_, model.intercept_
-    return weight, bias
-
-
-def _binary(
-    problem: LinearProblem, x: np.ndarray, y: np.ndarray, sample_weight: np.ndarray, strength: float, tol: float
-) -> tuple[np.ndarray, np.ndarray]:
-    weight, bias = np.zeros((problem.num_outputs, x.shape[1])), np.zeros(problem.num_outputs)
-    for i in range(problem.num_outputs):
-        share = (y[:, i] * sample_weight).sum() / sample_weight.sum()
-        if 0 < share < 1:
-            model = _logistic(strength, tol, x, y[:, i] > 0.5, sample_weight)
-            weight[i], bias[i] = model.coef_[0], model.intercept_[0]
-        else:
-            bias[i] = np.log((share * len(y) + 0.5) / ((1 - share) * len(y) + 0.5))
-    return weight, bias
-
-
-def _ridge(
-    problem: LinearProblem, x: np.ndarray, y: np.ndarray, sample_weight: np.ndarray, strength: float, tol: float
-) -> tuple[np.ndarray, np.ndarray]:
-    model = Ridge(alpha=1 / strength).fit(x, y, sample_weight)
-    return model.coef_.reshape(problem.num_outputs, -1), np.atleast_1d(model.intercept_)
-
-
-def _logistic(
-    strength: float, tol: float, x: np.ndarray, y: np.ndarray, sample_weight: np.ndarray
-) -> LogisticRegression:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=strength, tol=tol, max_iter=1000).fit(x, y, sample_weight)
+    return losses.reshape(len(labels), -1).sum(1).numpy()

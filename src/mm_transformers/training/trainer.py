@@ -31,11 +31,13 @@ from .checks import (
 )
 from .counts import RowCounts
 from .learning_rates import never_decays, set_learning_rates
+from .linear_models import LinearModel
 from .metrics import MultiTaskMetrics
 from .preparing import prepare_tasks
 from .probe_start import Start, probes_of, start_probes
 from .resuming import ResumableTrainer
 from .sharding import gather_for_method, layer_classes
+from .start_average import StartAverage, TolerantEarlyStopping, is_as_good
 from .starting_point import load_starting_point, save_starting_point
 from .verdict import Verdict, load_verdicts, save_verdicts
 
@@ -50,6 +52,8 @@ class MMTrainer(ResumableTrainer):
     - `data_collator` and `compute_metrics` default to [`MMDataCollator`] and [`MultiTaskMetrics`];
     - tasks whose linear probe is new start as the best linear model of the mean encoder outputs (see [`start_probes`]);
       the start is measured and saved like a checkpoint, and kept unless training improves the validation loss;
+    - with [`MMTrainingArguments`], evaluations during such a training, and the model at its end, have the mean of the
+      weights at the start and after training; checkpoints hold the weights of training;
     - with [`MMTrainingArguments`], a grouped and stratified share of the training rows is held out if there is no
       `eval_dataset`, the weights with the best validation loss are kept, and training stops early;
     - after training, `verdicts` compares each task with its linear start, a linear model of the text alone and the
@@ -179,6 +183,7 @@ class MMTrainer(ResumableTrainer):
             )
         self._start = Start({}, {})
         self._keeps_start = False
+        self._average: Optional[StartAverage] = None
         self.verdicts: list[Verdict] = []
         # `num_items_in_batch` holds the divisors of the whole optimiser step, so nothing is left to be divided.
         self.model_accepts_loss_kwargs = True
@@ -197,6 +202,11 @@ class MMTrainer(ResumableTrainer):
         """The model itself, whatever wraps it, adapters included."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def linear_models(self) -> dict[str, LinearModel]:
+        """Task -> the linear model with which the last training started; empty if it was resumed."""
+        return self._start.models
 
     # Data
 
@@ -228,7 +238,7 @@ class MMTrainer(ResumableTrainer):
         )
         has_one = any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
         if args.load_best_model_at_end and args.early_stopping_patience and not has_one:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+            self.add_callback(TolerantEarlyStopping(args.early_stopping_patience, trainer=self))
         return self.train_dataset, self.eval_dataset
 
     def collator_for(self, rows: Any) -> Any:
@@ -427,13 +437,32 @@ class MMTrainer(ResumableTrainer):
         elif is_resumed:
             self._start = Start({}, load_verdicts(kwargs["resume_from_checkpoint"]))
         self._keeps_start = bool(self._start.models) and self.args.load_best_model_at_end and not is_resumed
+        self._average = self._start_average(kwargs.get("resume_from_checkpoint"))
         fused.starting_point = take_starting_point(fused, fused.config.regularization)
         self.remove_callback(TaskBalancing)
         balancing = TaskBalancing(self)
         self._balancing = balancing if balancing.is_needed else None
         if self._balancing is not None:
             self.add_callback(self._balancing)
-        return super()._inner_training_loop(*args, **kwargs)
+        output = super()._inner_training_loop(*args, **kwargs)
+        if self._average is not None:
+            self._average.apply()
+            self._average = None
+        return output
+
+    def _start_average(self, checkpoint: Optional[str]) -> Optional[StartAverage]:
+        """For models that started as linear models, now or in the training that goes on."""
+        share = getattr(self.args, "start_share", 0.0)
+        if share == 0 or (checkpoint is None and not self._start.models):
+            return None
+        average = StartAverage(self.accelerator.unwrap_model(self.model), share)
+        return average if checkpoint is None or average.load(checkpoint) else None
+
+    def _evaluate(self, *args, **kwargs):
+        if self._average is None:
+            return super()._evaluate(*args, **kwargs)
+        with self._average.applied():
+            return super()._evaluate(*args, **kwargs)
 
     def _started(self, start: Start) -> Start:
         if start.models and self.is_world_process_zero():
@@ -450,13 +479,27 @@ class MMTrainer(ResumableTrainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
-        was_chosen = isinstance(self.args, MMTrainingArguments) and self.args.chooses_best
-        if was_chosen and self.args.load_best_model_at_end and name not in metrics:
+        if self._chooses_best and self.args.load_best_model_at_end and name not in metrics:
             logger.warning_once(
                 f"The evaluation gives no {name}, since no validation row has a label: the last weights are kept."
             )
             return False
+        lowest = self.state.best_metric
+        if self.is_tolerant and lowest is not None and is_as_good(metrics[name], lowest):
+            self.state.best_metric = min(metrics[name], lowest)
+            self.state.best_global_step = self.state.global_step
+            return True
         return super()._determine_best_metric(metrics, trial)
+
+    @property
+    def _chooses_best(self) -> bool:
+        return isinstance(self.args, MMTrainingArguments) and self.args.chooses_best
+
+    @property
+    def is_tolerant(self) -> bool:
+        """Whether of nearly equal validation losses the latest counts as the best; see [`is_as_good`]."""
+        by_loss = self.args.load_best_model_at_end and self.args.metric_for_best_model in ("loss", "eval_loss")
+        return self._chooses_best and by_loss and self._average is not None
 
     def _tell_verdicts(self) -> None:
         state, best = self.state, self.state.best_global_step
@@ -491,6 +534,8 @@ class MMTrainer(ResumableTrainer):
                 self._balancing.save(output_dir)
             save_starting_point(self.fused_model, output_dir)
             save_verdicts(self._start.verdicts, output_dir)
+            if self._average is not None:
+                self._average.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Optional[str]) -> None:
         if checkpoint is not None:

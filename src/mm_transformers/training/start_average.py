@@ -1,0 +1,103 @@
+"""
+The mean of the weights at the start and after training.
+
+It is about as good as the trained weights where new rows are like the training rows, and better where they are not
+(WiSE-FT: Wortsman et al. 2022, https://arxiv.org/abs/2109.01903).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import EarlyStoppingCallback
+
+
+FILE_NAME = "start_weights.safetensors"
+# Validation losses that are higher by so small a share count as equal, and of equals the latest weights are kept: with
+# few validation rows the loss says no more, and answers that become surer raise it before they become worse (Guo et al.
+# 2017, https://arxiv.org/abs/1706.04599).
+TOLERANCE = 0.05
+
+
+def is_as_good(loss: float, lowest: float) -> bool:
+    return loss <= (1 + TOLERANCE) * lowest
+
+
+class TolerantEarlyStopping(EarlyStoppingCallback):
+    """
+    [`~transformers.EarlyStoppingCallback`] that is as tolerant as the choice of the best weights.
+
+    Args:
+        early_stopping_patience, early_stopping_threshold: as [`~transformers.EarlyStoppingCallback`] has them.
+        trainer ([`MMTrainer`], *optional*): Says whether it is tolerant.
+    """
+
+    def __init__(
+        self, early_stopping_patience: int = 1, early_stopping_threshold: float = 0.0, trainer: Optional[Any] = None
+    ):
+        super().__init__(early_stopping_patience, early_stopping_threshold)
+        self._trainer = trainer
+
+    def check_metric_value(self, args, state, control, metric_value):
+        if self._trainer is None or not self._trainer.is_tolerant:
+            super().check_metric_value(args, state, control, metric_value)
+        elif state.best_metric is None or is_as_good(metric_value, state.best_metric):
+            self.early_stopping_patience_counter = 0
+        else:
+            self.early_stopping_patience_counter += 1
+
+
+class StartAverage:
+    """
+    Keeps the trainable weights of a model as they are now, on the CPU.
+
+    Args:
+        model: not wrapped, and not cut into pieces.
+        share (`float`): of the start in the mean, from 0 to 1.
+    """
+
+    def __init__(self, model: torch.nn.Module, share: float):
+        self.model, self.share = model, share
+        self.start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters()}
+
+    def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Makes the weights of the model the mean of themselves and of the start."""
+        for name, parameter in self._parameters():
+            parameter.lerp_(self.start[name].to(parameter.device), self.share)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block the weights are the mean; afterwards they are, bit for bit, as before."""
+        trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters()}
+        self.apply()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self._parameters():
+                    parameter.copy_(trained[name])
+
+    def save(self, folder: str) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in self.start.items()}, Path(folder, FILE_NAME))
+
+    def load(self, folder: str) -> bool:
+        """Takes the start that [`save`] wrote; `False` if it wrote none."""
+        path = Path(folder, FILE_NAME)
+        if not path.is_file():
+            return False
+        found = load_file(path)
+        missing = sorted(set(self.start) - set(found))
+        if missing:
+            raise ValueError(
+                f"{path} does not hold the start of {missing[0]}: resume with the parameters frozen that were frozen "
+                "when the checkpoint was written."
+            )
+        self.start = {name: found[name] for name in self.start}
+        return True

@@ -1,0 +1,168 @@
+"""The mean of the weights at the start and after training: what is evaluated, saved, kept, and resumed."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_probe_start import CPU, TASKS, logits_of, make_rows, make_trainer, new_model
+from tiny import make_processor
+from transformers import TrainerCallback, TrainingArguments
+
+from mm_transformers import MMTrainer, MMTrainingArguments
+from mm_transformers.training.start_average import FILE_NAME, StartAverage
+
+
+class Weights(TrainerCallback):
+    """Copies of the weights when training begins, after each epoch, and what evaluations see of one of them."""
+
+    def __init__(self):
+        self.by_step = {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.by_step[0] = copy_of(model)
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self.by_step[state.global_step] = copy_of(model)
+
+
+def copy_of(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def mean_of(start, end, share):
+    return {name: share * start[name] + (1 - share) * end[name] for name in start}
+
+
+def trained(folder, **kwargs):
+    kwargs.setdefault("early_stopping_patience", 0)
+    trainer = make_trainer(folder, **{"num_train_epochs": 3, "head_learning_rate": 1e-2, **kwargs})
+    trainer.add_callback(weights := Weights())
+    trainer.train()
+    return trainer, weights.by_step
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
+def test_the_model_is_the_mean_of_the_start_and_the_best_trained_weights(tmp_path, share):
+    trainer, by_step = trained(tmp_path, start_share=share)
+    best = trainer.state.best_global_step
+    expected = mean_of(by_step[0], by_step[best], share)
+    for name, value in trainer.fused_model.state_dict().items():
+        assert torch.allclose(value.float(), expected[name].float(), atol=1e-6), name
+
+
+def test_without_validation_rows_it_is_the_mean_with_the_last_weights(tmp_path):
+    trainer, by_step = trained(tmp_path, validation_fraction=0)
+    expected = mean_of(by_step[0], by_step[max(by_step)], 0.5)
+    found = trainer.fused_model.state_dict()
+    assert all(torch.allclose(found[name].float(), expected[name].float(), atol=1e-6) for name in found)
+    assert not torch.equal(found["heads.mood.probe.linear.weight"], by_step[0]["heads.mood.probe.linear.weight"])
+
+
+def test_evaluations_during_training_are_those_of_the_mean(tmp_path):
+    trainer, by_step = trained(tmp_path, save_total_limit=10)
+    for entry in [entry for entry in trainer.state.log_history if "eval_loss" in entry]:
+        trainer.fused_model.load_state_dict(mean_of(by_step[0], by_step[entry["step"]], 0.5))
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(entry["eval_loss"], rel=1e-4)
+
+
+def test_checkpoints_hold_the_weights_of_training_and_of_the_start(tmp_path):
+    _, by_step = trained(tmp_path, save_total_limit=10)
+    for step in set(by_step) - {0}:
+        saved = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        start = load_file(tmp_path / f"checkpoint-{step}" / FILE_NAME)
+        assert all(torch.equal(saved[name], by_step[step][name]) for name in saved)
+        assert all(torch.equal(start[name], by_step[0][name]) for name in start)
+
+
+def test_the_weights_are_bit_for_bit_as_before_after_an_evaluation():
+    model = new_model()
+    average = StartAverage(model, 0.3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter)
+    before = copy_of(model)
+    with average.applied():
+        expected = 0.3 * average.start["heads.mood.head.dense.weight"] + 0.7 * before["heads.mood.head.dense.weight"]
+        assert torch.allclose(model.heads.mood.head.dense.weight, expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_frozen_parameters_are_not_copied():
+    model = new_model(freeze=["vision"])
+    average = StartAverage(model, 0.5)
+    assert not any(name.startswith("model.vision_model") for name in average.start)
+    assert any(name.startswith("model.text_model") for name in average.start)
+
+
+def test_plain_training_arguments_and_models_without_a_start_keep_the_trained_weights(tmp_path):
+    def last_weights(args, model):
+        trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=make_rows())
+        trainer.add_callback(weights := Weights())
+        trainer.train()
+        return trainer.fused_model.state_dict(), weights.by_step[max(weights.by_step)]
+
+    plain = TrainingArguments(str(tmp_path / "plain"), num_train_epochs=1, save_strategy="no", **CPU)
+    without = MMTrainingArguments(
+        str(tmp_path / "without"), num_train_epochs=1, validation_fraction=0, probe_start=False, **CPU
+    )
+    for args in (plain, without):
+        found, expected = last_weights(args, new_model())
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_training_that_had_ended_gives_the_same_model_when_it_is_resumed(tmp_path):
+    whole, _ = trained(tmp_path)
+    again = make_trainer(tmp_path, num_train_epochs=3, head_learning_rate=1e-2, early_stopping_patience=0)
+    again.train(resume_from_checkpoint=True)
+    rows = make_rows(6, seed=4)
+    a, b = logits_of(whole.fused_model, rows), logits_of(again.fused_model, rows)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_the_share_is_checked(tmp_path, share):
+    with pytest.raises(ValueError, match="start_share must be at least 0 and less than 1"):
+        MMTrainingArguments(str(tmp_path), start_share=share)
+
+
+def losses_then_best(tmp_path, losses, eval_dataset=None, **kwargs):
+    """Trains with these validation losses in place of the true ones; the step that is kept, and the last step."""
+    given = iter(losses)
+
+    class Trainer(MMTrainer):
+        def evaluation_loop(self, *args, **kwargs):
+            output = super().evaluation_loop(*args, **kwargs)
+            output.metrics["eval_loss"] = next(given)
+            return output
+
+    args = MMTrainingArguments(str(tmp_path), num_train_epochs=len(losses) - 1, **CPU, **kwargs)
+    rows = [row for row in make_rows(12) if row["mood"]]
+    trainer = Trainer(
+        new_model(tasks=TASKS[1:2]),
+        args,
+        processing_class=make_processor(),
+        train_dataset=rows,
+        eval_dataset=eval_dataset,
+    )
+    trainer.train()
+    num_steps = -(-len(trainer.train_dataset) // args.per_device_train_batch_size)
+    return trainer.state.best_global_step // num_steps, trainer.state.global_step // num_steps
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "last"),
+    [
+        ([1.0, 1.04, 1.03], 2, 2),  # nearly equal: the latest
+        ([1.0, 0.8, 0.85], 1, 2),  # the last is clearly worse than the lowest
+        ([1.0, 1.2, 1.3], 0, 2),  # all trained weights are clearly worse than the start
+        ([1.0, 1.2, 1.3, 1.1, 1.4, 0.5], 0, 3),  # patience ends
+        ([1.0, 1.04, 1.2, 1.04, 1.04, 1.04], 5, 5),  # and begins anew with a loss that is as good
+    ],
+)
+def test_of_nearly_equal_losses_the_latest_weights_are_kept(tmp_path, losses, best, last):
+    assert losses_then_best(tmp_path, losses) == (best, last)
+
+
+def test_a_user_who_asks_for_the_best_weights_gets_the_lowest_loss(tmp_path):
+    given = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    rows = make_rows(12)
+    assert losses_then_best(tmp_path, [1.0, 0.99, 1.0], eval_dataset=rows, **given) == (1, 2)
