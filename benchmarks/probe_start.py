@@ -47,7 +47,12 @@ def make_trainer(rows: int, folder: str) -> MMTrainer:
     )
     tasks = [Classification("label", labels=LABELS)]
     config = MMTransformerConfig(
-        text_config=text, vision_config=vision, tasks=tasks, linear_probe=True, freeze=["text", "vision"]
+        text_config=text,
+        vision_config=vision,
+        tasks=tasks,
+        linear_probe=True,
+        freeze=["text", "vision"],
+        num_fusion_layers=1,
     )
     processor = MMTransformerProcessor(
         tokenizer=tokenizer, image_processor=EfficientNetImageProcessor(size={"height": 224, "width": 224})

@@ -52,6 +52,7 @@ PLANS = {
         "growth.py --size small",
         "levers.py --size small",
         "explanations.py --size small --rows 32",
+        "probe_start.py --rows 560 --threads 1",
     ],
     "gpu": [
         f"floor.py --size base --rows 32 {BF16}",

@@ -453,7 +453,8 @@ def test_the_start_is_kept_where_training_makes_it_worse(tmp_path, caplog):
 
 
 def test_weights_that_are_better_on_validation_rows_are_kept(tmp_path):
-    trainer = make_trainer(tmp_path, num_train_epochs=3, early_stopping_patience=0, head_learning_rate=1e-2)
+    options = {"num_train_epochs": 3, "early_stopping_patience": 0, "head_learning_rate": 1e-2, "start_share": 0}
+    trainer = make_trainer(tmp_path, **options)
     trainer.train()
     losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
     assert min(losses) == 0
@@ -531,7 +532,7 @@ def test_default_rates_differ_by_part(tmp_path):
     model = trainer.fused_model
     assert {rates[id(p)] for p in model.model.text_model.parameters()} == {5e-5}
     assert {rates[id(p)] for p in model.heads.parameters()} == {1e-3}
-    assert {rates[id(p)] for p in model.model.vision_projection.parameters()} == {1e-3}
+    assert {rates[id(p)] for p in model.model.vision_projection.parameters()} == {1e-4}
 
 
 def test_resumed_training_keeps_the_start_and_ends_alike(tmp_path):
@@ -559,6 +560,34 @@ class _StopAfter(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step >= self.steps
+
+
+def test_training_goes_on_with_the_balance_of_the_start(tmp_path):
+    rows = [row for row in make_rows(60) if row["mood"]]
+    rows = [row for i, row in enumerate(rows) if row["mood"] == "good" or i % 3 == 0]  # uneven
+    tasks = [Classification("mood", labels=["bad", "good"])]
+    trainer = make_trainer(tmp_path / "a", new_model(tasks=tasks), rows, save_total_limit=10)
+    trainer.train()
+    assert trainer.linear_models["mood"].way.balanced
+    moods = [row["mood"] for row in trainer.train_dataset]
+    expected = {label: len(moods) / 2 / moods.count(label) for label in ("bad", "good")}
+    for task in (
+        trainer.fused_model.tasks["mood"],
+        trainer.data_collator.tasks["mood"],
+        trainer.compute_metrics.tasks["mood"],
+    ):
+        assert task.class_weights == pytest.approx(expected)
+    assert MMTransformerForMultiTask.from_pretrained(tmp_path / "a" / "checkpoint-0").tasks["mood"].class_weights
+    resumed = make_trainer(tmp_path / "a", new_model(tasks=[Classification("mood", labels=["bad", "good"])]), rows)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.fused_model.tasks["mood"].class_weights == pytest.approx(expected)
+
+
+def test_weights_of_classes_that_a_user_gives_stay(tmp_path):
+    tasks = [Classification("mood", labels=["bad", "good"], class_weights={})]
+    trainer = make_trainer(tmp_path, new_model(tasks=tasks))
+    trainer.train()
+    assert trainer.fused_model.tasks["mood"].class_weights == {"bad": 1.0, "good": 1.0}
 
 
 @pytest.mark.parametrize("kind", ["l2", "l1", "l2_sp"])

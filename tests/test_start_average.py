@@ -51,7 +51,7 @@ def test_the_model_is_the_mean_of_the_start_and_the_best_trained_weights(tmp_pat
 
 def test_without_validation_rows_it_is_the_mean_with_the_last_weights(tmp_path):
     trainer, by_step = trained(tmp_path, validation_fraction=0)
-    expected = mean_of(by_step[0], by_step[max(by_step)], 0.5)
+    expected = mean_of(by_step[0], by_step[max(by_step)], 0.3)
     found = trainer.fused_model.state_dict()
     assert all(torch.allclose(found[name].float(), expected[name].float(), atol=1e-6) for name in found)
     assert not torch.equal(found["heads.mood.probe.linear.weight"], by_step[0]["heads.mood.probe.linear.weight"])
@@ -60,7 +60,7 @@ def test_without_validation_rows_it_is_the_mean_with_the_last_weights(tmp_path):
 def test_evaluations_during_training_are_those_of_the_mean(tmp_path):
     trainer, by_step = trained(tmp_path, save_total_limit=10)
     for entry in [entry for entry in trainer.state.log_history if "eval_loss" in entry]:
-        trainer.fused_model.load_state_dict(mean_of(by_step[0], by_step[entry["step"]], 0.5))
+        trainer.fused_model.load_state_dict(mean_of(by_step[0], by_step[entry["step"]], 0.3))
         assert trainer.evaluate()["eval_loss"] == pytest.approx(entry["eval_loss"], rel=1e-4)
 
 

@@ -7,7 +7,7 @@ import numbers
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Optional
 
@@ -200,6 +200,15 @@ class Task:
 
         Args:
             labels: the encoded label of each training row, `None` where it is missing.
+        """
+
+    def balance(self, counts: Sequence[float]) -> None:
+        """
+        Makes all labels count alike in the loss, unless the user has said how they count. [`MMTrainer`] calls it if the
+        task has started as a linear model with balanced classes; by default it does nothing.
+
+        Args:
+            counts: how many training rows have each label.
         """
 
     def strata(self, labels: list[Any]) -> list[tuple[Hashable, ...]]:

@@ -2,7 +2,7 @@
 
 import numbers
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
@@ -35,9 +35,10 @@ class Classification(Task):
     Args:
         labels (`list[str]`): The label names; their order gives the ids.
         class_weights (`str` or `dict[str, float]`, *optional*):
-            Factors of the loss by the label of the row: `None` for 1, a dict (1 for labels that it leaves out), or
-            `"balanced"` for n / (k * n_c) over the training rows (n rows of k classes, n_c of class c), as
-            scikit-learn has it. [`MMTrainer`] replaces `"balanced"` by these numbers before training.
+            Factors of the loss by the label of the row: a dict (1 for labels that it leaves out), or `"balanced"` for
+            n / (k * n_c) over the training rows (n rows of k classes, n_c of class c), as scikit-learn has it.
+            [`MMTrainer`] replaces `"balanced"` by these numbers before training. `None` stands for 1, and for balanced
+            weights if the task starts as a linear model of balanced classes (see [`start_probes`]); `{}` is always 1.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Share of the target that is spread over all labels, at least 0 and below 1.
 
@@ -88,6 +89,10 @@ class Classification(Task):
         if self.unresolved:
             counts = Counter(labels)
             self.class_weights = balanced_weights(self.labels, [counts[i] for i in range(len(self.labels))])
+
+    def balance(self, counts: Sequence[float]) -> None:
+        if self.class_weights is None:
+            self.class_weights = balanced_weights(self.labels, list(counts))
 
     def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         return torch.tensor([-100 if value is None else value for value in values], dtype=torch.int64)

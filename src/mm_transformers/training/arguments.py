@@ -10,7 +10,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 AUTO = "auto"
 # By part of the model, if neither `learning_rate` nor the rate of the part is given.
-DEFAULT_LEARNING_RATES = {"encoder": 5e-5, "fusion": 1e-3, "head": 1e-3}
+DEFAULT_LEARNING_RATES = {"encoder": 5e-5, "fusion": 1e-4, "head": 1e-3}
 # What `learning_rate` is then: a number that nobody types, so that copies of the arguments still tell it from 1e-3.
 NOT_GIVEN = math.nextafter(DEFAULT_LEARNING_RATES["head"], 1.0)
 
@@ -24,8 +24,8 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
 
     Args:
         learning_rate (`float`, *optional*):
-            Of all parts whose own rate is not given. By default encoders have 5e-5, fusion and heads 1e-3. Encoders
-            from random weights need more: give a `learning_rate`.
+            Of all parts whose own rate is not given. By default encoders have 5e-5, the fusion 1e-4 and heads 1e-3.
+            Encoders from random weights need more: give a `learning_rate`.
         encoder_learning_rate (`float`, *optional*): Of the encoders, and of the decoder if there is one.
         fusion_learning_rate (`float`, *optional*): Of all between encoders and heads. Gates learn ten times as fast.
         head_learning_rate (`float`, *optional*): Of the task layers.
@@ -34,6 +34,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
             square, and so on; the embeddings have the lowest rate (ELECTRA, https://arxiv.org/abs/2003.10555; usual
             are 0.65 to 0.95).
         per_device_train_batch_size (`int`, *optional*, defaults to 16): Rows per batch and process.
+        per_device_eval_batch_size (`int`, *optional*, defaults to 32): The same without training.
         num_train_epochs (`float`, *optional*, defaults to 5.0): Epochs, at most.
         warmup_steps (`float`, *optional*, defaults to 0.1): Steps of warm-up; below 1 a share of all steps.
         weight_decay (`float`, *optional*, defaults to 0.01): Of all matrices that no regulariser covers.
@@ -55,7 +56,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
         probe_start (`bool`, *optional*):
             Whether tasks start as linear models of the mean encoder outputs; see [`start_probes`]. By default all tasks
             do whose linear probe is new, as in models of `from_encoders`.
-        start_share (`float`, *optional*, defaults to 0.5):
+        start_share (`float`, *optional*, defaults to 0.3):
             Where tasks start as linear models: the share of the start in the weights that are evaluated during training
             and kept at its end; the rest are the trained weights (WiSE-FT, https://arxiv.org/abs/2109.01903). 0 leaves
             the trained weights as they are.
@@ -85,7 +86,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
         default=None, metadata={"help": "Learning rate of the encoders; 5e-5 if no learning_rate is given."}
     )
     fusion_learning_rate: Optional[float] = field(
-        default=None, metadata={"help": "Learning rate of the fusion; 1e-3 if no learning_rate is given."}
+        default=None, metadata={"help": "Learning rate of the fusion; 1e-4 if no learning_rate is given."}
     )
     head_learning_rate: Optional[float] = field(
         default=None, metadata={"help": "Learning rate of the task layers; 1e-3 if no learning_rate is given."}
@@ -94,6 +95,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
         default=1.0, metadata={"help": "Factor of the learning rate from each layer of an encoder to the one below."}
     )
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per batch and process."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows per batch and process, in evaluation."})
     num_train_epochs: float = field(default=5.0, metadata={"help": "Number of epochs, at most."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1 a share of all steps."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of all matrices."})
@@ -116,7 +118,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
         default=None, metadata={"help": "Whether tasks start as linear models; by default where they can."}
     )
     start_share: float = field(
-        default=0.5, metadata={"help": "Share of a linear start in the weights that are kept; the rest are trained."}
+        default=0.3, metadata={"help": "Share of a linear start in the weights that are kept; the rest are trained."}
     )
     predict_with_generate: bool = field(
         default=True, metadata={"help": "Whether tasks that write do so in evaluation."}

@@ -56,6 +56,7 @@ class LinearModel(NamedTuple):
         scales: inverse strength of the penalty -> factor of the logits that were fitted with it; the solution is the
             mean over the strengths.
         num_items: how many rows (or words) have a label.
+        label_counts (`num_outputs` integers, *optional*): How many rows have each label, if classes were balanced.
     """
 
     weight: np.ndarray
@@ -63,6 +64,7 @@ class LinearModel(NamedTuple):
     way: Way
     scales: dict[float, float]
     num_items: int
+    label_counts: list[int] | None = None
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """(num_items, num_features) -> logits (num_items, num_outputs)"""
@@ -112,7 +114,8 @@ def solve(
     small, back = _rotated(features.astype(np.float64), blocks)
     way, scales = _choose(problem, small, labels, groups)
     weight, bias = _mean(_solver(problem, small, labels, way, 1e-4), scales)
-    return LinearModel((weight @ back).astype(np.float32), bias.astype(np.float32), way, scales, len(labels))
+    counts = np.bincount(labels, minlength=problem.num_outputs).tolist() if way.balanced else None
+    return LinearModel((weight @ back).astype(np.float32), bias.astype(np.float32), way, scales, len(labels), counts)
 
 
 def majority(problem: LinearProblem, items: Any, num_items: int) -> np.ndarray:
@@ -314,9 +317,12 @@ def _choose(
         losses = {strength: _losses(problem, logits, truth).sum() for strength, logits in answers.items()}
         return Way(), {min(losses, key=lambda strength: losses[strength]): 1.0}
     found = []
-    for way in (Way(balanced=True, separate=True), Way()):
+    # No scale makes a label likelier that the training rows of the fold lack.
+    is_known = np.concatenate([np.zeros(0, bool), *(np.isin(labels[test], labels[train]) for train, test in folds)])
+    is_weighted = problem.label_weights is not None
+    for way in (Way(balanced=not is_weighted, separate=True), Way()):
         answers, truth = _answers(problem, small, labels, folds, way, MIXED_STRENGTHS)
-        counts = _row_weights(problem, truth, way.balanced)
+        counts = _row_weights(problem, truth, way.balanced) * is_known
         scales = {
             strength: min(SCALES, key=lambda scale: (counts * _losses(problem, scale * logits, truth)).sum())
             for strength, logits in answers.items()
@@ -343,13 +349,13 @@ def _answers(
     for train, held_out in folds:
         solver = _solver(problem, small.rows(train), labels[train], way, 1e-3)
         seen = small.rows(held_out).matrix()
-        for strength, logits in found.items():
+        for strength, parts in found.items():
             weight, bias = solver(strength)
-            logits.append(seen @ weight.T + bias)
+            parts.append(seen @ weight.T + bias)
     empty = np.zeros((0, problem.num_outputs))
-    return {strength: np.concatenate([empty, *logits]) for strength, logits in found.items()}, np.concatenate(
-        [labels[:0], *(labels[held_out] for _, held_out in folds)]
-    )
+    logits = {strength: np.concatenate([empty, *parts]) for strength, parts in found.items()}
+    truth = np.concatenate([labels[:0], *(labels[held_out] for _, held_out in folds)])
+    return logits, truth
 
 
 def _folds(problem: LinearProblem, labels: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,5 +1,6 @@
 """Options of tasks that the training rows decide, such as balanced class weights."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.utils import logging
@@ -58,8 +59,26 @@ def prepare_tasks(model: Any, dataset: Any, collator: Any, *holders: Any) -> lis
         task.prepare_for(labels[task.name])
         for option in options:
             logger.info(f"Task {task.name!r}: {option} found in the training rows: {getattr(task, option)}.")
+    _take(model, waiting, holders)
+    return waiting
+
+
+def balance_tasks(model: Any, counts: Mapping[str, Sequence[int]], *holders: Any) -> None:
+    """
+    Calls [`Task.balance`] for the tasks that started with balanced classes, so that training goes on with the loss with
+    which the linear model was fitted, and writes the result into the config.
+
+    Args:
+        counts: task -> how many training rows have each of its labels.
+        model, holders: as [`prepare_tasks`] has them.
+    """
+    for name, numbers in counts.items():
+        model.tasks[name].balance(numbers)
+    _take(model, [model.tasks[name] for name in counts], holders)
+
+
+def _take(model: Any, changed: list[Task], holders: tuple[Any, ...]) -> None:
     model.config.tasks = [task.to_dict() for task in model.tasks.values()]
     for holder in holders:
         if isinstance(getattr(holder, "tasks", None), dict):
-            holder.tasks.update({task.name: task for task in waiting if task.name in holder.tasks})
-    return waiting
+            holder.tasks.update({task.name: task for task in changed if task.name in holder.tasks})

@@ -5,8 +5,11 @@ Linear probing, then fine-tuning: a random head distorts good features in the fi
 et al. 2022, https://arxiv.org/abs/2202.10054).
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,17 +50,40 @@ def is_new(probe: LinearProbe) -> bool:
     return not probe.linear.weight.any() and not probe.linear.bias.any()
 
 
-class Start(NamedTuple):
+FILE_NAME = "linear_start.json"
+
+
+@dataclass
+class Start:
     """
     How the tasks started.
 
     Args:
-        models: task -> its linear model.
+        models: task -> its linear model; empty in a training that is resumed.
         verdicts: task -> the linear model beside simpler ones on the validation rows; empty without such rows.
+        label_counts: task whose classes were balanced -> how many training rows have each label.
     """
 
-    models: dict[str, LinearModel]
-    verdicts: dict[str, Verdict]
+    models: dict[str, LinearModel] = field(default_factory=dict)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    label_counts: dict[str, list[int]] = field(default_factory=dict)
+
+    def save(self, folder: str) -> None:
+        """What a resumed training needs, beside a checkpoint; nothing if no task started so."""
+        if self.verdicts or self.label_counts:
+            verdicts = {name: asdict(verdict) for name, verdict in self.verdicts.items()}
+            text = json.dumps({"verdicts": verdicts, "label_counts": self.label_counts}, indent=2)
+            Path(folder, FILE_NAME).write_text(f"{text}\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str) -> "Start":
+        """That which [`save`] wrote."""
+        path = Path(folder, FILE_NAME)
+        if not path.is_file():
+            return cls()
+        found = json.loads(path.read_text(encoding="utf-8"))
+        verdicts = {name: Verdict(**values) for name, values in found["verdicts"].items()}
+        return cls(verdicts=verdicts, label_counts=found["label_counts"])
 
 
 def start_probes(trainer: Any) -> Start:
@@ -73,14 +99,14 @@ def start_probes(trainer: Any) -> Start:
     """
     fused, dataset = trainer.fused_model, trainer.train_dataset
     if dataset is None or not probes_of(fused):
-        return Start({}, {})
+        return Start()
     why_not = _why_not(trainer)
     if why_not is not None:
         logger.warning(f"The tasks do not start as linear models: {why_not}. probe_start=False leaves out this start.")
-        return Start({}, {})
+        return Start()
     waiting = {name: probes for name, probes in probes_of(fused).items() if all(map(is_new, probes))}
     if not waiting:
-        return Start({}, {})
+        return Start()
     parts = _map_style(dataset, trainer.data_collator)
     assert parts is not None  # it is no stream
     reader = _Reader(trainer, {name: probes[0] for name, probes in waiting.items()})
@@ -114,13 +140,15 @@ def _why_not(trainer: Any) -> str | None:
 def _solved(
     tasks: dict[str, Task], probes: dict[str, LinearProbe], train: dict[str, "_Items"], held_out: dict[str, "_Items"]
 ) -> Start:
-    start = Start({}, {})
+    start = Start()
     for name, probe in probes.items():
         problem, items = problem_of(tasks[name]), train[name]
         model = solve(problem, probe.blocks, *items)
         if model is None:
             continue
         start.models[name] = model
+        if model.label_counts is not None:
+            start.label_counts[name] = model.label_counts
         others = held_out.get(name)
         if others is None or len(others.labels) == 0:
             continue

@@ -33,13 +33,13 @@ from .counts import RowCounts
 from .learning_rates import never_decays, set_learning_rates
 from .linear_models import LinearModel
 from .metrics import MultiTaskMetrics
-from .preparing import prepare_tasks
+from .preparing import balance_tasks, prepare_tasks
 from .probe_start import Start, probes_of, start_probes
 from .resuming import ResumableTrainer
 from .sharding import gather_for_method, layer_classes
 from .start_average import StartAverage, TolerantEarlyStopping, is_as_good
 from .starting_point import load_starting_point, save_starting_point
-from .verdict import Verdict, load_verdicts, save_verdicts
+from .verdict import Verdict
 
 
 logger = logging.get_logger(__name__)
@@ -181,7 +181,7 @@ class MMTrainer(ResumableTrainer):
             prepare_tasks(
                 self.fused_model, self.train_dataset, self.data_collator, self.data_collator, self.compute_metrics
             )
-        self._start = Start({}, {})
+        self._start = Start()
         self._keeps_start = False
         self._average: Optional[StartAverage] = None
         self.verdicts: list[Verdict] = []
@@ -435,7 +435,9 @@ class MMTrainer(ResumableTrainer):
         if not is_resumed and getattr(self.args, "probe_start", None) is not False:
             self._start = self._started(start_probes(self))
         elif is_resumed:
-            self._start = Start({}, load_verdicts(kwargs["resume_from_checkpoint"]))
+            self._start = Start.load(kwargs["resume_from_checkpoint"])
+        if self._start.label_counts:
+            balance_tasks(fused, self._start.label_counts, self.data_collator, self.compute_metrics)
         self._keeps_start = bool(self._start.models) and self.args.load_best_model_at_end and not is_resumed
         self._average = self._start_average(kwargs.get("resume_from_checkpoint"))
         fused.starting_point = take_starting_point(fused, fused.config.regularization)
@@ -533,7 +535,7 @@ class MMTrainer(ResumableTrainer):
             if self._balancing is not None:
                 self._balancing.save(output_dir)
             save_starting_point(self.fused_model, output_dir)
-            save_verdicts(self._start.verdicts, output_dir)
+            self._start.save(output_dir)
             if self._average is not None:
                 self._average.save(output_dir)
 

@@ -1,8 +1,6 @@
 """After training, one line per task: the model beside simple models, on the validation rows."""
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -84,20 +82,3 @@ def verdict_of(
         return None
     values = [headline(task, logits, labels)[1] for logits in (linear, text_alone, majority)]
     return Verdict(task.name, task.default_metrics[0], values[0], values[1], values[2], len(labels))
-
-
-FILE_NAME = "linear_start.json"
-
-
-def save_verdicts(verdicts: dict[str, Verdict], folder: str) -> None:
-    """Beside a checkpoint, so that a resumed training can tell them at its end."""
-    if verdicts:
-        text = json.dumps({name: asdict(verdict) for name, verdict in verdicts.items()}, indent=2)
-        Path(folder, FILE_NAME).write_text(f"{text}\n", encoding="utf-8")
-
-
-def load_verdicts(folder: str) -> dict[str, Verdict]:
-    """Those that [`save_verdicts`] wrote; none if it wrote none."""
-    path = Path(folder, FILE_NAME)
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {name: Verdict(**values) for name, values in found.items()}
