@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression, Ridge
 from tiny import FUSION_KINDS, make_image, make_model, make_processor
 from transformers import TrainerCallback, TrainingArguments
@@ -208,6 +209,60 @@ def test_given_weights_of_labels_are_those_of_the_solution():
         fit.fit(features[:, :5], labels, counts * 80 / counts.sum())
         logits = logits + scale * logits_by_hand(fit, features[:, :5]) / len(model.scales)
     assert np.allclose(softmax(model(features)), softmax(logits), atol=5e-3)
+
+
+def test_weights_that_do_not_balance_the_classes_give_one_model_of_all_modalities():
+    """Added logits would count the frequency of the classes once for each modality."""
+    rng = np.random.default_rng(8)
+    labels = (rng.random(400) < 0.25).astype(int)
+    parts = [np.column_stack([rng.normal(size=(400, 4)) + 0.4 * labels[:, None], np.ones(400)]) for _ in range(2)]
+    features, blocks = np.concatenate(parts, 1), [(slice(0, 4), 4), (slice(5, 9), 9)]
+    for weights in ((1.0, 1.0), (1.0, 2.0)):
+        model = solve(LinearProblem("multinomial", 2, label_weights=weights), blocks, features, labels)
+        assert model.way == linear_models.Way()
+        counts = np.asarray(weights)[labels]
+        predicted = (counts * softmax(model(features))[:, 1]).sum() / counts.sum()
+        assert predicted == pytest.approx((counts * labels).sum() / counts.sum(), abs=0.03)
+    balanced = 400 / 2 / np.bincount(labels)
+    given = solve(LinearProblem("multinomial", 2, label_weights=tuple(balanced)), blocks, features, labels)
+    assert given.way == linear_models.Way(balanced=True, separate=True)
+    assert given.label_counts == np.bincount(labels).tolist()
+    assert (model(features).argmax(1) == 1).sum() < (given(features).argmax(1) == 1).sum()
+
+
+def test_rows_whose_class_counts_for_nothing_are_left_out():
+    blocks, features, _ = random_problem(9, num=60)
+    labels = np.arange(60) % 3
+    features[labels == 0] = 0  # no modality has rows of the first class
+    problem = LinearProblem("multinomial", 3, label_weights=(0.0, 1.0, 2.0))
+    model = solve(problem, blocks, features, labels)
+    assert model.num_items == 40
+    assert (model(features)[:, 0] == linear_models.NEVER).all()
+    none = LinearProblem("multinomial", 3, label_weights=(1.0, 0.0, 0.0))
+    assert solve(none, blocks, features, labels) is None
+
+
+@pytest.mark.parametrize("kind", ["multinomial", "binary", "ridge"])
+def test_rows_of_one_group_have_a_solution(kind):
+    blocks, features, rng = random_problem(10, num=30)
+    labels = rng.integers(0, 2, 30) if kind == "multinomial" else rng.integers(0, 2, (30, 2)).astype(float)
+    model = solve(LinearProblem(kind, 2), blocks, features, labels, np.zeros(30, np.int64))
+    assert np.isfinite(model(features)).all()
+    assert set(model.scales.values()) == {1.0}
+
+
+def test_one_row_of_each_class_says_nothing_about_scales():
+    blocks, features, _ = random_problem(11, num=4, share=0.0)
+    model = solve(LinearProblem("multinomial", 4), blocks, features, np.arange(4))
+    assert set(model.scales.values()) == {1.0}
+    assert (model(features).argmax(1) == np.arange(4)).all()
+
+
+def test_a_label_without_rows_keeps_its_logit_at_every_scale():
+    blocks, features, rng = random_problem(12, num=100)
+    model = solve(LinearProblem("multinomial", 3), blocks, features, rng.integers(0, 2, 100))
+    assert model.bias[2] == linear_models.NEVER
+    assert not model.weight[2].any()
 
 
 def test_a_class_whose_rows_all_lack_a_modality_is_not_ruled_out_by_it():
@@ -581,6 +636,56 @@ def test_training_goes_on_with_the_balance_of_the_start(tmp_path):
     resumed = make_trainer(tmp_path / "a", new_model(tasks=[Classification("mood", labels=["bad", "good"])]), rows)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.fused_model.tasks["mood"].class_weights == pytest.approx(expected)
+
+
+def test_balanced_weights_that_nobody_asked_for_are_bounded():
+    task = Classification("mood", labels=["bad", "good", "unseen"])
+    task.balance([1, 999, 0])
+    assert task.class_weights["bad"] == 10
+    assert task.class_weights["good"] == pytest.approx(1000 / 2 / 999)
+
+
+def test_a_start_is_kept_when_a_smaller_batch_is_tried(tmp_path):
+    class Trainer(MMTrainer):
+        fails = 1
+
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            if self.state.global_step == 1 and self.fails:
+                self.fails = 0
+                raise RuntimeError("CUDA out of memory. Simulated.")
+            return loss
+
+    args = MMTrainingArguments(
+        str(tmp_path),
+        num_train_epochs=1,
+        per_device_train_batch_size=8,
+        auto_find_batch_size=True,
+        save_total_limit=10,
+        **CPU,
+    )
+    trainer = Trainer(new_model(tasks=TASKS[1:2]), args, processing_class=make_processor(), train_dataset=make_rows())
+    trainer.train()
+    assert not trainer.fails
+    assert list(trainer.linear_models) == ["mood"]
+    assert [verdict.task for verdict in trainer.verdicts] == ["mood"]
+    start = load_file(tmp_path / "checkpoint-0" / "model.safetensors")
+    expected = torch.from_numpy(trainer.linear_models["mood"].weight)
+    assert torch.equal(start["heads.mood.probe.linear.weight"], expected)
+
+
+def test_a_checkpoint_without_optimiser_has_the_balance_and_the_start(tmp_path):
+    rows = [row for i, row in enumerate(make_rows(60)) if row["mood"] == "good" or i % 4 == 0]
+    options = {"num_train_epochs": 1, "save_only_model": True, "save_total_limit": 10, "load_best_model_at_end": False}
+    trainer = make_trainer(tmp_path, new_model(tasks=TASKS[1:2]), rows, **options)
+    trainer.train()
+    expected = trainer.fused_model.tasks["mood"].class_weights
+    assert expected is not None
+    names = {path.name for path in (tmp_path / f"checkpoint-{trainer.state.global_step}").iterdir()}
+    assert {"linear_start.json", "start_weights.safetensors"} <= names
+    resumed = make_trainer(tmp_path, new_model(tasks=TASKS[1:2]), rows, **{**options, "num_train_epochs": 2})
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.fused_model.tasks["mood"].class_weights == expected
 
 
 def test_weights_of_classes_that_a_user_gives_stay(tmp_path):

@@ -8,7 +8,7 @@ from tiny import make_processor
 from transformers import TrainerCallback, TrainingArguments
 
 from mm_transformers import MMTrainer, MMTrainingArguments
-from mm_transformers.training.start_average import FILE_NAME, StartAverage
+from mm_transformers.training.start_average import FILE_NAME, StartAverage, is_as_good
 
 
 class Weights(TrainerCallback):
@@ -84,6 +84,55 @@ def test_the_weights_are_bit_for_bit_as_before_after_an_evaluation():
         expected = 0.3 * average.start["heads.mood.head.dense.weight"] + 0.7 * before["heads.mood.head.dense.weight"]
         assert torch.allclose(model.heads.mood.head.dense.weight, expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Sees(TrainerCallback):
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.trainer is not None:
+            self.loss = self.trainer.evaluate(metric_key_prefix="mine")["mine_loss"]
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.at_end = copy_of(model)
+
+
+@pytest.mark.parametrize("loads_best", [None, False])
+def test_callbacks_see_the_mean_at_the_end_of_training(tmp_path, loads_best):
+    trainer = make_trainer(tmp_path, new_model(tasks=TASKS[1:2]), num_train_epochs=1, load_best_model_at_end=loads_best)
+    trainer.add_callback(sees := Sees())
+    sees.trainer = None if loads_best is None else trainer
+    trainer.train()
+    assert all(torch.equal(value, sees.at_end[name]) for name, value in trainer.fused_model.state_dict().items())
+    if sees.trainer is not None:  # what users evaluate in between is the mean, too
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(sees.loss, rel=1e-6)
+
+
+def test_parameters_may_be_unfrozen_during_training(tmp_path):
+    class Unfreezes(TrainerCallback):
+        def on_epoch_end(self, args, state, control, model=None, **kwargs):
+            for parameter in model.model.text_model.parameters():
+                parameter.requires_grad_(True)
+
+    model = new_model(freeze=["text"])
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainer = make_trainer(tmp_path, model, num_train_epochs=2)
+    trainer.add_callback(Unfreezes())
+    trainer.train()
+    assert frozen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_dtype_of_the_model_may_change_after_the_start(dtype):
+    model = new_model()
+    average = StartAverage(model, 0.3)
+    model.to(dtype)
+    with average.applied():
+        assert model.heads.mood.head.dense.weight.dtype == dtype
+
+
+def test_negative_losses_that_fall_are_better():
+    assert is_as_good(-1.04, -1.0)
+    assert is_as_good(-0.97, -1.0)
+    assert not is_as_good(-0.9, -1.0)
 
 
 def test_frozen_parameters_are_not_copied():

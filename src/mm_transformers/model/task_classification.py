@@ -24,6 +24,10 @@ from .task_base import (
 )
 
 
+# Balanced weights that a task takes by itself are at most so large.
+MAX_BALANCED_WEIGHT = 10.0
+
+
 @register_task
 @dataclass
 class Classification(Task):
@@ -92,7 +96,9 @@ class Classification(Task):
 
     def balance(self, counts: Sequence[float]) -> None:
         if self.class_weights is None:
-            self.class_weights = balanced_weights(self.labels, list(counts))
+            # One row of a class of its own should not decide a step.
+            weights = balanced_weights(self.labels, list(counts))
+            self.class_weights = {label: min(weight, MAX_BALANCED_WEIGHT) for label, weight in weights.items()}
 
     def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         return torch.tensor([-100 if value is None else value for value in values], dtype=torch.int64)

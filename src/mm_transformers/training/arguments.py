@@ -46,7 +46,8 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
             `save_total_limit` is 1 unless given: the newest checkpoint stays, and the best one.
         load_best_model_at_end (`bool`, *optional*):
             Whether the weights with the best validation loss are those that are kept, the start included. By default
-            yes if there are validation rows and `save_strategy` fits `eval_strategy`.
+            yes if there are validation rows and `save_strategy` fits `eval_strategy`. Then, with a `start_share` and a
+            linear start, losses up to 5% above the lowest count as equal, and of equals the latest weights are kept.
         early_stopping_patience (`int`, *optional*, defaults to 3):
             Training ends after so many evaluations without a better one; 0 for never. Needs
             `load_best_model_at_end`.

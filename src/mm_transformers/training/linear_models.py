@@ -27,7 +27,7 @@ COPY_WEIGHT = 0.3
 # The penalty of a multi-label problem is chosen on its most frequent labels.
 MAX_LABELS_TO_CHOOSE = 10
 # What logits may be multiplied with, see [`_choose`].
-SCALES = tuple(2 ** (i / 4) for i in range(-12, 13))
+SCALES = tuple(sorted((2 ** (i / 4) for i in range(-12, 13)), key=lambda scale: max(scale, 1 / scale)))  # of equals, 1
 # The logit of a label without training rows.
 NEVER = -20.0
 
@@ -85,7 +85,8 @@ def solve(
 
     - One label per row: the classes are balanced, each modality has a model of its own, and the answers of several
       strengths are averaged, each scaled to be as sure as it is right. Few rows cannot choose between strengths. If one
-      unbalanced model of all modalities is clearly more accurate (by two standard errors), it is taken instead.
+      unbalanced model of all modalities is clearly more accurate (by two standard errors), it is taken instead; so it
+      is if the user gave weights of labels that do not balance the classes.
     - Otherwise: one model of all modalities, with the strength of the lowest loss.
 
     In a model of all modalities each row also counts, with a small weight, as it would be without each of its
@@ -107,6 +108,9 @@ def solve(
     >>> logits = features @ fit.weight.T + fit.bias
     ```"""
     groups = np.arange(len(labels)) if groups is None else groups
+    if problem.kind == "multinomial" and problem.label_weights is not None:
+        counts = np.asarray(problem.label_weights)[labels] > 0
+        features, labels, groups = features[counts], labels[counts], groups[counts]
     if len(labels) < 2 or len(np.unique(labels, axis=0)) < 2:
         return None
     if problem.kind != "multinomial":
@@ -188,7 +192,7 @@ def _solver(problem: LinearProblem, small: _Rotated, labels: np.ndarray, way: Wa
         known = np.bincount(labels[there], minlength=problem.num_outputs) > 0
         solver = solver_of(problem, x[there], labels[there], counts[there], tol) if known.sum() > 1 else None
         parts.append((solver, known, x.shape[1]))
-    bias = np.where(np.bincount(labels, minlength=problem.num_outputs) > 0, 0.0, NEVER)
+    is_somewhere = np.bincount(labels, minlength=problem.num_outputs) > 0
 
     def solve_all(strength: float) -> tuple[np.ndarray, np.ndarray]:
         weights = []
@@ -197,9 +201,9 @@ def _solver(problem: LinearProblem, small: _Rotated, labels: np.ndarray, way: Wa
             if solver is not None:
                 weight, own = solver(strength)
                 # A class whose rows all lack this modality is neither likely nor out of the question.
-                own[~known] = own[known].min()
+                own[~known] = np.where(is_somewhere, own[known].min(), 0.0)[~known]
             weights += [weight, own[:, None]]
-        return np.concatenate(weights, 1), bias
+        return np.concatenate(weights, 1), np.where(is_somewhere, 0.0, NEVER)
 
     return solve_all
 
@@ -292,7 +296,8 @@ def _mean(solver: _Solver, scales: dict[float, float]) -> tuple[np.ndarray, np.n
     """The mean of the solutions of some strengths, each with a scale."""
     solutions = [(scale, *solver(strength)) for strength, scale in scales.items()]
     weight = np.mean([scale * weight for scale, weight, _ in solutions], 0)
-    return weight, np.mean([scale * bias for scale, _, bias in solutions], 0)
+    bias = np.mean([scale * bias for scale, _, bias in solutions], 0)
+    return weight, np.where(solutions[0][2] == NEVER, NEVER, bias)
 
 
 # Choosing
@@ -316,24 +321,40 @@ def _choose(
         answers, truth = _answers(problem, small, labels, folds, Way(), strengths)
         losses = {strength: _losses(problem, logits, truth).sum() for strength, logits in answers.items()}
         return Way(), {min(losses, key=lambda strength: losses[strength]): 1.0}
-    found = []
     # No scale makes a label likelier that the training rows of the fold lack.
     is_known = np.concatenate([np.zeros(0, bool), *(np.isin(labels[test], labels[train]) for train, test in folds)])
-    is_weighted = problem.label_weights is not None
-    for way in (Way(balanced=not is_weighted, separate=True), Way()):
+
+    def assessed(way: Way) -> tuple[dict[float, float], np.ndarray]:
+        """The best scale of each strength, and which rows their mean answers rightly."""
         answers, truth = _answers(problem, small, labels, folds, way, MIXED_STRENGTHS)
+        if len(np.unique(truth[is_known])) < 2:  # which says nothing about scales
+            return dict.fromkeys(answers, 1.0), np.zeros(len(truth), bool)
         counts = _row_weights(problem, truth, way.balanced) * is_known
         scales = {
             strength: min(SCALES, key=lambda scale: (counts * _losses(problem, scale * logits, truth)).sum())
             for strength, logits in answers.items()
         }
-        logits = sum(scales[strength] * logits for strength, logits in answers.items())
-        found.append((way, scales, logits.argmax(1) == truth))
-    (_, _, first), (_, _, second) = found
-    gain = second.astype(float) - first
+        logits = np.sum([scales[strength] * logits for strength, logits in answers.items()], 0)
+        return scales, logits.argmax(1) == truth
+
+    if problem.label_weights is not None and not _is_balanced(problem.label_weights, labels):
+        return Way(), assessed(Way())[0]
+    first, second = Way(balanced=True, separate=True), Way()
+    scales, is_right = assessed(first)
+    if problem.label_weights is not None:
+        return first, scales
+    other_scales, is_also_right = assessed(second)
+    gain = is_also_right.astype(float) - is_right
     # Repeated folds ask about the same rows again, which tells nothing new.
-    is_clear = gain.mean() > 2 * gain.std() / np.sqrt(max(len(labels), 1))
-    return found[int(is_clear)][:2]
+    is_clear = len(gain) > 0 and gain.mean() > 2 * gain.std() / np.sqrt(len(labels))
+    return (second, other_scales) if is_clear else (first, scales)
+
+
+def _is_balanced(label_weights: Sequence[float], labels: np.ndarray) -> bool:
+    """Whether these weights make all classes count alike."""
+    counts = np.bincount(labels, minlength=len(label_weights))
+    shares = (counts * label_weights)[counts > 0]
+    return bool(np.allclose(shares, shares[0], rtol=0.01))
 
 
 def _answers(
@@ -354,8 +375,7 @@ def _answers(
             parts.append(seen @ weight.T + bias)
     empty = np.zeros((0, problem.num_outputs))
     logits = {strength: np.concatenate([empty, *parts]) for strength, parts in found.items()}
-    truth = np.concatenate([labels[:0], *(labels[held_out] for _, held_out in folds)])
-    return logits, truth
+    return logits, np.concatenate([labels[:0], *(labels[held_out] for _, held_out in folds)])
 
 
 def _folds(problem: LinearProblem, labels: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -383,4 +403,4 @@ def _losses(problem: LinearProblem, logits: np.ndarray, labels: np.ndarray) -> n
         losses = torch.nn.functional.binary_cross_entropy_with_logits(scores, target.double(), reduction="none")
     else:
         losses = (scores - target).square()
-    return losses.reshape(len(labels), -1).sum(1).numpy()
+    return losses.reshape(len(labels), int(losses.numel() / max(len(labels), 1))).sum(1).numpy()

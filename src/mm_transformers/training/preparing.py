@@ -74,11 +74,11 @@ def balance_tasks(model: Any, counts: Mapping[str, Sequence[int]], *holders: Any
     """
     for name, numbers in counts.items():
         model.tasks[name].balance(numbers)
-    _take(model, [model.tasks[name] for name in counts], holders)
+    _take(model, list(model.tasks.values()), holders)
 
 
-def _take(model: Any, changed: list[Task], holders: tuple[Any, ...]) -> None:
+def _take(model: Any, tasks: list[Task], holders: tuple[Any, ...]) -> None:
     model.config.tasks = [task.to_dict() for task in model.tasks.values()]
     for holder in holders:
         if isinstance(getattr(holder, "tasks", None), dict):
-            holder.tasks.update({task.name: task for task in changed if task.name in holder.tasks})
+            holder.tasks.update({task.name: task for task in tasks if task.name in holder.tasks})

@@ -23,7 +23,7 @@ TOLERANCE = 0.05
 
 
 def is_as_good(loss: float, lowest: float) -> bool:
-    return loss <= (1 + TOLERANCE) * lowest
+    return loss <= lowest + TOLERANCE * abs(lowest)
 
 
 class TolerantEarlyStopping(EarlyStoppingCallback):
@@ -32,17 +32,17 @@ class TolerantEarlyStopping(EarlyStoppingCallback):
 
     Args:
         early_stopping_patience, early_stopping_threshold: as [`~transformers.EarlyStoppingCallback`] has them.
-        trainer ([`MMTrainer`], *optional*): Says whether it is tolerant.
+        trainer ([`MMTrainer`], *optional*): Says whether it is tolerant; without one it is not.
     """
 
     def __init__(
         self, early_stopping_patience: int = 1, early_stopping_threshold: float = 0.0, trainer: Optional[Any] = None
     ):
         super().__init__(early_stopping_patience, early_stopping_threshold)
-        self._trainer = trainer
+        self.trainer = trainer
 
     def check_metric_value(self, args, state, control, metric_value):
-        if self._trainer is None or not self._trainer.is_tolerant:
+        if self.trainer is None or not self.trainer.is_tolerant:
             super().check_metric_value(args, state, control, metric_value)
         elif state.best_metric is None or is_as_good(metric_value, state.best_metric):
             self.early_stopping_patience_counter = 0
@@ -61,16 +61,24 @@ class StartAverage:
 
     def __init__(self, model: torch.nn.Module, share: float):
         self.model, self.share = model, share
-        self.start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters()}
+        self.start = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
 
     def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+        """Those that could be trained at the start, whatever has been frozen or unfrozen since then."""
+        return ((name, p) for name, p in self.model.named_parameters() if name in self.start)
 
     @torch.no_grad()
     def apply(self) -> None:
         """Makes the weights of the model the mean of themselves and of the start."""
         for name, parameter in self._parameters():
-            parameter.lerp_(self.start[name].to(parameter.device), self.share)
+            start = self.start[name].to(parameter.device, torch.float32)
+            parameter.copy_(parameter.float().lerp(start, self.share))
+
+    @torch.no_grad()
+    def begin_anew(self) -> None:
+        """Makes the weights of the model those of the start."""
+        for name, parameter in self._parameters():
+            parameter.copy_(self.start[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:

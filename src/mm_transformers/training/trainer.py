@@ -1,6 +1,8 @@
 """The Trainer of transformers, for models with several tasks and batches with any number of images."""
 
 import itertools
+import os
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -51,9 +53,9 @@ class MMTrainer(ResumableTrainer):
 
     - `data_collator` and `compute_metrics` default to [`MMDataCollator`] and [`MultiTaskMetrics`];
     - tasks whose linear probe is new start as the best linear model of the mean encoder outputs (see [`start_probes`]);
-      the start is measured and saved like a checkpoint, and kept unless training improves the validation loss;
+      the start is measured and saved like a checkpoint, and takes part in the choice of the best weights;
     - with [`MMTrainingArguments`], evaluations during such a training, and the model at its end, have the mean of the
-      weights at the start and after training; checkpoints hold the weights of training;
+      weights at the start and after training (see `start_share`); checkpoints hold the weights of training;
     - with [`MMTrainingArguments`], a grouped and stratified share of the training rows is held out if there is no
       `eval_dataset`, the weights with the best validation loss are kept, and training stops early;
     - after training, `verdicts` compares each task with its linear start, a linear model of the text alone and the
@@ -407,6 +409,7 @@ class MMTrainer(ResumableTrainer):
                 "other: evaluate with a trainer of its own, or set eval_on_start=True in the training arguments."
             )
         self._has_trained = True
+        self._start, self._average = Start(), None
         self._forget_losses()
         self._num_labels = {}
         self._counts.reset()
@@ -432,12 +435,12 @@ class MMTrainer(ResumableTrainer):
         if isinstance(self.data_collator, MMDataCollator):
             # A model of `model_init` has not seen the training rows.
             prepare_tasks(fused, self.train_dataset, self.data_collator, self.data_collator, self.compute_metrics)
-        if not is_resumed and getattr(self.args, "probe_start", None) is not False:
+        if not is_resumed and getattr(self.args, "probe_start", None) is not False and not self._start.models:
+            # With auto_find_batch_size a training begins several times, and has started only the first time.
             self._start = self._started(start_probes(self))
         elif is_resumed:
             self._start = Start.load(kwargs["resume_from_checkpoint"])
-        if self._start.label_counts:
-            balance_tasks(fused, self._start.label_counts, self.data_collator, self.compute_metrics)
+        balance_tasks(fused, self._start.label_counts, self.data_collator, self.compute_metrics)
         self._keeps_start = bool(self._start.models) and self.args.load_best_model_at_end and not is_resumed
         self._average = self._start_average(kwargs.get("resume_from_checkpoint"))
         fused.starting_point = take_starting_point(fused, fused.config.regularization)
@@ -446,25 +449,34 @@ class MMTrainer(ResumableTrainer):
         self._balancing = balancing if balancing.is_needed else None
         if self._balancing is not None:
             self.add_callback(self._balancing)
-        output = super()._inner_training_loop(*args, **kwargs)
-        if self._average is not None:
-            self._average.apply()
-            self._average = None
-        return output
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _start_average(self, checkpoint: Optional[str]) -> Optional[StartAverage]:
         """For models that started as linear models, now or in the training that goes on."""
         share = getattr(self.args, "start_share", 0.0)
+        if self._average is not None:  # a smaller batch size is tried
+            self._average.begin_anew()
+            return self._average
         if share == 0 or (checkpoint is None and not self._start.models):
             return None
         average = StartAverage(self.accelerator.unwrap_model(self.model), share)
         return average if checkpoint is None or average.load(checkpoint) else None
 
-    def _evaluate(self, *args, **kwargs):
-        if self._average is None:
-            return super()._evaluate(*args, **kwargs)
-        with self._average.applied():
-            return super()._evaluate(*args, **kwargs)
+    def _finalize_training(self, *args, **kwargs):
+        # Before callbacks see the end of the training.
+        loads_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        if not loads_best:
+            self._take_average()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._take_average()
+
+    def _take_average(self) -> None:
+        if self._average is not None:
+            self._average.apply()
+            self._average = None
 
     def _started(self, start: Start) -> Start:
         if start.models and self.is_world_process_zero():
@@ -473,7 +485,7 @@ class MMTrainer(ResumableTrainer):
         return start
 
     def on_start(self, trial: Any, ignore_keys_for_eval: Any) -> None:
-        """The start counts as a checkpoint: it is kept unless trained weights are better on the validation rows."""
+        """The start counts as a checkpoint: it is kept if trained weights are worse on the validation rows."""
         if self._keeps_start:
             metrics = self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
             self._determine_best_metric(metrics, trial)
@@ -519,6 +531,12 @@ class MMTrainer(ResumableTrainer):
                     logger.warning(f"{name}: {others} did not help on the validation rows; text alone is as good.")
 
     def save_model(self, output_dir: Optional[str] = None, _internal_call: bool = False):
+        if self._is_saving and self.args.should_save and output_dir is not None:
+            # A checkpoint, perhaps without an optimiser.
+            os.makedirs(output_dir, exist_ok=True)
+            self._start.save(output_dir)
+            if self._average is not None:
+                self._average.save(output_dir)
         if self.is_fsdp_enabled and not _internal_call:
             # The stock method leaves it out where checkpoints are saved in shards, by FSDP's own files.
             state = self.accelerator.get_state_dict(self.model)
@@ -529,15 +547,18 @@ class MMTrainer(ResumableTrainer):
         else:
             super().save_model(output_dir, _internal_call)
 
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TolerantEarlyStopping):
+                callback.trainer = self  # restored ones know none
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             if self._balancing is not None:
                 self._balancing.save(output_dir)
             save_starting_point(self.fused_model, output_dir)
-            self._start.save(output_dir)
-            if self._average is not None:
-                self._average.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Optional[str]) -> None:
         if checkpoint is not None:
@@ -588,6 +609,10 @@ class MMTrainer(ResumableTrainer):
     # Evaluation
 
     def evaluation_loop(self, *args, **kwargs):
+        with nullcontext() if self._average is None else self._average.applied():
+            return self._evaluated(*args, **kwargs)
+
+    def _evaluated(self, *args, **kwargs):
         self._has_evaluated = self._has_evaluated or not self._has_trained
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
