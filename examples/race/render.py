@@ -143,11 +143,17 @@ class Gain(NamedTuple):
 
 
 def gains_of(tests: Table, validations: Table, method: str = "ours") -> list[Gain]:
-    """One for each cell that has results of the method and of all cheap methods that any cell has."""
-    cheap = {name for found in tests.values() for name in found if name in CHEAP}
+    """
+    One for each cell that has results of the method and of cheap ones. The cheap methods with the most splits in common
+    with the method take part, and the splits that all of these have.
+    """
     gains = []
     for cell, found in tests.items():
-        splits = sorted(set.intersection(*(set(found.get(name, ())) for name in {method, *cheap})))
+        own = set(found.get(method, ()))
+        common = {name: own & set(found[name]) for name in CHEAP if name in found}
+        most = max(map(len, common.values()), default=0)
+        cheap = [name for name, splits in common.items() if len(splits) == most]
+        splits = sorted(set.intersection(*(common[name] for name in cheap))) if cheap else []
         if splits and cheap:
             rival = best_cheap(validations, cell, splits)
             differences = np.array([found[method][split]["f1"] - found[rival][split]["f1"] for split in splits])

@@ -54,6 +54,10 @@ class StartAverage:
     """
     Keeps the trainable weights of a model as they are now, on the CPU.
 
+    Buffers are not averaged: an unfrozen batch norm has the running statistics of the trained weights. Of a LoRA
+    adapter both factors are averaged, so what it adds is between `(1 - share) ** 2` and `1 - share` of what it has
+    learnt.
+
     Args:
         model: not wrapped, and not cut into pieces.
         share (`float`): of the start in the mean, from 0 to 1.
