@@ -45,6 +45,7 @@ NAMES = {
     "ours": "**ours, defaults**",
 }
 CHEAP = tuple(NAMES)[:11]
+TREES = ("boosting_text", "boosting_image", "boosting_both", "pca_boosting")
 # Data sets that are splits of the same rows: not independent of each other.
 POOLS = {"stamps": "stamps", "stamps, hard": "stamps", "emoji": "emoji"}
 DRAWS = 20_000
@@ -144,16 +145,13 @@ class Gain(NamedTuple):
 
 def gains_of(tests: Table, validations: Table, method: str = "ours") -> list[Gain]:
     """
-    One for each cell that has results of the method and of cheap ones. The cheap methods with the most splits in common
-    with the method take part, and the splits that all of these have.
+    One for each cell that has results of the method and of all cheap methods that any cell has. Trees take part where
+    they have the same splits.
     """
+    cheap = {name for found in tests.values() for name in found if name in CHEAP and name not in TREES}
     gains = []
     for cell, found in tests.items():
-        own = set(found.get(method, ()))
-        common = {name: own & set(found[name]) for name in CHEAP if name in found}
-        most = max(map(len, common.values()), default=0)
-        cheap = [name for name, splits in common.items() if len(splits) == most]
-        splits = sorted(set.intersection(*(common[name] for name in cheap))) if cheap else []
+        splits = sorted(set.intersection(*(set(found.get(name, ())) for name in {method, *cheap})))
         if splits and cheap:
             rival = best_cheap(validations, cell, splits)
             differences = np.array([found[method][split]["f1"] - found[rival][split]["f1"] for split in splits])
