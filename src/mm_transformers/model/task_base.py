@@ -193,6 +193,11 @@ class Task:
         """The names of the options that [`prepare_for`] has yet to read from the training labels; none by default."""
         return ()
 
+    @property
+    def decided_by_training(self) -> tuple[str, ...]:
+        """The options that training may set: those that are `unresolved`, and those that [`balance`] changes."""
+        return self.unresolved
+
     def prepare_for(self, labels: Iterable[Any]) -> None:
         """
         Sets the options that depend on the training labels, such as balanced class weights. [`MMTrainer`] calls it once

@@ -89,6 +89,10 @@ class Classification(Task):
     def unresolved(self) -> tuple[str, ...]:
         return ("class_weights",) if self.class_weights == BALANCED else ()
 
+    @property
+    def decided_by_training(self) -> tuple[str, ...]:
+        return ("class_weights",) if self.class_weights in (None, BALANCED) else ()
+
     def prepare_for(self, labels: Iterable[Any]) -> None:
         if self.unresolved:
             counts = Counter(labels)

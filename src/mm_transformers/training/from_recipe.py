@@ -179,9 +179,11 @@ def check_checkpoint(checkpoint: str, tasks: list[Task]) -> None:
     saved = MMTransformerConfig.from_pretrained(checkpoint).get_tasks()
     for task in tasks:
         known = saved[task.name].to_dict() if task.name in saved else {}
-        # What a task reads from the training rows, only the checkpoint has.
-        decided = {key: known.get(key, value) for key, value in task.to_dict().items() if key in task.unresolved}
-        values = {**task.to_dict(), **decided}
+        # What training decides, only the checkpoint has.
+        decided = {
+            key: known.get(key, value) for key, value in task.to_dict().items() if key in task.decided_by_training
+        }
+        values = {**own, **decided}
         if known != values:
             changed = [f"{key} {known.get(key)!r}" for key, value in values.items() if known.get(key) != value]
             raise ValueError(
