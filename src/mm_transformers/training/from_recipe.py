@@ -180,9 +180,8 @@ def check_checkpoint(checkpoint: str, tasks: list[Task]) -> None:
     for task in tasks:
         known = saved[task.name].to_dict() if task.name in saved else {}
         # What training decides, only the checkpoint has.
-        decided = {
-            key: known.get(key, value) for key, value in task.to_dict().items() if key in task.decided_by_training
-        }
+        own = task.to_dict()
+        decided = {key: known.get(key, own[key]) for key in task.decided_by_training if key in own}
         values = {**own, **decided}
         if known != values:
             changed = [f"{key} {known.get(key)!r}" for key, value in values.items() if known.get(key) != value]
