@@ -1,8 +1,9 @@
 """
 AutoGluon MultiModal in the race; `race.py --autogluon PYTHON` calls it, in an environment of its own:
 
-    python -m venv autogluon && autogluon/bin/pip install autogluon.multimodal==1.6.3 "setuptools<81" \
-        torch==2.9.1 torchvision==0.24.1
+    python -m venv autogluon && autogluon/bin/pip install uv      # pip takes very long to choose versions
+    autogluon/bin/uv pip install --python autogluon/bin/python autogluon.multimodal==1.6.3 "setuptools<81" \
+        torch==2.13.0 torchvision==0.28.0
 
 It starts from the same two encoders. AutoGluon takes the text encoder's folder as it is, but picture encoders of timm
 only, so the weights of the vision encoder, which must be an EfficientNet-Lite0, are copied into timm's.
