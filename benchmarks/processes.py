@@ -63,7 +63,7 @@ def run(folder: Path, processes: int, steps: int, learning_rate: float, seed: in
     launcher += ["--config_file", str(ROOT / "examples/accelerate_configs/cpu.yaml"), "--num_processes", str(processes)]
     script = [sys.executable] if processes == 1 else launcher
     options = {
-        "text": folder / "text", "vision": folder / "vision", "num_fusion_layers": 1,
+        "text": folder / "text", "vision": folder / "vision", "num_fusion_layers": 1, "train_vision": True,
         "train_file": folder / "train.jsonl", "validation_file": folder / "test.jsonl",
         "tasks": ",".join(f"{task}:classification" for task in TASK_LABELS), "output_dir": output,
         "max_steps": steps, "per_device_train_batch_size": BATCH_SIZE // processes, "learning_rate": learning_rate,

@@ -42,6 +42,7 @@ def main() -> None:
         "data": {split: f"{split}.parquet" for split in data},
         "model": {
             "text": "text", "vision": "vision", "num_fusion_layers": config.num_fusion_layers,
+            "freeze": [],  # the encoders have new weights
             "initializer_range": config.initializer_range,
         },
         "tasks": [

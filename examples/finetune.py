@@ -53,6 +53,9 @@ class ModelArguments:
         metadata={"help": "How text meets the rest: cross_attention, co_attention, bottleneck, merged or late."},
     )
     num_fusion_layers: int = field(default=3, metadata={"help": "Number of fusion layers."})
+    train_vision: bool = field(
+        default=False, metadata={"help": "Train the vision encoder, too; needed if its weights are new."}
+    )
     modality_dropout: float = field(
         default=0.0, metadata={"help": "Probability with which a row loses its images, or its sounds, in training."}
     )
@@ -207,6 +210,7 @@ def main() -> None:
             fusion_type=model_args.fusion_type,
             num_fusion_layers=model_args.num_fusion_layers,
             modality_dropout=model_args.modality_dropout,
+            **({"freeze": []} if model_args.train_vision else {}),
             **hub,
         )
     else:

@@ -68,6 +68,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = MMTransformerForMultiTask.from_encoders(
         **encoders, tasks=tasks, initializer_range=0.1, num_fusion_layers=args.num_fusion_layers,
+        freeze=[],  # the encoders have new weights
         fusion_type=args.fusion_type, modality_dropout={"text": args.text_dropout}, fusion_dropout=args.dropout,
         classifier_dropout=args.dropout,
     )  # fmt: skip

@@ -153,9 +153,10 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             audio (`str`, *optional*): Hub id or local folder of an audio encoder; of Whisper the encoder is taken.
             kwargs: fields of [`MMTransformerConfig`] (`tasks`, `fusion_type`, `num_fusion_layers`, ...), of which
                 `num_fusion_layers` defaults to 1 here, `linear_probe` and `freeze_batch_norm` to `True`, `freeze` to
-                `["vision"]` (Zhai et al. 2022, https://arxiv.org/abs/2111.07991; `[]` trains all), and
-                `modality_dropout` to 0.3 of each modality (of the text only if no task writes); everything else
-                (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes to `AutoModel.from_pretrained`.
+                `["vision"]` (Zhai et al. 2022, https://arxiv.org/abs/2111.07991; `[]` trains all, which encoders with
+                new weights need), and `modality_dropout` to 0.3 of each modality (of the text only if no task writes);
+                everything else (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes to
+                `AutoModel.from_pretrained`.
 
         Raises:
             ValueError: one sentence, if an encoder cannot be used or an option does not fit.
