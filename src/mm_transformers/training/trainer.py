@@ -1,7 +1,6 @@
 """The Trainer of transformers, for models with several tasks and batches with any number of images."""
 
 import itertools
-import os
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Optional
@@ -455,7 +454,8 @@ class MMTrainer(ResumableTrainer):
         """For models that started as linear models, now or in the training that goes on."""
         share = getattr(self.args, "start_share", 0.0)
         if self._average is not None:  # a smaller batch size is tried
-            self._average.begin_anew()
+            if checkpoint is None:
+                self._average.begin_anew()
             return self._average
         if share == 0 or (checkpoint is None and not self._start.models):
             return None
@@ -531,12 +531,6 @@ class MMTrainer(ResumableTrainer):
                     logger.warning(f"{name}: {others} did not help on the validation rows; text alone is as good.")
 
     def save_model(self, output_dir: Optional[str] = None, _internal_call: bool = False):
-        if self._is_saving and self.args.should_save and output_dir is not None:
-            # A checkpoint, perhaps without an optimiser.
-            os.makedirs(output_dir, exist_ok=True)
-            self._start.save(output_dir)
-            if self._average is not None:
-                self._average.save(output_dir)
         if self.is_fsdp_enabled and not _internal_call:
             # The stock method leaves it out where checkpoints are saved in shards, by FSDP's own files.
             state = self.accelerator.get_state_dict(self.model)
@@ -546,6 +540,11 @@ class MMTrainer(ResumableTrainer):
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         else:
             super().save_model(output_dir, _internal_call)
+        if self._is_saving and self.args.should_save and output_dir is not None:
+            # A resumed training needs them, also if its checkpoint has no optimiser.
+            self._start.save(output_dir)
+            if self._average is not None:
+                self._average.save(output_dir)
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
