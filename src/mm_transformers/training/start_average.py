@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback
+
+from .starting_point import load_tensors, save_tensors
 
 
 FILE_NAME = "start_weights.safetensors"
@@ -97,19 +98,16 @@ class StartAverage:
                     parameter.copy_(trained[name])
 
     def save(self, folder: str) -> None:
-        save_file({name: tensor.contiguous() for name, tensor in self.start.items()}, Path(folder, FILE_NAME))
+        save_tensors(self.start, Path(folder, FILE_NAME))
 
     def load(self, folder: str) -> bool:
         """Takes the start that [`save`] wrote; `False` if it wrote none."""
         path = Path(folder, FILE_NAME)
         if not path.is_file():
             return False
-        found = load_file(path)
-        missing = sorted(set(self.start) - set(found))
-        if missing:
-            raise ValueError(
-                f"{path} does not hold the start of {missing[0]}: resume with the parameters frozen that were frozen "
-                "when the checkpoint was written."
-            )
-        self.start = {name: found[name] for name in self.start}
+        complaint = (
+            "{path} does not hold the start of {name}: resume with the parameters frozen that were frozen when the "
+            "checkpoint was written."
+        )
+        self.start = load_tensors(path, self.start, complaint)
         return True
