@@ -119,8 +119,9 @@ def joint_by_hand(features, labels, blocks, strength):
     )
 
 
-def separate_by_hand(features, labels, blocks, strength):
-    """The sum of the logits of one balanced model of scikit-learn for each modality."""
+def separate_by_hand(features, labels, blocks, strength, rows=None):
+    """For some rows, by default those of the training, the sum of the logits of one balanced model of each modality."""
+    rows = features if rows is None else rows
     total = 0
     counts = 1 / np.bincount(labels)[labels]
     counts *= len(labels) / counts.sum()
@@ -128,7 +129,7 @@ def separate_by_hand(features, labels, blocks, strength):
         there = features[:, indicator] > 0
         model = LogisticRegression(C=strength, tol=1e-8, max_iter=10_000)
         model.fit(features[there][:, part], labels[there], counts[there])
-        total = total + logits_by_hand(model, features[:, part]) * there[:, None]
+        total = total + logits_by_hand(model, rows[:, part]) * (rows[:, [indicator]] > 0)
     return total
 
 
@@ -167,24 +168,11 @@ def test_scales_are_those_of_the_lowest_loss_on_rows_that_were_held_out():
         losses = dict.fromkeys(linear_models.SCALES, 0.0)
         for train, held_out in folds:
             truth = labels[held_out]
-            # By the function above, rows to be answered go in by the matrix of the training rows.
-            joined = np.concatenate([features[train], features[held_out]])
             counts = 1 / np.bincount(labels)[truth]
-            logits = _separate_answers(features[train], labels[train], blocks, strength, joined)[len(train) :]
+            logits = separate_by_hand(features[train], labels[train], blocks, strength, features[held_out])
             for factor in losses:
                 losses[factor] -= (counts * np.log(softmax(factor * logits)[np.arange(len(truth)), truth])).sum()
         assert min(losses, key=losses.get) == pytest.approx(scale, rel=0.2)
-
-
-def _separate_answers(features, labels, blocks, strength, rows):
-    total = 0
-    for part, indicator in blocks:
-        there = features[:, indicator] > 0
-        model = LogisticRegression(C=strength, tol=1e-6, max_iter=10_000, class_weight="balanced")
-        counts = len(labels) / (2 * np.bincount(labels)[labels[there]])
-        model.set_params(class_weight=None).fit(features[there][:, part], labels[there], counts)
-        total = total + logits_by_hand(model, rows[:, part]) * (rows[:, [indicator]] > 0)
-    return total
 
 
 def test_one_unbalanced_model_is_taken_where_it_is_clearly_more_accurate():

@@ -219,7 +219,8 @@ class Race:
         if method == "ours_image":
             train, validation = without(train, "text"), without(validation, "text")
             tests = {name: without(rows, "text") for name, rows in tests.items()}
-        if len(encoders) == 2 and method != "ours_image" and problem.setting[2:] == (0.0, 1.0):
+        sees_both = method not in ONLY_COMPLETE
+        if sees_both and problem.setting[2:] == (0.0, 1.0):
             complete = problem.tests[0.0]
             tests["shuffled"] = shuffled(complete, problem.setting.split)
             tests["no picture"], tests["no text"] = without(complete, "image"), without(complete, "text")
@@ -269,7 +270,7 @@ class Race:
             "steps": trainer.state.global_step,
             "validation_loss": [round(entry["eval_loss"], 4) for entry in curve],
         }
-        if len(parts) == 2 and method != "ours_image" and problem.column in trainer.linear_models:
+        if sees_both and problem.column in trainer.linear_models:
             linear = trainer.linear_models[problem.column]
 
             def of_start(rows: datasets.Dataset) -> dict[str, float]:

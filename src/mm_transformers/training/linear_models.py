@@ -15,7 +15,7 @@ from ..model.linear_probe import LinearProblem
 
 # Inverse strengths of the penalty, as `C` of scikit-learn's LogisticRegression; 1 / alpha of its Ridge.
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-MIXED_STRENGTHS = (1.0, 10.0, 100.0)  # all of them at once
+MIXED_STRENGTHS = (1.0, 10.0, 100.0)  # whose solutions are averaged
 RIDGE_STRENGTHS = (0.001, 0.01, 0.1, *STRENGTHS)  # cheap to try, and numbers are often noisier than labels
 NUM_FOLDS = 3
 # With fewer rows, cross-validation is repeated with other folds, since one says little.
@@ -109,8 +109,8 @@ def solve(
     ```"""
     groups = np.arange(len(labels)) if groups is None else groups
     if problem.kind == "multinomial" and problem.label_weights is not None:
-        counts = np.asarray(problem.label_weights)[labels] > 0
-        features, labels, groups = features[counts], labels[counts], groups[counts]
+        does_count = np.asarray(problem.label_weights)[labels] > 0
+        features, labels, groups = features[does_count], labels[does_count], groups[does_count]
     if len(labels) < 2 or len(np.unique(labels, axis=0)) < 2:
         return None
     if problem.kind != "multinomial":
@@ -403,4 +403,4 @@ def _losses(problem: LinearProblem, logits: np.ndarray, labels: np.ndarray) -> n
         losses = torch.nn.functional.binary_cross_entropy_with_logits(scores, target.double(), reduction="none")
     else:
         losses = (scores - target).square()
-    return losses.reshape(len(labels), int(losses.numel() / max(len(labels), 1))).sum(1).numpy()
+    return (losses if losses.ndim == 1 else losses.sum(1)).numpy()
