@@ -6,7 +6,7 @@ Fine-tunes a text encoder and a vision or audio encoder, fused, on several tasks
         --text distilbert/distilbert-base-uncased --vision google/vit-base-patch16-224-in21k \
         --output_dir out --do_train --do_eval
 
-For several GPUs, put `accelerate launch` in place of `python`. All options of `transformers.TrainingArguments` can be
+For several GPUs, put `accelerate launch` in place of `python`. All options of `MMTrainingArguments` can be
 given; `python finetune.py --help` lists them, and `python finetune.py options.json` reads them from a file.
 
 Data are CSV, JSON lines or Parquet files, or whatever `datasets.load_dataset` takes by name: a data set of the Hub, or
@@ -27,9 +27,15 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import HfArgumentParser, set_seed
 
-from mm_transformers import MMDataCollator, MMTrainer, MMTransformerForMultiTask, MMTransformerProcessor
+from mm_transformers import (
+    MMDataCollator,
+    MMTrainer,
+    MMTrainingArguments,
+    MMTransformerForMultiTask,
+    MMTransformerProcessor,
+)
 from mm_transformers.data.labels import check_labels, complete_task, prepare_labels
 from mm_transformers.data.loading import check_columns, first_rows, hold_out, load_files, load_named
 from mm_transformers.model.tasks import Task
@@ -52,12 +58,13 @@ class ModelArguments:
         default="cross_attention",
         metadata={"help": "How text meets the rest: cross_attention, co_attention, bottleneck, merged or late."},
     )
-    num_fusion_layers: int = field(default=3, metadata={"help": "Number of fusion layers."})
+    num_fusion_layers: int = field(default=1, metadata={"help": "Number of fusion layers."})
     train_vision: bool = field(
         default=False, metadata={"help": "Train the vision encoder, too; needed if its weights are new."}
     )
-    modality_dropout: float = field(
-        default=0.0, metadata={"help": "Probability with which a row loses its images, or its sounds, in training."}
+    modality_dropout: float | None = field(
+        default=None,
+        metadata={"help": "Probability with which a row loses its images, or its sounds, in training; 0.3 by default."},
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what comes from the Hub."})
     trust_remote_code: bool = field(
@@ -83,9 +90,6 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "CSV, JSON lines or Parquet file to train on."})
     validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     test_file: str | None = field(default=None, metadata={"help": "The same, to predict."})
-    validation_fraction: float = field(
-        default=0.1, metadata={"help": "Share of the training rows to evaluate on, if there is no validation split."}
-    )
     text_column: str = field(default="text", metadata={"help": "Column of texts."})
     image_column: str = field(default="image", metadata={"help": "Column of images, or of their paths."})
     video_column: str = field(default="video", metadata={"help": "Column of videos, or of their paths."})
@@ -114,8 +118,6 @@ class DataArguments:
             raise ValueError("Say what to train on, by either --train_file or --dataset_name.")
         if self.dataset_name is not None and self.image_root is not None:
             raise ValueError("--image_root goes with --train_file; a data set has its images, or whole paths.")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"--validation_fraction must lie between 0 and 1, but is {self.validation_fraction}.")
 
     @property
     def files(self) -> dict[str, str]:
@@ -176,7 +178,7 @@ def write_answers(path: Path, tasks: dict[str, Task], predictions: dict[str, Any
 
 
 def main() -> None:
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    parser = HfArgumentParser((ModelArguments, DataArguments, MMTrainingArguments))
     if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
         model_args, data_args, training_args = parser.parse_json_file(sys.argv[1])
     else:
@@ -196,7 +198,7 @@ def main() -> None:
     tasks = [complete_task(task, data["train"]) for task in task_dicts]
     check_labels(data, tasks, data_args.text_column)
     kinds = ("text_column", "image_column", "video_column", "audio_column")
-    hold_out(data, data_args.validation_fraction, {kind: getattr(data_args, kind) for kind in kinds}, tasks)
+    hold_out(data, training_args.validation_fraction, {kind: getattr(data_args, kind) for kind in kinds}, tasks)
     data["train"] = first_rows(data["train"], data_args.max_train_samples)
     data["validation"] = first_rows(data["validation"], data_args.max_eval_samples)
 
@@ -204,15 +206,12 @@ def main() -> None:
     if training_args.do_train:
         encoders = {"text": model_args.text, "vision": model_args.vision, "audio": model_args.audio}
         processor = MMTransformerProcessor.from_encoders(**encoders, **hub)
-        model = MMTransformerForMultiTask.from_encoders(
-            **encoders,
-            tasks=tasks,
-            fusion_type=model_args.fusion_type,
-            num_fusion_layers=model_args.num_fusion_layers,
-            modality_dropout=model_args.modality_dropout,
-            **({"freeze": []} if model_args.train_vision else {}),
-            **hub,
-        )
+        options = {"fusion_type": model_args.fusion_type, "num_fusion_layers": model_args.num_fusion_layers}
+        if model_args.modality_dropout is not None:
+            options["modality_dropout"] = model_args.modality_dropout
+        if model_args.train_vision:
+            options["freeze"] = []
+        model = MMTransformerForMultiTask.from_encoders(**encoders, tasks=tasks, **options, **hub)
     else:
         if not Path(training_args.output_dir, "config.json").is_file():
             raise ValueError(f"{training_args.output_dir} holds no model to measure; add --do_train to train one.")

@@ -67,7 +67,7 @@ def new_model(**kwargs):
 
 
 def make_trainer(folder, model=None, rows=None, **kwargs):
-    args = MMTrainingArguments(str(folder), **{**CPU, "num_train_epochs": 1, **kwargs})
+    args = MMTrainingArguments(str(folder), **{**CPU, "num_train_epochs": 1, "refit": False, **kwargs})
     model = new_model() if model is None else model
     return MMTrainer(model, args, processing_class=make_processor(), train_dataset=rows or make_rows())
 

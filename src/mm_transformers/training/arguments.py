@@ -61,6 +61,10 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
             Where tasks start as linear models: the share of the start in the weights that are evaluated during training
             and kept at its end; the rest are the trained weights (WiSE-FT, https://arxiv.org/abs/2109.01903). 0 leaves
             the trained weights as they are.
+        refit (`bool`, *optional*):
+            Whether to train a second time, from the start and on all rows, if [`MMTrainer`] held some out: for as many
+            epochs as the best weights of the first training had. By default yes for up to 2,000 training rows, where
+            these few rows matter. Needs tasks that start as linear models. Never with an `eval_dataset`.
         predict_with_generate (`bool`, *optional*, defaults to `True`): Whether tasks that write do so in evaluation.
         rows_per_image (`int`, *optional*, defaults to 1):
             Rows of one image come up to so many at a time, in an otherwise random order: a batch reads and encodes each
@@ -120,6 +124,9 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
     )
     start_share: float = field(
         default=0.3, metadata={"help": "Share of a linear start in the weights that are kept; the rest are trained."}
+    )
+    refit: Optional[bool] = field(
+        default=None, metadata={"help": "Train again on all rows after rows were held out; by default if rows are few."}
     )
     predict_with_generate: bool = field(
         default=True, metadata={"help": "Whether tasks that write do so in evaluation."}

@@ -59,20 +59,23 @@ class Start:
     How the tasks started.
 
     Args:
+        tasks: names of those that started as linear models.
         models: task -> its linear model; empty in a training that is resumed.
         verdicts: task -> the linear model beside simpler ones on the validation rows; empty without such rows.
         label_counts: task whose classes were balanced -> how many training rows have each label.
     """
 
+    tasks: list[str] = field(default_factory=list)
     models: dict[str, LinearModel] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     label_counts: dict[str, list[int]] = field(default_factory=dict)
 
     def save(self, folder: str) -> None:
         """What a resumed training needs, beside a checkpoint; nothing if no task started so."""
-        if self.verdicts or self.label_counts:
+        if self.tasks:
             verdicts = {name: asdict(verdict) for name, verdict in self.verdicts.items()}
-            text = json.dumps({"verdicts": verdicts, "label_counts": self.label_counts}, indent=2)
+            found = {"tasks": self.tasks, "verdicts": verdicts, "label_counts": self.label_counts}
+            text = json.dumps(found, indent=2)
             Path(folder, FILE_NAME).write_text(f"{text}\n", encoding="utf-8")
 
     @classmethod
@@ -83,7 +86,7 @@ class Start:
             return cls()
         found = json.loads(path.read_text(encoding="utf-8"))
         verdicts = {name: Verdict(**values) for name, values in found["verdicts"].items()}
-        return cls(verdicts=verdicts, label_counts=found["label_counts"])
+        return cls(found["tasks"], verdicts=verdicts, label_counts=found["label_counts"])
 
 
 def start_probes(trainer: Any) -> Start:
@@ -146,6 +149,7 @@ def _solved(
         model = solve(problem, probe.blocks, *items)
         if model is None:
             continue
+        start.tasks.append(name)
         start.models[name] = model
         if model.label_counts is not None:
             start.label_counts[name] = model.label_counts

@@ -36,6 +36,7 @@ from .linear_models import LinearModel
 from .metrics import MultiTaskMetrics
 from .preparing import balance_tasks, prepare_tasks
 from .probe_start import Start, probes_of, start_probes
+from .refit import MAX_ROWS, Refit
 from .resuming import ResumableTrainer
 from .sharding import gather_for_method, layer_classes
 from .start_average import StartAverage, TolerantEarlyStopping, is_as_good
@@ -56,7 +57,8 @@ class MMTrainer(ResumableTrainer):
     - with [`MMTrainingArguments`], evaluations during such a training, and the model at its end, have the mean of the
       weights at the start and after training (see `start_share`); checkpoints hold the weights of training;
     - with [`MMTrainingArguments`], a grouped and stratified share of the training rows is held out if there is no
-      `eval_dataset`, the weights with the best validation loss are kept, and training stops early;
+      `eval_dataset`, the weights with the best validation loss are kept, and training stops early; if rows are few,
+      all of them are then trained on, from the start again (see `refit`);
     - after training, `verdicts` compares each task with its linear start, a linear model of the text alone and the
       majority, on the validation rows; one line per task is logged;
     - the loss of each task is its mean over all the labels of an optimiser step, also under gradient accumulation, and
@@ -164,7 +166,9 @@ class MMTrainer(ResumableTrainer):
             check_adapters(self.fused_model)
         if data_collator is None:
             self.data_collator = MMDataCollator(processing_class, self.model.config)
-        train_dataset, eval_dataset = self._with_validation_rows()
+        self._refit: Optional[Refit] = None
+        has_own_optimizer = self.optimizer is not None or kwargs.get("optimizer_cls_and_kwargs") is not None
+        train_dataset, eval_dataset = self._with_validation_rows(may_refit=not has_own_optimizer)
         self.feature_cache = FeatureCache.of(feature_cache)
         if self.feature_cache is not None:
             self.feature_cache.modalities(self.fused_model, self.data_collator)
@@ -185,6 +189,7 @@ class MMTrainer(ResumableTrainer):
         self._start = Start()
         self._keeps_start = False
         self._average: Optional[StartAverage] = None
+        self._trained_from: Optional[StartAverage] = None
         self.verdicts: list[Verdict] = []
         # `num_items_in_batch` holds the divisors of the whole optimiser step, so nothing is left to be divided.
         self.model_accepts_loss_kwargs = True
@@ -211,7 +216,7 @@ class MMTrainer(ResumableTrainer):
 
     # Data
 
-    def _with_validation_rows(self) -> tuple[Any, Any]:
+    def _with_validation_rows(self, may_refit: bool) -> tuple[Any, Any]:
         """Training and validation rows: the latter as given, or held out if the arguments leave that to the trainer."""
         args = self.args
         if not isinstance(args, MMTrainingArguments):
@@ -227,6 +232,9 @@ class MMTrainer(ResumableTrainer):
         if self.eval_dataset is None and args.wants_validation_rows and isinstance(self.data_collator, MMDataCollator):
             parts = split_for_validation(self.train_dataset, self.data_collator, args.validation_fraction, args.seed)
             if parts is not None:
+                is_small = type(self) is MMTrainer and may_refit and len(self.train_dataset) <= MAX_ROWS
+                if is_small if args.refit is None else args.refit:
+                    self._refit = Refit(self.train_dataset, self.fused_model.tasks)
                 self.train_dataset, self.eval_dataset = parts
                 logger.warning(
                     f"No eval_dataset: {len(parts[1]):,} of {len(parts[0]) + len(parts[1]):,} training rows are held "
@@ -408,7 +416,7 @@ class MMTrainer(ResumableTrainer):
                 "other: evaluate with a trainer of its own, or set eval_on_start=True in the training arguments."
             )
         self._has_trained = True
-        self._start, self._average = Start(), None
+        self._start, self._average, self._trained_from = Start(), None, None
         self._forget_losses()
         self._num_labels = {}
         self._counts.reset()
@@ -419,6 +427,9 @@ class MMTrainer(ResumableTrainer):
                 self._store_features(rows_of(dataset, self.data_collator)[0])
         output = super().train(*args, **kwargs)
         self._tell_verdicts()
+        if self._refit is not None and self._trained_from is not None and kwargs.get("trial") is None:
+            self._start.models = self._refit.run(self, self._trained_from, self._start.tasks)
+            self._trained_from = None
         for name, count in self._num_labels.items():
             if count == 0:
                 logger.warning(
@@ -457,7 +468,7 @@ class MMTrainer(ResumableTrainer):
             if checkpoint is None:
                 self._average.begin_anew()
             return self._average
-        if share == 0 or (checkpoint is None and not self._start.models):
+        if (share == 0 and self._refit is None) or (checkpoint is None and not self._start.models):
             return None
         average = StartAverage(self.accelerator.unwrap_model(self.model), share)
         return average if checkpoint is None or average.load(checkpoint) else None
@@ -476,7 +487,7 @@ class MMTrainer(ResumableTrainer):
     def _take_average(self) -> None:
         if self._average is not None:
             self._average.apply()
-            self._average = None
+            self._trained_from, self._average = self._average, None
 
     def _started(self, start: Start) -> Start:
         if start.models and self.is_world_process_zero():
@@ -513,7 +524,7 @@ class MMTrainer(ResumableTrainer):
     def is_tolerant(self) -> bool:
         """Whether of nearly equal validation losses the latest counts as the best; see [`is_as_good`]."""
         by_loss = self.args.load_best_model_at_end and self.args.metric_for_best_model in ("loss", "eval_loss")
-        return self._chooses_best and by_loss and self._average is not None
+        return self._chooses_best and by_loss and self._average is not None and self._average.share > 0
 
     def _tell_verdicts(self) -> None:
         state, best = self.state, self.state.best_global_step
