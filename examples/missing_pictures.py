@@ -41,7 +41,7 @@ def main() -> None:
         "--output_dir", type=Path, default=Path("missing_pictures"), help="where to write (%(default)s)"
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many models of each kind (%(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help="training steps, of 64 rows each (%(default)s)")
+    parser.add_argument("--steps", type=int, default=250, help="training steps, of 64 rows each (%(default)s)")
     args = parser.parse_args()
     if args.seeds < 1 or args.steps < 1:
         parser.error("--seeds and --steps must be at least 1.")

@@ -18,7 +18,7 @@ def main() -> None:
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each of the three models.")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each of the three models.")] = 250,
     output_dir: Annotated[Path, typer.Option(help="Where model, picture and results go.")] = Path("demo-output"),
     seed: Annotated[int, typer.Option(help="Seed of the data, the weights and the order of the rows.")] = 0,
     fusion: Annotated[

@@ -101,7 +101,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     with console.status("Comparing right and wrong translations ..."):
         contrast = {
             name: {
-                view: contrastive_accuracy(fused.model, fused.data_collator, rows, name, wrong[name], batch_size=128)
+                view: contrastive_accuracy(fused.model, fused.data_collator, rows, name, wrong[name], batch_size=288)
                 for view, rows in views.items()
             }
             for name in TRANSLATIONS
@@ -121,7 +121,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     with console.status("Drawing what each part is good for ..."):
         cards = _cards(fused, processor, test, seed)
         draw_results(output_dir / "demo.png", results, histories, cards)
-        ablation = ablate(fused.model, processor, test.select(range(NUM_ABLATED)), list(TASK_LABELS), batch_size=128)
+        ablation = ablate(fused.model, processor, test.select(range(NUM_ABLATED)), list(TASK_LABELS), batch_size=288)
         saved = {
             "settings": {"steps": steps, "seed": seed, "fusion": fusion_type, "test_rows": len(test)},
             "accuracy": results,
