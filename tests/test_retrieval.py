@@ -32,6 +32,14 @@ from mm_transformers.training.retrieval_metrics import RetrievalRecall
 FIND = Retrieval("find", embedding_size=8)
 
 
+def belong(one, other, labels, side) -> bool:
+    """Whether some row holds both, or two rows of one group do."""
+    return any(
+        a[side] == one and b[1 - side] == other and (i == j or (a[2] == b[2] and a[2] != -1))
+        for i, a in enumerate(labels) for j, b in enumerate(labels)
+    )  # fmt: skip
+
+
 def loss_by_loops(logits, labels) -> float:
     """Symmetric InfoNCE as one would tell it, one pair after the other."""
     rows = [i for i, ids in enumerate(labels) if ids[0] != -100]
@@ -40,11 +48,7 @@ def loss_by_loops(logits, labels) -> float:
         for side in (0, 1):
             scores = {j: sum(a * b for a, b in zip(logits[i][side], logits[j][1 - side], strict=True)) for j in rows}
             all_of_them = sum(math.exp(s) for s in scores.values())
-            good = [
-                j for j in rows
-                if labels[i][0] == labels[j][0] or labels[i][1] == labels[j][1]
-                or (labels[i][2] == labels[j][2] and labels[i][2] != -1)
-            ]  # fmt: skip
+            good = [j for j in rows if belong(labels[i][side], labels[j][1 - side], labels, side)]
             total -= sum(math.log(math.exp(scores[j]) / all_of_them) for j in good) / len(good) / 2
     return total
 

@@ -51,15 +51,27 @@ def pair_ids(groups: list[Optional[int]], context: LabelContext, modality: str) 
 
 def matching_pairs(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """
-    Whether the text of one row matches the item of another: (rows, others) bool. It does if the texts are equal, or the
-    items, or both rows name the same group.
+    Whether the text of one row belongs to the item of another: (rows, others) bool. It does if some row of the batch
+    holds this text and this item, or if a row with this text and a row with this item name the same group. Nothing more
+    follows: of the pairs (a, 1), (a, 2) and (b, 2), the text b does not belong to the item 1.
 
     Args:
-        queries (rows, 3), keys (others, 3): as [`pair_ids`] gives them.
+        queries (rows, 3): as [`pair_ids`] gives them; these rows are among `keys`.
+        keys (others, 3): the same for all rows.
     """
-    same = queries[:, None] == keys[None]
-    same[..., 2] &= queries[:, None, 2] != -1
-    return same.any(-1) & (queries[:, None, 0] != -100) & (keys[None, :, 0] != -100)
+    num_queries = len(queries)
+    texts = torch.cat([queries[:, 0], keys[:, 0]]).unique(return_inverse=True)[1]
+    known_items, items = keys[:, 1].unique(return_inverse=True)
+    row_texts = texts[num_queries:]
+    # Of all pairs, one number each.
+    pairs = [row_texts * len(known_items) + items]
+    grouped = (keys[:, 2] >= 0).nonzero()[:, 0]
+    if len(grouped):
+        first, second = (keys[grouped, None, 2] == keys[None, grouped, 2]).nonzero(as_tuple=True)
+        pairs.append(row_texts[grouped[first]] * len(known_items) + items[grouped[second]])
+    wanted = texts[:num_queries, None] * len(known_items) + items
+    belongs = torch.isin(wanted, torch.cat(pairs).unique())
+    return belongs & (queries[:, None, 0] != -100) & (keys[None, :, 0] != -100)
 
 
 def labels_of_pairs_left(labels: torch.Tensor, kept: dict[str, torch.Tensor], modality: str) -> torch.Tensor:

@@ -28,10 +28,10 @@ class Retrieval(Task):
     the encoders say before the fusion, so that texts and pictures can be encoded, stored and searched apart: see
     [`MMTransformerForMultiTask.encode_text`].
 
-    Needs no column: every row with a text and a picture is a pair. Rows with an equal text, or an equal picture, match
-    each other too; the probability is then to be shared by all that match (https://arxiv.org/abs/2204.03610). If there
-    is a column, a cell is an id, and all rows with the same id match each other; or True for a pair of its own, and
-    False or `None` for none.
+    Needs no column: every row with a text and a picture is a pair. A text matches all pictures that some row holds
+    together with it, and a picture all such texts; the probability is then to be shared by all that match
+    (https://arxiv.org/abs/2204.03610). If there is a column, a cell is an id, and all rows with the same id match each
+    other; or True for a pair of its own, and False or `None` for none.
 
     Logits (batch, 2, embedding_size): the vectors of text and item, each of the length sqrt(1 / temperature), so that
     their dot products are what the softmax is taken of; 0 where a row has no item. Labels (batch, 3) int64:
@@ -92,8 +92,9 @@ class Retrieval(Task):
         total = logits.new_zeros((), dtype=torch.float32)
         for start in range(0, len(logits), 2048):  # a data set at once would be too much
             rows = slice(start, start + 2048)
-            matches = matching_pairs(labels[rows], ids)
             for side in (0, 1):
+                order = [side, 1 - side, 2]  # what belongs to texts, and to items
+                matches = matching_pairs(labels[rows][:, order], ids[:, order])
                 scores = logits[rows, side].float() @ everyone[:, 1 - side].float().T
                 scores = scores.masked_fill(ids[:, 0] == -100, -torch.inf)
                 # Of a row that is no pair, nothing may be left: not even the NaN of a softmax of nothing.
