@@ -310,5 +310,21 @@ def processes(results: dict[str, Any]) -> str:
     return as_table(["processes", *(f"{task} (%)" for task in tasks), "rows per second"], rows)
 
 
+@renders("first_example")
+def first_example(results: dict[str, Any]) -> str:
+    methods = list(next(iter(results.values())))
+    rows = [
+        [f"split {seed}", *(percent(found[method][score]) for score in ("accuracy", "macro_f1") for method in methods)]
+        for seed, found in results.items()
+    ]
+    means = [
+        statistics.mean(found[method][score] for found in results.values())
+        for score in ("accuracy", "macro_f1")
+        for method in methods
+    ]
+    rows.append(["mean", *map(percent, means)])
+    return as_table(["", *(f"{score}, {method}" for score in ("accuracy", "macro F1") for method in methods)], rows)
+
+
 if __name__ == "__main__":
     main()

@@ -11,7 +11,8 @@ given; `python finetune.py --help` lists them, and `python finetune.py options.j
 
 Data are CSV, JSON lines or Parquet files, or whatever `datasets.load_dataset` takes by name: a data set of the Hub, or
 a folder, also of images with a `metadata.csv`. Each row has a text, an image, a video or a sound (or several, or none)
-and one column per task; an empty cell is a missing label.
+and one column per task; an empty cell is a missing label. Without validation rows, a share of the training rows is held
+out (--validation_fraction); this script measures on them and never trains on them (--refit has no effect).
 
 A task of the kind generation writes text; it needs an encoder-decoder as text encoder, such as
 Helsinki-NLP/opus-mt-en-de or google-t5/t5-small. The kinds retrieval and matching need no column.
@@ -187,6 +188,8 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     for name in ("finetune", "mm_transformers"):
         logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.ERROR)
+    if not training_args.validation_fraction > 0:
+        raise ValueError("--validation_fraction must be more than 0: this script always holds out validation rows.")
     set_seed(training_args.seed)
 
     # One process prepares the files in the cache, the others read them there.

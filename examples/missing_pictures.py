@@ -54,7 +54,7 @@ def main() -> None:
         data = load_demo_dataset(seed=seed)
         processor = make_processor([text for column in ("text", *TRANSLATIONS) for text in data["train"][column]])
         for name, dropout in DROPOUT.items():
-            config = make_config(processor.tokenizer, "cross_attention", with_images=True)
+            config = make_config(processor.tokenizer, "cross_attention", with_images=True, dropout=0.0)
             config.modality_dropout = {"vision": dropout}
             trainer = train(name, data, processor, config, args.steps, seed, args.output_dir / "training", console)
             for share in SHARES:

@@ -346,7 +346,7 @@ class TestErrors:
         for image in (path, Path(path), {"path": path}):
             assert message_of(image) == f"image '{path}' does not exist"
         assert message_of("") == "image '' does not exist"
-        assert message_of("two\nlines.png") == r"image 'two\nlines.png' does not exist"
+        assert message_of("two\nlines.png") == r"image 'two\nlines.png' does not exist in the current folder"
 
     def test_text_file(self, tmp_path):
         path = tmp_path / "notes.txt"

@@ -453,3 +453,19 @@ class TestSequenceClassification:
     def test_other_tasks_are_refused(self, folder):
         with pytest.raises(ValueError, match=r"takes models with one task, a classification; the tasks of this one"):
             AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_a_model_in_training_answers_as_in_evaluation_and_stays_in_training():
+    tasks = [
+        Classification("topic", labels=["animals", "food", "travel"]),
+        Generation("german", max_length=5, decoder_start_ids=[2]),
+    ]
+    model = make_model(text="t5", tasks=tasks, modality_dropout={"vision": 0.5}).eval()
+    pipe = pipeline("multimodal", model=model, processor=make_processor())
+    rows = [{"text": "a red dog", "image": make_image(0)}, {"text": "lovely rain"}]
+    expected = pipe(rows)
+    model.train()
+    model.model.fusion.eval()  # a part that somebody keeps still
+    modes = [module.training for module in model.modules()]
+    assert all(pipe(rows) == expected for _ in range(3))
+    assert [module.training for module in model.modules()] == modes

@@ -11,8 +11,10 @@ from transformers import TrainerCallback
 
 from mm_transformers import Classification, MMTrainer, MMTrainingArguments
 from mm_transformers.model.class_weights import balanced_weights
-from mm_transformers.training import trainer as trainer_module
-from mm_transformers.training.probe_start import probes_of
+from mm_transformers.training import refit as refit_module
+from mm_transformers.training.card.facts import measurements_of, training_of
+from mm_transformers.training.probe_start import probes_of, start_probes
+from mm_transformers.training.start_average import StartAverage
 
 
 OPTIONS = {"num_train_epochs": 2, "early_stopping_patience": 0, "head_learning_rate": 1e-2, "refit": None}
@@ -83,7 +85,7 @@ def test_if_the_start_is_kept_the_model_is_the_linear_model_of_all_rows(tmp_path
     assert trainer.state.best_global_step == 0
     assert steps[1:] == [0]
     all_rows = make_trainer(tmp_path / "b", start, validation_fraction=0)
-    trainer_module.start_probes(all_rows)
+    start_probes(all_rows)
     assert same(trainer.fused_model, start)
 
 
@@ -141,10 +143,68 @@ def test_it_is_left_out(case, tmp_path, monkeypatch):
     if case == "eval_dataset":
         kwargs["eval_dataset"] = make_rows(8, seed=1)
     if case == "many rows":
-        monkeypatch.setattr(trainer_module, "MAX_ROWS", 35)
+        monkeypatch.setattr(refit_module, "MAX_ROWS", 35)
     if case == "own optimizer":
         kwargs["optimizers"] = (torch.optim.AdamW(model.parameters(), lr=1e-3), None)
     kind = type("Other", (MMTrainer,), {}) if case == "subclass" else MMTrainer
     trainer = kind(model, args, callbacks=[steps := Steps()], **kwargs)
     trainer.train()
     assert len(steps.counts) == 1
+
+
+def test_what_cannot_be_trained_twice_is_refused_at_once(tmp_path):
+    class Other(MMTrainer):
+        def __init__(self, alpha, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    args = MMTrainingArguments(str(tmp_path), refit=True, **CPU)
+    kwargs = {"args": args, "processing_class": make_processor(), "train_dataset": make_rows()}
+    with pytest.raises(ValueError, match="Other has an __init__ of its own"):
+        Other(1.0, new_model(), **kwargs)
+    model = new_model()
+    with pytest.raises(ValueError, match="the optimizer was given"):
+        MMTrainer(model, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None), **kwargs)
+
+
+def test_rows_that_were_trained_on_say_nothing_more(refitted, caplog, tmp_path):
+    trainer, _, _ = refitted
+    assert measurements_of(trainer) == []
+    with caplog.at_level("WARNING", logger="mm_transformers"):
+        trainer.evaluate()
+    assert "The model was trained on these rows in the end" in caplog.text
+    assert measurements_of(trainer) == []
+    caplog.clear()
+    found = trainer.evaluate(make_rows(8, seed=1))
+    assert "trained on these rows" not in caplog.text
+    assert measurements_of(trainer)[0].metrics["topic_accuracy"] == found["eval_topic_accuracy"]
+    assert training_of(trainer).rows["then again"].startswith("on all 36 training rows, ")
+
+
+def test_running_statistics_begin_anew(tmp_path):
+    model = model_with(tasks=TASKS[:1], vision="resnet")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    average = StartAverage(model, 0.3)
+    average.save(str(tmp_path))
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.add_(1)
+    other = StartAverage(model, 0.3)
+    assert other.load(str(tmp_path))
+    other.begin_anew()
+    assert any("running_var" in name for name in before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_second_training_that_is_cut_short_is_told(tmp_path, caplog):
+    class Budget(TrainerCallback):
+        left = 5
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.left -= 1
+            control.should_training_stop |= self.left <= 0
+
+    trainer = make_trainer(tmp_path, new_model(TASKS[:1]), **OPTIONS)
+    trainer.add_callback(Budget())
+    with caplog.at_level("WARNING", logger="mm_transformers"):
+        trainer.train()
+    assert "A callback stopped this second training after 1 of 6 steps" in caplog.text

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -26,6 +27,7 @@ from mm_transformers import (
     MultiTaskMetrics,
     Retrieval,
 )
+from mm_transformers.model.fusion_base import Stream
 from mm_transformers.training.retrieval_metrics import RetrievalRecall
 
 
@@ -246,8 +248,8 @@ class TestRetrievalModel:
         ("task", "message"),
         [
             (lambda: Retrieval("x", modality="text"), "modality must be 'vision' or 'audio', but is 'text'"),
-            (lambda: Retrieval("x", embedding_size=0), "embedding_size must be an integer >= 1 and temperature more"),
-            (lambda: Retrieval("x", temperature=0), "embedding_size must be an integer >= 1 and temperature more"),
+            (lambda: Retrieval("x", embedding_size=0), "embedding_size must be an integer >= 1, but is 0"),
+            (lambda: Retrieval("x", temperature=0), "temperature must be at least 0.01"),
             (
                 lambda: make_model(tasks=[Retrieval("x", modality="audio")]),
                 "the model has no such encoder; it has text, v",
@@ -463,3 +465,22 @@ def test_ids_as_tables_hold_them(cell):
     labels = collator(rows)["labels"]["find"]
     assert labels[0, 2] == labels[1, 2] >= 0
     assert (labels[2] == -100).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, 0.005, math.nan, math.inf])
+def test_a_temperature_below_its_bound_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature must be at least 0.01"):
+        Retrieval("find", temperature=temperature)
+
+
+def test_the_temperature_comes_back_from_its_bound():
+    head = make_model(tasks=[Retrieval("find", embedding_size=8, temperature=0.01)]).heads.find
+    with torch.no_grad():
+        head.logit_scale.add_(0.5)  # as far as an optimiser may have gone
+    stream = Stream("text", torch.randn(4, 3, head.text_projection.in_features), torch.ones(4, 3, dtype=torch.bool))
+    items = Stream("vision", torch.randn(4, 3, head.item_projection.in_features), torch.ones(4, 3, dtype=torch.bool))
+    logits = head(SimpleNamespace(encoded={"text": stream, "vision": items}))
+    assert torch.allclose(logits.norm(dim=-1) ** 2, torch.full((4, 2), 100.0), rtol=1e-4)
+    total, _ = Retrieval("find").loss(logits, torch.arange(12).reshape(4, 3))
+    total.backward()
+    assert head.logit_scale.grad.item() != 0

@@ -47,7 +47,12 @@ def main() -> None:
                 },
                 "preprocessing": {"tokenizer": "hf_tokenizer", "pretrained_model_name_or_path": text},
             },
-            {"name": "picture", "type": "vector", "encoder": {"type": "passthrough"}},
+            {
+                "name": "picture",
+                "type": "vector",
+                "encoder": {"type": "dense", "num_layers": 1, "output_size": 384},  # passthrough counts one column
+                "preprocessing": {"vector_size": len(frames["train"]["picture"][0].split())},
+            },
         ],
         "combiner": {"type": "concat"},
         "output_features": [{"name": args.label, "type": "category"}],

@@ -72,7 +72,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     trainers: dict[str, MMTrainer] = {}
     for name, seen in MODELS.items():
         console.print(f"[bold]{name}[/bold]: {steps} steps on {seen}")
-        config = make_config(processor.tokenizer, fusion_type, with_images=name != "text only")
+        config = make_config(processor.tokenizer, fusion_type, with_images=name != "text only", dropout=0.0)
         trainers[name] = train(
             name, _only(name, data), processor, config, steps, seed, output_dir / "training", console
         )

@@ -73,11 +73,13 @@ def make_tasks(tokenizer: PreTrainedTokenizerFast) -> list[Task]:
     ]
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast, fusion_type: str, with_images: bool) -> MMTransformerConfig:
+def make_config(
+    tokenizer: PreTrainedTokenizerFast, fusion_type: str, with_images: bool, dropout: float = 0.1
+) -> MMTransformerConfig:
     """
     A BERT of 1 layer, a ResNet of 3, 1 layer of fusion and a decoder of 1, each of width 64.
 
-    Without dropout: in so few epochs so small a model learns nothing by heart, and it learns the same in fewer steps.
+    In so few epochs so small a model learns nothing by heart: with `dropout=0.0` it learns the same in fewer steps.
     """
     # The usual 0.02 is made for widths of 768; in so narrow a layer the pictures would be whispered.
     text = dict(
@@ -88,8 +90,8 @@ def make_config(tokenizer: PreTrainedTokenizerFast, fusion_type: str, with_image
         intermediate_size=128,
         max_position_embeddings=64,
         initializer_range=0.1,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
         pad_token_id=tokenizer.pad_token_id,
     )
     decoder = BertConfig(
@@ -102,8 +104,8 @@ def make_config(tokenizer: PreTrainedTokenizerFast, fusion_type: str, with_image
         decoder_config=decoder,
         fusion_type=fusion_type,
         num_fusion_layers=1,
-        fusion_dropout=0.0,
-        classifier_dropout=0.0,
+        fusion_dropout=dropout,
+        classifier_dropout=dropout,
         initializer_range=0.1,
         tasks=make_tasks(tokenizer),
     )

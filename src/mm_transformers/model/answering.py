@@ -2,7 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -11,6 +12,18 @@ import torch
 def unwrapped(model: Any) -> Any:
     """The model itself, of one that PEFT has wrapped; its adapters stay in it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block all modules are in evaluation mode; afterwards each is in the mode that it was in."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
 
 
 def check_tasks(model: Any, tasks: Optional[Sequence[str]]) -> list[str]:
@@ -45,7 +58,7 @@ def answer_batch(
     and fusion run once, whatever the number of tasks.
 
     Args:
-        model ([`MMTransformerForMultiTask`]): In evaluation mode.
+        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
         processor ([`MMTransformerProcessor`]): Reads what a decoder writes.
         inputs: what the processor gives, on the device of the model.
         tasks: names of tasks.
@@ -54,18 +67,19 @@ def answer_batch(
         decode_options: for the `decode` of those tasks that know them, such as `top_k`.
         generation_options: for `model.generate`.
     """
-    encoded = model.model(**inputs)
-    logits = model(encoder_outputs=encoded).logits
-    columns: dict[str, list[Any]] = {}
-    for name in tasks:
-        task = model.tasks[name]
-        if task.needs_decoder:
-            ids = model.generate(name, encoded, **generation_options)
-            # What the decoder is given to start with is not of its own writing.
-            texts = processor.batch_decode(ids[:, len(model.decoder_start_ids(task)) :], skip_special_tokens=True)
-            columns[name] = [{"text": text.strip()} for text in texts]
-        else:
-            known = inspect.signature(task.decode).parameters
-            options = {key: value for key, value in (decode_options or {}).items() if key in known}
-            columns[name] = task.decode(logits[name], word_index, **options)
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    with evaluation_mode(model):
+        encoded = model.model(**inputs)
+        logits = model(encoder_outputs=encoded).logits
+        columns: dict[str, list[Any]] = {}
+        for name in tasks:
+            task = model.tasks[name]
+            if task.needs_decoder:
+                ids = model.generate(name, encoded, **generation_options)
+                # What the decoder is given to start with is not of its own writing.
+                texts = processor.batch_decode(ids[:, len(model.decoder_start_ids(task)) :], skip_special_tokens=True)
+                columns[name] = [{"text": text.strip()} for text in texts]
+            else:
+                known = inspect.signature(task.decode).parameters
+                options = {key: value for key, value in (decode_options or {}).items() if key in known}
+                columns[name] = task.decode(logits[name], word_index, **options)
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from .files import content_key, content_of, describe, fetch, is_url
+from .files import content_key, content_of, describe, fetch, is_url, not_there
 
 
 class AudioError(ValueError):
@@ -81,7 +81,7 @@ def _read(content: Any, name: str) -> tuple[Any, int]:
             f"but is of type {type(content).__name__}"
         )
     if not isinstance(content, bytes) and not os.path.exists(content):
-        raise AudioError(f"{name} does not exist")
+        raise AudioError(not_there(content, "sound"))
     try:
         import soundfile
     except ImportError as error:

@@ -35,6 +35,13 @@ def describe(cell: Any, kind: str) -> str:
     return f"the {kind} (a {type(cell).__name__})"
 
 
+def not_there(cell: Any, kind: str) -> str:
+    """The sentence about a file that does not exist."""
+    path = cell.get("path") if isinstance(cell, Mapping) else cell
+    is_relative = isinstance(path, (str, os.PathLike)) and bool(os.fspath(path)) and not os.path.isabs(path)
+    return f"{describe(cell, kind)} does not exist{' in the current folder' if is_relative else ''}"
+
+
 def is_url(content: Any) -> bool:
     return isinstance(content, str) and content.startswith(("http://", "https://"))
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Hashable
 from typing import Any
 
-from .files import content_key, content_of, describe, fetch, is_url
+from .files import content_key, content_of, describe, fetch, is_url, not_there
 
 
 class ImageError(ValueError):
@@ -54,7 +54,7 @@ def load_image(image: Any):
     except ImageError:
         raise
     except FileNotFoundError as error:
-        raise ImageError(f"{name} does not exist") from error
+        raise ImageError(not_there(image, "image")) from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(
             f"{name} has more than the {Image.MAX_IMAGE_PIXELS:,} pixels that are allowed (PIL.Image.MAX_IMAGE_PIXELS)"

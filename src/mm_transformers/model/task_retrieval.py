@@ -15,8 +15,9 @@ from .pairs import encode_pair, labels_of_pairs_left, matching_pairs, pair_ids, 
 from .task_base import NO_CONTEXT, LabelContext, Task, register_task
 
 
-# As CLIP has it: beyond a scale of 100 training becomes unstable.
-MAX_LOG_SCALE = math.log(100.0)
+# As CLIP has it: below this temperature training becomes unstable.
+MIN_TEMPERATURE = 0.01
+MAX_LOG_SCALE = math.log(1 / MIN_TEMPERATURE)
 
 
 @register_task
@@ -43,7 +44,7 @@ class Retrieval(Task):
     Args:
         modality (`str`, *optional*, defaults to `"vision"`): What texts are compared with: `"vision"` or `"audio"`.
         embedding_size (`int`, *optional*, defaults to 256): Size of the vectors.
-        temperature (`float`, *optional*, defaults to 0.07): Where the temperature starts.
+        temperature (`float`, *optional*, defaults to 0.07): Where the temperature starts; never below 0.01.
     """
 
     modality: str = "vision"
@@ -58,10 +59,14 @@ class Retrieval(Task):
     def __post_init__(self):
         super().__post_init__()
         check_modality(self)
-        if not isinstance(self.embedding_size, int) or self.embedding_size < 1 or not self.temperature > 0:
+        if not isinstance(self.embedding_size, int) or self.embedding_size < 1:
             raise ValueError(
-                f"Task {self.name!r}: embedding_size must be an integer >= 1 and temperature more than 0, but they are "
-                f"{self.embedding_size!r} and {self.temperature!r}."
+                f"Task {self.name!r}: embedding_size must be an integer >= 1, but is {self.embedding_size!r}."
+            )
+        if not MIN_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"Task {self.name!r}: temperature must be at least {MIN_TEMPERATURE}, below which training becomes "
+                f"unstable, but is {self.temperature!r}."
             )
 
     def build_head(self, config, hidden_size: int) -> nn.Module:
@@ -150,7 +155,10 @@ class RetrievalHead(nn.Module):
         text = self.embed_text(outputs.encoded["text"])
         stream = outputs.encoded.get(self.modality)
         item = torch.zeros_like(text) if stream is None else self.embed_item(stream)
-        scale = (self.logit_scale.float().clamp(max=MAX_LOG_SCALE) / 2).exp()
+        log_scale = self.logit_scale.float()
+        # The gradient also passes at the bound, from which the temperature could not come back otherwise.
+        log_scale = log_scale - (log_scale - MAX_LOG_SCALE).clamp(min=0).detach()
+        scale = (log_scale / 2).exp()
         return torch.stack([text, item], 1) * scale
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Hashable
 from typing import Any
 
-from .files import content_key, content_of, describe, fetch, is_url
+from .files import content_key, content_of, describe, fetch, is_url, not_there
 from .images import ImageError, load_image
 
 
@@ -69,7 +69,7 @@ def _read(content: Any, name: str, num_frames: int) -> list[Any]:
         except OSError as error:
             raise VideoError(f"{name} cannot be fetched ({error})") from error
     if not isinstance(content, bytes) and not os.path.exists(content):
-        raise VideoError(f"{name} does not exist")
+        raise VideoError(not_there(content, "video"))
     try:
         with av.open(io.BytesIO(content) if isinstance(content, bytes) else os.fspath(content)) as container:
             if not container.streams.video:

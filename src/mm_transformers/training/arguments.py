@@ -63,8 +63,11 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
             the trained weights as they are.
         refit (`bool`, *optional*):
             Whether to train a second time, from the start and on all rows, if [`MMTrainer`] held some out: for as many
-            epochs as the best weights of the first training had. By default yes for up to 2,000 training rows, where
-            these few rows matter. Needs tasks that start as linear models. Never with an `eval_dataset`.
+            epochs as the best weights of the first training had (as many steps, with `max_steps`). By default yes for
+            up to 2,000 training rows, where these few rows matter, unless the optimizer or a subclass of the trainer is
+            your own. All figures of the training, and the verdicts, are about the first one. It needs tasks that start
+            as linear models, and never happens with an `eval_dataset`. Callbacks run in both trainings, but those that
+            report to services in the first only.
         predict_with_generate (`bool`, *optional*, defaults to `True`): Whether tasks that write do so in evaluation.
         rows_per_image (`int`, *optional*, defaults to 1):
             Rows of one image come up to so many at a time, in an otherwise random order: a batch reads and encodes each

@@ -86,7 +86,7 @@ class Start:
             return cls()
         found = json.loads(path.read_text(encoding="utf-8"))
         verdicts = {name: Verdict(**values) for name, values in found["verdicts"].items()}
-        return cls(found["tasks"], verdicts=verdicts, label_counts=found["label_counts"])
+        return cls(found.get("tasks", list(verdicts)), verdicts=verdicts, label_counts=found["label_counts"])
 
 
 def start_probes(trainer: Any) -> Start:

@@ -53,7 +53,7 @@ class TolerantEarlyStopping(EarlyStoppingCallback):
 
 class StartAverage:
     """
-    Keeps the trainable weights of a model as they are now, on the CPU.
+    Keeps the trainable weights of a model, and its buffers, as they are now, on the CPU.
 
     Buffers are not averaged: an unfrozen batch norm has the running statistics of the trained weights. Of a LoRA
     adapter both factors are averaged, so what it adds is between `(1 - share) ** 2` and `1 - share` of what it has
@@ -67,6 +67,8 @@ class StartAverage:
     def __init__(self, model: torch.nn.Module, share: float):
         self.model, self.share = model, share
         self.start = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+        saved = model.state_dict().keys()
+        self.buffers = {name: b.detach().to("cpu", copy=True) for name, b in model.named_buffers() if name in saved}
 
     def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Those that could be trained at the start, whatever has been frozen or unfrozen since then."""
@@ -84,6 +86,9 @@ class StartAverage:
         """Makes the weights of the model those of the start."""
         for name, parameter in self._parameters():
             parameter.copy_(self.start[name])
+        for name, buffer in self.model.named_buffers():
+            if name in self.buffers:
+                buffer.copy_(self.buffers[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -98,7 +103,7 @@ class StartAverage:
                     parameter.copy_(trained[name])
 
     def save(self, folder: str) -> None:
-        save_tensors(self.start, Path(folder, FILE_NAME))
+        save_tensors({**self.start, **self.buffers}, Path(folder, FILE_NAME))
 
     def load(self, folder: str) -> bool:
         """Takes the start that [`save`] wrote; `False` if it wrote none."""
@@ -109,5 +114,7 @@ class StartAverage:
             "{path} does not hold the start of {name}: resume with the parameters frozen that were frozen when the "
             "checkpoint was written."
         )
-        self.start = load_tensors(path, self.start, complaint)
+        found = load_tensors(path, [*self.start, *self.buffers], complaint)
+        self.start = {name: found[name] for name in self.start}
+        self.buffers = {name: found[name] for name in self.buffers}
         return True

@@ -36,7 +36,7 @@ from .linear_models import LinearModel
 from .metrics import MultiTaskMetrics
 from .preparing import balance_tasks, prepare_tasks
 from .probe_start import Start, probes_of, start_probes
-from .refit import MAX_ROWS, Refit
+from .refit import Refit
 from .resuming import ResumableTrainer
 from .sharding import gather_for_method, layer_classes
 from .start_average import StartAverage, TolerantEarlyStopping, is_as_good
@@ -167,8 +167,9 @@ class MMTrainer(ResumableTrainer):
         if data_collator is None:
             self.data_collator = MMDataCollator(processing_class, self.model.config)
         self._refit: Optional[Refit] = None
+        self.refitted: Optional[str] = None  # how the model was trained again on all rows
         has_own_optimizer = self.optimizer is not None or kwargs.get("optimizer_cls_and_kwargs") is not None
-        train_dataset, eval_dataset = self._with_validation_rows(may_refit=not has_own_optimizer)
+        train_dataset, eval_dataset = self._with_validation_rows(has_own_optimizer)
         self.feature_cache = FeatureCache.of(feature_cache)
         if self.feature_cache is not None:
             self.feature_cache.modalities(self.fused_model, self.data_collator)
@@ -211,12 +212,12 @@ class MMTrainer(ResumableTrainer):
 
     @property
     def linear_models(self) -> dict[str, LinearModel]:
-        """Task -> the linear model with which the last training started; empty if it was resumed."""
+        """Task -> the linear model with which the last training started; empty if that was resumed."""
         return self._start.models
 
     # Data
 
-    def _with_validation_rows(self, may_refit: bool) -> tuple[Any, Any]:
+    def _with_validation_rows(self, has_own_optimizer: bool) -> tuple[Any, Any]:
         """Training and validation rows: the latter as given, or held out if the arguments leave that to the trainer."""
         args = self.args
         if not isinstance(args, MMTrainingArguments):
@@ -232,9 +233,7 @@ class MMTrainer(ResumableTrainer):
         if self.eval_dataset is None and args.wants_validation_rows and isinstance(self.data_collator, MMDataCollator):
             parts = split_for_validation(self.train_dataset, self.data_collator, args.validation_fraction, args.seed)
             if parts is not None:
-                is_small = type(self) is MMTrainer and may_refit and len(self.train_dataset) <= MAX_ROWS
-                if is_small if args.refit is None else args.refit:
-                    self._refit = Refit(self.train_dataset, self.fused_model.tasks)
+                self._refit = Refit.of(self, MMTrainer, has_own_optimizer)
                 self.train_dataset, self.eval_dataset = parts
                 logger.warning(
                     f"No eval_dataset: {len(parts[1]):,} of {len(parts[0]) + len(parts[1]):,} training rows are held "
@@ -425,11 +424,16 @@ class MMTrainer(ResumableTrainer):
             evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
             for dataset in evaluated.values():
                 self._store_features(rows_of(dataset, self.data_collator)[0])
+        if self.refitted is not None:
+            logger.warning("The held-out rows were trained on before, so they cannot choose weights well any more.")
+        self.refitted = None
         output = super().train(*args, **kwargs)
         self._tell_verdicts()
-        if self._refit is not None and self._trained_from is not None and kwargs.get("trial") is None:
+        is_trial = kwargs.get("trial", args[1] if len(args) > 1 else None) is not None
+        if self._refit is not None and self._trained_from is not None and not is_trial:
             self._start.models = self._refit.run(self, self._trained_from, self._start.tasks)
-            self._trained_from = None
+            self.refitted, self._trained_from = self._refit.how, None
+            self._num_labels = {}  # the second training has told which are missing
         for name, count in self._num_labels.items():
             if count == 0:
                 logger.warning(
@@ -454,12 +458,17 @@ class MMTrainer(ResumableTrainer):
         self._keeps_start = bool(self._start.models) and self.args.load_best_model_at_end and not is_resumed
         self._average = self._start_average(kwargs.get("resume_from_checkpoint"))
         fused.starting_point = take_starting_point(fused, fused.config.regularization)
-        self.remove_callback(TaskBalancing)
+        self.stop_balancing()
         balancing = TaskBalancing(self)
         self._balancing = balancing if balancing.is_needed else None
         if self._balancing is not None:
             self.add_callback(self._balancing)
         return super()._inner_training_loop(*args, **kwargs)
+
+    def stop_balancing(self) -> None:
+        """Forgets the weighting of tasks of a training before."""
+        self.remove_callback(TaskBalancing)
+        self._balancing = None
 
     def _start_average(self, checkpoint: Optional[str]) -> Optional[StartAverage]:
         """For models that started as linear models, now or in the training that goes on."""
@@ -487,7 +496,8 @@ class MMTrainer(ResumableTrainer):
     def _take_average(self) -> None:
         if self._average is not None:
             self._average.apply()
-            self._trained_from, self._average = self._average, None
+            self._trained_from = self._average if self._refit is not None else None
+            self._average = None
 
     def _started(self, start: Start) -> Start:
         if start.models and self.is_world_process_zero():
@@ -617,6 +627,16 @@ class MMTrainer(ResumableTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     # Evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.refitted is not None and (eval_dataset is None or eval_dataset is self.eval_dataset):
+            logger.warning(
+                "The model was trained on these rows in the end (refit), so this does not tell how good it is: "
+                "evaluate other rows, or train with refit=False."
+            )
+            self.state.log_history[-1]["trained_on"] = True
+        return metrics
 
     def evaluation_loop(self, *args, **kwargs):
         with nullcontext() if self._average is None else self._average.applied():

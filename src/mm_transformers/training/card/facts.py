@@ -80,10 +80,12 @@ def measurements_of(trainer: Any) -> list[Measurement]:
     # the step whose weights these are.
     has_loaded_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None and end >= 0
     step = state.best_global_step if has_loaded_best else state.global_step
+    if trainer.refitted is not None:
+        step = None  # what was measured before is a model that has not seen all rows
     found: dict[str, Measurement] = {}
     for i, logs in enumerate(history):
         prefix = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), "train")
-        if prefix != "train" and (i > end or logs.get("step") == step):
+        if prefix != "train" and (i > end or logs.get("step") == step) and not logs.get("trained_on"):
             metrics = {
                 name.removeprefix(f"{prefix}_"): value for name, value in logs.items() if name.startswith(f"{prefix}_")
             }
@@ -101,6 +103,7 @@ def training_of(trainer: Any) -> Optional[Training]:
     rows = {
         "steps": f"{state.global_step:,}",
         "epochs": f"{state.epoch:.3g}" if state.epoch is not None else "",
+        "then again": trainer.refitted or "",
         "rows per step": f"{batch:,}",
         "learning rate": f"{args.learning_rate:g}",
         "learning rates by part": ", ".join(
