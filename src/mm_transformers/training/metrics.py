@@ -262,6 +262,12 @@ class MultiTaskMetrics:
             if count == 0:
                 continue
             results[f"{name}_loss"] = (total / count).item()
+            if not torch.isfinite(total):
+                logger.warning(
+                    f"The loss of task {name!r} is {total.item()}, so nothing else is measured of it; training has "
+                    "probably diverged (try a smaller learning rate)."
+                )
+                continue
             if isinstance(answers, Mapping):
                 labelled = np.asarray(labels != -100).any(-1)
                 written = self._read(np.asarray(answers["generated_ids"])[labelled])
@@ -272,12 +278,6 @@ class MultiTaskMetrics:
             predictions, references = (x.numpy() for x in task.predictions_and_references(answers, labels))
             # Rows of which only a part is labelled have a loss, but may be of no use to metrics.
             if len(references) == 0:
-                continue
-            if not np.isfinite(predictions).all():
-                logger.warning(
-                    f"Task {name!r} predicts values that are not finite, so only its loss is reported; training has "
-                    "probably diverged (try a smaller learning rate)."
-                )
                 continue
             self._score(results, name, predictions, references)
         return results

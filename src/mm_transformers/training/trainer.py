@@ -22,6 +22,7 @@ from ..model.regularization import penalties, take_starting_point
 from .arguments import MMTrainingArguments
 from .balancing import TaskBalancing
 from .card.writing import write_trainer_card
+from .checkpoints import newest_complete_checkpoint
 from .checks import (
     check_adapters,
     check_arguments,
@@ -322,6 +323,8 @@ class MMTrainer(ResumableTrainer):
         if self._balancing is not None:
             self._balancing.before_forward(model)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            self._check_finite({"all tasks together": loss, **self._step_losses}, "loss")
         if self._balancing is not None:
             self._balancing.after_backward()
         return loss
@@ -364,6 +367,7 @@ class MMTrainer(ResumableTrainer):
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
         if model.training:
+            self._step_losses = outputs.losses
             if self._balancing is not None:
                 loss = self._balancing.loss(outputs.losses)
             for name, value in outputs.losses.items():
@@ -387,7 +391,38 @@ class MMTrainer(ResumableTrainer):
         super().log(logs, *args, **kwargs)
 
     def _forget_losses(self) -> None:
-        self._losses, self._num_steps = {}, {}
+        self._losses, self._num_steps, self._step_losses = {}, {}, {}
+
+    def _check_finite(self, losses: dict[str, Any], what: str) -> None:
+        """
+        Raises:
+            ValueError: if a number is NaN or infinite: nothing can be learned any more, and nothing be scored.
+        """
+        bad = [name for name, loss in losses.items() if not torch.isfinite(torch.as_tensor(loss)).all()]
+        if bad:
+            good = newest_complete_checkpoint(self.args.output_dir)
+            kept = "there is no checkpoint before it" if good is None else f"{good} is the newest checkpoint before it"
+            raise ValueError(
+                f"Training has diverged: at step {self.state.global_step + 1} the {what} of {bad[-1]} is NaN or "
+                f"infinite ({kept}). Try a smaller learning rate, more warm-up, or float32 or bf16 in place of fp16."
+            )
+
+    def _evaluate(self, *args, **kwargs):
+        metrics = super()._evaluate(*args, **kwargs)
+        losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
+        self._check_finite(losses, "value")
+        return metrics
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self._check_weights()
+        super()._save_checkpoint(model, trial)
+
+    def _check_weights(self) -> None:
+        # The last step may have broken them, after its loss was computed.
+        self._check_finite(
+            {name: parameter for name, parameter in self.fused_model.named_parameters() if parameter.requires_grad},
+            "weight",
+        )
 
     # Optimiser
 
@@ -483,6 +518,7 @@ class MMTrainer(ResumableTrainer):
         return average if checkpoint is None or average.load(checkpoint) else None
 
     def _finalize_training(self, *args, **kwargs):
+        self._check_weights()
         # Before callbacks see the end of the training.
         loads_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
         if not loads_best:
