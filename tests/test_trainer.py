@@ -489,3 +489,32 @@ def test_losses_of_tasks_are_in_tensorboard(tmp_path):
     for name in ("topic_loss", "regularization_loss", "topic_weight"):
         logged = [entry[name] for entry in trainer.state.log_history if name in entry]
         assert [event.value for event in found.Scalars(f"train/{name}")] == pytest.approx(logged, rel=1e-5)
+
+
+def test_evaluation_and_predict_leave_out_no_row(tmp_path):
+    args = make_args(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=4, per_device_train_batch_size=4)
+    trainer = MMTrainer(make_model(), args, processing_class=make_processor(), train_dataset=make_dataset(9))
+    rows = make_dataset(9)
+    found = trainer.predict(rows)
+    assert {len(logits) for logits in found.predictions.values()} == {9}
+    args.dataloader_drop_last = False
+    assert trainer.predict(rows).metrics["test_loss"] == found.metrics["test_loss"]
+    args.dataloader_drop_last = True
+    assert len(trainer.get_train_dataloader()) == 2
+
+
+def test_no_rows_to_evaluate_are_told(tmp_path):
+    trainer = MMTrainer(make_model(), make_args(tmp_path), processing_class=make_processor())
+    with pytest.raises(ValueError, match="There is nothing to evaluate or predict: the data set has no rows"):
+        trainer.evaluate(make_dataset(3).select([]))
+
+
+def test_the_best_metric_must_be_measured(tmp_path):
+    model = make_model()
+    name = next(task.name for task in model.tasks.values() if task.kind == "classification")
+    args = make_args(tmp_path, metric_for_best_model=f"{name}_accuracy")
+    rows = make_dataset()
+    with pytest.raises(ValueError, match=f"so task '{name}' is not measured there"):
+        MMTrainer(
+            model, args, processing_class=make_processor(), train_dataset=rows, eval_dataset=rows.remove_columns(name)
+        )

@@ -35,6 +35,11 @@ def check_arguments(args: TrainingArguments) -> None:
         )
     if args.batch_eval_metrics:
         raise ValueError("MMTrainer computes metrics over all rows at once; leave out batch_eval_metrics.")
+    if args.label_names not in (None, ["labels"]):
+        raise ValueError(
+            f"label_names={args.label_names!r} is not taken: a batch holds the labels of all tasks under 'labels', and "
+            "tasks name their columns themselves. Leave it out."
+        )
     num_started = int(os.environ.get("WORLD_SIZE", 1))
     if num_started != args.world_size:
         raise ValueError(
@@ -65,6 +70,14 @@ def check_best_metric(args: TrainingArguments, tasks: Iterable[Task], eval_datas
             f"metric_for_best_model is {wanted!r}, which is not measured; "
             + (f"did you mean 'eval_{near[0]}'?" if len(near) == 1 else f"known are {', '.join(near)}.")
         )
+    columns = None if isinstance(eval_dataset, (dict, DataSource)) else getattr(eval_dataset, "column_names", None)
+    for task in tasks:
+        is_this = name == f"{task.name}_loss" or name in [f"{task.name}_{metric}" for metric in task.default_metrics]
+        if is_this and columns and task.default_cell is None and task.column not in columns:
+            raise ValueError(
+                f"metric_for_best_model is {wanted!r}, but the eval data set has no column {task.column!r} (its "
+                f"columns are {', '.join(map(repr, columns))}), so task {task.name!r} is not measured there."
+            )
     if name.endswith(LESS_IS_BETTER) and args.greater_is_better:
         raise ValueError(f"metric_for_best_model is {wanted!r}, the less the better: set greater_is_better to False.")
 

@@ -271,6 +271,15 @@ class MMTrainer(ResumableTrainer):
         return SharedImageSampler(images_of(rows, column), self.args.rows_per_image, seed)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
+        drop_last = self.args.dataloader_drop_last
+        # Training may leave out the last rows of an epoch, evaluation and `predict` may not.
+        self.args.dataloader_drop_last = drop_last and kwargs.get("is_training", False)
+        try:
+            return self._make_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _make_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
         if not isinstance(self.data_collator, MMDataCollator):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn=sampler_fn, **kwargs)
         if isinstance(dataset, DataMixture):
@@ -674,9 +683,11 @@ class MMTrainer(ResumableTrainer):
             self.state.log_history[-1]["trained_on"] = True
         return metrics
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        if has_length(dataloader) and len(dataloader) == 0:
+            raise ValueError("There is nothing to evaluate or predict: the data set has no rows.")
         with nullcontext() if self._average is None else self._average.applied():
-            return self._evaluated(*args, **kwargs)
+            return self._evaluated(dataloader, *args, **kwargs)
 
     def _evaluated(self, *args, **kwargs):
         self._has_evaluated = self._has_evaluated or not self._has_trained
