@@ -195,6 +195,8 @@ class MMTransformerConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         _check_auto_map(config_dict, kwargs.get("name_or_path"))
+        if kwargs.get("tasks") is not None:  # objects, which only a new config takes
+            config_dict = {**config_dict, "tasks": kwargs.pop("tasks")}
         return super().from_dict(config_dict, **kwargs)
 
     def get_tasks(self) -> dict[str, Task]:

@@ -1,5 +1,6 @@
 """The fused model: encoders, fusion, task layers."""
 
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
+from .adding_tasks import load_with_tasks
 from .configuration_mm_transformer import MMTransformerConfig
 from .decoders import build_seq2seq
 from .encoders import build_encoder, encoder_width, takes_audio_mask
@@ -320,6 +322,36 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
         # Towards which an L2-SP regularizer pulls: the weights with which training started. Not part of the weights.
         self.starting_point: Optional[dict[str, torch.Tensor]] = None
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, tasks=None, **kwargs):
+        """
+        As [`MMTransformerPreTrainedModel.from_pretrained`] does.
+
+        Args:
+            tasks (`list[Task]`, *optional*):
+                The tasks that the model is to have in place of the saved ones. New tasks, and those of another kind or
+                with other labels, get heads with new weights; the others keep their heads.
+
+        Raises:
+            OSError: one sentence, if files are missing or damaged.
+            ValueError: one sentence, if the config or the shapes of weights do not fit, or if only one of the saved and
+                the new tasks writes, for which the decoder would be missing or lost.
+
+        Example:
+
+        ```python
+        >>> saved = MMTransformerForMultiTask.from_pretrained("my-model")
+        >>> tasks = [*saved.tasks.values(), Classification("mood", labels=["bad", "good"])]
+        >>> model = MMTransformerForMultiTask.from_pretrained("my-model", tasks=tasks)
+        ```
+        """
+        if "num_labels" in kwargs:
+            raise ValueError("num_labels belongs to a task: give tasks=[Classification('name', labels=[...])].")
+        load = partial(super().from_pretrained, pretrained_model_name_or_path, *args)
+        if tasks is None and kwargs.get("config") is None:
+            return load(**kwargs)
+        return load_with_tasks(load, pretrained_model_name_or_path, tasks, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -126,6 +126,8 @@ class Task:
     default_cell: ClassVar[Any] = None
     # True if the rows of a batch are compared with each other; the context of labels then has `fingerprints`.
     compares_rows: ClassVar[bool] = False
+    # The options that a head depends on: a saved head is of use to a task only if these are equal.
+    head_options: ClassVar[tuple[str, ...]] = ("labels", "modality", "embedding_size")
     # True if the head is also to see pairs that do not match; see [`PairReading.judge_mismatched`].
     needs_mismatches: ClassVar[bool] = False
 

@@ -1,0 +1,108 @@
+"""Other tasks for a saved model: new and changed tasks get new heads, the others keep theirs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Optional
+
+from transformers.utils import logging
+
+from .configuration_mm_transformer import MMTransformerConfig
+from .encoders import HUB_KWARGS, encoder_width
+from .linear_probe import with_probe
+from .task_base import Task
+
+
+def load_with_tasks(
+    load: Callable[..., Any],
+    path: Any,
+    tasks: Optional[list[Any]],
+    config: Optional[MMTransformerConfig] = None,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """
+    Loads a model with other tasks than those of its checkpoint.
+
+    Args:
+        load: `from_pretrained` of the checkpoint.
+        path: Hub id or folder of the checkpoint.
+        tasks: those that the model is to have; by default those of `config`.
+        config: with which to load; by default that of the checkpoint.
+        output_loading_info, kwargs: for `load`.
+    """
+    where = {name: kwargs[name] for name in (*HUB_KWARGS, "subfolder") if name in kwargs}
+    if not isinstance(config, (MMTransformerConfig, type(None))) or path is None:
+        return load(config=config, output_loading_info=output_loading_info, **kwargs)
+    saved = MMTransformerConfig.from_pretrained(path, **where)
+    if tasks is not None:
+        values = (saved if config is None else config).to_dict()
+        values["tasks"] = [task.to_dict() if hasattr(task, "to_dict") else task for task in tasks]
+        config = MMTransformerConfig.from_dict(values)
+    assert config is not None
+    new = tasks_with_new_heads(saved, config)
+    if not new:
+        return load(config=config, output_loading_info=output_loading_info, **kwargs)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would tell of new heads, which are wanted
+    try:
+        model, info = load(config=config, **{**kwargs, "ignore_mismatched_sizes": True}, output_loading_info=True)
+    finally:
+        logging.set_verbosity(level)
+    if not kwargs.get("ignore_mismatched_sizes"):
+        check_loaded(info, new)
+    renew_heads(model, new)
+    return (model, info) if output_loading_info else model
+
+
+def tasks_with_new_heads(saved: MMTransformerConfig, config: MMTransformerConfig) -> list[str]:
+    """
+    The tasks of `config` whose heads are not in a checkpoint, or are there for something else.
+
+    Args:
+        saved: the config of the checkpoint.
+        config: the config with which it is to be loaded.
+
+    Raises:
+        ValueError: if the tasks of one need a decoder and those of the other do not.
+    """
+    if saved.has_decoder != config.has_decoder:
+        which = "no decoder, so it cannot get a task" if config.has_decoder else "a decoder, so it must keep a task"
+        raise ValueError(
+            f"The saved model has {which} that writes: make a new model by from_encoders(..., tasks=[...]), or keep to "
+            "tasks of the same sort."
+        )
+    before = saved.get_tasks()
+    return [
+        name
+        for name, task in config.get_tasks().items()
+        if not task.needs_decoder and (name not in before or _head_of(task) != _head_of(before[name]))
+    ]
+
+
+def _head_of(task: Task) -> Mapping[str, Any]:
+    """What the head of a task depends on."""
+    return {"kind": task.kind, **{name: getattr(task, name) for name in task.head_options if hasattr(task, name)}}
+
+
+def renew_heads(model: Any, names: list[str]) -> None:
+    """Gives these tasks heads with new weights, as a new model has them."""
+    width = encoder_width(model.config.text_config)
+    for name in names:
+        task, old = model.tasks[name], getattr(model.heads, name)
+        head = with_probe(task.build_head(model.config, width), task, model.config)
+        head.apply(model._init_weights)
+        parameter = next(old.parameters())
+        setattr(model.heads, name, head.to(parameter.device, parameter.dtype).train(old.training))
+
+
+def check_loaded(info: Mapping[str, Any], names: list[str]) -> None:
+    """
+    Raises:
+        ValueError: if weights did not fit that belong to no new head.
+    """
+    new = tuple(f"heads.{name}." for name in names)
+    mismatched = sorted(entry for entry in info.get("mismatched_keys", ()) if not entry[0].startswith(new))
+    if mismatched:
+        name, saved, wanted = mismatched[0]
+        raise ValueError(
+            f"The weight {name!r} has the shape {tuple(saved)} in the checkpoint, but {tuple(wanted)} is asked for."
+        )
