@@ -619,3 +619,28 @@ def test_open_gates_matter():
     closed = model(**batch).logits["topic"]
     open_gates(model)
     assert not torch.allclose(model(**batch).logits["topic"][0], closed[0], atol=1e-4)
+
+
+def test_arguments_that_nobody_takes_are_told():
+    model, batch = make_model(), make_batch()
+    batch["pixel_value"] = batch.pop("pixel_values")
+    for called in (model, model.model):
+        with pytest.raises(TypeError, match="takes no argument 'pixel_value'; did you mean 'pixel_values'"):
+            called(**{name: value for name, value in batch.items() if name != "labels" or called is model})
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("score", lambda labels: labels[:, None]),
+        ("topic", lambda labels: labels[:, None]),
+        ("tags", lambda labels: labels[:, :1]),
+        ("entities", lambda labels: labels[:, :-1]),
+        ("topic", lambda labels: labels[:-1]),
+    ],
+)
+def test_labels_of_another_shape_are_told(name, change):
+    model, batch = make_model(), make_batch()
+    batch["labels"][name] = change(batch["labels"][name])
+    with pytest.raises(ValueError, match=rf"labels\['{name}'\] must have the shape"):
+        model(**batch)

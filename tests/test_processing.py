@@ -386,3 +386,30 @@ class TestFromEncoders:
     def test_nothing_there(self, tmp_path):
         with pytest.raises((OSError, ValueError), match="nowhere"):
             MMTransformerProcessor.from_encoders(text=str(tmp_path / "nowhere"))
+
+
+def test_options_reach_tokenizer_and_image_processor():
+    processor = make_processor()
+    image = make_image(0)
+    plain, raw = (
+        processor(text="a red dog", images=image),
+        processor(text="a red dog", images=image, do_normalize=False),
+    )
+    expected = processor.image_processor(images=[image], return_tensors="pt", do_normalize=False)["pixel_values"]
+    assert torch.equal(raw["pixel_values"], expected)
+    assert not torch.equal(raw["pixel_values"], plain["pixel_values"])
+    assert torch.equal(
+        processor(text="a red dog", images=image, images_kwargs={"do_normalize": False})["pixel_values"], expected
+    )
+    bare = processor(text="a red dog", add_special_tokens=False)["input_ids"]
+    assert bare.shape[1] == plain["input_ids"].shape[1] - 2
+    assert torch.equal(processor(text="a red dog", text_kwargs={"add_special_tokens": False})["input_ids"], bare)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("image", "'images'"), ("do_normalise", "'do_normalize'"), ("add_special_token", "'add_special_tokens'")],
+)
+def test_arguments_that_nobody_takes_are_told(name, hint):
+    with pytest.raises(TypeError, match=f"takes no argument {name!r}; did you mean {hint}"):
+        make_processor()(text="a red dog", **{name: True})

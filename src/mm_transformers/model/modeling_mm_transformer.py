@@ -20,8 +20,8 @@ from .modeling_base import MMTransformerPreTrainedModel
 from .modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from .pairs import PairReading
 from .regularization import regularization_loss, take_starting_point
-from .streams import FrameEmbedding, NullText, check_index, drop_modalities
-from .task_base import TaskHeads
+from .streams import FrameEmbedding, NullText, check_index, check_keywords, drop_modalities
+from .task_base import TaskHeads, check_label_shape
 from .token_reduction import build_token_reduction
 from .writing import TextWriting
 
@@ -140,7 +140,9 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
         Raises:
             ValueError: if the images or clips do not fit the rows, are given twice, or the model has no encoder for
                 them.
+            TypeError: if there is no such argument.
         """
+        check_keywords(self, kwargs)
         encoded, kept = self.encode_rows(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -395,8 +397,11 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
                 See [`MMTransformerModel.forward`].
 
         Raises:
-            ValueError: if `labels` names a task that the model does not have, or the images do not fit the rows.
+            ValueError: if `labels` names a task that the model does not have, labels have another shape than their
+                task wants, or the images do not fit the rows.
+            TypeError: if there is no such argument.
         """
+        check_keywords(self, kwargs)
         outputs = encoder_outputs
         if outputs is None:
             outputs = self.model(
@@ -451,6 +456,7 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
         losses = {}
         for name, task in self.tasks.items():
             if name in labels:
+                check_label_shape(task, logits[name], labels[name])
                 total, count = task.loss(logits[name], labels[name])
                 divisor = divisors.get(name, count)
                 losses[name] = total / torch.where(divisor > 0, divisor, torch.ones_like(divisor))

@@ -1,17 +1,19 @@
 """Turns texts, images, videos and sound into the tensors of the model."""
 
+import difflib
 import functools
 import inspect
 import numbers
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, get_type_hints
 
 import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, BatchFeature, ProcessorMixin
 
 # Not from the top: there, transformers 5.17 wants torchvision for it.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.processing_utils import ImagesKwargs, TextKwargs
 from transformers.utils import logging
 
 from .audio import AudioError, audio_key, load_audio
@@ -167,6 +169,8 @@ class MMTransformerProcessor(ProcessorMixin):
             pad_to_multiple_of (`int`, *optional*): As tokenizers take it.
             return_word_index (`bool`, *optional*, defaults to `False`):
                 Whether to return `word_index`: the number of the word that starts at each token, -1 elsewhere.
+            kwargs: Options of the tokenizer and of the image processor, such as `do_resize`; also as dicts,
+                `text_kwargs` and `images_kwargs`.
 
         Returns:
             [`BatchFeature`] with `input_ids` and `attention_mask` (batch, text_len) int64, the latter 0 everywhere in
@@ -179,6 +183,7 @@ class MMTransformerProcessor(ProcessorMixin):
             ValueError: if texts are not strings, if there are not as many entries in `images`, `videos` or `audio` as
                 texts, or if the model has no encoder for them.
             ImageError, VideoError, AudioError: if one of them cannot be read.
+            TypeError: if neither the processor nor its parts take an argument.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt': the model is a PyTorch model, but got {return_tensors!r}.")
@@ -191,15 +196,38 @@ class MMTransformerProcessor(ProcessorMixin):
                 "text must be a string or a list of strings, one per row; use '' where there is only an image."
             )
         entries = {name: _one_per_row(name, entry, len(text)) for name, entry in media.items()}
+        text_options, image_options = self._options(kwargs)
         data = self._tokenize(
-            [x or "" for x in text], padding, max_length, pad_to_multiple_of, return_word_index, **kwargs
+            [x or "" for x in text], padding, max_length, pad_to_multiple_of, return_word_index, **text_options
         )
         has_text = torch.tensor([bool(x and x.strip()) for x in text])
         if self.image_processor is not None or self.feature_extractor is not None:
             data["attention_mask"] = data["attention_mask"] * has_text[:, None]
-        data.update(self._process_images(entries["images"], entries["videos"]))
+        data.update(self._process_images(entries["images"], entries["videos"], image_options))
         data.update(self._process_audio(entries["audio"], sampling_rate))
         return BatchFeature(data)
+
+    def _options(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options of the tokenizer, and of the image processor."""
+        text, images = dict(given.pop("text_kwargs", {})), dict(given.pop("images_kwargs", {}))
+        of_text = set(TextKwargs.__annotations__)
+        kind = getattr(self.image_processor, "valid_kwargs", ImagesKwargs)
+        of_images = set() if self.image_processor is None else set(get_type_hints(kind))
+        for name, value in given.items():
+            if name in of_text:
+                text[name] = value
+            elif name in of_images:
+                images[name] = value
+            else:
+                own = [name for name in inspect.signature(type(self).__call__).parameters if name != "kwargs"]
+                near = difflib.get_close_matches(name, [*own, *of_text, *of_images], 1)
+                hint = (
+                    f"did you mean {near[0]!r}?"
+                    if near
+                    else f"it takes {', '.join(own[1:])}, and options of its parts."
+                )
+                raise TypeError(f"The processor takes no argument {name!r}; {hint}")
+        return text, images
 
     def _tokenize(self, text, padding, max_length, pad_to_multiple_of, return_word_index, **kwargs) -> dict[str, Any]:
         tokenizer = self.tokenizer
@@ -243,7 +271,9 @@ class MMTransformerProcessor(ProcessorMixin):
             data["word_index"] = torch.tensor([index_words(t, o) for t, o in zip(text, offsets, strict=True)])
         return data
 
-    def _process_images(self, images: list[Any], videos: list[Any]) -> dict[str, torch.Tensor]:
+    def _process_images(
+        self, images: list[Any], videos: list[Any], options: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
         distinct = _Distinct()
         index, frames = [], []
         decoded: dict[Hashable, list[Any]] = {}
@@ -267,7 +297,8 @@ class MMTransformerProcessor(ProcessorMixin):
         if any(not is_null(video) for video in videos):
             data["frame_index"] = _padded(frames)
         if distinct.items:
-            data["pixel_values"] = self.image_processor(images=distinct.items, return_tensors="pt")["pixel_values"]
+            processed = self.image_processor(images=distinct.items, return_tensors="pt", **options)
+            data["pixel_values"] = processed["pixel_values"]
         return data
 
     def _process_audio(self, audio: list[Any], sampling_rate: Optional[int]) -> dict[str, torch.Tensor]:

@@ -1,10 +1,31 @@
 """From encoded items (images, clips of sound) to the tokens that each row of a batch has of them."""
 
-from typing import Optional
+import difflib
+import inspect
+from typing import Any, Optional
 
 import torch
 from torch import nn
 from transformers import initialization as init
+
+
+# What callers of any transformers model may pass, whether it means something here or not.
+_COMMON_KEYWORDS = {"return_dict", "return_loss", "use_cache"}
+
+
+def check_keywords(model: nn.Module, unknown: dict[str, Any]) -> None:
+    """
+    Args:
+        unknown: the keywords of a call that `model.forward` does not name.
+
+    Raises:
+        TypeError: if there are any, which would otherwise do nothing.
+    """
+    for name in unknown:
+        if name not in _COMMON_KEYWORDS:
+            near = difflib.get_close_matches(name, inspect.signature(type(model).forward).parameters, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise TypeError(f"{type(model).__name__} takes no argument {name!r}{hint}")
 
 
 class NullText(nn.Module):

@@ -231,6 +231,10 @@ class Task:
         """
         return default_strata(labels)
 
+    def label_shape(self, logits: torch.Tensor) -> Optional[tuple[int, ...]]:
+        """The shape that labels must have beside these logits; `None` if only the number of rows is known."""
+        return None
+
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the losses over what is labelled, and how many of those there are, as two 0-dim float32 tensors."""
         raise NotImplementedError
@@ -274,6 +278,23 @@ class Task:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What metrics compare: predictions and labels, of what is labelled only."""
         raise NotImplementedError
+
+
+def check_label_shape(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: if labels of another shape would be spread over the logits.
+    """
+    shape = task.label_shape(logits)
+    if shape is not None and tuple(labels.shape) != tuple(shape):
+        raise ValueError(
+            f"labels[{task.name!r}] must have the shape {tuple(shape)}, but has the shape {tuple(labels.shape)}."
+        )
+    if labels.ndim == 0 or len(labels) != len(logits):
+        raise ValueError(
+            f"labels[{task.name!r}] must have one entry for each of the {len(logits)} rows, but has the shape "
+            f"{tuple(labels.shape)}."
+        )
 
 
 class TaskHeads(nn.Module):

@@ -107,6 +107,9 @@ class Classification(Task):
     def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         return torch.tensor([-100 if value is None else value for value in values], dtype=torch.int64)
 
+    def label_shape(self, logits: torch.Tensor) -> tuple[int, ...]:
+        return logits.shape[:-1]
+
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight = weight_tensor(self, "class_weights", logits.device)
         return cross_entropy_sum(logits, labels, weight, self.label_smoothing), self.num_labelled(labels)

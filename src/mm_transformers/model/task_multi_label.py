@@ -104,6 +104,9 @@ class MultiLabel(Task):
                 labels[row, value] = 1.0
         return labels
 
+    def label_shape(self, logits: torch.Tensor) -> tuple[int, ...]:
+        return logits.shape
+
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         known = ~labels.isnan()
         targets = torch.where(known, labels, torch.zeros_like(labels)).float()

@@ -46,6 +46,9 @@ class Regression(Task):
     def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float32)
 
+    def label_shape(self, logits: torch.Tensor) -> tuple[int, ...]:
+        return logits.shape
+
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         known = ~labels.isnan()
         # `where` and not a product: NaN * 0 is NaN, in the backward pass too.

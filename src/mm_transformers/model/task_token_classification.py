@@ -117,6 +117,9 @@ class TokenClassification(Task):
                 labels[row, starts] = torch.tensor(value, dtype=torch.int64)[word_index[row, starts]]
         return labels
 
+    def label_shape(self, logits: torch.Tensor) -> tuple[int, ...]:
+        return logits.shape[:-1]
+
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight = weight_tensor(self, "class_weights", logits.device)
         return cross_entropy_sum(logits, labels, weight, self.label_smoothing), self.num_labelled(labels)
