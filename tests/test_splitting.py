@@ -331,11 +331,13 @@ def collator():
 class TestForValidation:
     def test_columns_and_tasks_of_the_collator(self, collator):
         rows = [{"number": i, "text": str(i), "photo": f"{i // 4}.png", "topic": "ab"[i % 4 > 2]} for i in range(80)]
-        train, held_out = split_for_validation(rows, collator)
+        parts = split_for_validation(rows, collator)
+        assert all(part.rows == [rows[place] for place in part.places] for part in parts)
+        train, held_out = (part.rows for part in parts)
         assert (len(train), len(held_out)) == (72, 8)
         assert not {row["photo"] for row in train} & {row["photo"] for row in held_out}
         assert Counter(row["topic"] for row in held_out) == {"a": 6, "b": 2}
-        assert split_for_validation(rows, collator, seed=1) != (train, held_out)
+        assert split_for_validation(rows, collator, seed=1) != parts
 
     def test_where_no_split_is_possible(self, collator):
         rows = [{"text": str(i), "photo": "a.png", "topic": "a"} for i in range(8)]

@@ -1,5 +1,7 @@
 """Training by MMTrainer and by the plain Trainer."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from mm_transformers import (
     Classification,
     MMDataCollator,
     MMTrainer,
+    MMTrainingArguments,
     MMTransformerForMultiTask,
     MultiTaskMetrics,
     Regression,
@@ -518,3 +521,22 @@ def test_the_best_metric_must_be_measured(tmp_path):
         MMTrainer(
             model, args, processing_class=make_processor(), train_dataset=rows, eval_dataset=rows.remove_columns(name)
         )
+
+
+@pytest.mark.parametrize("form", ["table", "list"])
+def test_rows_that_are_left_are_numbered_as_in_the_whole(tmp_path, form):
+    """Some rows are held out, and the others are shuffled, but messages name the row of the user."""
+    rows = make_rows(24)
+    for i, row in enumerate(rows):
+        row["image"] = {"bytes": None, "path": "nowhere.png"} if i == 17 else png(make_image(1))
+    data = rows if form == "list" else Dataset.from_list(rows).cast_column("image", Image())
+    args = MMTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, num_train_epochs=1)
+    model = make_model(linear_probe=True, gates_open=False)
+    with pytest.raises(ValueError, match=r"row 17, column 'image': image 'nowhere.png' does not exist"):
+        MMTrainer(model, args, processing_class=make_processor(), train_dataset=data).train()
+
+
+def png(image) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}

@@ -1,6 +1,6 @@
 """Data sets as the collator is to see them: columns as it calls them, rows that know where they are from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -155,29 +155,41 @@ class DataSource:
         columns = self.column_names
         return {t.name for t in tasks if columns is None or t.default_cell is not None or t.column in columns}
 
-    def rows(self, collator: Any, name: Optional[str] = None, place: Optional[tuple[int, int]] = None) -> Any:
-        """The data set as a map-style or iterable data set of torch whose rows the collator understands."""
+    def rows(
+        self,
+        collator: Any,
+        name: Optional[str] = None,
+        place: Optional[tuple[int, int]] = None,
+        numbers: Optional[Sequence[int]] = None,
+    ) -> Any:
+        """
+        The data set as a map-style or iterable data set of torch whose rows the collator understands.
+
+        Args:
+            numbers: how messages number the rows; by default by their places.
+        """
         dataset = self.dataset
         for media in collator.media.values():
             dataset = undecoded(dataset, self.columns.get(media.column, media.column))
         tasks = None if self.tasks is None else frozenset(self.tasks)
         source = RowSource(name, self.columns, tasks, place)
-        return (StreamOfSource if self.is_stream else RowsOfSource)(dataset, source)
+        return StreamOfSource(dataset, source) if self.is_stream else RowsOfSource(dataset, source, numbers)
 
 
-def rows_of(dataset: Any, collator: Any) -> tuple[Any, Any]:
+def rows_of(dataset: Any, collator: Any, numbers: Optional[Sequence[int]] = None) -> tuple[Any, Any]:
     """Of a data set or a [`DataSource`]: what the data loader is to read, and the data set that samplers look at."""
     source = dataset if isinstance(dataset, DataSource) else DataSource(dataset)
     if source.is_stream and source is not dataset:
         for media in collator.media.values():
             dataset = undecoded(dataset, media.column)
         return dataset, dataset  # as it is, accelerate knows how to share it out among processes
-    return source.rows(collator), source.dataset
+    return source.rows(collator, numbers=numbers), source.dataset
 
 
 class RowsOfSource(Dataset):
-    def __init__(self, dataset: Any, source: RowSource):
+    def __init__(self, dataset: Any, source: RowSource, numbers: Optional[Sequence[int]] = None):
         self.dataset, self.source = dataset, source
+        self.numbers = range(len(dataset)) if numbers is None else numbers
 
     @property
     def fingerprint(self) -> Optional[tuple[str, str]]:
@@ -191,14 +203,14 @@ class RowsOfSource(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return _view(self.dataset[index], self.source, index)
+        return _view(self.dataset[index], self.source, self.numbers[index])
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         if hasattr(self.dataset, "__getitems__"):
             rows = self.dataset.__getitems__(indices)
         else:
             rows = [self.dataset[index] for index in indices]
-        return [_view(row, self.source, index) for row, index in zip(rows, indices, strict=True)]
+        return [_view(row, self.source, self.numbers[index]) for row, index in zip(rows, indices, strict=True)]
 
 
 class StreamOfSource(IterableDataset):

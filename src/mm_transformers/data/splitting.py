@@ -81,12 +81,20 @@ def hold_out_rows(
     ```
     """
     media: Media = {audio_column: as_clips, video_column: _as_one, image_column: as_list}
-    return _split(dataset, fraction, text_column, media, list(tasks), group_column, seed)
+    train, held_out = _split(dataset, fraction, text_column, media, list(tasks), group_column, seed)
+    return train.rows, held_out.rows
+
+
+class Part(NamedTuple):
+    """Some rows of a data set, and their places in it."""
+
+    rows: Any
+    places: list[int]
 
 
 def split_for_validation(
     dataset: Any, collator: Any, fraction: float = 0.1, seed: int = 0, group_column: str | None = None
-) -> tuple[Any, Any] | None:
+) -> tuple[Part, Part] | None:
     """
     [`hold_out_rows`] for a trainer without validation rows; columns and tasks are those of its collator.
 
@@ -126,7 +134,7 @@ def _split(
     tasks: list[Task],
     group_column: str | None,
     seed: int,
-) -> tuple[Any, Any]:
+) -> tuple[Part, Part]:
     if not 0 < fraction < 1:
         raise ValueError(f"The fraction of rows to hold out must lie between 0 and 1, but is {fraction}.")
     inner = dataset.dataset if isinstance(dataset, DataSource) else dataset
@@ -146,7 +154,8 @@ def _split(
     strata = strata_of(readable, tasks, text_column)
     held_out = allocate(groups, strata, fraction, seed, max(len(tasks), 1))
     order = np.random.default_rng([seed, 1]).permutation(len(groups))
-    return _take(dataset, order[~held_out[order]].tolist()), _take(dataset, order[held_out[order]].tolist())
+    train, others = (order[which[order]].tolist() for which in (~held_out, held_out))
+    return Part(_take(dataset, train), train), Part(_take(dataset, others), others)
 
 
 def _with_records(dataset: Any) -> Any:

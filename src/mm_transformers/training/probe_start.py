@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..data.collator import MMDataCollator
 from ..data.mixture import DataMixture
-from ..data.sources import ROWS_PER_SOURCE, DataSource, rows_of
+from ..data.sources import ROWS_PER_SOURCE, DataSource
 from ..data.splitting import find_groups
 from ..model.linear_probe import LinearProbe, LinearProblem, ProbedHead
 from ..model.modeling_outputs import MMTransformerModelOutput
@@ -110,12 +110,12 @@ def start_probes(trainer: Any) -> Start:
     waiting = {name: probes for name, probes in probes_of(fused).items() if all(map(is_new, probes))}
     if not waiting:
         return Start()
-    parts = _map_style(dataset, trainer.data_collator)
+    parts = _map_style(dataset, trainer)
     assert parts is not None  # it is no stream
     reader = _Reader(trainer, {name: probes[0] for name, probes in waiting.items()})
     train = reader.read(parts, "linear start")
     held_out = trainer.eval_dataset
-    others = None if held_out is None or isinstance(held_out, dict) else _map_style(held_out, trainer.data_collator)
+    others = None if held_out is None or isinstance(held_out, dict) else _map_style(held_out, trainer)
     known = {} if others is None else reader.read(others, "linear start: validation rows", with_groups=False)
     found: list[Any] = [None]
     if trainer.args.process_index == 0:
@@ -133,7 +133,7 @@ def _why_not(trainer: Any) -> str | None:
     """Why the encoders cannot be asked about all rows before training; a part of a sentence."""
     if not isinstance(trainer.data_collator, MMDataCollator):
         return f"the data_collator is a {type(trainer.data_collator).__name__}, not an MMDataCollator"
-    if _map_style(trainer.train_dataset, trainer.data_collator) is None:
+    if _map_style(trainer.train_dataset, trainer) is None:
         return "the training rows are a stream"
     if is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled:
         return "FSDP and ZeRO-3 cut the model into pieces"
@@ -183,15 +183,15 @@ def problem_of(task: Task) -> LinearProblem:
 # Features
 
 
-def _map_style(dataset: Any, collator: Any) -> list[tuple[Any, Any]] | None:
+def _map_style(dataset: Any, trainer: Any) -> list[tuple[Any, Any]] | None:
     """The data sets of a training set, each as the data loader reads it and as it is; `None` for streams."""
     if isinstance(dataset, DataMixture):
         sources = dataset.sources.items()
         if any(source.is_stream for _, source in sources):
             return None
-        return [(source.rows(collator, name), source) for name, source in sources]
+        return [(source.rows(trainer.data_collator, name), source) for name, source in sources]
     source = dataset if isinstance(dataset, DataSource) else DataSource(dataset)
-    return None if source.is_stream else [(rows_of(dataset, collator)[0], source)]
+    return None if source.is_stream else [(trainer.rows_of(dataset)[0], source)]
 
 
 def _groups(parts: list[tuple[Any, Any]], collator: Any) -> np.ndarray:

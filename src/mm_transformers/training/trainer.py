@@ -168,6 +168,7 @@ class MMTrainer(ResumableTrainer):
         if data_collator is None:
             self.data_collator = MMDataCollator(processing_class, self.model.config)
         self._refit: Optional[Refit] = None
+        self._places: dict[int, list[int]] = {}  # of rows that are held out here, and of those that are left
         self.refitted: Optional[str] = None  # how the model was trained again on all rows
         has_own_optimizer = self.optimizer is not None or kwargs.get("optimizer_cls_and_kwargs") is not None
         train_dataset, eval_dataset = self._with_validation_rows(has_own_optimizer)
@@ -235,10 +236,12 @@ class MMTrainer(ResumableTrainer):
             parts = split_for_validation(self.train_dataset, self.data_collator, args.validation_fraction, args.seed)
             if parts is not None:
                 self._refit = Refit.of(self, MMTrainer, has_own_optimizer)
-                self.train_dataset, self.eval_dataset = parts
+                num_rows = len(self.train_dataset)
+                self.train_dataset, self.eval_dataset = (part.rows for part in parts)
+                self._places = {id(part.rows): part.places for part in parts}
                 logger.warning(
-                    f"No eval_dataset: {len(parts[1]):,} of {len(parts[0]) + len(parts[1]):,} training rows are held "
-                    "out for validation."
+                    f"No eval_dataset: {len(self.eval_dataset):,} of {num_rows:,} training rows are held out for "
+                    "validation."
                 )
         args.settle(
             has_validation=self.eval_dataset is not None,
@@ -249,6 +252,10 @@ class MMTrainer(ResumableTrainer):
         if args.load_best_model_at_end and args.early_stopping_patience and not has_one:
             self.add_callback(TolerantEarlyStopping(args.early_stopping_patience, trainer=self))
         return self.train_dataset, self.eval_dataset
+
+    def rows_of(self, dataset: Any) -> tuple[Any, Any]:
+        """As [`rows_of`]; held-out rows are numbered as in the data set of the user."""
+        return rows_of(dataset, self.data_collator, self._places.get(id(dataset)))
 
     def collator_for(self, rows: Any) -> Any:
         """The collator for these rows; with a feature cache, what frozen encoders give of them is stored first."""
@@ -265,7 +272,7 @@ class MMTrainer(ResumableTrainer):
         return sampler
 
     def _shared_image_sampler(self, dataset: Any) -> SharedImageSampler:
-        rows, _ = rows_of(dataset, self.data_collator)
+        rows, _ = self.rows_of(dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         column = self.data_collator.media["images"]
         return SharedImageSampler(images_of(rows, column), self.args.rows_per_image, seed)
@@ -291,7 +298,7 @@ class MMTrainer(ResumableTrainer):
             else:
                 self._rows_per_epoch = len(rows.sampler)
             return loader
-        rows, original = rows_of(dataset, self.data_collator)
+        rows, original = self.rows_of(dataset)
         self._store_features(rows)
 
         def sampler_of(_: Any) -> Any:
@@ -467,7 +474,7 @@ class MMTrainer(ResumableTrainer):
             # What cannot be stored is told before hours are spent, not after the first epoch.
             evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
             for dataset in evaluated.values():
-                self._store_features(rows_of(dataset, self.data_collator)[0])
+                self._store_features(self.rows_of(dataset)[0])
         if self.refitted is not None:
             logger.warning("The held-out rows were trained on before, so they cannot choose weights well any more.")
         self.refitted = None
