@@ -107,3 +107,17 @@ def test_what_cannot_be_added_is_told(folder, tmp_path):
         tmp_path, tasks=[STARS, Generation("french", decoder_start_ids=[2], max_length=8)]
     )
     assert list(model.tasks) == ["stars", "french"]
+
+
+def test_other_options_of_the_config_may_be_given_too(folder, tmp_path):
+    model = MMTransformerForMultiTask.from_pretrained(
+        folder, tasks=[TOPIC, Regression("new")], classifier_dropout=0.25, dtype=torch.bfloat16
+    )
+    assert model.config.classifier_dropout == 0.25
+    assert next(model.heads.new.parameters()).dtype == torch.bfloat16
+    model = MMTransformerForMultiTask.from_pretrained(folder, config=str(folder), tasks=[Regression("new")])
+    assert list(model.tasks) == ["new"]
+    with pytest.raises(ValueError, match="needs the folder or the Hub id of a saved model"):
+        MMTransformerForMultiTask.from_pretrained(
+            None, config=model.config, state_dict=model.state_dict(), tasks=[Regression("new")]
+        )

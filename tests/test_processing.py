@@ -17,6 +17,7 @@ from tiny import (
     VISION_ENCODERS,
     make_image,
     make_image_processor,
+    make_model,
     make_processor,
     make_tokenizer,
 )
@@ -413,3 +414,15 @@ def test_options_reach_tokenizer_and_image_processor():
 def test_arguments_that_nobody_takes_are_told(name, hint):
     with pytest.raises(TypeError, match=f"takes no argument {name!r}; did you mean {hint}"):
         make_processor()(text="a red dog", **{name: True})
+
+
+def test_options_in_dicts_are_those_of_the_call():
+    processor = make_processor()
+    given = processor(text="a red dog", text_kwargs={"padding": "max_length", "max_length": 12})
+    assert torch.equal(
+        given["input_ids"], processor(text="a red dog", padding="max_length", max_length=12)["input_ids"]
+    )
+    with pytest.raises(ValueError, match="text_kwargs can change neither return_tensors"):
+        processor(text="a red dog", text_kwargs={"return_tensors": "np"})
+    inputs = processor(text="a red dog", images=make_image(0), return_word_index=True)
+    assert make_model()(**inputs).logits  # what the processor gives beside the inputs of the model is passed over

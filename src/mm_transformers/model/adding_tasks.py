@@ -1,5 +1,6 @@
 """Other tasks for a saved model: new and changed tasks get new heads, the others keep theirs."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
@@ -9,6 +10,12 @@ from .configuration_mm_transformer import MMTransformerConfig
 from .encoders import HUB_KWARGS, encoder_width
 from .linear_probe import with_probe
 from .task_base import Task
+
+
+logger = logging.get_logger(__name__)
+
+# Options of loading that a config knows, too.
+_OF_LOADING = {"dtype", "torch_dtype", "attn_implementation", "name_or_path"}
 
 
 def load_with_tasks(
@@ -30,14 +37,21 @@ def load_with_tasks(
         output_loading_info, kwargs: for `load`.
     """
     where = {name: kwargs[name] for name in (*HUB_KWARGS, "subfolder") if name in kwargs}
-    if not isinstance(config, (MMTransformerConfig, type(None))) or path is None:
+    if isinstance(config, (str, os.PathLike)):
+        config = MMTransformerConfig.from_pretrained(config, **where)
+    if path is None or (config is not None and config.model_type != MMTransformerConfig.model_type):
+        if tasks is not None:
+            raise ValueError("tasks=[...] needs the folder or the Hub id of a saved model, and no foreign config.")
         return load(config=config, output_loading_info=output_loading_info, **kwargs)
     saved = MMTransformerConfig.from_pretrained(path, **where)
+    if config is None:
+        options = {name: value for name, value in kwargs.items() if hasattr(saved, name) and name not in _OF_LOADING}
+        config = MMTransformerConfig.from_pretrained(path, **where, **options)
+        kwargs = {name: value for name, value in kwargs.items() if name not in options}
     if tasks is not None:
-        values = (saved if config is None else config).to_dict()
+        values = config.to_dict()
         values["tasks"] = [task.to_dict() if hasattr(task, "to_dict") else task for task in tasks]
         config = MMTransformerConfig.from_dict(values)
-    assert config is not None
     new = tasks_with_new_heads(saved, config)
     if not new:
         return load(config=config, output_loading_info=output_loading_info, **kwargs)
@@ -87,15 +101,17 @@ def renew_heads(model: Any, names: list[str]) -> None:
     """Gives these tasks heads with new weights, as a new model has them."""
     width = encoder_width(model.config.text_config)
     for name in names:
-        task, old = model.tasks[name], getattr(model.heads, name)
+        task, there = model.tasks[name], getattr(model.heads, name)
         head = with_probe(task.build_head(model.config, width), task, model.config)
         head.apply(model._init_weights)
-        parameter = next(old.parameters())
-        setattr(model.heads, name, head.to(parameter.device, parameter.dtype).train(old.training))
+        # Into the modules that are there, which have their places, types and hooks.
+        there.load_state_dict(head.state_dict())
 
 
 def check_loaded(info: Mapping[str, Any], names: list[str]) -> None:
     """
+    Warns of weights that are missing and belong to no new head.
+
     Raises:
         ValueError: if weights did not fit that belong to no new head.
     """
@@ -105,4 +121,9 @@ def check_loaded(info: Mapping[str, Any], names: list[str]) -> None:
         name, saved, wanted = mismatched[0]
         raise ValueError(
             f"The weight {name!r} has the shape {tuple(saved)} in the checkpoint, but {tuple(wanted)} is asked for."
+        )
+    missing = sorted(name for name in info.get("missing_keys", ()) if not name.startswith(new))
+    if missing:
+        logger.warning(
+            f"The checkpoint has no {', '.join(missing[:3])}: these weights are new ({len(missing)} in all)."
         )

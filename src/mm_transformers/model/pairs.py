@@ -1,7 +1,7 @@
 """What tasks that compare texts with pictures (or sounds) share: which pairs match, vectors, and mismatched pairs."""
 
 import hashlib
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -49,29 +49,62 @@ def pair_ids(groups: list[Optional[int]], context: LabelContext, modality: str) 
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def matching_pairs(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+class Pairs(NamedTuple):
     """
-    Whether the text of one row belongs to the item of another: (rows, others) bool. It does if some row of the batch
-    holds this text and this item, or if a row with this text and a row with this item name the same group. Nothing more
-    follows: of the pairs (a, 1), (a, 2) and (b, 2), the text b does not belong to the item 1.
+    Which texts and items of some rows belong together.
+
+    Args:
+        texts, items: the different ones, sorted.
+        numbers: of each pair, the place of its text times the number of items, plus the place of its item; sorted.
+    """
+
+    texts: torch.Tensor
+    items: torch.Tensor
+    numbers: torch.Tensor
+
+    @classmethod
+    def of(cls, ids: torch.Tensor) -> "Pairs":
+        """
+        A text belongs to an item if some row holds both, or if a row with this text and a row with this item name the
+        same group. Nothing more follows: of the rows (a, 1), (a, 2) and (b, 2), the text b does not belong to the
+        item 1.
+
+        Args:
+            ids (rows, 3): as [`pair_ids`] gives them.
+        """
+        rows = ids[ids[:, 0] != -100]
+        texts, text = rows[:, 0].unique(return_inverse=True)
+        items, item = rows[:, 1].unique(return_inverse=True)
+        grouped = rows[:, 2] >= 0
+        groups, group = rows[grouped, 2].unique(return_inverse=True)
+        # Each text of a group with each item of the same group.
+        of_texts = torch.stack([group, text[grouped]], 1).unique(dim=0)
+        of_items = torch.stack([group, item[grouped]], 1).unique(dim=0)
+        counts = torch.bincount(of_items[:, 0], minlength=len(groups))
+        repeats = counts[of_texts[:, 0]]
+        firsts = (counts.cumsum(0) - counts)[of_texts[:, 0]].repeat_interleave(repeats)
+        places = torch.arange(len(firsts), device=ids.device) - (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
+        linked = of_texts[:, 1].repeat_interleave(repeats) * len(items) + of_items[firsts + places, 1]
+        return cls(texts, items, torch.cat([text * len(items) + item, linked]).unique())
+
+
+def matching_pairs(queries: torch.Tensor, keys: torch.Tensor, pairs: Optional[Pairs] = None) -> torch.Tensor:
+    """
+    Whether the text of one row belongs to the item of another: (rows, others) bool; see [`Pairs.of`].
 
     Args:
         queries (rows, 3): as [`pair_ids`] gives them; these rows are among `keys`.
         keys (others, 3): the same for all rows.
+        pairs ([`Pairs`], *optional*): Those of `keys`, if they are known already.
     """
-    num_queries = len(queries)
-    texts = torch.cat([queries[:, 0], keys[:, 0]]).unique(return_inverse=True)[1]
-    known_items, items = keys[:, 1].unique(return_inverse=True)
-    row_texts = texts[num_queries:]
-    # Of all pairs, one number each.
-    pairs = [row_texts * len(known_items) + items]
-    grouped = (keys[:, 2] >= 0).nonzero()[:, 0]
-    if len(grouped):
-        first, second = (keys[grouped, None, 2] == keys[None, grouped, 2]).nonzero(as_tuple=True)
-        pairs.append(row_texts[grouped[first]] * len(known_items) + items[grouped[second]])
-    wanted = texts[:num_queries, None] * len(known_items) + items
-    belongs = torch.isin(wanted, torch.cat(pairs).unique())
-    return belongs & (queries[:, None, 0] != -100) & (keys[None, :, 0] != -100)
+    pairs = Pairs.of(keys) if pairs is None else pairs
+    is_pair = (queries[:, None, 0] != -100) & (keys[None, :, 0] != -100)
+    # Where there is no pair, any number will do.
+    text, item = (
+        torch.searchsorted(pairs.texts, queries[:, 0].contiguous()),
+        torch.searchsorted(pairs.items, keys[:, 1].contiguous()),
+    )
+    return torch.isin(text[:, None] * len(pairs.items) + item, pairs.numbers) & is_pair
 
 
 def labels_of_pairs_left(labels: torch.Tensor, kept: dict[str, torch.Tensor], modality: str) -> torch.Tensor:

@@ -197,6 +197,9 @@ class MMTransformerProcessor(ProcessorMixin):
             )
         entries = {name: _one_per_row(name, entry, len(text)) for name, entry in media.items()}
         text_options, image_options = self._options(kwargs)
+        padding = text_options.pop("padding", padding)
+        max_length = text_options.pop("max_length", max_length)
+        pad_to_multiple_of = text_options.pop("pad_to_multiple_of", pad_to_multiple_of)
         data = self._tokenize(
             [x or "" for x in text], padding, max_length, pad_to_multiple_of, return_word_index, **text_options
         )
@@ -210,6 +213,11 @@ class MMTransformerProcessor(ProcessorMixin):
     def _options(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Options of the tokenizer, and of the image processor."""
         text, images = dict(given.pop("text_kwargs", {})), dict(given.pop("images_kwargs", {}))
+        for name, options in (("text_kwargs", text), ("images_kwargs", images)):
+            if options.pop("return_tensors", "pt") != "pt" or "return_offsets_mapping" in options:
+                raise ValueError(f"{name} can change neither return_tensors nor return_offsets_mapping.")
+        if not given:
+            return text, images
         of_text = set(TextKwargs.__annotations__)
         kind = getattr(self.image_processor, "valid_kwargs", ImagesKwargs)
         of_images = set() if self.image_processor is None else set(get_type_hints(kind))

@@ -10,7 +10,11 @@ from transformers import initialization as init
 
 
 # What callers of any transformers model may pass, whether it means something here or not.
-_COMMON_KEYWORDS = {"return_dict", "return_loss", "use_cache"}
+# What the processor and tokenizers give beside the inputs of the model is passed over, too.
+_COMMON_KEYWORDS = {
+    "return_dict", "return_loss", "use_cache", "word_index", "special_tokens_mask", "length", "offset_mapping",
+    "overflow_to_sample_mapping", "num_truncated_tokens",
+}  # fmt: skip
 
 
 def check_keywords(model: nn.Module, unknown: dict[str, Any]) -> None:

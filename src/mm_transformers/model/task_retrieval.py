@@ -11,7 +11,7 @@ from transformers import initialization as init
 from .distributed import gather_rows
 from .encoders import encoder_width
 from .fusion_base import Stream
-from .pairs import encode_pair, labels_of_pairs_left, matching_pairs, pair_ids, pooled
+from .pairs import Pairs, encode_pair, labels_of_pairs_left, matching_pairs, pair_ids, pooled
 from .task_base import NO_CONTEXT, LabelContext, Task, register_task
 
 
@@ -95,11 +95,13 @@ class Retrieval(Task):
         together = logits.requires_grad
         everyone, ids = (gather_rows(logits), gather_rows(labels)) if together else (logits, labels)
         total = logits.new_zeros((), dtype=torch.float32)
+        orders = ([0, 1, 2], [1, 0, 2])  # what belongs to texts, and to items
+        pairs = [Pairs.of(ids[:, order]) for order in orders]
         for start in range(0, len(logits), 2048):  # a data set at once would be too much
             rows = slice(start, start + 2048)
             for side in (0, 1):
-                order = [side, 1 - side, 2]  # what belongs to texts, and to items
-                matches = matching_pairs(labels[rows][:, order], ids[:, order])
+                order = orders[side]
+                matches = matching_pairs(labels[rows][:, order], ids[:, order], pairs[side])
                 scores = logits[rows, side].float() @ everyone[:, 1 - side].float().T
                 scores = scores.masked_fill(ids[:, 0] == -100, -torch.inf)
                 # Of a row that is no pair, nothing may be left: not even the NaN of a softmax of nothing.

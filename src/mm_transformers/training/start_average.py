@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback
 
 from .starting_point import load_tensors, save_tensors
@@ -114,7 +115,7 @@ class StartAverage:
             "{path} does not hold the start of {name}: resume with the parameters frozen that were frozen when the "
             "checkpoint was written."
         )
-        found = load_tensors(path, [*self.start, *self.buffers], complaint)
-        self.start = {name: found[name] for name in self.start}
-        self.buffers = {name: found[name] for name in self.buffers}
+        self.start = load_tensors(path, self.start, complaint)
+        # Checkpoints of earlier versions have no buffers.
+        self.buffers = {name: value for name, value in load_file(path).items() if name in self.buffers}
         return True

@@ -1,6 +1,7 @@
 """The Trainer of transformers, for models with several tasks and batches with any number of images."""
 
 import itertools
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Optional
@@ -17,7 +18,7 @@ from ..data.image_groups import SharedImageSampler, images_of
 from ..data.mixture import DataMixture, check_sources
 from ..data.mixture_rows import MixedStream
 from ..data.sources import rows_of
-from ..data.splitting import split_for_validation
+from ..data.splitting import Part, split_for_validation
 from ..model.regularization import penalties, take_starting_point
 from .arguments import MMTrainingArguments
 from .balancing import TaskBalancing
@@ -168,7 +169,7 @@ class MMTrainer(ResumableTrainer):
         if data_collator is None:
             self.data_collator = MMDataCollator(processing_class, self.model.config)
         self._refit: Optional[Refit] = None
-        self._places: dict[int, list[int]] = {}  # of rows that are held out here, and of those that are left
+        self._parts: list[Part] = []  # rows that are held out here, and those that are left
         self.refitted: Optional[str] = None  # how the model was trained again on all rows
         has_own_optimizer = self.optimizer is not None or kwargs.get("optimizer_cls_and_kwargs") is not None
         train_dataset, eval_dataset = self._with_validation_rows(has_own_optimizer)
@@ -238,7 +239,7 @@ class MMTrainer(ResumableTrainer):
                 self._refit = Refit.of(self, MMTrainer, has_own_optimizer)
                 num_rows = len(self.train_dataset)
                 self.train_dataset, self.eval_dataset = (part.rows for part in parts)
-                self._places = {id(part.rows): part.places for part in parts}
+                self._parts = list(parts)
                 logger.warning(
                     f"No eval_dataset: {len(self.eval_dataset):,} of {num_rows:,} training rows are held out for "
                     "validation."
@@ -255,7 +256,8 @@ class MMTrainer(ResumableTrainer):
 
     def rows_of(self, dataset: Any) -> tuple[Any, Any]:
         """As [`rows_of`]; held-out rows are numbered as in the data set of the user."""
-        return rows_of(dataset, self.data_collator, self._places.get(id(dataset)))
+        places = next((part.places for part in self._parts if part.rows is dataset), None)
+        return rows_of(dataset, self.data_collator, places)
 
     def collator_for(self, rows: Any) -> Any:
         """The collator for these rows; with a feature cache, what frozen encoders give of them is stored first."""
@@ -339,8 +341,9 @@ class MMTrainer(ResumableTrainer):
         if self._balancing is not None:
             self._balancing.before_forward(model)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            self._check_finite({"all tasks together": loss, **self._step_losses}, "loss")
+        # In fp16 a batch may overflow: its step is left out, and training goes on.
+        if not self.args.fp16 and not torch.isfinite(loss):
+            self._check_finite({"all tasks together": loss, **self._step_losses}, "loss", self.state.global_step + 1)
         if self._balancing is not None:
             self._balancing.after_backward()
         return loss
@@ -409,19 +412,23 @@ class MMTrainer(ResumableTrainer):
     def _forget_losses(self) -> None:
         self._losses, self._num_steps, self._step_losses = {}, {}, {}
 
-    def _check_finite(self, losses: dict[str, Any], what: str) -> None:
+    def _check_finite(self, losses: dict[str, Any], what: str, step: Optional[int] = None) -> None:
         """
         Raises:
             ValueError: if a number is NaN or infinite: nothing can be learned any more, and nothing be scored.
         """
         bad = [name for name, loss in losses.items() if not torch.isfinite(torch.as_tensor(loss)).all()]
         if bad:
-            good = newest_complete_checkpoint(self.args.output_dir)
+            good = newest_complete_checkpoint(self._get_output_dir(getattr(self, "_trial", None)))
+            step = self.state.global_step if step is None else step
             kept = "there is no checkpoint before it" if good is None else f"{good} is the newest checkpoint before it"
-            raise ValueError(
-                f"Training has diverged: at step {self.state.global_step + 1} the {what} of {bad[-1]} is NaN or "
+            message = (
+                f"Training has diverged: at step {step} the {what} of {bad[-1]} is NaN or "
                 f"infinite ({kept}). Try a smaller learning rate, more warm-up, or float32 or bf16 in place of fp16."
             )
+            if isinstance(getattr(self, "_trial", None), getattr(sys.modules.get("optuna"), "Trial", ())):
+                raise sys.modules["optuna"].TrialPruned(message)  # the search goes on
+            raise ValueError(message)
 
     def _evaluate(self, *args, **kwargs):
         metrics = super()._evaluate(*args, **kwargs)
@@ -534,10 +541,10 @@ class MMTrainer(ResumableTrainer):
         return average if checkpoint is None or average.load(checkpoint) else None
 
     def _finalize_training(self, *args, **kwargs):
-        self._check_weights()
         # Before callbacks see the end of the training.
         loads_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
         if not loads_best:
+            self._check_weights()
             self._take_average()
         return super()._finalize_training(*args, **kwargs)
 
