@@ -6,8 +6,6 @@ et al. 2022, https://arxiv.org/abs/2202.10054).
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ from ..data.collator import MMDataCollator
 from ..data.mixture import DataMixture
 from ..data.sources import ROWS_PER_SOURCE, DataSource
 from ..data.splitting import find_groups
+from ..model.answering import evaluation_mode
 from ..model.linear_probe import LinearProbe, LinearProblem, ProbedHead
 from ..model.modeling_outputs import MMTransformerModelOutput
 from ..model.task_base import Task
@@ -235,7 +234,9 @@ class _Reader:
         device = next(fused.parameters()).device
         pieces: dict[str, list[_Items]] = {name: [] for name in self.probes}
         place = 0
-        with _as_it_was(fused), torch.no_grad(), self.trainer.compute_loss_context_manager():
+        # Reading must not change what training draws.
+        rng_kept = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+        with rng_kept, evaluation_mode(fused), torch.no_grad(), self.trainer.compute_loss_context_manager():
             for batch in logging.tqdm(
                 loader, desc=what, disable=args.disable_tqdm or args.process_index > 0, leave=False
             ):
@@ -284,15 +285,3 @@ def _labelled(problem: LinearProblem, features: torch.Tensor, labels: torch.Tens
     if problem.per_token:
         groups = groups[:, None].expand(labels.shape)
     return _Items(features[known].numpy(), labels[known].numpy(), groups[known].numpy())
-
-
-@contextmanager
-def _as_it_was(model: torch.nn.Module) -> Iterator[None]:
-    """In evaluation mode; afterwards mode and random number generators are as before."""
-    was_training = model.training
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(was_training)

@@ -386,7 +386,7 @@ class MMTrainer(ResumableTrainer):
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
         if model.training:
-            self._step_losses = outputs.losses
+            self._step_losses = {name: value.detach() for name, value in outputs.losses.items()}
             if self._balancing is not None:
                 loss = self._balancing.loss(outputs.losses)
             for name, value in outputs.losses.items():
@@ -483,7 +483,7 @@ class MMTrainer(ResumableTrainer):
             for dataset in evaluated.values():
                 self._store_features(self.rows_of(dataset)[0])
         if self.refitted is not None:
-            logger.warning("The held-out rows were trained on before, so they cannot choose weights well any more.")
+            logger.warning("The held-out rows were trained on before: they cannot choose the best weights. Give an eval_dataset.")
         self.refitted = None
         output = super().train(*args, **kwargs)
         self._tell_verdicts()
