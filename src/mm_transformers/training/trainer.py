@@ -483,7 +483,9 @@ class MMTrainer(ResumableTrainer):
             for dataset in evaluated.values():
                 self._store_features(self.rows_of(dataset)[0])
         if self.refitted is not None:
-            logger.warning("The held-out rows were trained on before: they cannot choose the best weights. Give an eval_dataset.")
+            logger.warning(
+                "The held-out rows were trained on before, so they cannot choose the best weights: give an eval_dataset."
+            )
         self.refitted = None
         output = super().train(*args, **kwargs)
         self._tell_verdicts()
