@@ -484,7 +484,7 @@ class MMTrainer(ResumableTrainer):
                 self._store_features(self.rows_of(dataset)[0])
         if self.refitted is not None:
             logger.warning(
-                "The held-out rows were trained on before, so they cannot choose the best weights: give an eval_dataset."
+                "The held-out rows were trained on before and cannot choose the best weights: give an eval_dataset."
             )
         self.refitted = None
         output = super().train(*args, **kwargs)
