@@ -59,6 +59,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
         RuntimeError: if the saved model answers differently.
     """
     start, console = time.perf_counter(), Console()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of a loader worker
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()

@@ -1,6 +1,7 @@
 """The small model of the demo, and its training: encoders made from configs, with new weights."""
 
 import math
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
@@ -123,6 +124,8 @@ def train(
 ) -> MMTrainer:
     """Trains a new model, with some looks at the validation split on the way."""
     set_seed(seed)
+    # A worker reads the pictures of the next batch while the model trains. Only a forked one starts at once.
+    num_workers = int(multiprocessing.get_start_method() == "fork")
     arguments = TrainingArguments(
         str(output_dir),
         max_steps=steps,
@@ -139,6 +142,8 @@ def train(
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_num_workers=num_workers,
+        dataloader_persistent_workers=num_workers > 0,
         seed=seed,
     )
     trainer = MMTrainer(
