@@ -300,6 +300,19 @@ class TestKeys:
         assert not torch.allclose(cached(rows)["image_features"], first)
         same_answers(model, collator, cached, rows)
 
+    @pytest.mark.parametrize("change", ["data", "numpy"])
+    def test_weights_that_change_behind_the_back_of_autograd(self, change, tmp_path):
+        """Neither counts as a version of the tensor."""
+        model, rows = make_model(freeze=["vision"]), make_rows(4)
+        collator, cache = MMDataCollator(make_processor(), model.config), FeatureCache(tmp_path)
+        cache.prepare(model, collator, rows)
+        weight = next(p for p in model.model.vision_model.parameters() if p.ndim > 1)
+        if change == "data":
+            weight.data.mul_(2.0)
+        else:
+            weight.detach().numpy()[:] *= 2.0
+        same_answers(model, collator, cache.prepare(model, collator, rows), rows)
+
     def test_models_that_follow_each_other(self, tmp_path):
         """As in a search for hyperparameters: a new model may lie where the last one has lain."""
         rows, cache = make_rows(4), FeatureCache(tmp_path)
@@ -644,6 +657,28 @@ def test_a_file_that_lost_its_content_is_made_anew(tmp_path, monkeypatch):
     whole[1].write_bytes(b"")
     check(tmp_path, 20, 20 - 8)
     assert not whole[0].exists()
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_bit_that_flipped_is_noticed(place, tmp_path, monkeypatch, caplog):
+    """Whether it is one of the features, of the keys or of the shapes."""
+    monkeypatch.setattr(feature_store, "SHARD_BYTES", 5_000)
+    check(tmp_path, 8, 0)
+    damaged = shards(tmp_path)[0]
+    content = bytearray(damaged.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")  # behind the header
+    content[start + int(place * (len(content) - start))] ^= 4
+    damaged.write_bytes(content)
+    check(tmp_path, 8, 4)
+    assert f"{damaged} cannot be used (its content does not match its checksum)" in caplog.text
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path):
+    model = make_model(freeze=["vision"])
+    model.model.vision_model.embeddings.cls_token.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="Row 0: the vision encoder gives values that are not finite"):
+        FeatureCache(tmp_path).prepare(model, MMDataCollator(make_processor(), model.config), make_rows(4))
+    assert not shards(tmp_path)
 
 
 @pytest.mark.slow

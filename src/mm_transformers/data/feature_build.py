@@ -140,6 +140,11 @@ class Builder:
                 tokens = tokens[: item.length]
             elif mask is not None:
                 tokens = tokens[mask[numbers]]
+            if not tokens.isfinite().all():
+                raise ValueError(
+                    f"Row {item.row:,}: the {modality} encoder gives values that are not finite, so they cannot be "
+                    "cached: its weights, or what its processor does, are damaged."
+                )
             result.append(Features(item.key, tokens, digest))
         return _Encoded(result, read.dropped, len(read.items) + len(read.dropped))
 

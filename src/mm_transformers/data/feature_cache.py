@@ -21,7 +21,7 @@ from ..model.distributed import is_sharded
 from ..model.encoders import encoder_width
 from .collator import MMDataCollator
 from .feature_build import ITEMS, Builder
-from .feature_keys import ItemHash, hash_of_encoder, version_of_weights
+from .feature_keys import ItemHash, checksum, hash_of_encoder
 from .feature_reading import KINDS, CachedFeatures
 from .feature_store import FeatureStore, in_use, size_of
 
@@ -155,7 +155,7 @@ class FeatureCache:
         preprocessing = {"vision": "image_processor", "audio": "feature_extractor"}.get(modality)
         preprocessing = getattr(processor, preprocessing) if preprocessing else None
         options = [part.to_json_string() for part in (encoder.config, preprocessing) if part is not None]
-        version = (version_of_weights(encoder), options, dtype)
+        version = (checksum(encoder.state_dict().values()), options, dtype)
         known = self._stores.get(modality)
         if known is not None and known[0]() is encoder and known[1] == version:
             store = known[2]

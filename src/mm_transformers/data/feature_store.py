@@ -16,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
+from .feature_keys import KEY_SIZE, checksum
+
 
 logger = logging.get_logger(__name__)
 
-KEY_SIZE = 16  # bytes of a hash
+_TENSORS = ("features", "keys", "digests", "shapes")
 # A build that is interrupted loses at most so much of its work.
 SHARD_BYTES = 64 * 2**20
 # Whether a process of another machine still runs cannot be known; after a day it counts as gone.
@@ -78,36 +80,43 @@ class FeatureStore:
     def __setstate__(self, state: dict[str, Any]):
         self.folder = state["folder"]
         self._forget()
-        self.refresh()
+        self.refresh(verify=False)  # the process that sent it has looked
 
     def touch(self) -> None:
         """Notes that it is used now."""
         self._mark.touch()
         (self.folder / "last_used").touch()
 
-    def refresh(self) -> None:
-        """Reads the index of shards that are new, whoever has written them."""
+    def refresh(self, verify: bool = True) -> None:
+        """
+        Reads the index of shards that are new, whoever has written them.
+
+        Args:
+            verify: whether to compare their contents with their checksums.
+        """
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name not in self._known:
                 self._known.add(path.name)
-                self._open(path)
+                self._open(path, verify)
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: Path, verify: bool) -> None:
         try:
             with safe_open(path, framework="pt") as shard:
-                # Mapped, not read: what is never asked for never leaves the disk.
-                features = shard.get_tensor("features")
-                keys, digests = (shard.get_tensor(name).numpy().tobytes() for name in ("keys", "digests"))
-                shapes = shard.get_tensor("shapes").tolist()
+                tensors = {name: shard.get_tensor(name) for name in _TENSORS}  # mapped, not read
+                expected = (shard.metadata() or {}).get("checksum")
+            if verify and checksum(tensors.values()) != expected:
+                raise OSError("its content does not match its checksum")
         except FileNotFoundError:
             return
         except (SafetensorError, OSError) as error:
-            # After a loss of power, a file may have its name but not its content.
-            logger.warning(f"{path} cannot be read ({error}); it is removed, and its features are computed anew.")
+            # After a loss of power, a file may have its name but not its content; disks and memory can flip bits.
+            logger.warning(f"{path} cannot be used ({error}); it is removed, and its features are computed anew.")
             path.unlink(missing_ok=True)
             return
+        keys, digests = (tensors[name].numpy().tobytes() for name in ("keys", "digests"))
+        shapes = tensors["shapes"].tolist()
         number, start = len(self._shards), 0
-        self._shards.append(features)
+        self._shards.append(tensors["features"])
         for i, (frames, tokens) in enumerate(shapes):
             part = slice(i * KEY_SIZE, (i + 1) * KEY_SIZE)
             self._index.setdefault(keys[part], (number, start, frames, tokens, digests[part]))
@@ -140,7 +149,7 @@ class FeatureStore:
         }
         unfinished = self.folder / _own_name(".tmp")
         try:
-            save_file(tensors, unfinished)
+            save_file(tensors, unfinished, {"checksum": checksum(tensors[name] for name in _TENSORS)})
             with open(unfinished, "rb") as file:
                 os.fsync(file.fileno())
             unfinished.replace(self.folder / f"{uuid.uuid4().hex}.safetensors")
