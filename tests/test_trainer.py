@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from mm_transformers import (
     Classification,
+    DataSource,
     MMDataCollator,
     MMTrainer,
     MMTrainingArguments,
@@ -477,6 +478,29 @@ def test_rows_without_any_label_are_told_before_training(tmp_path):
     rows[3] = {"text": "red cat", "topic": "a", "score": None}
     data = Dataset.from_list(rows, features=features)
     MMTrainer(model, make_args(tmp_path), processing_class=make_processor(), train_dataset=data)
+
+
+@pytest.mark.parametrize("cells", [{}, {"topics": "a"}, {"topic": None, "score": float("nan")}, {"topic": -100}])
+@pytest.mark.parametrize("kind", ["list", "map-style", "source"])
+def test_rows_of_any_kind_without_labels_are_told(kind, cells, tmp_path):
+    class Rows(torch.utils.data.Dataset):
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, index):
+            return self.rows[index]
+
+    rows = [{"text": "red cat", **cells}] * 4
+    make = {"list": list, "map-style": Rows, "source": DataSource}[kind]
+    model = make_model(tasks=[Classification("topic", labels=["a", "b"]), Regression("score")])
+    args = make_args(tmp_path)
+    with pytest.raises(ValueError, match=r"No row of the train data set has a label of any task|has no column"):
+        MMTrainer(model, args, processing_class=make_processor(), train_dataset=make(rows))
+    rows[3] = {**rows[3], "topic": "b"}
+    MMTrainer(model, args, processing_class=make_processor(), train_dataset=make(rows))
 
 
 def test_losses_of_tasks_are_in_tensorboard(tmp_path):

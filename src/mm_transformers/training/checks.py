@@ -10,8 +10,9 @@ from transformers.utils import logging
 
 from ..data.collator import MMDataCollator
 from ..data.mixture import DataMixture
-from ..data.sources import DataSource, is_iterable
-from ..model.task_base import Task
+from ..data.row_labels import rows_with_columns
+from ..data.sources import ANY_SOURCE, SOURCE_KEY, DataSource, is_iterable
+from ..model.task_base import Task, is_missing
 from .metrics import LESS_IS_BETTER
 
 
@@ -105,7 +106,11 @@ def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
         ValueError: if the column of texts is missing, or all columns of labels are, or are empty.
     """
     columns = getattr(dataset, "column_names", None)
+    if isinstance(dataset, DataMixture):
+        return
     if not columns or isinstance(dataset, DataSource):
+        if name == "train":
+            check_labels(dataset, collator)
         return
     shown = ", ".join(repr(column) for column in columns)
     if collator.text_column not in columns:
@@ -124,16 +129,34 @@ def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
     missing = [task for task in tasks if task.default_cell is None and task.column not in columns]
     if missing and len(missing) == len(tasks):
         raise ValueError(f"The {name} data set has a column for none of the tasks (its columns are {shown}).")
-    table = getattr(getattr(dataset, "data", None), "table", None)
-    if name == "train" and table is not None and all(task.default_cell is None for task in tasks):
-        named = [task.column for task in tasks if task.column in table.column_names]
-        if named and all(table[column].null_count == len(table) for column in named):
-            raise ValueError(
-                f"No row of the train data set has a label of any task: the columns {', '.join(map(repr, named))} are "
-                "empty."
-            )
+    if name == "train":
+        check_labels(dataset, collator)
     for task in missing:
         logger.warning(f"The {name} data set has no column {task.column!r}: task {task.name!r} has no labels there.")
+
+
+def check_labels(dataset: Any, collator: MMDataCollator) -> None:
+    """
+    Args:
+        dataset: the training rows.
+
+    Raises:
+        ValueError: if no row has a label of any task.
+    """
+    tasks = list(collator.tasks.values())
+    source = dataset.dataset if isinstance(dataset, DataSource) else dataset
+    if source is None or is_iterable(source) or not len(source) or any(t.default_cell is not None for t in tasks):
+        return
+    columns = [task.column for task in tasks]
+    # Mostly the first row has one.
+    for row in rows_with_columns(dataset, columns):
+        labels = row.get(SOURCE_KEY, ANY_SOURCE).labels
+        if any(labels(task.name) and not is_missing(row.get(task.column)) for task in tasks):
+            return
+    raise ValueError(
+        f"No row of the train data set has a label of any task: the columns {', '.join(map(repr, columns))} are empty "
+        "or not there. A task reads the column of its name, or the one that its column= names."
+    )
 
 
 def check_lengths(dataset: Any, args: TrainingArguments) -> None:
