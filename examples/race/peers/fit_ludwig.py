@@ -5,7 +5,7 @@ Ludwig in the race; `race.py --ludwig PYTHON` calls it, in an environment of its
         torch==2.9.1 torchvision==0.24.1 torchaudio==2.9.1
 
 It trains the same text encoder. It cannot load the vision encoder, so a picture is the vector of its mean outputs, as
-the cheap methods get it: zeros where there is none.
+the cheap methods get it, standardised: zeros where there is none.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas
 from ludwig.api import LudwigModel
 
@@ -20,8 +21,16 @@ from ludwig.api import LudwigModel
 def read(file: Path, label: str) -> pandas.DataFrame:
     frame = pandas.read_parquet(file)
     frame["text"] = frame["text"].fillna("")
-    frame["picture"] = [" ".join(f"{value:.6g}" for value in vector) for vector in frame["image_means"]]
-    return frame[["text", "picture", label]]
+    return frame[["text", "image_means", label]]
+
+
+def standardise(frames: dict[str, pandas.DataFrame]) -> None:
+    """Adds `picture`: the vectors with mean 0 and deviation 1 in the training rows; a missing picture stays zeros."""
+    known = np.stack([vector for vector in frames["train"].image_means if np.any(vector)])
+    mean, deviation = known.mean(0), known.std(0) + 1e-6
+    for frame in frames.values():
+        vectors = [(vector - mean) / deviation if np.any(vector) else vector for vector in frame["image_means"]]
+        frame["picture"] = [" ".join(f"{value:.6g}" for value in vector) for vector in vectors]
 
 
 def main() -> None:
@@ -33,6 +42,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     frames = {file.stem: read(file, args.label) for file in sorted(args.folder.glob("*.parquet"))}
+    standardise(frames)
     text = str(args.text.resolve())
     config = {
         "input_features": [
