@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from mm_transformers import MMDataCollator
 from mm_transformers.training import checkpoints
 from mm_transformers.training.checkpoints import (
     DELETING,
@@ -369,6 +370,31 @@ def test_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     names = files_of(tmp_path / "whole/checkpoint-5")
     assert {"rng_state_0.pth", "rng_state_1.pth", MANIFEST_NAME} <= set(names)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 2), (1, 4), (2, 1), (4, 2)])
+def test_another_number_of_rows_per_step(batch_size, accumulation, tmp_path, monkeypatch, caplog):
+    """With as many rows per step, training goes on with the rows that come next; otherwise it says so."""
+    seen: list[int] = []
+    collate = MMDataCollator.__call__
+
+    def watched(self, rows):
+        seen.extend(row["__row__"] for row in rows)
+        return collate(self, rows)
+
+    monkeypatch.setattr(MMDataCollator, "__call__", watched)
+    whole = make_trainer(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=5)
+    whole.train()
+    after_step_1, seen[:] = seen[4:], []
+    again = make_trainer(
+        tmp_path / "again", per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
+        max_steps=5,
+    )  # fmt: skip
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    is_same = batch_size * accumulation == 4
+    assert (seen[:14] == after_step_1[:14]) == is_same  # further ones are only read ahead
+    told = f"written with 4 rows per optimiser step, but now a step has {batch_size * accumulation}"
+    assert (told in caplog.text) == (not is_same)
 
 
 # Killed for real

@@ -232,11 +232,19 @@ class ResumableTrainer(Trainer):
         # Of each process its own, since only their means are logged.
         gathered = self.accelerator.gather({name: loss.reshape(1) for name, loss in losses.items()})
         if self.args.should_save:
-            numbers = {"last_logged_step": self._globalstep_last_logged, "total_loss": self._total_loss_scalar}
+            numbers = {
+                "last_logged_step": self._globalstep_last_logged,
+                "total_loss": self._total_loss_scalar,
+                "rows_per_step": self._rows_per_step,
+            }
             metadata = {name: repr(number) for name, number in numbers.items()}
             save_file(
                 {name: loss.cpu().contiguous() for name, loss in gathered.items()}, folder / LOSSES_NAME, metadata
             )
+
+    @property
+    def _rows_per_step(self) -> int:
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _restore_losses(self) -> None:
         checkpoint, self._to_restore = self._to_restore, None
@@ -254,6 +262,14 @@ class ResumableTrainer(Trainer):
             {name.removeprefix(part): x for name, x in losses.items() if name.startswith(part)}
             for part in ("losses/", "num_steps/", "num_labels/")
         )
+        before = int(metadata.get("rows_per_step", self._rows_per_step))
+        if before != self._rows_per_step:
+            logger.warning(
+                f"The checkpoint was written with {before} rows per optimiser step, but now a step has "
+                f"{self._rows_per_step} (batch size x accumulation x processes), so training goes on at another place "
+                f"of the epoch. For the same place, make it {before} again, for example by "
+                "gradient_accumulation_steps."
+            )
         self._globalstep_last_logged = int(metadata["last_logged_step"])
         self._total_loss_scalar = float(metadata["total_loss"])
         self._knows_all_losses = True
