@@ -578,3 +578,58 @@ def test_rouge_reads_every_script():
     assert metric.compute(predictions=["嘿嘿 熊"], references=["嘿嘿 熊"]) == {"rouge_l": 1.0}
     assert metric.compute(predictions=["schäl grän"], references=["schön grün"]) == {"rouge_l": 0.0}
     assert metric.compute(predictions=["the red cat"], references=["the cat"])["rouge_l"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("cell", "is_right"), [("red cat", True), (" red cat ", True), ("Red Cat", False), ("red 漢 cat", False)]
+)
+def test_metrics_compare_with_the_cell(cell, is_right, tmp_path, monkeypatch):
+    """Not with what the tokenizer, which knows no capitals, makes of it."""
+    model, processor = make_writer(), make_processor()
+    ids = torch.tensor(processor.tokenizer("red cat", add_special_tokens=False)["input_ids"])
+    start = len(model.decoder_start_ids(model.tasks["german"]))
+
+    def write(self, task, encoded, **kwargs):
+        return torch.cat([torch.zeros(start, dtype=torch.int64), ids]).expand(len(encoded.last_hidden_state), -1)
+
+    monkeypatch.setattr(type(model), "generate", write)
+    rows = [{"text": "red cat", "german": cell}, {"text": "cat", "german": None}] * 3
+    trainer = MMTrainer(model, make_args(tmp_path), processing_class=processor, eval_dataset=rows)
+    assert trainer.evaluate()["eval_german_exact_match"] == float(is_right)
+    # A batch for the model itself has nothing that it does not take.
+    assert "references" not in trainer.data_collator(rows)
+
+
+def test_references_beyond_max_length_are_compared_as_a_whole(tmp_path):
+    task = Generation("german", max_length=3)
+    cells = ["red cat red cat", None, "", "größer 漢"]
+    assert task.decode_references(task.encode_references(cells)) == ["red cat red cat", "", "", "größer 漢"]
+    assert task.encode_references(cells)[1].tolist() == [-100] * len("red cat red cat")
+
+
+@pytest.mark.parametrize("with_generate", [True, False])
+@pytest.mark.parametrize("own_metrics", [False, True])
+def test_the_loss_is_the_same_if_nothing_else_is_wanted(with_generate, own_metrics, tmp_path):
+    """Batches of 5, 5 and 2 rows with uneven labels: the mean of their means would be another number."""
+    model, rows = make_writer(), make_rows()
+    results = []
+    for loss_only in (False, True):
+        options = {"prediction_loss_only": loss_only, "predict_with_generate": with_generate}
+        args = make_args(tmp_path, Seq2SeqTrainingArguments, **options)
+        trainer = MMTrainer(
+            model, args, processing_class=make_processor(), eval_dataset=rows,
+            compute_metrics=(lambda prediction: {"own": 1.0}) if own_metrics else None,
+        )  # fmt: skip
+        results.append(trainer.evaluate())
+        output = trainer.predict(rows)
+        assert (output.predictions is None) == loss_only
+        assert output.metrics["test_loss"] == pytest.approx(results[-1]["eval_loss"])
+    everything, only = results
+    assert only["eval_loss"] == pytest.approx(everything["eval_loss"], rel=1e-6)
+    assert only["eval_german_loss"] == pytest.approx(everything["eval_german_loss"], rel=1e-6)
+    assert ("eval_topic_accuracy" in everything) == (not own_metrics)
+    assert ("eval_own" in everything) == own_metrics
+    assert not {"eval_own", "eval_topic_accuracy", "eval_german_bleu"} & set(only)
+    labels = MMDataCollator(make_processor(), model.config)(rows)
+    with torch.no_grad():
+        assert only["eval_loss"] == pytest.approx(model.eval()(**labels).loss.item(), rel=1e-4)

@@ -1,5 +1,6 @@
 """Rows become batches."""
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Optional
@@ -91,6 +92,7 @@ class MMDataCollator:
         limits = [max_length, max_text_positions(config.text_config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.gives_references = False
         # Set by [`FeatureCache.prepare`]: what stands in for encoders that need not run.
         self.cached: Optional[CachedFeatures] = None
         self.uncached: MMDataCollator = self  # what it was copied from
@@ -99,6 +101,15 @@ class MMDataCollator:
     def num_bad_files(self) -> int:
         """How many times an image, a video or a sound could not be read and was treated as absent."""
         return int(self._num_bad_files)
+
+    def with_references(self) -> "MMDataCollator":
+        """
+        One that also gives `references`, from task to what metrics compare with, where labels do not hold it: the texts
+        that tasks are to write. A model does not take them.
+        """
+        collator = copy.copy(self)
+        collator.gives_references = True
+        return collator
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         names = [name_of_row(row, i) for i, row in enumerate(rows)]
@@ -131,10 +142,11 @@ class MMDataCollator:
         )
         if not self.takes_images:
             batch.pop("image_index")
-        batch["labels"] = {
-            name: task.collate_labels(self._labels(task, rows, texts, names, is_empty), context)
-            for name, task in self.tasks.items()
-        }
+        values = {name: self._labels(task, rows, texts, names, is_empty) for name, task in self.tasks.items()}
+        batch["labels"] = {name: task.collate_labels(values[name], context) for name, task in self.tasks.items()}
+        if self.gives_references:
+            found = {name: task.encode_references(values[name]) for name, task in self.tasks.items()}
+            batch["references"] = {name: value for name, value in found.items() if value is not None}
         batch.update(count_rows(rows))
         return batch
 

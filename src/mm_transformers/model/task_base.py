@@ -180,6 +180,20 @@ class Task:
         """
         raise NotImplementedError
 
+    def encode_references(self, values: list[Any]) -> Optional[torch.Tensor]:
+        """
+        What metrics compare with, as a tensor with one row each, if labels do not hold all of the cells; `None` if they
+        do, as by default. A missing label is a row of -100.
+
+        Args:
+            values: encoded labels, one or `None` per row.
+        """
+        return None
+
+    def decode_references(self, references: Any) -> list[Any]:
+        """The values of such a tensor or array."""
+        raise NotImplementedError
+
     def labels_left(self, labels: torch.Tensor, kept: dict[str, torch.Tensor]) -> torch.Tensor:
         """
         The labels that modality dropout leaves: of rows that have lost their text, none for words. The mean of the loss

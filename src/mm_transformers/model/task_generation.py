@@ -98,10 +98,18 @@ class Generation(Task):
         longest = max(map(len, encoded))
         if longest >= self.max_length:
             logger.warning_once(
-                f"Task {self.name!r}: a text of {longest + 1} tokens with its end was cut to max_length="
-                f"{self.max_length}; metrics compare with what is left."
+                f"Task {self.name!r}: a text of {longest + 1} tokens with its end is longer than max_length="
+                f"{self.max_length}: the loss counts its beginning only; metrics compare with the whole text."
             )
         return [[*ids[: self.max_length - 1], end] for ids in encoded]
+
+    def encode_references(self, values: list[Any]) -> torch.Tensor:
+        """The bytes of the texts in UTF-8: a tokenizer may not be able to write all of them."""
+        rows = [torch.tensor([-100] if value is None else list(value.encode()), dtype=torch.int32) for value in values]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+
+    def decode_references(self, references: Any) -> list[str]:
+        return [bytes(byte for byte in row if byte >= 0).decode() for row in references.tolist()]
 
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None

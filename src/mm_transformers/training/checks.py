@@ -147,11 +147,11 @@ def check_labels(dataset: Any, collator: MMDataCollator) -> None:
     source = dataset.dataset if isinstance(dataset, DataSource) else dataset
     if source is None or is_iterable(source) or not len(source) or any(t.default_cell is not None for t in tasks):
         return
-    columns = [task.column for task in tasks]
+    columns = [task.column or task.name for task in tasks]
     # Mostly the first row has one.
     for row in rows_with_columns(dataset, columns):
         labels = row.get(SOURCE_KEY, ANY_SOURCE).labels
-        if any(labels(task.name) and not is_missing(row.get(task.column)) for task in tasks):
+        if any(labels(t.name) and not is_missing(row.get(c)) for t, c in zip(tasks, columns, strict=True)):
             return
     raise ValueError(
         f"No row of the train data set has a label of any task: the columns {', '.join(map(repr, columns))} are empty "

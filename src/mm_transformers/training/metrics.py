@@ -1,7 +1,7 @@
 """Metrics that run offline, and the `compute_metrics` function that applies them to every task."""
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -223,7 +223,7 @@ class MultiTaskMetrics:
         metrics = metrics or {}
         self.tasks: dict[str, Task] = config.get_tasks()
         self.tokenizer = getattr(processor, "tokenizer", None)
-        writing = [name for name, task in self.tasks.items() if task.needs_decoder]
+        writing = [name for name, task in self.tasks.items() if task.needs_decoder and metrics.get(name, True)]
         if writing and self.tokenizer is None:
             raise ValueError(
                 f"Task {writing[0]!r} writes text, which only the processor can read: give "
@@ -243,8 +243,9 @@ class MultiTaskMetrics:
         Args:
             prediction: `predictions[task]` are the task's logits and `label_ids[task]` its labels, with rows along
                 axis 0 and -100 (integers) or NaN (floats) where a label is missing. For tasks that write,
-                `predictions[task]` may be a dict with `generated_ids` (rows, length) and `losses` (rows), summed over
-                tokens, as [`MMTrainer`] makes it; of logits there is the loss only.
+                `predictions[task]` may be a dict with `losses` (rows), summed over tokens, `generated_ids` (rows,
+                length) and `references` (rows, bytes), the true texts, as [`MMTrainer`] makes it. Without `references`
+                the labels are decoded; of logits there is the loss only.
 
         Raises:
             ValueError: if an array of a task is not there, if a metric cannot compare what the task answers, or if
@@ -268,12 +269,18 @@ class MultiTaskMetrics:
                     "probably diverged (try a smaller learning rate)."
                 )
                 continue
-            if isinstance(answers, Mapping):
+            if not self.metrics[name]:
+                continue
+            if isinstance(answers, Mapping) and "generated_ids" in answers:
                 labelled = np.asarray(labels != -100).any(-1)
                 written = self._read(np.asarray(answers["generated_ids"])[labelled])
-                self._score(results, name, written, self._read(np.asarray(labels)[labelled]))
+                if "references" in answers:
+                    cells = task.decode_references(np.asarray(answers["references"])[labelled])
+                else:
+                    cells = self._read(np.asarray(labels)[labelled])
+                self._score(results, name, written, cells)
                 continue
-            if task.needs_decoder:
+            if task.needs_decoder or isinstance(answers, Mapping):
                 continue
             predictions, references = (x.numpy() for x in task.predictions_and_references(answers, labels))
             # Rows of which only a part is labelled have a loss, but may be of no use to metrics.
@@ -292,6 +299,23 @@ class MultiTaskMetrics:
     def _read(self, ids: np.ndarray) -> list[str]:
         padding = self.tokenizer.pad_token_id
         return self.tokenizer.batch_decode(np.where(ids == -100, padding, ids), skip_special_tokens=True)
+
+
+class WithLosses:
+    """
+    A `compute_metrics` that gives the exact losses of all rows, and what another one gives.
+
+    Args:
+        config ([`MMTransformerConfig`]): Says which tasks there are.
+        own (*optional*): The other one.
+    """
+
+    def __init__(self, config: "MMTransformerConfig", own: Callable[[EvalPrediction], dict[str, float]] | None = None):
+        self.losses = MultiTaskMetrics(config, metrics=dict.fromkeys(config.get_tasks(), ()))
+        self.own = own
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        return self.losses(prediction) | ({} if self.own is None else self.own(prediction))
 
 
 def _build_metrics(task: str, metrics: Sequence[str | evaluate.Metric]) -> list[evaluate.Metric]:

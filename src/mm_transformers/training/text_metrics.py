@@ -70,8 +70,8 @@ class ChrF(TextMetric):
 
 class ExactMatch(TextMetric):
     """
-    Share of the rows whose text is right to the letter, white space around it aside; right is what the tokenizer makes
-    of the label, up to `max_length`.
+    Share of the rows whose text is right to the letter, white space around it aside. Letters that the tokenizer cannot
+    write, such as capitals for an uncased one, are never right.
     """
 
     key = "exact_match"

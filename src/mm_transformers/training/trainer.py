@@ -35,7 +35,7 @@ from .checks import (
 from .counts import RowCounts
 from .learning_rates import never_decays, set_learning_rates
 from .linear_models import LinearModel
-from .metrics import MultiTaskMetrics
+from .metrics import MultiTaskMetrics, WithLosses
 from .preparing import balance_tasks, prepare_tasks
 from .probe_start import Start, probes_of, start_probes
 from .refit import Refit
@@ -67,8 +67,7 @@ class MMTrainer(ResumableTrainer):
       the regularizer enters once per step; what the regularizer covers has no weight decay;
     - logs hold the loss of each task (`<task>_loss`, `regularization_loss`), its mean over the optimiser steps in which
       the task had labels;
-    - with [`MultiTaskMetrics`], which is the default, evaluation holds exact means, and no loss where nothing is
-      labelled;
+    - losses of an evaluation are exact means over all its labels, and absent where nothing is labelled;
     - the gates of the fusion learn ten times as fast and without weight decay;
     - in evaluation, tasks that write do so, and their metrics compare texts; `generation_num_beams`,
       `generation_max_length` and `predict_with_generate` of [`~transformers.Seq2SeqTrainingArguments`] are heeded;
@@ -177,7 +176,7 @@ class MMTrainer(ResumableTrainer):
         if self.feature_cache is not None:
             self.feature_cache.modalities(self.fused_model, self.data_collator)
         if compute_metrics is None:
-            self.compute_metrics = MultiTaskMetrics(self.model.config, processing_class)
+            self.compute_metrics: Any = MultiTaskMetrics(self.model.config, processing_class)
             check_best_metric(args, self.fused_model.tasks.values(), eval_dataset)
         check_sources(train_dataset, eval_dataset, self.data_collator, args)
         if isinstance(self.data_collator, MMDataCollator):
@@ -311,7 +310,13 @@ class MMTrainer(ResumableTrainer):
             return sampler
 
         wrapped = None if sampler_fn is None else sampler_of
-        return super()._get_dataloader(rows, description, batch_size, sampler_fn=wrapped, **kwargs)
+        collator = self.data_collator
+        if not kwargs.get("is_training", False):
+            self.data_collator = collator.with_references()
+        try:
+            return super()._get_dataloader(rows, description, batch_size, sampler_fn=wrapped, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def _store_features(self, rows: Any) -> None:
         """What frozen encoders say of these rows is in the cache from now on, and the collator takes it from there."""
@@ -707,24 +712,39 @@ class MMTrainer(ResumableTrainer):
 
     def _evaluated(self, *args, **kwargs):
         self._has_evaluated = self._has_evaluated or not self._has_trained
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        tasks = self.fused_model.tasks
+        loss_only = kwargs.get("prediction_loss_only")
+        loss_only = self.args.prediction_loss_only if loss_only is None else loss_only
+        prefix, tasks = kwargs.get("metric_key_prefix", "eval"), self.fused_model.tasks
+        own = self.compute_metrics
+        if loss_only:
+            self.compute_metrics = WithLosses(self.fused_model.config)
+        elif not isinstance(own, MultiTaskMetrics) and self.preprocess_logits_for_metrics is None:
+            self.compute_metrics = WithLosses(self.fused_model.config, own)
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.compute_metrics = own
         losses = {name: output.metrics.get(f"{prefix}_{name}_loss") for name in tasks}
         if any(loss is not None for loss in losses.values()):
             # The stock loop reports the mean of the means of batches, which is not the mean.
             total = sum(tasks[name].loss_weight * loss for name, loss in losses.items() if loss is not None)
             output.metrics[f"{prefix}_loss"] = total + self._regularization()
-        elif isinstance(self.compute_metrics, MultiTaskMetrics) and output.predictions is not None:
+        elif output.predictions is not None:
             output.metrics.pop(f"{prefix}_loss", None)  # of rows without labels there is none
         self._report_bad_files()
-        return output
+        return output._replace(predictions=None, label_ids=None) if loss_only else output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         fused = self.fused_model
+        references = inputs.pop("references", {})
         writes = fused.config.has_decoder and getattr(self.args, "predict_with_generate", True)
         if prediction_loss_only or not writes:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            # The loss of all rows is not the mean of the losses of batches, so it is computed from the answers.
+            loss, answers, labels = super().prediction_step(model, inputs, False, ignore_keys)
+            if prediction_loss_only and labels is not None:
+                long = [name for name in answers if fused.tasks[name].needs_decoder]
+                answers |= {name: {"losses": self._losses_of_rows(name, answers[name], labels[name])} for name in long}
+            return loss, answers, labels
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels", None)
         if self.is_fsdp_enabled:
@@ -736,10 +756,14 @@ class MMTrainer(ResumableTrainer):
             for name, ids in written.items():
                 answers[name] = {"generated_ids": ids}
                 if labels is not None:
-                    pairs = zip(outputs.logits[name], labels[name], strict=True)
-                    losses = [fused.tasks[name].loss(logits[None], row[None])[0] for logits, row in pairs]
-                    answers[name]["losses"] = torch.stack(losses)
+                    answers[name]["losses"] = self._losses_of_rows(name, outputs.logits[name], labels[name])
+                if name in references:
+                    answers[name]["references"] = references[name]
         return None if labels is None else outputs.loss.detach(), answers, labels
+
+    def _losses_of_rows(self, name: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        task = self.fused_model.tasks[name]
+        return torch.stack([task.loss(logits[i : i + 1], labels[i : i + 1])[0] for i in range(len(labels))])
 
     def _generation_options(self) -> dict[str, Any]:
         options = {
