@@ -1,13 +1,14 @@
 """transformers' own shared tests, on our classes. `transformers_tests.py` says where they come from."""
 
 import copy
+import re
 import unittest
 
 import pytest
 import transformers_tests
 from tiny import make_batch, make_clip, make_config, make_feature_extractor, make_image_processor, make_tokenizer
 
-from mm_transformers import MMTransformerConfig, MMTransformerForMultiTask, MMTransformerModel, MMTransformerProcessor
+from mm_transformers import MMTransformerForMultiTask, MMTransformerModel, MMTransformerProcessor
 
 
 try:
@@ -19,21 +20,18 @@ except transformers_tests.TestsMissing as missing:
 
 BASE, FULL = MMTransformerModel, MMTransformerForMultiTask
 
-# What does not apply to our classes, and why.
-MODEL_EXCLUDED = {
-    "test_retain_grad_hidden_states_attentions": "The first state of the fusion is that of the text encoder, which the "
-    "attentions of another layer do not reach.",
-}
+# What does not apply to our processor, and why. Nothing is excluded for the models.
 PROCESSOR_EXCLUDED = {
     "test_init_arguments_not_in_class_attributes": "The parts are optional, which `ProcessorMixin` does not know: the "
     "class says that a part is None where an object has none.",
-    "test_init_arguments_not_in_processor_kwargs": "`num_frames` is saved with the processor, and a call may change it, "
-    "as it may change the options of image processors.",
+    "test_init_arguments_not_in_processor_kwargs": "`num_frames` is saved with the processor, and a call may "
+    "change it, as it may change the options of image processors.",
     "test_subprocessor_defaults_3_audio": "It passes arrays without a sampling rate, which we refuse.",
 }
-# Tests that ask for one tensor as the first output, or for a loss.
+# Tests that ask for a tensor as the first output, for a loss, or for outputs that can be subtracted (no truth values).
 ONLY = {
     "test_determinism": [BASE],
+    "test_model_outputs_equivalence": [FULL],
     "test_training": [FULL],
     "test_training_gradient_checkpointing": [FULL],
     "test_training_gradient_checkpointing_use_reentrant_false": [FULL],
@@ -41,6 +39,7 @@ ONLY = {
 }
 # Tests of self-attention, which the default fusion does not have.
 OF_ATTENTION = ["test_attention_outputs", "test_retain_grad_hidden_states_attentions"]
+SLOW = r"test_eager_matches_sdpa_inference_\d+_(fp16|bf16)|test_bc_torch_dtype"
 
 
 class Tester:
@@ -58,15 +57,18 @@ class Tester:
 
 class ModelTest(ModelTesterMixin, unittest.TestCase):
     _is_composite = True
+    test_can_init_all_missing_weights_before_2023 = True  # not skipped for the year of the file
     additional_model_inputs = ["pixel_values", "image_index"]
 
     def setUp(self):
-        if self._testMethodName in MODEL_EXCLUDED:
-            self.skipTest(MODEL_EXCLUDED[self._testMethodName])
         self.model_tester = Tester()
         self.all_model_classes = tuple(ONLY.get(self._testMethodName, [BASE, FULL]))
         if self._testMethodName in OF_ATTENTION:
             self.model_tester.fusion_type = "co_attention"
+
+    @property
+    def all_generative_model_classes(self):
+        return ()  # the tests of `generate` are not in the source distribution: see test_generation.py
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = copy.deepcopy(inputs_dict)
@@ -105,5 +107,8 @@ class ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         return clips if batch_size else clips[0]
 
 
-for name in [*MODEL_EXCLUDED, *ONLY, *OF_ATTENTION]:
+for name in [*ONLY, *OF_ATTENTION]:
     assert hasattr(ModelTest, name), name
+for name in dir(ModelTest):
+    if re.match(SLOW, name):
+        setattr(ModelTest, name, pytest.mark.slow(getattr(ModelTest, name)))

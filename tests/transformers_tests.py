@@ -44,7 +44,9 @@ def load(name: str) -> types.ModuleType:
         TestsMissing: if they are not here.
     """
     if not (folder() / f"{name}.py").is_file():
-        raise TestsMissing(f"The tests of transformers are not in {folder()}: run `python tests/transformers_tests.py`.")
+        raise TestsMissing(
+            f"The tests of transformers are not in {folder()}: run `python tests/transformers_tests.py`."
+        )
     if PACKAGE not in sys.modules:
         package = sys.modules[PACKAGE] = types.ModuleType(PACKAGE)
         package.__path__ = [str(folder())]

@@ -117,12 +117,12 @@ class FusionOutput(NamedTuple):
     """
     Args:
         hidden_states (batch, text_len, hidden_size): the text tokens, having seen the other streams.
-        all_hidden_states: the text states before and after each layer, if asked for.
+        all_hidden_states: the text states before and after each layer, if asked for; `None` for layers that were not.
         layers: the attentions of each layer, in the order in which they happen, if asked for.
     """
 
     hidden_states: torch.Tensor
-    all_hidden_states: Optional[tuple[torch.Tensor, ...]] = None
+    all_hidden_states: Optional[tuple[Optional[torch.Tensor], ...]] = None
     layers: tuple[tuple[AttentionStep, ...], ...] = ()
 
     @property
@@ -159,6 +159,12 @@ class FusionRecord:
         shown = [AttentionStep(tuple(q), tuple(k), weights) for q, k, weights in steps if weights is not None]
         if self.keep_attentions and shown:
             self.layers.append(tuple(shown))
+
+    def states_at(self, wanted: bool | list[int]) -> tuple[Optional[torch.Tensor], ...]:
+        """The hidden states; given numbers of layers (negative ones from the end), `None` in the places of others."""
+        count = len(self.hidden_states)
+        kept = range(count) if wanted is True else {number % count for number in wanted if count}
+        return tuple(state if number in kept else None for number, state in enumerate(self.hidden_states))
 
 
 class Fusion(nn.Module):
@@ -205,9 +211,9 @@ class Fusion(nn.Module):
         text_mask: torch.Tensor,
         streams: list[Stream],
         output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | list[int] = False,
     ) -> FusionOutput:
-        record = FusionRecord(output_attentions, output_hidden_states)
+        record = FusionRecord(output_attentions, output_hidden_states is not False)
         hidden_states = text_states
         if streams:
             inputs = text_states if self.same_width else self.down_proj(text_states)
@@ -222,7 +228,7 @@ class Fusion(nn.Module):
                 hidden_states = torch.where(present[:, None, None], fused, text_states)
         return FusionOutput(
             hidden_states,
-            tuple(record.hidden_states) if output_hidden_states else None,
+            None if output_hidden_states is False else record.states_at(output_hidden_states),
             tuple(record.layers),
         )
 

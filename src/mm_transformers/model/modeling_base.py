@@ -52,8 +52,10 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
-        # Those of all fusions and of whole families of encoders are named; FSDP wants only what there is.
+        # Those of all fusions, heads and families of encoders are named; FSDP and loading want only what there is.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+        names = {part for name in self.state_dict() for part in name.split(".")}
+        self._keep_in_fp32_modules_strict -= set(type(self)._keep_in_fp32_modules_strict) - names
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -102,7 +102,7 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
         audio_features: Optional[torch.Tensor] = None,
         audio_feature_mask: Optional[torch.Tensor] = None,
         output_attentions: Optional[bool] = None,
-        output_hidden_states: Optional[bool] = None,
+        output_hidden_states: bool | list[int] | None = None,
         **kwargs,
     ) -> MMTransformerModelOutput:
         r"""
@@ -135,7 +135,8 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             audio_feature_mask (`torch.BoolTensor` of shape `(num_clips, tokens)`, *optional*):
                 Which of `audio_features` belong to the clip and not to its padding; all by default.
             output_attentions, output_hidden_states (`bool`, *optional*):
-                Whether to return those of the fusion; default to those of the config.
+                Whether to return those of the fusion; default to those of the config. `output_hidden_states=[0, -1]`
+                returns those layers, and `None` in the places of others.
 
         Raises:
             ValueError: if the images or clips do not fit the rows, are given twice, or the model has no encoder for
@@ -241,7 +242,7 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
         self,
         encoded: dict[str, Stream],
         output_attentions: Optional[bool] = None,
-        output_hidden_states: Optional[bool] = None,
+        output_hidden_states: bool | list[int] | None = None,
         kept: Optional[dict[str, torch.Tensor]] = None,
     ) -> MMTransformerModelOutput:
         """
@@ -377,7 +378,7 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
         labels: Optional[dict[str, torch.Tensor]] = None,
         num_items_in_batch: Optional[dict[str, torch.Tensor]] = None,
         output_attentions: Optional[bool] = None,
-        output_hidden_states: Optional[bool] = None,
+        output_hidden_states: bool | list[int] | None = None,
         **kwargs,
     ) -> MMTransformerOutput:
         r"""

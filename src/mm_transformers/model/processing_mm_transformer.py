@@ -42,7 +42,7 @@ FIXED_OPTIONS = {
 }
 
 
-class MMTransformerTextKwargs(TextKwargs, total=False):
+class MMTransformerTextKwargs(TextKwargs, total=False):  # type: ignore[call-arg]
     return_word_index: bool
 
 
@@ -51,7 +51,7 @@ class MMTransformerVideosKwargs(TypedDict, total=False):
     do_sample_frames: bool
 
 
-class MMTransformerProcessorKwargs(ProcessingKwargs, total=False):
+class MMTransformerProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """The options of a call, by modality."""
 
     text_kwargs: MMTransformerTextKwargs
@@ -358,9 +358,7 @@ class MMTransformerProcessor(ProcessorMixin):
             data["pixel_values"] = processed["pixel_values"]
         return data
 
-    def _process_audio(
-        self, audio: list[Any], sampling_rate: Optional[int] = None, **given
-    ) -> dict[str, torch.Tensor]:
+    def _process_audio(self, audio: list[Any], sampling_rate: Optional[int] = None, **given) -> dict[str, torch.Tensor]:
         extractor = self.feature_extractor
         if extractor is None:
             if any(as_clips(entry) for entry in audio):
