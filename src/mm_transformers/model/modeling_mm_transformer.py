@@ -20,7 +20,7 @@ from .modeling_base import MMTransformerPreTrainedModel
 from .modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from .pairs import PairReading
 from .regularization import regularization_loss, take_starting_point
-from .streams import FrameEmbedding, NullText, check_index, check_keywords, drop_modalities
+from .streams import FrameEmbedding, ItemOrder, NullText, check_index, check_keywords, drop_modalities
 from .task_base import TaskHeads, check_label_shape
 from .token_reduction import build_token_reduction
 from .writing import TextWriting
@@ -70,6 +70,8 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             self.audio_model = audio_model or build_encoder(config.audio_config, "audio")
             self.audio_takes_mask = takes_audio_mask(self.audio_model)
             self.audio_projection = StreamProjection(config, encoder_width(config.audio_config))
+        if config.item_order:
+            self.item_order = nn.ModuleDict({name: ItemOrder(config.fusion_hidden_size) for name in config.modalities})
         self.post_init()
         self.freeze()
 
