@@ -64,6 +64,7 @@ define install
 	$(2)
 	$(1)/bin/python -m pip install --quiet --upgrade --constraint $(1)/constraints.txt pip
 	$(1)/bin/python -m pip install --quiet --constraint $(1)/constraints.txt --editable '.[$(3)]'
+	-$(1)/bin/python tests/transformers_tests.py
 	@touch $@
 endef
 

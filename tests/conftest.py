@@ -8,6 +8,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+import transformers_tests
 
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    for name in sorted(transformers_tests.markers()):
+        config.addinivalue_line("markers", f"{name}: of the tests of transformers")

@@ -495,3 +495,15 @@ def test_flex_attention_agrees(fusion):
         if hasattr(module, "config"):
             assert module.config is model.config
     torch.testing.assert_close(logits_of(model, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", FUSION_KINDS)
+def test_hidden_states_of_some_layers(fusion):
+    """As transformers' own models answer: the layers that are asked for, `None` in the places of others."""
+    model, batch = make_model(fusion_type=fusion), make_batch(labels=False)
+    full = model(**batch, output_hidden_states=True).hidden_states
+    some = model(**batch, output_hidden_states=[0, -1]).hidden_states
+    assert len(some) == len(full) > 1
+    assert all(state is None for state in some[1:-1])
+    assert torch.equal(some[0], full[0])
+    assert torch.equal(some[-1], full[-1])

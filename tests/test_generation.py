@@ -3,7 +3,17 @@
 import pytest
 import torch
 from datasets import Dataset
-from tiny import SEQ2SEQ, TEXT_ENCODERS, VISION_ENCODERS, VOCAB_SIZE, make_batch, make_image, make_processor, open_gates
+from tiny import (
+    SEQ2SEQ,
+    TEXT_ENCODERS,
+    VISION_ENCODERS,
+    VOCAB_SIZE,
+    make_batch,
+    make_image,
+    make_model,
+    make_processor,
+    open_gates,
+)
 from torch import nn
 from transformers import (
     AutoModel,
@@ -23,6 +33,7 @@ from mm_transformers import (
     MMTrainer,
     MMTransformerConfig,
     MMTransformerForMultiTask,
+    MMTransformerModel,
     MultiTaskMetrics,
 )
 from mm_transformers.model.task_base import LabelContext
@@ -249,6 +260,14 @@ def test_an_encoder_decoder_gives_its_encoder_alone_where_nobody_writes():
     model = make_writer("t5", tasks=[TOPIC])
     assert not model.can_generate()
     assert not any("decoder" in name for name in model.state_dict())
+
+
+def test_can_generate_is_asked_of_classes_as_of_models():
+    """In transformers, it is a classmethod: `type(model).can_generate()` is how tools choose a class."""
+    assert MMTransformerForMultiTask.can_generate() is True
+    assert MMTransformerModel.can_generate() is False
+    assert make_writer("bart").can_generate() is True
+    assert make_model().can_generate() is False
 
 
 def test_labels_are_the_text_and_its_end():

@@ -15,13 +15,15 @@ from tiny import (
     IMAGE_SIZE,
     TEXT_ENCODERS,
     VISION_ENCODERS,
+    make_clip,
+    make_feature_extractor,
     make_image,
     make_image_processor,
     make_model,
     make_processor,
     make_tokenizer,
 )
-from transformers import AutoProcessor, CLIPConfig, PreTrainedTokenizer
+from transformers import AutoProcessor, AutoTokenizer, CLIPConfig, PreTrainedTokenizer
 
 from mm_transformers import MMTransformerProcessor
 from mm_transformers.model.images import ImageError
@@ -158,7 +160,7 @@ class TestTexts:
             PROCESSOR(text=text)
 
     def test_other_tensors(self):
-        with pytest.raises(ValueError, match="return_tensors must be 'pt': .*, but got 'np'"):
+        with pytest.raises(ValueError, match="return_tensors must be 'pt', .*, but text_kwargs has 'np'"):
             PROCESSOR(text="a", return_tensors="np")
 
     def test_a_slow_tokenizer_knows_no_words(self):
@@ -422,7 +424,42 @@ def test_options_in_dicts_are_those_of_the_call():
     assert torch.equal(
         given["input_ids"], processor(text="a red dog", padding="max_length", max_length=12)["input_ids"]
     )
-    with pytest.raises(ValueError, match="text_kwargs can change neither return_tensors"):
+    with pytest.raises(ValueError, match="return_tensors must be 'pt', .*, but text_kwargs has 'np'"):
         processor(text="a red dog", text_kwargs={"return_tensors": "np"})
     inputs = processor(text="a red dog", images=make_image(0), return_word_index=True)
     assert make_model()(**inputs).logits  # what the processor gives beside the inputs of the model is passed over
+
+
+def test_options_that_would_break_rows_are_refused():
+    processor = make_processor()
+    for option in ({"return_attention_mask": False}, {"return_overflowing_tokens": True}):
+        name, value = next(iter(option.items()))
+        with pytest.raises(ValueError, match=f"{name} must be {not value!r}, .*, but text_kwargs has {value!r}"):
+            processor(text="a red dog", **option)
+    with pytest.raises(ValueError, match="'do_normalize' is given twice: in images_kwargs and by its name"):
+        processor(text="a", images=make_image(0), images_kwargs={"do_normalize": False}, do_normalize=False)
+    with pytest.raises(TypeError, match="images_kwargs takes no 'do_normalise'; did you mean 'do_normalize'"):
+        processor(text="a", images=make_image(0), images_kwargs={"do_normalise": False})
+
+
+def test_options_of_videos_and_sound_reach_their_readers():
+    frames = [make_image(seed) for seed in range(12)]
+    processor = MMTransformerProcessor(make_image_processor(), make_tokenizer(), make_feature_extractor(), num_frames=8)
+    for options, count in (({}, 8), ({"num_frames": 3}, 3), ({"do_sample_frames": False}, 12)):
+        assert len(processor(text="a", videos=frames, **options)["pixel_values"]) == count
+        assert len(processor(text="a", videos=frames, videos_kwargs=options)["pixel_values"]) == count
+    clip = make_clip(0.1)
+    # The length of texts is not that of sound.
+    inputs = processor(text="a red dog", audio=clip, sampling_rate=16_000, max_length=12, padding="max_length")
+    assert inputs["input_ids"].shape == (1, 12)
+    assert inputs["input_values"].shape == (1, len(clip))
+    cut = processor(text="a", audio=clip, audio_kwargs={"sampling_rate": 16_000, "max_length": 500, "truncation": True})
+    assert cut["input_values"].shape == (1, 500)
+
+
+def test_a_tokenizer_that_pads_to_a_length_does_so_in_the_processor(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, padding="max_length", max_length=17)
+    processor = MMTransformerProcessor(make_image_processor(), tokenizer)
+    assert processor(text=["a red dog", "a"])["input_ids"].shape == (2, 17)
+    assert processor(text=["a red dog", "a"], padding=True)["input_ids"].shape == (2, 5)

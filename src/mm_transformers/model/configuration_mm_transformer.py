@@ -52,6 +52,10 @@ class MMTransformerConfig(PreTrainedConfig):
         num_frames (`int`, *optional*, defaults to 8): How many frames are taken of a video, at most.
         frame_embedding (`str`, *optional*, defaults to `"sinusoidal"`):
             How the frames of a video are told apart: `"sinusoidal"` or `"learned"`, by their number.
+        item_order (`bool`, *optional*, defaults to `False`):
+            Whether the images, and the clips of sound, of a row have an order, as in "the left one" or "before and
+            after". Without it, a row answers the same if two of its images change places. `from_encoders` sets it to
+            `True`.
         vision_token_reduction (`dict`, *optional*):
             Leaves fewer tokens of each image to the fusion, which pays for many images or frames per row:
             `{"kind": "merge", "num_tokens": 49}` merges those that are most alike
@@ -128,6 +132,7 @@ class MMTransformerConfig(PreTrainedConfig):
     modality_dropout: float | int | dict = 0.0
     num_frames: int = 8
     frame_embedding: str = "sinusoidal"
+    item_order: bool = False
     vision_token_reduction: dict | None = None
     linear_probe: bool = False
     freeze_batch_norm: bool = False

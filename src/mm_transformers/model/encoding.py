@@ -20,6 +20,7 @@ class Encoding(Freezing):
     fusion: Any
     null_text: Any
     frame_embedding: Any
+    item_order: Any
     vision_reduction: Any
     audio_takes_mask: bool
     training: bool
@@ -123,7 +124,16 @@ class Encoding(Freezing):
             elif self.training and self.config.frame_embedding == "learned":
                 # It too takes part in every step.
                 offsets = self.frame_embedding(torch.full_like(index, -1), tokens.dtype)
-        return Stream(name, tokens, token_mask, index, offsets, is_full and token_mask is None, means)
+        scales = None
+        if self.config.item_order:
+            order = self.item_order[name]
+            if index.shape[1] > 1:
+                scales, shifts = (vectors.to(tokens.dtype) for vectors in order(index))
+                offsets = shifts if offsets is None else offsets + shifts
+            elif self.training:
+                # One item per row has no order, but the order takes part in every step.
+                tokens = tokens + order.weight.sum() * 0.0
+        return Stream(name, tokens, token_mask, index, offsets, is_full and token_mask is None, means, scales)
 
     def _tokens(
         self, name: str, items: dict[str, torch.Tensor]

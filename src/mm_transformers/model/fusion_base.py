@@ -24,6 +24,7 @@ class Stream(NamedTuple):
         item_index (batch, max_items) int64, *optional*: which items belong to each row, -1 for none; by default row
             i has item i, so that `Stream(name, hidden_states, mask)` holds rows as they are.
         offsets (batch, max_items, fusion_hidden_size), *optional*: added to the tokens of each item in each row.
+        scales (batch, max_items, fusion_hidden_size), *optional*: the tokens are multiplied by 1 plus these before.
         is_full: whether it is known, without a look at the tensors, that every place of every row holds a token.
         item_means (num_items, encoder width), *optional*: the mean of the encoder outputs of each item, for linear
             probes; 0 for a text that is missing.
@@ -36,6 +37,12 @@ class Stream(NamedTuple):
     offsets: Optional[torch.Tensor] = None
     is_full: bool = False
     item_means: Optional[torch.Tensor] = None
+    scales: Optional[torch.Tensor] = None
+
+    @property
+    def differs_by_row(self) -> bool:
+        """Whether an item that several rows share may have other tokens in each of them."""
+        return self.offsets is not None or self.scales is not None
 
     @property
     def row_means(self) -> Optional[torch.Tensor]:
@@ -52,6 +59,8 @@ class Stream(NamedTuple):
     def hidden_states(self) -> torch.Tensor:
         """(batch, length, fusion_hidden_size): the tokens of all the items of each row, side by side."""
         states = self._by_row(self.tokens)
+        if self.scales is not None:
+            states = states * (1 + self.scales.repeat_interleave(self.tokens.shape[1], dim=1))
         if self.offsets is not None:
             states = states + self.offsets.repeat_interleave(self.tokens.shape[1], dim=1)
         return states
@@ -78,7 +87,7 @@ class Stream(NamedTuple):
         The same as `layer(self.hidden_states)`, for a layer that treats every token on its own, such as a linear one;
         where nothing hides them only. (batch, length, width of what the layer gives)
         """
-        if self.offsets is not None:
+        if self.differs_by_row:
             return layer(self.hidden_states)
         return self._by_row(layer(self.tokens))
 
@@ -86,8 +95,8 @@ class Stream(NamedTuple):
         """The stream of these rows, (num_rows,) int64."""
         if self.item_index is None:
             return self._replace(item_index=rows[:, None])
-        offsets = None if self.offsets is None else self.offsets[rows]
-        return self._replace(item_index=self.item_index[rows], offsets=offsets)
+        of_places = {name: value[rows] for name in ("offsets", "scales") if (value := getattr(self, name)) is not None}
+        return self._replace(item_index=self.item_index[rows], **of_places)
 
     def _by_row(self, of_items: torch.Tensor) -> torch.Tensor:
         """(num_items, item_length, ...) -> (batch, length, ...); anything where a row has none: the mask hides it."""
@@ -117,12 +126,12 @@ class FusionOutput(NamedTuple):
     """
     Args:
         hidden_states (batch, text_len, hidden_size): the text tokens, having seen the other streams.
-        all_hidden_states: the text states before and after each layer, if asked for.
+        all_hidden_states: the text states before and after each layer, if asked for; `None` for layers that were not.
         layers: the attentions of each layer, in the order in which they happen, if asked for.
     """
 
     hidden_states: torch.Tensor
-    all_hidden_states: Optional[tuple[torch.Tensor, ...]] = None
+    all_hidden_states: Optional[tuple[Optional[torch.Tensor], ...]] = None
     layers: tuple[tuple[AttentionStep, ...], ...] = ()
 
     @property
@@ -159,6 +168,12 @@ class FusionRecord:
         shown = [AttentionStep(tuple(q), tuple(k), weights) for q, k, weights in steps if weights is not None]
         if self.keep_attentions and shown:
             self.layers.append(tuple(shown))
+
+    def states_at(self, wanted: bool | list[int]) -> tuple[Optional[torch.Tensor], ...]:
+        """The hidden states; given numbers of layers (negative ones from the end), `None` in the places of others."""
+        count = len(self.hidden_states)
+        kept = range(count) if wanted is True else {number % count for number in wanted if count}
+        return tuple(state if number in kept else None for number, state in enumerate(self.hidden_states))
 
 
 class Fusion(nn.Module):
@@ -205,9 +220,9 @@ class Fusion(nn.Module):
         text_mask: torch.Tensor,
         streams: list[Stream],
         output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | list[int] = False,
     ) -> FusionOutput:
-        record = FusionRecord(output_attentions, output_hidden_states)
+        record = FusionRecord(output_attentions, output_hidden_states is not False)
         hidden_states = text_states
         if streams:
             inputs = text_states if self.same_width else self.down_proj(text_states)
@@ -222,7 +237,7 @@ class Fusion(nn.Module):
                 hidden_states = torch.where(present[:, None, None], fused, text_states)
         return FusionOutput(
             hidden_states,
-            tuple(record.hidden_states) if output_hidden_states else None,
+            None if output_hidden_states is False else record.states_at(output_hidden_states),
             tuple(record.layers),
         )
 

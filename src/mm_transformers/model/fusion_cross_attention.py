@@ -67,7 +67,7 @@ class CrossAttentionFusion(Fusion):
         rows = text_states if packing is None else text_states.new_empty(packing.num_rows, packing.length, 1)
         mask = key_mask(self.config, rows, stream_mask(streams))._replace(packed_queries=packing)
         # What differs from row to row is worked out once, not in every layer.
-        streams = [s if s.offsets is None else Stream(s.name, s.hidden_states) for s in streams]
+        streams = [Stream(s.name, s.hidden_states) if s.differs_by_row else s for s in streams]
         tokens = [stream.tokens for stream in streams]
         for layer in self.layers:
             text_states, weights = layer(text_states, mask, streams, *tokens)
@@ -89,7 +89,7 @@ def _simplified(stream: Stream) -> Stream:
     The same with fewer tensors, after a look at them: no index where each row has its own item, in order, and no mask
     where every place holds a token.
     """
-    if stream.item_index is None or stream.offsets is not None:
+    if stream.item_index is None or stream.differs_by_row:
         return stream
     is_full = stream.is_full or (stream.token_mask is None and bool((stream.item_index >= 0).all()))
     own = torch.arange(len(stream.tokens), device=stream.tokens.device)[:, None]

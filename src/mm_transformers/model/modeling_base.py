@@ -52,8 +52,10 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
-        # Those of all fusions and of whole families of encoders are named; FSDP wants only what there is.
+        # Those of all fusions, heads and families of encoders are named; FSDP and loading want only what there is.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+        names = {part for name in self.state_dict() for part in name.split(".")}
+        self._keep_in_fp32_modules_strict -= set(type(self)._keep_in_fp32_modules_strict) - names
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -152,10 +154,10 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             vision (`str`, *optional*): Hub id or local folder of a vision encoder; of CLIP and SigLIP the vision tower.
             audio (`str`, *optional*): Hub id or local folder of an audio encoder; of Whisper the encoder is taken.
             kwargs: fields of [`MMTransformerConfig`] (`tasks`, `fusion_type`, `num_fusion_layers`, ...), of which
-                `num_fusion_layers` defaults to 1 here, `linear_probe` and `freeze_batch_norm` to `True`, `freeze` to
-                `["vision"]` (Zhai et al. 2022, https://arxiv.org/abs/2111.07991; `[]` trains all, which encoders with
-                new weights need), and `modality_dropout` to 0.3 of each modality (of the text only if no task writes);
-                everything else (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes to
+                `num_fusion_layers` defaults to 1 here, `linear_probe`, `freeze_batch_norm` and `item_order` to `True`,
+                `freeze` to `["vision"]` (Zhai et al. 2022, https://arxiv.org/abs/2111.07991; `[]` trains all, which
+                encoders with new weights need), and `modality_dropout` to 0.3 of each modality (of the text only if no
+                task writes); everything else (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes to
                 `AutoModel.from_pretrained`.
 
         Raises:
@@ -175,6 +177,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         # What is pretrained can be probed, and its running statistics are better than those of small batches.
         options.setdefault("linear_probe", True)
         options.setdefault("freeze_batch_norm", True)
+        options.setdefault("item_order", vision is not None or audio is not None)
         options.setdefault("num_fusion_layers", 1)
         if vision is not None:
             options.setdefault("freeze", ["vision"])

@@ -20,7 +20,7 @@ from .modeling_base import MMTransformerPreTrainedModel
 from .modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from .pairs import PairReading
 from .regularization import regularization_loss, take_starting_point
-from .streams import FrameEmbedding, NullText, check_index, check_keywords, drop_modalities
+from .streams import FrameEmbedding, ItemOrder, NullText, check_index, check_keywords, drop_modalities
 from .task_base import TaskHeads, check_label_shape
 from .token_reduction import build_token_reduction
 from .writing import TextWriting
@@ -70,6 +70,8 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             self.audio_model = audio_model or build_encoder(config.audio_config, "audio")
             self.audio_takes_mask = takes_audio_mask(self.audio_model)
             self.audio_projection = StreamProjection(config, encoder_width(config.audio_config))
+        if config.item_order:
+            self.item_order = nn.ModuleDict({name: ItemOrder(config.fusion_hidden_size) for name in config.modalities})
         self.post_init()
         self.freeze()
 
@@ -102,7 +104,7 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
         audio_features: Optional[torch.Tensor] = None,
         audio_feature_mask: Optional[torch.Tensor] = None,
         output_attentions: Optional[bool] = None,
-        output_hidden_states: Optional[bool] = None,
+        output_hidden_states: bool | list[int] | None = None,
         **kwargs,
     ) -> MMTransformerModelOutput:
         r"""
@@ -135,7 +137,8 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             audio_feature_mask (`torch.BoolTensor` of shape `(num_clips, tokens)`, *optional*):
                 Which of `audio_features` belong to the clip and not to its padding; all by default.
             output_attentions, output_hidden_states (`bool`, *optional*):
-                Whether to return those of the fusion; default to those of the config.
+                Whether to return those of the fusion; default to those of the config. `output_hidden_states=[0, -1]`
+                returns those layers, and `None` in the places of others.
 
         Raises:
             ValueError: if the images or clips do not fit the rows, are given twice, or the model has no encoder for
@@ -241,7 +244,7 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
         self,
         encoded: dict[str, Stream],
         output_attentions: Optional[bool] = None,
-        output_hidden_states: Optional[bool] = None,
+        output_hidden_states: bool | list[int] | None = None,
         kept: Optional[dict[str, torch.Tensor]] = None,
     ) -> MMTransformerModelOutput:
         """
@@ -377,7 +380,7 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
         labels: Optional[dict[str, torch.Tensor]] = None,
         num_items_in_batch: Optional[dict[str, torch.Tensor]] = None,
         output_attentions: Optional[bool] = None,
-        output_hidden_states: Optional[bool] = None,
+        output_hidden_states: bool | list[int] | None = None,
         **kwargs,
     ) -> MMTransformerOutput:
         r"""

@@ -4,16 +4,17 @@ import difflib
 import functools
 import inspect
 import numbers
+import sys
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, Optional, get_type_hints
+from typing import Any, Optional, TypedDict, get_type_hints
 
 import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, BatchFeature, ProcessorMixin
 
 # Not from the top: there, transformers 5.17 wants torchvision for it.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.processing_utils import ImagesKwargs, TextKwargs
+from transformers.processing_utils import AudioKwargs, ImagesKwargs, ProcessingKwargs, TextKwargs
 from transformers.utils import logging
 
 from .audio import AudioError, audio_key, load_audio
@@ -30,6 +31,33 @@ logger = logging.get_logger(__name__)
 
 # In seconds: the window of all the usual audio encoders, of waveforms and of spectrograms alike.
 SHORTEST_CLIP = 0.025
+
+
+# What the rows of a batch, and the places of words in them, depend on.
+FIXED_OPTIONS = {
+    "return_tensors": "pt",
+    "return_attention_mask": True,
+    "return_overflowing_tokens": False,
+    "return_offsets_mapping": False,
+}
+
+
+class MMTransformerTextKwargs(TextKwargs, total=False):  # type: ignore[call-arg]
+    return_word_index: bool
+
+
+class MMTransformerVideosKwargs(TypedDict, total=False):
+    num_frames: int
+    do_sample_frames: bool
+
+
+class MMTransformerProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """The options of a call, by modality."""
+
+    text_kwargs: MMTransformerTextKwargs
+    images_kwargs: ImagesKwargs
+    videos_kwargs: MMTransformerVideosKwargs
+    audio_kwargs: AudioKwargs
 
 
 class MMTransformerProcessor(ProcessorMixin):
@@ -57,6 +85,7 @@ class MMTransformerProcessor(ProcessorMixin):
 
     image_processor: Any = None
     feature_extractor: Any = None
+    valid_processor_kwargs = MMTransformerProcessorKwargs
 
     def __init__(self, image_processor=None, tokenizer=None, feature_extractor=None, num_frames: int = 8, **kwargs):
         parts = {"image_processor": image_processor, "tokenizer": tokenizer, "feature_extractor": feature_extractor}
@@ -140,18 +169,7 @@ class MMTransformerProcessor(ProcessorMixin):
         return cls(image_processor, tokenizer, feature_extractor, num_frames)
 
     def __call__(
-        self,
-        text: Any = None,
-        images: Any = None,
-        videos: Any = None,
-        audio: Any = None,
-        sampling_rate: Optional[int] = None,
-        padding: Any = True,
-        max_length: Optional[int] = None,
-        pad_to_multiple_of: Optional[int] = None,
-        return_word_index: bool = False,
-        return_tensors: str = "pt",
-        **kwargs,
+        self, text: Any = None, images: Any = None, videos: Any = None, audio: Any = None, **kwargs
     ) -> BatchFeature:
         """
         Args:
@@ -163,14 +181,18 @@ class MMTransformerProcessor(ProcessorMixin):
             videos (*optional*):
                 One entry per row: a video, as [`load_frames`] takes it, or `None`. Its frames come after the images.
             audio (*optional*): One entry per row: a clip, as [`load_audio`] takes it, a list of clips, or `None`.
-            sampling_rate (`int`, *optional*): The rate, in Hz, of clips that are arrays without one.
-            padding (`bool` or `str`, *optional*, defaults to `True`): As tokenizers take it.
-            max_length (`int`, *optional*): Longest text in tokens; defaults to `tokenizer.model_max_length`.
-            pad_to_multiple_of (`int`, *optional*): As tokenizers take it.
-            return_word_index (`bool`, *optional*, defaults to `False`):
-                Whether to return `word_index`: the number of the word that starts at each token, -1 elsewhere.
-            kwargs: Options of the tokenizer and of the image processor, such as `do_resize`; also as dicts,
-                `text_kwargs` and `images_kwargs`.
+            kwargs:
+                Options, by name or as the dicts `text_kwargs`, `images_kwargs`, `videos_kwargs`, `audio_kwargs`:
+
+                - of the tokenizer. `padding` defaults to `True`, `max_length` to `tokenizer.model_max_length`, and
+                  `truncation` is always on. By name, `padding` and `max_length` are for the text only.
+                - `return_word_index` (`bool`, defaults to `False`): whether to return `word_index`, the number of the
+                  word that starts at each token, -1 elsewhere.
+                - of the image processor, such as `do_resize`, for images and the frames of videos.
+                - `num_frames` (`int`, defaults to that of the processor): how many frames are taken of a video, at
+                  most; `do_sample_frames=False` takes all of them.
+                - `sampling_rate` (`int`): the rate, in Hz, of clips that are arrays without one.
+                - in `audio_kwargs` alone: other options of the feature extractor.
 
         Returns:
             [`BatchFeature`] with `input_ids` and `attention_mask` (batch, text_len) int64, the latter 0 everywhere in
@@ -181,12 +203,11 @@ class MMTransformerProcessor(ProcessorMixin):
 
         Raises:
             ValueError: if texts are not strings, if there are not as many entries in `images`, `videos` or `audio` as
-                texts, or if the model has no encoder for them.
+                texts, if the model has no encoder for them, or if an option is given twice.
             ImageError, VideoError, AudioError: if one of them cannot be read.
             TypeError: if neither the processor nor its parts take an argument.
         """
-        if return_tensors != "pt":
-            raise ValueError(f"return_tensors must be 'pt': the model is a PyTorch model, but got {return_tensors!r}.")
+        options = self._options(kwargs)
         media = {"images": images, "videos": videos, "audio": audio}
         if isinstance(text, str):
             text = [text]
@@ -196,49 +217,71 @@ class MMTransformerProcessor(ProcessorMixin):
                 "text must be a string or a list of strings, one per row; use '' where there is only an image."
             )
         entries = {name: _one_per_row(name, entry, len(text)) for name, entry in media.items()}
-        text_options, image_options = self._options(kwargs)
-        padding = text_options.pop("padding", padding)
-        max_length = text_options.pop("max_length", max_length)
-        pad_to_multiple_of = text_options.pop("pad_to_multiple_of", pad_to_multiple_of)
-        data = self._tokenize(
-            [x or "" for x in text], padding, max_length, pad_to_multiple_of, return_word_index, **text_options
-        )
+        data = self._tokenize([x or "" for x in text], **options["text_kwargs"])
         has_text = torch.tensor([bool(x and x.strip()) for x in text])
         if self.image_processor is not None or self.feature_extractor is not None:
             data["attention_mask"] = data["attention_mask"] * has_text[:, None]
-        data.update(self._process_images(entries["images"], entries["videos"], image_options))
-        data.update(self._process_audio(entries["audio"], sampling_rate))
+        data.update(
+            self._process_images(
+                entries["images"], entries["videos"], options["images_kwargs"], **options["videos_kwargs"]
+            )
+        )
+        data.update(self._process_audio(entries["audio"], **options["audio_kwargs"]))
         return BatchFeature(data)
 
-    def _options(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Options of the tokenizer, and of the image processor."""
-        text, images = dict(given.pop("text_kwargs", {})), dict(given.pop("images_kwargs", {}))
-        for name, options in (("text_kwargs", text), ("images_kwargs", images)):
-            if options.pop("return_tensors", "pt") != "pt" or "return_offsets_mapping" in options:
-                raise ValueError(f"{name} can change neither return_tensors nor return_offsets_mapping.")
-        if not given:
-            return text, images
-        of_text = set(TextKwargs.__annotations__)
-        kind = getattr(self.image_processor, "valid_kwargs", ImagesKwargs)
-        of_images = set() if self.image_processor is None else set(get_type_hints(kind))
-        for name, value in given.items():
-            if name in of_text:
-                text[name] = value
-            elif name in of_images:
-                images[name] = value
-            else:
-                own = [name for name in inspect.signature(type(self).__call__).parameters if name != "kwargs"]
-                near = difflib.get_close_matches(name, [*own, *of_text, *of_images], 1)
-                hint = (
-                    f"did you mean {near[0]!r}?"
-                    if near
-                    else f"it takes {', '.join(own[1:])}, and options of its parts."
-                )
-                raise TypeError(f"The processor takes no argument {name!r}; {hint}")
-        return text, images
+    def _options(self, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """
+        The options of a call by modality, as `text_kwargs` and the like. Not by `ProcessorMixin._merge_kwargs`, which
+        cuts sound to the `max_length` of texts, and passes over names that nobody takes.
+        """
+        kinds = self._option_names
+        options = {kind: dict(given.pop(kind, None) or {}) for kind in kinds}
+        common = given.pop("common_kwargs", None) or {}
+        for kind, values in options.items():
+            for name in values:
+                if name not in kinds[kind]:
+                    raise TypeError(f"{kind} takes no {name!r}; {_hint(name, kinds[kind])}")
+                if name in given:
+                    raise ValueError(f"{name!r} is given twice: in {kind} and by its name.")
+        for name, value in {**common, **given}.items():
+            # Text comes first: `padding` and `max_length` of sound are in `audio_kwargs` only.
+            kind = next((kind for kind, names in kinds.items() if name in names), None)
+            if kind is None:
+                own = {"text", "images", "videos", "audio", *kinds}
+                raise TypeError(f"The processor takes no argument {name!r}; {_hint(name, own.union(*kinds.values()))}")
+            options[kind].setdefault(name, value)
+        for kind, values in options.items():
+            for name, value in FIXED_OPTIONS.items():
+                got = values.pop(name, None)
+                if got not in (None, value):
+                    raise ValueError(f"{name} must be {value!r}, as the model needs it, but {kind} has {got!r}.")
+        return options
 
-    def _tokenize(self, text, padding, max_length, pad_to_multiple_of, return_word_index, **kwargs) -> dict[str, Any]:
+    @property
+    def _option_names(self) -> dict[str, set[str]]:
+        """The names of the options of each modality."""
+        of_images, of_sound = set(), set(AudioKwargs.__annotations__)
+        if self.image_processor is not None:
+            of_images = set(get_type_hints(getattr(self.image_processor, "valid_kwargs", ImagesKwargs)))
+        if self.feature_extractor is not None:
+            of_sound |= set(inspect.signature(type(self.feature_extractor).__call__).parameters)
+        of_sound -= {"self", "raw_speech", "kwargs"}
+        return {
+            "text_kwargs": set(MMTransformerTextKwargs.__annotations__),
+            "images_kwargs": of_images,
+            "videos_kwargs": set(MMTransformerVideosKwargs.__annotations__),
+            "audio_kwargs": of_sound,
+        }
+
+    def _tokenize(
+        self, text, padding=None, max_length=None, pad_to_multiple_of=None, return_word_index=False, **kwargs
+    ) -> dict[str, Any]:
         tokenizer = self.tokenizer
+        if padding is None:
+            # Loaded with `padding="max_length", max_length=64`, a tokenizer makes all texts as long as that.
+            padding = "max_length" if tokenizer.init_kwargs.get("padding") == "max_length" else True
+            if padding == "max_length":
+                max_length = max_length or tokenizer.init_kwargs.get("max_length")
         if return_word_index and not tokenizer.is_fast:
             raise ValueError(
                 f"Labels of words need a fast tokenizer, but {type(tokenizer).__name__} is a slow one: it does not say "
@@ -280,8 +323,14 @@ class MMTransformerProcessor(ProcessorMixin):
         return data
 
     def _process_images(
-        self, images: list[Any], videos: list[Any], options: Mapping[str, Any]
+        self,
+        images: list[Any],
+        videos: list[Any],
+        options: Mapping[str, Any],
+        num_frames: Optional[int] = None,
+        do_sample_frames: bool = True,
     ) -> dict[str, torch.Tensor]:
+        num_frames = (num_frames or self.num_frames) if do_sample_frames else sys.maxsize
         distinct = _Distinct()
         index, frames = [], []
         decoded: dict[Hashable, list[Any]] = {}
@@ -291,7 +340,7 @@ class MMTransformerProcessor(ProcessorMixin):
             if not is_null(video):
                 key = video_key(video)
                 if key not in decoded:
-                    decoded[key] = load_frames(video, self.num_frames)
+                    decoded[key] = load_frames(video, num_frames)
                 for number, picture in enumerate(decoded[key]):
                     row.append(distinct.add((key, number), functools.partial(load_image, picture)))
                 numbers += range(len(decoded[key]))
@@ -309,7 +358,7 @@ class MMTransformerProcessor(ProcessorMixin):
             data["pixel_values"] = processed["pixel_values"]
         return data
 
-    def _process_audio(self, audio: list[Any], sampling_rate: Optional[int]) -> dict[str, torch.Tensor]:
+    def _process_audio(self, audio: list[Any], sampling_rate: Optional[int] = None, **given) -> dict[str, torch.Tensor]:
         extractor = self.feature_extractor
         if extractor is None:
             if any(as_clips(entry) for entry in audio):
@@ -332,7 +381,7 @@ class MMTransformerProcessor(ProcessorMixin):
                 sampling_rate=extractor.sampling_rate,
                 return_attention_mask=True,
                 return_tensors="pt",
-                **options,
+                **{**options, **given},
             )
             for name, value in features.items():
                 data["audio_attention_mask" if name == "attention_mask" else name] = value
@@ -377,6 +426,11 @@ class MMTransformerProcessor(ProcessorMixin):
         if self.feature_extractor is not None:
             names += [*self.feature_extractor.model_input_names, "audio_attention_mask", "audio_index"]
         return list(dict.fromkeys(names))
+
+
+def _hint(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), 1)
+    return f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(sorted(known))}."
 
 
 class _Distinct:

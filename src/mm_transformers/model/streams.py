@@ -92,6 +92,38 @@ class FrameEmbedding(nn.Module):
         return (vectors * (frame_index >= 0)[..., None]).to(dtype)
 
 
+class ItemOrder(nn.Module):
+    """
+    Tells the items of a row apart by their place: "the left one", "before and after". The tokens of the first stay as
+    they are; those of others are scaled and shifted, which an average of tokens shows too. Sinusoids of the place, of
+    which there may be any number, pass through a linear layer that starts at zero.
+
+    Args:
+        width: of the tokens.
+    """
+
+    # Waves of 6 to 1,600 places.
+    NUM_WAVES = 16
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 2 * self.NUM_WAVES, width))
+
+    def init_own_parameters(self, std: float):
+        init.zeros_(self.weight)
+
+    def forward(self, item_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        (batch, max_items) int64, -1 where there is no item -> scales and offsets, (batch, max_items, width) each; 0 for
+        the first item of each row.
+        """
+        place = ((item_index >= 0).to(torch.int64).cumsum(1) - 1).clamp(min=0)
+        rates = 256.0 ** (-torch.arange(self.NUM_WAVES, device=place.device) / (self.NUM_WAVES - 1))
+        angles = place[..., None] * rates
+        waves = torch.cat([angles.sin(), angles.cos() - 1], -1).to(self.weight.dtype)
+        return waves @ self.weight[0], waves @ self.weight[1]
+
+
 def check_index(
     index: Optional[torch.Tensor], batch_size: int, num_items: int, device: torch.device, name: str, items: str
 ) -> tuple[torch.Tensor, bool]:

@@ -1,6 +1,7 @@
 """How a model with a decoder writes the answers of its `Generation` tasks."""
 
 import inspect
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -9,6 +10,13 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from .modeling_outputs import MMTransformerModelOutput
+
+
+class _CanGenerate:
+    """A classmethod in transformers. Here the class can write, and a model can if one of its tasks does."""
+
+    def __get__(self, model: Any, owner: type) -> Callable[[], bool]:
+        return lambda: model is None or model.config.has_decoder
 
 
 class TextWriting:
@@ -21,6 +29,8 @@ class TextWriting:
     config: Any
     tasks: dict[str, Any]
     model: Any
+
+    can_generate = _CanGenerate()
 
     def read_written(
         self, task: Any, encoder_outputs: MMTransformerModelOutput, labels: Optional[torch.Tensor]
@@ -148,9 +158,6 @@ class TextWriting:
             yield
         finally:
             config.forced_bos_token_id = forced
-
-    def can_generate(self) -> bool:
-        return self.config.has_decoder
 
     def adjust_generation_fn(self, *args, **kwargs) -> None:
         """Called by `from_pretrained`, to read what `save_pretrained` wrote."""
