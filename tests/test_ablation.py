@@ -1,21 +1,26 @@
 """What each modality is good for, against rows that were emptied and exchanged by hand, and sums over all orders."""
 
+import importlib
 import itertools
 import json
 import math
+import re
 from collections import Counter
 
 import datasets
+import evaluate
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_generation import make_writer
 from test_trainer import make_dataset, make_rows
 from tiny import make_model, make_processor
+from transformers import EvalPrediction
 
-from mm_transformers import Classification, Matching, MMDataCollator, Retrieval
+from mm_transformers import Classification, Generation, Matching, MMDataCollator, MultiTaskMetrics, Retrieval
 from mm_transformers.analysis import ablate
 from mm_transformers.analysis.ablation.calibration import calibration
 from mm_transformers.analysis.ablation.contributions import (
@@ -25,7 +30,9 @@ from mm_transformers.analysis.ablation.contributions import (
     subsets,
 )
 from mm_transformers.analysis.ablation.results import Ablation, Contribution, main_metric
+from mm_transformers.analysis.ablation.tables import Table, as_markdown
 from mm_transformers.analysis.ablation.views import exchanged
+from mm_transformers.training.metrics import less_is_better
 
 
 NUM_ROWS = 24
@@ -49,7 +56,7 @@ def logits_by_hand(model, rows: list[dict]) -> dict[str, np.ndarray]:
         images = None if row["image"] is None else [row["image"]]
         with torch.no_grad():
             found.append(model(**processor(text=[row["text"]], images=images)).logits)
-    return {task: torch.cat([one[task] for one in found]).numpy() for task in ("topic", "sentiment")}
+    return {task: torch.cat([one[task] for one in found]).numpy() for task in ("topic", "sentiment", "score")}
 
 
 def accuracy_by_hand(model, rows: list[dict], task: str) -> float:
@@ -83,22 +90,55 @@ def test_variants_are_what_they_are_called(model, ablation):
 
 def test_exchanged_rows_by_hand(model):
     """The same order and cycles, drawn again; the rows exchanged before anything is encoded."""
-    rows = make_rows(NUM_ROWS)
+    rows = rows_without_some_parts(NUM_ROWS)
     found = ablate(model, make_processor(), rows, batch_size=10, num_permutations=1, num_additive_rows=0, seed=SEED)
     rng = np.random.default_rng(SEED)
     order = rng.permutation(NUM_ROWS)
-    moved = {"text": [], "image": []}
-    for numbers in np.array_split(order, -(-NUM_ROWS // 10)):
-        window = [rows[i] for i in numbers]
-        for column in ("text", "image"):
-            present = np.array([bool(row[column]) if column == "text" else row[column] is not None for row in window])
-            source = exchanged(present, rng)
-            moved[column] += [{**row, column: window[i][column]} for row, i in zip(window, source, strict=True)]
+    moved = {}
+    window = [rows[i] for i in order]
+    for column in ("text", "image"):
+        source = exchanged(np.array([row[column] is not None for row in window]), rng)
+        moved[column] = [{**row, column: window[i][column]} for row, i in zip(window, source, strict=True)]
     for column, changed in moved.items():
         for task in ("topic", "sentiment"):
             assert found.variants[f"{column} shuffled"][f"{task}_accuracy"] == pytest.approx(
                 accuracy_by_hand(model, changed, task)
             ), (column, task)
+
+
+def rows_without_some_parts(count: int) -> list[dict]:
+    """Every fifth has no text; of the others, some have no picture."""
+    rows = [{**row, "text": None if i % 5 == 0 else row["text"]} for i, row in enumerate(make_rows(count))]
+    for i, row in enumerate(rows):
+        if row["text"] is None:
+            row.update(image=row["image"] or rows[2]["image"], entities=None)
+        row["topic"] = ["animals", "food", "travel"][i % 3]
+    return rows
+
+
+def test_rows_without_a_text_are_given_none(model):
+    """Whatever is exchanged, a row has what it had: seen in what the fusion is given."""
+    rows = rows_without_some_parts(NUM_ROWS)
+    counts, batches = [], []
+
+    def count(module, args):
+        text_states, text_mask, streams = args[:3]
+        standing_in = (text_mask.sum(1) == 1) & (text_states[:, 0] == model.model.null_text.weight).all(-1)
+        batches.append((int(standing_in.sum()), sum(int(stream.present.sum()) for stream in streams)))
+
+    hook = model.model.fusion.register_forward_pre_hook(count)
+    try:
+        ablate(model, make_processor(), rows, num_permutations=3, num_additive_rows=0)
+    finally:
+        hook.remove()
+    without_text = sum(row["text"] is None for row in rows)
+    with_image = sum(row["image"] is not None for row in rows)
+    assert 0 < without_text < NUM_ROWS
+    assert 0 < with_image < NUM_ROWS
+    counts = Counter(batches)
+    # All, and three exchanges of each modality; then the variants that lack something.
+    assert counts[without_text, with_image] == 1 + 3 + 3
+    assert counts[without_text, 0] == counts[NUM_ROWS, with_image] == counts[NUM_ROWS, 0] == 1
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=20), st.integers(0, 100))
@@ -140,26 +180,163 @@ def test_the_additive_projection_is_the_nearest_sum():
     design = np.concatenate([np.kron(np.eye(5), np.ones((5, 1))), np.kron(np.ones((5, 1)), np.eye(5))], axis=1)
     nearest = design @ np.linalg.lstsq(design, logits.reshape(25, 3), rcond=None)[0]
     expected = nearest.reshape(5, 5, 3)[np.arange(5), np.arange(5)]
-    np.testing.assert_allclose(additive_projection(torch.tensor(logits)).numpy(), expected, atol=1e-12)
+    means = torch.tensor(logits.mean(1)), torch.tensor(logits.mean(0))
+    np.testing.assert_allclose(additive_projection(*means).numpy(), expected, atol=1e-12)
     additive = rng.normal(size=(5, 1, 3)) + rng.normal(size=(1, 5, 3))
     own = additive[np.arange(5), np.arange(5)]
-    np.testing.assert_allclose(additive_projection(torch.tensor(additive)).numpy(), own, atol=1e-12)
+    means = torch.tensor(additive.mean(1)), torch.tensor(additive.mean(0))
+    np.testing.assert_allclose(additive_projection(*means).numpy(), own, atol=1e-12)
 
 
-def test_the_projection_of_the_model_pairs_each_text_with_each_picture(model):
-    rows = make_rows(6)
-    found = ablate(model, make_processor(), rows, batch_size=6, num_permutations=1, seed=0)
-    order = np.random.default_rng(0).permutation(6)
-    rows = [rows[i] for i in order]
-    crossed = [{**one, "image": other["image"]} for one in rows for other in rows]
-    for task in ("topic", "sentiment"):
-        logits = torch.tensor(logits_by_hand(model, crossed)[task]).unflatten(0, (6, 6))
-        chosen = additive_projection(logits).argmax(-1).tolist()
-        known = [i for i, row in enumerate(rows) if row[task] is not None]
-        encoded = [model.tasks[task].encode_label(rows[i][task], "") for i in known]
-        expected = np.mean([chosen[i] == label for i, label in zip(known, encoded, strict=True)])
-        assert found.contributions[task].additive == pytest.approx(float(expected))
-        assert found.contributions[task].score == pytest.approx(found.variants["all"][f"{task}_accuracy"])
+@pytest.fixture(scope="module")
+def interacting():
+    """A model whose modalities interact so much that it shows."""
+    model, generator = make_model(seed=2), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def score_metrics(model) -> MultiTaskMetrics:
+    """Of numbers, so that the least difference shows."""
+    return MultiTaskMetrics(model.config, make_processor(), {"score": ["mse"]})
+
+
+@pytest.mark.parametrize("num_sampled", [12, 7])
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_the_projection_pairs_each_text_with_each_picture_of_all_rows(interacting, batch_size, num_sampled):
+    """Against the least squares over all sums, of logits of rows that were put together by hand."""
+    model = interacting
+    rows = [{**row, "score": i / 7} for i, row in enumerate(rows_without_some_parts(12))]
+    options = dict(batch_size=batch_size, num_permutations=1, num_additive_rows=num_sampled, seed=3)
+    metrics = score_metrics(model)
+    found = ablate(model, make_processor(), rows, ["score"], compute_metrics=metrics, **options).contributions["score"]
+    sampled = [rows[i] for i in np.random.default_rng(3).permutation(12)[:num_sampled]]
+    crossed = [{**one, "image": other["image"]} for one in sampled for other in sampled]
+    logits = logits_by_hand(model, crossed)["score"].flatten().astype(float)
+    one, other = np.divmod(np.arange(num_sampled**2), num_sampled)
+    design = np.concatenate([np.eye(num_sampled)[one], np.eye(num_sampled)[other]], axis=1)
+    nearest = (design @ np.linalg.lstsq(design, logits, rcond=None)[0]).reshape(num_sampled, num_sampled).diagonal()
+    own, truth = logits.reshape(num_sampled, num_sampled).diagonal(), np.array([row["score"] for row in sampled])
+    assert found.additive == pytest.approx(float(((nearest - truth) ** 2).mean()), rel=1e-4)
+    assert found.score == pytest.approx(float(((own - truth) ** 2).mean()), rel=1e-4)
+    assert found.interaction == pytest.approx(found.additive - found.score)
+    assert abs(found.interaction) > 0.01 * found.score, "the test needs a model whose modalities interact"
+    assert found.num_rows == num_sampled
+
+
+def test_no_result_depends_on_the_batch_size(interacting):
+    rows, found = rows_without_some_parts(12), []
+    for batch_size in (1, 7, 64):
+        options = dict(batch_size=batch_size, num_permutations=2, num_additive_rows=6, seed=1)
+        metrics = score_metrics(interacting)
+        names = ["topic", "score"]
+        found.append(ablate(interacting, make_processor(), rows, names, compute_metrics=metrics, **options))
+    for other in found[1:]:
+        for variant, metrics in found[0].variants.items():
+            assert other.variants[variant] == pytest.approx(metrics, rel=1e-4, abs=1e-6), variant
+        for task, contribution in found[0].contributions.items():
+            assert other.contributions[task].additive == pytest.approx(contribution.additive, rel=1e-4, abs=1e-6)
+        assert other.calibration["topic"].ece == pytest.approx(found[0].calibration["topic"].ece, abs=1e-6)
+
+
+def test_the_size_of_the_sample_is_told(model):
+    options = dict(num_permutations=1, num_additive_rows=8)
+    found = ablate(model, make_processor(), make_rows(NUM_ROWS), **options)
+    assert found.contributions["topic"].num_rows == 8
+    assert found.to_dict()["contributions"]["topic"]["num_rows"] == 8
+    assert f"measured on 8 of {NUM_ROWS} rows, drawn at random." in found.to_markdown()
+    found = ablate(model, make_processor(), make_rows(6), num_permutations=1)
+    assert "measured on all 6 rows." in found.to_markdown()
+    assert "measured on" not in ablate(model, make_processor(), make_rows(6), num_additive_rows=0).to_markdown()
+
+
+def test_windows_are_exchanged_one_by_one_and_sampled_together(interacting, monkeypatch):
+    """With windows of 5 rows instead of 256."""
+    model = interacting
+    module = importlib.import_module("mm_transformers.analysis.ablation.ablate")
+    rows = rows_without_some_parts(12)
+    options = dict(num_permutations=1, num_additive_rows=9, seed=3, compute_metrics=score_metrics(model))
+    whole = ablate(model, make_processor(), rows, **options)
+    monkeypatch.setattr(module, "_WINDOW", 5)
+    parts = ablate(model, make_processor(), rows, **options)
+    for variant in ("all", "text only", "image only", "nothing"):
+        assert parts.variants[variant] == pytest.approx(whole.variants[variant], rel=1e-4, abs=1e-6)
+    for task, contribution in whole.contributions.items():
+        assert parts.contributions[task].additive == pytest.approx(contribution.additive, rel=1e-4, abs=1e-6)
+    rng = np.random.default_rng(3)
+    moved = []
+    for numbers in np.array_split(rng.permutation(12), 3):
+        window = [rows[i] for i in numbers]
+        exchanged(np.array([row["text"] is not None for row in window]), rng)
+        source = exchanged(np.array([row["image"] is not None for row in window]), rng)
+        moved += [{**row, "image": window[i]["image"]} for row, i in zip(window, source, strict=True)]
+    found = parts.variants["image shuffled"]["topic_loss"]
+    logits = torch.tensor(logits_by_hand(model, moved)["topic"])
+    labels = torch.tensor([model.tasks["topic"].encode_label(row["topic"], "") for row in moved])
+    assert found == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-4)
+
+
+# Which way is better
+
+
+class WordErrorRate(evaluate.Metric):
+    """As people load it: an object that does not say whether less is better."""
+
+    def _info(self):
+        text = datasets.Value("string")
+        features = datasets.Features({"predictions": text, "references": text})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        wrong = sum(p.split() != r.split() for p, r in zip(predictions, references, strict=True))
+        return {"mistakes": wrong / len(references), "hits": 1 - wrong / len(references)}
+
+
+def test_gains_are_gains_also_where_less_is_better(model):
+    rows = [{**row, "score": i / 7} for i, row in enumerate(make_rows(12))]
+    metrics = {"score": ["mse"], "topic": []}
+    options = dict(num_permutations=2, compute_metrics=MultiTaskMetrics(model.config, make_processor(), metrics))
+    found = ablate(model, make_processor(), rows, **options)
+    for task, metric in (("score", "score_mse"), ("topic", "topic_loss")):
+        contribution = found.contributions[task]
+        assert (contribution.metric, contribution.less_is_better) == (metric, True)
+        worths = {name: found.variants[name][metric] for name in ("all", "text only", "image only", "nothing")}
+        image = ((worths["text only"] - worths["all"]) + (worths["nothing"] - worths["image only"])) / 2
+        assert contribution.shapley["vision"] == pytest.approx(image)
+        assert sum(contribution.shapley.values()) == pytest.approx(worths["nothing"] - worths["all"])
+        assert contribution.interaction == pytest.approx(contribution.additive - contribution.score)
+        assert f"{metric.removeprefix(task + '_')} (less is better)" in found.to_markdown()
+    assert found.contributions["tags"].less_is_better is False
+
+
+def test_a_metric_that_does_not_say_is_asked_by_example():
+    tasks = [Generation("german", max_length=8)]
+    metrics = MultiTaskMetrics(
+        make_writer("marian", tasks=tasks).config, make_processor(), {"german": [WordErrorRate()]}
+    )
+    ids = torch.tensor([[30, 31], [32, 33], [34, 35]])
+    answers = {"german": {"generated_ids": ids.flip(0), "losses": torch.ones(3)}}
+    found = metrics(EvalPrediction(predictions=answers, label_ids={"german": ids}))
+    assert found["german_mistakes"] == pytest.approx(2 / 3)
+    assert metrics.less_is_better("german_mistakes") is True
+    assert metrics.less_is_better("german_hits") is False
+    assert metrics.less_is_better("german_loss") is True
+    declared = WordErrorRate()
+    declared.less_is_better = False
+    metrics.metrics["german"] = [declared]
+    metrics(EvalPrediction(predictions=answers, label_ids={"german": ids}))
+    assert metrics.less_is_better("german_mistakes") is False
+
+
+@pytest.mark.parametrize(
+    ("name", "less"),
+    [("loss", True), ("price_mae", True), ("price_mse", True), ("german_wer", True), ("topic_accuracy", False),
+     ("german_bleu", False), ("answer_f1", False), ("closs", False), ("total_error", True)],
+)  # fmt: skip
+def test_names_of_metrics_where_there_is_nobody_to_ask(name, less):
+    assert less_is_better(name) is less
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60))
@@ -186,7 +363,7 @@ def test_slices_are_scores_of_those_rows(model):
         assert variants["all"]["topic_accuracy"] == pytest.approx(accuracy_by_hand(model, own, "topic"))
         emptied = [{**row, "image": None} for row in own]
         assert variants["text only"]["topic_accuracy"] == pytest.approx(accuracy_by_hand(model, emptied, "topic"))
-    assert "| web |" in found.to_markdown()
+    assert "| web " in found.to_markdown()
     with pytest.raises(ValueError, match="slices names the column 'origin', but the columns are"):
         ablate(model, make_processor(), rows, slices=["origin"])
 
@@ -195,10 +372,11 @@ def test_tables_values_and_figure(model, ablation, tmp_path):
     rows = make_dataset(NUM_ROWS)
     known = [label for label in rows["topic"] if label is not None]
     assert ablation.majority["topic"] == Counter(known).most_common(1)[0][1] / len(known)
-    lines = ablation.to_markdown().splitlines()
-    assert lines[0] == f"| task | metric | {' | '.join(ablation.variants)} | majority class |"
-    topic = next(line for line in lines if line.startswith("| topic |"))
-    assert f"| {ablation.variants['all']['topic_accuracy']:.3f} |" in topic
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in ablation.to_markdown().splitlines()]
+    assert cells[0] == ["task", "metric", "all", "text only", "image only", "nothing"]
+    topic = next(line for line in cells if line[0] == "topic")
+    assert topic[2] == f"{ablation.variants['all']['topic_accuracy']:.3f}"
+    assert ["task", "modality", "Shapley value", "lost with that of another row"] in cells
     values = json.loads(json.dumps(ablation.to_dict()))
     assert all(math.isfinite(value) for value in values["variants"]["all"].values())
     assert values["num_rows"] == NUM_ROWS
@@ -294,16 +472,24 @@ def test_json_has_no_nan_and_a_diverged_model_is_scored_all_the_same(ablation):
     json.dumps(found.to_dict(), allow_nan=False)
 
 
-def test_no_batch_has_a_single_row(model, monkeypatch):
-    sizes = []
-    collator = MMDataCollator(make_processor(), model.config)
-
-    def collate(rows):
-        sizes.append(len(rows))
-        return collator(rows)
-
-    ablate(model, make_processor(), make_rows(9), collator=collate, batch_size=4, num_permutations=1)
-    assert sorted(sizes) == [3, 3, 3]
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), max_size=30), min_size=2, max_size=9),
+    st.integers(20, 120),
+)
+@settings(max_examples=50, deadline=None)
+def test_tables_fit_and_nothing_is_lost(names, width):
+    """Every name, in its table, with the key of its row; no line is wider than asked for, if one column fits."""
+    header = ["task", *names]
+    made = as_markdown(Table(header, [["topic", *(str(i) for i in range(len(names)))]], num_keys=1), width)
+    tables = [table.splitlines() for table in made.split("\n\n")]
+    found = []
+    for lines in tables:
+        head, row = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in (lines[0], lines[2]))
+        assert (head[0], row[0]) == ("task", "topic")
+        found += zip(head[1:], row[1:], strict=True)
+        assert len(head) == 2 or max(map(len, lines)) <= width
+        assert len({len(line) for line in lines}) == 1
+    assert found == [(name.replace("|", "\\|"), str(i)) for i, name in enumerate(names)]
 
 
 def test_scores_up_to_100_are_drawn_beside_those_up_to_1():

@@ -369,21 +369,24 @@ def test_views_of_encoded_rows_are_those_of_changed_inputs(fusion, audio):
 
     nothing = {"text": None, "vision": None, "audio": []}
     with torch.no_grad():
-        encoded = EncodedRows(model.model, model.model(**inputs_of(rows)))
+        # Encoded apart, with other lengths and numbers of items.
+        parts = [EncodedRows.of(model.model, inputs_of(part)) for part in (rows[:1], rows[1:3], rows[3:])]
+        encoded, own = EncodedRows.together(parts), np.arange(4)
+        assert encoded.present("text").tolist() == [True, True, False, True]
         for kept in [{"text"}, {"vision"}, {"text", "vision"}, set(), set(names), {"audio"} & set(names)]:
             changed = [{**nothing, **{name: row[name] for name in kept}} for row in rows]
-            check(answers(encoded.with_only(frozenset(kept))), changed, kept)
+            check(answers(encoded.view(dict.fromkeys(names, own), frozenset(kept))), changed, kept)
         source = np.array([3, 1, 0, 2])
         for name in names:
             changed = [{**row, name: rows[i][name]} for row, i in zip(rows, source, strict=True)]
-            check(answers(encoded.with_others(name, source)), changed, f"others' {name}")
+            check(answers(encoded.view({**dict.fromkeys(names, own), name: source})), changed, f"others' {name}")
         for first, second in pairs(4, 16):
             changed = [
                 {name: rows[i if name == "text" else j][name] for name in ("text", "vision", "audio")}
                 for i, j in zip(first.tolist(), second.tolist(), strict=True)
             ]
             others = {name: second for name in names if name != "text"}
-            check(answers(encoded.with_pairs({"text": first, **others})), changed, "pairs")
+            check(answers(encoded.view({"text": first, **others})), changed, "pairs")
 
 
 def test_ablation_of_a_model_that_reads_by_its_probe_alone():

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from ..model.answering import evaluation_mode
+
 
 def contrastive_accuracy(
     model,
@@ -20,7 +22,7 @@ def contrastive_accuracy(
     look at the picture has 0.5 by construction. Equal ones count half.
 
     Args:
-        model ([`MMTransformerForMultiTask`]): Answers; in evaluation mode afterwards.
+        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
         collator ([`MMDataCollator`]): Makes batches of the rows.
         rows: a data set with the columns that the collator reads; the column of the task holds the right texts.
         task (`str`): Name of a [`Generation`] task.
@@ -35,7 +37,6 @@ def contrastive_accuracy(
         raise ValueError(f"task must name a task that writes text, but is {task!r}.")
     if len(wrong) != len(rows):
         raise ValueError(f"There must be one wrong text per row, but there are {len(wrong)} for {len(rows)} rows.")
-    model.eval()
     wins = 0.0
     for start in range(0, len(rows), batch_size):
         batch_rows = [dict(rows[i]) for i in range(start, min(start + batch_size, len(rows)))]
@@ -56,7 +57,8 @@ def _perplexities(model, batch: dict[str, Any], task: str) -> torch.Tensor:
     """(rows,): log-perplexity of each row's text, NaN where there is none."""
     labels = batch.pop("labels")[task].to(model.device)
     inputs = {name: value.to(model.device) for name, value in batch.items()}
-    logits = model(**inputs, labels={task: labels}).logits[task]
+    with evaluation_mode(model):
+        logits = model(**inputs, labels={task: labels}).logits[task]
     losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
     known = labels != -100
     return losses.sum(1) / torch.where(known.any(1), known.sum(1), torch.nan)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.files import write_atomically
-from ..training.metrics import LESS_IS_BETTER
+from ..training.metrics import less_is_better
 
 
 # Name of the training on all tasks; no task can be called so.
@@ -96,7 +96,7 @@ def compare(runs: Runs, seeds: Sequence[int]) -> list[Comparison]:
         for metric in alone[0]:
             if all(metric in values for values in [*alone, *jointly]):
                 first, second = [v[metric] for v in alone], [v[metric] for v in jointly]
-                sign = -1.0 if metric.endswith(LESS_IS_BETTER) else 1.0
+                sign = -1.0 if less_is_better(metric) else 1.0
                 differences = [sign * (b - a) for a, b in zip(first, second, strict=True)]
                 error = math.nan
                 if len(differences) > 1:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.table import Table
 
 from ..analysis import Ablation
@@ -48,5 +47,5 @@ def print_metrics(
 
 
 def print_ablation(ablation: Ablation) -> None:
-    """What each modality is good for, as tables."""
-    Console().print(Markdown(ablation.to_markdown()))
+    """What each modality is good for, as tables; on a terminal as in a file, nothing is cut."""
+    Console().print(ablation.to_markdown(), markup=False, highlight=False, soft_wrap=True)

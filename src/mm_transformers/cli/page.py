@@ -10,7 +10,7 @@ import torch
 
 from ..analysis import explain
 from ..analysis.explaining.html import colored_words, heat_map_url, picture_url, sound_colors
-from ..model.answering import answer_batch, check_tasks
+from ..model.answering import answer_batch, check_tasks, evaluation_mode
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.pipeline_mm_transformer import PARTS, read_rows
 from ..model.processing_mm_transformer import MMTransformerProcessor
@@ -44,7 +44,7 @@ def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequenc
     The same for a model that is there already.
 
     Args:
-        model ([`MMTransformerForMultiTask`]): In evaluation mode.
+        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
         processor ([`MMTransformerProcessor`]): That of the model.
     """
     try:
@@ -182,7 +182,7 @@ def _bars(model: Any, processor: Any, row: dict[str, Any], kind: Any) -> list[tu
         return []
     read = read_rows([(0, row)], processor, tuple(PARTS), wants_words=False)
     inputs = {name: value.to(model.device) for name, value in read["tensors"].items()}
-    with torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         logits = model(**inputs).logits[kind.name][0].float()
     values = logits.softmax(-1) if kind.kind == "classification" else logits.sigmoid()
     pairs = sorted(zip(kind.labels, values.tolist(), strict=True), key=lambda pair: -pair[1])

@@ -9,14 +9,15 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
 import mm_transformers  # noqa: F401 (registers the auto classes)
+from mm_transformers.model.answering import evaluation_mode
 
 
 def answers_of(model, inputs) -> dict[str, torch.Tensor]:
     """For each task the logits, or the ids of the tokens that it writes."""
     inputs = inputs.to(model.device)
-    with torch.no_grad():
-        answers = dict(model.eval()(**inputs).logits)
-    answers |= {name: model.generate(name, **inputs) for name, task in model.tasks.items() if task.needs_decoder}
+    with evaluation_mode(model), torch.no_grad():
+        answers = dict(model(**inputs).logits)
+        answers |= {name: model.generate(name, **inputs) for name, task in model.tasks.items() if task.needs_decoder}
     return {name: value.cpu().contiguous() for name, value in answers.items()}
 
 

@@ -23,6 +23,7 @@ from .files import describe
 from .images import image_key, load_image
 from .task_base import is_null
 from .task_token_classification import index_words
+from .tokenizing import tokenize
 from .travelling import write_processor_code
 from .video import load_frames, video_key
 
@@ -299,7 +300,7 @@ class MMTransformerProcessor(ProcessorMixin):
         }
         if padding == "max_length":
             options["padding"] = True  # at first, to see how long the texts are
-        encoding = tokenizer(text, **options)
+        encoding = tokenize(tokenizer, text, **options)
         if encoding["input_ids"].shape[1] > max_length or padding == "max_length":
             length = int(encoding["attention_mask"].sum(1).max())
             if length > max_length and "text" not in self._warned:
@@ -311,7 +312,7 @@ class MMTransformerProcessor(ProcessorMixin):
             # Rounding up would go past the last position.
             options["pad_to_multiple_of"] = None
             options.update(padding=padding, truncation=True, max_length=max_length)
-            encoding = tokenizer(text, **options)
+            encoding = tokenize(tokenizer, text, **options)
         data = dict(encoding)
         if data["input_ids"].shape[1] == 0:
             # No text, and a tokenizer without special tokens: one place for the model to put its own vector.

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .task_base import NO_CONTEXT, LabelContext, Task, is_null, register_task
+from .tokenizing import tokenize
 
 
 logger = logging.get_logger(__name__)
@@ -94,7 +95,7 @@ class Generation(Task):
         # M2M100's has a mode for targets that needs a language, of which nothing is left without special tokens.
         needs_language = hasattr(tokenizer, "tgt_lang") and tokenizer.tgt_lang is None
         key = "text" if needs_language else "text_target"
-        encoded = tokenizer(**{key: texts}, add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = tokenize(tokenizer, **{key: texts}, add_special_tokens=False, verbose=False)["input_ids"]
         longest = max(map(len, encoded))
         if longest >= self.max_length:
             logger.warning_once(

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
+
+from ..model.answering import evaluation_mode
 
 
 SPEC_NAME = "export.json"
@@ -92,8 +95,8 @@ def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: st
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not empty; name another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    was_training = model.training
-    model.eval()
+    modes = ExitStack()
+    modes.enter_context(evaluation_mode(model))
     staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         first, second = sample_inputs(model, processor, 2), sample_inputs(model, processor, 3)
@@ -121,7 +124,7 @@ def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: st
         staged.rename(folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-        model.train(was_training)
+        modes.close()
 
 
 def check_exporters(kind: str) -> None:

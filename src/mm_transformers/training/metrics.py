@@ -39,6 +39,8 @@ class ArrayMetric(evaluate.Metric):
     value_type: ClassVar[str]
     # 1: one value per row or token; 2: one vector per row.
     ndims: ClassVar[tuple[int, ...]]
+    # Whether a smaller value is a better one.
+    less_is_better: ClassVar[bool] = False
 
     def _info(self) -> evaluate.MetricInfo:
         value = datasets.Value(self.value_type)
@@ -121,7 +123,7 @@ def _f1(references: np.ndarray, predictions: np.ndarray, average: str) -> float:
 class MeanAbsoluteError(ArrayMetric):
     """Mean absolute error, in the unit of the labels."""
 
-    key, value_type, ndims = "mae", "float64", (1, 2)
+    key, value_type, ndims, less_is_better = "mae", "float64", (1, 2), True
 
     def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
         return sklearn_metrics.mean_absolute_error(references, predictions)
@@ -130,7 +132,7 @@ class MeanAbsoluteError(ArrayMetric):
 class MeanSquaredError(ArrayMetric):
     """Mean squared error, in the squared unit of the labels."""
 
-    key, value_type, ndims = "mse", "float64", (1, 2)
+    key, value_type, ndims, less_is_better = "mse", "float64", (1, 2), True
 
     def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
         return sklearn_metrics.mean_squared_error(references, predictions)
@@ -164,7 +166,19 @@ METRICS: Mapping[str, type[ArrayMetric | TextMetric | RetrievalRecall]] = Mappin
 )
 
 # How the names of metrics end that are the better the smaller they are.
-LESS_IS_BETTER = ("loss", "mae", "mse")
+LESS_IS_BETTER = ("loss", *(key for key, metric in METRICS.items() if getattr(metric, "less_is_better", False)))
+# The same of metrics that are not ours, where there is nobody to ask.
+_ERRORS = ("error", "error_rate", "rmse", "wer", "cer", "ter", "perplexity")
+
+
+def less_is_better(name: str) -> bool:
+    """
+    Whether a metric is the better the smaller it is, by its name; [`MultiTaskMetrics.less_is_better`] asks the metric.
+
+    Args:
+        name: such as `"mae"` or `"price_mae"`.
+    """
+    return any(name == ending or name.endswith(f"_{ending}") for ending in (*LESS_IS_BETTER, *_ERRORS))
 
 
 def task_of_metric(metric: str, tasks: Iterable[str]) -> str | None:
@@ -237,6 +251,8 @@ class MultiTaskMetrics:
         self.metrics: dict[str, list[evaluate.Metric]] = {
             name: _build_metrics(name, metrics.get(name, task.default_metrics)) for name, task in self.tasks.items()
         }
+        # By name: each metric with the references that it was last given.
+        self._seen: dict[str, tuple[evaluate.Metric, Any]] = {}
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """
@@ -295,6 +311,30 @@ class MultiTaskMetrics:
                 if f"{name}_{key}" in results:
                     raise ValueError(f"Two metrics would be called '{name}_{key}'; leave one of them out.")
                 results[f"{name}_{key}"] = value
+                self._seen[f"{name}_{key}"] = metric, references
+
+    def less_is_better(self, name: str) -> bool:
+        """
+        Whether a metric is the better the smaller it is.
+
+        A metric says so by an attribute `less_is_better`. One without it is asked by example, if it has been computed:
+        whether it gives right answers less than those of other rows. The loss, and metrics that have not been computed,
+        go by their name.
+
+        Args:
+            name: `{task}_{metric}`, as in the results.
+        """
+        task = task_of_metric(name, self.tasks)
+        if name not in self._seen or task is None:
+            return less_is_better(name)
+        metric, references = self._seen[name]
+        declared = getattr(metric, "less_is_better", None)
+        if declared is None and not self.tasks[task].compares_rows:
+            others = [*references[1:], *references[:1]]
+            key = name.removeprefix(f"{task}_")
+            right, wrong = (_compute(task, metric, answers, references)[key] for answers in (references, others))
+            declared = right < wrong if right != wrong else None
+        return less_is_better(name) if declared is None else bool(declared)
 
     def _read(self, ids: np.ndarray) -> list[str]:
         padding = self.tokenizer.pad_token_id

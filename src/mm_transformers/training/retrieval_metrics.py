@@ -17,6 +17,7 @@ class RetrievalRecall(evaluate.Metric):
 
     key: ClassVar[str] = "retrieval_recall"
     ks: ClassVar[tuple[int, ...]] = (1, 5, 10)
+    less_is_better: ClassVar[bool] = False
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

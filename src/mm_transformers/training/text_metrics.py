@@ -14,6 +14,7 @@ class TextMetric(evaluate.Metric):
     """
 
     key: ClassVar[str]
+    less_is_better: ClassVar[bool] = False
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")

@@ -11,11 +11,11 @@ from transformers.trainer_pt_utils import nested_concat
 from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
-from ...model.answering import check_tasks, unwrapped
+from ...model.answering import check_tasks, evaluation_mode, unwrapped
 from ...model.modeling_outputs import MMTransformerModelOutput
 from ...model.task_base import as_scalar, is_null
 from ...model.tasks import Task
-from ...training.metrics import LESS_IS_BETTER, MultiTaskMetrics
+from ...training.metrics import MultiTaskMetrics, less_is_better
 from .calibration import Calibration, calibration
 from .contributions import additive_projection, perceptual_score, shapley_values, subsets
 from .results import Ablation, Contribution, main_metric
@@ -23,6 +23,9 @@ from .views import EncodedRows, exchanged, pairs, shown_name
 
 
 ALL, NOTHING = "all", "nothing"
+# Rows among which modalities are exchanged: the encoder outputs of these are held at once. Not `batch_size`, on which no
+# score may depend.
+_WINDOW = 256
 _PAIRS_AT_ONCE = 256
 
 
@@ -47,23 +50,27 @@ def ablate(
     and whether answers are as sure as they are right.
 
     Encoders run once per row: all else needs the fusion and the heads only. What a row does not have it does not have
-    in any variant; without anything left, the model answers from what it expects. Rows are taken in an order drawn by
-    lot, `batch_size` at a time, and exchange what they have within these. Answers that belong to words of the text are
-    not scored where the text is missing or that of another row.
+    in any variant; without anything left, the model answers from what it expects. Rows are taken in a random order, and
+    exchange what they have with others of the same 256 rows. Answers that belong to words of the text are not scored
+    where the text is missing or that of another row.
+
+    Contributions are gains: more than 0 where a modality makes the answers better, also where a metric is the better
+    the smaller it is (losses, errors).
 
     Args:
-        model ([`MMTransformerForMultiTask`]): Is left as it was.
+        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
         processor ([`MMTransformerProcessor`]): That of the model.
         rows: with the columns that the collator reads: a `datasets.Dataset`, or a list of dicts.
         tasks (`list[str]`, *optional*): Which tasks to score; all by default.
         collator ([`MMDataCollator`], *optional*): Where the columns are called otherwise.
         num_permutations (`int`, *optional*, defaults to 5): How often modalities are exchanged; for mean and spread.
         num_additive_rows (`int`, *optional*, defaults to 256):
-            On how many rows the nearest sum of a function of the text and one of the rest is worked out, which takes
-            `batch_size` passes of the fusion per row; 0 for none.
+            On how many rows, a random sample of all, the nearest sum of a function of the text and one of the rest is
+            worked out (EMAP). It pairs each text with what each other row has: the number squared passes of the fusion.
+            0 for none.
         slices (`list[str]`, *optional*): Columns; scores are also given for the rows of each of their values.
-        batch_size (`int`, *optional*, defaults to 64): Rows at once.
-        seed (`int`, *optional*, defaults to 0): Of all that is drawn by lot.
+        batch_size (`int`, *optional*, defaults to 64): Rows at once; no result depends on it.
+        seed (`int`, *optional*, defaults to 0): Of the order, the exchanges and the sample.
         compute_metrics (*optional*): Defaults to [`MultiTaskMetrics`].
         generation_options: for `model.generate`, where a task writes.
 
@@ -91,63 +98,79 @@ def ablate(
             raise ValueError(f"slices names the column {name!r}, but the columns are {', '.join(known)}.")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(rows))
-    scores = _Scores(model, modalities, check_tasks(model, tasks), generation_options)
-    was_training = model.training
-    model.eval()
-    try:
-        # Of nearly the same size, since a batch of one row has no other to exchange anything with.
-        batches = np.array_split(order, -(-len(rows) // batch_size))
-        for numbers in logging.tqdm(batches, desc="ablate", disable=len(batches) <= 4):
-            batch = collator([rows[int(i)] for i in numbers])
-            scores.add(send_to_device(batch, model.device), rng, num_permutations, num_additive_rows)
-    finally:
-        model.train(was_training)
+    scores = _Scores(model, modalities, check_tasks(model, tasks), batch_size, generation_options)
+    # Of nearly the same size, since one row alone has no other to exchange anything with.
+    windows = np.array_split(order, -(-len(rows) // _WINDOW))
+    held = 0
+    for numbers in logging.tqdm(windows, desc="ablate", disable=len(windows) <= 1):
+        with evaluation_mode(model):
+            window = scores.encode([rows[int(i)] for i in numbers], collator)
+            scores.add(window, rng, num_permutations)
+            # The order is random, so its first rows are a random sample.
+            held = scores.sample(window, min(num_additive_rows, len(rows)) - held) + held
     compute_metrics = compute_metrics or MultiTaskMetrics(model.config, processor)
     columns = {name: [_slice_name(rows[int(i)].get(name)) for i in order] for name in slices}
     return scores.result(compute_metrics, columns)
 
 
 class _Scores:
-    """Collects the answers to all variants of the rows, batch by batch."""
+    """Collects the answers to all variants of the rows, window by window."""
 
-    def __init__(self, model: Any, modalities: list[str], wanted: list[str], generation_options: dict[str, Any]):
+    def __init__(
+        self,
+        model: Any,
+        modalities: list[str],
+        wanted: list[str],
+        batch_size: int,
+        generation_options: dict[str, Any],
+    ):
         self.model, self.modalities, self.generation_options = model, modalities, generation_options
-        self.wanted = wanted
+        self.wanted, self.batch_size = wanted, batch_size
         self.tasks: dict[str, Task] = model.tasks
         self.answers: dict[str, Any] = {}
         self.labels: Any = None
-        self.additive: Any = None
+        self.window_labels: Any = None
+        self.sampled: list[EncodedRows] = []
+        self.additive: dict[str, torch.Tensor] = {}
         self.num_additive = 0
         # What is missing or exchanged in a variant; words have no answer where that is the text.
         self.without_words: set[str] = set()
 
-    def add(
-        self, batch: dict[str, Any], rng: np.random.Generator, num_permutations: int, num_additive_rows: int
-    ) -> None:
-        labels = {
-            name: value.cpu() if name in self.wanted else _missing(value.cpu())
-            for name, value in batch.pop("labels").items()
-        }
-        rows = EncodedRows(self.model.model, self.model.model(**batch))
+    def encode(self, rows: Sequence[Mapping[str, Any]], collator: Callable[[Any], dict[str, Any]]) -> EncodedRows:
+        """The rows after the encoders; their labels are kept."""
+        parts, labels = [], None
+        for numbers in np.array_split(np.arange(len(rows)), -(-len(rows) // self.batch_size)):
+            batch = send_to_device(collator([rows[int(i)] for i in numbers]), self.model.device)
+            given = {
+                name: value.cpu() if name in self.wanted else _missing(value.cpu())
+                for name, value in batch.pop("labels").items()
+            }
+            labels = given if labels is None else nested_concat(labels, given)
+            parts.append(EncodedRows.of(self.model.model, batch))
+        self.window_labels = labels
         self.labels = labels if self.labels is None else nested_concat(self.labels, labels)
+        return EncodedRows.together(parts)
+
+    def add(self, window: EncodedRows, rng: np.random.Generator, num_permutations: int) -> None:
+        own = np.arange(window.num_rows)
         # In the order in which they are shown: all first, nothing last.
+        views: dict[str, tuple[frozenset[str], dict[str, np.ndarray]]] = {}
         for kept in sorted(subsets(self.modalities), key=lambda kept: -len(kept)):
-            name = subset_name(kept, self.modalities)
-            if "text" not in kept:
-                self.without_words.add(name)
-            self._keep(name, self._answers(rows.with_only(kept), labels))
+            views[subset_name(kept, self.modalities)] = kept, dict.fromkeys(self.modalities, own)
+        everything = frozenset(self.modalities)
+        self.without_words = {name for name, (kept, _) in views.items() if "text" not in kept}
         for modality in self.modalities:
-            present = rows.present(modality)
+            present = window.present(modality)
             for number in range(num_permutations):
-                name = shuffle_name(modality, number)
+                theirs = {**dict.fromkeys(self.modalities, own), modality: exchanged(present, rng)}
+                views[shuffle_name(modality, number)] = everything, theirs
                 if modality == "text":
-                    self.without_words.add(name)
-                self._keep(name, self._answers(rows.with_others(modality, exchanged(present, rng)), labels))
-        additive_left = num_additive_rows - self.num_additive
-        if additive_left > 0:
-            projected = self._project(rows, min(additive_left, rows.num_rows))
-            self.num_additive += len(next(iter(projected.values()), []))
-            self.additive = projected if self.additive is None else nested_concat(self.additive, projected)
+                    self.without_words.add(shuffle_name(modality, number))
+        for chunk in np.array_split(own, -(-len(own) // self.batch_size)):
+            labels = _select(self.window_labels, chunk)
+            for name, (kept, rows) in views.items():
+                outputs = window.view({modality: theirs[chunk] for modality, theirs in rows.items()}, kept)
+                self._keep(name, self._answers(outputs, labels))
 
     def _keep(self, variant: str, answers: dict[str, Any]) -> None:
         before = self.answers.get(variant)
@@ -171,20 +194,41 @@ class _Scores:
                 answers[name] = logits[name].float().cpu()
         return answers
 
+    def sample(self, window: EncodedRows, missing: int) -> int:
+        """
+        Holds the first rows of the window until the sample is complete, then works out the nearest sum.
+
+        Args:
+            missing: how many rows the sample lacks.
+
+        Returns:
+            How many rows it has got.
+        """
+        taken = min(missing, window.num_rows)
+        if taken > 0:
+            self.sampled.append(window)
+            self.num_additive += taken
+            if taken == missing:
+                self.additive = self._project(EncodedRows.together(self.sampled), self.num_additive)
+                self.sampled = []
+        return max(taken, 0)
+
     def _project(self, rows: EncodedRows, num_rows: int) -> dict[str, torch.Tensor]:
-        """Logits of the nearest sum, for tasks whose answer is one row of numbers."""
+        """Logits of the nearest sum on the first `num_rows`, for tasks whose answer is one row of numbers."""
         names = [n for n, t in self.tasks.items() if not (t.needs_decoder or t.is_token_level or t.compares_rows)]
-        found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        others = [modality for modality in self.modalities if modality in rows.encoded and modality != "text"]
+        of_texts: dict[str, torch.Tensor] = {}
+        of_others: dict[str, torch.Tensor] = {}
         for texts, items in pairs(num_rows, _PAIRS_AT_ONCE):
-            outputs = rows.with_pairs({"text": texts, **dict.fromkeys(others, items)})
-            logits = self.model(encoder_outputs=outputs).logits
+            logits = self.model(
+                encoder_outputs=rows.view({name: texts if name == "text" else items for name in self.modalities})
+            ).logits
             for name in names:
-                found[name].append(logits[name].float().cpu())
-        return {
-            name: additive_projection(torch.cat(values).unflatten(0, (num_rows, num_rows)))
-            for name, values in found.items()
-        }
+                values = logits[name].double().cpu()
+                for means, numbers in ((of_texts, texts), (of_others, items)):
+                    if name not in means:
+                        means[name] = values.new_zeros(num_rows, *values.shape[1:])
+                    means[name].index_add_(0, numbers, values / num_rows)
+        return {name: additive_projection(of_texts[name], of_others[name]).float() for name in of_texts}
 
     def result(
         self,
@@ -237,16 +281,19 @@ class _Scores:
             worths = {kept: result.variants[subset_name(kept, self.modalities)] for kept in subsets(self.modalities)}
             if metric is None or any(metric not in worth for worth in worths.values()):
                 continue
-            values = shapley_values(self.modalities, lambda kept: worths[kept][metric])  # noqa: B023
+            less = getattr(compute_metrics, "less_is_better", less_is_better)(metric)
+            sign = -1.0 if less else 1.0
+            values = shapley_values(self.modalities, lambda kept: sign * worths[kept][metric])  # noqa: B023
             score = worths[everything][metric]
             lost = {
-                modality: perceptual_score(score, shuffled[metric], metric.endswith(LESS_IS_BETTER))
+                modality: perceptual_score(score, shuffled[metric], less)
                 for modality in self.modalities
                 if (shuffled := result.variants.get(f"{shown_name(modality)} shuffled")) and metric in shuffled
             }
             is_summed = additive is not None and name in self.additive
             own, summed = (metrics.get(metric) for metrics in additive) if is_summed else (None, None)
-            result.contributions[name] = Contribution(metric, values, lost, own, summed)
+            num_rows = self.num_additive if own is not None and summed is not None else 0
+            result.contributions[name] = Contribution(metric, values, lost, own, summed, num_rows, less)
 
     def _additive_metrics(self, compute_metrics) -> Optional[tuple[dict[str, float], dict[str, float]]]:
         """Of the model and of the nearest sum, on the rows for which that was worked out."""

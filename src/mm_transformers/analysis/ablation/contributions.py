@@ -43,16 +43,16 @@ def perceptual_score(score: float, shuffled: float, less_is_better: bool = False
     return lost / abs(score) if score else 0.0
 
 
-def additive_projection(logits: torch.Tensor) -> torch.Tensor:
+def additive_projection(of_texts: torch.Tensor, of_others: torch.Tensor) -> torch.Tensor:
     """
     EMAP (Hessel and Lee 2020, https://arxiv.org/abs/2010.06572): the nearest that a sum of a function of the text and a
     function of the rest comes to a model. What it scores less than the model is owed to interaction.
 
     Args:
-        logits (n, n, ...): of text i with the pictures (and sound) of row j.
+        of_texts (n, ...): the mean logits of each text, over the pictures (and sounds) of all n rows.
+        of_others (n, ...): those of the pictures (and sounds) of each row, over all n texts.
 
     Returns:
         (n, ...): what the sum says of each row's own text and pictures.
     """
-    own = torch.arange(len(logits), device=logits.device)
-    return logits.mean(1)[own] + logits.mean(0)[own] - logits.mean((0, 1))
+    return of_texts + of_others - of_texts.mean(0)

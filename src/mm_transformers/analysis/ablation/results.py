@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
 from ...model.tasks import Task
-from ...training.card.sections import markdown_table
-from ...training.metrics import task_of_metric
+from ...training.metrics import less_is_better, task_of_metric
 from .calibration import Calibration
+from .tables import Table, as_markdown
 from .views import shown_name
 
 
-# The metric by which a task is told in a few words.
-_MAIN_METRICS = ("accuracy", "f1_micro", "pearson", "bleu", "text_to_image_recall_at_1")
+# The metric by which a task is told in a few words; otherwise its first.
+_MAIN_METRICS = ("accuracy", "f1_micro", "pearson", "bleu")
 
 
 class Contribution(NamedTuple):
@@ -22,10 +22,13 @@ class Contribution(NamedTuple):
 
     Args:
         metric: in which it is measured, such as `topic_accuracy`.
-        shapley: modality -> its Shapley value; they sum to the score of all less that of none.
+        shapley: modality -> its Shapley value, more than 0 where it makes the answers better. They sum to how much
+            better the score with all is than that with none.
         perceptual: modality -> the share of the score that is lost when it is that of another row.
-        score, additive: of the model, and of the nearest sum of a function of the text and one of the rest, on the same
-            rows; `None` where that was not worked out. The difference is owed to interaction.
+        score, additive: of the model, and of the nearest sum of a function of the text and one of the rest (EMAP), on
+            the same rows; `None` where that was not worked out.
+        num_rows: how many rows these two are of.
+        less_is_better: whether a smaller value of the metric is a better one.
     """
 
     metric: str
@@ -33,6 +36,15 @@ class Contribution(NamedTuple):
     perceptual: dict[str, float]
     score: Optional[float] = None
     additive: Optional[float] = None
+    num_rows: int = 0
+    less_is_better: bool = False
+
+    @property
+    def interaction(self) -> Optional[float]:
+        """How much better the model is than the nearest sum: what it owes to the interaction of its modalities."""
+        if self.score is None or self.additive is None:
+            return None
+        return self.additive - self.score if self.less_is_better else self.score - self.additive
 
 
 @dataclass
@@ -66,19 +78,46 @@ class Ablation:
             "variants": self.variants,
             "spreads": self.spreads,
             "majority_class_accuracy": self.majority,
-            "contributions": {name: value._asdict() for name, value in self.contributions.items()},
+            "contributions": {
+                name: {**value._asdict(), "interaction": value.interaction}
+                for name, value in self.contributions.items()
+            },
             "calibration": {name: value._asdict() for name, value in self.calibration.items()},
             "slices": self.slices,
         }
         return _without_nan(found)
 
-    def to_markdown(self) -> str:
-        """Tables: each task in its main metric, what each modality contributes, calibration, slices."""
-        parts = [self._scores_table()]
-        if self.contributions:
-            parts.append(self._contributions_table())
-        parts += [self._slices_table(column, values) for column, values in self.slices.items()]
+    def to_markdown(self, width: int = 80) -> str:
+        """
+        Tables: each task in its main metric, what each modality contributes, interaction and calibration, slices.
+
+        Args:
+            width (`int`, *optional*, defaults to 80): Columns that would make a line longer than this go to a table of
+                their own. A name is never cut.
+        """
+        parts = [as_markdown(table, width) for table in self.tables()]
+        if self.note:
+            parts.append(self.note)
         return "\n\n".join(parts)
+
+    @property
+    def note(self) -> str:
+        """On which rows interaction was measured, in a sentence; "" where it was not."""
+        counts = {found.num_rows for found in self.contributions.values() if found.interaction is not None}
+        if not counts:
+            return ""
+        count = max(counts)
+        rows = (
+            f"all {count:,} rows" if count == self.num_rows else f"{count:,} of {self.num_rows:,} rows, drawn at random"
+        )
+        return f"What is owed to interaction was measured on {rows}."
+
+    def tables(self) -> list[Table]:
+        """The same as cells, of any width."""
+        found = [self._scores_table()]
+        if self.contributions:
+            found += [self._contributions_table(), self._interactions_table()]
+        return [*found, *(self._slices_table(column, values) for column, values in self.slices.items())]
 
     def plot(self) -> Any:
         """A `matplotlib.figure.Figure`: scores, contributions, reliability."""
@@ -86,45 +125,49 @@ class Ablation:
 
         return plot_ablation(self)
 
-    def _scores_table(self) -> str:
+    def _scores_table(self) -> Table:
         rows = []
         for name in self.tasks:
             metric = main_metric(name, next(iter(self.variants.values())), self.tasks)
             if metric is not None:
                 shown = [self._shown(variant, metric) for variant in self.variants]
                 majority = f"{self.majority[name]:.3f}" if name in self.majority else ""
-                rows.append([name, metric.removeprefix(f"{name}_").replace("_", " "), *shown, majority])
-        return markdown_table(["task", "metric", *self.variants, "majority class"], rows)
+                rows.append([name, self._metric_name(name, metric), *shown, majority])
+        return Table(["task", "metric", *self.variants, "majority class"], rows, num_keys=2)
+
+    def _metric_name(self, task: str, metric: str) -> str:
+        found = self.contributions.get(task)
+        less = less_is_better(metric) if found is None else found.less_is_better
+        return metric.removeprefix(f"{task}_").replace("_", " ") + (" (less is better)" if less else "")
 
     def _shown(self, variant: str, metric: str) -> str:
         value, spread = self.variants[variant].get(metric), self.spreads.get(variant, {}).get(metric)
         return "" if value is None else f"{value:.3f}" if spread is None else f"{value:.3f} ± {spread:.3f}"
 
-    def _contributions_table(self) -> str:
-        names = list(next(iter(self.contributions.values())).shapley)
+    def _contributions_table(self) -> Table:
         rows = []
         for task, found in self.contributions.items():
-            lost = [f"{100 * found.perceptual[n]:.0f}%" if n in found.perceptual else "" for n in names]
-            owed = "" if found.score is None or found.additive is None else f"{found.score - found.additive:+.3f}"
-            error = f"{self.calibration[task].ece:.3f}" if task in self.calibration else ""
-            rows.append([task, *(f"{found.shapley[n]:+.3f}" for n in names), *lost, owed, error])
-        header = [
-            "task",
-            *(f"Shapley value of {shown_name(n)}" for n in names),
-            *(f"lost with another {shown_name(n)}" for n in names),
-            "owed to interaction",
-            "calibration error",
-        ]
-        return markdown_table(header, rows)
+            for name, value in found.shapley.items():
+                lost = f"{100 * found.perceptual[name]:.0f}%" if name in found.perceptual else ""
+                rows.append([task, shown_name(name), f"{value:+.3f}", lost])
+        return Table(["task", "modality", "Shapley value", "lost with that of another row"], rows, num_keys=2)
 
-    def _slices_table(self, column: str, values: dict[str, dict[str, dict[str, float]]]) -> str:
+    def _interactions_table(self) -> Table:
+        rows = []
+        for task, found in self.contributions.items():
+            owed = "" if found.interaction is None else f"{found.interaction:+.3f}"
+            error = f"{self.calibration[task].ece:.3f}" if task in self.calibration else ""
+            rows.append([task, owed, error])
+        return Table(["task", "owed to interaction", "calibration error"], rows, num_keys=1)
+
+    def _slices_table(self, column: str, values: dict[str, dict[str, dict[str, float]]]) -> Table:
         rows = []
         for value, variants in values.items():
             for task in self.tasks:
                 metric = main_metric(task, variants[next(iter(variants))], self.tasks)
                 if metric is not None:
                     rows.append([value, task, *(f"{m[metric]:.3f}" if metric in m else "" for m in variants.values())])
-        return markdown_table([column, "task", *next(iter(values.values()))], rows)
+        return Table([column, "task", *next(iter(values.values()))], rows, num_keys=2)
 
 
 def main_metric(task: str, measured: Mapping[str, float], tasks: Iterable[str]) -> Optional[str]:

@@ -1,10 +1,11 @@
 """The same rows, encoded once, as they would be without a modality, or with that of another row."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Optional
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from ...model.fusion_base import Stream
 from ...model.modeling_outputs import MMTransformerModelOutput
@@ -16,49 +17,120 @@ class EncodedRows:
 
     Args:
         model ([`MMTransformerModel`]): Has encoded them, in evaluation mode.
-        outputs: what it gave.
+        encoded: modality -> its tokens; "text" and whatever else there is.
+        has_text (`torch.BoolTensor` of shape `(num_rows,)`): Which rows have a text; in the others a learned vector
+            stands in for it, which the tokens do not tell.
     """
 
-    def __init__(self, model: Any, outputs: MMTransformerModelOutput):
-        self.model, self.outputs = model, outputs
-        encoded: Any = outputs.encoded
-        self.encoded: dict[str, Stream] = encoded
-        self.num_rows = encoded["text"].mask.shape[0]
+    def __init__(self, model: Any, encoded: Mapping[str, Stream], has_text: torch.Tensor):
+        self.model, self.encoded, self.has_text = model, encoded, has_text
+        self.num_rows = len(has_text)
 
-    def with_only(self, modalities: frozenset[str]) -> MMTransformerModelOutput:
-        """As if the rows had nothing but these; of none, the model answers from what it has learned to expect."""
-        if set(self.encoded) <= modalities:
-            return self.outputs
-        kept = {name: stream for name, stream in self.encoded.items() if name in modalities and name != "text"}
-        text = self.encoded["text"] if "text" in modalities else self._no_text()
-        return self.model.fuse({"text": text, **kept})
-
-    def with_others(self, modality: str, rows: np.ndarray) -> MMTransformerModelOutput:
-        """Each row with what another has of this modality: that of `rows`, (num_rows,)."""
-        return self.with_pairs({modality: torch.from_numpy(rows)})
-
-    def with_pairs(self, rows: dict[str, torch.Tensor]) -> MMTransformerModelOutput:
+    @classmethod
+    def of(cls, model: Any, batch: Mapping[str, torch.Tensor]) -> "EncodedRows":
         """
         Args:
-            rows: modality -> (new number of rows,) int64, whose it is; those that are not named stay as they are.
+            batch: the inputs of the model.
         """
-        device = self.outputs.attention_mask.device
-        return self.model.fuse(
-            {
-                name: stream.of_rows(rows[name].to(device)) if name in rows else stream
-                for name, stream in self.encoded.items()
-            }
-        )
+        encoded, _ = model.encode_rows(**batch)
+        return cls(model, encoded, batch["attention_mask"].bool().any(-1))
+
+    @classmethod
+    def together(cls, parts: Sequence["EncodedRows"]) -> "EncodedRows":
+        """The rows of all parts, one after the other."""
+        names = dict.fromkeys(name for part in parts for name in part.encoded)
+        sizes = [part.num_rows for part in parts]
+        encoded = {name: joined([part.encoded.get(name) for part in parts], sizes) for name in names}
+        return cls(parts[0].model, encoded, torch.cat([part.has_text for part in parts]))
+
+    def view(
+        self, rows: Mapping[str, np.ndarray | torch.Tensor], modalities: Optional[frozenset[str]] = None
+    ) -> MMTransformerModelOutput:
+        """
+        Rows that are put together: what the model makes of them.
+
+        Args:
+            rows: modality -> whose it is, (new number of rows,) int64.
+            modalities: as if the rows had nothing but these; all by default. Of none, the model answers from what it
+                has learned to expect.
+        """
+        fused: dict[str, Stream] = {}
+        for name, stream in self.encoded.items():
+            chosen = torch.as_tensor(rows[name], device=self.has_text.device)
+            if modalities is None or name in modalities:
+                taken = of_rows(stream, chosen)
+            else:
+                taken = self._no_text(len(chosen)) if name == "text" else None
+            if taken is not None:
+                fused[name] = taken
+        return self.model.fuse(fused)
 
     def present(self, modality: str) -> np.ndarray:
         """(num_rows,) bool: which rows have it."""
+        if modality == "text":
+            return self.has_text.cpu().numpy()
         if modality not in self.encoded:
             return np.zeros(self.num_rows, dtype=bool)
         return self.encoded[modality].present.cpu().numpy()
 
-    def _no_text(self) -> Stream:
+    def _no_text(self, num_rows: int) -> Stream:
         vector = self.model.null_text.weight.to(self.encoded["text"].tokens.dtype)
-        return Stream("text", vector.expand(self.num_rows, 1, -1))
+        return Stream("text", vector.expand(num_rows, 1, -1))
+
+
+def joined(streams: Sequence[Optional[Stream]], sizes: Sequence[int]) -> Stream:
+    """
+    One stream of the rows of several, one after the other; shorter ones are padded.
+
+    Args:
+        streams: at least one, of the same modality; `None` where no row has anything.
+        sizes: how many rows there are in each.
+    """
+    given = [stream for stream in streams if stream is not None]
+    length = max(stream.tokens.shape[1] for stream in given)
+    tokens = torch.cat([pad(stream.tokens, (0, 0, 0, length - stream.tokens.shape[1])) for stream in given])
+    token_mask = None
+    if any(stream.token_mask is not None or stream.tokens.shape[1] < length for stream in given):
+        masks = [tokens.new_ones(s.tokens.shape[:2], dtype=torch.bool) if s.token_mask is None else s.token_mask
+                 for s in given]  # fmt: skip
+        token_mask = torch.cat([pad(mask, (0, length - mask.shape[1])) for mask in masks])
+    means: Any = [stream.item_means for stream in given]
+    result = Stream(given[0].name, tokens, token_mask, item_means=None if means[0] is None else torch.cat(means))
+    if all(stream is not None and stream.item_index is None for stream in streams):
+        return result
+    places, first = [], 0
+    for stream, size in zip(streams, sizes, strict=True):
+        if stream is None:
+            places.append(torch.full((size, 1), -1, device=tokens.device))
+            continue
+        index = torch.arange(size, device=tokens.device)[:, None] if stream.item_index is None else stream.item_index
+        places.append(torch.where(index >= 0, index + first, -1))
+        first += len(stream.tokens)
+    most = max(index.shape[1] for index in places)
+    index = torch.cat([pad(part, (0, most - part.shape[1]), value=-1) for part in places])
+    offsets = None
+    if any(stream.offsets is not None for stream in given):
+        nothing = [tokens.new_zeros(*part.shape, tokens.shape[-1]) for part in places]
+        found = [
+            empty if s is None or s.offsets is None else s.offsets for s, empty in zip(streams, nothing, strict=True)
+        ]
+        offsets = torch.cat([pad(part, (0, 0, 0, most - part.shape[1])) for part in found])
+    return result._replace(item_index=index, offsets=offsets)
+
+
+def of_rows(stream: Stream, rows: torch.Tensor) -> Optional[Stream]:
+    """The stream of these rows, (num_rows,) int64, with the items that they have; `None` if they have none."""
+    stream = stream.of_rows(rows)
+    index: Any = stream.item_index
+    used, places = index[index >= 0].unique(return_inverse=True)
+    if len(used) == 0:
+        return None
+    index = index.clone()
+    index[index >= 0] = places
+    mask, means = (None if x is None else x[used] for x in (stream.token_mask, stream.item_means))
+    return stream._replace(
+        tokens=stream.tokens[used], token_mask=mask, item_index=index, item_means=means, is_full=False
+    )
 
 
 def exchanged(present: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -74,13 +146,9 @@ def exchanged(present: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def pairs(num_rows: int, chunk: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """All (i, j) with i, j < num_rows, a number of them at a time."""
-    first, second = torch.meshgrid(torch.arange(num_rows), torch.arange(num_rows), indexing="ij")
-    yield from zip(first.flatten().split(chunk), second.flatten().split(chunk), strict=True)
+    for numbers in torch.arange(num_rows * num_rows).split(chunk):
+        yield numbers // num_rows, numbers % num_rows
 
 
 def shown_name(modality: str) -> str:
     return {"vision": "image", "audio": "sound"}.get(modality, modality)
-
-
-def shown_names(modalities: Sequence[str]) -> str:
-    return ", ".join(map(shown_name, modalities))

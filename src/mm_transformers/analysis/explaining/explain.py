@@ -15,6 +15,7 @@ from ...model.task_base import is_null
 from ...model.video import load_frames
 from .explanation import Explanation, ImageRelevance, SoundRelevance, TokenRelevance
 from .methods import ATTENTION_METHODS, check_method
+from .own_copy import own_copy
 from .placing import over_time, patch_grid, seen_region, spread_over_pixels, token_spans
 from .questions import Asked, Question
 from .reading import relevance_of_inputs
@@ -57,7 +58,8 @@ def explain(
     to about 1, and the part of the probe depends on the answer. `"integrated_gradients"` needs no rule for it.
 
     Args:
-        model ([`MMTransformerForMultiTask`]): Is left as it was.
+        model ([`MMTransformerForMultiTask`]):
+            Answers in evaluation mode, whatever mode it is in. It is not changed, so several threads may ask at once.
         processor ([`MMTransformerProcessor`]): That of the model.
         row (`dict`, `str`, or a list or a data set of these):
             As [`MultimodalPipeline`] takes them; other keys than those of a row are not looked at.
@@ -95,15 +97,11 @@ def explain(
     question = Question(names[0], answer, word, generation_options)
     is_one = isinstance(row, (str, Mapping))
     rows = [row] if is_one else [row[i] for i in range(len(row))]
-    was_training = model.training
-    model.eval()
-    try:
-        found: list[Explanation] = []
-        for start in range(0, len(rows), batch_size):
-            batch = list(enumerate(rows))[start : start + batch_size]
-            found += _explain_batch(model, processor, batch, question, method, seed + start)
-    finally:
-        model.train(was_training)
+    model = own_copy(model).eval()
+    found: list[Explanation] = []
+    for start in range(0, len(rows), batch_size):
+        batch = list(enumerate(rows))[start : start + batch_size]
+        found += _explain_batch(model, processor, batch, question, method, seed + start)
     return found[0] if is_one else found
 
 
@@ -126,7 +124,9 @@ def _explain_batch(
     elif method == "integrated_gradients":
         from .integrated_gradients import integrated_gradients
 
-        relevance = integrated_gradients(model, processor, inputs, question, asked, read["texts"], words, seen)
+        relevance = integrated_gradients(
+            model, processor, inputs, question, asked, read["texts"], words, seen, outputs.encoded
+        )
     placing = _Placing(model, processor, inputs, outputs, relevance, seen.maps)
     rows = [row if isinstance(row, Mapping) else {"text": row} for _, row in numbered]
     return [placing.explanation(i, row, question.task, asked, method) for i, row in enumerate(rows)]

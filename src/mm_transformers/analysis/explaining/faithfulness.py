@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ...model.answering import check_tasks, unwrapped
+from ...model.answering import check_tasks, evaluation_mode, unwrapped
 from ...model.pipeline_mm_transformer import read_rows
 from .explain import apart, explain
 
@@ -60,6 +60,8 @@ def faithfulness(
     modality for itself by its own relevances, both at once; and how probable the answer to the whole row then is.
 
     Args:
+        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
+        processor ([`MMTransformerProcessor`]): That of the model.
         rows: each with a text, a picture, or both.
         task: one that chooses among labels for the whole row.
         method: one of those of [`explain`].
@@ -74,39 +76,34 @@ def faithfulness(
         raise ValueError(f"faithfulness needs a task that chooses among labels for the whole row; {task!r} does not.")
     explanations = explain(model, processor, list(rows), task, method, batch_size=batch_size, seed=seed)
     curves: dict[bool, list[np.ndarray]] = {True: [], False: []}
-    was_training = model.training
-    model.eval()
-    try:
-        for start in range(0, len(rows), batch_size):
-            batch = explanations[start : start + batch_size]
-            read = read_rows(
-                [(i, rows[i]) for i in range(start, min(start + batch_size, len(rows)))],
-                processor,
-                known=None,
-                wants_words=False,
-            )
-            inputs = {name: value.to(model.device) for name, value in apart(read["tensors"]).items()}
-            for first in (True, False):
-                probabilities = [
-                    _probabilities(model, kind, _without(model, inputs, batch, share, first, modalities), batch)
-                    for share in shares
-                ]
-                curves[first].append(np.stack(probabilities, 1))
-    finally:
-        model.train(was_training)
+    for start in range(0, len(rows), batch_size):
+        batch = explanations[start : start + batch_size]
+        read = read_rows(
+            [(i, rows[i]) for i in range(start, min(start + batch_size, len(rows)))],
+            processor,
+            known=None,
+            wants_words=False,
+        )
+        inputs = {name: value.to(model.device) for name, value in apart(read["tensors"]).items()}
+        for first in (True, False):
+            probabilities = [
+                _probabilities(model, kind, _without(inputs, batch, share, first, modalities), batch)
+                for share in shares
+            ]
+            curves[first].append(np.stack(probabilities, 1))
     return Faithfulness(tuple(shares), np.concatenate(curves[True]), np.concatenate(curves[False]))
 
 
 @torch.no_grad()
 def _probabilities(model: Any, kind: Any, inputs: dict[str, torch.Tensor], batch: list[Any]) -> np.ndarray:
-    logits = model(**inputs).logits[kind.name].float()
+    with evaluation_mode(model):
+        logits = model(**inputs).logits[kind.name].float()
     probabilities = logits.softmax(-1) if kind.kind == "classification" else logits.sigmoid()
     ids = [kind.labels.index(explanation.answer) for explanation in batch]
     return probabilities[torch.arange(len(ids)), ids].cpu().numpy()
 
 
 def _without(
-    model: Any,
     inputs: dict[str, torch.Tensor],
     batch: list[Any],
     share: float,

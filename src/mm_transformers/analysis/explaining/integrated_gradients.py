@@ -5,14 +5,16 @@ from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
-from torch.nn.functional import adaptive_avg_pool2d
 
-from .placing import patch_grid
+from ...model.fusion_base import Stream
+from .placing import patch_grid, sums_over_parts, sums_over_patches
 from .questions import Asked, Question
-from .watching import Seen, through_frozen_encoders
+from .watching import Seen, through_frozen_encoders, word_embeddings
 
 
-NUM_STEPS = 32
+# How many points of the path are taken: more, if the sum misses the difference of the scores by more than this share.
+NUM_STEPS = (32, 128, 512)
+TOLERANCE = 0.01
 _SOUNDS = ("input_values", "input_features")
 
 
@@ -25,14 +27,17 @@ def integrated_gradients(
     texts: list[str],
     word_index: Optional[torch.Tensor],
     seen: Seen,
+    encoded: dict[str, Stream],
 ) -> dict[str, torch.Tensor]:
     """
     Sundararajan et al. 2017 (https://arxiv.org/abs/1703.01365), from padding in the place of the words, grey pictures
-    and silence. Relevances of a row sum to the difference of the score from that of these, up to the number of steps.
+    and silence. Relevances of a row sum to the difference of the score from that of these: to within 1%, or as near as
+    512 steps come.
 
     Args:
         inputs: of the model, with no item in two rows.
         asked: the answers that are explained.
+        encoded: of the same inputs.
 
     Returns:
         As [`relevance_of_inputs`], and less than 0 where an input speaks against the answer.
@@ -47,11 +52,15 @@ def integrated_gradients(
         if index in inputs and name in seen.num_tokens:
             found[name] = torch.zeros(*inputs[index].shape, seen.num_tokens[name])
     for number, row in enumerate(rows):
-        starts = tuple(row.varied.values())
-        with torch.enable_grad(), through_frozen_encoders(model):
-            attributions = IntegratedGradients(row.scores).attribute(
-                starts, row.baselines(), n_steps=NUM_STEPS, internal_batch_size=8
-            )
+        starts, baselines = tuple(row.varied.values()), row.baselines()
+        for steps in NUM_STEPS:
+            with torch.enable_grad(), through_frozen_encoders(model):
+                attributions, missed = IntegratedGradients(row.scores).attribute(
+                    starts, baselines, n_steps=steps, internal_batch_size=8, return_convergence_delta=True
+                )
+            summed = sum(float(values.sum()) for values in attributions)
+            if abs(float(missed)) <= TOLERANCE * abs(summed - float(missed)):  # Completeness, in the paper
+                break
         for name, values in zip(row.varied, attributions, strict=True):
             values = values.detach()[0].float().cpu()
             if name == "embeddings":
@@ -60,8 +69,10 @@ def integrated_gradients(
                 for slot, picture in enumerate(values):
                     found["vision"][number, slot] = _over_patches(model, seen, picture.sum(0))
             else:
-                for slot, clip in enumerate(values):
-                    found["audio"][number, slot] = _over_clip(model, seen, clip)
+                mask, items = encoded["audio"].token_mask, inputs["audio_index"][number]
+                for slot, (clip, item) in enumerate(zip(values, items[items >= 0], strict=True)):
+                    heard = seen.num_tokens["audio"] if mask is None else int(mask[item].sum())
+                    found["audio"][number, slot] = _over_clip(model, seen, clip, heard)
     return found
 
 
@@ -78,7 +89,7 @@ class _Row:
         self.fixed = {name: inputs[name][number : number + 1] for name in text_parts if name in inputs}
         self.varied: dict[str, torch.Tensor] = {}
         with torch.no_grad():
-            self.varied["embeddings"] = model.get_input_embeddings()(self.fixed["input_ids"]).float()
+            self.varied["embeddings"] = word_embeddings(model)(self.fixed["input_ids"]).float()
         self.indexed: dict[str, torch.Tensor] = {}
         for index, parts in (("image_index", ("pixel_values",)), ("audio_index", _SOUNDS)):
             if index in inputs:
@@ -98,7 +109,7 @@ class _Row:
         special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
         blank = torch.where(special, ids, tokenizer.pad_token_id or 0)
         with torch.no_grad():
-            embeddings = self.model.get_input_embeddings()(blank).float()
+            embeddings = word_embeddings(self.model)(blank).float()
         others = (torch.zeros_like(value) for name, value in self.varied.items() if name != "embeddings")
         return embeddings, *others
 
@@ -122,36 +133,53 @@ class _Row:
 
 @contextmanager
 def _embeddings_of_first_call(model: Any, embeddings: torch.Tensor) -> Iterator[None]:
-    """What the text encoder reads; a decoder that shares the layer comes later. Not every encoder takes it itself."""
+    """
+    What the text encoder reads; a decoder that shares the layer comes later. Not every encoder takes it itself.
+
+    Raises:
+        ValueError: if the text encoder does not call the layer.
+    """
     waiting = [embeddings]
 
     def hook(module, args, output):
         return waiting.pop().to(output.dtype) if waiting else output
 
-    handle = model.get_input_embeddings().register_forward_hook(hook)
+    handle = word_embeddings(model).register_forward_hook(hook)
     try:
         yield
     finally:
         handle.remove()
+    if waiting:
+        kind = model.config.text_config.model_type
+        raise ValueError(
+            f"Integrated gradients need word embeddings, which {kind!r} does not read; take another method."
+        )
 
 
 def _over_patches(model: Any, seen: Seen, pixels: torch.Tensor) -> torch.Tensor:
     """(height, width) of pixels -> (tokens,): the sum over each patch, 0 of tokens that are none."""
     num_tokens = seen.num_tokens["vision"]
     shape = seen.maps.get("vision") or patch_grid(model.config.vision_config, num_tokens, *pixels.shape)
-    sums = adaptive_avg_pool2d(pixels[None], shape)[0].flatten() * (pixels.numel() / (shape[0] * shape[1]))
+    sums = sums_over_patches(model.config.vision_config, pixels, shape).flatten()
     return torch.nn.functional.pad(sums, (num_tokens - len(sums), 0))
 
 
-def _over_clip(model: Any, seen: Seen, values: torch.Tensor) -> torch.Tensor:
-    """(samples,), or (features, frames), of a clip -> (tokens,): the sum over the part of each token."""
+def _over_clip(model: Any, seen: Seen, values: torch.Tensor, num_heard: int) -> torch.Tensor:
+    """
+    (samples,), or (features, frames), of a clip -> (tokens,): the sum over the part of each token.
+
+    Args:
+        num_heard: how many tokens, from the first, are not padding.
+    """
     num_tokens, config = seen.num_tokens["audio"], model.config.audio_config
     if config.model_type == "audio-spectrogram-transformer":
         bands = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
-        shape = (bands, (num_tokens - 2) // bands)
-        sums = adaptive_avg_pool2d(values.T[None], shape)[0].flatten() * (values.numel() / (shape[0] * shape[1]))
-        return torch.nn.functional.pad(sums, (2, 0))
+        sums = sums_over_parts(sums_over_parts(values, bands).T, (num_tokens - 2) // bands)
+        return torch.nn.functional.pad(sums.flatten(), (2, 0))
     if values.ndim == 2:
         # Whisper has (features, frames), Wav2Vec2-BERT and others (frames, features).
         values = values.sum(0 if config.model_type == "whisper" else 1)
-    return adaptive_avg_pool2d(values[None, None], (1, num_tokens))[0, 0] * (len(values) / num_tokens)
+    sums = sums_over_parts(values, num_tokens)
+    # The last samples of a clip make no token of their own.
+    last = max(num_heard, 1) - 1
+    return torch.nn.functional.pad(torch.cat([sums[:last], sums[last:].sum()[None]]), (0, num_tokens - last - 1))

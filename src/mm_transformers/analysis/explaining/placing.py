@@ -1,9 +1,11 @@
 """Where in the text, in the pictures and in the sound the tokens of a model come from."""
 
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
+
+from ...model.tokenizing import tokenize
 
 
 # What tokenizers without offsets put in the place of a space, or before a later piece of a word.
@@ -18,7 +20,8 @@ def token_spans(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, in
         ids: the tokens of this text, without padding.
     """
     if tokenizer.is_fast:
-        encoded = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=len(ids), verbose=False)
+        options = {"return_offsets_mapping": True, "truncation": True, "max_length": len(ids), "verbose": False}
+        encoded = tokenize(tokenizer, text, **options)
         spans = [tuple(span) for span in encoded["offset_mapping"]]
         if encoded["input_ids"] == ids:
             return [_without_spaces(text, *span) for span in spans]
@@ -52,22 +55,52 @@ def patch_grid(config: Any, num_tokens: int, height: int, width: int) -> tuple[i
     Raises:
         ValueError: if the tokens do not lie in a grid.
     """
-    size = getattr(config, "patch_size", None)
-    if isinstance(size, int):
+    size = _patch_size(config)
+    if size:
         rows, columns = height // size, width // size
         if 0 < rows * columns <= num_tokens <= rows * columns + 16:
             return rows, columns
-    # Stages that put patches together: by how much is told by how many are left.
-    for stride in range(1, min(height, width) + 1):
-        rows, columns = height // stride, width // stride
-        if rows * columns <= num_tokens:
-            if num_tokens <= rows * columns + 16:
-                return rows, columns
-            break
+    # Stages that put patches together: by how much is told by how many are left. Some pad what is no whole patch.
+    strides = range(1, min(height, width) + 1)
+    grids = [grid for s in strides for grid in ((-(-height // s), -(-width // s)), (height // s, width // s))]
+    for rows, columns in grids:
+        if rows * columns == num_tokens:
+            return rows, columns
+    for rows, columns in grids:
+        if rows * columns <= num_tokens <= rows * columns + 16:
+            return rows, columns
     raise ValueError(
         f"It is not known where in a picture of {height} x {width} pixels the {num_tokens} tokens of "
         f"{config.model_type!r} lie."
     )
+
+
+def sums_over_patches(config: Any, pixels: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """
+    (height, width) of pixels -> (rows, columns): the sum over each patch of a grid, as [`patch_grid`] gives it. Pixels
+    that are left over beside the last whole patch count with it, so that nothing is lost.
+    """
+    size = _patch_size(config)
+    return sums_over_parts(sums_over_parts(pixels, shape[1], size).T, shape[0], size).T
+
+
+def sums_over_parts(values: torch.Tensor, num_parts: int, size: Optional[int] = None) -> torch.Tensor:
+    """
+    (..., length) -> (..., num_parts): the sum over each part. Each value belongs to one part.
+
+    Args:
+        size: of a part, if there are as many whole ones; otherwise parts are as equal as can be.
+    """
+    length = values.shape[-1]
+    places = torch.arange(length, device=values.device)
+    parts = places // size if size and length // size == num_parts else places * num_parts // length
+    sums = values.new_zeros(*values.shape[:-1], num_parts)
+    return sums.index_add(-1, parts.clamp(max=num_parts - 1), values)
+
+
+def _patch_size(config: Any) -> Optional[int]:
+    size = getattr(config, "patch_size", None)
+    return size if isinstance(size, int) else None
 
 
 def seen_region(image_processor: Any, width: int, height: int) -> tuple[float, float, float, float]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...model.encoders import as_tokens
@@ -68,7 +69,9 @@ def watched(model: Any) -> Iterator[Seen]:
         stack.enter_context(eager_attention(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(through_frozen_encoders(model))
-        hooks = [model.get_input_embeddings().register_forward_hook(_require_gradient)]
+        # Of all layers that look something up: which one the encoder calls, not every encoder says.
+        tables = [part for part in fused.encoder("text").modules() if isinstance(part, nn.Embedding)]
+        hooks = [table.register_forward_hook(_require_gradient) for table in tables]
         for name in ("text", *fused.config.modalities):
             encoder = fused.encoder(name)
             ask = _ask_for_attentions if _shows_attentions(encoder) else _ask_for_gradients
@@ -123,6 +126,11 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
+
+
+def word_embeddings(model: Any) -> nn.Module:
+    """The layer that the text encoder calls; `get_input_embeddings` of an encoder-decoder gives one that it may not."""
+    return model.model.encoder("text").get_input_embeddings()
 
 
 def _shows_attentions(encoder: PreTrainedModel) -> bool:

@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from ...data.collator import MMDataCollator
+from ...model.answering import evaluation_mode
 from ...model.task_base import is_missing
 
 
@@ -32,7 +33,6 @@ class Answered(NamedTuple):
     loss: Optional[float]
 
 
-@torch.no_grad()
 def answers_to(
     model: Any, collator: MMDataCollator, rows: Sequence[Mapping[str, Any]], batch_size: int
 ) -> Iterator[list[Answered]]:
@@ -43,27 +43,33 @@ def answers_to(
     Raises:
         ValueError: as the collator, if a row cannot be read.
     """
-    was_training = model.training
-    model.eval()
     for start in range(0, len(rows), batch_size):
-        batch_rows = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        batch = send_to_device(collator(batch_rows), model.device)
-        labels = batch.pop("labels")
-        outputs = model.model(**batch)
-        logits = model(encoder_outputs=outputs).logits
-        found = []
-        for name, task in model.tasks.items():
-            of_task = model.read_written(task, outputs, labels[name]) if task.needs_decoder else logits[name]
-            for i, row in enumerate(batch_rows):
-                total, count = task.loss(of_task[i : i + 1], labels[name][i : i + 1])
-                loss = float(total / count) if count > 0 else None
-                if task.compares_rows and not task.needs_mismatches:
-                    loss = None  # which a row by itself has not
-                cell = row.get(task.column)
-                truth = None if loss is None or is_missing(cell) else cell
-                found.append(Answered(start + i, name, *_judged(task, of_task[i], labels[name][i], truth), loss))
+        numbers = range(start, min(start + batch_size, len(rows)))
+        # A generator may be left at any `yield`, so the model is as it was at each.
+        with evaluation_mode(model), torch.no_grad():
+            found = _answer_batch(model, collator, numbers, [rows[i] for i in numbers])
         yield found
-    model.train(was_training)
+
+
+def _answer_batch(
+    model: Any, collator: MMDataCollator, numbers: Sequence[int], rows: list[Mapping[str, Any]]
+) -> list[Answered]:
+    batch = send_to_device(collator(rows), model.device)
+    labels = batch.pop("labels")
+    outputs = model.model(**batch)
+    logits = model(encoder_outputs=outputs).logits
+    found = []
+    for name, task in model.tasks.items():
+        of_task = model.read_written(task, outputs, labels[name]) if task.needs_decoder else logits[name]
+        for i, (number, row) in enumerate(zip(numbers, rows, strict=True)):
+            total, count = task.loss(of_task[i : i + 1], labels[name][i : i + 1])
+            loss = float(total / count) if count > 0 else None
+            if task.compares_rows and not task.needs_mismatches:
+                loss = None  # which a row by itself has not
+            cell = row.get(task.column)
+            truth = None if loss is None or is_missing(cell) else cell
+            found.append(Answered(number, name, *_judged(task, of_task[i], labels[name][i], truth), loss))
+    return found
 
 
 def _judged(task: Any, logits: torch.Tensor, label: torch.Tensor, truth: Any) -> tuple[Any, Any, Any, Any]:

@@ -162,12 +162,5 @@ def _of_ablation(ablation: Optional[Ablation]) -> Optional[dict[str, Any]]:
         return None
     buffer = io.BytesIO()
     ablation.plot().savefig(buffer, format="png", dpi=110)
-    tables = [
-        [_cells(line) for line in table.splitlines() if "---" not in line]
-        for table in ablation.to_markdown().split("\n\n")
-    ]
-    return {"figure": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", "tables": tables}
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+    figure = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return {"figure": figure, "tables": ablation.tables(), "note": ablation.note}

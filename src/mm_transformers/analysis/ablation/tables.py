@@ -1,0 +1,46 @@
+"""Tables that fit a screen."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Table(NamedTuple):
+    """
+    Args:
+        header, rows: cells, as many in each.
+        num_keys: how many of the first columns say what a row is about.
+    """
+
+    header: list[str]
+    rows: list[list[str]]
+    num_keys: int
+
+
+def as_markdown(table: Table, width: int) -> str:
+    """
+    The table in Markdown, with columns that also line up as plain text. If it is wider than `width` characters, it
+    becomes several, each with the key columns and as many of the others as fit.
+    """
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (table.header, *table.rows)]
+    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(table.header))]
+    keys, parts = list(range(table.num_keys)), []
+    chosen = list(keys)
+    for column in range(table.num_keys, len(table.header)):
+        if len(chosen) > len(keys) and _line_width(widths, [*chosen, column]) > width:
+            parts.append(chosen)
+            chosen = list(keys)
+        chosen.append(column)
+    return "\n\n".join(_markdown(lines, widths, columns, table.num_keys) for columns in [*parts, chosen])
+
+
+def _line_width(widths: Sequence[int], columns: Sequence[int]) -> int:
+    return sum(widths[column] + 3 for column in columns) + 1
+
+
+def _markdown(lines: Sequence[Sequence[str]], widths: Sequence[int], columns: Sequence[int], num_keys: int) -> str:
+    shown = []
+    for line in lines:
+        cells = [line[c].ljust(widths[c]) if c < num_keys else line[c].rjust(widths[c]) for c in columns]
+        shown.append(f"| {' | '.join(cells)} |")
+    rule = ["-" * widths[c] if c < num_keys else "-" * (widths[c] - 1) + ":" for c in columns]
+    return "\n".join([shown[0], f"| {' | '.join(rule)} |", *shown[1:]])
