@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from ..model.files import content_of, fetch, is_url
+from ..model.files import cast_of, content_of, fetch, is_url
 from .feature_store import KEY_SIZE
 
 
@@ -91,7 +91,8 @@ class ItemHash:
         except OSError:
             content = None  # `load` says what is wrong
         if isinstance(content, bytes):
-            return hash_of(self.kind.encode(), self.options.encode(), b"file", content)
+            options = self.options + "".join(f"{name}={value};" for name, value in sorted(cast_of(cell).items()))
+            return hash_of(self.kind.encode(), options.encode(), b"file", content)
         return hash_of(self.kind.encode(), b"read", *_read_parts(self.load(cell)))
 
 

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..data.collator import MMDataCollator
 from ..data.mixture import DataMixture
-from ..data.sources import DataSource, is_iterable
+from ..data.sources import DataSource, columns_of, is_iterable
 from ..model.task_base import Task
 from .metrics import LESS_IS_BETTER
 
@@ -104,7 +104,7 @@ def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
     Raises:
         ValueError: if the column of texts is missing, or all columns of labels are, or are empty.
     """
-    columns = getattr(dataset, "column_names", None)
+    columns = columns_of(dataset)
     if not columns or isinstance(dataset, DataSource):
         return
     shown = ", ".join(repr(column) for column in columns)

@@ -11,6 +11,7 @@ from transformers.trainer_pt_utils import nested_concat
 from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
+from ...data.sources import rows_of
 from ...model.answering import check_tasks, unwrapped
 from ...model.modeling_outputs import MMTransformerModelOutput
 from ...model.task_base import as_scalar, is_null
@@ -85,7 +86,8 @@ def ablate(
     if len(rows) == 0:
         raise ValueError("There are no rows to score the model on.")
     collator = collator or MMDataCollator(processor, model.config)
-    known = sorted(rows[0])
+    rows, _ = rows_of(rows, collator)
+    known = sorted(name for name in rows[0] if isinstance(name, str))
     for name in slices:
         if name not in known:
             raise ValueError(f"slices names the column {name!r}, but the columns are {', '.join(known)}.")
