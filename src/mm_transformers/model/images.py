@@ -84,6 +84,8 @@ def _open(image: Any):
         # lays what is transparent on black.
         return Image.open(io.BytesIO(fetch(image)))
     if isinstance(image, (str, os.PathLike)):
+        if len(os.fspath(image)) > 4096 or os.fspath(image).startswith("data:"):
+            raise FileNotFoundError  # no path is so long, and the error of the system would hold all of it
         return Image.open(image)
     if hasattr(image, "shape"):
         return _from_array(image)
