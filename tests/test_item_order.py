@@ -123,7 +123,9 @@ def test_padding_of_the_index_means_nothing(fusion):
     wider = torch.tensor([[-1, 2, -1, 0], [-1, -1, -1, 1], [-1, -1, -1, -1], [0, -1, -1, -1]])
     with torch.no_grad():
         expected = model(**batch).logits["left"]
-        torch.testing.assert_close(model(**{**batch, "image_index": wider}).logits["left"], expected, rtol=1e-5, atol=5e-5)
+        torch.testing.assert_close(
+            model(**{**batch, "image_index": wider}).logits["left"], expected, rtol=1e-5, atol=5e-5
+        )
         for row in range(4):
             alone = {name: value[row : row + 1] for name, value in batch.items() if name != "pixel_values"}
             alone["image_index"] = alone["image_index"][:, : (1 if row else 2)]

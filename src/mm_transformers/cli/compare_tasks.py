@@ -26,7 +26,8 @@ def run_compare_tasks(path: Path, overrides: list[str], output_dir: Path, num_se
         raise ValueError("Comparing tasks needs rows to measure on: name data.validation, or data.test, in the recipe.")
     for task in data.tasks:
         for name in ("train", split):
-            if task.default_cell is None and not has_labels(data.splits[name], task):
+            about = (task, recipe.columns.text, recipe.data.label_separator)
+            if task.default_cell is None and not has_labels(data.splits[name], *about):
                 raise ValueError(f"The {name} rows have no label of task {task.name!r}, so it cannot be compared.")
     names = [task.name for task in data.tasks]
 

@@ -17,10 +17,11 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from ..analysis import Ablation, ablate
+from ..data.cells import RowReader
 from ..data.collator import MMDataCollator
 from ..data.files import check_writable, write_atomically
 from ..data.labels import check_labels, has_labels, prepare_labels
-from ..data.loading import absolute_paths, load_files
+from ..data.loading import load_files
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
 from ..model.answering import check_tasks
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
@@ -134,7 +135,7 @@ def evaluator(
         with args.main_process_first(desc="reading the data"):
             rows = _read(model, file, columns, data)
         _check_columns(rows.column_names, collator, columns, reading, file)
-        check_labels({file.name: rows}, model.tasks.values(), columns.text)
+        check_labels({file.name: rows}, model.tasks.values(), columns.text, data.label_separator)
         _check_labelled(rows, collator, file)
         yield MMTrainer(model, args, data_collator=collator, eval_dataset=rows), rows
 
@@ -152,7 +153,7 @@ def load_with_rows(
     model, collator = _load(model_name, columns, data)
     rows = _read(model, file, columns, data)
     _check_columns(rows.column_names, collator, columns, reading, file)
-    check_labels({file.name: rows}, model.tasks.values(), columns.text)
+    check_labels({file.name: rows}, model.tasks.values(), columns.text, data.label_separator)
     return model, collator, rows
 
 
@@ -160,7 +161,7 @@ def _read(model: MMTransformerForMultiTask, file: Path, columns: ColumnsSection,
     media = (columns.image, columns.video, columns.audio)
     splits = load_files({"test": str(file)}, media, data.image_root, option="The file")
     tasks = [task.to_dict() for task in model.tasks.values()]
-    return prepare_labels(splits, tasks, data.label_separator)["test"]
+    return prepare_labels(splits, tasks)["test"]
 
 
 def run_prediction(
@@ -189,7 +190,11 @@ def run_prediction(
     state = this_process()
     show_progress_of_package(state.is_main_process)
     _check_columns(rows.schema.names, collator, columns, reading, file)
-    root = data.image_root or str(file.parent)
+    reader = RowReader(
+        {name: feature for name, feature in _features(rows).items() if name in asdict(columns).values()},
+        {column.column: kind for kind, column in collator.media.items()},
+        data.image_root or str(file.parent),
+    )
     answered = stream_answers(
         model.to(state.device),
         collator,
@@ -197,7 +202,7 @@ def run_prediction(
         tasks,
         batch_size,
         num_workers,
-        prepare=partial(_with_absolute_paths, (columns.image, columns.video, columns.audio), root),
+        prepare=reader,
         keep=partial(plain_cells, list(types)),
         **({} if num_beams is None else {"num_beams": num_beams}),
     )
@@ -247,7 +252,7 @@ def _check_labelled(rows: datasets.Dataset, collator: MMDataCollator, file: Path
         ValueError: if there is nothing to measure.
     """
     wanted = [task for task in collator.tasks.values() if task.default_cell is None]
-    labelled = [task for task in wanted if has_labels(rows, task)]
+    labelled = [task for task in wanted if has_labels(rows, task, collator.text_column, collator.label_separator)]
     if not labelled and len(wanted) == len(collator.tasks):
         columns = ", ".join(repr(task.column) for task in wanted)
         raise ValueError(
@@ -259,8 +264,9 @@ def _check_labelled(rows: datasets.Dataset, collator: MMDataCollator, file: Path
             logger.warning(f"{file} has no label of task {task.name!r}: column {task.column!r} is empty.")
 
 
-def _with_absolute_paths(names: tuple[str, ...], root: str, row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, **{name: absolute_paths(row[name], root) for name in names if name in row}}
+def _features(rows: TableRows) -> dict[str, Any]:
+    """The features that a Parquet file was written with; of another file, those of its types."""
+    return dict(datasets.Features.from_arrow_schema(rows.schema))
 
 
 def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str, Any]) -> int:

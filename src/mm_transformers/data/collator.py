@@ -10,9 +10,10 @@ from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
 from ..model.images import image_key, load_image
 from ..model.pairs import fingerprint
-from ..model.processing_mm_transformer import MMTransformerProcessor, as_clips, as_list
-from ..model.task_base import LabelContext, is_null
+from ..model.processing_mm_transformer import MMTransformerProcessor, as_clips, as_list, as_one
+from ..model.task_base import LabelContext, is_null, shorten
 from ..model.video import load_frames, video_key
+from .cells import LABEL_SEPARATOR, label_of
 from .feature_reading import CachedFeatures, CachedItem
 from .media import MediaColumn, SharedCounter
 from .sources import ANY_SOURCE, ROW_KEY, SOURCE_KEY, count_rows, name_of_row, own_column
@@ -44,6 +45,11 @@ class MMDataCollator:
             too.
         max_length (`int`, *optional*): Longest text in tokens; at most, and by default, what the text encoder takes.
         pad_to_multiple_of (`int`, *optional*): Pads texts to a multiple of this length.
+        label_separator (`str`, *optional*, defaults to `"|"`):
+            What stands between the labels of a cell that is a text but holds several, and no list such as `["a", "b"]`.
+
+    [`MMTrainer`] reads the features of a `datasets.Dataset`: ids of a `ClassLabel` become its names. Rows that come
+    without their data set, as those of the plain `Trainer`, have no features: a number there is an id of the task.
 
     Raises:
         ValueError: if the tokenizer does not fit the embeddings of the model; when called, one sentence that names
@@ -62,6 +68,7 @@ class MMDataCollator:
         on_bad_file: str = "raise",
         max_length: Optional[int] = None,
         pad_to_multiple_of: Optional[int] = None,
+        label_separator: str = LABEL_SEPARATOR,
     ):
         if on_bad_file not in ("raise", "drop"):
             raise ValueError(f"on_bad_file must be 'raise' or 'drop', but is {on_bad_file!r}.")
@@ -85,13 +92,13 @@ class MMDataCollator:
         if self.takes_images:
             frames_of = partial(load_frames, num_frames=processor.num_frames)
             self.media["images"] = MediaColumn(image_column, as_list, image_key, load_image, *bad)
-            self.media["videos"] = MediaColumn(video_column, _as_one, video_key, frames_of, *bad)
+            self.media["videos"] = MediaColumn(video_column, as_one, video_key, frames_of, *bad)
         if config.audio_config is not None:
             clip_of = partial(_load_clip, processor, sampling_rate=sampling_rate)
             self.media["audio"] = MediaColumn(audio_column, as_clips, audio_key, clip_of, *bad)
         limits = [max_length, max_text_positions(config.text_config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
-        self.pad_to_multiple_of = pad_to_multiple_of
+        self.pad_to_multiple_of, self.label_separator = pad_to_multiple_of, label_separator
         self.gives_references = False
         # Set by [`FeatureCache.prepare`]: what stands in for encoders that need not run.
         self.cached: Optional[CachedFeatures] = None
@@ -179,6 +186,8 @@ class MMDataCollator:
                 "by text_column=."
             )
         text = row[self.text_column]
+        if getattr(text, "ndim", 0) == 1:
+            text = text.tolist()
         if isinstance(text, (list, tuple)) and all(isinstance(word, str) for word in text):
             text = " ".join(text)
         if is_null(text):
@@ -186,7 +195,7 @@ class MMDataCollator:
         if not isinstance(text, str):
             raise ValueError(
                 f"{name}, column {own_column(row, self.text_column)!r}: expected a text (or a list of words), but got "
-                f"{text!r} of type {type(text).__name__}."
+                f"{shorten(repr(text))} of type {type(text).__name__}."
             )
         try:
             text.encode()
@@ -207,7 +216,8 @@ class MMDataCollator:
         for row, text, name, empty in zip(rows, texts, names, is_empty, strict=True):
             unlabelled = empty or not row.get(SOURCE_KEY, ANY_SOURCE).labels(task.name)
             try:
-                labels.append(None if unlabelled else task.encode_label(row.get(task.column, task.default_cell), text))
+                cell = row.get(task.column, task.default_cell)
+                labels.append(None if unlabelled else label_of(task, cell, text, self.label_separator))
             except ValueError as error:
                 raise ValueError(f"{name}, column {own_column(row, task.column)!r}: {error}.") from error
         return labels
@@ -218,10 +228,6 @@ def _bytes_of(item: Any) -> bytes:
     if isinstance(item, CachedItem):
         return item.digest
     return (item["array"] if isinstance(item, Mapping) else item).tobytes()
-
-
-def _as_one(cell: Any) -> list[Any]:
-    return [] if is_null(cell) else [cell]
 
 
 def _load_clip(processor: MMTransformerProcessor, clip: Any, sampling_rate: Optional[int]) -> dict[str, Any]:

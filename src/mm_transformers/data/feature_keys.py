@@ -11,7 +11,7 @@ import transformers
 import xxhash
 from torch import nn
 
-from ..model.files import content_of, fetch, is_url
+from ..model.files import cast_of, content_of, fetch, is_url
 
 
 KEY_SIZE = 16  # bytes of a hash
@@ -101,7 +101,8 @@ class ItemHash:
         except OSError:
             content = None  # `load` says what is wrong
         if isinstance(content, bytes):
-            return hash_of(self.kind.encode(), self.options.encode(), b"file", content)
+            options = self.options + "".join(f"{name}={value};" for name, value in sorted(cast_of(cell).items()))
+            return hash_of(self.kind.encode(), options.encode(), b"file", content)
         return hash_of(self.kind.encode(), b"read", *_read_parts(self.load(cell)))
 
 

@@ -10,6 +10,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
 from ..model.tasks import Task
+from .cells import with_root
 from .splitting import hold_out_rows
 from .tables import SUFFIXES, TableRows
 
@@ -96,32 +97,13 @@ def load_named(name: str, config_name: str | None = None, cache_dir: str | None 
     return datasets.DatasetDict({split: data[split] for split in SPLITS if split in data})
 
 
-def with_root(rows: datasets.Dataset, column: str, root: str) -> datasets.Dataset:
-    """Relative paths in a column of paths, or of lists of paths, start at `root`."""
-    if column not in rows.column_names:
-        return rows
-    kind = rows.features[column]
-    if getattr(kind, "feature", kind) not in TEXT_TYPES:
-        return rows
-    return rows.map(
-        lambda cell: {column: absolute_paths(cell, root)}, input_columns=column, desc=f"Finding {column}"
-    )  # fmt: skip
-
-
-def absolute_paths(cell, root: str):
-    """The path, or list of paths, of one cell; addresses and what is no path stay as they are."""
-    if isinstance(cell, list):
-        return [absolute_paths(item, root) for item in cell]
-    is_path = isinstance(cell, str) and not cell.startswith(("http://", "https://"))
-    return os.path.abspath(os.path.join(root, cell)) if is_path else cell
-
-
 def hold_out(data: datasets.DatasetDict, fraction: float, columns: Mapping[str, Any], tasks: Iterable[Task]) -> None:
     """
     Takes a part of the training rows as validation split, if there is none, by [`hold_out_rows`].
 
     Args:
-        columns: `text_column`, `image_column`, `video_column` and `audio_column`, as [`hold_out_rows`] takes them.
+        columns: `text_column`, `image_column`, `video_column`, `audio_column` and `label_separator`, as
+            [`hold_out_rows`] takes them.
         tasks: whose labels are to be distributed equally.
 
     Raises:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..model.task_base import shorten
 from .sources import own_column
 
 
@@ -102,14 +103,20 @@ class MediaColumn:
 
 
 def _at_hand(cell: Any) -> Any:
-    """The bytes of what a streamed data set names by an address of its own, as `zip://...` or `hf://...`."""
-    path = cell.get("path") if isinstance(cell, Mapping) and cell.get("bytes") is None else None
-    if not isinstance(path, str) or "://" not in path or path.startswith(("http://", "https://")):
+    """The bytes of what is named by an address that only file systems of `datasets` open, as `zip://...`, `hf://...`."""
+    is_named = isinstance(cell, Mapping) and cell.get("bytes") is None and "array" not in cell
+    path = cell.get("path") if is_named else cell
+    if (
+        not isinstance(path, str)
+        or "://" not in path[:100]
+        or path.startswith(("http://", "https://", "file://", "data:"))
+    ):
         return cell
     from datasets.utils.file_utils import xopen
 
     try:
         with xopen(path, "rb") as file:
-            return {"bytes": file.read(), "path": path}
-    except (OSError, KeyError) as error:  # a KeyError: no such member of an archive
-        raise ValueError(f"{path!r} cannot be opened ({error})") from error
+            return {**(cell if isinstance(cell, Mapping) else {}), "bytes": file.read(), "path": path}
+    except Exception as error:  # of file systems: OSError, ImportError, KeyError for members of archives, ...
+        reason = shorten(" ".join(str(error).split())) or type(error).__name__
+        raise ValueError(f"{shorten(path)!r} cannot be opened ({reason})") from error

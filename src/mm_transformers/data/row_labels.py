@@ -7,7 +7,8 @@ import datasets
 
 from ..model.task_base import is_null
 from ..model.tasks import Task
-from .sources import ANY_SOURCE, SOURCE_KEY, DataSource, RowsOfSource, RowSource, own_column, undecoded
+from .cells import LABEL_SEPARATOR, label_of, opened
+from .sources import ANY_SOURCE, SOURCE_KEY, DataSource, RowsOfSource, RowSource, own_column
 
 
 def rows_with_columns(dataset: Any, columns: Iterable[str]) -> Iterator[Mapping[str, Any]]:
@@ -29,15 +30,16 @@ def rows_with_columns(dataset: Any, columns: Iterable[str]) -> Iterator[Mapping[
             yield from ({} for _ in range(len(inner)))
             return
         inner = inner.with_format(None).select_columns(own)
-        for column in own:
-            inner = undecoded(inner, column)
+    inner, reader = opened(inner, dict.fromkeys(source.columns.get(column, column) for column in wanted))
     tasks = None if source.tasks is None else frozenset(source.tasks)
-    rows = RowsOfSource(inner, RowSource(None, source.columns, tasks))
+    rows = RowsOfSource(inner, RowSource(None, source.columns, tasks), reader=reader)
     for start in range(0, len(rows), 1000):
         yield from rows.__getitems__(list(range(start, min(start + 1000, len(rows)))))
 
 
-def encoded_labels(dataset: Any, tasks: Iterable[Task], text_column: str) -> dict[str, list[Any]]:
+def encoded_labels(
+    dataset: Any, tasks: Iterable[Task], text_column: str, label_separator: str = LABEL_SEPARATOR
+) -> dict[str, list[Any]]:
     """
     Task name -> the encoded label of each row, `None` where it is missing.
 
@@ -45,6 +47,7 @@ def encoded_labels(dataset: Any, tasks: Iterable[Task], text_column: str) -> dic
         dataset: as [`rows_with_columns`] takes it.
         tasks: whose labels to encode.
         text_column: the column of texts; read only for tasks that label words.
+        label_separator: what stands between the labels of a text that holds several.
 
     Raises:
         ValueError: one sentence that names the row and the column, if a cell is not a label.
@@ -61,7 +64,7 @@ def encoded_labels(dataset: Any, tasks: Iterable[Task], text_column: str) -> dic
                 labels[task.name].append(None)
                 continue
             try:
-                labels[task.name].append(task.encode_label(row.get(column, task.default_cell), text))
+                labels[task.name].append(label_of(task, row.get(column, task.default_cell), text, label_separator))
             except ValueError as error:
                 raise ValueError(f"row {number:,}, column {own_column(row, column)!r}: {error}.") from error
     return labels

@@ -1,15 +1,25 @@
 """Data sets as the collator is to see them: columns as it calls them, rows that know where they are from."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from .cells import RowReader, opened
+
+
+class RowKey(Enum):
+    """Keys of a row that are no columns, whatever columns are called."""
+
+    ROW = "its number in the data set"
+    SOURCE = "its data set"
+
 
 # Under these keys [`MMTrainer`] writes into each row its number in the data set, and which data set that is.
-ROW_KEY = "__row__"
-SOURCE_KEY = "__source__"
+ROW_KEY: Any = RowKey.ROW
+SOURCE_KEY: Any = RowKey.SOURCE
 # In a batch of a mixture: how many rows are from each data set. [`MMTrainer`] takes it out before the model sees it.
 ROWS_PER_SOURCE = "rows_per_source"
 
@@ -62,7 +72,8 @@ class DataSource:
     A data set with columns and tasks of its own, for [`DataMixture`], or for [`MMTrainer`] in place of a data set.
 
     Args:
-        dataset: what [`~transformers.Trainer`] takes: a `datasets.Dataset` or `IterableDataset`, a list of dicts, ...
+        dataset: a `datasets.Dataset` or `IterableDataset`, a list of dicts, a pandas `DataFrame`, or what else
+            [`~transformers.Trainer`] takes.
         columns (`dict[str, str]`, *optional*):
             Names that the collator and the tasks look for ("text", "image", the columns of tasks) -> names in this data
             set. A column that is named here answers to its new names only; several may be given to one column.
@@ -93,7 +104,7 @@ class DataSource:
     @property
     def column_names(self) -> Optional[list[str]]:
         """The columns by the names that the collator looks for; `None` if the data set does not say."""
-        own = getattr(self.dataset, "column_names", None)
+        own = columns_of(self.dataset)
         if not own:
             return None
         renamed = set(self.columns.values())
@@ -119,7 +130,7 @@ class DataSource:
                 )
         known = [collator.text_column, *(media.column for media in collator.media.values())]
         known += [task.column for task in collator.tasks.values()]
-        own = getattr(self.dataset, "column_names", None)
+        own = columns_of(self.dataset)
         for target, column in self.columns.items():
             if target not in known:
                 raise ValueError(
@@ -168,27 +179,39 @@ class DataSource:
         Args:
             numbers: how messages number the rows; by default by their places.
         """
-        dataset = self.dataset
-        for media in collator.media.values():
-            dataset = undecoded(dataset, self.columns.get(media.column, media.column))
+        dataset, reader = opened(self.dataset, media_of(collator, self.columns))
         tasks = None if self.tasks is None else frozenset(self.tasks)
         source = RowSource(name, self.columns, tasks, place)
-        return StreamOfSource(dataset, source) if self.is_stream else RowsOfSource(dataset, source, numbers)
+        if self.is_stream:
+            return StreamOfSource(dataset, source, reader)
+        return RowsOfSource(dataset, source, numbers, reader)
 
 
 def rows_of(dataset: Any, collator: Any, numbers: Optional[Sequence[int]] = None) -> tuple[Any, Any]:
     """Of a data set or a [`DataSource`]: what the data loader is to read, and the data set that samplers look at."""
     source = dataset if isinstance(dataset, DataSource) else DataSource(dataset)
     if source.is_stream and source is not dataset:
-        for media in collator.media.values():
-            dataset = undecoded(dataset, media.column)
+        dataset, reader = opened(dataset, media_of(collator))
+        if reader.columns:
+            dataset = dataset.map(reader)
         return dataset, dataset  # as it is, accelerate knows how to share it out among processes
     return source.rows(collator, numbers=numbers), source.dataset
 
 
+def media_of(collator: Any, columns: Mapping[str, str] = {}) -> dict[str, str]:
+    """The columns of pictures, videos and sounds, by their own names -> the argument of the processor."""
+    return {columns.get(media.column, media.column): kind for kind, media in collator.media.items()}
+
+
 class RowsOfSource(Dataset):
-    def __init__(self, dataset: Any, source: RowSource, numbers: Optional[Sequence[int]] = None):
-        self.dataset, self.source = dataset, source
+    def __init__(
+        self,
+        dataset: Any,
+        source: RowSource,
+        numbers: Optional[Sequence[int]] = None,
+        reader: Optional[RowReader] = None,
+    ):
+        self.dataset, self.source, self.reader = dataset, source, reader or RowReader()
         self.numbers = range(len(dataset)) if numbers is None else numbers
 
     @property
@@ -203,23 +226,25 @@ class RowsOfSource(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return _view(self.dataset[index], self.source, self.numbers[index])
+        return _view(self.dataset[index], self.source, self.reader, self.numbers[index])
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         if hasattr(self.dataset, "__getitems__"):
             rows = self.dataset.__getitems__(indices)
         else:
             rows = [self.dataset[index] for index in indices]
-        return [_view(row, self.source, self.numbers[index]) for row, index in zip(rows, indices, strict=True)]
+        return [
+            _view(row, self.source, self.reader, self.numbers[index]) for row, index in zip(rows, indices, strict=True)
+        ]
 
 
 class StreamOfSource(IterableDataset):
-    def __init__(self, dataset: Any, source: RowSource):
-        self.dataset, self.source = dataset, source
+    def __init__(self, dataset: Any, source: RowSource, reader: RowReader):
+        self.dataset, self.source, self.reader = dataset, source, reader
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for row in self.dataset:
-            yield _view(row, self.source)
+            yield _view(row, self.source, self.reader)
 
     def part(self, consumer: int, num_consumers: int, epoch: int) -> Iterator[dict[str, Any]]:
         """The rows of one of several consumers, each a process or a worker of one; no two have a row in common."""
@@ -232,20 +257,24 @@ class StreamOfSource(IterableDataset):
             dataset.set_epoch(epoch)
             # Not `iter(dataset)`, which in a worker of a data loader would split its rows once more.
             for batch in dataset.iter(batch_size=1):
-                yield _view({column: cells[0] for column, cells in batch.items()}, self.source)
+                yield _view({column: cells[0] for column, cells in batch.items()}, self.source, self.reader)
             return
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(epoch)
         for i, row in enumerate(dataset):
             if i % num_consumers == consumer:
-                yield _view(row, self.source)
+                yield _view(row, self.source, self.reader)
 
 
-def _view(row: Mapping[str, Any], source: RowSource, number: Optional[int] = None) -> dict[str, Any]:
+def _view(row: Any, source: RowSource, reader: RowReader, number: Optional[int] = None) -> dict[str, Any]:
+    which = "A row" if number is None else f"Row {number:,}"
+    where = "" if source.name is None else f" of data set {source.name!r}"
     if not isinstance(row, Mapping):
-        which = "A row" if number is None else f"Row {number:,}"
-        where = "" if source.name is None else f" of data set {source.name!r}"
         raise ValueError(f"{which}{where} must be a dict from column to cell, but is of type {type(row).__name__}.")
+    try:
+        row = reader(row)
+    except ValueError as error:
+        raise ValueError(f"{which}{where}, {error}.") from error
     view = dict(row)
     if source.columns:
         renamed = set(source.columns.values())
@@ -265,25 +294,12 @@ def is_iterable(dataset: Any) -> bool:
     return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
 
 
-def undecoded(dataset: Any, column: str) -> Any:
-    """
-    Cells of `datasets.Image`, `Video` and `Audio` as bytes or path: what is shared is then seen, and what is broken has
-    its row named.
-    """
-    import datasets
-
-    known = isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and dataset.features is not None
-    if not known or column not in dataset.features:
-        return dataset
-    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
-        return dataset  # a transform of the user's own, which may want pictures
-    feature, kinds = dataset.features[column], (datasets.Image, datasets.Video, datasets.Audio)
-    if isinstance(feature, kinds):
-        return dataset.cast_column(column, type(feature)(decode=False))
-    inner = getattr(feature, "feature", None)
-    if isinstance(inner, kinds):
-        return dataset.cast_column(column, datasets.List(type(inner)(decode=False)))
-    return dataset
+def columns_of(dataset: Any) -> Optional[list[str]]:
+    """The columns of a data set, if it says so."""
+    names = getattr(dataset, "column_names", None)
+    if names is None and hasattr(dataset, "iloc"):
+        names = [str(name) for name in dataset.columns]
+    return names
 
 
 def _shown(names: Any) -> str:

@@ -16,9 +16,10 @@ from torch.utils.data import Subset
 from transformers.utils import logging
 
 from ..model.files import content_of
-from ..model.processing_mm_transformer import as_clips, as_list
+from ..model.processing_mm_transformer import as_clips, as_list, as_one
 from ..model.task_base import as_scalar, is_null
 from ..model.tasks import Task
+from .cells import LABEL_SEPARATOR, as_records
 from .mixture import DataMixture
 from .row_labels import encoded_labels, rows_with_columns, text_of
 from .sources import DataSource, is_iterable
@@ -41,6 +42,7 @@ def hold_out_rows(
     tasks: Iterable[Task] = (),
     group_column: str | None = None,
     seed: int = 0,
+    label_separator: str = LABEL_SEPARATOR,
 ) -> tuple[Any, Any]:
     """
     Splits rows into training rows and held-out rows, without leakage between the two.
@@ -66,6 +68,7 @@ def hold_out_rows(
         tasks (`Iterable[Task]`, *optional*): The tasks whose labels are to be distributed equally.
         group_column (`str`, *optional*): A column whose equal cells belong together, such as an author or a scene.
         seed (`int`, *optional*, defaults to 0): Of all that is random.
+        label_separator (`str`, *optional*, defaults to `"|"`): As [`MMDataCollator`] takes it.
 
     Returns:
         The training rows and the held-out rows: of the type of `dataset`, or `torch.utils.data.Subset`s of it.
@@ -80,8 +83,8 @@ def hold_out_rows(
     >>> train, validation = hold_out_rows(rows, 0.1, tasks=[Classification("topic", labels=["animals", "food"])])
     ```
     """
-    media: Media = {audio_column: as_clips, video_column: _as_one, image_column: as_list}
-    train, held_out = _split(dataset, fraction, text_column, media, list(tasks), group_column, seed)
+    media: Media = {audio_column: as_clips, video_column: as_one, image_column: as_list}
+    train, held_out = _split(dataset, fraction, text_column, media, list(tasks), group_column, seed, label_separator)
     return train.rows, held_out.rows
 
 
@@ -116,7 +119,8 @@ def split_for_validation(
     media = {column.column: column.split for column in collator.media.values()}
     tasks = list(collator.tasks.values())
     try:
-        return _split(dataset, fraction, collator.text_column, media, tasks, group_column, seed)
+        separator = collator.label_separator
+        return _split(dataset, fraction, collator.text_column, media, tasks, group_column, seed, separator)
     except _OneGroup as error:
         logger.warning(str(error))
         return None
@@ -134,6 +138,7 @@ def _split(
     tasks: list[Task],
     group_column: str | None,
     seed: int,
+    label_separator: str,
 ) -> tuple[Part, Part]:
     if not 0 < fraction < 1:
         raise ValueError(f"The fraction of rows to hold out must lie between 0 and 1, but is {fraction}.")
@@ -151,7 +156,7 @@ def _split(
         reason = "there are fewer than two" if len(groups) < 2 else "all of them share an image, a video, a sound or "
         reason += "" if len(groups) < 2 else f"a cell of {group_column!r}" if group_column else "a text"
         raise _OneGroup(f"No rows can be held out, since {reason}: give validation rows of their own.")
-    strata = strata_of(readable, tasks, text_column)
+    strata = strata_of(readable, tasks, text_column, label_separator)
     held_out = allocate(groups, strata, fraction, seed, max(len(tasks), 1))
     order = np.random.default_rng([seed, 1]).permutation(len(groups))
     train, others = (order[which[order]].tolist() for which in (~held_out, held_out))
@@ -159,10 +164,10 @@ def _split(
 
 
 def _with_records(dataset: Any) -> Any:
-    """A table of pandas as a list of dicts; anything else as it is."""
+    """A table as a list of dicts, which is made once; anything else as it is."""
     if isinstance(dataset, DataSource):
         return DataSource(_with_records(dataset.dataset), dataset.columns, dataset.tasks)
-    return dataset.to_dict("records") if hasattr(dataset, "iloc") else dataset
+    return as_records(dataset)
 
 
 def _take(dataset: Any, rows: list[int]) -> Any:
@@ -175,10 +180,6 @@ def _take(dataset: Any, rows: list[int]) -> Any:
     if isinstance(dataset, (list, tuple)):
         return [dataset[row] for row in rows]
     return Subset(dataset, rows)
-
-
-def _as_one(cell: Any) -> list[Any]:
-    return [] if is_null(cell) else [cell]
 
 
 # Groups
@@ -297,10 +298,12 @@ def _hash_of_file(path: str, num_bytes: int = -1) -> Hashable:
 # Strata
 
 
-def strata_of(dataset: Any, tasks: Sequence[Task], text_column: str) -> list[list[Hashable]]:
+def strata_of(
+    dataset: Any, tasks: Sequence[Task], text_column: str, label_separator: str = LABEL_SEPARATOR
+) -> list[list[Hashable]]:
     """The strata of each row: for each task the values of [`Task.strata`], or that its label is missing."""
     strata: list[list[Hashable]] = []
-    for name, labels in encoded_labels(dataset, tasks, text_column).items():
+    for name, labels in encoded_labels(dataset, tasks, text_column, label_separator).items():
         rows = next(task for task in tasks if task.name == name).strata(labels)
         strata = strata or [[] for _ in labels]
         for found, label, values in zip(strata, labels, rows, strict=True):

@@ -3,10 +3,10 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -89,19 +89,35 @@ class TableRows:
 
     def _read_csv(self) -> Iterator[dict[str, Any]]:
         csv.field_size_limit(2**31 - 1)  # long texts are no error
+        start = 1  # the line in which the next row begins
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
-                lines = (cells for cells in csv.reader(file) if cells)
-                names = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(next(lines, []))]
-                self._check_names(names)
-                for number, cells in enumerate(lines):
-                    if any(cells[len(names) :]):
+                names: list[str] = []
+                number = 0
+                lines = csv.reader(file, strict=True)  # otherwise an open quote takes in all that follows
+                for cells in lines:
+                    line, start = start, lines.line_num + 1
+                    if not cells or (len(cells) == 1 < len(names) and not cells[0].strip()):
+                        continue
+                    if not names:
+                        names = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(cells)]
+                        self._check_names(names)
+                        continue
+                    if len(cells) < len(names) or any(cells[len(names) :]):
+                        hint = "a text with a comma must be in quotes"
+                        hint = hint if len(cells) > len(names) else "an empty cell still has its comma"
                         raise ValueError(
                             f"{self.path} cannot be read as CSV: row {number:,} has {len(cells)} cells, but there are "
-                            f"{len(names)} columns (a text with a comma must be in quotes)."
+                            f"{len(names)} columns (line {line:,}; {hint})."
                         )
-                    yield {name: cell or None for name, cell in zip_longest(names, cells[: len(names)])}
-        except (csv.Error, UnicodeDecodeError) as error:
+                    yield {name: cell or None for name, cell in zip(names, cells, strict=False)}
+                    number += 1
+        except csv.Error as error:
+            raise ValueError(
+                f"{self.path} cannot be read as CSV: the row that begins in line {start:,} has a quote that is not "
+                f"closed, or that is not doubled within a text ({error})."
+            ) from error
+        except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} cannot be read as CSV: {str(error).strip()}.") from error
 
     def _check_names(self, names: Sequence[str]) -> None:
@@ -206,13 +222,17 @@ class _CsvWriter(TableWriter):
     has_header = False
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
         if not self.has_header and rows:
-            writer.writerow(rows[0])
+            self.file.write(_csv_line(rows[0]))
             self.has_header = True
-        writer.writerows([map(_as_csv, row.values()) for row in rows])
-        self.file.write(text.getvalue().encode())
+        self.file.write(b"".join(_csv_line(map(_as_csv, row.values())) for row in rows))
+
+
+def _csv_line(cells: Iterable[Any]) -> bytes:
+    text = io.StringIO(newline="")
+    # With this end of a line, cells with either of its characters are put in quotes.
+    csv.writer(text, lineterminator="\r\n").writerow(cells)
+    return text.getvalue()[:-2].encode() + b"\n"
 
 
 def _as_csv(cell: Any) -> Any:

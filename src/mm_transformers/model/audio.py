@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from .files import content_key, content_of, describe, fetch, is_url, not_there
+from .files import cast_of, content_key, content_of, describe, fetch, is_url, not_there
+from .task_base import shorten
 
 
 class AudioError(ValueError):
@@ -16,28 +17,30 @@ class AudioError(ValueError):
 def audio_key(clip: Any):
     """Equal for two cells that surely hold the same clip: the same object, path or bytes."""
     # Each time that a decoder is asked, it makes a new array, whose id would say nothing.
-    return id(clip) if hasattr(clip, "get_all_samples") else content_key(_content(clip))
+    return id(clip) if hasattr(clip, "get_all_samples") else content_key(clip, _content(clip))
 
 
 def load_audio(clip: Any, sampling_rate: int, source_rate: Optional[int] = None):
     """
     A waveform of one channel, resampled: a float32 NumPy array (samples,), mostly between -1 and 1.
 
-    Channels are averaged. Integers are scaled by the largest that their type can hold.
+    Channels are averaged. Integers are scaled by the largest that their type can hold. Of int64 and the like, which no
+    recorder writes, the values must show whether they have 16 or 32 bits.
 
     Args:
-        clip: a path or http(s) address; the bytes of an audio file; what `datasets.Audio` gives, decoded or not; a dict
-            with "array" and "sampling_rate"; or an array or tensor, (samples,), (samples, channels) or (channels,
-            samples).
+        clip: a path, `file://` or http(s) address; the bytes of an audio file, also as base64 or `data:` address; what
+            `datasets.Audio` gives, decoded or not, perhaps with `"cast": {"sampling_rate": 8000}` for the options of
+            that feature; a dict with "array" and "sampling_rate"; or an array or tensor, (samples,), (samples,
+            channels) or (channels, samples).
         sampling_rate (`int`): The wanted rate, in Hz.
         source_rate (`int`, *optional*): The rate, in Hz, of arrays that come without one.
 
     Raises:
-        AudioError: if there is no such file, it is no sound that can be read, it is empty, it holds NaN or infinity, or
-            its sampling rate is not known.
+        AudioError: if there is no such file, it is no sound that can be read, it is empty, it holds NaN or infinity,
+            its values do not say what is loud, or its sampling rate is not known.
         ImportError: if a library of the extra `audio` is needed and not installed.
     """
-    name = describe(clip, "sound")
+    name, cast = describe(clip, "sound"), cast_of(clip)
     clip = _undecoded(clip)
     if isinstance(clip, Mapping) and clip.get("array") is not None:
         waveform, rate = clip["array"], clip.get("sampling_rate")
@@ -52,7 +55,13 @@ def load_audio(clip: Any, sampling_rate: int, source_rate: Optional[int] = None)
         )
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or rate != rate // 1 or rate <= 0:
         raise AudioError(f"{name} has the sampling rate {rate!r}, but it must be a whole number of samples per second")
-    return _resample(_one_channel(waveform, name), int(float(rate)), sampling_rate)
+    waveform, rate = _one_channel(waveform, name), int(float(rate))
+    if cast.get("stream_index"):
+        raise AudioError(f"{name}: stream {cast['stream_index']} of the file is asked for, but only the first is read")
+    if cast.get("sampling_rate"):
+        # As the data set would decode it: with the frequencies of that rate only.
+        waveform, rate = _resample(waveform, rate, int(cast["sampling_rate"])), int(cast["sampling_rate"])
+    return _resample(waveform, rate, sampling_rate)
 
 
 def _undecoded(clip: Any) -> Any:
@@ -91,7 +100,7 @@ def _read(content: Any, name: str) -> tuple[Any, int]:
             io.BytesIO(content) if isinstance(content, bytes) else content, dtype="float32", always_2d=True
         )
     except Exception as error:  # soundfile's own errors, and those of files: OSError, RuntimeError, TypeError
-        raise AudioError(f"{name} cannot be read ({' '.join(str(error).split())})") from error
+        raise AudioError(f"{name} cannot be read ({shorten(' '.join(str(error).split()))})") from error
 
 
 def _one_channel(waveform: Any, name: str):
@@ -100,20 +109,52 @@ def _one_channel(waveform: Any, name: str):
     waveform = np.asarray(waveform.detach().cpu() if hasattr(waveform, "detach") else waveform)
     if not (np.issubdtype(waveform.dtype, np.floating) or np.issubdtype(waveform.dtype, np.integer)):
         raise AudioError(f"{name} must hold numbers, but is of {waveform.dtype}")
-    if np.issubdtype(waveform.dtype, np.integer):
-        limits = np.iinfo(waveform.dtype)
-        middle = 0 if limits.min < 0 else (limits.max + 1) / 2
-        waveform = (waveform - middle) / (limits.max + 1 - middle)
     if waveform.ndim not in (1, 2):
         raise AudioError(f"{name} has the shape {waveform.shape}, not (samples,) or (samples, channels)")
     if waveform.size == 0:
         raise AudioError(f"{name} is empty")
+    if np.issubdtype(waveform.dtype, np.integer):
+        waveform = waveform_of_integers(waveform, name)
+    elif np.isfinite(waveform).all():
+        _check_range(waveform, name)
     if waveform.ndim == 2:
         # There are always more samples than channels.
         waveform = waveform.mean(int(np.argmin(waveform.shape)))
     if not np.isfinite(waveform).all():
         raise AudioError(f"{name} holds NaN or infinity")
     return waveform.astype(np.float32)
+
+
+def waveform_of_integers(samples: Any, name: str):
+    """Integers of any width, scaled to -1 to 1."""
+    import numpy as np
+
+    limits = np.iinfo(samples.dtype)
+    if limits.bits <= 16:
+        middle = 0 if limits.min < 0 else (limits.max + 1) / 2
+        return (samples - middle) / (limits.max + 1 - middle)
+    low, high = int(samples.min()), int(samples.max())
+    loudest = max(-low, high)
+    if loudest == 0:
+        return samples.astype(np.float64)
+    if 2**23 < loudest <= 2**31:
+        return samples / 2**31
+    # No recorder writes 64 bits, so such samples were of a narrower type; 32 bits may be just that.
+    if limits.bits == 64 and loudest <= 2**15 and not -128 <= low <= high <= 255:
+        return samples / 2**15
+    raise AudioError(
+        f"{name} holds {samples.dtype} samples from {low:,} to {high:,}, which may have 8, 16, 24 or 32 bits: make it "
+        "int16, or floats from -1 to 1"
+    )
+
+
+def _check_range(samples: Any, name: str) -> None:
+    """Floats may be louder than 1, but not like integers that were never scaled."""
+    loudest = abs(samples).max()
+    if loudest > 64 or (loudest > 1 and (samples == samples.round()).all()):
+        raise AudioError(
+            f"{name} holds floats up to {loudest:g}, but 1 is the loudest: divide 16-bit samples by 32,768"
+        )
 
 
 def _resample(waveform, rate: int, wanted: int):

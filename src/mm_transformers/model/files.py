@@ -1,26 +1,87 @@
 """What images, videos and sounds in a table have in common: paths, addresses, bytes, and dicts with one of these."""
 
+import base64
+import binascii
 import hashlib
 import http.client
 import os
+import re
+import urllib.parse
 import urllib.request
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, Optional
+
+from .task_base import is_null, shorten
+
+
+# A file in the cell itself, as base64: so many characters at most.
+MAX_INLINE_CHARACTERS = 64 * 2**20
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
+_DATA_URL = re.compile(r"data:([^,]{0,200}?)(;base64)?,", re.IGNORECASE)
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{48,}={0,2}\s*")
+# How files of images, sounds and videos begin; those of MP4 have a number before it.
+_SIGNATURES = (
+    b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"OggS", b"fLaC", b"ID3", b"FORM",
+    b"\x1aE\xdf\xa3",
+)  # fmt: skip
 
 
 def content_of(cell: Any) -> Any:
-    """What a dict holds, the bytes if it has both bytes and path; anything else as it is."""
-    if not isinstance(cell, Mapping):
+    """
+    The bytes or the path in a cell; anything else as it is. Of a dict with both bytes and path, the bytes. Texts in
+    base64 and `data:` addresses are bytes, `file://` addresses are paths.
+    """
+    if isinstance(cell, Mapping):
+        cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+    if not isinstance(cell, str):
         return cell
-    return cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+    if cell.startswith("file://"):
+        return urllib.request.url2pathname(urllib.parse.urlsplit(cell).path)
+    inline = _inline_bytes(cell)
+    return cell if inline is None else inline
 
 
-def content_key(content: Any) -> Hashable:
-    """Equal for the same object, path or bytes."""
+def _inline_bytes(text: str) -> Optional[bytes]:
+    """The file that a text holds; `None` if it holds none, or one that is too large or damaged."""
+    if len(text) > MAX_INLINE_CHARACTERS:
+        return None
+    found = _DATA_URL.match(text)
+    if found is not None:
+        content = text[found.end() :]
+        return _decoded(content) if found.group(2) else urllib.parse.unquote_to_bytes(content)
+    if len(text) < 48 or not _BASE64.fullmatch(text):
+        return None
+    start = _decoded(text[:24]) or b""
+    return _decoded(text) if start.startswith(_SIGNATURES) or start[4:8] == b"ftyp" else None
+
+
+def _decoded(text: str) -> Optional[bytes]:
+    text = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except binascii.Error:
+        return None
+
+
+def is_absent(cell: Any) -> bool:
+    """True for an empty cell: a missing value, a blank text, or a dict without bytes and without path."""
+    if isinstance(cell, Mapping) and "array" not in cell and set(cell) & {"bytes", "path"}:
+        return cell.get("bytes") is None and is_absent(cell.get("path"))
+    return is_null(cell) or (isinstance(cell, str) and not cell.strip())
+
+
+def cast_of(cell: Any) -> Mapping[str, Any]:
+    """The options with which the data set would have decoded the cell, such as `{"mode": "L"}`."""
+    return (cell.get("cast") or {}) if isinstance(cell, Mapping) else {}
+
+
+def content_key(cell: Any, content: Any) -> Hashable:
+    """Equal for the same object, path or bytes, decoded with the same options."""
+    options = "".join(f"{name}={value};" for name, value in sorted(cast_of(cell).items()))
     if isinstance(content, bytes):
-        return hashlib.sha256(content).digest()
+        return hashlib.sha256(options.encode() + content).digest()
     if isinstance(content, (str, os.PathLike)):
-        return os.fspath(content)
+        return os.fspath(content) if not options else f"{os.fspath(content)}|{options}"
     return id(content)
 
 
@@ -28,8 +89,10 @@ def describe(cell: Any, kind: str) -> str:
     """How messages call an image, a video or a sound."""
     if isinstance(cell, Mapping):
         cell = cell.get("path") or next((value for value in cell.values() if value is not None), None)
+    if isinstance(cell, str) and (cell.startswith("data:") or isinstance(content_of(cell), bytes)):
+        return f"the {kind} (a text of {len(cell):,} characters)"
     if isinstance(cell, (str, os.PathLike)):
-        return f"{kind} {os.fspath(cell)!r}"
+        return f"{kind} {shorten(os.fspath(cell))!r}"
     if isinstance(cell, bytes):
         return f"the {kind} ({len(cell):,} bytes)"
     return f"the {kind} (a {type(cell).__name__})"
@@ -38,12 +101,26 @@ def describe(cell: Any, kind: str) -> str:
 def not_there(cell: Any, kind: str) -> str:
     """The sentence about a file that does not exist."""
     path = cell.get("path") if isinstance(cell, Mapping) else cell
-    is_relative = isinstance(path, (str, os.PathLike)) and bool(os.fspath(path)) and not os.path.isabs(path)
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
+    if text.startswith("data:"):
+        if len(text) > MAX_INLINE_CHARACTERS:
+            return f"{describe(cell, kind)} is longer than the {MAX_INLINE_CHARACTERS:,} characters that are allowed"
+        return f"{describe(cell, kind)} is not valid base64"
+    if is_address(text):
+        return f"{describe(cell, kind)} is an address that only data sets open; give a file, or its bytes"
+    is_relative = bool(text) and not os.path.isabs(text) and len(text) < 4096
     return f"{describe(cell, kind)} does not exist{' in the current folder' if is_relative else ''}"
 
 
 def is_url(content: Any) -> bool:
     return isinstance(content, str) and content.startswith(("http://", "https://"))
+
+
+def is_address(content: Any) -> bool:
+    """Whether a text is more than a path: it says how to get at the file, as `s3://...`, or holds it."""
+    if not isinstance(content, str):
+        return False
+    return bool(_ADDRESS.match(content)) or content.startswith("data:") or isinstance(content_of(content), bytes)
 
 
 def fetch(url: str) -> bytes:

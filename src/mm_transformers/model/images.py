@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Hashable
 from typing import Any
 
-from .files import content_key, content_of, describe, fetch, is_url, not_there
+from .files import cast_of, content_key, content_of, describe, fetch, is_url, not_there
+from .task_base import shorten
 
 
 class ImageError(ValueError):
@@ -16,7 +17,7 @@ class ImageError(ValueError):
 
 def image_key(image: Any) -> Hashable:
     """Equal for two cells that surely hold the same image: the same object, path or bytes."""
-    return content_key(content_of(image))
+    return content_key(image, content_of(image))
 
 
 def load_image(image: Any):
@@ -27,13 +28,15 @@ def load_image(image: Any):
     pictures are turned as their EXIF orientation, if it can be read, says.
 
     Args:
-        image: a `PIL.Image.Image`; a path or http(s) address; the bytes of an image file; a dict with "bytes" or
-            "path" (what `datasets.Image(decode=False)` gives); or an array or tensor, (height, width), (height, width,
-            channels) or (channels, height, width), of uint8, uint16, or floats from 0 to 1.
+        image: a `PIL.Image.Image`; a path, `file://` or http(s) address; the bytes of an image file, also as base64 or
+            `data:` address; a dict with "bytes" or "path" (what `datasets.Image(decode=False)` gives), and perhaps
+            `"cast": {"mode": "L"}` for the mode of that feature; or an array or tensor, (height, width), (height,
+            width, channels) or (channels, height, width), of truth values, uint8, uint16, other integers from 0 to
+            255, or floats from 0 to 1. Channels are grey, grey and alpha, RGB, or RGBA.
 
     Raises:
-        ImageError: if there is no such file, it is no image, it is cut short, it is empty, or it is so large that it
-            looks like an attack (more than `PIL.Image.MAX_IMAGE_PIXELS` pixels).
+        ImageError: if there is no such file, it is no image, it is cut short, it is empty, its values do not say what
+            is white, or it is so large that it looks like an attack (more than `PIL.Image.MAX_IMAGE_PIXELS` pixels).
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -50,7 +53,10 @@ def load_image(image: Any):
             # Broken EXIF data do not make the picture useless.
             with contextlib.suppress(Exception):
                 picture = ImageOps.exif_transpose(picture)
-            return _to_rgb(picture)
+            mode = cast_of(image).get("mode")
+            if mode is not None:
+                picture = _eight_bits_of(picture).convert(mode)
+            return _to_rgb(_eight_bits_of(picture))
     except ImageError:
         raise
     except FileNotFoundError as error:
@@ -62,7 +68,7 @@ def load_image(image: Any):
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not an image that Pillow can read") from error
     except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = shorten(" ".join(str(error).split())) or type(error).__name__
         raise ImageError(f"{name} cannot be read ({reason})") from error
 
 
@@ -78,6 +84,8 @@ def _open(image: Any):
         # lays what is transparent on black.
         return Image.open(io.BytesIO(fetch(image)))
     if isinstance(image, (str, os.PathLike)):
+        if len(os.fspath(image)) > 4096 or os.fspath(image).startswith("data:"):
+            raise FileNotFoundError  # no path is so long, and the error of the system would hold all of it
         return Image.open(image)
     if hasattr(image, "shape"):
         return _from_array(image)
@@ -93,48 +101,84 @@ def _from_array(array: Any):
 
     array = np.asarray(array.cpu() if hasattr(array, "cpu") else array)
     shape = array.shape
-    if array.ndim == 3 and shape[-1] not in (1, 3, 4) and shape[0] in (1, 3, 4):
+    if array.ndim == 3 and shape[-1] not in (1, 2, 3, 4) and shape[0] in (1, 2, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (2, 3, 4)):
         raise ImageError(
             f"the image array has the shape {tuple(shape)}, not (height, width[, channels]) or (channels, height, "
             "width)"
         )
     if array.size == 0:
         raise ImageError(f"the image array has no pixels (its shape is {shape})")
-    if (
-        array.dtype != bool
-        and not np.issubdtype(array.dtype, np.integer)
-        and not np.issubdtype(array.dtype, np.floating)
-    ):
-        raise ImageError(f"an image array must hold integers, floats or truth values, but is of {array.dtype}")
-    if array.dtype == np.uint16:
-        array = array // 257
+    if array.dtype == bool:
+        array = array * np.uint8(255)
+    elif array.dtype == np.uint16:
+        array = _from_sixteen_bits(array, "an image array of uint16")
+    elif np.issubdtype(array.dtype, np.integer):
+        array = array if array.dtype == np.uint8 else _from_integers(array, f"an image array of {array.dtype}")
     elif np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):
             raise ImageError("an image array of floats must lie between 0 and 1; divide it by 255, or make it uint8")
         array = array * 255 + 0.5
-    elif array.dtype == bool:
-        array = array * 255
-    elif array.dtype != np.uint8 and not (array.min() >= 0 and array.max() <= 255):
-        raise ImageError(f"an image array of {array.dtype} must lie between 0 and 255")
+    else:
+        raise ImageError(f"an image array must hold integers, floats or truth values, but is of {array.dtype}")
     return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
 
 
-def _to_rgb(picture):
+def _from_sixteen_bits(values: Any, what: str):
+    """Scaled to 8 bits, unless so little of the range is used that white must be another number."""
+    if 0 < values.max() < 2**12:
+        raise ImageError(
+            f"{what} has no value above {int(values.max()):,}, so white cannot be 65,535: scale it to uint8 by the "
+            "value that is white"
+        )
+    return values // 257
+
+
+def _from_integers(values: Any, what: str):
+    """Those of a type that does not say which of them is white."""
+    if not (values.min() >= 0 and values.max() <= 255):
+        raise ImageError(f"{what} must lie between 0 and 255")
+    if values.max() == 1:
+        raise ImageError(f"{what} holds 0 and 1 only, so white is not known: make it bool, or uint8 from 0 to 255")
+    return values
+
+
+def _eight_bits_of(picture):
+    """The picture itself, if it has 8 bits or less per channel."""
     import numpy as np
     from PIL import Image
 
     if picture.mode.startswith("I"):
-        # 16 bits per pixel, in whatever byte order; Pillow would clip them to 255.
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
-    elif picture.mode == "F":
+        # Pillow would clip these to 255.
+        values = np.asarray(picture).astype(np.int64)
+        is_sixteen = (
+            picture.mode != "I" or picture.format == "PNG" or (values.min() >= 0 and 2**12 <= values.max() < 2**16)
+        )
+        scale = _from_sixteen_bits if is_sixteen else _from_integers
+        grey = scale(values, f"an image of mode {picture.mode!r}").astype(np.uint8)
+        transparent = picture.info.get("transparency")
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255  # white, as transparent pixels are
+        return Image.fromarray(grey)
+    if picture.mode == "F":
         values = np.asarray(picture)
         if not np.isfinite(values).all():
             raise ImageError("an image of floats must not hold NaN or infinity")
-        picture = Image.fromarray((values * (255 if values.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8))
+        low, high = float(values.min()), float(values.max())
+        if low < 0 or high > 255 or 1 < high < 16:
+            raise ImageError(
+                f"an image of floats must lie between 0 and 1, or 0 and 255, but holds values from {low:g} to {high:g}"
+            )
+        return Image.fromarray((values * (255 if high <= 1 else 1)).round().astype(np.uint8))
+    return picture
+
+
+def _to_rgb(picture):
+    from PIL import Image
+
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

@@ -8,13 +8,21 @@ import torch
 from .fusion_base import Stream
 from .fusion_layers import masked_mean
 from .modeling_outputs import MMTransformerModelOutput
-from .task_base import LabelContext, as_scalar, is_missing
+from .task_base import MAX_EXACT_FLOAT, LabelContext, as_scalar, is_missing, shorten
 
 
 def fingerprint(content: Any) -> int:
     """The same for the same content, in every process: 63 bits of its hash."""
     data = content if isinstance(content, bytes) else str(content).encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
+
+
+_TRUTH_VALUES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def read_truth_value(text: str, default: Any) -> Any:
+    """The truth value that a text is, in upper or lower case; the default if it is none."""
+    return _TRUTH_VALUES.get(text.strip().lower(), default)
 
 
 def encode_pair(name: str, value: Any) -> Optional[int]:
@@ -29,12 +37,14 @@ def encode_pair(name: str, value: Any) -> Optional[int]:
         return None
     if value is True:
         return -1
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_EXACT_FLOAT:
         value = int(value)  # tables with empty cells store integers as floats
+    if isinstance(value, str):
+        value = value.strip()
     if not isinstance(value, (str, int)):
         raise ValueError(
-            f"task {name!r}: expected the id of what text and {name} are about, True, False or None, but got {value!r} "
-            f"of type {type(value).__name__}"
+            f"task {name!r}: expected the id of what text and {name} are about, True, False or None, but got "
+            f"{shorten(repr(value))} of type {type(value).__name__}"
         )
     return fingerprint(value)
 

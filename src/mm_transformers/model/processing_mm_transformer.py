@@ -19,9 +19,8 @@ from transformers.utils import logging
 
 from .audio import AudioError, audio_key, load_audio
 from .encoders import max_text_positions, sub_config_of
-from .files import describe
+from .files import describe, is_absent
 from .images import image_key, load_image
-from .task_base import is_null
 from .task_token_classification import index_words
 from .tokenizing import tokenize
 from .travelling import write_processor_code
@@ -338,7 +337,7 @@ class MMTransformerProcessor(ProcessorMixin):
         for entry, video in zip(images, videos, strict=True):
             row = [distinct.add(image_key(image), functools.partial(load_image, image)) for image in as_list(entry)]
             numbers = [-1] * len(row)
-            if not is_null(video):
+            if not is_absent(video):
                 key = video_key(video)
                 if key not in decoded:
                     decoded[key] = load_frames(video, num_frames)
@@ -352,7 +351,7 @@ class MMTransformerProcessor(ProcessorMixin):
                 "This processor has no image processor, but got images; it belongs to a model without images."
             )
         data = {"image_index": _padded(index)}
-        if any(not is_null(video) for video in videos):
+        if any(not is_absent(video) for video in videos):
             data["frame_index"] = _padded(frames)
         if distinct.items:
             processed = self.image_processor(images=distinct.items, return_tensors="pt", **options)
@@ -471,16 +470,33 @@ def _one_per_row(name: str, entries: Any, num_rows: int) -> list[Any]:
     return list(entries)
 
 
+def as_one(entry: Any) -> list[Any]:
+    """What a row has of which it has one at most."""
+    return [] if is_absent(entry) else [entry]
+
+
 def as_list(entry: Any) -> list[Any]:
     """What a row has, whatever was given: none, one, or a list, in which empty cells count for nothing."""
+    if _depth(entry) in (2, 3):  # pixels, which other sources have as an array
+        import numpy as np
+
+        return [np.asarray(entry)]
     entries = entry if isinstance(entry, (list, tuple)) else [entry]
-    return [image for image in entries if not is_null(image)]
+    return [image for image in entries if not is_absent(image)]
 
 
 def as_clips(entry: Any) -> list[Any]:
     """The same for sound, where a list of numbers is one clip."""
-    is_waveform = isinstance(entry, (list, tuple)) and len(entry) > 0 and isinstance(entry[0], numbers.Real)
-    return [entry] if is_waveform else as_list(entry)
+    entries = entry if isinstance(entry, (list, tuple)) and _depth(entry) != 1 else [entry]
+    return [clip for clip in entries if not is_absent(clip)]
+
+
+def _depth(entry: Any) -> int:
+    """How deep lists of numbers are; 0 for anything else, empty lists included."""
+    depth = 0
+    while isinstance(entry, (list, tuple)) and len(entry) > 0:
+        entry, depth = entry[0], depth + 1
+    return depth if isinstance(entry, numbers.Real) else 0
 
 
 __all__ = ["MMTransformerProcessor"]

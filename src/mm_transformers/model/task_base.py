@@ -21,6 +21,13 @@ from .linear_probe import LinearProblem
 _RESERVED_NAMES = {"loss", "regularization", "runtime", "samples_per_second", "steps_per_second", "epoch"}
 _VALID_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
+# Floats hold all integers up to here.
+MAX_EXACT_FLOAT = 2**53
+# 007 is no whole number; 1.0 is one, since tables with empty cells store integers as floats.
+_WHOLE_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.0+)?")
+# `float` also takes 1_000.
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?(nan|inf(inity)?)", re.IGNORECASE)
+
 TASK_KINDS: dict[str, type["Task"]] = {}
 
 
@@ -120,6 +127,8 @@ class Task:
     default_metrics: ClassVar[tuple[str, ...]] = ()
     # True if labels belong to words of the text; the context of labels then has the `word_index`.
     is_token_level: ClassVar[bool] = False
+    # True if a column of texts that are all whole numbers holds numbers: ids of labels, or labels that are numbers.
+    takes_whole_numbers: ClassVar[bool] = False
     # True if a decoder writes the answer; there is no head then.
     needs_decoder: ClassVar[bool] = False
     # What a row has in the column of the task if there is no such column; `None` says that the column is needed.
@@ -164,6 +173,18 @@ class Task:
         from random weights.
         """
         return None
+
+    @classmethod
+    def read_text(cls, text: str, separator: str) -> Any:
+        """
+        What a cell of this kind stands for if it is a text, as all cells of a CSV file are; `None` if it is missing.
+        The result goes to [`encode_label`]. By default the text itself, and a blank one is missing.
+
+        Args:
+            text: the cell.
+            separator: what stands between the labels of a cell that holds several.
+        """
+        return text if text.strip() else None
 
     def encode_label(self, value: Any, text: str) -> Any:
         """
@@ -406,15 +427,27 @@ def label_id(name: str, labels: list[str], value: Any) -> int:
     """
     The id of one label, given as its name or its id. A whole-number float counts as an id, since tables with
     missing cells store integers as floats. If the names are themselves numbers ("1" to "5" stars), a number
-    is a name, not an id.
+    is a name, not an id. A truth value is the label "True" or "False", in upper or lower case, or "1" or "0".
     """
     value = as_scalar(value)
-    shown = f"{', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}"
     if isinstance(value, str):
-        if value in labels:
-            return labels.index(value)
-        raise ValueError(f"task {name!r}: label {value!r} is not one of: {shown}")
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        found = _named(labels, value)
+        if found is None and value.strip().lower() in ("true", "false"):
+            found = _truth_value(labels, value.strip().lower())
+        if found is not None:
+            return found
+        raise ValueError(f"task {name!r}: label {shorten(value)!r} is not one of: {_shown(labels)}")
+    if isinstance(value, bool):
+        found = _truth_value(labels, str(value).lower())
+        found = _named(labels, str(int(value))) if found is None else found
+        if found is not None:
+            return found
+    elif isinstance(value, numbers.Real):
+        if isinstance(value, float) and MAX_EXACT_FLOAT < abs(value) < math.inf:
+            raise ValueError(
+                f"task {name!r}: the label {value:.0f} is a float, and beyond {MAX_EXACT_FLOAT:,} these are not exact; "
+                "store the column as integers or texts"
+            )
         names = _numbers_in(tuple(labels))
         if not names and value in range(len(labels)):
             return int(float(value))
@@ -422,12 +455,34 @@ def label_id(name: str, labels: list[str], value: Any) -> int:
             return names[value]
         also = "" if names else f" (or an id from 0 to {len(labels) - 1})"
         raise ValueError(
-            f"task {name!r}: label {value} is not one of: {shown}{also}; a missing label is None, NaN or -100"
+            f"task {name!r}: label {shorten(str(value))} is not one of: {_shown(labels)}{also}; a missing label is "
+            "None, NaN or -100"
         )
     raise ValueError(
-        f"task {name!r}: a label must be a name or an id (None if it is missing), but is {value!r} of type "
-        f"{type(value).__name__}"
+        f"task {name!r}: a label must be a name or an id (None if it is missing), but is {shorten(repr(value))} of "
+        f"type {type(value).__name__}"
     )
+
+
+def _named(labels: list[str], text: str) -> Optional[int]:
+    """The place of a name, with or without white space around it."""
+    found = text if text in labels else text.strip()
+    return labels.index(found) if found in labels else None
+
+
+def _truth_value(labels: list[str], word: str) -> Optional[int]:
+    """The place of "true" or "false", however written, if there is one."""
+    places = [i for i, label in enumerate(labels) if label.lower() == word]
+    return places[0] if len(places) == 1 else None
+
+
+def _shown(labels: list[str]) -> str:
+    return f"{', '.join(map(shorten, labels[:20]))}{', ...' if len(labels) > 20 else ''}"
+
+
+def shorten(text: str) -> str:
+    """A text as messages show it: of a long one the beginning and the length."""
+    return text if len(text) <= 120 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 @functools.cache
@@ -435,10 +490,15 @@ def _numbers_in(labels: tuple[str, ...]) -> dict[float, int]:
     """The ids of the label names that are themselves numbers."""
     ids: dict[float, int] = {}
     for i, label in enumerate(labels):
-        try:
-            number = float(label)
-        except ValueError:
+        if not NUMBER.fullmatch(label) or len(label) > 400:
             continue
-        if math.isfinite(number):
-            ids.setdefault(number, i)
+        # Not by way of a float, which would round.
+        number = int(label) if label.lstrip("+-").isdigit() else float(label)
+        if math.isfinite(number) and (number not in ids or label == str(number)):  # of 007 and 7, the number is 7
+            ids[number] = i
     return ids
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a text is, if it is a whole one, as "7", "-7" or "7.0"; exactly, whatever its size."""
+    return int(text.partition(".")[0]) if _WHOLE_NUMBER.fullmatch(text) else None

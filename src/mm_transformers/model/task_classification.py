@@ -63,6 +63,7 @@ class Classification(Task):
     label_smoothing: float = field(default=0.0, kw_only=True)
 
     kind: ClassVar[str] = "classification"
+    takes_whole_numbers: ClassVar[bool] = True
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "f1_micro")
 
     def __post_init__(self):

@@ -1,5 +1,6 @@
 """A text in answer: translation, captions, answers in words."""
 
+import numbers
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .task_base import NO_CONTEXT, LabelContext, Task, is_null, register_task
+from .task_base import NO_CONTEXT, LabelContext, Task, as_scalar, is_null, register_task, shorten
 from .tokenizing import tokenize
 
 
@@ -62,13 +63,22 @@ class Generation(Task):
     def build_head(self, config, hidden_size: int) -> Optional[nn.Module]:
         return None
 
+    @classmethod
+    def read_text(cls, text: str, separator: str) -> str:
+        return text  # a text that is written may be blank
+
     def encode_label(self, value: Any, text: str) -> Optional[str]:
         if is_null(value):
             return None
+        value = as_scalar(value)
+        if isinstance(value, bool):
+            return str(value).lower()  # as tables write it
+        if isinstance(value, numbers.Real):
+            return str(value)
         if not isinstance(value, str):
             raise ValueError(
-                f"task {self.name!r}: expected a text (None if it is missing), but got {value!r} of type "
-                f"{type(value).__name__}"
+                f"task {self.name!r}: expected a text (None if it is missing), but got "
+                f"{shorten(repr(value))} of type {type(value).__name__}"
             )
         return value
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .pairs import encode_pair, labels_of_pairs_left, pair_ids
-from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, as_scalar, is_missing, register_task
+from .pairs import encode_pair, labels_of_pairs_left, pair_ids, read_truth_value
+from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, as_scalar, is_missing, register_task, shorten
 from .task_retrieval import check_modality
 
 
@@ -52,14 +52,18 @@ class Matching(Task):
             )
         return PooledHead(hidden_size, 1, config.classifier_dropout)
 
+    @classmethod
+    def read_text(cls, text: str, separator: str) -> Any:
+        return read_truth_value(text, text) if text.strip() else None
+
     def encode_label(self, value: Any, text: str) -> Optional[bool]:
         value = as_scalar(value)
         if is_missing(value):
             return None
-        if value not in (True, False):
+        if isinstance(value, str) or value not in (True, False):
             raise ValueError(
-                f"task {self.name!r}: expected True or False (None if it is not known), but got {value!r} of type "
-                f"{type(value).__name__}"
+                f"task {self.name!r}: expected True or False (None if it is not known), but got "
+                f"{shorten(repr(value))} of type {type(value).__name__}"
             )
         return bool(value)
 

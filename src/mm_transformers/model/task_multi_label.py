@@ -10,17 +10,20 @@ import torch
 from torch import nn
 
 from .class_weights import BALANCED, check_weights, known_weights, weight_tensor
+from .label_lists import split_labels
 from .linear_probe import LinearProblem
 from .task_base import (
     NO_CONTEXT,
     LabelContext,
     PooledHead,
     Task,
+    as_scalar,
     check_labels,
     is_missing,
     label_id,
     label_scores,
     register_task,
+    shorten,
 )
 
 
@@ -31,7 +34,8 @@ class MultiLabel(Task):
     Says of each of `labels` whether it holds for the row; binary cross-entropy, averaged over the labels of a row.
 
     Logits (batch, num_labels); labels (batch, num_labels) float32 of 0 and 1, NaN where missing. A cell is a list of
-    label names or ids; an empty list means that none holds, `None` that it is not known.
+    label names or ids, or a list with a truth value for each label; an empty list means that none holds, `None` that it
+    is not known. In a text, labels stand in a list (`["red", "blue"]`) or between separators (`red|blue`).
 
     Args:
         labels (`list[str]`): The label names; their order gives the ids.
@@ -65,6 +69,10 @@ class MultiLabel(Task):
     def linear_problem(self) -> LinearProblem:
         return LinearProblem("binary", len(self.labels), label_weights=known_weights(self, "pos_weight"))
 
+    @classmethod
+    def read_text(cls, text: str, separator: str) -> list[Any]:
+        return split_labels(text, separator)
+
     def encode_label(self, value: Any, text: str) -> Optional[list[int]]:
         if is_missing(value):
             return None
@@ -73,13 +81,18 @@ class MultiLabel(Task):
         if not isinstance(value, (list, tuple, set)):
             raise ValueError(
                 f"task {self.name!r}: expected a list of labels ([] if none holds, None if it is not known), but got "
-                f"{value!r} of type {type(value).__name__}"
+                f"{shorten(repr(value))} of type {type(value).__name__}"
             )
+        value = [as_scalar(item) for item in value]
+        if value and all(isinstance(item, bool) for item in value) and len(value) == len(self.labels):
+            return [i for i, holds in enumerate(value) if holds]
         ids = [label_id(self.name, self.labels, item) for item in value]
-        if len(set(ids)) < len(ids) and not any(isinstance(item, str) for item in value):
+        are_numbers = not any(isinstance(item, str) for item in value)
+        # Of two labels, [0, 1] may be the ids of both, or say that the second holds.
+        if are_numbers and (len(set(ids)) < len(ids) or (len(self.labels) == 2 and set(value) == {0, 1})):
             raise ValueError(
                 f"task {self.name!r}: expected a list of the labels that hold, not a 0 or 1 for each label, but got "
-                f"{value!r}, which has an id twice"
+                f"{shorten(repr(value))}; give names, or True or False for each label"
             )
         return ids
 

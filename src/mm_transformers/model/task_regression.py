@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .linear_probe import LinearProblem
-from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, as_scalar, is_null, register_task
+from .task_base import NO_CONTEXT, NUMBER, LabelContext, PooledHead, Task, as_scalar, is_null, register_task, shorten
 
 
 @register_task
@@ -31,6 +31,11 @@ class Regression(Task):
     def linear_problem(self) -> LinearProblem:
         return LinearProblem("ridge", 1)
 
+    @classmethod
+    def read_text(cls, text: str, separator: str) -> Any:
+        number = text.strip()
+        return float(number) if NUMBER.fullmatch(number) else (text if number else None)
+
     def encode_label(self, value: Any, text: str) -> Optional[float]:
         if is_null(value):
             return None
@@ -38,8 +43,8 @@ class Regression(Task):
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not is_number or abs(value) > torch.finfo(torch.float32).max:
             raise ValueError(
-                f"task {self.name!r}: expected a finite number (of float32; None if it is missing), but got {value!r} "
-                f"of type {type(value).__name__}"
+                f"task {self.name!r}: expected a finite number (of float32; None if it is missing), but got "
+                f"{shorten(repr(value))} of type {type(value).__name__}"
             )
         return float(value)
 

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from .distributed import gather_rows
 from .encoders import encoder_width
 from .fusion_base import Stream
-from .pairs import Pairs, encode_pair, labels_of_pairs_left, matching_pairs, pair_ids, pooled
+from .pairs import Pairs, encode_pair, labels_of_pairs_left, matching_pairs, pair_ids, pooled, read_truth_value
 from .task_base import NO_CONTEXT, LabelContext, Task, register_task
 
 
@@ -77,6 +77,12 @@ class Retrieval(Task):
             )
         sizes = (encoder_width(config.text_config), config.fusion_hidden_size)
         return RetrievalHead(*sizes, self.embedding_size, self.modality, self.temperature)
+
+    @classmethod
+    def read_text(cls, text: str, separator: str) -> Any:
+        # Not 1 and 0, which are ids.
+        is_word = text.strip().lower() in ("true", "false")
+        return read_truth_value(text, text) if is_word else (text if text.strip() else None)
 
     def encode_label(self, value: Any, text: str) -> Optional[int]:
         return encode_pair(self.name, value)

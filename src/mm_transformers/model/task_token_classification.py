@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from .class_weights import BALANCED, balanced_weights, check_weights, known_weights, weight_tensor
+from .label_lists import split_labels
 from .linear_probe import LinearProblem
-from .task_base import NO_CONTEXT, LabelContext, Task, check_labels, is_missing, label_id, register_task
+from .task_base import NO_CONTEXT, LabelContext, Task, check_labels, is_missing, label_id, register_task, shorten
 from .task_classification import check_label_smoothing, cross_entropy_sum
 
 
@@ -51,7 +52,7 @@ class TokenClassification(Task):
 
     Logits (batch, text_len, num_labels); labels (batch, text_len) int64, at the first token of each labelled word,
     -100 elsewhere. A cell is a list with a label name, an id or `None` for each word; words are what white space
-    separates. Needs a fast tokenizer.
+    separates. In a text, labels stand in a list (`["O", "NAME"]`) or between white space. Needs a fast tokenizer.
 
     Args:
         labels (`list[str]`): The label names; their order gives the ids.
@@ -82,6 +83,10 @@ class TokenClassification(Task):
             "multinomial", len(self.labels), per_token=True, label_weights=known_weights(self, "class_weights")
         )
 
+    @classmethod
+    def read_text(cls, text: str, separator: str) -> Optional[list[Any]]:
+        return split_labels(text, None) if text.strip() else None
+
     def encode_label(self, value: Any, text: str) -> Optional[list[int]]:
         if is_missing(value):
             return None
@@ -89,7 +94,7 @@ class TokenClassification(Task):
             value = value.tolist()
         if not isinstance(value, (list, tuple)):
             raise ValueError(
-                f"task {self.name!r}: expected a list with one label per word, but got {value!r} of type "
+                f"task {self.name!r}: expected a list with one label per word, but got {shorten(repr(value))} of type "
                 f"{type(value).__name__}"
             )
         num_words = len(split_words(text))

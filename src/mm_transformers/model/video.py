@@ -3,10 +3,11 @@
 import io
 import os
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Optional
 
-from .files import content_key, content_of, describe, fetch, is_url, not_there
+from .files import cast_of, content_key, content_of, describe, fetch, is_url, not_there
 from .images import ImageError, load_image
+from .task_base import shorten
 
 
 class VideoError(ValueError):
@@ -15,7 +16,7 @@ class VideoError(ValueError):
 
 def video_key(video: Any) -> Hashable:
     """Equal for two cells that surely hold the same video: the same object, path or bytes."""
-    return content_key(content_of(video))
+    return content_key(video, content_of(video))
 
 
 def load_frames(video: Any, num_frames: int) -> list[Any]:
@@ -23,9 +24,11 @@ def load_frames(video: Any, num_frames: int) -> list[Any]:
     At most `num_frames` RGB `PIL.Image.Image`s: those in the middle of equally long parts of the video, in order.
 
     Args:
-        video: a path or http(s) address; the bytes of a video file; a dict with "bytes" or "path" (what
-            `datasets.Video(decode=False)` gives); or the frames themselves: a list of images of any kind that
-            [`load_image`] takes, an array (frames, height, width, channels), or a decoder as `datasets.Video` gives it.
+        video: a path, `file://` or http(s) address; the bytes of a video file, also as base64 or `data:` address; a
+            dict with "bytes" or "path" (what `datasets.Video(decode=False)` gives), and perhaps `"cast":
+            {"stream_index": 1}` for the stream of that feature; or the frames themselves: a list of images of any kind
+            that [`load_image`] takes, an array (frames, height, width, channels), or a decoder as `datasets.Video`
+            gives it.
         num_frames (`int`): How many frames to take; all of a video that has fewer.
 
     Raises:
@@ -34,7 +37,7 @@ def load_frames(video: Any, num_frames: int) -> list[Any]:
     """
     name, content = describe(video, "video"), content_of(video)
     if isinstance(content, (str, bytes, os.PathLike)):
-        return _read(content, name, num_frames)
+        return _read(content, name, num_frames, cast_of(video).get("stream_index"))
     if not (hasattr(content, "__len__") and hasattr(content, "__getitem__")):
         raise VideoError(
             "a video must be a path, bytes, a list of frames or a dict with 'bytes' or 'path', but is of type "
@@ -56,7 +59,7 @@ def sample_evenly(total: int, wanted: int) -> list[int]:
     return list(range(total)) if total <= wanted else [(2 * i + 1) * total // (2 * wanted) for i in range(wanted)]
 
 
-def _read(content: Any, name: str, num_frames: int) -> list[Any]:
+def _read(content: Any, name: str, num_frames: int, stream_index: Optional[int] = None) -> list[Any]:
     # Not by `transformers.video_utils.load_video`: it fails where the container does not say how many frames it has
     # (WebM, Matroska), and where there are fewer than wanted.
     try:
@@ -74,11 +77,14 @@ def _read(content: Any, name: str, num_frames: int) -> list[Any]:
         with av.open(io.BytesIO(content) if isinstance(content, bytes) else os.fspath(content)) as container:
             if not container.streams.video:
                 raise VideoError(f"{name} has no pictures, only other streams")
-            total = container.streams.video[0].frames or len([1 for _ in container.decode(video=0)])
+            stream: Any = container.streams.video[0] if stream_index is None else container.streams[stream_index]
+            if stream.type != "video":
+                raise VideoError(f"stream {stream_index} of {name} has no pictures")
+            total = stream.frames or len([1 for _ in container.decode(stream)])
             container.seek(0)
             wanted = set(sample_evenly(total, num_frames))
             frames = []
-            for number, frame in enumerate(container.decode(video=0)):
+            for number, frame in enumerate(container.decode(stream)):
                 if number in wanted:
                     frames.append(frame.to_image())
                 if len(frames) == len(wanted):
@@ -86,7 +92,7 @@ def _read(content: Any, name: str, num_frames: int) -> list[Any]:
     except VideoError:
         raise
     except Exception as error:  # av's own errors derive from many: OSError, ValueError, EOFError, ...
-        raise VideoError(f"{name} cannot be read ({' '.join(str(error).split())})") from error
+        raise VideoError(f"{name} cannot be read ({shorten(' '.join(str(error).split()))})") from error
     if not frames:
         raise VideoError(f"{name} has no frames")
     return frames

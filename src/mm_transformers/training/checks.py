@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..data.collator import MMDataCollator
 from ..data.mixture import DataMixture
 from ..data.row_labels import rows_with_columns
-from ..data.sources import ANY_SOURCE, SOURCE_KEY, DataSource, is_iterable
+from ..data.sources import ANY_SOURCE, SOURCE_KEY, DataSource, columns_of, is_iterable
 from ..model.task_base import Task, is_missing
 from .metrics import LESS_IS_BETTER
 
@@ -105,7 +105,7 @@ def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
     Raises:
         ValueError: if the column of texts is missing, or all columns of labels are, or are empty.
     """
-    columns = getattr(dataset, "column_names", None)
+    columns = columns_of(dataset)
     if isinstance(dataset, DataMixture):
         return
     if not columns or isinstance(dataset, DataSource):

@@ -60,12 +60,13 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
         if recipe.model.get("audio") is not None:
             wanted["columns.audio"] = (columns.audio,)
         check_columns(splits, wanted)
-        splits = prepare_labels(splits, recipe.tasks, data.label_separator)
+        splits = prepare_labels(splits, recipe.tasks)
     # Before any row is put aside: a rare label may be in those rows only.
-    tasks = [complete_task(task, splits["train"]) for task in recipe.tasks]
-    check_labels(splits, tasks, columns.text)
+    tasks = [complete_task(task, splits["train"], data.label_separator) for task in recipe.tasks]
+    check_labels(splits, tasks, columns.text, data.label_separator)
     if data.validation_fraction is not None:
-        hold_out(splits, data.validation_fraction, columns.collator_options, tasks)
+        options = {**columns.collator_options, "label_separator": data.label_separator}
+        hold_out(splits, data.validation_fraction, options, tasks)
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_eval_samples}
     return RecipeData({split: first_rows(rows, limits[split]) for split, rows in splits.items()}, tasks)
 

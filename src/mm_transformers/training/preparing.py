@@ -52,7 +52,8 @@ def prepare_tasks(model: Any, dataset: Any, collator: Any, *holders: Any) -> lis
             )
     labels: dict[str, list[Any]] = {task.name: [] for task in waiting}
     for source in sources:
-        for name, found in encoded_labels(source, waiting, collator.text_column).items():
+        encoded = encoded_labels(source, waiting, collator.text_column, collator.label_separator)
+        for name, found in encoded.items():
             labels[name] += found
     for task in waiting:
         options = task.unresolved

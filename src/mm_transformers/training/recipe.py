@@ -53,7 +53,7 @@ class DataSection:
 
     @property
     def collator_options(self) -> dict[str, Any]:
-        names = ("on_bad_file", "sampling_rate", "max_length", "pad_to_multiple_of")
+        names = ("on_bad_file", "sampling_rate", "max_length", "pad_to_multiple_of", "label_separator")
         return {name: getattr(self, name) for name in names}
 
 

@@ -11,6 +11,7 @@ from transformers.trainer_pt_utils import nested_concat
 from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
+from ...data.sources import rows_of
 from ...model.answering import check_tasks, evaluation_mode, unwrapped
 from ...model.modeling_outputs import MMTransformerModelOutput
 from ...model.task_base import as_scalar, is_null
@@ -23,7 +24,7 @@ from .views import EncodedRows, exchanged, pairs, shown_name
 
 
 ALL, NOTHING = "all", "nothing"
-# Rows among which modalities are exchanged: the encoder outputs of these are held at once. Not `batch_size`, on which no
+# Modalities are exchanged among so many rows: their encoder outputs are held at once. Not `batch_size`, on which no
 # score may depend.
 _WINDOW = 256
 _PAIRS_AT_ONCE = 256
@@ -92,7 +93,8 @@ def ablate(
     if len(rows) == 0:
         raise ValueError("There are no rows to score the model on.")
     collator = collator or MMDataCollator(processor, model.config)
-    known = sorted(rows[0])
+    rows, _ = rows_of(rows, collator)
+    known = sorted(name for name in rows[0] if isinstance(name, str))
     for name in slices:
         if name not in known:
             raise ValueError(f"slices names the column {name!r}, but the columns are {', '.join(known)}.")

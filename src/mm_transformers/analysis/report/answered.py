@@ -94,7 +94,7 @@ def _judged(task: Any, logits: torch.Tensor, label: torch.Tensor, truth: Any) ->
         right = bool((chosen == label)[labelled].all()) if told else None
         return answer, told, right, float(confidence[labelled].min()) if told else None
     if task.kind == "regression":
-        return float(logits), truth, None, None
+        return float(logits), None if label.isnan() else float(label), None, None
     if task.kind == "matching":
         score = float(logits.flatten()[0].sigmoid())
         told = None if label[0] == -100 else bool(label[0])

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
 from ...data.files import write_atomically
+from ...data.sources import rows_of
 from ...model.answering import unwrapped
 from ..ablation.results import Ablation
 from ..explaining.explain import explain
@@ -58,6 +59,7 @@ def write_report(
     if len(rows) == 0:
         raise ValueError("There are no rows to report on.")
     collator = collator or MMDataCollator(processor, model.config)
+    rows, _ = rows_of(rows, collator)
     model = unwrapped(model)
     answers: dict[str, list[Answered]] = {name: [] for name in tasks or model.tasks}
     batches = answers_to(model, collator, rows, batch_size)

@@ -1,0 +1,316 @@
+"""
+The one place that says what a cell is: on one side the data set, its features and its folder; on the other the task or
+the modality that takes it.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Optional
+
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from transformers.utils import logging
+
+from ..model.files import is_absent, is_address
+from ..model.task_base import as_scalar, is_missing
+
+
+logger = logging.get_logger(__name__)
+
+# What stands between the labels of a text that holds several.
+LABEL_SEPARATOR = "|"
+# How deep lists of numbers are that are one item, by the argument of the processor.
+_DEPTHS = {"images": (2, 3), "videos": (3, 4), "audio": (1,)}
+
+Reader = Callable[[Any], Any]
+
+
+def label_of(task: Any, cell: Any, text: str = "", separator: str = LABEL_SEPARATOR) -> Any:
+    """
+    The encoded label of a cell, `None` if it is missing.
+
+    Args:
+        task ([`Task`]): Says what a text, and what a value, means for it.
+        cell: as [`RowReader`] gives it.
+        text: the text of the row.
+        separator: what stands between the labels of a text that holds several.
+
+    Raises:
+        ValueError: one sentence without the name of the row, if the cell is neither a label nor missing.
+
+    Example:
+
+    ```python
+    >>> label_of(MultiLabel("tags", labels=["sea", "sun"]), '["sun"]')
+    [1]
+    ```
+    """
+    cell = as_scalar(cell)
+    if isinstance(cell, str):
+        cell = task.read_text(cell, separator)
+    return task.encode_label(cell, text)
+
+
+class RowReader:
+    """
+    Reads the rows of one data set. Ids of `ClassLabel` become names, since the order of the names is the data set's
+    own, and -1 becomes `None`. Lists of numbers in columns of pictures, videos and sounds become arrays of the declared
+    type. Cells of `Image`, `Audio` and `Video` keep the options of that feature, under "cast".
+
+    Args:
+        features (`dict`, *optional*): Column -> feature of `datasets`; without it, rows stay as they are.
+        media (`dict[str, str]`, *optional*):
+            Columns of pictures, videos and sounds -> the argument of the processor, or `None` if lists stay lists.
+        root (`str`, *optional*): The folder where relative paths in these columns start.
+    """
+
+    def __init__(
+        self,
+        features: Optional[Mapping[str, Any]] = None,
+        media: Optional[Mapping[str, Optional[str]]] = None,
+        root: Optional[str] = None,
+    ):
+        media = media or {}
+        self.columns: dict[str, list[Reader]] = {}
+        for name, feature in (features or {}).items():
+            read = _name_reader(feature) or (_media_reader(feature, media[name]) if name in media else None)
+            self.columns[name] = [] if read is None else [read]
+        if root is not None:
+            for name in media:
+                self.columns[name] = [partial(absolute_paths, root=root), *self.columns.get(name, [])]
+        self.columns = {name: readers for name, readers in self.columns.items() if readers}
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        cells = dict(row)
+        for name, readers in self.columns.items():
+            if name in cells:
+                try:
+                    for read in readers:
+                        cells[name] = read(cells[name])
+                except ValueError as error:
+                    raise ValueError(f"column {name!r}: {error}") from error
+        return cells
+
+
+class Source(NamedTuple):
+    """A data set that gives cells as they are stored, and what reads its rows."""
+
+    dataset: Any
+    reader: RowReader
+
+
+def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
+    """
+    Args:
+        dataset: a `datasets.Dataset` or `IterableDataset`, in any format; a list of dicts; a pandas `DataFrame` or
+            another table; or `Subset`s and `ConcatDataset`s of torch of these. A format hides no column.
+        media: as [`RowReader`] takes it.
+    """
+    import datasets
+
+    if isinstance(dataset, Subset):
+        inner, reader = opened(dataset.dataset, media)
+        return Source(Subset(inner, dataset.indices), reader)
+    if isinstance(dataset, ConcatDataset):
+        return Source(ConcatDataset([_Read(*opened(part, media)) for part in dataset.datasets]), RowReader())
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        return Source(as_records(dataset), RowReader())
+    if isinstance(dataset, datasets.Dataset):
+        kind, shown = dataset.format["type"], set(dataset.format["columns"])
+        if kind != "custom" and (kind is not None or shown != set(dataset.column_names)):
+            for column in set(media) & set(dataset.column_names) - shown:
+                logger.warning_once(
+                    f"The format of the data set hides its column {column!r}, which is read all the same; leave it out "
+                    f"by remove_columns({column!r})."
+                )
+            dataset = dataset.with_format(None)
+    elif getattr(dataset, "_formatting", None) is not None:
+        dataset = dataset.with_format(None)
+    for column in media:
+        dataset = undecoded(dataset, column)
+    return Source(dataset, RowReader(dataset.features, media))
+
+
+class _Read(Dataset):
+    """Rows of a part of a data set, read."""
+
+    def __init__(self, dataset: Any, reader: RowReader):
+        self.dataset, self.reader = dataset, reader
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.reader(self.dataset[index])
+
+
+def as_records(dataset: Any) -> Any:
+    """A table of pandas, polars or pyarrow as a list of dicts; anything else as it is."""
+    if hasattr(dataset, "iloc") and hasattr(dataset, "columns"):
+        rows = [{str(name): cell for name, cell in row.items()} for row in dataset.to_dict("records")]
+        # pandas has arrays of objects where other sources have lists.
+        return [{name: cell.tolist() if _is_list(cell) else cell for name, cell in row.items()} for row in rows]
+    for method in ("to_dicts", "to_pylist"):
+        if hasattr(dataset, method) and not hasattr(dataset, "features"):
+            return getattr(dataset, method)()
+    return dataset
+
+
+def _is_list(cell: Any) -> bool:
+    return getattr(getattr(cell, "dtype", None), "kind", None) == "O" and getattr(cell, "ndim", 0) > 0
+
+
+# Labels
+
+
+def _name_reader(feature: Any) -> Optional[Reader]:
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        names = list(feature.names or [])
+        # Names that only repeat the ids, as `ClassLabel(num_classes=3)` has them, say nothing.
+        return partial(_name_of, names=None if names == [str(i) for i in range(len(names))] else names)
+    inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
+    read = None if inner is None or isinstance(inner, dict) else _name_reader(inner)
+    return None if read is None else partial(_each, read=read)
+
+
+def _name_of(cell: Any, names: Optional[Sequence[str]]) -> Any:
+    cell = as_scalar(cell)
+    if is_missing(cell) or cell == -1:
+        return None
+    if names is not None and isinstance(cell, int) and not isinstance(cell, bool):
+        if not 0 <= cell < len(names):
+            raise ValueError(f"the id {cell} is none of the {len(names)} labels that the data set names")
+        return names[cell]
+    return cell
+
+
+def _each(cell: Any, read: Reader) -> Any:
+    cell = cell.tolist() if hasattr(cell, "tolist") else cell
+    return [read(item) for item in cell] if isinstance(cell, (list, tuple)) else cell
+
+
+# Pictures, videos and sounds
+
+
+def undecoded(dataset: Any, column: str) -> Any:
+    """
+    Cells of `datasets.Image`, `Video` and `Audio` as bytes or path: what is shared is then seen, and what is broken has
+    its row named.
+    """
+    import datasets
+
+    known = isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and dataset.features is not None
+    if not known or column not in dataset.features:
+        return dataset
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+        return dataset  # a transform of the user's own, which may want pictures
+    feature = dataset.features[column]
+    stored = _stored(feature)
+    return dataset if stored is None or stored == feature else dataset.cast_column(column, stored)
+
+
+def _stored(feature: Any) -> Any:
+    """The feature that does not decode; `None` for what is none of images, videos and sounds."""
+    import datasets
+
+    if isinstance(feature, (datasets.Image, datasets.Video, datasets.Audio)):
+        return dataclasses.replace(feature, decode=False)
+    inner = _stored(feature.feature) if hasattr(feature, "feature") else None
+    return None if inner is None else dataclasses.replace(feature, feature=inner)
+
+
+def _media_reader(feature: Any, kind: Optional[str]) -> Optional[Reader]:
+    import datasets
+
+    if isinstance(feature, (datasets.Image, datasets.Video, datasets.Audio)):
+        names = ("mode", "sampling_rate", "stream_index")
+        options = {name: getattr(feature, name) for name in names if getattr(feature, name, None) is not None}
+        return partial(_with_cast, options=options) if options else None
+    depth, dtype = _numbers_in(feature)
+    if dtype is not None and kind is not None and depth >= min(_DEPTHS[kind]):
+        # A list of lists of samples is several clips, an array with two axes is one of several channels.
+        deepest = 2 if kind == "audio" and hasattr(feature, "shape") else max(_DEPTHS[kind])
+        read: Reader = partial(_as_array, dtype=dtype)
+        for _ in range(depth - deepest):
+            read = partial(_each, read=read)
+        return read
+    inner = getattr(feature, "feature", None)
+    read_inner = None if inner is None or isinstance(inner, dict) else _media_reader(inner, kind)
+    return None if read_inner is None else partial(_each, read=read_inner)
+
+
+def _numbers_in(feature: Any) -> tuple[int, Optional[str]]:
+    """How deep the lists of a feature are, and the type of the numbers in them, if there are any."""
+    import datasets
+
+    if hasattr(feature, "shape") and hasattr(feature, "dtype"):  # Array2D, ...
+        return len(feature.shape), feature.dtype
+    if isinstance(feature, datasets.Value):
+        is_number = feature.dtype == "bool" or feature.dtype.startswith(("int", "uint", "float"))
+        return 0, feature.dtype if is_number else None
+    if not hasattr(feature, "feature") or isinstance(feature.feature, dict):
+        return 0, None
+    depth, dtype = _numbers_in(feature.feature)
+    return depth + 1, dtype
+
+
+def _as_array(cell: Any, dtype: str) -> Any:
+    import numpy as np
+
+    if cell is None:
+        return None
+    try:
+        return np.asarray(cell, dtype=dtype)
+    except (ValueError, TypeError):  # rows of several lengths, or holes
+        return cell
+
+
+def _with_cast(cell: Any, options: Mapping[str, Any]) -> Any:
+    if isinstance(cell, Mapping) and "array" not in cell and not is_absent(cell):
+        return {**cell, "cast": options}
+    return cell
+
+
+def absolute_paths(cell: Any, root: str) -> Any:
+    """
+    What one cell holds, of relative paths those that start at `root`: of a path, a dict with "path" and no bytes, or a
+    list of these. Addresses, files in base64, empty texts and what is no path stay as they are.
+    """
+    if isinstance(cell, (list, tuple)):
+        return [absolute_paths(item, root) for item in cell]
+    if isinstance(cell, Mapping) and isinstance(cell.get("path"), str) and cell.get("bytes") is None:
+        return {**cell, "path": absolute_paths(cell["path"], root)}
+    is_path = isinstance(cell, str) and not is_absent(cell) and not is_address(cell)
+    return os.path.abspath(os.path.join(root, cell)) if is_path else cell
+
+
+def with_root(rows: Any, column: str, root: str) -> Any:
+    """A `datasets.Dataset` in which relative paths in a column of images, videos or sounds start at `root`."""
+    if column not in rows.column_names:
+        return rows
+    rows = undecoded(rows, column)
+    tables = rows.with_format("arrow").select_columns([column]).iter(1000)
+    paths = (path for table in tables for path in _paths_in(table.column(0).combine_chunks()))
+    if all(absolute_paths(path, root) == path for path in paths):
+        return rows  # so that files in the cells are not written once more
+    return rows.map(
+        lambda cell: {column: absolute_paths(cell, root)},
+        input_columns=column,
+        features=rows.features,
+        desc=f"Finding {column}",
+    )
+
+
+def _paths_in(column: Any) -> list[Any]:
+    """The paths in a column of pyarrow, without those of cells that have bytes."""
+    from pyarrow import types
+
+    if types.is_list(column.type) or types.is_large_list(column.type):
+        return _paths_in(column.flatten())
+    if types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
+        return column.field("path").filter(column.field("bytes").is_null()).to_pylist()
+    is_text = types.is_string(column.type) or types.is_large_string(column.type)
+    return column.to_pylist() if is_text else []
