@@ -28,6 +28,7 @@ from mm_transformers import (
     Retrieval,
 )
 from mm_transformers.model.fusion_base import Stream
+from mm_transformers.training.mismatches import draw_mismatches
 from mm_transformers.training.retrieval_metrics import RetrievalRecall
 
 
@@ -484,3 +485,116 @@ def test_the_temperature_comes_back_from_its_bound():
     total, _ = Retrieval("find").loss(logits, torch.arange(12).reshape(4, 3))
     total.backward()
     assert head.logit_scale.grad.item() != 0
+
+
+class TestWhatTheModelSees:
+    """Rows are equal if their token ids, or their pixels, are."""
+
+    collator = MMDataCollator(make_processor(), make_config(tasks=[FIND]))
+
+    def ids(self, *rows) -> list[list[int]]:
+        return self.collator(list(rows))["labels"]["find"].tolist()
+
+    def test_texts(self):
+        image = make_image(0)
+        texts = ["a cat", "A  Cat ", "a cat.", "a cat " * 40, "a cat " * 50]  # the last two are cut alike
+        rows = self.ids(*({"text": text, "image": image} for text in texts))
+        assert rows[0][0] == rows[1][0]
+        assert rows[3][0] == rows[4][0]
+        assert len({row[0] for row in rows}) == 3
+
+    def test_pictures_of_another_form(self):
+        wide, tall = (Image.new("RGB", size, "red") for size in ((8, 2), (2, 8)))
+        again = Image.new("RGB", (8, 2), "red")
+        rows = self.ids(*({"text": "a cat", "image": image} for image in (wide, tall, again)))
+        assert rows[0][1] == rows[2][1] != rows[1][1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(-1, 2)), max_size=12), data=st.data())
+def test_drawn_pairs_are_no_matches(rows, data):
+    """And there is one wherever there may be one."""
+    verdicts = [data.draw(st.sampled_from([1, 1, 1, 0, -100])) for _ in rows]
+    ids = [row if verdict != -100 else (-100,) * 3 for row, verdict in zip(rows, verdicts, strict=True)]
+    labels = torch.tensor([(v, *row) for v, row in zip(verdicts, ids, strict=True)]).reshape(-1, 4)
+    drawn = draw_mismatches(labels)
+    pairs = [row for row, verdict in zip(ids, verdicts, strict=True) if verdict == 1]
+    for i, (row, verdict) in enumerate(zip(ids, verdicts, strict=True)):
+        for side in (0, 1):
+            may = [
+                j for j, other in enumerate(ids)
+                if verdict == 1 == verdicts[j] and not belong(row[side], other[1 - side], pairs, side)
+            ]  # fmt: skip
+            assert (drawn[i, side] in may) if may else (drawn[i, side] == -1)
+    assert drawn.equal(draw_mismatches(labels))
+
+
+def test_mismatched_pairs_are_drawn_alike():
+    """Of three others, each about a third of the times."""
+    labels = torch.tensor([[1, i, 10 + i, -1] for i in range(4)])
+    drawn = torch.stack([draw_mismatches(labels, seed) for seed in range(300)])
+    for row in range(4):
+        for side in (0, 1):
+            counts = drawn[:, row, side].bincount(minlength=4)
+            assert counts[row] == 0
+            assert (counts.sum(), counts.max() < 140, counts[counts > 0].min() > 60) == (300, True, True)
+
+
+def test_matching_is_measured_on_the_same_pairs_whatever_the_batches(tmp_path):
+    model, processor = make_pair_model([Matching("match")]), make_processor()
+    rows = [
+        {"text": f"the {word}", "image": make_image(i), "match": None if i == 3 else True}
+        for i, word in enumerate(["cat", "dog", "sun", "rain", "bat", "red cat"])
+    ] + [{"text": "the dog", "image": make_image(0), "match": False}, {"text": "sun", "image": None}]
+    results = []
+    for batch_size in (1, 3, 8):
+        args = TrainingArguments(
+            str(tmp_path), per_device_eval_batch_size=batch_size, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        trainer = MMTrainer(model, args, processing_class=processor, eval_dataset=rows)
+        results.append(trainer.predict(rows))
+    # By hand: each pair alone.
+    labels = torch.from_numpy(results[0].label_ids["match"])
+    drawn, expected = draw_mismatches(labels), []
+    pairs = [0, 1, 2, 4, 5]
+    assert [i for i in range(8) if drawn[i, 0] >= 0] == pairs
+    with torch.no_grad():
+        for i in pairs:
+            other, text = drawn[i].tolist()
+            for t, p in ((i, i), (i, other), (text, i)):
+                inputs = processor(text=[rows[t]["text"]], images=[rows[p]["image"]])
+                expected.append((model(**inputs).logits["match"].item(), t == p))
+        inputs = processor(text=["the dog"], images=[make_image(0)])
+        lone = model(**inputs).logits["match"].item()
+    right = [(score > 0) == truth for score, truth in expected] + [lone <= 0]
+    for result in results:
+        assert result.metrics["test_match_accuracy"] == pytest.approx(np.mean(right))
+        np.testing.assert_allclose(
+            result.predictions["match"][pairs].reshape(-1), [score for score, _ in expected], rtol=1e-4, atol=1e-5
+        )
+        assert np.isnan(result.predictions["match"][[3, 6, 7], 1:]).all()
+        assert result.metrics["test_loss"] == pytest.approx(results[0].metrics["test_loss"], rel=1e-5)
+
+
+def test_a_model_that_always_says_yes_is_right_a_third_of_the_times(tmp_path):
+    """One row per batch holds no mismatched pair."""
+    model = make_pair_model([Matching("match")])
+    model.heads.match.out_proj.weight.data.zero_()
+    model.heads.match.out_proj.bias.data.fill_(3.0)
+    args = TrainingArguments(str(tmp_path), per_device_eval_batch_size=1, report_to=[], use_cpu=True)
+    rows = [{"text": f"the {word}", "image": make_image(i)} for i, word in enumerate(["cat", "dog", "sun", "rain"])]
+    metrics = MMTrainer(model, args, processing_class=make_processor(), eval_dataset=rows).evaluate()
+    assert metrics["eval_match_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_predictions_have_the_order_of_the_rows_if_lengths_are_grouped(tmp_path):
+    model = make_model(tasks=[Classification("topic", labels=["a", "b"])])
+    rows = [{"text": "a cat " * (1 + i * 7 % 5), "length": 2 * (1 + i * 7 % 5)} for i in range(12)]
+    data = datasets.Dataset.from_list(rows)
+    options = {"report_to": [], "use_cpu": True, "per_device_eval_batch_size": 2, "disable_tqdm": True}
+    plain, grouped = (
+        MMTrainer(model, TrainingArguments(str(tmp_path), **options, **more), processing_class=make_processor())
+        for more in ({}, {"train_sampling_strategy": "group_by_length"})
+    )
+    expected = plain.predict(data).predictions["topic"]
+    np.testing.assert_allclose(grouped.predict(data).predictions["topic"], expected, rtol=1e-4, atol=1e-5)

@@ -14,7 +14,8 @@ from ..model.processing_mm_transformer import MMTransformerProcessor, as_clips, 
 from ..model.task_base import LabelContext, is_null, shorten
 from ..model.video import load_frames, video_key
 from .cells import LABEL_SEPARATOR, label_of
-from .feature_reading import CachedFeatures, CachedItem
+from .feature_keys import digest_of, hash_of_text
+from .feature_reading import CachedFeatures, CachedItem, unpadded_texts
 from .media import MediaColumn, SharedCounter
 from .sources import ANY_SOURCE, ROW_KEY, SOURCE_KEY, count_rows, name_of_row, own_column
 
@@ -144,9 +145,8 @@ class MMDataCollator:
         )
         if self.cached is not None:
             self.cached.fill(batch, media, names)
-        context = LabelContext(
-            batch.pop("word_index", None), self.processor.tokenizer, self._fingerprints(texts, media)
-        )
+        fingerprints = self._fingerprints(texts, batch, media)
+        context = LabelContext(batch.pop("word_index", None), self.processor.tokenizer, fingerprints)
         if not self.takes_images:
             batch.pop("image_index")
         values = {name: self._labels(task, rows, texts, names, is_empty) for name, task in self.tasks.items()}
@@ -157,17 +157,21 @@ class MMDataCollator:
         batch.update(count_rows(rows))
         return batch
 
-    def _fingerprints(self, texts: list[str], media: dict[str, Any]) -> Optional[dict[str, list[Optional[int]]]]:
+    def _fingerprints(
+        self, texts: list[str], batch: dict[str, Any], media: dict[str, Any]
+    ) -> Optional[dict[str, list[Optional[int]]]]:
+        """By what the model sees: the ids of tokens; pixels and their size; samples."""
         if not any(task.compares_rows for task in self.tasks.values()):
             return None
+        inputs = zip(texts, unpadded_texts(batch), strict=True)
+        result = {"text": [fingerprint(hash_of_text(ids)) if text.strip() and ids else None for text, ids in inputs]}
         known: dict[int, bytes] = {}  # what rows share is one object
-        result: dict[str, list[Optional[int]]] = {"text": [fingerprint(x) if x.strip() else None for x in texts]}
         for modality, kinds in {"vision": ("images", "videos"), "audio": ("audio",)}.items():
             columns = [media[kind] for kind in kinds if kind in media]
             rows = [[item for cell in cells for item in cell or []] for cells in zip(*columns, strict=True)]
             for item in (item for row in rows for item in row):
                 if id(item) not in known:
-                    known[id(item)] = _bytes_of(item)
+                    known[id(item)] = item.digest if isinstance(item, CachedItem) else digest_of(item)
             result[modality] = [fingerprint(b"".join(known[id(x)] for x in row)) if row else None for row in rows]
         return {modality: rows or [None] * len(texts) for modality, rows in result.items()}
 
@@ -221,13 +225,6 @@ class MMDataCollator:
             except ValueError as error:
                 raise ValueError(f"{name}, column {own_column(row, task.column)!r}: {error}.") from error
         return labels
-
-
-def _bytes_of(item: Any) -> bytes:
-    """Pixels or samples; of what was looked up, their hash."""
-    if isinstance(item, CachedItem):
-        return item.digest
-    return (item["array"] if isinstance(item, Mapping) else item).tobytes()
 
 
 def _load_clip(processor: MMTransformerProcessor, clip: Any, sampling_rate: Optional[int]) -> dict[str, Any]:

@@ -97,6 +97,12 @@ class Pairs(NamedTuple):
         linked = of_texts[:, 1].repeat_interleave(repeats) * len(items) + of_items[firsts + places, 1]
         return cls(texts, items, torch.cat([text * len(items) + item, linked]).unique())
 
+    def hold(self, texts: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """Whether texts belong to items, both by fingerprint and of shapes that broadcast: bool."""
+        # Of what is not known, any number will do.
+        text = torch.searchsorted(self.texts, texts.contiguous())
+        return torch.isin(text * len(self.items) + torch.searchsorted(self.items, items.contiguous()), self.numbers)
+
 
 def matching_pairs(queries: torch.Tensor, keys: torch.Tensor, pairs: Optional[Pairs] = None) -> torch.Tensor:
     """
@@ -109,12 +115,7 @@ def matching_pairs(queries: torch.Tensor, keys: torch.Tensor, pairs: Optional[Pa
     """
     pairs = Pairs.of(keys) if pairs is None else pairs
     is_pair = (queries[:, None, 0] != -100) & (keys[None, :, 0] != -100)
-    # Where there is no pair, any number will do.
-    text, item = (
-        torch.searchsorted(pairs.texts, queries[:, 0].contiguous()),
-        torch.searchsorted(pairs.items, keys[:, 1].contiguous()),
-    )
-    return torch.isin(text[:, None] * len(pairs.items) + item, pairs.numbers) & is_pair
+    return pairs.hold(queries[:, 0, None], keys[None, :, 1]) & is_pair
 
 
 def labels_of_pairs_left(labels: torch.Tensor, kept: dict[str, torch.Tensor], modality: str) -> torch.Tensor:

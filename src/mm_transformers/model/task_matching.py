@@ -21,8 +21,9 @@ class Matching(Task):
     [`PairReading.judge_mismatched`]). Similarity is that of a [`Retrieval`] task, if there is one.
 
     Needs no column: every row with a text and a picture is a pair that matches. If there is a column, a cell is True or
-    False, or `None` if it is not known. A pair that some row
-    of the batch holds is never taken as a mismatch.
+    False, or `None` if it is not known. A pair that some row of the batch holds is never taken as a mismatch.
+    [`MMTrainer`] evaluates mismatched pairs of the whole evaluation set, drawn at random with a fixed seed, so metrics
+    do not depend on batches and processes. Own loops get those of a batch.
 
     Logits (batch, 1), or with labels (batch, 3): of the row itself, of its text with another picture, of its picture
     with another text; NaN where the batch holds no other. Labels (batch, 4) int64: 1 or 0, and fingerprints; -100 where

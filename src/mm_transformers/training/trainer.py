@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import logging
@@ -17,7 +18,7 @@ from ..data.feature_cache import FeatureCache
 from ..data.image_groups import SharedImageSampler, images_of
 from ..data.mixture import DataMixture, check_sources
 from ..data.mixture_rows import MixedStream
-from ..data.sources import rows_of
+from ..data.sources import is_iterable, rows_of
 from ..data.splitting import Part, split_for_validation
 from ..model.regularization import penalties, take_starting_point
 from .arguments import MMTrainingArguments
@@ -36,6 +37,7 @@ from .counts import RowCounts
 from .learning_rates import never_decays, set_learning_rates
 from .linear_models import LinearModel
 from .metrics import MultiTaskMetrics, WithLosses
+from .mismatches import Unlabelled, WithMismatches
 from .preparing import balance_tasks, prepare_tasks
 from .probe_start import Start, probes_of, start_probes
 from .refit import Refit
@@ -271,6 +273,12 @@ class MMTrainer(ResumableTrainer):
             sampler = super()._get_train_sampler(train_dataset)
         self._rows_per_epoch = None if sampler is None else len(sampler)
         return sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        # In the order of the rows, also if training groups them by length: `predict` answers row by row.
+        if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
+            return None
+        return SequentialSampler(eval_dataset)
 
     def _shared_image_sampler(self, dataset: Any) -> SharedImageSampler:
         rows, _ = self.rows_of(dataset)
@@ -710,7 +718,7 @@ class MMTrainer(ResumableTrainer):
         with nullcontext() if self._average is None else self._average.applied():
             return self._evaluated(dataloader, *args, **kwargs)
 
-    def _evaluated(self, *args, **kwargs):
+    def _evaluated(self, dataloader, *args, **kwargs):
         self._has_evaluated = self._has_evaluated or not self._has_trained
         loss_only = kwargs.get("prediction_loss_only")
         loss_only = self.args.prediction_loss_only if loss_only is None else loss_only
@@ -720,8 +728,9 @@ class MMTrainer(ResumableTrainer):
             self.compute_metrics = WithLosses(self.fused_model.config)
         elif not isinstance(own, MultiTaskMetrics) and self.preprocess_logits_for_metrics is None:
             self.compute_metrics = WithLosses(self.fused_model.config, own)
+        self.compute_metrics = self._with_mismatches(dataloader, self.compute_metrics)
         try:
-            output = super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             self.compute_metrics = own
         losses = {name: output.metrics.get(f"{prefix}_{name}_loss") for name in tasks}
@@ -733,6 +742,33 @@ class MMTrainer(ResumableTrainer):
             output.metrics.pop(f"{prefix}_loss", None)  # of rows without labels there is none
         self._report_bad_files()
         return output._replace(predictions=None, label_ids=None) if loss_only else output
+
+    def _with_mismatches(self, dataloader: Any, measure: Any) -> Any:
+        tasks = [task for task in self.fused_model.tasks.values() if task.needs_mismatches]
+        if not tasks or not isinstance(self.data_collator, MMDataCollator):
+            return measure
+        if is_iterable(dataloader.dataset):
+            logger.warning_once(
+                f"The evaluation rows are a stream, so task {tasks[0].name!r} judges mismatched pairs of rows of one "
+                "batch: its metrics depend on the batch size."
+            )
+            return measure
+        return WithMismatches(tasks, dataloader.dataset, self.data_collator, self._logits_of, measure)
+
+    def _logits_of(self, rows: Any) -> dict[str, Any]:
+        """The logits of rows without labels, while an evaluation is going on."""
+        loader = DataLoader(
+            rows, self.args.eval_batch_size, collate_fn=Unlabelled(self.data_collator),
+            num_workers=self.args.dataloader_num_workers,
+        )  # fmt: skip
+        handler = self.callback_handler
+        callbacks, handler.callbacks = handler.callbacks, []  # a progress bar shows the evaluation, not this
+        evaluated = handler.eval_dataloader
+        try:
+            loader = self.accelerator.prepare(loader)
+            return super().evaluation_loop(loader, "Mismatched pairs", prediction_loss_only=True).predictions
+        finally:
+            handler.callbacks, handler.eval_dataloader = callbacks, evaluated
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         fused = self.fused_model
