@@ -10,11 +10,12 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from distributed import FSDP, KeepGradients, allow_fsdp_on_cpu, make_rows, make_tasks, run_in_processes
-from tiny import SEQ2SEQ, TEXT_ENCODERS, VISION_ENCODERS, make_model, make_processor
+from tiny import SEQ2SEQ, TEXT_ENCODERS, VISION_ENCODERS, make_image, make_model, make_processor
 from transformers import TrainingArguments
 
 from mm_transformers import (
     Generation,
+    Matching,
     MMTrainer,
     MMTransformerConfig,
     MMTransformerForMultiTask,
@@ -57,6 +58,10 @@ def writing_rows(count: int) -> list[dict]:
     return [{**row, "german": "a red cat" if i % 3 else None} for i, row in enumerate(make_rows(count))]
 
 
+def make_pairs(count: int) -> list[dict]:
+    return [{"text": "red cat " * (1 + i % 3), "image": make_image(i // 2)} for i in range(count)]
+
+
 # What runs in each of the processes
 
 
@@ -64,6 +69,8 @@ def evaluate_and_predict(folder: Path) -> None:
     model = make_model(tasks=make_tasks())
     trainer = make_trainer(folder, model)
     results = {"metrics": trainer.evaluate(), "logits": trainer.predict(make_rows(13)).predictions}
+    judge = make_trainer(folder, make_model(tasks=[Matching("match")]))
+    results["matching"] = judge.evaluate(make_pairs(9))
     with pytest.raises(ValueError, match="has evaluated before training"):
         trainer.train()
     writer = make_trainer(folder, make_writer())
@@ -115,6 +122,9 @@ def test_evaluation_and_prediction_are_those_of_one_process(tmp_path):
     for name, value in metrics.items():
         if not name.endswith(("runtime", "per_second", "time")):
             assert two["metrics"][name] == pytest.approx(value, rel=1e-4), name
+    matching = make_trainer(tmp_path, make_model(tasks=[Matching("match")])).evaluate(make_pairs(9))
+    for name in ("eval_loss", "eval_match_loss", "eval_match_accuracy", "eval_match_f1"):
+        assert two["matching"][name] == pytest.approx(matching[name], rel=1e-4), name
     written = make_trainer(tmp_path, make_writer()).predict(writing_rows(7))
     assert torch.equal(torch.tensor(two["written"]), torch.tensor(written.predictions["german"]["generated_ids"]))
     assert two["writing"]["test_german_loss"] == pytest.approx(written.metrics["test_german_loss"], rel=1e-4)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import make_batch, make_config, make_model, make_tasks, make_tokenizer
+from tiny import make_batch, make_config, make_model, make_processor, make_tasks, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from mm_transformers import (
     Classification,
+    MMDataCollator,
     MMTransformerConfig,
     MMTransformerForMultiTask,
     MultiLabel,
@@ -649,3 +650,31 @@ class TestAnswers:
         predictions, references = task.predictions_and_references(logits, labels)
         assert list(zip(predictions.tolist(), references.tolist(), strict=True)) == pairs
         assert predictions.dtype == references.dtype == (torch.float32 if task is SCORE else torch.int64)
+
+
+class TestWordsWithoutTokens:
+    """A word of characters that the tokenizer drops, and words beyond `max_length`."""
+
+    def test_answers_stay_in_line_with_the_words(self):
+        text = "red \u200b cat"  # of three words, the second is a zero-width space
+        processor = make_processor()
+        word_index = processor(text=[text, "cat"], return_word_index=True)["word_index"]
+        logits = torch.full((2, word_index.shape[1], 3), -9.0)
+        for word, label in ((0, 1), (2, 2)):
+            logits[0, word_index[0] == word, label] = 9.0
+        logits[1, word_index[1] == 0, 1] = 9.0
+        first, second = ENTITIES.decode(logits, word_index)
+        assert [answer["label"] for answer in first] == ["NAME", None, "PLACE"]
+        assert [answer["label"] for answer in second] == ["NAME"]
+        # What is answered can be a label again: the gap is a missing label.
+        labels = ENTITIES.encode_label([answer["label"] for answer in first], text)
+        assert labels == [1, -100, 2]
+
+    @pytest.mark.parametrize(("text", "is_told"), [("red cat", False), ("red \u200b cat", True), ("cat " * 60, True)])
+    def test_labels_that_count_nowhere_are_told(self, text, is_told, caplog):
+        caplog.set_level("WARNING")
+        task = TokenClassification(f"entities_{is_told}_{len(text)}", labels=["O", "NAME"])  # each is told once
+        collator = MMDataCollator(make_processor(), make_config(tasks=[task]))
+        labels = collator([{"text": text, task.name: ["NAME"] * len(text.split())}])["labels"][task.name]
+        assert ("some words with labels have no token" in caplog.text) == is_told
+        assert int((labels != -100).sum()) == {"red cat": 2, "red \u200b cat": 2}.get(text, 38)

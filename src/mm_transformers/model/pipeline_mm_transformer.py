@@ -129,8 +129,8 @@ class MultimodalPipeline(Pipeline):
         )
         for name in names:
             if self.model.tasks[name].is_token_level:
-                for row, text, words in zip(answers, texts, word_index.tolist(), strict=True):
-                    row[name] = _with_words(row[name], text, words)
+                for row, text in zip(answers, texts, strict=True):
+                    row[name] = _with_words(row[name], text)
         return {"answers": answers}
 
     def postprocess(self, model_outputs):
@@ -198,13 +198,12 @@ def _checked(row: Any, number: int, known: Optional[Sequence[str]]) -> dict[str,
     return parts
 
 
-def _with_words(answers: list[dict[str, Any]], text: str, word_index: list[int]) -> list[dict[str, Any]]:
-    """Each word with what was said of it, and where in the text it is; words that were cut off have no answer."""
-    spans = split_words(text)
-    answered = [spans[word] for word in word_index if word >= 0]
+def _with_words(answers: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Each word with what was said of it, and where in the text it is; words without a token have no answer."""
     return [
         {"word": text[start:end], **answer, "start": start, "end": end}
-        for (start, end), answer in zip(answered, answers, strict=True)
+        for (start, end), answer in zip(split_words(text), answers, strict=False)
+        if answer["label"] is not None
     ]
 
 

@@ -8,12 +8,16 @@ from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .class_weights import BALANCED, balanced_weights, check_weights, known_weights, weight_tensor
 from .label_lists import split_labels
 from .linear_probe import LinearProblem
 from .task_base import NO_CONTEXT, LabelContext, Task, check_labels, is_missing, label_id, register_task, shorten
 from .task_classification import check_label_smoothing, cross_entropy_sum
+
+
+logger = logging.get_logger(__name__)
 
 
 def split_words(text: str) -> list[tuple[int, int]]:
@@ -119,7 +123,13 @@ class TokenClassification(Task):
         for row, value in enumerate(values):
             if value is not None:
                 starts = word_index[row] >= 0
-                labels[row, starts] = torch.tensor(value, dtype=torch.int64)[word_index[row, starts]]
+                words = torch.tensor(value, dtype=torch.int64)
+                labels[row, starts] = words[word_index[row, starts]]
+                if (words != -100).sum() > (labels[row] != -100).sum():
+                    logger.warning_once(
+                        f"Task {self.name!r}: some words with labels have no token, since the text is longer than "
+                        "max_length or the tokenizer drops their characters. Neither loss nor metrics count them."
+                    )
         return labels
 
     def label_shape(self, logits: torch.Tensor) -> tuple[int, ...]:
@@ -130,13 +140,22 @@ class TokenClassification(Task):
         return cross_entropy_sum(logits, labels, weight, self.label_smoothing), self.num_labelled(labels)
 
     def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[list[dict[str, Any]]]:
-        """A list per row of what was chosen for each word, or for each token if `word_index` is not given."""
+        """
+        A list per row of what was chosen for each word, or for each token if `word_index` is not given. A word without
+        a token, such as one of characters that the tokenizer drops, gets the label `None` and the score 0.0, so that
+        answers stay in line with the words; those beyond `max_length` are left out.
+        """
         scores, ids = logits.float().softmax(-1).max(-1)
-        keep = torch.ones_like(ids, dtype=torch.bool) if word_index is None else word_index.to(ids.device) >= 0
-        return [
-            [{"label": self.labels[i], "score": p} for i, p in zip(row[k].tolist(), score[k].tolist(), strict=True)]
-            for row, score, k in zip(ids, scores, keep, strict=True)
-        ]
+        if word_index is None:
+            word_index = torch.arange(ids.shape[1]).expand_as(ids)
+        answers = []
+        for row, score, words in zip(ids.tolist(), scores.tolist(), word_index.tolist(), strict=True):
+            chosen: list[dict[str, Any]] = [{"label": None, "score": 0.0} for _ in range(max(words, default=-1) + 1)]
+            for i, p, word in zip(row, score, words, strict=True):
+                if word >= 0:
+                    chosen[word] = {"label": self.labels[i], "score": p}
+            answers.append(chosen)
+        return answers
 
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
