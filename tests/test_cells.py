@@ -510,6 +510,26 @@ class TestSounds:
         assert found == pytest.approx(self.CLIP / 2**15, abs=1e-6)
         assert rows_of(rows, self.COLLATOR)[0][1]["audio"] is None
 
+    @pytest.mark.parametrize("as_list", [False, True])
+    def test_arrays_in_structs_have_the_declared_type(self, as_list):
+        """Samples that fit 8 bits are not scaled as such, if the type says 16."""
+        feature = {"array": datasets.List(datasets.Value("int16")), "sampling_rate": datasets.Value("int32")}
+        quiet = [0, 64, -128] * 200
+        cell = {"array": quiet, "sampling_rate": 16_000}
+        feature, cell = (datasets.List(feature), [cell]) if as_list else (feature, cell)
+        features = datasets.Features(text=datasets.Value("string"), audio=feature)
+        rows = datasets.Dataset.from_dict({"text": ["a"], "audio": [cell]}, features=features)
+        assert item_of(rows, "audio", self.COLLATOR).tolist() == [x / 2**15 for x in quiet]
+
+    def test_lists_of_clips(self):
+        clips = datasets.List(datasets.List(datasets.Value("int16")))
+        features = datasets.Features(text=datasets.Value("string"), audio=clips)
+        for cells in ([[0, 64] * 300, [1, 2, 3] * 300], [[0, 64] * 300, [1, 2] * 300]):
+            rows = datasets.Dataset.from_dict({"text": ["a"], "audio": [cells]}, features=features)
+            row = rows_of(rows, self.COLLATOR)[0].__getitems__([0])[0]
+            (items,), _ = self.COLLATOR.media["audio"].read([row], ["row 0"])
+            assert [item["array"].tolist() for item in items] == [[x / 2**15 for x in clip] for clip in cells]
+
     @pytest.mark.parametrize(
         ("samples", "expected"),
         [
