@@ -745,6 +745,23 @@ class TestTables:
         assert batches[1]["image_index"].tolist() == [[0], [1]]
         assert batches[1]["labels"]["topic"].tolist() == [1, 2]
 
+    def test_what_a_transform_gives_is_taken_as_it_is(self):
+        """Though the column is one of integers of 8 bits by its features."""
+        array = np.full((4, 5, 3), 51, dtype=np.uint8)
+        features = datasets.Features(text=datasets.Value("string"), image=datasets.Array3D((4, 5, 3), "uint8"))
+        rows = datasets.Dataset.from_dict({"text": ["a"], "image": [array.tolist()]}, features=features)
+        scaled = rows.with_transform(lambda batch: {**batch, "image": [np.array(x) / 255 for x in batch["image"]]})
+        assert np.array_equal(item_of(scaled), array)
+
+    def test_a_transform_that_hides_pictures_is_told(self, monkeypatch):
+        told = []
+        monkeypatch.setattr("mm_transformers.data.cells.logger.warning_once", told.append)
+        rows = datasets.Dataset.from_dict({"text": ["a"], "image": [make_image(0)]})
+        for columns in (["text"], ["text", "image"]):
+            rows_of(rows.with_transform(dict, columns=columns), COLLATOR)
+        assert len(told) == 1
+        assert "hides its column 'image'" in told[0]
+
     @pytest.mark.parametrize("kind", ["pandas", "pyarrow", "source"])
     def test_a_table_is_a_data_set(self, kind):
         frame = pd.DataFrame(self.ROWS)

@@ -117,13 +117,23 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return Source(as_records(dataset), RowReader())
     if isinstance(dataset, datasets.Dataset):
-        kind, shown = dataset.format["type"], set(dataset.format["columns"])
-        if kind != "custom" and (kind is not None or shown != set(dataset.column_names)):
-            for column in set(media) & set(dataset.column_names) - shown:
-                logger.warning_once(
-                    f"The format of the data set hides its column {column!r}, which is read all the same; leave it out "
-                    f"by remove_columns({column!r})."
-                )
+        kind, shown = dataset.format["type"], dataset.format["columns"]
+        hidden = [column for column in media if column in dataset.column_names and column not in shown]
+        if kind == "custom":
+            # What a transform of the user's own gives is taken as it is.
+            for column in hidden if len(dataset) > 0 else ():
+                if column not in dataset[0]:
+                    logger.warning_once(
+                        f"The transform of the data set hides its column {column!r}, so its rows have none; let it "
+                        "have all columns, by with_transform(..., output_all_columns=True)."
+                    )
+            return Source(dataset, RowReader(dataset.features))
+        for column in hidden:
+            logger.warning_once(
+                f"The format of the data set hides its column {column!r}, which is read all the same; leave it out by "
+                f"remove_columns({column!r})."
+            )
+        if kind is not None or len(shown) < len(dataset.column_names):
             dataset = dataset.with_format(None)
     elif getattr(dataset, "_formatting", None) is not None:
         dataset = dataset.with_format(None)
@@ -131,7 +141,7 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
         dataset = undecoded(dataset, column)
     features = dataset.features or {}
     arrays = [name for name, kind in media.items() if name in features and _array_type(features[name], kind)]
-    if arrays and isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
+    if arrays and isinstance(dataset, datasets.Dataset):
         dataset = dataset.with_format("numpy", columns=arrays, output_all_columns=True)  # 20 times as fast as lists
     return Source(dataset, RowReader(features, media))
 
@@ -209,8 +219,6 @@ def undecoded(dataset: Any, column: str) -> Any:
     known = isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and dataset.features is not None
     if not known or column not in dataset.features:
         return dataset
-    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
-        return dataset  # a transform of the user's own, which may want pictures
     feature = dataset.features[column]
     stored = _stored(feature)
     return dataset if stored is None or stored == feature else dataset.cast_column(column, stored)
