@@ -196,11 +196,11 @@ def main() -> None:
     with training_args.main_process_first(desc="reading the data"):
         data = load_data(data_args, model_args)
         task_dicts = parse_tasks(data_args.tasks)
-        data = prepare_labels(data, task_dicts, data_args.label_separator)
+        data = prepare_labels(data, task_dicts)
     # Before any row is put aside: a rare label may be in those rows only.
-    tasks = [complete_task(task, data["train"]) for task in task_dicts]
-    check_labels(data, tasks, data_args.text_column)
-    kinds = ("text_column", "image_column", "video_column", "audio_column")
+    tasks = [complete_task(task, data["train"], data_args.label_separator) for task in task_dicts]
+    check_labels(data, tasks, data_args.text_column, data_args.label_separator)
+    kinds = ("text_column", "image_column", "video_column", "audio_column", "label_separator")
     hold_out(data, training_args.validation_fraction, {kind: getattr(data_args, kind) for kind in kinds}, tasks)
     data["train"] = first_rows(data["train"], data_args.max_train_samples)
     data["validation"] = first_rows(data["validation"], data_args.max_eval_samples)
@@ -229,6 +229,7 @@ def main() -> None:
         audio_column=data_args.audio_column,
         on_bad_file=data_args.on_bad_file,
         max_length=data_args.max_length,
+        label_separator=data_args.label_separator,
     )
     trainer = MMTrainer(
         model,

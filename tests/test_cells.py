@@ -510,6 +510,26 @@ class TestSounds:
         assert found == pytest.approx(self.CLIP / 2**15, abs=1e-6)
         assert rows_of(rows, self.COLLATOR)[0][1]["audio"] is None
 
+    @pytest.mark.parametrize("as_list", [False, True])
+    def test_arrays_in_structs_have_the_declared_type(self, as_list):
+        """Samples that fit 8 bits are not scaled as such, if the type says 16."""
+        feature = {"array": datasets.List(datasets.Value("int16")), "sampling_rate": datasets.Value("int32")}
+        quiet = [0, 64, -128] * 200
+        cell = {"array": quiet, "sampling_rate": 16_000}
+        feature, cell = (datasets.List(feature), [cell]) if as_list else (feature, cell)
+        features = datasets.Features(text=datasets.Value("string"), audio=feature)
+        rows = datasets.Dataset.from_dict({"text": ["a"], "audio": [cell]}, features=features)
+        assert item_of(rows, "audio", self.COLLATOR).tolist() == [x / 2**15 for x in quiet]
+
+    def test_lists_of_clips(self):
+        clips = datasets.List(datasets.List(datasets.Value("int16")))
+        features = datasets.Features(text=datasets.Value("string"), audio=clips)
+        for cells in ([[0, 64] * 300, [1, 2, 3] * 300], [[0, 64] * 300, [1, 2] * 300]):
+            rows = datasets.Dataset.from_dict({"text": ["a"], "audio": [cells]}, features=features)
+            row = rows_of(rows, self.COLLATOR)[0].__getitems__([0])[0]
+            (items,), _ = self.COLLATOR.media["audio"].read([row], ["row 0"])
+            assert [item["array"].tolist() for item in items] == [[x / 2**15 for x in clip] for clip in cells]
+
     @pytest.mark.parametrize(
         ("samples", "expected"),
         [
@@ -724,6 +744,23 @@ class TestTables:
         assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
         assert batches[1]["image_index"].tolist() == [[0], [1]]
         assert batches[1]["labels"]["topic"].tolist() == [1, 2]
+
+    def test_what_a_transform_gives_is_taken_as_it_is(self):
+        """Though the column is one of integers of 8 bits by its features."""
+        array = np.full((4, 5, 3), 51, dtype=np.uint8)
+        features = datasets.Features(text=datasets.Value("string"), image=datasets.Array3D((4, 5, 3), "uint8"))
+        rows = datasets.Dataset.from_dict({"text": ["a"], "image": [array.tolist()]}, features=features)
+        scaled = rows.with_transform(lambda batch: {**batch, "image": [np.array(x) / 255 for x in batch["image"]]})
+        assert np.array_equal(item_of(scaled), array)
+
+    def test_a_transform_that_hides_pictures_is_told(self, monkeypatch):
+        told = []
+        monkeypatch.setattr("mm_transformers.data.cells.logger.warning_once", told.append)
+        rows = datasets.Dataset.from_dict({"text": ["a"], "image": [make_image(0)]})
+        for columns in (["text"], ["text", "image"]):
+            rows_of(rows.with_transform(dict, columns=columns), COLLATOR)
+        assert len(told) == 1
+        assert "hides its column 'image'" in told[0]
 
     @pytest.mark.parametrize("kind", ["pandas", "pyarrow", "source"])
     def test_a_table_is_a_data_set(self, kind):

@@ -316,7 +316,7 @@ def test_predict_says_what_is_wrong(trained, tmp_path, monkeypatch, text, argume
     [
         ("text,topic,stars\na,,\n", [], "has no label of any task (looked for in column 'topic', 'stars', 'tags')"),
         ("text,topic\na,food\nb,fud\n", [], "row 1, column 'topic': task 'topic': label 'fud' is not one of"),
-        ("text,stars\na,1\nb,two\n", [], "row 1, column 'stars': task 'stars' expects a number"),
+        ("text,stars\na,1\nb,two\n", [], "row 1, column 'stars': task 'stars': expected a finite number"),
         ("text,topic\na,food\n", ["--output", "."], ". is a folder"),
     ],
 )

@@ -20,6 +20,7 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from mm_transformers import MMDataCollator
+from mm_transformers.data.sources import ROW_KEY
 from mm_transformers.training import checkpoints
 from mm_transformers.training.checkpoints import (
     DELETING,
@@ -379,7 +380,7 @@ def test_another_number_of_rows_per_step(batch_size, accumulation, tmp_path, mon
     collate = MMDataCollator.__call__
 
     def watched(self, rows):
-        seen.extend(row["__row__"] for row in rows)
+        seen.extend(row[ROW_KEY] for row in rows)
         return collate(self, rows)
 
     monkeypatch.setattr(MMDataCollator, "__call__", watched)

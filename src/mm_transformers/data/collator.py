@@ -223,7 +223,7 @@ class MMDataCollator:
                 cell = row.get(task.column, task.default_cell)
                 labels.append(None if unlabelled else label_of(task, cell, text, self.label_separator))
             except ValueError as error:
-                raise ValueError(f"{name}, column {own_column(row, task.column)!r}: {error}.") from error
+                raise ValueError(f"{name}, column {own_column(row, task.column)!r}: {error}.") from None
         return labels
 
 

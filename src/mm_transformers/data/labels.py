@@ -98,7 +98,8 @@ def complete_task(task: dict[str, Any], rows: datasets.Dataset, label_separator:
     """
     column = task.get("column") or task["name"]
     kind = TASK_KINDS.get(task.get("kind") or "", Task)
-    if "labels" in task or not any(field.name == "labels" for field in dataclasses.fields(kind)):
+    takes_labels = any(field.name == "labels" for field in dataclasses.fields(kind))
+    if "labels" in task or not takes_labels or column not in rows.column_names:
         return task_from_dict(task)
     feature = rows.features[column]
     feature = getattr(feature, "feature", feature)

@@ -96,7 +96,7 @@ class MediaColumn:
             if self.on_bad_file == "raise":
                 raise type(error)(
                     f"{where}; mend or remove it, or pass on_bad_file='drop' to treat it as absent."
-                ) from error
+                ) from None
             if int(self.num_bad_files) == 0:
                 logger.warning(f"{where}; treated as absent.")
             return None

@@ -66,7 +66,7 @@ def encoded_labels(
             try:
                 labels[task.name].append(label_of(task, row.get(column, task.default_cell), text, label_separator))
             except ValueError as error:
-                raise ValueError(f"row {number:,}, column {own_column(row, column)!r}: {error}.") from error
+                raise ValueError(f"row {number:,}, column {own_column(row, column)!r}: {error}.") from None
     return labels
 
 

@@ -274,7 +274,7 @@ def _view(row: Any, source: RowSource, reader: RowReader, number: Optional[int] 
     try:
         row = reader(row)
     except ValueError as error:
-        raise ValueError(f"{which}{where}, {error}.") from error
+        raise ValueError(f"{which}{where}, {error}.") from None
     view = dict(row)
     if source.columns:
         renamed = set(source.columns.values())
