@@ -23,8 +23,8 @@ from .views import EncodedRows, exchanged, pairs, shown_name
 
 
 ALL, NOTHING = "all", "nothing"
-# Rows among which modalities are exchanged: the encoder outputs of these are held at once. Not `batch_size`, on which no
-# score may depend.
+# Rows among which modalities are exchanged: the encoder outputs of these are held at once. Not `batch_size`, on which
+# no score may depend.
 _WINDOW = 256
 _PAIRS_AT_ONCE = 256
 
