@@ -87,7 +87,7 @@ def test_whether_a_pair_matches_is_asked_in_words(tmp_path):
 
 
 def test_tables_are_whole_on_a_terminal_and_in_a_file(folder, monkeypatch, capsys):
-    """As they are printed to 80 columns, and to something that is no terminal: each cell is there, and no line is cut."""
+    """Printed to few columns, and to something that is no terminal: each cell is there, and no line is cut."""
     from mm_transformers.analysis import ablate
     from mm_transformers.cli.metrics_table import print_ablation
 
