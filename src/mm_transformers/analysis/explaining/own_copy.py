@@ -45,7 +45,8 @@ def own_copy(model: nn.Module) -> Any:
 
 
 def _copied(name: str, value: Any, known: dict[int, Any]) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str, torch.Tensor)):
+    # accelerate's hook is given the module, and may hold all weights that are not on a device.
+    if name == "_hf_hook" or value is None or isinstance(value, (bool, int, float, str, torch.Tensor)):
         return value
     if name in ("_parameters", "_buffers"):
         return dict(value)
