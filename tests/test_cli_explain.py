@@ -1,6 +1,7 @@
 """`explain`, `evaluate --ablate`, `space` and `demo --ui`, as a person calls them."""
 
 import json
+import re
 
 import pytest
 from test_report import Page
@@ -47,10 +48,12 @@ def test_a_report_on_rows(folder, tmp_path):
 def test_one_row(folder, tmp_path):
     row = ["--text", "a cat", "--image", folder / "rain.png", "--task", "topic"]
     shown = run("explain", folder / "model", *row, "--output", tmp_path / "why.png", "--answer", "food")
-    assert "topic: food." in shown
+    assert re.search(r"topic: food\. It rests on: text \d+%, image \d+%\. Wrote", shown)
     assert (tmp_path / "why.png").stat().st_size > 5000
     run("explain", folder / "model", *row, "--output", tmp_path / "why.json", "--method", "rollout")
-    assert json.loads((tmp_path / "why.json").read_text())["method"] == "rollout"
+    found = json.loads((tmp_path / "why.json").read_text())
+    assert found["method"] == "rollout"
+    assert sum(found["shares"].values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +84,24 @@ def test_whether_a_pair_matches_is_asked_in_words(tmp_path):
         run("explain", tmp_path / "model", *row, "--answer", told)
         assert json.loads((tmp_path / "why.json").read_text())["answer"] is answer
     assert "must be True or False" in run("explain", tmp_path / "model", *row, "--answer", "maybe", fails=True)
+
+
+def test_tables_are_whole_on_a_terminal_and_in_a_file(folder, monkeypatch, capsys):
+    """Printed to few columns, and to something that is no terminal: each cell is there, and no line is cut."""
+    from mm_transformers.analysis import ablate
+    from mm_transformers.cli.metrics_table import print_ablation
+
+    found = ablate(make_model(seed=2), make_processor(), make_rows(12), num_permutations=2, num_additive_rows=5)
+    for columns in ("80", "40"):
+        monkeypatch.setenv("COLUMNS", columns)
+        print_ablation(found)
+        shown = capsys.readouterr().out
+        assert "…" not in shown
+        cells = [cell.strip() for line in shown.splitlines() for cell in line.strip("|").split("|")]
+        for table in found.tables():
+            assert {cell for row in (table.header, *table.rows) for cell in row if cell} <= set(cells)
+        assert max(map(len, shown.splitlines())) <= 80
+        assert "measured on 5 of 12 rows" in shown
 
 
 def test_evaluation_with_ablation(folder, tmp_path):

@@ -122,7 +122,9 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     with console.status("Drawing what each part is good for ..."):
         cards = _cards(fused, processor, test, seed)
         draw_results(output_dir / "demo.png", results, histories, cards)
-        ablation = ablate(fused.model, processor, test.select(range(NUM_ABLATED)), list(TASK_LABELS), batch_size=288)
+        ablation = ablate(
+            fused.model, processor, test.select(range(NUM_ABLATED)), list(TASK_LABELS), num_additive_rows=NUM_ABLATED
+        )
         saved = {
             "settings": {"steps": steps, "seed": seed, "fusion": fusion_type, "test_rows": len(test)},
             "accuracy": results,

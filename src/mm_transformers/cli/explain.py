@@ -81,4 +81,4 @@ def explain_one(
             file.write((json.dumps(explanation.to_dict(), indent=2) + "\n").encode())
         else:
             explanation.plot().savefig(file, format=output.suffix[1:], dpi=120)
-    say(f"{explanation.task}: {explanation.answer}. Wrote {output}.")
+    say(f"{explanation.task}: {explanation.answer}. It rests on: {explanation.rests_on}. Wrote {output}.")

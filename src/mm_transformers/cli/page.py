@@ -57,7 +57,7 @@ def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequenc
         *(kind for kind, name in (("image", "vision"), ("audio", "audio")) if name in model.config.modalities),
     ]
     with gr.Blocks(title=title, analytics_enabled=False) as page:
-        gr.Markdown(f"# {title}\n\nGive {_either(kinds)}. Colours show what an answer rests on.")
+        gr.Markdown(f"# {title}\n\nGive {_either(kinds)}. Colours show what an answer rests on, on one scale for all.")
         with gr.Row():
             with gr.Column(scale=1):
                 inputs: list[Any] = [gr.Textbox(label="Text", lines=2, submit_btn=False, autofocus=True)]
@@ -142,10 +142,10 @@ def _answer(model: Any, processor: Any, row: dict[str, Any], tasks: Sequence[str
 
 def _card(model: Any, processor: Any, row: dict[str, Any], task: str, answers: dict[str, Any]) -> dict[str, Any]:
     """One task: the answers to the row and to what is left without a part, and the heat maps of the first."""
-    kind, problem, words, pictures, sounds = model.tasks[task], "", [], [], []
+    kind, problem, rests_on, words, pictures, sounds = model.tasks[task], "", "", [], [], []
     try:
         explanation = explain(model, processor, row, task)
-        words = colored_words(explanation)
+        rests_on, words = explanation.rests_on, colored_words(explanation)
         pictures = [(picture_url(image.image), heat_map_url(explanation, image)) for image in explanation.images]
         sounds = [(sound.seconds, sound_colors(explanation, sound)) for sound in explanation.sounds]
     except ValueError as error:
@@ -156,6 +156,7 @@ def _card(model: Any, processor: Any, row: dict[str, Any], task: str, answers: d
         "answer": shown.pop(""),
         "bars": _bars(model, processor, row, kind),
         "others": list(shown.items()),
+        "rests_on": rests_on,
         "words": words,
         "pictures": pictures,
         "sounds": sounds,

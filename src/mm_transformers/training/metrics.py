@@ -251,7 +251,7 @@ class MultiTaskMetrics:
         self.metrics: dict[str, list[evaluate.Metric]] = {
             name: _build_metrics(name, metrics.get(name, task.default_metrics)) for name, task in self.tasks.items()
         }
-        # By name: each metric with the references that it was last given.
+        # By name: each metric, and the references that it was last given, if it does not say whether less is better.
         self._seen: dict[str, tuple[evaluate.Metric, Any]] = {}
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -311,7 +311,8 @@ class MultiTaskMetrics:
                 if f"{name}_{key}" in results:
                     raise ValueError(f"Two metrics would be called '{name}_{key}'; leave one of them out.")
                 results[f"{name}_{key}"] = value
-                self._seen[f"{name}_{key}"] = metric, references
+                says = getattr(metric, "less_is_better", None) is not None
+                self._seen[f"{name}_{key}"] = metric, None if says else references
 
     def less_is_better(self, name: str) -> bool:
         """

@@ -71,7 +71,7 @@ def _draw_shapley(axes: Any, ablation: "Ablation", tasks: list[str]) -> None:
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_title("Shapley value of each modality", fontsize=9)
+    axes.set_title("Shapley value of each modality (> 0: it helps)", fontsize=9)
     axes.legend(fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 

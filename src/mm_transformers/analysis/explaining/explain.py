@@ -19,6 +19,7 @@ from .own_copy import own_copy
 from .placing import over_time, patch_grid, seen_region, spread_over_pixels, token_spans
 from .questions import Asked, Question
 from .reading import relevance_of_inputs
+from .shares import shares_of_modalities
 from .watching import watched
 
 
@@ -47,6 +48,9 @@ def explain(
     - `"integrated_gradients"`: no attention at all (https://arxiv.org/abs/1703.01365); needs the extra `explain`, and
       32 times as long;
     - `"random"`: the floor that others must beat.
+
+    How much of the answer rests on each modality is measured, by whatever method the parts of it are compared: see
+    [`Explanation.shares`].
 
     Encoders whose tokens do not attend to all others (Swin, ConvNeXt, ResNet) are not looked into: their tokens stand
     for the parts of the picture where they lie. Fusions without attention (`late`) and heads that read what the
@@ -127,7 +131,8 @@ def _explain_batch(
         relevance = integrated_gradients(
             model, processor, inputs, question, asked, read["texts"], words, seen, outputs.encoded
         )
-    placing = _Placing(model, processor, inputs, outputs, relevance, seen.maps)
+    shares = shares_of_modalities(model, processor, inputs, outputs.encoded, question, asked, read["texts"], words)
+    placing = _Placing(model, processor, inputs, outputs, relevance, seen.maps, shares)
     rows = [row if isinstance(row, Mapping) else {"text": row} for _, row in numbered]
     return [placing.explanation(i, row, question.task, asked, method) for i, row in enumerate(rows)]
 
@@ -172,7 +177,8 @@ def _random(outputs: Any, num_tokens: Mapping[str, int], seed: int) -> dict[str,
 class _Placing:
     """Puts the relevance of tokens where these come from."""
 
-    def __init__(self, model, processor, inputs, outputs, relevance: dict[str, torch.Tensor], maps):
+    def __init__(self, model, processor, inputs, outputs, relevance: dict[str, torch.Tensor], maps, shares):
+        self.shares = shares
         self.model, self.processor, self.inputs, self.outputs = model, processor, inputs, outputs
         self.relevance = {name: values.float().cpu().numpy() for name, values in relevance.items()}
         self.maps = maps
@@ -189,6 +195,7 @@ class _Placing:
             self._images(number, row),
             self._sounds(number, row),
             asked.words[number],
+            self.shares[number],
         )
 
     def _tokens(self, number: int, text: str) -> list[TokenRelevance]:

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
+from ..ablation.views import shown_name
+
 
 class TokenRelevance(NamedTuple):
     """
@@ -74,6 +76,9 @@ class Explanation:
         images (`list[ImageRelevance]`): One per picture, then one per frame of the video.
         sounds (`list[SoundRelevance]`): One per clip.
         word (`str`, *optional*): The word whose label, or which in the written answer, is explained.
+        shares (`dict[str, float]`): "text", "vision", "audio" -> how much of the answer rests on it: its Shapley value
+            for the score, with blank texts, pictures or sounds in the place of what is left out, as a share of the sum
+            of their sizes. All are 0 if the score depends on nothing.
     """
 
     task: str
@@ -85,6 +90,31 @@ class Explanation:
     images: list[ImageRelevance] = field(default_factory=list)
     sounds: list[SoundRelevance] = field(default_factory=list)
     word: Optional[str] = None
+    shares: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rests_on(self) -> str:
+        """The shares in words, such as "text 78%, image 22%"."""
+        return ", ".join(f"{shown_name(name)} {100 * share:.0f}%" for name, share in self.shares.items())
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """
+        Modality -> what its relevances (of words, pixels, steps) are multiplied with to be strengths of colour: 1 at
+        the most relevant part of the modality on which most rests, and pale in a modality on which little rests.
+        """
+        relevances = {
+            "text": [word.relevance for word in self.words],
+            "vision": [float(image.pixels.max(initial=0)) for image in self.images],
+            "audio": [float(sound.steps.max(initial=0)) for sound in self.sounds],
+        }
+        largest = max(self.shares.values(), default=0.0)
+        found = {}
+        for name, values in relevances.items():
+            highest = max([*values, 0.0])
+            share = self.shares.get(name, 0.0) / largest if largest > 0 else 0.0
+            found[name] = share / highest if highest > 0 else 0.0
+        return found
 
     @property
     def words(self) -> list[TokenRelevance]:
@@ -109,6 +139,7 @@ class Explanation:
             "word": self.word,
             "score": self.score,
             "method": self.method,
+            "shares": dict(self.shares),
             "text": self.text,
             "tokens": [token._asdict() for token in self.tokens],
             "images": [image.patches.tolist() for image in self.images],

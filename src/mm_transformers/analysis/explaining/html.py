@@ -20,20 +20,19 @@ def colored_words(explanation: Explanation) -> list[tuple[str, str, str]]:
 
 
 def heat_map_url(explanation: Explanation, image: ImageRelevance) -> str:
-    """The picture under its relevance, on a scale that all pictures of the row share."""
-    highest = max([float(other.pixels.max()) for other in explanation.images] + [0.0]) or 1.0
-    pixels = heat_map(image.image, image.pixels / highest)
+    """The picture under its relevance, on the scale that all modalities of the row share."""
+    pixels = heat_map(image.image, image.pixels * explanation.scales["vision"])
     return picture_url(Image.fromarray((pixels * 255).round().astype(np.uint8)))
 
 
 def sound_colors(explanation: Explanation, sound: SoundRelevance) -> list[str]:
     """
-    Colours of equally long parts of a clip, by the most relevant step of each, on a scale that all clips of the row
-    share.
+    Colours of equally long parts of a clip, by the most relevant step of each, on the scale that all modalities of the
+    row share.
     """
-    highest = max(float(other.steps.max(initial=0)) for other in explanation.sounds) or 1.0
+    scale = explanation.scales["audio"]
     parts = np.array_split(sound.steps, max(min(len(sound.steps), _MOST_PARTS), 1))
-    return [text_color(float(part.max(initial=0)) / highest)[0] for part in parts]
+    return [text_color(float(part.max(initial=0)) * scale)[0] for part in parts]
 
 
 def picture_url(picture: Image.Image) -> str:

@@ -1,7 +1,5 @@
 """Integrated gradients, through captum: a reference that looks at no attention."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -9,7 +7,8 @@ import torch
 from ...model.fusion_base import Stream
 from .placing import patch_grid, sums_over_parts, sums_over_patches
 from .questions import Asked, Question
-from .watching import Seen, through_frozen_encoders, word_embeddings
+from .shares import blank_text
+from .watching import Seen, embeddings_of_first_call, through_frozen_encoders, word_embeddings
 
 
 # How many points of the path are taken: more, if the sum misses the difference of the scores by more than this share.
@@ -59,7 +58,7 @@ def integrated_gradients(
                     starts, baselines, n_steps=steps, internal_batch_size=8, return_convergence_delta=True
                 )
             summed = sum(float(values.sum()) for values in attributions)
-            if abs(float(missed)) <= TOLERANCE * abs(summed - float(missed)):  # Completeness, in the paper
+            if abs(float(missed)) <= TOLERANCE * abs(summed - float(missed)):
                 break
         for name, values in zip(row.varied, attributions, strict=True):
             values = values.detach()[0].float().cpu()
@@ -105,9 +104,7 @@ class _Row:
                     self.fixed["frame_index"] = inputs["frame_index"][number : number + 1, : len(items)]
 
     def baselines(self) -> tuple[torch.Tensor, ...]:
-        tokenizer, ids = self.processor.tokenizer, self.fixed["input_ids"]
-        special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
-        blank = torch.where(special, ids, tokenizer.pad_token_id or 0)
+        blank = blank_text(self.processor.tokenizer, self.fixed["input_ids"])
         with torch.no_grad():
             embeddings = word_embeddings(self.model)(blank).float()
         others = (torch.zeros_like(value) for name, value in self.varied.items() if name != "embeddings")
@@ -122,38 +119,13 @@ class _Row:
         values = dict(zip(self.varied, varied, strict=True))
         embeddings = values.pop("embeddings")
         inputs.update({name: value.flatten(0, 1) for name, value in values.items()})
-        with _embeddings_of_first_call(self.model, embeddings):
+        with embeddings_of_first_call(self.model, embeddings):
             outputs = self.model.model(**inputs)
         words = None if self.word_index is None else self.word_index.expand(copies, -1)
         asked = self.question.ask(
             self.model, self.processor, outputs, [self.text] * copies, words, [self.answer] * copies
         )
         return asked.scores
-
-
-@contextmanager
-def _embeddings_of_first_call(model: Any, embeddings: torch.Tensor) -> Iterator[None]:
-    """
-    What the text encoder reads; a decoder that shares the layer comes later. Not every encoder takes it itself.
-
-    Raises:
-        ValueError: if the text encoder does not call the layer.
-    """
-    waiting = [embeddings]
-
-    def hook(module, args, output):
-        return waiting.pop().to(output.dtype) if waiting else output
-
-    handle = word_embeddings(model).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-    if waiting:
-        kind = model.config.text_config.model_type
-        raise ValueError(
-            f"Integrated gradients need word embeddings, which {kind!r} does not read; take another method."
-        )
 
 
 def _over_patches(model: Any, seen: Seen, pixels: torch.Tensor) -> torch.Tensor:

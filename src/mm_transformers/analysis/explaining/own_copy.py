@@ -28,15 +28,32 @@ def own_copy(model: nn.Module) -> Any:
     True
     ```
     """
-    known: dict[int, Any] = {}
-    for module in model.modules():
+    modules = list(model.modules())
+    copies = {id(module): object.__new__(type(module)) for module in modules}
+    # Whatever refers to a module or to a weight, refers to the copy or to the same weight.
+    known: dict[int, Any] = dict(copies)
+    for module in modules:
         for name, value in vars(module).items():
-            if "_hooks" in name and isinstance(value, dict):
-                # The hooks themselves may hold anything, such as locks, of which there are no copies.
-                known[id(value)] = OrderedDict(value)
-            else:
+            if name != "_modules" and "_hooks" not in name and isinstance(value, (torch.Tensor, dict, list, tuple)):
                 known.update((id(tensor), tensor) for tensor in _tensors_in(value))
-    return copy.deepcopy(model, known)
+    for module in modules:
+        state = {name: _copied(name, value, known) for name, value in vars(module).items()}
+        # What `module.compile()` has made calls the module itself.
+        state["_compiled_call_impl"] = None
+        vars(copies[id(module)]).update(state)
+    return copies[id(model)]
+
+
+def _copied(name: str, value: Any, known: dict[int, Any]) -> Any:
+    # accelerate's hook is given the module, and may hold all weights that are not on a device.
+    if name == "_hf_hook" or value is None or isinstance(value, (bool, int, float, str, torch.Tensor)):
+        return value
+    if name in ("_parameters", "_buffers"):
+        return dict(value)
+    if "_hooks" in name and isinstance(value, dict):
+        # The hooks themselves may hold anything, such as locks, of which there are no copies.
+        return OrderedDict(value)
+    return copy.deepcopy(value, known)
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:

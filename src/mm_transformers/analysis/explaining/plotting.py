@@ -16,20 +16,21 @@ _CHARACTERS_PER_LINE = 64
 
 
 def plot_explanation(explanation: "Explanation") -> Figure:
-    highest = max([float(image.pixels.max()) for image in explanation.images] + [0.0]) or 1.0
+    scales = explanation.scales
     # Each picture, and beside it what of it counts.
     panels: list[Any] = []
     for image in explanation.images:
-        panels += [image.image, heat_map(image.image, image.pixels / highest)]
+        panels += [image.image, heat_map(image.image, image.pixels * scales["vision"])]
     columns = min(max(len(panels), 1), 4)
     rows = -(-len(panels) // columns)
     lines = _lines(explanation)
     heights = [0.32 * max(len(lines), 1) + 0.1, *([3.0] * rows), *([1.2] * len(explanation.sounds))]
     # Not by pyplot, which would keep the figure open, and may have no screen.
-    figure = Figure(figsize=(max(3.2 * columns, 7.2), sum(heights) + 0.5), layout="constrained")
+    figure = Figure(figsize=(max(3.2 * columns, 7.2), sum(heights) + 0.8), layout="constrained")
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     told = f" (word {explanation.word!r})" if explanation.word is not None else ""
-    figure.suptitle(f"{explanation.task}{told}: {_shown(explanation.answer)}", fontsize=12)
+    rests_on = f"\nrests on: {explanation.rests_on}" if explanation.shares else ""
+    figure.suptitle(f"{explanation.task}{told}: {_shown(explanation.answer)}{rests_on}", fontsize=12)
     _draw_text(figure.add_subplot(grid[0, :]), lines)
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(grid[1 + number // columns, number % columns])
@@ -38,7 +39,8 @@ def plot_explanation(explanation: "Explanation") -> Figure:
     for number, sound in enumerate(explanation.sounds):
         axes = figure.add_subplot(grid[1 + rows + number, :])
         times = (np.arange(len(sound.steps)) + 0.5) * sound.seconds / max(len(sound.steps), 1)
-        axes.fill_between(times, sound.steps, step="mid", color="#c0504d")
+        axes.fill_between(times, sound.steps * scales["audio"], step="mid", color="#c0504d")
+        axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1)
         axes.set_xlabel("seconds")
         axes.set_yticks([])
     return figure
@@ -69,10 +71,9 @@ def text_color(strength: float) -> tuple[str, str]:
 
 
 def strengths(explanation: "Explanation") -> list[tuple[str, float]]:
-    """The words of the text with their relevance, of which the highest is 1."""
-    words = explanation.words
-    highest = max([word.relevance for word in words] + [0.0]) or 1.0
-    return [(word.token, word.relevance / highest) for word in words]
+    """The words of the text with the strengths of their colours."""
+    scale = explanation.scales["text"]
+    return [(word.token, word.relevance * scale) for word in explanation.words]
 
 
 def _lines(explanation: "Explanation") -> list[list[tuple[str, float]]]:

@@ -133,6 +133,30 @@ def word_embeddings(model: Any) -> nn.Module:
     return model.model.encoder("text").get_input_embeddings()
 
 
+@contextmanager
+def embeddings_of_first_call(model: Any, embeddings: torch.Tensor) -> Iterator[None]:
+    """
+    While this is open, what the text encoder reads; a decoder that shares the layer comes later. Not every encoder
+    takes it itself.
+
+    Raises:
+        ValueError: if the text encoder does not call the layer.
+    """
+    waiting = [embeddings]
+
+    def hook(module, args, output):
+        return waiting.pop().to(output.dtype) if waiting else output
+
+    handle = word_embeddings(model).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if waiting:
+        kind = model.config.text_config.model_type
+        raise ValueError(f"Integrated gradients need word embeddings, which the text encoder {kind!r} does not use.")
+
+
 def _shows_attentions(encoder: PreTrainedModel) -> bool:
     parameters = inspect.signature(encoder.forward).parameters
     return "output_attentions" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -129,7 +129,7 @@ class _Drawn:
             if items:
                 parts[name] = items[0] if kind == "videos" else items
         # What cannot be explained is shown all the same.
-        self.problem, explanation = "", None
+        self.problem, self.rests_on, explanation = "", "", None
         self.pictures: list[tuple[str, Optional[str]]] = []
         self.sounds: list[tuple[float, list[str]]] = []
         try:
@@ -146,7 +146,7 @@ class _Drawn:
     def _draw(self, explanation: Explanation) -> None:
         if self.answered.answer is None or self.answered.answer == []:
             self.answer = shown(explanation.answer)
-        self.words = colored_words(explanation)
+        self.rests_on, self.words = explanation.rests_on, colored_words(explanation)
         self.pictures = [(picture_url(image.image), heat_map_url(explanation, image)) for image in explanation.images]
         self.sounds = [(sound.seconds, sound_colors(explanation, sound)) for sound in explanation.sounds]
 

@@ -1,0 +1,80 @@
+"""How much of an answer rests on each modality: measured on the model, whatever the method of the explanation."""
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import torch
+
+from ...model.fusion_base import Stream
+from ..ablation.contributions import shapley_values
+from .questions import Asked, Question
+
+
+# Of what changes the score by less than this, relative to it, is not told from rounding.
+_NOTHING = 1e-5
+
+
+def shares_of_modalities(
+    model: Any,
+    processor: Any,
+    inputs: Mapping[str, torch.Tensor],
+    encoded: Mapping[str, Stream],
+    question: Question,
+    asked: Asked,
+    texts: list[str],
+    word_index: Optional[torch.Tensor],
+) -> list[dict[str, float]]:
+    """
+    The Shapley values of the modalities for the score of the answer, as shares of the sum of their sizes. What is left
+    out is blank, not absent: padding in the place of words, grey pictures, silence. So a picture that changes nothing
+    has no share, also where it changes something that there is one. Needs one more pass of the encoders, and one of the
+    fusion for each set of modalities.
+
+    Args:
+        inputs: of the model, with no item in two rows.
+        encoded: of the same inputs.
+        asked: the answers that are explained.
+
+    Returns:
+        For each row: modality -> share, of those that it has. They sum to 1, or are 0 if the score depends on nothing.
+    """
+    # A number is what the score is, and not one of several answers.
+    answers = [None if isinstance(answer, float) else answer for answer in asked.answers]
+    names = list(encoded)
+    with torch.no_grad():
+        blank = _blank_rows(model, processor, inputs)
+
+        def score(kept: frozenset[str]) -> torch.Tensor:
+            streams = {name: (encoded if name in kept or name not in blank else blank)[name] for name in names}
+            outputs = model.model.fuse(streams)
+            return question.ask(model, processor, outputs, texts, word_index, answers).scores.float()
+
+        values: Any = shapley_values(names, score)  # type: ignore[arg-type]
+    sizes = torch.stack([values[name].abs() for name in names])
+    total, scores = sizes.sum(0), asked.scores.detach().float()
+    is_something = total > _NOTHING * scores.abs().clamp(min=1)
+    shares = torch.where(is_something, sizes / torch.where(is_something, total, 1), 0).T.tolist()
+    has_text = inputs["attention_mask"].bool().any(-1)
+    present = [(has_text if name == "text" else encoded[name].present).tolist() for name in names]
+    return [
+        {name: share for name, share, there in zip(names, row, present, strict=True) if there[number]}
+        for number, row in enumerate(shares)
+    ]
+
+
+def blank_text(tokenizer: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Ids with padding in the place of all words; special tokens stay."""
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
+    return torch.where(special, ids, tokenizer.pad_token_id or 0)
+
+
+def _blank_rows(model: Any, processor: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, Stream]:
+    given = {**inputs, "input_ids": blank_text(processor.tokenizer, inputs["input_ids"])}
+    if "pixel_values" in given:
+        # All are alike, so that one is enough.
+        given["pixel_values"] = torch.zeros_like(given["pixel_values"][:1])
+        given["image_index"] = given["image_index"].clamp(max=0)
+    for name in ("input_values", "input_features"):
+        if name in given:
+            given[name] = torch.zeros_like(given[name])
+    return model.model.encode_rows(**given)[0]
