@@ -36,6 +36,7 @@ from mm_transformers import (
     MMTransformerModel,
     MultiTaskMetrics,
 )
+from mm_transformers.analysis import ablate
 from mm_transformers.model.task_base import LabelContext
 
 
@@ -615,6 +616,8 @@ def test_metrics_compare_with_the_cell(cell, is_right, tmp_path, monkeypatch):
     rows = [{"text": "red cat", "german": cell}, {"text": "cat", "german": None}] * 3
     trainer = MMTrainer(model, make_args(tmp_path), processing_class=processor, eval_dataset=rows)
     assert trainer.evaluate()["eval_german_exact_match"] == float(is_right)
+    ablation = ablate(model, processor, rows, ["german"], batch_size=2, num_permutations=1)
+    assert ablation.variants["all"]["german_exact_match"] == float(is_right)
     # A batch for the model itself has nothing that it does not take.
     assert "references" not in trainer.data_collator(rows)
 

@@ -132,6 +132,7 @@ class _Scores:
         self.answers: dict[str, Any] = {}
         self.labels: Any = None
         self.window_labels: Any = None
+        self.window_references: Any = None
         self.sampled: list[EncodedRows] = []
         self.additive: dict[str, torch.Tensor] = {}
         self.num_additive = 0
@@ -140,7 +141,9 @@ class _Scores:
 
     def encode(self, rows: Sequence[Mapping[str, Any]], collator: Callable[[Any], dict[str, Any]]) -> EncodedRows:
         """The rows after the encoders; their labels are kept."""
-        parts, labels = [], None
+        parts, labels, references = [], None, None
+        if isinstance(collator, MMDataCollator):
+            collator = collator.with_references()
         for numbers in np.array_split(np.arange(len(rows)), -(-len(rows) // self.batch_size)):
             batch = send_to_device(collator([rows[int(i)] for i in numbers]), self.model.device)
             given = {
@@ -148,8 +151,10 @@ class _Scores:
                 for name, value in batch.pop("labels").items()
             }
             labels = given if labels is None else nested_concat(labels, given)
+            told = send_to_device(batch.pop("references", {}), "cpu")
+            references = told if references is None else nested_concat(references, told)
             parts.append(EncodedRows.of(self.model.model, batch))
-        self.window_labels = labels
+        self.window_labels, self.window_references = labels, references
         self.labels = labels if self.labels is None else nested_concat(self.labels, labels)
         return EncodedRows.together(parts)
 
@@ -169,16 +174,18 @@ class _Scores:
                 if modality == "text":
                     self.without_words.add(shuffle_name(modality, number))
         for chunk in np.array_split(own, -(-len(own) // self.batch_size)):
-            labels = _select(self.window_labels, chunk)
+            labels, references = _select(self.window_labels, chunk), _select(self.window_references, chunk)
             for name, (kept, rows) in views.items():
                 outputs = window.view({modality: theirs[chunk] for modality, theirs in rows.items()}, kept)
-                self._keep(name, self._answers(outputs, labels))
+                self._keep(name, self._answers(outputs, labels, references))
 
     def _keep(self, variant: str, answers: dict[str, Any]) -> None:
         before = self.answers.get(variant)
         self.answers[variant] = answers if before is None else nested_concat(before, answers)
 
-    def _answers(self, outputs: MMTransformerModelOutput, labels: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _answers(
+        self, outputs: MMTransformerModelOutput, labels: dict[str, torch.Tensor], references: dict[str, torch.Tensor]
+    ) -> dict[str, Any]:
         logits = self.model(encoder_outputs=outputs).logits
         answers: dict[str, Any] = {}
         for name, task in self.tasks.items():
@@ -192,6 +199,8 @@ class _Scores:
                 ids = self.model.generate(name, outputs, **self.generation_options)
                 written = ids[:, len(self.model.decoder_start_ids(task)) :]
                 answers[name] = {"generated_ids": written.cpu(), "losses": torch.stack(losses).cpu()}
+                if name in references:
+                    answers[name]["references"] = references[name]
             else:
                 answers[name] = logits[name].float().cpu()
         return answers
