@@ -37,7 +37,8 @@ from mm_transformers import (
     MMTransformerProcessor,
 )
 from mm_transformers.model.audio import AudioError, load_audio
-from mm_transformers.model.encoders import audio_token_mask, build_encoder, min_audio_samples
+from mm_transformers.model.encoder_classes import audio_token_mask, min_audio_samples
+from mm_transformers.model.encoders import build_encoder
 
 
 every_encoder = pytest.mark.parametrize("audio", AUDIO_ENCODERS)

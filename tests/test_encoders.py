@@ -268,7 +268,7 @@ def test_new_weights_are_initialised_as_transformers_does():
     ({"vision_config": GPT2Config()}, "'gpt2' cannot be the vision encoder: it takes 'input_ids', not 'pixel_values'"),
     ({"text_config": WhisperConfig()}, "'whisper' cannot be the text encoder"),
     ({"vision_config": HGNetV2Config()}, "its output has no `last_hidden_state`"),
-    ({"vision_config": Siglip2VisionConfig()}, r"it fails on one blank item of shape \(1, 3, 224, 224\): .*missing 2"),
+    ({"vision_config": Siglip2VisionConfig()}, r"it fails on one blank image of shape \(1, 3, 224, 224\): .*missing 2"),
     ({"vision_config": Sam2VisionConfig()}, r"its output has the shape \(1, 7, 7, 768\), not"),
 ])  # fmt: skip
 def test_encoder_that_cannot_work_says_why(kwargs, message):

@@ -27,7 +27,7 @@ from tiny import (
     make_tokenizer,
 )
 from torch.utils.data import DataLoader
-from transformers import Seq2SeqTrainingArguments
+from transformers import AutoModel, FNetConfig, Seq2SeqTrainingArguments
 
 from mm_transformers import (
     Classification,
@@ -35,6 +35,7 @@ from mm_transformers import (
     Matching,
     MMDataCollator,
     MMTrainer,
+    MMTransformerConfig,
     MMTransformerForMultiTask,
     MMTransformerProcessor,
     Retrieval,
@@ -120,7 +121,7 @@ def test_cached_rows_get_the_same_answers(text, tmp_path):
     assert calls == []
 
 
-@pytest.mark.parametrize(("text", "pad"), [("roberta", 1), ("t5", 0)])
+@pytest.mark.parametrize(("text", "pad"), [("bert", 0), ("roberta", 1), ("t5", 0)])
 def test_padding_on_the_left(text, pad, tmp_path):
     rows = make_rows(8)
     model = make_model(text, freeze=["text"], tasks=[TOPIC])
@@ -134,11 +135,17 @@ def test_padding_on_the_left(text, pad, tmp_path):
 
 
 def test_a_text_encoder_that_depends_on_padding_is_refused(tmp_path):
-    """BERT counts positions from the left end, padding or not."""
-    model, processor = make_model(freeze=["text"]), make_processor()
-    processor.tokenizer.padding_side = "left"
-    with pytest.raises(ValueError, match="'bert'.*depends on how many places the tokenizer pads on the left.*'right'"):
-        FeatureCache(tmp_path).prepare(model, MMDataCollator(processor, model.config), make_rows(4))
+    """Built from a config, FNet mixes the padding into a text; loaded by `from_encoders`, it runs without."""
+    sizes = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, intermediate_size=37, max_position_embeddings=40)
+    config = MMTransformerConfig(text_config=FNetConfig(**sizes, pad_token_id=0), freeze=["text"], tasks=[TOPIC])
+    torch.manual_seed(0)
+    model, rows = MMTransformerForMultiTask(config), [{"text": "a big dog" + " sat" * i, "topic": 0} for i in range(4)]
+    collator = MMDataCollator(MMTransformerProcessor(tokenizer=make_tokenizer()), config)
+    with pytest.raises(ValueError, match="'fnet'.*depends on its padding.*load it by `from_encoders`"):
+        FeatureCache(tmp_path / "cache").prepare(model, collator, rows)
+    AutoModel.from_config(config.text_config).save_pretrained(tmp_path / "text")
+    loaded = MMTransformerForMultiTask.from_encoders(tmp_path / "text", freeze=["text"], tasks=[TOPIC])
+    FeatureCache(tmp_path / "cache").prepare(loaded, MMDataCollator(collator.processor, loaded.config), rows)
 
 
 @pytest.mark.parametrize("audio", ["wav2vec2", "whisper", "ast"])

@@ -251,7 +251,7 @@ def check_tokenizer(tokenizer, config: MMTransformerConfig) -> None:
             f"The tokenizer has {len(tokenizer):,} tokens, but the text encoder has embeddings for {vocab_size:,}: "
             "load the processor that belongs to the model, or call model.resize_token_embeddings(len(tokenizer))."
         )
-    pad = config.text_config.pad_token_id
+    pad = getattr(config.text_config, "pad_token_id", None)
     if tokenizer.pad_token_id is None:
         raise ValueError(
             "The tokenizer has no padding token; set one, for example tokenizer.pad_token = tokenizer.eos_token."

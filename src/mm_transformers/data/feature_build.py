@@ -202,9 +202,9 @@ class Builder:
         difference = (states[padded["attention_mask"].bool()] - expected[0]).norm()
         if difference > 0.05 * expected.norm():
             raise ValueError(
-                f"What the text encoder ({self.model.text_encoder.config.model_type!r}) says of a text depends on how "
-                f"many places the tokenizer pads on the {tokenizer.padding_side}, so it cannot be cached"
-                + (": set processor.tokenizer.padding_side = 'right'." if tokenizer.padding_side == "left" else ".")
+                f"What the text encoder ({self.model.text_encoder.config.model_type!r}) outputs for a text depends on "
+                "its padding, so it cannot be cached: load it by `from_encoders`, which finds such encoders and runs "
+                "them without padding."
             )
 
     def _loader(self, rows: Dataset, batch_size: int, collate: Callable[[list[Any]], Any]) -> DataLoader:

@@ -10,7 +10,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .decoders import check_decoder, decoder_vocab_size
-from .encoders import encoder_width, sub_config_of
+from .encoder_classes import sub_config_of
+from .encoders import encoder_width
 from .freezing import check_freeze
 from .fusion import fusion_class
 from .regularization import check_regularization

@@ -1,5 +1,6 @@
 """Text encoders that can also write: encoder-decoders of transformers, pretrained as such or put together."""
 
+import copy
 from typing import Any, Optional
 
 from transformers import (
@@ -12,7 +13,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .encoders import HUB_KWARGS, build_encoder, load_encoder, max_text_positions, without_random_skips
+from .encoder_classes import without_random_skips
+from .encoder_probe import observe_seq2seq, probe, probe_seq2seq, traits_of
+from .encoders import HUB_KWARGS, build_encoder, load_encoder, max_text_positions, parameters_to_buffers
 
 
 def build_seq2seq(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig]) -> PreTrainedModel:
@@ -23,9 +26,20 @@ def build_seq2seq(text_config: PreTrainedConfig, decoder_config: Optional[PreTra
         text_config: of an encoder-decoder, or of an encoder.
         decoder_config: of a decoder for an encoder that has none, otherwise `None`.
     """
+
+    def build() -> PreTrainedModel:
+        if decoder_config is None:
+            return AutoModelForSeq2SeqLM.from_config(without_random_skips(copy.deepcopy(text_config)))
+        return _join(build_encoder(copy.deepcopy(text_config), "text"), copy.deepcopy(decoder_config))
+
+    unused = traits_of(text_config).get("unused_with_decoder")
+    if unused is None:
+        unused = observe_seq2seq(build)
     if decoder_config is None:
-        return AutoModelForSeq2SeqLM.from_config(without_random_skips(text_config))
-    return _join(build_encoder(text_config, "text"), decoder_config)
+        model = AutoModelForSeq2SeqLM.from_config(without_random_skips(text_config))
+    else:
+        model = _join(build_encoder(text_config, "text"), decoder_config)
+    return parameters_to_buffers(model, unused)
 
 
 def load_seq2seq(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs) -> PreTrainedModel:
@@ -33,8 +47,18 @@ def load_seq2seq(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs
     if decoder_config is None:
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         config = without_random_skips(AutoConfig.from_pretrained(path, **hub_kwargs))
-        return AutoModelForSeq2SeqLM.from_pretrained(path, config=config, **kwargs)
-    return _join(load_encoder(path, "text", **kwargs)[0], decoder_config)
+        model = AutoModelForSeq2SeqLM.from_pretrained(path, config=config, **kwargs)
+        text_config = model.config
+        traits = probe(model.get_encoder(), "text")
+        traits.pop("unused", None)
+    else:
+        encoder, text_config = load_encoder(path, "text", **kwargs)
+        model = _join(encoder, decoder_config)
+        traits = traits_of(text_config)
+    unused = probe_seq2seq(model)
+    if traits:
+        text_config.encoder_traits = {**traits, "unused_with_decoder": unused}
+    return parameters_to_buffers(model, unused)
 
 
 def _join(encoder: PreTrainedModel, decoder_config: PreTrainedConfig) -> PreTrainedModel:

@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from .distributed import is_sharded
-from .encoders import as_tokens, audio_token_mask, blank_input, encoder_width, min_audio_samples
+from .encoder_classes import audio_token_mask, blank_input, forward_options, min_audio_samples, output_tokens
+from .encoder_probe import is_expert, traits_of
+from .encoders import encoder_width
 from .freezing import Freezing
 from .fusion_base import Stream
 from .fusion_layers import masked_mean
+from .padding import as_long_as, leading_padding, roll_rows, run_by_length
 
 
 class Encoding(Freezing):
@@ -38,21 +41,65 @@ class Encoding(Freezing):
             padding, (items, tokens) bool, if the encoder tells.
         """
         encoder, mask = self.encoder(modality), None
-        attention_mask = inputs.get("attention_mask")
+        attention_mask = inputs.pop("attention_mask", None)
+        if modality == "text":
+            return self._encode_rolled(inputs, attention_mask), None
+        inputs = {key: x.to(encoder.dtype) for key, x in inputs.items()}
         if modality == "audio":
-            inputs.pop("attention_mask", None)
-            if attention_mask is not None and self.audio_takes_mask:
-                inputs["attention_mask"] = attention_mask
             shortest = min_audio_samples(encoder.config)
             if "input_values" in inputs and inputs["input_values"].shape[-1] < shortest:
                 raise ValueError(f"The audio encoder needs clips of at least {shortest} samples.")
-        if modality != "text":
-            inputs = {key: x if key == "attention_mask" else x.to(encoder.dtype) for key, x in inputs.items()}
-        with self._gradients(modality, inputs):
-            features = as_tokens(encoder(**inputs).last_hidden_state)
+        given = attention_mask if modality == "audio" and self.audio_takes_mask else None
+        features = self._run(modality, inputs, given)
         if modality == "audio":
             mask = audio_token_mask(encoder, features.shape[1], attention_mask)
         return features, mask
+
+    def _encode_rolled(self, inputs: dict[str, torch.Tensor], attention_mask: Optional[torch.Tensor]) -> torch.Tensor:
+        """
+        Texts are given to the encoder with their padding on the right, wherever it is in the batch: encoders with
+        absolute positions count them from the left, padding or not.
+        """
+        if attention_mask is None:
+            return self._run("text", inputs, None)
+        shifts, length = leading_padding(attention_mask), attention_mask.shape[1]
+        rolled = {
+            name: roll_rows(x, shifts) if x.ndim > 1 and x.shape[1] == length else x for name, x in inputs.items()
+        }
+        states = self._run("text", rolled, roll_rows(attention_mask, shifts))
+        return roll_rows(as_long_as(states, length), -shifts)
+
+    def _run(
+        self, modality: str, inputs: dict[str, torch.Tensor], attention_mask: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        """The tokens that an encoder outputs, (items, tokens, width)."""
+        encoder, traits = self.encoder(modality), traits_of(getattr(self.config, f"{modality}_config"))
+        options = forward_options(encoder)
+
+        def run(**given: torch.Tensor) -> torch.Tensor:
+            tokens = output_tokens(encoder(**given, **options))
+            if traits.get("routed") and self.training:
+                # Experts that no token of this batch is sent to get a gradient of 0, for which DDP waits.
+                firsts = [p.reshape(-1)[0].to(tokens) for name, p in encoder.named_parameters() if is_expert(name)]
+                tokens = tokens + 0.0 * torch.stack(firsts).sum()
+            return tokens
+
+        by_length = attention_mask is not None and traits.get("by_length", False)
+        if (by_length or traits.get("one_by_one")) and is_sharded(encoder):
+            raise ValueError(
+                f"The {modality} encoder ({encoder.config.model_type!r}) mixes the rows of a batch, or its padding, so "
+                "it runs on few of them at a time, which FSDP and DeepSpeed ZeRO-3 do not allow: train it with DDP, or "
+                "choose another encoder."
+            )
+        with self._gradients(modality, inputs):
+            if by_length:
+                return run_by_length(run, inputs, attention_mask, traits.get("shortest", 1))
+            if attention_mask is not None:
+                inputs = {**inputs, "attention_mask": attention_mask}
+            if traits.get("one_by_one"):
+                items = next(iter(inputs.values())).shape[0]
+                return torch.cat([run(**{key: x[i : i + 1] for key, x in inputs.items()}) for i in range(items)])
+            return run(**inputs)
 
     def _encode_text(
         self, attention_mask: torch.Tensor, features: Optional[torch.Tensor] = None, **inputs: Optional[torch.Tensor]

@@ -77,6 +77,31 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
                     module.weight = nn.init.kaiming_uniform_(torch.empty_like(direction), a=5**0.5)
         super().initialize_weights()
 
+    def enable_input_require_grads(self):
+        """
+        As [`~transformers.PreTrainedModel.enable_input_require_grads`] does, also for encoders whose embeddings return
+        more than one tensor (Swin, Hiera, I-BERT).
+        """
+
+        def want_gradient(module, inputs, output):
+            states = output[0] if isinstance(output, (tuple, list)) else output
+            if isinstance(states, torch.Tensor) and states.is_floating_point():
+                states.requires_grad_(True)
+
+        embeddings: dict[int, nn.Module] = {}
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                try:
+                    found = module.get_input_embeddings()
+                except NotImplementedError:
+                    continue
+                if isinstance(found, nn.Module):
+                    embeddings[id(found)] = found
+        # Where `disable_input_require_grads` looks for them.
+        self._require_grads_hooks = [module.register_forward_hook(want_gradient) for module in embeddings.values()]
+        if self._require_grads_hooks:
+            self._require_grads_hook = self._require_grads_hooks[0]
+
     def resize_token_embeddings(
         self,
         new_num_tokens: Optional[int] = None,

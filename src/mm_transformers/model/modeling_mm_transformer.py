@@ -11,7 +11,8 @@ from transformers.utils import can_return_tuple, logging
 from .adding_tasks import load_with_tasks
 from .configuration_mm_transformer import MMTransformerConfig
 from .decoders import build_seq2seq
-from .encoders import build_encoder, encoder_width, takes_audio_mask
+from .encoder_classes import takes_audio_mask
+from .encoders import build_encoder, encoder_width
 from .encoding import Encoding
 from .fusion import Stream, fusion_class
 from .fusion_layers import StreamProjection, masked_mean

@@ -18,7 +18,8 @@ from transformers.processing_utils import AudioKwargs, ImagesKwargs, ProcessingK
 from transformers.utils import logging
 
 from .audio import AudioError, audio_key, load_audio
-from .encoders import max_text_positions, sub_config_of
+from .encoder_classes import sub_config_of
+from .encoders import max_text_positions
 from .files import describe, is_absent
 from .images import image_key, load_image
 from .task_token_classification import index_words

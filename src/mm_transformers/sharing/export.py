@@ -22,6 +22,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..model.answering import evaluation_mode
+from ..model.encoder_probe import traits_of
 
 
 SPEC_NAME = "export.json"
@@ -83,7 +84,8 @@ def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: st
         int8 (`bool`, *optional*, defaults to `False`): Matrices as 8-bit integers, for ONNX.
 
     Raises:
-        ValueError: if the folder is not empty, or int8 is asked for another kind than ONNX.
+        ValueError: if the folder is not empty, if int8 is asked for another kind than ONNX, or if an encoder runs on
+            few rows at a time.
         ImportError: if what exports is not installed.
     """
     check_exporters(kind)
@@ -92,6 +94,13 @@ def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: st
         raise ValueError(f"The format must be one of {', '.join(SUFFIXES)}, but is {kind!r}.")
     if int8 and kind != "onnx":
         raise ValueError("int8 needs the format onnx: programs of torch.export keep the precision of the model.")
+    for modality in ("text", *model.config.modalities):
+        encoder_config = getattr(model.config, f"{modality}_config")
+        if {"by_length", "one_by_one"} & set(traits_of(encoder_config)):
+            raise ValueError(
+                f"A model whose {modality} encoder is {encoder_config.model_type!r} cannot be exported: this encoder "
+                "mixes the rows of a batch, or its padding, so it runs on few of them at a time, which no graph can."
+            )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not empty; name another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
-from ...model.encoders import as_tokens
+from ...model.encoder_classes import as_tokens
 from ...model.fusion_base import Stream
 from ...model.linear_probe import LinearProbe
 from .watching import Seen

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...model.encoders import as_tokens
+from ...model.encoder_classes import as_tokens
 from ...model.fusion_base import AttentionStep
 from ...model.linear_probe import LinearProbe
 from ...model.token_reduction import Resampler, TokenMerging

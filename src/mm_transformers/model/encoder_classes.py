@@ -1,0 +1,171 @@
+"""Which class of transformers is the encoder that a config describes, and what such a class takes."""
+
+import inspect
+from typing import Any, Optional
+
+import torch
+import transformers
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+
+
+MAIN_INPUTS = {"text": ("input_ids",), "vision": ("pixel_values",), "audio": ("input_values", "input_features")}
+
+
+def sub_config_of(config: PreTrainedConfig, modality: str) -> PreTrainedConfig:
+    """The part of the config that describes one modality's encoder, where the config has several (CLIP, SigLIP)."""
+    sub_config = getattr(config, f"{modality}_config", None)
+    return sub_config if isinstance(sub_config, PreTrainedConfig) else config
+
+
+def model_class(config: PreTrainedConfig) -> Optional[type[PreTrainedModel]]:
+    """The class of an encoder; `None` for one that is neither part of transformers nor registered."""
+    cls = MODEL_MAPPING.get(type(config), None)
+    if cls is None and type(config).__module__.startswith("transformers."):
+        # Towers that `AutoModel` knows only as part of a whole: SiglipTextConfig -> SiglipTextModel.
+        cls = getattr(transformers, type(config).__name__.removesuffix("Config") + "Model", None)
+    return cls[0] if isinstance(cls, (tuple, list)) else cls
+
+
+def class_options(cls: type[PreTrainedModel]) -> dict[str, bool]:
+    """Keyword arguments that leave out what the fusion does not read."""
+    takes = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+    return {"add_pooling_layer": False} if takes else {}
+
+
+def forward_options(model: PreTrainedModel) -> dict[str, bool]:
+    """Keyword arguments of a forward pass that keeps nothing for the next tokens, which there are none of."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def modality_of(config: PreTrainedConfig) -> Optional[str]:
+    """What the encoder of a config reads; `None` if it is not known or none of ours."""
+    name = getattr(model_class(config), "main_input_name", None)
+    return next((modality for modality, inputs in MAIN_INPUTS.items() if name in inputs), None)
+
+
+def check_class(config: PreTrainedConfig, modality: str) -> type[PreTrainedModel]:
+    """
+    Returns:
+        [`model_class`] of the config.
+
+    Raises:
+        ValueError: one sentence, if there is none, or if it does not read this modality.
+    """
+    cls, wanted = model_class(config), MAIN_INPUTS[modality]
+    if cls is None:
+        raise ValueError(
+            f"{config.model_type!r} cannot be the {modality} encoder: transformers has no model for its config, and "
+            "code that a checkpoint names is not run; make a class of your own known with AutoModel.register first."
+        )
+    if cls.main_input_name not in wanted:
+        raise ValueError(
+            f"{config.model_type!r} cannot be the {modality} encoder: it takes {cls.main_input_name!r}, not "
+            f"{' or '.join(map(repr, wanted))}."
+        )
+    return cls
+
+
+def encoder_part(model: PreTrainedModel, modality: str) -> PreTrainedModel:
+    """The encoder of an encoder-decoder; other models as they are."""
+    model_type = model.config.model_type
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    wanted = MAIN_INPUTS[modality]
+    if not set(wanted) & set(inspect.signature(model.forward).parameters):
+        raise ValueError(
+            f"{model_type!r} cannot be the {modality} encoder: its forward takes no {' or '.join(map(repr, wanted))}."
+        )
+    return model
+
+
+def without_random_skips(config: PreTrainedConfig) -> PreTrainedConfig:
+    """
+    The config, changed so that training neither skips a whole layer, whose weights would get no gradient in that step,
+    for which DDP waits for ever, nor masks stretches of sound, which fails for clips shorter than such a stretch; and
+    so that no patches of an image are left out at random, as masked autoencoders do even in evaluation.
+    """
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "mask_ratio"):
+        if getattr(config, name, 0):
+            setattr(config, name, 0.0)
+    if hasattr(config, "mask_time_prob"):
+        config.apply_spec_augment = False
+    return config
+
+
+def output_tokens(output: Any) -> torch.Tensor:
+    """
+    The tokens of an encoder output, (batch, tokens, width).
+
+    Feature maps (batch, channels, rows, columns) of convolutional encoders become tokens. Masked autoencoders shuffle
+    their patches; these are put back in order.
+    """
+    states, order = as_tokens(output.last_hidden_state), getattr(output, "ids_restore", None)
+    if order is None:
+        return states
+    others = states.shape[1] - order.shape[1]  # the class token
+    patches = states[:, others:].gather(1, order[..., None].expand(-1, -1, states.shape[-1]))
+    return torch.cat([states[:, :others], patches], 1)
+
+
+def as_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Feature maps (batch, channels, rows, columns) of convolutional encoders become (batch, tokens, channels)."""
+    return hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
+
+
+def blank_input(config: PreTrainedConfig, modality: str) -> dict[str, torch.Tensor]:
+    """
+    A small input of an encoder of images or sound, of zeros: one item.
+
+    Raises:
+        ValueError: if it is not known what the encoder takes.
+    """
+    if modality == "vision":
+        size = getattr(config, "image_size", None) or 224
+        height, width = size[-2:] if isinstance(size, (list, tuple)) else (size, size)
+        return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), height, width)}
+    if getattr(config, "conv_kernel", None) and getattr(config, "conv_stride", None):  # of waveforms
+        return {"input_values": torch.zeros(1, min_audio_samples(config, 4 * getattr(config, "squeeze_factor", 1)))}
+    if config.model_type == "whisper":
+        return {"input_features": torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)}
+    if config.model_type == "audio-spectrogram-transformer":
+        return {"input_values": torch.zeros(1, config.max_length, config.num_mel_bins)}
+    if hasattr(config, "feature_projection_input_dim"):  # Wav2Vec2-BERT
+        return {"input_features": torch.zeros(1, 8, config.feature_projection_input_dim)}
+    if hasattr(config, "input_feat_per_channel"):  # Speech2Text
+        return {"input_features": torch.zeros(1, 16, config.input_feat_per_channel * config.input_channels)}
+    raise ValueError(
+        f"{config.model_type!r} cannot be the audio encoder: it is not known what it takes; choose one of the kinds of "
+        "Wav2Vec2, HuBERT, WavLM, Whisper or AST."
+    )
+
+
+def min_audio_samples(config: PreTrainedConfig, num_tokens: int = 1) -> int:
+    """How many samples of sound give so many tokens of an encoder that takes waveforms; as many for others."""
+    samples = num_tokens
+    kernels, strides = getattr(config, "conv_kernel", ()), getattr(config, "conv_stride", ())
+    for kernel, stride in reversed(list(zip(kernels, strides, strict=True))):
+        samples = (samples - 1) * stride + kernel
+    return samples
+
+
+def takes_audio_mask(model: PreTrainedModel) -> bool:
+    """Whether an audio encoder heeds a mask of its input; Whisper does not."""
+    return "attention_mask" in inspect.signature(model.forward).parameters and model.config.model_type != "whisper"
+
+
+def audio_token_mask(
+    model: PreTrainedModel, num_tokens: int, attention_mask: Optional[torch.Tensor]
+) -> Optional[torch.Tensor]:
+    """
+    Which tokens of an audio encoder belong to the clip and not to its padding: (num_clips, num_tokens) bool, or `None`
+    if the encoder does not tell (AST, whose tokens are patches of a spectrogram of fixed length).
+
+    Args:
+        attention_mask (num_clips, samples or frames): 1 where the clip is, at the rate of the encoder's input.
+    """
+    if attention_mask is None:
+        return None
+    if not hasattr(model, "_get_feat_extract_output_lengths"):
+        return attention_mask.bool() if attention_mask.shape[1] == num_tokens else None
+    lengths = model._get_feat_extract_output_lengths(attention_mask.sum(-1)).to(torch.int64)
+    return torch.arange(num_tokens, device=attention_mask.device) < lengths[:, None]
