@@ -124,7 +124,7 @@ class ItemOrder(nn.Module):
             The tokens, scales and offsets, as [`Stream`] takes them. The latter two are (batch, max_items, width), 0
             for the first item of each row; `None` where no row has two.
         """
-        if item_index.shape[1] < 2:
+        if item_index.shape[1] < 2 and not torch.compiler.is_compiling():  # an exported model takes any number of items
             # It takes part in every training step, as DDP wants.
             return (tokens + self.weight.sum() * 0.0 if self.training else tokens), None, None
         place = ((item_index >= 0).to(torch.int64).cumsum(1) - 1).clamp(min=0)
