@@ -72,7 +72,13 @@ def trained(fusion: str, item_order: bool):
     return (answers == batch["labels"]["left"]).float().mean().item(), model, batch
 
 
-@pytest.mark.parametrize("fusion", FUSION_KINDS)
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        kind if kind in ("cross_attention", "late") else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in FUSION_KINDS
+    ],
+)
 def test_which_picture_is_the_left_one_can_be_learnt(fusion):
     accuracy, model, batch = trained(fusion, item_order=True)
     assert accuracy == 1.0
