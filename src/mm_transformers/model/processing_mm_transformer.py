@@ -54,7 +54,7 @@ class MMTransformerVideosKwargs(TypedDict, total=False):
 class MMTransformerProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """The options of a call, by modality."""
 
-    _defaults = {}  # transformers 5.17 asks for it
+    _defaults = {}  # type: ignore[var-annotated]  # transformers 5.17 asks for it
     text_kwargs: MMTransformerTextKwargs
     images_kwargs: ImagesKwargs
     videos_kwargs: MMTransformerVideosKwargs
