@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+import transformers
 from distributed import make_rows, make_tasks
 from tiny import SEQ2SEQ, VISION_ENCODERS, make_batch, make_model, make_processor
 from transformers import TrainingArguments
+from transformers.integrations import peft as peft_integration
+from transformers.utils import peft_utils
 
 from mm_transformers import Generation, MMDataCollator, MMTrainer, MMTransformerConfig, MMTransformerForMultiTask
+from mm_transformers.training.adapters import load_adapters
 
 
 peft = pytest.importorskip("peft")
@@ -100,6 +104,62 @@ def test_heads_that_would_be_lost_are_told(tmp_path, caplog, monkeypatch):
     lora = peft.LoraConfig(target_modules=["query"], modules_to_save=base.new_modules)
     make_trainer(tmp_path, peft.get_peft_model(base, lora))
     assert "will not be trained" not in caplog.text
+
+
+def with_own_adapters(folder) -> MMTransformerForMultiTask:
+    """A saved model with adapters that transformers itself has added."""
+    try:
+        peft_utils.check_peft_version(min_version=peft_integration.MIN_PEFT_VERSION)
+    except ValueError:
+        pytest.skip(f"transformers {transformers.__version__} wants PEFT {peft_integration.MIN_PEFT_VERSION} or newer")
+    if not folder.exists():
+        make_model(tasks=make_tasks()).save_pretrained(folder)
+    model = MMTransformerForMultiTask.from_pretrained(folder)
+    model.add_adapter(peft.LoraConfig(target_modules=["query"], modules_to_save=model.new_modules))
+    return model
+
+
+def test_adapters_of_transformers_are_saved_and_loaded(tmp_path):
+    model = with_own_adapters(tmp_path / "base")
+    make_trainer(tmp_path, model).train()
+    expected = logits_of(model)
+    model.save_pretrained(tmp_path / "adapters")
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    again = MMTransformerForMultiTask.from_pretrained(tmp_path / "base")
+    assert not torch.allclose(logits_of(again)["topic"], expected["topic"], rtol=1e-3)
+    again.load_adapter(str(tmp_path / "adapters"))
+    # The folder of the adapters says which model they belong to.
+    at_once = MMTransformerForMultiTask.from_pretrained(tmp_path / "adapters")
+    for name, value in expected.items():
+        torch.testing.assert_close(logits_of(again)[name], value)
+        torch.testing.assert_close(logits_of(at_once)[name], value)
+
+
+def test_checkpoints_of_adapters_of_transformers(tmp_path):
+    """Resumed in the middle, a training ends as it would have; the best checkpoint is loaded at the end."""
+    saving = dict(save_strategy="steps", save_steps=2)
+    whole = make_trainer(tmp_path / "whole", with_own_adapters(tmp_path / "base"), **saving)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", with_own_adapters(tmp_path / "base"), **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for (name, value), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(other, value, msg=name)
+    first = {name: p.clone() for name, p in whole.model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in whole.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    whole.state.best_model_checkpoint = str(tmp_path / "whole" / "checkpoint-4")
+    whole._load_best_model()
+    for name, value in first.items():
+        torch.testing.assert_close(whole.model.get_parameter(name), value, rtol=0, atol=0)
+    other = MMTransformerForMultiTask.from_pretrained(tmp_path / "base")
+    other.add_adapter(peft.LoraConfig(target_modules=["value"]))
+    with pytest.raises(ValueError, match="is not the one that the model has"):
+        load_adapters(other, str(tmp_path / "whole" / "checkpoint-4"))
 
 
 @pytest.mark.parametrize("weighting", ["famo", "pcgrad"])

@@ -47,7 +47,8 @@ def check(model, exported, processor):
 
 @pytest.mark.parametrize("kind", ["onnx", "torch"])
 def test_every_kind_of_head(kind, tmp_path):
-    model, processor = make_model(), make_processor()
+    model, processor = make_model(item_order=True), make_processor()
+    torch.nn.init.normal_(model.model.vision_order.weight)
     export_model(model, processor, tmp_path / "out", kind)
     exported = ExportedModel(tmp_path / "out")
     check(model, exported, MMTransformerProcessor.from_pretrained(tmp_path / "out"))

@@ -23,7 +23,6 @@ class Encoding(Freezing):
     fusion: Any
     null_text: Any
     frame_embedding: Any
-    item_order: Any
     vision_reduction: Any
     audio_takes_mask: bool
     training: bool
@@ -173,13 +172,8 @@ class Encoding(Freezing):
                 offsets = self.frame_embedding(torch.full_like(index, -1), tokens.dtype)
         scales = None
         if self.config.item_order:
-            order = self.item_order[name]
-            if index.shape[1] > 1:
-                scales, shifts = (vectors.to(tokens.dtype) for vectors in order(index))
-                offsets = shifts if offsets is None else offsets + shifts
-            elif self.training:
-                # One item per row has no order, but the order takes part in every step.
-                tokens = tokens + order.weight.sum() * 0.0
+            tokens, scales, shifts = getattr(self, f"{name}_order")(index, tokens)
+            offsets = shifts if offsets is None or shifts is None else offsets + shifts
         return Stream(name, tokens, token_mask, index, offsets, is_full and token_mask is None, means, scales)
 
     def _tokens(

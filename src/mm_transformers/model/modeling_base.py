@@ -129,14 +129,16 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs):
         """
         As [`~transformers.PreTrainedModel.save_pretrained`] does, and copies the code of the model into the folder, so
-        that it can be loaded with `trust_remote_code=True` where this package is not installed.
+        that it can be loaded with `trust_remote_code=True` where this package is not installed. Of a model with
+        adapters, the adapters alone are saved.
         """
         # In the original layout of a vision tower its keys have other names, and the Trainer, which resumes by
         # `load_state_dict(strict=False)`, would leave them out.
         kwargs.setdefault("save_original_format", False)
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs} if push_to_hub else {}
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
+        # Of adapters (`add_adapter`), they alone are saved, without a config that would name any code.
+        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
             write_model_code(save_directory, self)
         if push_to_hub:
             # Not by the stock method, which uploads before the code is there.

@@ -71,8 +71,8 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             self.audio_model = audio_model or build_encoder(config.audio_config, "audio")
             self.audio_takes_mask = takes_audio_mask(self.audio_model)
             self.audio_projection = StreamProjection(config, encoder_width(config.audio_config))
-        if config.item_order:
-            self.item_order = nn.ModuleDict({name: ItemOrder(config.fusion_hidden_size) for name in config.modalities})
+        for name in config.modalities if config.item_order else []:
+            setattr(self, f"{name}_order", ItemOrder(config.fusion_hidden_size))
         self.post_init()
         self.freeze()
 

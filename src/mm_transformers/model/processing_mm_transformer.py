@@ -55,6 +55,7 @@ class MMTransformerVideosKwargs(TypedDict, total=False):
 class MMTransformerProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """The options of a call, by modality."""
 
+    _defaults = {}  # type: ignore[var-annotated]  # transformers 5.17 asks for it
     text_kwargs: MMTransformerTextKwargs
     images_kwargs: ImagesKwargs
     videos_kwargs: MMTransformerVideosKwargs

@@ -112,16 +112,27 @@ class ItemOrder(nn.Module):
     def init_own_parameters(self, std: float):
         init.zeros_(self.weight)
 
-    def forward(self, item_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, item_index: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
         """
-        (batch, max_items) int64, -1 where there is no item -> scales and offsets, (batch, max_items, width) each; 0 for
-        the first item of each row.
+        Args:
+            item_index (batch, max_items) int64: -1 where there is no item.
+            tokens (num_items, item_length, width): of the distinct items.
+
+        Returns:
+            The tokens, scales and offsets, as [`Stream`] takes them. The latter two are (batch, max_items, width), 0
+            for the first item of each row; `None` where no row has two.
         """
+        if item_index.shape[1] < 2 and not torch.compiler.is_compiling():  # an exported model takes any number of items
+            # It takes part in every training step, as DDP wants.
+            return (tokens + self.weight.sum() * 0.0 if self.training else tokens), None, None
         place = ((item_index >= 0).to(torch.int64).cumsum(1) - 1).clamp(min=0)
         rates = 256.0 ** (-torch.arange(self.NUM_WAVES, device=place.device) / (self.NUM_WAVES - 1))
         angles = place[..., None] * rates
         waves = torch.cat([angles.sin(), angles.cos() - 1], -1).to(self.weight.dtype)
-        return waves @ self.weight[0], waves @ self.weight[1]
+        scales, offsets = waves @ self.weight[0], waves @ self.weight[1]
+        return tokens, scales.to(tokens.dtype), offsets.to(tokens.dtype)
 
 
 def check_index(

@@ -21,6 +21,7 @@ from ..data.mixture_rows import MixedStream
 from ..data.sources import is_iterable, rows_of
 from ..data.splitting import Part, split_for_validation
 from ..model.regularization import penalties, take_starting_point
+from .adapters import has_own_adapters, load_adapters
 from .arguments import MMTrainingArguments
 from .balancing import TaskBalancing
 from .card.writing import write_trainer_card
@@ -563,8 +564,18 @@ class MMTrainer(ResumableTrainer):
             self._take_average()
         return super()._finalize_training(*args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        model = self.model if model is None else model
+        if has_own_adapters(model):
+            load_adapters(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if has_own_adapters(self.model):
+            load_adapters(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
         self._take_average()
 
     def _take_average(self) -> None:

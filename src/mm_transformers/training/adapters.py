@@ -1,0 +1,37 @@
+"""Adapters that transformers adds to a model (`model.add_adapter`), which its Trainer saves but does not load."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+
+def has_own_adapters(model: Any) -> bool:
+    """Whether the model has adapters and is no `PeftModel`, which the Trainer can load."""
+    return isinstance(model, PreTrainedModel) and getattr(model, "_hf_peft_config_loaded", False)
+
+
+def load_adapters(model: PreTrainedModel, folder: str) -> None:
+    """
+    Puts the weights of a checkpoint into the active adapter of a model.
+
+    Args:
+        model: with adapters, as [`has_own_adapters`] says.
+        folder: where `model.save_pretrained` has saved them.
+
+    Raises:
+        ValueError: if the folder has other weights than the adapter.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    name = model.active_adapters()[0]
+    # As `save_pretrained` names them, for PEFT.
+    weights = {key.removeprefix("base_model.model."): x for key, x in load_peft_weights(folder, device="cpu").items()}
+    known = get_peft_model_state_dict(model, adapter_name=name)
+    different = sorted(known.keys() ^ weights.keys())
+    if different:
+        raise ValueError(
+            f"The adapter in {folder} is not the one that the model has ({different[0]!r} is in one of them only): "
+            "give `add_adapter` the config that it had."
+        )
+    set_peft_model_state_dict(model, weights, adapter_name=name)
