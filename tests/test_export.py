@@ -8,11 +8,29 @@ import pytest
 import torch
 from test_cli_train import mm
 from test_first_class import make_writer
-from tiny import FUSION_KINDS, make_clip, make_feature_extractor, make_image, make_model, make_processor, make_tokenizer
+from test_generation import DECODERS
+from tiny import (
+    FUSION_KINDS,
+    TEXT_ENCODERS,
+    VISION_ENCODERS,
+    make_clip,
+    make_feature_extractor,
+    make_image,
+    make_model,
+    make_processor,
+    make_tokenizer,
+    open_gates,
+)
 from transformers import TorchAoConfig
 from typer.testing import CliRunner
 
-from mm_transformers import Classification, MMTransformerForMultiTask, MMTransformerProcessor
+from mm_transformers import (
+    Classification,
+    Generation,
+    MMTransformerConfig,
+    MMTransformerForMultiTask,
+    MMTransformerProcessor,
+)
 from mm_transformers.cli import app
 
 
@@ -94,6 +112,27 @@ def test_writing(writer, kind, tmp_path):
     for inputs in batches(processor):
         for options in ({}, {"num_beams": 3}, {"max_new_tokens": 3}):
             assert torch.equal(exported.generate("german", **inputs, **options), model.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("decoder", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_a_decoder_behind_an_encoder_without_one(decoder, tmp_path):
+    """Saved, loaded and exported, it writes the same."""
+    torch.manual_seed(0)
+    config = MMTransformerConfig(
+        text_config=TEXT_ENCODERS["bert"](), vision_config=VISION_ENCODERS["vit"](), num_fusion_layers=1,
+        decoder_config=DECODERS[decoder](), tasks=[Generation("german", max_length=6)], initializer_range=0.2,
+    )  # fmt: skip
+    model, processor = MMTransformerForMultiTask(config).eval(), make_processor()
+    open_gates(model)
+    model.save_pretrained(tmp_path / "model")
+    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path / "model").eval()
+    export_model(loaded, processor, tmp_path / "out")
+    exported = ExportedModel(tmp_path / "out")
+    for inputs in batches(processor):
+        for options in ({}, {"num_beams": 3}):
+            expected = model.generate(**inputs, **options)
+            assert torch.equal(loaded.generate(**inputs, **options), expected)
+            assert torch.equal(exported.generate("german", **inputs, **options), expected)
 
 
 @pytest.mark.slow

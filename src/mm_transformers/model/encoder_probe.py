@@ -283,7 +283,8 @@ def unused_parameters(model: PreTrainedModel, run: Any) -> list[str]:
     Args:
         run: runs the model, and returns its output tensor.
     """
-    parameters, reached, hooks = _floating_parameters(model), set(), []
+    parameters, hooks = _floating_parameters(model), []
+    reached: set[str] = set()
     wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
 
@@ -302,6 +303,10 @@ def unused_parameters(model: PreTrainedModel, run: Any) -> list[str]:
         for name, parameter in parameters.items():
             parameter.grad = None
             parameter.requires_grad_(wanted[name])
+    # Within `from_pretrained` weights are not tied yet: what one of them gets, both will get.
+    for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if reached & set(pair):
+            reached |= set(pair)
     return [name for name in parameters if name not in reached]
 
 

@@ -1,5 +1,6 @@
 """Exported graphs, used as the model that they were made of."""
 
+import copy
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -53,7 +54,8 @@ class ExportedModel(TextWriting):
         graphs = {name: load(Path(folder, f"{name}{suffix}"), graph) for name, graph in spec["graphs"].items()}
         self.model = _Fused(graphs[FUSED], spec["graphs"][FUSED])
         if DECODER in graphs:
-            decoder_config = self.config.decoder_config or self.config.text_config
+            decoder_config = copy.deepcopy(self.config.decoder_config or self.config.text_config)
+            decoder_config.is_encoder_decoder = True  # also one that was put behind an encoder
             self.model.text_model = _Decoder(decoder_config, graphs[DECODER])
             self.model.text_model.generation_config = GenerationConfig.from_pretrained(folder)
 
