@@ -45,6 +45,7 @@ NAMES = {
     "ours": "**ours, defaults**",
 }
 CHEAP = tuple(NAMES)[:11]
+PEERS = ("autogluon", "ludwig")  # slow ones, which have fewer splits than the others
 TREES = ("boosting_text", "boosting_image", "boosting_both", "pca_boosting")
 # Data sets that are splits of the same rows: not independent of each other.
 POOLS = {"stamps": "stamps", "stamps, hard": "stamps", "emoji": "emoji"}
@@ -211,6 +212,8 @@ def scores_table(tests: Table, validations: Table, data: str, score: str) -> str
         rows = []
         for method, name in NAMES.items():
             shown = []
+            if method in PEERS:
+                continue
             for cell in cells:
                 by_split = tests[cell].get(method, {})
                 value = mean_and_deviation([found[score] for found in by_split.values()]) if by_split else ""
@@ -315,6 +318,29 @@ def time_table(lines: Sequence[dict[str, Any]]) -> str:
     return markdown(["", *data], rows) + f"\n\n{'; '.join(machines)}; {'; '.join(versions)}."
 
 
+def peers_table(tests: Table, lines: Sequence[dict[str, Any]]) -> str:
+    """Other packages beside ours and the strongest linear models, on the splits that the packages have."""
+    rows = []
+    for cell, found in tests.items():
+        for peer in PEERS:
+            if not found.get(peer):
+                continue
+            splits = sorted(found[peer])
+            for method in (peer, "logistic_cross_validated", "logistic_by_parts", "ours"):
+                scores = [found[method][split] for split in splits if split in found.get(method, {})]
+                same = [
+                    line for line in lines
+                    if (line["data"], line["missing"], line["labels"], line["method"])
+                    == (cell.data, cell.training, cell.labels, method) and line["split"] in splits
+                ]  # fmt: skip
+                row = [str(cell), NAMES[method], mean_and_deviation([score["accuracy"] for score in scores])]
+                row += [mean_and_deviation([score["f1"] for score in scores])]
+                row += [f"{np.median([line['cpu_seconds'] for line in same]):,.0f}", ", ".join(map(str, splits))]
+                if scores and row not in rows:
+                    rows.append(row)
+    return markdown(["cell", "method", "accuracy", "macro F1", "CPU seconds", "splits"], rows)
+
+
 def plot(tests: Table, validations: Table, file: Path) -> None:
     """Macro F1 over the share of missing pictures."""
     data = list(dict.fromkeys(cell.data for cell in tests))
@@ -381,6 +407,7 @@ def render(lines: Sequence[dict[str, Any]], page: str, picture: Path) -> str:
         "start": lambda _: start_table(lines),
         "parts": lambda method: parts_table(lines, method or "ours"),
         "time": lambda _: time_table(lines),
+        "peers": lambda _: peers_table(tests, lines),
         "plot": lambda _: drawn(),
     }
 
