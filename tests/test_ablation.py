@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_generation import make_writer
 from test_trainer import make_dataset, make_rows
-from tiny import make_model, make_processor
+from tiny import make_image, make_model, make_processor, open_gates
 from transformers import EvalPrediction
 
 from mm_transformers import Classification, Generation, Matching, MMDataCollator, MultiTaskMetrics, Retrieval
@@ -520,3 +520,25 @@ def test_models_with_adapters(model):
     wrapped = peft.get_peft_model(make_model(seed=2), lora)
     found = ablate(wrapped, make_processor(), rows, num_permutations=1, num_additive_rows=0)
     assert found.variants["text only"] == pytest.approx(expected.variants["text only"], rel=1e-4)
+
+
+def test_the_order_of_pictures_counts(tmp_path):
+    """All rows with all they have score as in an evaluation, also where places of pictures change their tokens."""
+    tasks = [Classification("topic", labels=["animals", "food", "travel"])]
+    model = make_model(tasks=tasks, item_order=True, initializer_range=0.5)
+    for name, parameter in model.named_parameters():
+        if "vision_order" in name:
+            torch.nn.init.normal_(parameter, std=2.0)
+    open_gates(model)
+    rows = [
+        {"text": f"a {word}", "image": [make_image(i), make_image(i + 1), make_image(2)][: i % 4], "topic": i % 3}
+        for i, word in enumerate(["cat", "dog", "sun", "rain", "bat", "mat", "sea"])
+    ]
+    collator = MMDataCollator(make_processor(), model.config)
+    with torch.no_grad():
+        expected = model(**collator(rows)).loss.item()
+        swapped = model(**collator([{**row, "image": row["image"][::-1]} for row in rows])).loss.item()
+    assert abs(expected - swapped) > 1e-3
+    for batch_size in (2, 7):
+        found = ablate(model, make_processor(), rows, batch_size=batch_size, num_permutations=1)
+        assert found.variants["all"]["topic_loss"] == pytest.approx(expected, rel=1e-4)

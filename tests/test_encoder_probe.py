@@ -9,9 +9,11 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSeq2SeqLM,
+    BigBirdConfig,
     Data2VecVisionConfig,
     HieraConfig,
     IBertConfig,
+    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Swinv2Config,
@@ -21,8 +23,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from mm_transformers import Classification, Generation, MMTransformerConfig, MMTransformerForMultiTask
-from mm_transformers.model.encoder_probe import traits_of, unused_parameters
-from mm_transformers.model.encoders import encoder_width, max_text_positions
+from mm_transformers.model.encoder_probe import probe, traits_of, unused_parameters
+from mm_transformers.model.encoders import build_encoder, encoder_width, max_text_positions
 
 
 TASKS = [Classification("x", labels=["a", "b"])]
@@ -262,3 +264,28 @@ def test_config_without_traits_loads_and_answers_alike(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits["x"], model.eval()(**batch).logits["x"])
     assert without_gradient(loaded) == []
+
+
+def test_several_end_tokens():
+    """As instruct models have them."""
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=[1, 2], pad_token_id=0,
+    )  # fmt: skip
+    assert probe(AutoModel.from_config(config), "text")["width"] == 16
+
+
+def test_big_bird_attends_to_all_words():
+    """Its own choice of blocks is random, and lasts until a text is short."""
+    config = BigBirdConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, block_size=4,
+        num_random_blocks=1, max_position_embeddings=128,
+    )  # fmt: skip
+    model = build_encoder(config, "text").eval()
+    assert config.attention_type == model.config.attention_type == "original_full"
+
+
+def test_weights_loaded_for_inference_only():
+    with torch.inference_mode():
+        traits = probe(AutoModel.from_config(TEXT_ENCODERS["bert"]()), "text")
+    assert traits["unused"] == []

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 from test_generation import make_writer
-from tiny import SEQ2SEQ, VISION_ENCODERS, make_clip, make_feature_extractor, make_image, make_model, make_tokenizer
+from tiny import (
+    SEQ2SEQ,
+    VISION_ENCODERS,
+    make_clip,
+    make_feature_extractor,
+    make_image,
+    make_model,
+    make_tokenizer,
+)
 from transformers import ViTImageProcessor
 
 from mm_transformers import Generation, MMTransformerProcessor
@@ -20,6 +28,7 @@ from mm_transformers.analysis.explaining.html import colored_words, heat_map_url
 from mm_transformers.analysis.explaining.own_copy import own_copy
 from mm_transformers.analysis.explaining.placing import patch_grid, sums_over_parts, sums_over_patches
 from mm_transformers.analysis.explaining.plotting import heat_map, strengths
+from mm_transformers.analysis.explaining.shares import blank_text
 from mm_transformers.model.answering import answer_batch
 
 
@@ -359,3 +368,12 @@ def test_shares_come_first_on_pages(tmp_path):
     card = re.search(r'<article class="card">(.*?)</article>', report, re.S)[1]
     assert card.index(f"Rests on: {told}") < card.index("<img")
     assert math.isclose(sum(int(x) for x in re.findall(r"(\d+)%", told)), 100, abs_tol=1)
+
+
+def test_blank_texts_hold_no_words_known_or_not():
+    tokenizer = make_processor().tokenizer
+    ids = tokenizer(["a cat 漢 dog", "漢 漢"], padding=True, return_tensors="pt")["input_ids"]
+    blank = blank_text(tokenizer, ids)
+    kept = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id}
+    assert set(blank.flatten().tolist()) == kept
+    assert (blank == ids)[torch.isin(ids, torch.tensor(sorted(kept)))].all()

@@ -655,3 +655,35 @@ def test_the_loss_is_the_same_if_nothing_else_is_wanted(with_generate, own_metri
     labels = MMDataCollator(make_processor(), model.config)(rows)
     with torch.no_grad():
         assert only["eval_loss"] == pytest.approx(model.eval()(**labels).loss.item(), rel=1e-4)
+
+
+def test_references_of_long_cells_are_bounded():
+    task = Generation("german", max_length=4)
+    [long, short] = task.decode_references(task.encode_references(["ä" * 100_000, "ö"]))
+    assert (long, short) == ("ä" * 128, "ö")
+    cut = task.encode_references(["a" + "ä" * 1000])
+    assert task.decode_references(cut) == ["a" + "ä" * 127]  # no half of a letter
+
+
+def test_batches_of_evaluation_fit_the_model(tmp_path):
+    model, rows = make_writer(), make_rows()
+    trainer = MMTrainer(model, make_args(tmp_path), processing_class=make_processor(), eval_dataset=rows)
+    for batch in trainer.get_eval_dataloader():
+        assert torch.isfinite(model(**batch).loss)
+
+
+def test_metrics_of_an_own_collator_that_knows_some_tasks(tmp_path):
+    model, rows = make_writer(tasks=[TOPIC]), [{"text": "red cat", "topic": 0}] * 3
+    ours = MMDataCollator(make_processor(), model.config)
+
+    def collate(rows):
+        batch = ours(rows)
+        return {**batch, "labels": {"topic": batch["labels"]["topic"]}}
+
+    trainer = MMTrainer(
+        model, make_args(tmp_path), data_collator=collate, processing_class=make_processor(), eval_dataset=rows,
+        compute_metrics=lambda prediction: {"rows": len(prediction.label_ids["topic"])},
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    assert metrics["eval_rows"] == 3
+    assert metrics["eval_topic_loss"] > 0

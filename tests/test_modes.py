@@ -1,10 +1,12 @@
 """Functions that answer do so in evaluation mode, and leave every module in the mode that it was in."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from test_generation import TOPIC, make_writer
-from tiny import make_image, make_processor
+from tiny import make_image, make_model, make_processor
 from transformers import pipeline
 
 from mm_transformers import Generation, MMDataCollator
@@ -13,7 +15,7 @@ from mm_transformers.analysis.report import write_report
 from mm_transformers.analysis.report.answered import answers_to
 from mm_transformers.cli.page import answers_as_html
 from mm_transformers.cli.reload import answers_of
-from mm_transformers.model.answering import answer_batch
+from mm_transformers.model.answering import answer_batch, evaluation_mode
 from mm_transformers.sharing import export
 from mm_transformers.training.prediction import stream_answers
 
@@ -135,3 +137,25 @@ def test_a_report_that_is_left_early_leaves_the_mode():
     with pytest.raises(ValueError, match="row 0|Row 0"):
         next(broken)
     assert [module.training for module in model.modules()] == modes
+
+
+def test_threads_share_the_evaluation_mode():
+    """None of them finds dropout on, and the last one restores what was."""
+    model = make_model(fusion_dropout=0.5, classifier_dropout=0.5).train()
+    model.heads.eval()
+    before = [module.training for module in model.modules()]
+    seen: list[bool] = []
+
+    def work() -> None:
+        for _ in range(50):
+            with evaluation_mode(model):
+                seen.append(any(module.training for module in model.modules()))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 200
+    assert not any(seen)
+    assert [module.training for module in model.modules()] == before

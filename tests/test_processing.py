@@ -463,3 +463,12 @@ def test_a_tokenizer_that_pads_to_a_length_does_so_in_the_processor(tmp_path):
     processor = MMTransformerProcessor(make_image_processor(), tokenizer)
     assert processor(text=["a red dog", "a"])["input_ids"].shape == (2, 17)
     assert processor(text=["a red dog", "a"], padding=True)["input_ids"].shape == (2, 5)
+
+
+def test_pictures_that_are_lists_are_told_apart():
+    """Of each a temporary array is made, whose id may be that of the one before."""
+    pictures = [np.full((8, 8, 3), value, np.uint8).tolist() for value in (0, 100, 200, 100)]
+    inputs = make_processor()(text=["a"] * 4, images=pictures)
+    pixels = inputs["pixel_values"][inputs["image_index"][:, 0]]
+    alone = [make_processor()(text=["a"], images=[picture])["pixel_values"][0] for picture in pictures]
+    torch.testing.assert_close(pixels, torch.stack(alone))

@@ -598,3 +598,20 @@ def test_predictions_have_the_order_of_the_rows_if_lengths_are_grouped(tmp_path)
     )
     expected = plain.predict(data).predictions["topic"]
     np.testing.assert_allclose(grouped.predict(data).predictions["topic"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_diverged_model_is_not_scored_as_perfect():
+    task, nan = Matching("match"), math.nan
+    labels = torch.tensor([[1, 5, 6, -1], [0, 7, 8, -1]])
+    total, count = task.loss(torch.tensor([[nan, nan, nan], [nan, nan, nan]]), labels)
+    assert count == 2
+    assert total.isnan()
+
+
+def test_rows_that_share_a_text_are_drawn_for_at_once():
+    """Each text is looked through once, however many rows have it."""
+    shared = torch.tensor([[1, 7, i, -1] for i in range(4_000)])
+    assert (draw_mismatches(shared) == -1).all()
+    shared[-1, 1] = 8
+    drawn = draw_mismatches(shared)
+    assert (drawn[:-1, 0] == len(shared) - 1).all()  # the only picture that does not belong to the text

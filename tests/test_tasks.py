@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import make_batch, make_config, make_model, make_processor, make_tasks, make_tokenizer
+from tiny import make_batch, make_config, make_image, make_model, make_processor, make_tasks, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
@@ -37,6 +37,7 @@ from mm_transformers.model.task_base import (
     task_from_dict,
 )
 from mm_transformers.model.task_token_classification import index_words, split_words
+from mm_transformers.training.prediction import answer_columns, stream_answers
 
 
 TOPIC = Classification("topic", labels=["animals", "food", "travel"])
@@ -669,6 +670,18 @@ class TestWordsWithoutTokens:
         # What is answered can be a label again: the gap is a missing label.
         labels = ENTITIES.encode_label([answer["label"] for answer in first], text)
         assert labels == [1, -100, 2]
+
+    def test_answers_in_files_are_labels_again(self):
+        """Also where words were cut off."""
+        text, model = "cat " * 60, make_model(tasks=[ENTITIES])
+        rows = [{"text": text}, {"text": "red \u200b cat"}, {"text": None, "image": make_image(0)}]
+        collator = MMDataCollator(make_processor(), model.config)
+        [answered] = stream_answers(model.eval(), collator, rows)
+        for (row, answers), num_words in zip(answered, (60, 3, 0), strict=True):
+            labels = answer_columns(answers)["entities"]
+            assert len(labels) == num_words
+            ids = ENTITIES.encode_label(labels, row["text"] or "")
+            assert [None if i == -100 else ENTITIES.labels[i] for i in ids] == labels
 
     @pytest.mark.parametrize(("text", "is_told"), [("red cat", False), ("red \u200b cat", True), ("cat " * 60, True)])
     def test_labels_that_count_nowhere_are_told(self, text, is_told, caplog):

@@ -166,7 +166,7 @@ def _card(model: Any, processor: Any, row: dict[str, Any], task: str, answers: d
 
 def _shown(kind: Any, answer: Any) -> str:
     if isinstance(answer, list):
-        return ", ".join(one["label"] for one in answer) or "nothing"
+        return ", ".join(one["label"] or "–" for one in answer) or "nothing"
     if "labels" in answer:
         return ", ".join(answer["labels"]) or "none of the labels"
     first, score = next(iter(answer.values())), answer.get("score")

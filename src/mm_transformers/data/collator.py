@@ -153,7 +153,8 @@ class MMDataCollator:
         batch["labels"] = {name: task.collate_labels(values[name], context) for name, task in self.tasks.items()}
         if self.gives_references:
             found = {name: task.encode_references(values[name]) for name, task in self.tasks.items()}
-            batch["references"] = {name: value for name, value in found.items() if value is not None}
+            if any(value is not None for value in found.values()):
+                batch["references"] = {name: value for name, value in found.items() if value is not None}
         batch.update(count_rows(rows))
         return batch
 

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -14,16 +15,33 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+_lock = threading.Lock()
+# By id of a model: how many blocks are open, and the modules that were in training mode before the first.
+_open_blocks: dict[int, tuple[int, list[torch.nn.Module]]] = {}
+
+
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Within the block all modules are in evaluation mode; afterwards each is in the mode that it was in."""
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
+    """
+    Within the block all modules are in evaluation mode; afterwards each is in the mode that it was in. Of several
+    threads, the last to leave restores the modes.
+    """
+    with _lock:
+        count, in_training = _open_blocks.get(id(model), (0, []))
+        if count == 0:
+            in_training = [module for module in model.modules() if module.training]
+        _open_blocks[id(model)] = count + 1, in_training
+        model.eval()
     try:
         yield
     finally:
-        for module in in_training:
-            module.training = True
+        with _lock:
+            count, in_training = _open_blocks.pop(id(model))
+            if count > 1:
+                _open_blocks[id(model)] = count - 1, in_training
+            else:
+                for module in in_training:
+                    module.training = True
 
 
 def check_tasks(model: Any, tasks: Optional[Sequence[str]]) -> list[str]:

@@ -1,5 +1,6 @@
 """Which class of transformers is the encoder that a config describes, and what such a class takes."""
 
+import functools
 import inspect
 from typing import Any, Optional
 
@@ -34,7 +35,13 @@ def class_options(cls: type[PreTrainedModel]) -> dict[str, bool]:
 
 def forward_options(model: PreTrainedModel) -> dict[str, bool]:
     """Keyword arguments of a forward pass that keeps nothing for the next tokens, which there are none of."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    cls: Any = model.__class__
+    return {"use_cache": False} if "use_cache" in _arguments_of(cls) else {}
+
+
+@functools.cache
+def _arguments_of(cls: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.forward).parameters)
 
 
 def modality_of(config: PreTrainedConfig) -> Optional[str]:
@@ -89,6 +96,9 @@ def without_random_skips(config: PreTrainedConfig) -> PreTrainedConfig:
             setattr(config, name, 0.0)
     if hasattr(config, "mask_time_prob"):
         config.apply_spec_augment = False
+    if getattr(config, "attention_type", None) == "block_sparse":
+        # BigBird attends to random blocks, and changes to full attention for good at the first short text.
+        config.attention_type = "original_full"
     return config
 
 

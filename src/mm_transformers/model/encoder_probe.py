@@ -13,13 +13,13 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import BaseModelOutput
 
 from .encoder_classes import (
     audio_token_mask,
@@ -284,6 +284,8 @@ def unused_parameters(model: PreTrainedModel, run: Any) -> list[str]:
         run: runs the model, and returns its output tensor.
     """
     parameters, hooks = _floating_parameters(model), []
+    if any(parameter.is_inference() for parameter in parameters.values()):
+        return []  # loaded under `torch.inference_mode`, it cannot be trained
     reached: set[str] = set()
     wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
@@ -351,7 +353,8 @@ class _Probe:
 
     def _text(self, length: int) -> dict[str, torch.Tensor]:
         config = self.model.config
-        special = {value for name, value in config.to_dict().items() if name.endswith("token_id")}
+        said = [value for name, value in config.to_dict().items() if name.endswith("token_id")]
+        special = {i for value in said for i in (value if isinstance(value, (list, tuple)) else [value])}
         ids = [i for i in range(min(getattr(config, "vocab_size", None) or 1000, 1000)) if i not in special]
         chosen = torch.tensor(ids or [0])[torch.randint(len(ids or [0]), (1, length))]
         return {"input_ids": chosen.to(self.model.device)}
@@ -456,9 +459,17 @@ def probe_seq2seq(model: PreTrainedModel) -> list[str]:
     if is_deepspeed_zero3_enabled():
         return []
     ids = torch.ones(1, 4, dtype=torch.int64, device=model.device)
+
+    def run() -> torch.Tensor:
+        # As a fused model writes: the decoder is given states, not what else the encoder outputs.
+        with one_sentence(f"{model.config.model_type!r} cannot write: its decoder fails on one blank text"):
+            states = model.get_encoder()(input_ids=ids).last_hidden_state
+            encoded = BaseModelOutput(last_hidden_state=states)
+            mask = torch.ones_like(ids)
+            return model(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=ids, use_cache=False).logits
+
     with torch.inference_mode(False):
-        run = partial(model, input_ids=ids, decoder_input_ids=ids, use_cache=False)
-        return [name for name in unused_parameters(model, lambda: run().logits) if not is_expert(name)]
+        return [name for name in unused_parameters(model, run) if not is_expert(name)]
 
 
 def observe_seq2seq(build: Callable[[], PreTrainedModel]) -> list[str]:
@@ -466,5 +477,5 @@ def observe_seq2seq(build: Callable[[], PreTrainedModel]) -> list[str]:
     with torch.random.fork_rng(devices=[]), torch.device("meta"), _unpartitioned():
         try:
             return probe_seq2seq(build().eval())
-        except (RuntimeError, NotImplementedError):  # its operations depend on values
+        except (RuntimeError, NotImplementedError, ValueError):  # its operations depend on values
             return []

@@ -18,7 +18,7 @@ from .task_base import is_null, shorten
 MAX_INLINE_CHARACTERS = 64 * 2**20
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
 _DATA_URL = re.compile(r"data:([^,]{0,200}?)(;base64)?,", re.IGNORECASE)
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{48,}={0,2}\s*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{48,}={0,2}")
 # How files of images, sounds and videos begin; those of MP4 have a number before it.
 _SIGNATURES = (
     b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"OggS", b"fLaC", b"ID3", b"FORM",
@@ -49,6 +49,7 @@ def _inline_bytes(text: str) -> Optional[bytes]:
     if found is not None:
         content = text[found.end() :]
         return _decoded(content) if found.group(2) else urllib.parse.unquote_to_bytes(content)
+    text = text.strip()
     if len(text) < 48 or not _BASE64.fullmatch(text):
         return None
     start = _decoded(text[:24]) or b""

@@ -441,9 +441,11 @@ class _Distinct:
     def __init__(self):
         self.items: list[Any] = []
         self._numbers: dict[Hashable, int] = {}
+        self._kept: list[Any] = []  # a key may be the id of an object, which is given again once the object is gone
 
     def add(self, key: Hashable, load: Callable[[], Any]) -> int:
         """The number of the item, which is loaded if it is new."""
+        self._kept.append(load)
         if key not in self._numbers:
             self.items.append(load())
             self._numbers[key] = len(self.items) - 1

@@ -13,7 +13,7 @@ from transformers import initialization as init
 # What the processor and tokenizers give beside the inputs of the model is passed over, too.
 _COMMON_KEYWORDS = {
     "return_dict", "return_loss", "use_cache", "word_index", "special_tokens_mask", "length", "offset_mapping",
-    "overflow_to_sample_mapping", "num_truncated_tokens",
+    "overflow_to_sample_mapping", "num_truncated_tokens", "references",
 }  # fmt: skip
 
 

@@ -288,6 +288,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def complete_answer(self, answer: Any, text: str) -> Any:
+        """The answer of a row as it is written to a file; answers for words get one entry for each word."""
+        return answer
+
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, list[Any]]:
@@ -490,7 +494,7 @@ def _numbers_in(labels: tuple[str, ...]) -> dict[float, int]:
     """The ids of the label names that are themselves numbers."""
     ids: dict[float, int] = {}
     for i, label in enumerate(labels):
-        if not NUMBER.fullmatch(label) or len(label) > 400:
+        if not NUMBER.fullmatch(label) or len(label) > 300:  # longer ones are no floats
             continue
         # Not by way of a float, which would round.
         number = int(label) if label.lstrip("+-").isdigit() else float(label)

@@ -115,12 +115,18 @@ class Generation(Task):
         return [[*ids[: self.max_length - 1], end] for ids in encoded]
 
     def encode_references(self, values: list[Any]) -> torch.Tensor:
-        """The bytes of the texts in UTF-8: a tokenizer may not be able to write all of them."""
-        rows = [torch.tensor([-100] if value is None else list(value.encode()), dtype=torch.int32) for value in values]
+        """
+        The bytes of the texts in UTF-8: a tokenizer may not be able to write all of them. At most 64 for each token
+        that may be written, since all rows of an evaluation are padded to the longest.
+        """
+        most = 64 * self.max_length
+        texts = [None if value is None else list(value[:most].encode()[:most]) for value in values]
+        rows = [torch.tensor([-100] if text is None else text, dtype=torch.int32) for text in texts]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
     def decode_references(self, references: Any) -> list[str]:
-        return [bytes(byte for byte in row if byte >= 0).decode() for row in references.tolist()]
+        rows = torch.as_tensor(references)
+        return [row[row >= 0].to(torch.uint8).cpu().numpy().tobytes().decode(errors="ignore") for row in rows]
 
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None

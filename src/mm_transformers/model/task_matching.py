@@ -110,7 +110,10 @@ class Matching(Task):
 
     @staticmethod
     def _known(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return ~logits.isnan() & (labels[:, :1] != -100)
+        # Of mismatched pairs NaN says that there is none; of the row itself, that the model has diverged.
+        is_judged = ~logits.isnan()
+        is_judged[:, 0] = True
+        return is_judged & (labels[:, :1] != -100)
 
     @staticmethod
     def _targets(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -157,6 +157,10 @@ class TokenClassification(Task):
             answers.append(chosen)
         return answers
 
+    def complete_answer(self, answer: Any, text: str) -> Any:
+        missing = len(split_words(text)) - len(answer)
+        return answer + [{"label": None, "score": 0.0}] * missing
+
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, list[Any]]:

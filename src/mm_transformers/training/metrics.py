@@ -1,5 +1,6 @@
 """Metrics that run offline, and the `compute_metrics` function that applies them to every task."""
 
+import copy
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -356,7 +357,12 @@ class WithLosses:
         self.own = own
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        return self.losses(prediction) | ({} if self.own is None else self.own(prediction))
+        answers, labels = prediction.predictions, prediction.label_ids
+        losses = copy.copy(self.losses)
+        # A collator of somebody's own may give labels of some tasks only, and in another form.
+        is_ours = isinstance(answers, Mapping) and isinstance(labels, Mapping)
+        losses.tasks = {n: t for n, t in losses.tasks.items() if is_ours and n in answers and n in labels}
+        return losses(prediction) | ({} if self.own is None else self.own(prediction))
 
 
 def _build_metrics(task: str, metrics: Sequence[str | evaluate.Metric]) -> list[evaluate.Metric]:

@@ -14,6 +14,8 @@ from ..model.pairs import Pairs
 
 # How often a row is drawn anew before all rows are looked through.
 _TRIES = 20
+# Of so many texts or items it is kept in mind which others do not belong to them.
+_KEPT = 1000
 
 
 def draw_mismatches(labels: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -32,23 +34,34 @@ def draw_mismatches(labels: torch.Tensor, seed: int = 0) -> torch.Tensor:
     ids = labels[pairs, 1:]
     known = Pairs.of(ids)
     drawn = torch.full((len(labels), 2), -1)
-    for side in (0, 1):
+    for side, others in ((0, known.items), (1, known.texts)):
+        own = ids[:, side].contiguous()
 
-        def may(rows: torch.Tensor, others: torch.Tensor, side: int = side) -> torch.Tensor:
-            text, item = (rows, others) if side == 0 else (others, rows)
-            return ~known.hold(ids[text, 0], ids[item, 1])
+        def may(these: torch.Tensor, those: torch.Tensor, side: int = side) -> torch.Tensor:
+            return ~(known.hold(these, those) if side == 0 else known.hold(those, these))
 
         chosen, open_rows = torch.full((len(pairs),), -1), torch.arange(len(pairs))
         for _ in range(_TRIES if len(pairs) else 0):
-            others = torch.randint(len(pairs), (len(open_rows),), generator=generator)
-            good = may(open_rows, others)
-            chosen[open_rows[good]] = others[good]
+            tried = torch.randint(len(pairs), (len(open_rows),), generator=generator)
+            good = may(own[open_rows], ids[tried, 1 - side])
+            chosen[open_rows[good]] = tried[good]
             open_rows = open_rows[~good]
-        everybody = torch.arange(len(pairs))
-        for row in open_rows:
-            candidates = everybody[may(row.expand(len(pairs)), everybody)]
-            if len(candidates):
-                chosen[row] = candidates[torch.randint(len(candidates), (1,), generator=generator)]
+        # The rest by looking at all: at each different one once, with as much weight as it has rows.
+        place = torch.searchsorted(others, ids[:, 1 - side].contiguous())
+        counts, order = place.bincount(minlength=len(others)), place.argsort(stable=True)
+        sums: dict[int, torch.Tensor] = {}  # of what several rows share
+        for row in open_rows.tolist():
+            key = int(own[row])
+            if key not in sums:
+                sums[key] = (counts * may(own[row].expand(len(others)), others)).cumsum(0)
+            total = int(sums[key][-1])
+            if total:
+                draw = int(torch.randint(total, (1,), generator=generator))
+                other = int(torch.searchsorted(sums[key], draw, right=True))
+                before = int(sums[key][other] - counts[other])
+                chosen[row] = order[int(counts[:other].sum()) + draw - before]
+            if len(sums) > _KEPT:
+                sums.clear()
         found = chosen >= 0
         drawn[pairs[found], side] = pairs[chosen[found]]
     return drawn

@@ -58,10 +58,12 @@ def stream_answers(
         if isinstance(batch, ValueError):
             done = [batch]
         elif batch is not None:
-            kept, inputs, word_index = batch
+            kept, inputs, word_index, texts = batch
             answers = answer_batch(
                 model, collator.processor, send_to_device(inputs, model.device), tasks, word_index, **generation_options
             )
+            for answer, text in zip(answers, texts, strict=False):
+                answer.update({name: model.tasks[name].complete_answer(answer[name], text) for name in tasks})
             done = [list(zip(kept, answers, strict=True))]
         if state.num_processes > 1:
             done = gather_object(done)
@@ -127,14 +129,16 @@ class _Share(IterableDataset):
             if not batch:
                 return
 
-    def _read(self, rows: list[Mapping[str, Any]], first: int) -> tuple[list[Any], dict[str, Any], torch.Tensor | None]:
+    def _read(
+        self, rows: list[Mapping[str, Any]], first: int
+    ) -> tuple[list[Any], dict[str, Any], torch.Tensor | None, list[str]]:
         # Without the columns of labels, which need not be labels, if there are any.
         prepared = [self.prepare(row) for row in rows]
         known: list[Mapping[str, Any]]
         known = [{c: row[c] for c in self.columns if c in row} | {ROW_KEY: first + i} for i, row in enumerate(prepared)]
         inputs = self.collator(known)
         inputs.pop("labels")
-        words = None
+        words, texts = None, []
         if self.wants_words:
             texts = [row[self.collator.text_column] for row in known]
             texts = ["" if is_null(t) else " ".join(t) if isinstance(t, (list, tuple)) else t for t in texts]
@@ -143,4 +147,4 @@ class _Share(IterableDataset):
                 "pad_to_multiple_of": self.collator.pad_to_multiple_of,
             }
             words = self.collator.processor(text=texts, return_word_index=True, **options)["word_index"]
-        return [self.keep(row) for row in rows], inputs, words
+        return [self.keep(row) for row in rows], inputs, words, texts

@@ -756,7 +756,8 @@ class MMTrainer(ResumableTrainer):
 
     def _with_mismatches(self, dataloader: Any, measure: Any) -> Any:
         tasks = [task for task in self.fused_model.tasks.values() if task.needs_mismatches]
-        if not tasks or not isinstance(self.data_collator, MMDataCollator):
+        has_own_logits = self.preprocess_logits_for_metrics is not None
+        if not tasks or has_own_logits or not isinstance(self.data_collator, MMDataCollator):
             return measure
         if is_iterable(dataloader.dataset):
             logger.warning_once(

@@ -108,14 +108,18 @@ def joined(streams: Sequence[Optional[Stream]], sizes: Sequence[int]) -> Stream:
         first += len(stream.tokens)
     most = max(index.shape[1] for index in places)
     index = torch.cat([pad(part, (0, most - part.shape[1]), value=-1) for part in places])
-    offsets = None
-    if any(stream.offsets is not None for stream in given):
-        nothing = [tokens.new_zeros(*part.shape, tokens.shape[-1]) for part in places]
-        found = [
-            empty if s is None or s.offsets is None else s.offsets for s, empty in zip(streams, nothing, strict=True)
-        ]
-        offsets = torch.cat([pad(part, (0, 0, 0, most - part.shape[1])) for part in found])
-    return result._replace(item_index=index, offsets=offsets)
+
+    def of_places(name: str) -> Optional[torch.Tensor]:
+        """What each place of each row has of this kind, 0 where a stream has none of it."""
+        if all(getattr(stream, name) is None for stream in given):
+            return None
+        parts = []
+        for stream, part in zip(streams, places, strict=True):
+            own = None if stream is None else getattr(stream, name)
+            parts.append(tokens.new_zeros(*part.shape, tokens.shape[-1]) if own is None else own)
+        return torch.cat([pad(part, (0, 0, 0, most - part.shape[1])) for part in parts])
+
+    return result._replace(item_index=index, offsets=of_places("offsets"), scales=of_places("scales"))
 
 
 def of_rows(stream: Stream, rows: torch.Tensor) -> Optional[Stream]:

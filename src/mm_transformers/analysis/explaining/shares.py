@@ -63,8 +63,10 @@ def shares_of_modalities(
 
 
 def blank_text(tokenizer: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Ids with padding in the place of all words; special tokens stay."""
-    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
+    """Ids with padding in the place of all words, unknown ones too; other special tokens stay."""
+    words = {tokenizer.unk_token_id, tokenizer.mask_token_id}
+    kept = [i for i in tokenizer.all_special_ids if i not in words]
+    special = torch.isin(ids, torch.tensor(kept, device=ids.device))
     return torch.where(special, ids, tokenizer.pad_token_id or 0)
 
 
