@@ -483,6 +483,77 @@ class TestPictures:
         assert np.array_equal(item_of(rows), array)
 
 
+class TestArrays:
+    """Columns of `Array2D` and the like, as rows of the features' own types."""
+
+    GREY = np.arange(0, 64, dtype=np.uint8).reshape(8, 8)
+
+    @staticmethod
+    def rows(feature, cells, column="image", make=lambda rows: rows):
+        features = datasets.Features({"text": datasets.Value("string"), column: feature})
+        rows = datasets.Dataset.from_dict({"text": ["a"] * len(cells), column: cells}, features=features)
+        return list(rows_of(make(rows), COLLATOR)[0])
+
+    @pytest.mark.parametrize("make", [lambda rows: rows, lambda rows: rows.to_iterable_dataset()])
+    @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int64", "float32", "bool"])
+    def test_a_missing_array_is_no_picture(self, dtype, make):
+        array = (self.GREY.astype("uint16") * 257 if dtype == "uint16" else self.GREY % 2).astype(dtype)
+        rows = self.rows(datasets.Array2D((8, 8), dtype), [array, None, array], make=make)
+        assert [None if row["image"] is None else row["image"].tolist() for row in rows] == [
+            array.tolist(), None, array.tolist()
+        ]  # fmt: skip
+        assert rows[0]["image"].dtype == dtype
+
+    def test_an_array_of_nan_is_told(self):
+        """Though a row without a picture is there, too."""
+        rows = self.rows(datasets.Array2D((8, 8), "float32"), [np.full((8, 8), np.nan), None])
+        with pytest.raises(ImageError, match="an image array of floats must lie between 0 and 1"):
+            COLLATOR(rows)
+
+    def test_a_missing_pixel_is_told(self):
+        rows = self.rows(datasets.List(datasets.List(datasets.Value("uint8"))), [[[1, 2], [3, None]]])
+        with pytest.raises(ImageError, match="^row 0, column 'image': "):
+            COLLATOR(rows)
+
+    def test_a_missing_array_is_no_video_and_no_sound(self):
+        frames = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+        rows = self.rows(datasets.Array4D((3, 8, 8, 3), "uint8"), [frames, None], "video")
+        assert COLLATOR(rows)["image_index"].tolist() == [[0, 1, 2], [-1, -1, -1]]
+        features = datasets.Features(text=datasets.Value("string"), audio=datasets.Array2D((900, 1), "int16"))
+        cells = [[[0], [64], [1]] * 300, None]
+        rows = datasets.Dataset.from_dict({"text": ["a", "b"], "audio": cells}, features=features)
+        rows = list(rows_of(rows, TestSounds.COLLATOR)[0])
+        assert TestSounds.COLLATOR(rows)["audio_index"].tolist() == [[0], [-1]]
+
+    @pytest.mark.parametrize("make", [lambda rows: rows, lambda rows: rows.to_iterable_dataset()])
+    @pytest.mark.parametrize("count", [1, 3, 5])
+    def test_a_list_of_arrays_is_several_pictures(self, count, make):
+        """Also 3, which might be channels."""
+        pictures = [self.GREY + i for i in range(count)]
+        rows = self.rows(
+            datasets.List(datasets.Array2D((8, 8), "uint8")), [pictures, [None, self.GREY], None], "image", make
+        )
+        found, _ = COLLATOR.media["images"].read(rows, ["0", "1", "2"])
+        grey = [[np.asarray(picture)[..., 0].tolist() for picture in row] for row in found]
+        assert grey == [[picture.tolist() for picture in pictures], [self.GREY.tolist()], []]
+
+    def test_a_list_of_arrays_is_several_clips(self):
+        clips = [[[0], [64], [1]] * 300, [[2], [64], [1]] * 300]
+        features = datasets.Features(
+            text=datasets.Value("string"), audio=datasets.List(datasets.Array2D((900, 1), "int16"))
+        )
+        rows = datasets.Dataset.from_dict({"text": ["a"], "audio": [clips]}, features=features)
+        (found,), _ = TestSounds.COLLATOR.media["audio"].read(list(rows_of(rows, TestSounds.COLLATOR)[0]), ["0"])
+        assert [item["array"].tolist() for item in found] == [[x / 2**15 for (x,) in clip] for clip in clips]
+
+    def test_lists_of_lists_of_pixels(self):
+        """One picture, or several of them, in rows without features."""
+        coloured = np.random.default_rng(0).integers(0, 256, (2, 8, 6, 3), dtype=np.uint8)
+        for cell, expected in ((coloured[0].tolist(), coloured[:1]), (coloured.tolist(), coloured)):
+            (found,), _ = COLLATOR.media["images"].read([{"image": cell}], ["0"])
+            assert [np.asarray(picture).tolist() for picture in found] == expected.tolist()
+
+
 def item_of(rows, kind="images", collator=COLLATOR):
     """The first picture or sound of the first row, as it is read in training."""
     rows, _ = rows_of(rows, collator)

@@ -141,9 +141,25 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
         dataset = undecoded(dataset, column)
     features = dataset.features or {}
     arrays = [name for name, kind in media.items() if name in features and _array_type(features[name], kind)]
+    if isinstance(dataset, datasets.Dataset):
+        arrays = [name for name in arrays if not any(map(_numpy_loses_nulls, dataset.data.column(name).chunks))]
     if arrays and isinstance(dataset, datasets.Dataset):
         dataset = dataset.with_format("numpy", columns=arrays, output_all_columns=True)  # 20 times as fast as lists
     return Source(dataset, RowReader(features, media))
+
+
+def _numpy_loses_nulls(column: Any, is_cell: bool = True) -> bool:
+    """
+    Whether a column of pyarrow has missing values that the format "numpy" of `datasets` gives as NaN: missing arrays,
+    and what is missing inside lists. Missing lists it gives as `None`.
+    """
+    import pyarrow
+
+    if isinstance(column, pyarrow.ExtensionArray):
+        column, is_cell = column.storage, False
+    if not is_cell and column.null_count > 0:
+        return True
+    return hasattr(column, "values") and _numpy_loses_nulls(column.values, False)
 
 
 class _Read(Dataset):
@@ -243,10 +259,8 @@ def _media_reader(feature: Any, kind: Optional[str]) -> Optional[Reader]:
         return partial(_with_cast, options=options) if options else None
     depth, dtype = _array_type(feature, kind) or (0, None)
     if kind is not None and dtype is not None:
-        # A list of lists of samples is several clips, an array with two axes is one of several channels.
-        deepest = 2 if kind == "audio" and hasattr(feature, "shape") else max(_DEPTHS[kind])
         read: Reader = partial(_as_array, dtype=dtype)
-        for _ in range(depth - deepest):
+        for _ in range(depth - _item_depth(feature, kind)):
             read = partial(_each, read=read)
         return read
     if isinstance(feature, dict):  # such as {"array": ..., "sampling_rate": ...}
@@ -261,6 +275,16 @@ def _array_type(feature: Any, kind: Optional[str]) -> Optional[tuple[int, str]]:
     """How deep the lists of a column are and the type of their numbers, if its items are arrays."""
     depth, dtype = _numbers_in(feature)
     return (depth, dtype) if kind is not None and dtype is not None and depth >= min(_DEPTHS[kind]) else None
+
+
+def _item_depth(feature: Any, kind: str) -> int:
+    """How many axes an item has at most. A list of arrays is several items, except that frames are one video."""
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    if kind == "videos" or not hasattr(feature, "shape"):
+        return max(_DEPTHS[kind])
+    # A list of lists of samples is several clips, an array with two axes is one of several channels.
+    return min(len(feature.shape), 2 if kind == "audio" else max(_DEPTHS[kind]))
 
 
 def _numbers_in(feature: Any) -> tuple[int, Optional[str]]:
