@@ -696,6 +696,20 @@ class TestAddresses:
         assert (batch["image_index"] < 0).tolist() == [[False], [False], [True]]
         assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][-1])
 
+    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+    @pytest.mark.parametrize("rest", [{}, {"sampling_rate": 16_000}])
+    @pytest.mark.parametrize("as_list", [False, True])
+    def test_relative_paths_in_structs_without_bytes(self, tmp_path, suffix, rest, as_list):
+        cells = [{"path": "a.png", **rest}, {"path": "/b/c.png", **rest}]
+        right = [{"path": str(tmp_path / "a.png"), **rest}, {"path": "/b/c.png", **rest}]
+        cells, right = ([[cell] for cell in x] if as_list else x for x in (cells, right))
+        table, path = [{"text": "a", "image": cell} for cell in cells], tmp_path / f"rows.{suffix}"
+        if suffix == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in table))
+        else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
+        assert load_files({"train": str(path)}, ("image",))["train"]["image"][:] == right
+
     def test_files_in_cells_are_not_written_again(self, tmp_path):
         rows = datasets.Dataset.from_dict({"image": [{"bytes": CONTENT, "path": "a.png"}]})
         rows = rows.cast_column("image", datasets.Image(decode=False))

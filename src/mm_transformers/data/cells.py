@@ -357,9 +357,11 @@ def _paths_in(column: Any) -> list[Any]:
     """The paths in a column of pyarrow, without those of cells that have bytes."""
     from pyarrow import types
 
-    if types.is_list(column.type) or types.is_large_list(column.type):
+    if types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type):
         return _paths_in(column.flatten())
-    if types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
-        return column.field("path").filter(column.field("bytes").is_null()).to_pylist()
+    if types.is_struct(column.type):
+        names = {field.name for field in column.type}
+        paths = column.field("path") if "path" in names else column.slice(0, 0)
+        return _paths_in(paths.filter(column.field("bytes").is_null()) if "bytes" in names else paths)
     is_text = types.is_string(column.type) or types.is_large_string(column.type)
     return column.to_pylist() if is_text else []
