@@ -255,6 +255,17 @@ class TestTexts:
             (MultiLabel("t", labels=["sea", "sun", "sky"]), "sea|sky", [0, 2]),
             (MultiLabel("t", labels=["sea", "sun", "sky"]), "[0 2]", [0, 2]),
             (MultiLabel("t", labels=["sea", "sun", "sky"]), "[True, False, True]", [0, 2]),
+            (MultiLabel("t", labels=["(1)", "(0)"]), "(1)", [0]),
+            (MultiLabel("t", labels=["[1]", "[0]"]), " [0] ", [1]),
+            (MultiLabel("t", labels=["[1]", "[0]"]), "[0]|[1]", [1, 0]),
+            (MultiLabel("t", labels=["a", "b", "a|b"]), "a|b", [2]),
+            (MultiLabel("t", labels=["a", "b", " b"]), " b", [2]),
+            (MultiLabel("t", labels=["0", "1", "2"]), "1|0", [1, 0]),
+            (MultiLabel("t", labels=["0", "1"]), "0|1", [0, 1]),
+            (MultiLabel("t", labels=["sea", "sun"]), "", None),
+            (MultiLabel("t", labels=["sea", "sun"]), " ", None),
+            (MultiLabel("t", labels=["sea", "sun"]), "[]", []),
+            (MultiLabel("t", labels=["sea", "sun"]), [], []),
             (MultiLabel("t", labels=["sea", "sun"]), np.array([False, True]), [1]),
             (MultiLabel("t", labels=["sea", "sun"]), torch.tensor([False, False]), []),
             (TokenClassification("t", labels=["O", "B"]), "['O', 'B']", [0, 1]),
@@ -324,6 +335,23 @@ class TestLabels:
     def test_a_zero_or_one_for_each_of_two_labels_is_told(self, cell):
         with pytest.raises(ValueError, match="not a 0 or 1 for each label, .*; give names, or True or False for each"):
             label_of(MultiLabel("t", labels=["sea", "sun"]), cell)
+
+    @pytest.mark.parametrize("cell", ["1|0|1", "['1', '0', '1']", ["0", "0", "1"], "[1, 0, 1]"])
+    def test_a_zero_or_one_for_each_label_in_a_text_is_told(self, cell):
+        with pytest.raises(ValueError, match="not a 0 or 1 for each label"):
+            label_of(MultiLabel("t", labels=["0", "1", "2"]), cell)
+
+    @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+    def test_a_blank_cell_is_missing_in_every_file(self, tmp_path, suffix):
+        cells = ["", "red", "[]", " "]
+        table, path = pd.DataFrame({"text": ["a"] * 4, "tags": cells}), tmp_path / f"rows.{suffix}"
+        if suffix == "jsonl":
+            table.to_json(path, orient="records", lines=True)
+        else:
+            table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
+        tasks = [MultiLabel("tags", labels=["green", "red"])]
+        data = prepare_labels(load_files({"train": str(path)}, ()), [task.to_dict() for task in tasks])["train"]
+        assert encoded_labels(data, tasks, "text")["tags"] == [None, [1], [], None]
 
     def test_both_of_two_labels(self):
         assert label_of(MultiLabel("t", labels=["sea", "sun"]), ["sun", "sea"]) == [1, 0]

@@ -48,7 +48,7 @@ def label_of(task: Any, cell: Any, text: str = "", separator: str = LABEL_SEPARA
     """
     cell = as_scalar(cell)
     if isinstance(cell, str):
-        cell = task.read_text(cell, separator)
+        cell = task.read_known_text(cell, separator)
     return task.encode_label(cell, text)
 
 
