@@ -43,6 +43,7 @@ from mm_transformers import (
     Retrieval,
     TokenClassification,
 )
+from mm_transformers.cli.predict import Reading, run_prediction
 from mm_transformers.data.cells import RowReader, absolute_paths, label_of, with_root
 from mm_transformers.data.feature_keys import ItemHash
 from mm_transformers.data.labels import check_labels, complete_task, has_labels, infer_labels, prepare_labels
@@ -904,6 +905,23 @@ class TestTables:
             results.append({k: v for k, v in trainer.evaluate().items() if "topic" in k})
         assert results[0] == results[1]
         MMTrainer(model, args, processing_class=processor, train_dataset=frame).train()
+
+    def test_prediction_reads_beside_columns_of_any_type(self, tmp_path):
+        """`datasets` has no feature for a map."""
+        model, processor = make_model(tasks=[Regression("score")]), make_processor()
+        model.save_pretrained(tmp_path / "model")
+        processor.save_pretrained(tmp_path / "model")
+        pictures = [make_image(0), make_image(1)]
+        table = datasets.Dataset.from_dict({"text": ["a cat", "a dog"], "image": pictures}).data.table
+        kind = pyarrow.map_(pyarrow.string(), pyarrow.int32())
+        table = table.append_column("counts", pyarrow.array([[("a", 1)], None], kind))
+        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+        output = tmp_path / "answers.jsonl"
+        run_prediction(str(tmp_path / "model"), tmp_path / "rows.parquet", output, None, 2, 0, None, Reading())
+        found = [json.loads(line)["score"] for line in output.read_text().splitlines()]
+        with torch.no_grad():
+            inputs = processor(text=["a cat", "a dog"], images=pictures)
+            assert found == pytest.approx(model(**inputs).logits["score"].flatten().tolist(), abs=1e-5)
 
     @pytest.mark.parametrize("names", [("__row__", "__source__"), ("SOURCE", "ROW")])
     def test_columns_may_be_called_anything(self, names):
