@@ -50,6 +50,7 @@ from mm_transformers.data.labels import check_labels, complete_task, has_labels,
 from mm_transformers.data.loading import load_files
 from mm_transformers.data.row_labels import encoded_labels
 from mm_transformers.data.sources import rows_of
+from mm_transformers.data.splitting import hold_out_rows
 from mm_transformers.data.tables import table_writer
 from mm_transformers.model.audio import AudioError, audio_key, load_audio
 from mm_transformers.model.images import ImageError, image_key, load_image
@@ -141,6 +142,40 @@ class TestClassLabels:
         for _ in range(6):
             row = next(seen)
             assert COLLATOR([row])["labels"]["topic"].tolist() == [right[row["text"]]]
+
+    @pytest.mark.parametrize(
+        "make", [lambda rows: rows.data.table, lambda rows: rows.data, lambda rows: rows.data.slice(0)]
+    )
+    def test_names_decide_in_tables_of_data_sets(self, make):
+        self.check(labels_of(make(self.ROWS)))
+        train, others = hold_out_rows(make(self.ROWS.remove_columns("entities")), 0.5, tasks=[COLLATOR.tasks["topic"]])
+        found = [*labels_of(train)["topic"].tolist(), *labels_of(others)["topic"].tolist()]
+        assert sorted(found) == sorted(self.TOPIC)
+
+    @pytest.mark.parametrize("named", [False, True])
+    @pytest.mark.parametrize("wrap", [lambda rows: rows, DataSource])
+    @pytest.mark.parametrize("column", ["topic", "tags"])
+    def test_ids_of_a_stream_without_features_are_told(self, monkeypatch, named, wrap, column):
+        told = []
+        monkeypatch.setattr("mm_transformers.data.cells.logger.warning_once", told.append)
+        rows = self.ROWS.select([1]).select_columns(["text", column])
+        stream = rows.to_iterable_dataset().map(lambda row: row, features=rows.features if named else None)
+        labels = labels_of(wrap(stream))[column].tolist()
+        # Ids 1, and 1 and 2: "animals", and "red" and "green" by the names of the data set.
+        assert (
+            labels == {"topic": [0], "tags": [[1, 1, 0]]}[column]
+            if named
+            else {"topic": [1], "tags": [[0, 1, 1]]}[column]
+        )
+        assert len(set(told)) == (0 if named else 1)
+        assert named or f"Task '{column}': the whole numbers in its column are taken as places in labels" in told[0]
+
+    def test_names_and_numbers_of_a_stream_without_features_are_not_told(self, monkeypatch):
+        told = []
+        monkeypatch.setattr("mm_transformers.data.cells.logger.warning_once", told.append)
+        rows = datasets.Dataset.from_dict({"text": ["a"], "topic": ["food"], "score": [1], "tags": [["red"]]})
+        assert labels_of(rows.to_iterable_dataset().map(lambda row: row))["topic"].tolist() == [1]
+        assert told == []
 
     def test_names_decide_where_labels_are_counted_and_checked(self):
         tasks = list(COLLATOR.tasks.values())

@@ -5,7 +5,7 @@ the modality that takes it.
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers.utils import logging
 
 from ..model.files import is_absent, is_address
-from ..model.task_base import as_scalar, is_missing
+from ..model.task_base import as_scalar, ids_are_places, is_missing
 
 
 logger = logging.get_logger(__name__)
@@ -114,8 +114,9 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
         return Source(Subset(inner, dataset.indices), reader)
     if isinstance(dataset, ConcatDataset):
         return Source(ConcatDataset([_Read(*opened(part, media)) for part in dataset.datasets]), RowReader())
+    dataset = as_records(dataset)
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-        return Source(as_records(dataset), RowReader())
+        return Source(dataset, RowReader())
     if isinstance(dataset, datasets.Dataset):
         kind, shown = dataset.format["type"], dataset.format["columns"]
         hidden = [column for column in media if column in dataset.column_names and column not in shown]
@@ -176,7 +177,15 @@ class _Read(Dataset):
 
 
 def as_records(dataset: Any) -> Any:
-    """A table of pandas, polars or pyarrow as a list of dicts; anything else as it is."""
+    """
+    A table of pandas, polars or pyarrow as a list of dicts; anything else as it is. A table with the features of a data
+    set becomes one, since these know the names of labels.
+    """
+    if b"huggingface" in (getattr(getattr(dataset, "schema", None), "metadata", None) or {}):
+        import datasets
+
+        is_plain = not isinstance(dataset, datasets.table.Table)
+        return datasets.Dataset(datasets.table.InMemoryTable(dataset) if is_plain else dataset)
     if hasattr(dataset, "iloc") and hasattr(dataset, "columns"):
         rows = [{str(name): cell for name, cell in row.items()} for row in dataset.to_dict("records")]
         # pandas has arrays of objects where other sources have lists.
@@ -214,6 +223,33 @@ def _name_of(cell: Any, names: Optional[Sequence[str]]) -> Any:
         if not 0 <= cell < len(names):
             raise ValueError(f"the id {cell} is none of the {len(names)} labels that the data set names")
         return names[cell]
+    return cell
+
+
+def warn_of_ids(reader: RowReader, dataset: Any, tasks: Iterable[Any], columns: Mapping[str, str] = {}) -> None:
+    """
+    Lets the reader of a stream without features warn of whole numbers where labels have names: an order of names that
+    the data set had is not known.
+
+    Args:
+        columns: as [`DataSource`] takes them.
+    """
+    import datasets
+
+    if isinstance(dataset, datasets.IterableDataset) and dataset.features is None:
+        for task in tasks:
+            if getattr(task, "labels", None) and ids_are_places(task.labels):
+                column = columns.get(task.column, task.column)
+                reader.columns[column] = [*reader.columns.get(column, []), partial(_ids_told, task=task.name)]
+
+
+def _ids_told(cell: Any, task: str) -> Any:
+    items = cell.tolist() if hasattr(cell, "tolist") else cell
+    if any(type(item) is int for item in (items if isinstance(items, (list, tuple)) else [items])):
+        logger.warning_once(
+            f"Task {task!r}: the whole numbers in its column are taken as places in labels=[...], since the stream has "
+            "no features that name them. map() drops features; keep them by map(..., features=dataset.features)."
+        )
     return cell
 
 

@@ -468,6 +468,11 @@ def label_id(name: str, labels: list[str], value: Any) -> int:
     )
 
 
+def ids_are_places(labels: list[str]) -> bool:
+    """Whether a number in a cell is the place of a label, since no label is itself a number."""
+    return not _numbers_in(tuple(labels))
+
+
 def _named(labels: list[str], text: str) -> Optional[int]:
     """The place of a name, with or without white space around it."""
     found = text if text in labels else text.strip()
