@@ -610,6 +610,43 @@ class TestArrays:
         (found,), _ = TestSounds.COLLATOR.media["audio"].read(list(rows_of(rows, TestSounds.COLLATOR)[0]), ["0"])
         assert [item["array"].tolist() for item in found] == [[x / 2**15 for (x,) in clip] for clip in clips]
 
+    @pytest.mark.parametrize(
+        "make", [lambda rows: rows, lambda rows: rows.to_iterable_dataset(), list, lambda rows: rows.to_pandas()]
+    )
+    def test_an_empty_list_is_no_picture_and_no_sound(self, make):
+        lists = datasets.List(datasets.List(datasets.Value("uint8")))
+        rows = self.rows(lists, [self.GREY.tolist(), [], None], make=make)
+        assert COLLATOR(rows)["image_index"].tolist() == [[0], [-1], [-1]]
+        samples = datasets.List(datasets.Value("int16"))
+        for kind, clip in ((samples, [0, 20_000, -9] * 300), (datasets.List(samples), [[0, 20_000, -9] * 300])):
+            features = datasets.Features(text=datasets.Value("string"), audio=kind)
+            cells = {"text": list("abc"), "audio": [clip, [], None]}
+            rows = list(rows_of(make(datasets.Dataset.from_dict(cells, features=features)), TestSounds.COLLATOR)[0])
+            assert TestSounds.COLLATOR(rows)["audio_index"].tolist() == [[0], [-1], [-1]]
+
+    @pytest.mark.parametrize("make", [lambda rows: rows, list])
+    @pytest.mark.parametrize(
+        "empty", [{"array": None, "sampling_rate": None}, {"array": None, "sampling_rate": 16_000}]
+    )
+    def test_a_sound_without_samples_is_no_sound(self, make, empty):
+        cells = [{"array": [0, 20_000, -9] * 300, "sampling_rate": 16_000}, empty]
+        rows = make(datasets.Dataset.from_dict({"text": ["a", "b"], "audio": cells}))
+        rows = list(rows_of(rows, TestSounds.COLLATOR)[0])
+        assert TestSounds.COLLATOR(rows)["audio_index"].tolist() == [[0], [-1]]
+
+    @pytest.mark.parametrize("shape", [(8, 8), (8, 6, 3), (2, 8, 6, 3)])
+    def test_pictures_of_lists_in_a_frame(self, tmp_path, shape):
+        """pandas reads lists of lists as arrays of arrays."""
+        pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": ["a"], "image": [pixels.tolist()]}), tmp_path / "rows.parquet"
+        )
+        rows, _ = rows_of(pd.read_parquet(tmp_path / "rows.parquet"), COLLATOR)
+        (found,), _ = COLLATOR.media["images"].read([rows[0]], ["0"])
+        expected = pixels if pixels.ndim == 4 else pixels[None]
+        expected = expected if expected.shape[-1] == 3 else np.repeat(expected[..., None], 3, -1)
+        assert [np.asarray(picture).tolist() for picture in found] == expected.tolist()
+
     def test_lists_of_lists_of_pixels(self):
         """One picture, or several of them, in rows without features."""
         coloured = np.random.default_rng(0).integers(0, 256, (2, 8, 6, 3), dtype=np.uint8)

@@ -188,16 +188,19 @@ def as_records(dataset: Any) -> Any:
         return datasets.Dataset(datasets.table.InMemoryTable(dataset) if is_plain else dataset)
     if hasattr(dataset, "iloc") and hasattr(dataset, "columns"):
         rows = [{str(name): cell for name, cell in row.items()} for row in dataset.to_dict("records")]
-        # pandas has arrays of objects where other sources have lists.
-        return [{name: cell.tolist() if _is_list(cell) else cell for name, cell in row.items()} for row in rows]
+        return [{name: _as_lists(cell) for name, cell in row.items()} for row in rows]
     for method in ("to_dicts", "to_pylist"):
         if hasattr(dataset, method) and not hasattr(dataset, "features"):
             return getattr(dataset, method)()
     return dataset
 
 
-def _is_list(cell: Any) -> bool:
-    return getattr(getattr(cell, "dtype", None), "kind", None) == "O" and getattr(cell, "ndim", 0) > 0
+def _as_lists(cell: Any) -> Any:
+    """Arrays of objects, and empty ones, as the lists that other sources have; pandas makes arrays of lists."""
+    kind = getattr(getattr(cell, "dtype", None), "kind", None)
+    if kind is None or cell.ndim == 0 or (kind != "O" and cell.shape != (0,)):
+        return cell
+    return [_as_lists(item) for item in cell]
 
 
 # Labels
@@ -295,7 +298,7 @@ def _media_reader(feature: Any, kind: Optional[str]) -> Optional[Reader]:
         return partial(_with_cast, options=options) if options else None
     depth, dtype = _array_type(feature, kind) or (0, None)
     if kind is not None and dtype is not None:
-        read: Reader = partial(_as_array, dtype=dtype)
+        read: Reader = partial(_as_item, dtype=dtype)
         for _ in range(depth - _item_depth(feature, kind)):
             read = partial(_each, read=read)
         return read
@@ -347,6 +350,11 @@ def _as_array(cell: Any, dtype: str) -> Any:
         return np.asarray(cell, dtype=dtype)
     except (ValueError, TypeError):  # rows of several lengths, or holes
         return cell
+
+
+def _as_item(cell: Any, dtype: str) -> Any:
+    array = _as_array(cell, dtype)
+    return None if getattr(array, "shape", None) == (0,) else array  # an empty list holds no item
 
 
 def _with_array(cell: Any, dtype: str) -> Any:

@@ -499,10 +499,12 @@ def as_clips(entry: Any) -> list[Any]:
 
 
 def _depth(entry: Any) -> int:
-    """How deep lists of numbers are; 0 for anything else, empty lists included."""
+    """How deep lists of numbers are; 0 for anything else, empty lists included. The innermost may be arrays."""
     depth = 0
     while isinstance(entry, (list, tuple)) and len(entry) > 0:
         entry, depth = entry[0], depth + 1
+    if depth > 0 and getattr(entry, "ndim", None) == 1:
+        return depth + 1
     return depth if isinstance(entry, numbers.Real) else 0
 
 
