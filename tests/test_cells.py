@@ -43,6 +43,7 @@ from mm_transformers import (
     Retrieval,
     TokenClassification,
 )
+from mm_transformers.analysis import explain
 from mm_transformers.cli.predict import Reading, run_prediction
 from mm_transformers.data.cells import RowReader, absolute_paths, label_of, with_root
 from mm_transformers.data.feature_keys import ItemHash
@@ -388,6 +389,27 @@ class TestLabels:
         tasks = [MultiLabel("tags", labels=["green", "red"])]
         data = prepare_labels(load_files({"train": str(path)}, ()), [task.to_dict() for task in tasks])["train"]
         assert encoded_labels(data, tasks, "text")["tags"] == [None, [1], [], None]
+
+    def test_padding_in_lists_of_labels(self):
+        """As data sets have it that fill lists up to one length; it stands for no truth value."""
+        task = MultiLabel("t", labels=["green", "red"])
+        features = datasets.Features(t=datasets.List(datasets.ClassLabel(names=["red", "green"])))
+        rows = datasets.Dataset.from_dict({"t": [[1, -1], [-1, 0], [-1, -1], [], None]}, features=features)
+        assert encoded_labels(rows, [task], "text")["t"] == [[0], [1], [], [], None]
+        assert label_of(task, ["red", None]) == [1]
+        with pytest.raises(ValueError, match="task 't': "):
+            label_of(task, [True, None])
+
+    @pytest.mark.parametrize(
+        "cell", [np.array([1, 0]), np.array([[1, 0], [0, 1]]), torch.tensor([1, 0, 1]), [1, 0, 2, 3]]
+    )
+    @pytest.mark.parametrize(
+        "task",
+        [Classification("t", labels=["a", "b"]), Regression("t"), Matching("t"), Retrieval("t"), Generation("t")],
+    )
+    def test_several_numbers_are_told_where_one_label_is_expected(self, task, cell):
+        with pytest.raises(ValueError, match="^task 't': .*but"):
+            label_of(task, cell, "two words")
 
     def test_both_of_two_labels(self):
         assert label_of(MultiLabel("t", labels=["sea", "sun"]), ["sun", "sea"]) == [1, 0]
@@ -994,6 +1016,20 @@ class TestTables:
         with torch.no_grad():
             inputs = processor(text=["a cat", "a dog"], images=pictures)
             assert found == pytest.approx(model(**inputs).logits["score"].flatten().tolist(), abs=1e-5)
+
+    @pytest.mark.parametrize("make", [lambda frame: frame, pyarrow.Table.from_pandas])
+    def test_a_table_is_explained(self, make):
+        frame = pd.DataFrame({"text": ["a cat", None, "a dog"]}, index=[7, 8, 9])
+        frame["image"] = [to_bytes(make_image(0)), to_bytes(make_image(1)), None]
+        model, processor = make_model(tasks=[Regression("score")]), make_processor()
+        rows = [{"text": "a cat", "image": make_image(0)}, {"image": make_image(1)}, {"text": "a dog"}]
+        with torch.no_grad():
+            expected = [
+                float(model(**processor(text=[row.get("text") or ""], images=[row.get("image")])).logits["score"])
+                for row in rows
+            ]
+        found = explain(model, processor, make(frame), method="random")
+        assert [explanation.score for explanation in found] == pytest.approx(expected, abs=1e-5)
 
     @pytest.mark.parametrize("names", [("__row__", "__source__"), ("SOURCE", "ROW")])
     def test_columns_may_be_called_anything(self, names):
