@@ -391,14 +391,15 @@ class TestLabels:
         assert encoded_labels(data, tasks, "text")["tags"] == [None, [1], [], None]
 
     def test_padding_in_lists_of_labels(self):
-        """As data sets have it that fill lists up to one length; it stands for no truth value."""
+        """As data sets have it that fill lists up to one length."""
         task = MultiLabel("t", labels=["green", "red"])
         features = datasets.Features(t=datasets.List(datasets.ClassLabel(names=["red", "green"])))
         rows = datasets.Dataset.from_dict({"t": [[1, -1], [-1, 0], [-1, -1], [], None]}, features=features)
         assert encoded_labels(rows, [task], "text")["t"] == [[0], [1], [], [], None]
-        assert label_of(task, ["red", None]) == [1]
-        with pytest.raises(ValueError, match="task 't': "):
-            label_of(task, [True, None])
+        assert label_of(task, ["red", -100]) == label_of(task, np.array([1, -100])) == [1]
+        for cell in (["red", None], [True, None], [1, -1], [np.array([0, 1])]):
+            with pytest.raises(ValueError, match="^task 't': "):
+                label_of(task, cell)
 
     @pytest.mark.parametrize(
         "cell", [np.array([1, 0]), np.array([[1, 0], [0, 1]]), torch.tensor([1, 0, 1]), [1, 0, 2, 3]]

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers.utils import logging
 
 from ..model.files import is_absent, is_address
-from ..model.task_base import as_scalar, ids_are_places, is_missing
+from ..model.task_base import PADDING, as_scalar, ids_are_places, is_missing
 
 
 logger = logging.get_logger(__name__)
@@ -55,8 +55,8 @@ def label_of(task: Any, cell: Any, text: str = "", separator: str = LABEL_SEPARA
 class RowReader:
     """
     Reads the rows of one data set. Ids of `ClassLabel` become names, since the order of the names is the data set's
-    own, and -1 becomes `None`. Lists of numbers in columns of pictures, videos and sounds become arrays of the declared
-    type. Cells of `Image`, `Audio` and `Video` keep the options of that feature, under "cast".
+    own, and -1 becomes `None`, in lists -100. Lists of numbers in columns of pictures, videos and sounds become arrays
+    of the declared type. Cells of `Image`, `Audio` and `Video` keep the options of that feature, under "cast".
 
     Args:
         features (`dict`, *optional*): Column -> feature of `datasets`; without it, rows stay as they are.
@@ -206,23 +206,24 @@ def _as_lists(cell: Any) -> Any:
 # Labels
 
 
-def _name_reader(feature: Any) -> Optional[Reader]:
+def _name_reader(feature: Any, missing: Optional[int] = None) -> Optional[Reader]:
     import datasets
 
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names or [])
         # Names that only repeat the ids, as `ClassLabel(num_classes=3)` has them, say nothing.
-        return partial(_name_of, names=None if names == [str(i) for i in range(len(names))] else names)
+        names = [] if names == [str(i) for i in range(len(names))] else names
+        return partial(_name_of, names=names, missing=missing)
     inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
-    read = None if inner is None or isinstance(inner, dict) else _name_reader(inner)
+    read = None if inner is None or isinstance(inner, dict) else _name_reader(inner, PADDING)
     return None if read is None else partial(_each, read=read)
 
 
-def _name_of(cell: Any, names: Optional[Sequence[str]]) -> Any:
+def _name_of(cell: Any, names: Sequence[str], missing: Optional[int]) -> Any:
     cell = as_scalar(cell)
     if is_missing(cell) or cell == -1:
-        return None
-    if names is not None and isinstance(cell, int) and not isinstance(cell, bool):
+        return missing
+    if names and isinstance(cell, int) and not isinstance(cell, bool):
         if not 0 <= cell < len(names):
             raise ValueError(f"the id {cell} is none of the {len(names)} labels that the data set names")
         return names[cell]

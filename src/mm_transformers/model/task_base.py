@@ -385,6 +385,10 @@ def default_strata(labels: list[Any]) -> list[tuple[Hashable, ...]]:
     return [(label,) if are_classes and label is not None else () for label in labels]
 
 
+# What stands in a list in the place of a label, such as one that fills it up to the length of others.
+PADDING = -100
+
+
 def is_null(value: Any) -> bool:
     """True for `None`, NaN and pandas' missing values: the ways in which tables leave a cell empty."""
     value = as_scalar(value)

@@ -14,6 +14,7 @@ from .label_lists import split_labels
 from .linear_probe import LinearProblem
 from .task_base import (
     NO_CONTEXT,
+    PADDING,
     LabelContext,
     PooledHead,
     Task,
@@ -36,7 +37,7 @@ class MultiLabel(Task):
     Logits (batch, num_labels); labels (batch, num_labels) float32 of 0 and 1, NaN where missing. A cell is a list of
     label names or ids, or a list with a truth value for each label; an empty list means that none holds, `None` that it
     is not known. In a text, labels stand in a list (`["red", "blue"]`) or between separators (`red|blue`); a blank text
-    is the same as `None`. `None` in a list counts for nothing.
+    is the same as `None`. In a list, -100 counts for nothing.
 
     Args:
         labels (`list[str]`): The label names; their order gives the ids.
@@ -89,8 +90,8 @@ class MultiLabel(Task):
                 f"task {self.name!r}: expected a list of labels ([] if none holds, None if it is not known), but got "
                 f"{shorten(repr(value))} of type {type(value).__name__}"
             )
-        # In lists that are filled up to one length, data sets have an id of -1 or `None`.
-        value = [as_scalar(item) for item in value if item is not None]
+        value = [as_scalar(item) for item in value]
+        value = [item for item in value if not isinstance(item, numbers.Real) or item != PADDING]
         if value and all(isinstance(item, bool) for item in value) and len(value) == len(self.labels):
             return [i for i, holds in enumerate(value) if holds]
         ids = [label_id(self.name, self.labels, item) for item in value]
