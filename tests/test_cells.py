@@ -56,6 +56,7 @@ from mm_transformers.data.tables import table_writer
 from mm_transformers.model.audio import AudioError, audio_key, load_audio
 from mm_transformers.model.images import ImageError, image_key, load_image
 from mm_transformers.model.label_lists import split_labels
+from mm_transformers.model.video import VideoError
 from mm_transformers.training.prediction import answer_columns
 
 
@@ -646,6 +647,18 @@ class TestArrays:
             cells = {"text": list("abc"), "audio": [clip, [], None]}
             rows = list(rows_of(make(datasets.Dataset.from_dict(cells, features=features)), TestSounds.COLLATOR)[0])
             assert TestSounds.COLLATOR(rows)["audio_index"].tolist() == [[0], [-1], [-1]]
+
+    @pytest.mark.parametrize("make", [lambda rows: rows, list])
+    def test_an_empty_item_is_told(self, make):
+        """An empty list of frames, and an empty clip among others."""
+        frames = datasets.List(datasets.List(datasets.List(datasets.Value("uint8"))))
+        with pytest.raises(VideoError, match="has no frames"):
+            COLLATOR(self.rows(frames, [[]], "video", make))
+        clips = datasets.List(datasets.List(datasets.Value("int16")))
+        features = datasets.Features(text=datasets.Value("string"), audio=clips)
+        rows = datasets.Dataset.from_dict({"text": ["a"], "audio": [[[0, 20_000, -9] * 300, []]]}, features=features)
+        with pytest.raises(AudioError, match="is empty"):
+            TestSounds.COLLATOR(list(rows_of(make(rows), TestSounds.COLLATOR)[0]))
 
     @pytest.mark.parametrize("make", [lambda rows: rows, list])
     @pytest.mark.parametrize(

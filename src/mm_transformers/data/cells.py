@@ -299,8 +299,10 @@ def _media_reader(feature: Any, kind: Optional[str]) -> Optional[Reader]:
         return partial(_with_cast, options=options) if options else None
     depth, dtype = _array_type(feature, kind) or (0, None)
     if kind is not None and dtype is not None:
-        read: Reader = partial(_as_item, dtype=dtype)
-        for _ in range(depth - _item_depth(feature, kind)):
+        levels = depth - _item_depth(feature, kind)
+        # An empty list of videos' frames is told, as in a list of dicts.
+        read: Reader = partial(_as_item if levels <= 0 and kind != "videos" else _as_array, dtype=dtype)
+        for _ in range(levels):
             read = partial(_each, read=read)
         return read
     if isinstance(feature, dict):  # such as {"array": ..., "sampling_rate": ...}

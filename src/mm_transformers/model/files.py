@@ -64,11 +64,9 @@ def _decoded(text: str) -> Optional[bytes]:
 
 
 def is_absent(cell: Any) -> bool:
-    """True for an empty cell: a missing value, a blank text, an empty list, or a dict without bytes, path and array."""
+    """True for an empty cell: a missing value, a blank text, or a dict without bytes, path and array."""
     if isinstance(cell, Mapping) and set(cell) & {"array", "bytes", "path"}:
         return cell.get("array") is None and cell.get("bytes") is None and is_absent(cell.get("path"))
-    if isinstance(cell, (list, tuple)):
-        return len(cell) == 0
     return is_null(cell) or (isinstance(cell, str) and not cell.strip())
 
 
