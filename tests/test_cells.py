@@ -44,17 +44,21 @@ from mm_transformers import (
     Retrieval,
     TokenClassification,
 )
+from mm_transformers.analysis import explain
+from mm_transformers.cli.predict import Reading, run_prediction
 from mm_transformers.data.cells import RowReader, absolute_paths, label_of, with_root
 from mm_transformers.data.feature_keys import ItemHash
 from mm_transformers.data.labels import check_labels, complete_task, has_labels, infer_labels, prepare_labels
 from mm_transformers.data.loading import load_files
 from mm_transformers.data.row_labels import encoded_labels
 from mm_transformers.data.sources import rows_of
+from mm_transformers.data.splitting import hold_out_rows
 from mm_transformers.data.tables import table_writer
 from mm_transformers.model.audio import AudioError, audio_key, load_audio
 from mm_transformers.model.files import content_of
 from mm_transformers.model.images import ImageError, image_key, load_image
 from mm_transformers.model.label_lists import split_labels
+from mm_transformers.model.video import VideoError
 from mm_transformers.training.prediction import answer_columns
 
 
@@ -142,6 +146,40 @@ class TestClassLabels:
         for _ in range(6):
             row = next(seen)
             assert COLLATOR([row])["labels"]["topic"].tolist() == [right[row["text"]]]
+
+    @pytest.mark.parametrize(
+        "make", [lambda rows: rows.data.table, lambda rows: rows.data, lambda rows: rows.data.slice(0)]
+    )
+    def test_names_decide_in_tables_of_data_sets(self, make):
+        self.check(labels_of(make(self.ROWS)))
+        train, others = hold_out_rows(make(self.ROWS.remove_columns("entities")), 0.5, tasks=[COLLATOR.tasks["topic"]])
+        found = [*labels_of(train)["topic"].tolist(), *labels_of(others)["topic"].tolist()]
+        assert sorted(found) == sorted(self.TOPIC)
+
+    @pytest.mark.parametrize("named", [False, True])
+    @pytest.mark.parametrize("wrap", [lambda rows: rows, DataSource])
+    @pytest.mark.parametrize("column", ["topic", "tags"])
+    def test_ids_of_a_stream_without_features_are_told(self, monkeypatch, named, wrap, column):
+        told = []
+        monkeypatch.setattr("mm_transformers.data.cells.logger.warning_once", told.append)
+        rows = self.ROWS.select([1]).select_columns(["text", column])
+        stream = rows.to_iterable_dataset().map(lambda row: row, features=rows.features if named else None)
+        labels = labels_of(wrap(stream))[column].tolist()
+        # Ids 1, and 1 and 2: "animals", and "red" and "green" by the names of the data set.
+        assert (
+            labels == {"topic": [0], "tags": [[1, 1, 0]]}[column]
+            if named
+            else {"topic": [1], "tags": [[0, 1, 1]]}[column]
+        )
+        assert len(set(told)) == (0 if named else 1)
+        assert named or f"Task '{column}': the whole numbers in its column are taken as places in labels" in told[0]
+
+    def test_names_and_numbers_of_a_stream_without_features_are_not_told(self, monkeypatch):
+        told = []
+        monkeypatch.setattr("mm_transformers.data.cells.logger.warning_once", told.append)
+        rows = datasets.Dataset.from_dict({"text": ["a"], "topic": ["food"], "score": [1], "tags": [["red"]]})
+        assert labels_of(rows.to_iterable_dataset().map(lambda row: row))["topic"].tolist() == [1]
+        assert told == []
 
     def test_names_decide_where_labels_are_counted_and_checked(self):
         tasks = list(COLLATOR.tasks.values())
@@ -257,6 +295,17 @@ class TestTexts:
             (MultiLabel("t", labels=["sea", "sun", "sky"]), "sea|sky", [0, 2]),
             (MultiLabel("t", labels=["sea", "sun", "sky"]), "[0 2]", [0, 2]),
             (MultiLabel("t", labels=["sea", "sun", "sky"]), "[True, False, True]", [0, 2]),
+            (MultiLabel("t", labels=["(1)", "(0)"]), "(1)", [0]),
+            (MultiLabel("t", labels=["[1]", "[0]"]), " [0] ", [1]),
+            (MultiLabel("t", labels=["[1]", "[0]"]), "[0]|[1]", [1, 0]),
+            (MultiLabel("t", labels=["a", "b", "a|b"]), "a|b", [2]),
+            (MultiLabel("t", labels=["a", "b", " b"]), " b", [2]),
+            (MultiLabel("t", labels=["0", "1", "2"]), "1|0", [1, 0]),
+            (MultiLabel("t", labels=["0", "1"]), "0|1", [0, 1]),
+            (MultiLabel("t", labels=["sea", "sun"]), "", None),
+            (MultiLabel("t", labels=["sea", "sun"]), " ", None),
+            (MultiLabel("t", labels=["sea", "sun"]), "[]", []),
+            (MultiLabel("t", labels=["sea", "sun"]), [], []),
             (MultiLabel("t", labels=["sea", "sun"]), np.array([False, True]), [1]),
             (MultiLabel("t", labels=["sea", "sun"]), torch.tensor([False, False]), []),
             (TokenClassification("t", labels=["O", "B"]), "['O', 'B']", [0, 1]),
@@ -326,6 +375,45 @@ class TestLabels:
     def test_a_zero_or_one_for_each_of_two_labels_is_told(self, cell):
         with pytest.raises(ValueError, match="not a 0 or 1 for each label, .*; give names, or True or False for each"):
             label_of(MultiLabel("t", labels=["sea", "sun"]), cell)
+
+    @pytest.mark.parametrize("cell", ["1|0|1", "['1', '0', '1']", ["0", "0", "1"], "[1, 0, 1]"])
+    def test_a_zero_or_one_for_each_label_in_a_text_is_told(self, cell):
+        with pytest.raises(ValueError, match="not a 0 or 1 for each label"):
+            label_of(MultiLabel("t", labels=["0", "1", "2"]), cell)
+
+    @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+    def test_a_blank_cell_is_missing_in_every_file(self, tmp_path, suffix):
+        cells = ["", "red", "[]", " "]
+        table, path = pd.DataFrame({"text": ["a"] * 4, "tags": cells}), tmp_path / f"rows.{suffix}"
+        if suffix == "jsonl":
+            table.to_json(path, orient="records", lines=True)
+        else:
+            table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
+        tasks = [MultiLabel("tags", labels=["green", "red"])]
+        data = prepare_labels(load_files({"train": str(path)}, ()), [task.to_dict() for task in tasks])["train"]
+        assert encoded_labels(data, tasks, "text")["tags"] == [None, [1], [], None]
+
+    def test_padding_in_lists_of_labels(self):
+        """As data sets have it that fill lists up to one length."""
+        task = MultiLabel("t", labels=["green", "red"])
+        features = datasets.Features(t=datasets.List(datasets.ClassLabel(names=["red", "green"])))
+        rows = datasets.Dataset.from_dict({"t": [[1, -1], [-1, 0], [-1, -1], [], None]}, features=features)
+        assert encoded_labels(rows, [task], "text")["t"] == [[0], [1], [], [], None]
+        assert label_of(task, ["red", -100]) == label_of(task, np.array([1, -100])) == [1]
+        for cell in (["red", None], [True, None], [1, -1], [np.array([0, 1])]):
+            with pytest.raises(ValueError, match="^task 't': "):
+                label_of(task, cell)
+
+    @pytest.mark.parametrize(
+        "cell", [np.array([1, 0]), np.array([[1, 0], [0, 1]]), torch.tensor([1, 0, 1]), [1, 0, 2, 3]]
+    )
+    @pytest.mark.parametrize(
+        "task",
+        [Classification("t", labels=["a", "b"]), Regression("t"), Matching("t"), Retrieval("t"), Generation("t")],
+    )
+    def test_several_numbers_are_told_where_one_label_is_expected(self, task, cell):
+        with pytest.raises(ValueError, match="^task 't': .*but"):
+            label_of(task, cell, "two words")
 
     def test_both_of_two_labels(self):
         assert label_of(MultiLabel("t", labels=["sea", "sun"]), ["sun", "sea"]) == [1, 0]
@@ -485,6 +573,126 @@ class TestPictures:
         assert np.array_equal(item_of(rows), array)
 
 
+class TestArrays:
+    """Columns of `Array2D` and the like, as rows of the features' own types."""
+
+    GREY = np.arange(0, 64, dtype=np.uint8).reshape(8, 8)
+
+    @staticmethod
+    def rows(feature, cells, column="image", make=lambda rows: rows):
+        features = datasets.Features({"text": datasets.Value("string"), column: feature})
+        rows = datasets.Dataset.from_dict({"text": ["a"] * len(cells), column: cells}, features=features)
+        return list(rows_of(make(rows), COLLATOR)[0])
+
+    @pytest.mark.parametrize("make", [lambda rows: rows, lambda rows: rows.to_iterable_dataset()])
+    @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int64", "float32", "bool"])
+    def test_a_missing_array_is_no_picture(self, dtype, make):
+        array = (self.GREY.astype("uint16") * 257 if dtype == "uint16" else self.GREY % 2).astype(dtype)
+        rows = self.rows(datasets.Array2D((8, 8), dtype), [array, None, array], make=make)
+        assert [None if row["image"] is None else row["image"].tolist() for row in rows] == [
+            array.tolist(), None, array.tolist()
+        ]  # fmt: skip
+        assert rows[0]["image"].dtype == dtype
+
+    def test_an_array_of_nan_is_told(self):
+        """Though a row without a picture is there, too."""
+        rows = self.rows(datasets.Array2D((8, 8), "float32"), [np.full((8, 8), np.nan), None])
+        with pytest.raises(ImageError, match="an image array of floats must lie between 0 and 1"):
+            COLLATOR(rows)
+
+    def test_a_missing_pixel_is_told(self):
+        rows = self.rows(datasets.List(datasets.List(datasets.Value("uint8"))), [[[1, 2], [3, None]]])
+        with pytest.raises(ImageError, match="^row 0, column 'image': "):
+            COLLATOR(rows)
+
+    def test_a_missing_array_is_no_video_and_no_sound(self):
+        frames = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+        rows = self.rows(datasets.Array4D((3, 8, 8, 3), "uint8"), [frames, None], "video")
+        assert COLLATOR(rows)["image_index"].tolist() == [[0, 1, 2], [-1, -1, -1]]
+        features = datasets.Features(text=datasets.Value("string"), audio=datasets.Array2D((900, 1), "int16"))
+        cells = [[[0], [64], [1]] * 300, None]
+        rows = datasets.Dataset.from_dict({"text": ["a", "b"], "audio": cells}, features=features)
+        rows = list(rows_of(rows, TestSounds.COLLATOR)[0])
+        assert TestSounds.COLLATOR(rows)["audio_index"].tolist() == [[0], [-1]]
+
+    @pytest.mark.parametrize("make", [lambda rows: rows, lambda rows: rows.to_iterable_dataset()])
+    @pytest.mark.parametrize("count", [1, 3, 5])
+    def test_a_list_of_arrays_is_several_pictures(self, count, make):
+        """Also 3, which might be channels."""
+        pictures = [self.GREY + i for i in range(count)]
+        rows = self.rows(
+            datasets.List(datasets.Array2D((8, 8), "uint8")), [pictures, [None, self.GREY], None], "image", make
+        )
+        found, _ = COLLATOR.media["images"].read(rows, ["0", "1", "2"])
+        grey = [[np.asarray(picture)[..., 0].tolist() for picture in row] for row in found]
+        assert grey == [[picture.tolist() for picture in pictures], [self.GREY.tolist()], []]
+
+    def test_a_list_of_arrays_is_several_clips(self):
+        clips = [[[0], [64], [1]] * 300, [[2], [64], [1]] * 300]
+        features = datasets.Features(
+            text=datasets.Value("string"), audio=datasets.List(datasets.Array2D((900, 1), "int16"))
+        )
+        rows = datasets.Dataset.from_dict({"text": ["a"], "audio": [clips]}, features=features)
+        (found,), _ = TestSounds.COLLATOR.media["audio"].read(list(rows_of(rows, TestSounds.COLLATOR)[0]), ["0"])
+        assert [item["array"].tolist() for item in found] == [[x / 2**15 for (x,) in clip] for clip in clips]
+
+    @pytest.mark.parametrize(
+        "make", [lambda rows: rows, lambda rows: rows.to_iterable_dataset(), list, lambda rows: rows.to_pandas()]
+    )
+    def test_an_empty_list_is_no_picture_and_no_sound(self, make):
+        lists = datasets.List(datasets.List(datasets.Value("uint8")))
+        rows = self.rows(lists, [self.GREY.tolist(), [], None], make=make)
+        assert COLLATOR(rows)["image_index"].tolist() == [[0], [-1], [-1]]
+        samples = datasets.List(datasets.Value("int16"))
+        for kind, clip in ((samples, [0, 20_000, -9] * 300), (datasets.List(samples), [[0, 20_000, -9] * 300])):
+            features = datasets.Features(text=datasets.Value("string"), audio=kind)
+            cells = {"text": list("abc"), "audio": [clip, [], None]}
+            rows = list(rows_of(make(datasets.Dataset.from_dict(cells, features=features)), TestSounds.COLLATOR)[0])
+            assert TestSounds.COLLATOR(rows)["audio_index"].tolist() == [[0], [-1], [-1]]
+
+    @pytest.mark.parametrize("make", [lambda rows: rows, list])
+    def test_an_empty_item_is_told(self, make):
+        """An empty list of frames, and an empty clip among others."""
+        frames = datasets.List(datasets.List(datasets.List(datasets.Value("uint8"))))
+        with pytest.raises(VideoError, match="has no frames"):
+            COLLATOR(self.rows(frames, [[]], "video", make))
+        clips = datasets.List(datasets.List(datasets.Value("int16")))
+        features = datasets.Features(text=datasets.Value("string"), audio=clips)
+        rows = datasets.Dataset.from_dict({"text": ["a"], "audio": [[[0, 20_000, -9] * 300, []]]}, features=features)
+        with pytest.raises(AudioError, match="is empty"):
+            TestSounds.COLLATOR(list(rows_of(make(rows), TestSounds.COLLATOR)[0]))
+
+    @pytest.mark.parametrize("make", [lambda rows: rows, list])
+    @pytest.mark.parametrize(
+        "empty", [{"array": None, "sampling_rate": None}, {"array": None, "sampling_rate": 16_000}]
+    )
+    def test_a_sound_without_samples_is_no_sound(self, make, empty):
+        cells = [{"array": [0, 20_000, -9] * 300, "sampling_rate": 16_000}, empty]
+        rows = make(datasets.Dataset.from_dict({"text": ["a", "b"], "audio": cells}))
+        rows = list(rows_of(rows, TestSounds.COLLATOR)[0])
+        assert TestSounds.COLLATOR(rows)["audio_index"].tolist() == [[0], [-1]]
+
+    @pytest.mark.parametrize("shape", [(8, 8), (8, 6, 3), (2, 8, 6, 3)])
+    def test_pictures_of_lists_in_a_frame(self, tmp_path, shape):
+        """pandas reads lists of lists as arrays of arrays."""
+        pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": ["a"], "image": [pixels.tolist()]}), tmp_path / "rows.parquet"
+        )
+        rows, _ = rows_of(pd.read_parquet(tmp_path / "rows.parquet"), COLLATOR)
+        (found,), _ = COLLATOR.media["images"].read([rows[0]], ["0"])
+        expected = pixels if pixels.ndim == 4 else pixels[None]
+        expected = expected if expected.shape[-1] == 3 else np.repeat(expected[..., None], 3, -1)
+        assert [np.asarray(picture).tolist() for picture in found] == expected.tolist()
+
+    def test_lists_of_lists_of_pixels(self):
+        """One picture, or several of them, in rows without features."""
+        coloured = np.random.default_rng(0).integers(0, 256, (2, 8, 6, 3), dtype=np.uint8)
+        for cell, expected in ((coloured[0].tolist(), coloured[:1]), (coloured.tolist(), coloured)):
+            (found,), _ = COLLATOR.media["images"].read([{"image": cell}], ["0"])
+            assert [np.asarray(picture).tolist() for picture in found] == expected.tolist()
+
+
 def item_of(rows, kind="images", collator=COLLATOR):
     """The first picture or sound of the first row, as it is read in training."""
     rows, _ = rows_of(rows, collator)
@@ -626,6 +834,20 @@ class TestAddresses:
         batch = COLLATOR(rows.__getitems__([0, 1, 2]))
         assert (batch["image_index"] < 0).tolist() == [[False], [False], [True]]
         assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][-1])
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+    @pytest.mark.parametrize("rest", [{}, {"sampling_rate": 16_000}])
+    @pytest.mark.parametrize("as_list", [False, True])
+    def test_relative_paths_in_structs_without_bytes(self, tmp_path, suffix, rest, as_list):
+        cells = [{"path": "a.png", **rest}, {"path": "/b/c.png", **rest}]
+        right = [{"path": str(tmp_path / "a.png"), **rest}, {"path": "/b/c.png", **rest}]
+        cells, right = ([[cell] for cell in x] if as_list else x for x in (cells, right))
+        table, path = [{"text": "a", "image": cell} for cell in cells], tmp_path / f"rows.{suffix}"
+        if suffix == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in table))
+        else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
+        assert load_files({"train": str(path)}, ("image",))["train"]["image"][:] == right
 
     def test_files_in_cells_are_not_written_again(self, tmp_path):
         rows = datasets.Dataset.from_dict({"image": [{"bytes": CONTENT, "path": "a.png"}]})
@@ -793,6 +1015,37 @@ class TestTables:
             results.append({k: v for k, v in trainer.evaluate().items() if "topic" in k})
         assert results[0] == results[1]
         MMTrainer(model, args, processing_class=processor, train_dataset=frame).train()
+
+    def test_prediction_reads_beside_columns_of_any_type(self, tmp_path):
+        """`datasets` has no feature for a map."""
+        model, processor = make_model(tasks=[Regression("score")]), make_processor()
+        model.save_pretrained(tmp_path / "model")
+        processor.save_pretrained(tmp_path / "model")
+        pictures = [make_image(0), make_image(1)]
+        table = datasets.Dataset.from_dict({"text": ["a cat", "a dog"], "image": pictures}).data.table
+        kind = pyarrow.map_(pyarrow.string(), pyarrow.int32())
+        table = table.append_column("counts", pyarrow.array([[("a", 1)], None], kind))
+        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+        output = tmp_path / "answers.jsonl"
+        run_prediction(str(tmp_path / "model"), tmp_path / "rows.parquet", output, None, 2, 0, None, Reading())
+        found = [json.loads(line)["score"] for line in output.read_text().splitlines()]
+        with torch.no_grad():
+            inputs = processor(text=["a cat", "a dog"], images=pictures)
+            assert found == pytest.approx(model(**inputs).logits["score"].flatten().tolist(), abs=1e-5)
+
+    @pytest.mark.parametrize("make", [lambda frame: frame, pyarrow.Table.from_pandas])
+    def test_a_table_is_explained(self, make):
+        frame = pd.DataFrame({"text": ["a cat", None, "a dog"]}, index=[7, 8, 9])
+        frame["image"] = [to_bytes(make_image(0)), to_bytes(make_image(1)), None]
+        model, processor = make_model(tasks=[Regression("score")]), make_processor()
+        rows = [{"text": "a cat", "image": make_image(0)}, {"image": make_image(1)}, {"text": "a dog"}]
+        with torch.no_grad():
+            expected = [
+                float(model(**processor(text=[row.get("text") or ""], images=[row.get("image")])).logits["score"])
+                for row in rows
+            ]
+        found = explain(model, processor, make(frame), method="random")
+        assert [explanation.score for explanation in found] == pytest.approx(expected, abs=1e-5)
 
     @pytest.mark.parametrize("names", [("__row__", "__source__"), ("SOURCE", "ROW")])
     def test_columns_may_be_called_anything(self, names):

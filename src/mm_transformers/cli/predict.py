@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import TrainingArguments
@@ -191,7 +192,7 @@ def run_prediction(
     show_progress_of_package(state.is_main_process)
     _check_columns(rows.schema.names, collator, columns, reading, file)
     reader = RowReader(
-        {name: feature for name, feature in _features(rows).items() if name in asdict(columns).values()},
+        _features(rows.schema, asdict(columns).values()),
         {column.column: kind for kind, column in collator.media.items()},
         data.image_root or str(file.parent),
     )
@@ -264,9 +265,13 @@ def _check_labelled(rows: datasets.Dataset, collator: MMDataCollator, file: Path
             logger.warning(f"{file} has no label of task {task.name!r}: column {task.column!r} is empty.")
 
 
-def _features(rows: TableRows) -> dict[str, Any]:
-    """The features that a Parquet file was written with; of another file, those of its types."""
-    return dict(datasets.Features.from_arrow_schema(rows.schema))
+def _features(schema: pyarrow.Schema, columns: Collection[str]) -> dict[str, Any]:
+    """
+    The features of these columns: those that a Parquet file was written with; of another file, those of its types.
+    Other columns may have types that `datasets` does not know.
+    """
+    fields = [field for field in schema if field.name in columns]
+    return dict(datasets.Features.from_arrow_schema(pyarrow.schema(fields, schema.metadata)))
 
 
 def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str, Any]) -> int:

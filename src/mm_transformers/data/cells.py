@@ -5,7 +5,7 @@ the modality that takes it.
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers.utils import logging
 
 from ..model.files import is_absent, is_address
-from ..model.task_base import as_scalar, is_missing
+from ..model.task_base import PADDING, as_scalar, ids_are_places, is_missing
 
 
 logger = logging.get_logger(__name__)
@@ -48,15 +48,15 @@ def label_of(task: Any, cell: Any, text: str = "", separator: str = LABEL_SEPARA
     """
     cell = as_scalar(cell)
     if isinstance(cell, str):
-        cell = task.read_text(cell, separator)
+        cell = task.read_known_text(cell, separator)
     return task.encode_label(cell, text)
 
 
 class RowReader:
     """
     Reads the rows of one data set. Ids of `ClassLabel` become names, since the order of the names is the data set's
-    own, and -1 becomes `None`. Lists of numbers in columns of pictures, videos and sounds become arrays of the declared
-    type. Cells of `Image`, `Audio` and `Video` keep the options of that feature, under "cast".
+    own, and -1 becomes `None`, in lists -100. Lists of numbers in columns of pictures, videos and sounds become arrays
+    of the declared type. Cells of `Image`, `Audio` and `Video` keep the options of that feature, under "cast".
 
     Args:
         features (`dict`, *optional*): Column -> feature of `datasets`; without it, rows stay as they are.
@@ -114,8 +114,9 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
         return Source(Subset(inner, dataset.indices), reader)
     if isinstance(dataset, ConcatDataset):
         return Source(ConcatDataset([_Read(*opened(part, media)) for part in dataset.datasets]), RowReader())
+    dataset = as_records(dataset)
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-        return Source(as_records(dataset), RowReader())
+        return Source(dataset, RowReader())
     if isinstance(dataset, datasets.Dataset):
         kind, shown = dataset.format["type"], dataset.format["columns"]
         hidden = [column for column in media if column in dataset.column_names and column not in shown]
@@ -141,9 +142,25 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
         dataset = undecoded(dataset, column)
     features = dataset.features or {}
     arrays = [name for name, kind in media.items() if name in features and _array_type(features[name], kind)]
+    if isinstance(dataset, datasets.Dataset):
+        arrays = [name for name in arrays if not any(map(_numpy_loses_nulls, dataset.data.column(name).chunks))]
     if arrays and isinstance(dataset, datasets.Dataset):
         dataset = dataset.with_format("numpy", columns=arrays, output_all_columns=True)  # 20 times as fast as lists
     return Source(dataset, RowReader(features, media))
+
+
+def _numpy_loses_nulls(column: Any, is_cell: bool = True) -> bool:
+    """
+    Whether a column of pyarrow has missing values that the format "numpy" of `datasets` gives as NaN: missing arrays,
+    and what is missing inside lists. Missing lists it gives as `None`.
+    """
+    import pyarrow
+
+    if isinstance(column, pyarrow.ExtensionArray):
+        column, is_cell = column.storage, False
+    if not is_cell and column.null_count > 0:
+        return True
+    return hasattr(column, "values") and _numpy_loses_nulls(column.values, False)
 
 
 class _Read(Dataset):
@@ -160,44 +177,83 @@ class _Read(Dataset):
 
 
 def as_records(dataset: Any) -> Any:
-    """A table of pandas, polars or pyarrow as a list of dicts; anything else as it is."""
+    """
+    A table of pandas, polars or pyarrow as a list of dicts; anything else as it is. A table with the features of a data
+    set becomes one, since these know the names of labels.
+    """
+    if b"huggingface" in (getattr(getattr(dataset, "schema", None), "metadata", None) or {}):
+        import datasets
+
+        is_plain = not isinstance(dataset, datasets.table.Table)
+        return datasets.Dataset(datasets.table.InMemoryTable(dataset) if is_plain else dataset)
     if hasattr(dataset, "iloc") and hasattr(dataset, "columns"):
         rows = [{str(name): cell for name, cell in row.items()} for row in dataset.to_dict("records")]
-        # pandas has arrays of objects where other sources have lists.
-        return [{name: cell.tolist() if _is_list(cell) else cell for name, cell in row.items()} for row in rows]
+        return [{name: _as_lists(cell) for name, cell in row.items()} for row in rows]
     for method in ("to_dicts", "to_pylist"):
         if hasattr(dataset, method) and not hasattr(dataset, "features"):
             return getattr(dataset, method)()
     return dataset
 
 
-def _is_list(cell: Any) -> bool:
-    return getattr(getattr(cell, "dtype", None), "kind", None) == "O" and getattr(cell, "ndim", 0) > 0
+def _as_lists(cell: Any) -> Any:
+    """Arrays of objects, and empty ones, as the lists that other sources have; pandas makes arrays of lists."""
+    kind = getattr(getattr(cell, "dtype", None), "kind", None)
+    if kind is None or cell.ndim == 0 or (kind != "O" and cell.shape != (0,)):
+        return cell
+    return [_as_lists(item) for item in cell]
 
 
 # Labels
 
 
-def _name_reader(feature: Any) -> Optional[Reader]:
+def _name_reader(feature: Any, missing: Optional[int] = None) -> Optional[Reader]:
     import datasets
 
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names or [])
         # Names that only repeat the ids, as `ClassLabel(num_classes=3)` has them, say nothing.
-        return partial(_name_of, names=None if names == [str(i) for i in range(len(names))] else names)
+        names = [] if names == [str(i) for i in range(len(names))] else names
+        return partial(_name_of, names=names, missing=missing)
     inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
-    read = None if inner is None or isinstance(inner, dict) else _name_reader(inner)
+    read = None if inner is None or isinstance(inner, dict) else _name_reader(inner, PADDING)
     return None if read is None else partial(_each, read=read)
 
 
-def _name_of(cell: Any, names: Optional[Sequence[str]]) -> Any:
+def _name_of(cell: Any, names: Sequence[str], missing: Optional[int]) -> Any:
     cell = as_scalar(cell)
     if is_missing(cell) or cell == -1:
-        return None
-    if names is not None and isinstance(cell, int) and not isinstance(cell, bool):
+        return missing
+    if names and isinstance(cell, int) and not isinstance(cell, bool):
         if not 0 <= cell < len(names):
             raise ValueError(f"the id {cell} is none of the {len(names)} labels that the data set names")
         return names[cell]
+    return cell
+
+
+def warn_of_ids(reader: RowReader, dataset: Any, tasks: Iterable[Any], columns: Mapping[str, str] = {}) -> None:
+    """
+    Lets the reader of a stream without features warn of whole numbers where labels have names: an order of names that
+    the data set had is not known.
+
+    Args:
+        columns: as [`DataSource`] takes them.
+    """
+    import datasets
+
+    if isinstance(dataset, datasets.IterableDataset) and dataset.features is None:
+        for task in tasks:
+            if getattr(task, "labels", None) and ids_are_places(task.labels):
+                column = columns.get(task.column, task.column)
+                reader.columns[column] = [*reader.columns.get(column, []), partial(_ids_told, task=task.name)]
+
+
+def _ids_told(cell: Any, task: str) -> Any:
+    items = cell.tolist() if hasattr(cell, "tolist") else cell
+    if any(type(item) is int for item in (items if isinstance(items, (list, tuple)) else [items])):
+        logger.warning_once(
+            f"Task {task!r}: the whole numbers in its column are taken as places in labels=[...], since the stream has "
+            "no features that name them. map() drops features; keep them by map(..., features=dataset.features)."
+        )
     return cell
 
 
@@ -243,10 +299,10 @@ def _media_reader(feature: Any, kind: Optional[str]) -> Optional[Reader]:
         return partial(_with_cast, options=options) if options else None
     depth, dtype = _array_type(feature, kind) or (0, None)
     if kind is not None and dtype is not None:
-        # A list of lists of samples is several clips, an array with two axes is one of several channels.
-        deepest = 2 if kind == "audio" and hasattr(feature, "shape") else max(_DEPTHS[kind])
-        read: Reader = partial(_as_array, dtype=dtype)
-        for _ in range(depth - deepest):
+        levels = depth - _item_depth(feature, kind)
+        # An empty list of videos' frames is told, as in a list of dicts.
+        read: Reader = partial(_as_item if levels <= 0 and kind != "videos" else _as_array, dtype=dtype)
+        for _ in range(levels):
             read = partial(_each, read=read)
         return read
     if isinstance(feature, dict):  # such as {"array": ..., "sampling_rate": ...}
@@ -261,6 +317,16 @@ def _array_type(feature: Any, kind: Optional[str]) -> Optional[tuple[int, str]]:
     """How deep the lists of a column are and the type of their numbers, if its items are arrays."""
     depth, dtype = _numbers_in(feature)
     return (depth, dtype) if kind is not None and dtype is not None and depth >= min(_DEPTHS[kind]) else None
+
+
+def _item_depth(feature: Any, kind: str) -> int:
+    """How many axes an item has at most. A list of arrays is several items, except that frames are one video."""
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    if kind == "videos" or not hasattr(feature, "shape"):
+        return max(_DEPTHS[kind])
+    # A list of lists of samples is several clips, an array with two axes is one of several channels.
+    return min(len(feature.shape), 2 if kind == "audio" else max(_DEPTHS[kind]))
 
 
 def _numbers_in(feature: Any) -> tuple[int, Optional[str]]:
@@ -287,6 +353,11 @@ def _as_array(cell: Any, dtype: str) -> Any:
         return np.asarray(cell, dtype=dtype)
     except (ValueError, TypeError):  # rows of several lengths, or holes
         return cell
+
+
+def _as_item(cell: Any, dtype: str) -> Any:
+    array = _as_array(cell, dtype)
+    return None if getattr(array, "shape", None) == (0,) else array  # an empty list holds no item
 
 
 def _with_array(cell: Any, dtype: str) -> Any:
@@ -333,9 +404,11 @@ def _paths_in(column: Any) -> list[Any]:
     """The paths in a column of pyarrow, without those of cells that have bytes."""
     from pyarrow import types
 
-    if types.is_list(column.type) or types.is_large_list(column.type):
+    if types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type):
         return _paths_in(column.flatten())
-    if types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
-        return column.field("path").filter(column.field("bytes").is_null()).to_pylist()
+    if types.is_struct(column.type):
+        names = {field.name for field in column.type}
+        paths = column.field("path") if "path" in names else column.slice(0, 0)
+        return _paths_in(paths.filter(column.field("bytes").is_null()) if "bytes" in names else paths)
     is_text = types.is_string(column.type) or types.is_large_string(column.type)
     return column.to_pylist() if is_text else []

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from .cells import RowReader, opened
+from .cells import RowReader, opened, warn_of_ids
 
 
 class RowKey(Enum):
@@ -180,6 +180,7 @@ class DataSource:
             numbers: how messages number the rows; by default by their places.
         """
         dataset, reader = opened(self.dataset, media_of(collator, self.columns))
+        warn_of_ids(reader, dataset, collator.tasks.values(), self.columns)
         tasks = None if self.tasks is None else frozenset(self.tasks)
         source = RowSource(name, self.columns, tasks, place)
         if self.is_stream:
@@ -192,6 +193,7 @@ def rows_of(dataset: Any, collator: Any, numbers: Optional[Sequence[int]] = None
     source = dataset if isinstance(dataset, DataSource) else DataSource(dataset)
     if source.is_stream and source is not dataset:
         dataset, reader = opened(dataset, media_of(collator))
+        warn_of_ids(reader, dataset, collator.tasks.values())
         if reader.columns:
             dataset = dataset.map(reader)
         return dataset, dataset  # as it is, accelerate knows how to share it out among processes

@@ -65,9 +65,9 @@ def _decoded(text: str) -> Optional[bytes]:
 
 
 def is_absent(cell: Any) -> bool:
-    """True for an empty cell: a missing value, a blank text, or a dict without bytes and without path."""
-    if isinstance(cell, Mapping) and "array" not in cell and set(cell) & {"bytes", "path"}:
-        return cell.get("bytes") is None and is_absent(cell.get("path"))
+    """True for an empty cell: a missing value, a blank text, or a dict without bytes, path and array."""
+    if isinstance(cell, Mapping) and set(cell) & {"array", "bytes", "path"}:
+        return cell.get("array") is None and cell.get("bytes") is None and is_absent(cell.get("path"))
     return is_null(cell) or (isinstance(cell, str) and not cell.strip())
 
 

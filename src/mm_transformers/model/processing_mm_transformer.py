@@ -481,12 +481,17 @@ def as_one(entry: Any) -> list[Any]:
 
 def as_list(entry: Any) -> list[Any]:
     """What a row has, whatever was given: none, one, or a list, in which empty cells count for nothing."""
-    if _depth(entry) in (2, 3):  # pixels, which other sources have as an array
-        import numpy as np
+    entries = entry if isinstance(entry, (list, tuple)) and _depth(entry) not in (2, 3) else [entry]
+    return [_pixels(image) for image in entries if not is_absent(image)]
 
-        return [np.asarray(entry)]
-    entries = entry if isinstance(entry, (list, tuple)) else [entry]
-    return [image for image in entries if not is_absent(image)]
+
+def _pixels(image: Any) -> Any:
+    """Lists of numbers as the array that other sources have; anything else as it is."""
+    if _depth(image) not in (2, 3):
+        return image
+    import numpy as np
+
+    return np.asarray(image)
 
 
 def as_clips(entry: Any) -> list[Any]:
@@ -496,10 +501,12 @@ def as_clips(entry: Any) -> list[Any]:
 
 
 def _depth(entry: Any) -> int:
-    """How deep lists of numbers are; 0 for anything else, empty lists included."""
+    """How deep lists of numbers are; 0 for anything else, empty lists included. The innermost may be arrays."""
     depth = 0
     while isinstance(entry, (list, tuple)) and len(entry) > 0:
         entry, depth = entry[0], depth + 1
+    if depth > 0 and getattr(entry, "ndim", None) == 1:
+        return depth + 1
     return depth if isinstance(entry, numbers.Real) else 0
 
 

@@ -186,6 +186,10 @@ class Task:
         """
         return text if text.strip() else None
 
+    def read_known_text(self, text: str, separator: str) -> Any:
+        """The same for a task whose labels are known. By default what [`read_text`] gives."""
+        return self.read_text(text, separator)
+
     def encode_label(self, value: Any, text: str) -> Any:
         """
         Turns the cell of a row into what [`collate_labels`] takes; `None` if it is missing.
@@ -385,6 +389,10 @@ def default_strata(labels: list[Any]) -> list[tuple[Hashable, ...]]:
     return [(label,) if are_classes and label is not None else () for label in labels]
 
 
+# What stands in a list in the place of a label, such as one that fills it up to the length of others.
+PADDING = -100
+
+
 def is_null(value: Any) -> bool:
     """True for `None`, NaN and pandas' missing values: the ways in which tables leave a cell empty."""
     value = as_scalar(value)
@@ -466,6 +474,11 @@ def label_id(name: str, labels: list[str], value: Any) -> int:
         f"task {name!r}: a label must be a name or an id (None if it is missing), but is {shorten(repr(value))} of "
         f"type {type(value).__name__}"
     )
+
+
+def ids_are_places(labels: list[str]) -> bool:
+    """Whether a number in a cell is the place of a label, since no label is itself a number."""
+    return not _numbers_in(tuple(labels))
 
 
 def _named(labels: list[str], text: str) -> Optional[int]:

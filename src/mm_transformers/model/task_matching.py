@@ -1,5 +1,6 @@
 """Does this picture (or sound) belong to this text?"""
 
+import numbers
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
 
@@ -61,7 +62,7 @@ class Matching(Task):
         value = as_scalar(value)
         if is_missing(value):
             return None
-        if isinstance(value, str) or value not in (True, False):
+        if not isinstance(value, numbers.Number) or value not in (True, False):
             raise ValueError(
                 f"task {self.name!r}: expected True or False (None if it is not known), but got "
                 f"{shorten(repr(value))} of type {type(value).__name__}"

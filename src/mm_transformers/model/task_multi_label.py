@@ -14,6 +14,7 @@ from .label_lists import split_labels
 from .linear_probe import LinearProblem
 from .task_base import (
     NO_CONTEXT,
+    PADDING,
     LabelContext,
     PooledHead,
     Task,
@@ -35,7 +36,8 @@ class MultiLabel(Task):
 
     Logits (batch, num_labels); labels (batch, num_labels) float32 of 0 and 1, NaN where missing. A cell is a list of
     label names or ids, or a list with a truth value for each label; an empty list means that none holds, `None` that it
-    is not known. In a text, labels stand in a list (`["red", "blue"]`) or between separators (`red|blue`).
+    is not known. In a text, labels stand in a list (`["red", "blue"]`) or between separators (`red|blue`); a blank text
+    is the same as `None`. In a list, -100 counts for nothing.
 
     Args:
         labels (`list[str]`): The label names; their order gives the ids.
@@ -70,8 +72,13 @@ class MultiLabel(Task):
         return LinearProblem("binary", len(self.labels), label_weights=known_weights(self, "pos_weight"))
 
     @classmethod
-    def read_text(cls, text: str, separator: str) -> list[Any]:
-        return split_labels(text, separator)
+    def read_text(cls, text: str, separator: str) -> Optional[list[Any]]:
+        return split_labels(text, separator) if text.strip() else None
+
+    def read_known_text(self, text: str, separator: str) -> Optional[list[Any]]:
+        # A label may be called "(1)" or "a|b", which otherwise is a list.
+        names = [name for name in (text, text.strip()) if name in self.labels]
+        return names[:1] or self.read_text(text, separator)
 
     def encode_label(self, value: Any, text: str) -> Optional[list[int]]:
         if is_missing(value):
@@ -84,12 +91,15 @@ class MultiLabel(Task):
                 f"{shorten(repr(value))} of type {type(value).__name__}"
             )
         value = [as_scalar(item) for item in value]
+        value = [item for item in value if not isinstance(item, numbers.Real) or item != PADDING]
         if value and all(isinstance(item, bool) for item in value) and len(value) == len(self.labels):
             return [i for i, holds in enumerate(value) if holds]
         ids = [label_id(self.name, self.labels, item) for item in value]
-        are_numbers = not any(isinstance(item, str) for item in value)
+        has_twice, are_numbers = len(set(ids)) < len(ids), not any(isinstance(item, str) for item in value)
         # Of two labels, [0, 1] may be the ids of both, or say that the second holds.
-        if are_numbers and (len(set(ids)) < len(ids) or (len(self.labels) == 2 and set(value) == {0, 1})):
+        is_unclear = has_twice or (len(self.labels) == 2 and set(value) == {0, 1})
+        are_flags = has_twice and len(value) == len(self.labels) and set(value) <= {"0", "1"}
+        if (are_numbers and is_unclear) or are_flags:
             raise ValueError(
                 f"task {self.name!r}: expected a list of the labels that hold, not a 0 or 1 for each label, but got "
                 f"{shorten(repr(value))}; give names, or True or False for each label"

@@ -7,6 +7,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
+from ...data.cells import as_records
 from ...model.answering import check_tasks, unwrapped
 from ...model.images import load_image
 from ...model.pipeline_mm_transformer import PARTS, read_rows
@@ -65,7 +66,7 @@ def explain(
         model ([`MMTransformerForMultiTask`]):
             Answers in evaluation mode, whatever mode it is in. It is not changed, so several threads may ask at once.
         processor ([`MMTransformerProcessor`]): That of the model.
-        row (`dict`, `str`, or a list or a data set of these):
+        row (`dict`, `str`, or a list, a data set or a table of these):
             As [`MultimodalPipeline`] takes them; other keys than those of a row are not looked at.
         task (`str`, *optional*): Whose answer; may be left out if the model has one task.
         method (`str`, *optional*, defaults to `"chefer"`): One of the above.
@@ -100,7 +101,8 @@ def explain(
         raise ValueError(f"word counts from 0, but is {word}.")
     question = Question(names[0], answer, word, generation_options)
     is_one = isinstance(row, (str, Mapping))
-    rows = [row] if is_one else [row[i] for i in range(len(row))]
+    given = [row] if is_one else as_records(row)
+    rows = [given[i] for i in range(len(given))]
     model = own_copy(model).eval()
     found: list[Explanation] = []
     for start in range(0, len(rows), batch_size):
