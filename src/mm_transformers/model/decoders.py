@@ -92,7 +92,7 @@ def check_decoder(text_config: PreTrainedConfig, decoder_config: Optional[PreTra
             f"Task {tasks[0].name!r} writes text, but text_config ({text_config.model_type!r}) has no decoder: take an "
             "encoder-decoder (Marian, BART, T5, ...) as text encoder, or give a decoder_config."
         )
-    positions = max_text_positions(decoder_config or text_config)
+    positions = max_text_positions(text_config) if decoder_config is None else _decoder_positions(decoder_config)
     for task in tasks:
         # The last token that is written is never read again.
         longest = task.max_length + len(task.decoder_start_ids or [0]) - 1
@@ -100,6 +100,14 @@ def check_decoder(text_config: PreTrainedConfig, decoder_config: Optional[PreTra
             raise ValueError(
                 f"Task {task.name!r}: the decoder has {positions} positions, too few for max_length={task.max_length}."
             )
+
+
+def _decoder_positions(config: PreTrainedConfig) -> Optional[int]:
+    try:
+        return max_text_positions(config)
+    except ValueError:  # of an encoder-decoder, whose other half does not fit
+        positions = getattr(config, "max_position_embeddings", None)
+        return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def decoder_vocab_size(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig]) -> int:
