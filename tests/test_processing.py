@@ -9,6 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import (
@@ -472,3 +473,15 @@ def test_pictures_that_are_lists_are_told_apart():
     pixels = inputs["pixel_values"][inputs["image_index"][:, 0]]
     alone = [make_processor()(text=["a"], images=[picture])["pixel_values"][0] for picture in pictures]
     torch.testing.assert_close(pixels, torch.stack(alone))
+
+
+@pytest.mark.parametrize(
+    "name", ["BeitImageProcessorPil", "ConvNextImageProcessorPil", "EfficientNetImageProcessorPil"]
+)
+def test_image_processors_that_name_types_they_do_not_import(name):
+    """Their type hints cannot be resolved; their options are known all the same."""
+    image_processor = getattr(transformers, name)()
+    processor = MMTransformerProcessor(image_processor, make_tokenizer())
+    assert processor(text=["a"], images=[make_image(0)], do_normalize=False)["pixel_values"].shape[0] == 1
+    with pytest.raises(TypeError, match="did you mean 'do_normalize'"):
+        processor(text=["a"], images=[make_image(0)], do_normalise=False)

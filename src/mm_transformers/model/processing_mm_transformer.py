@@ -7,7 +7,7 @@ import numbers
 import sys
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, Optional, TypedDict, get_type_hints
+from typing import Any, Optional, TypedDict
 
 import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, BatchFeature, ProcessorMixin
@@ -262,11 +262,10 @@ class MMTransformerProcessor(ProcessorMixin):
     @property
     def _option_names(self) -> dict[str, set[str]]:
         """The names of the options of each modality."""
-        of_images, of_sound = set(), set(AudioKwargs.__annotations__)
-        if self.image_processor is not None:
-            of_images = set(get_type_hints(getattr(self.image_processor, "valid_kwargs", ImagesKwargs)))
+        of_images = set() if self.image_processor is None else _image_options(self.image_processor.__class__)
+        of_sound = set(AudioKwargs.__annotations__)
         if self.feature_extractor is not None:
-            of_sound |= set(inspect.signature(type(self.feature_extractor).__call__).parameters)
+            of_sound |= _call_arguments(self.feature_extractor.__class__)
         of_sound -= {"self", "raw_speech", "kwargs"}
         return {
             "text_kwargs": set(MMTransformerTextKwargs.__annotations__),
@@ -433,6 +432,17 @@ class MMTransformerProcessor(ProcessorMixin):
 def _hint(name: str, known: set[str]) -> str:
     near = difflib.get_close_matches(name, sorted(known), 1)
     return f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(sorted(known))}."
+
+
+@functools.cache
+def _image_options(cls: Any) -> set[str]:
+    # Not by `get_type_hints`, which fails for classes that name a type they do not import.
+    return set(getattr(cls, "valid_kwargs", ImagesKwargs).__annotations__)
+
+
+@functools.cache
+def _call_arguments(cls: Any) -> set[str]:
+    return set(inspect.signature(cls.__call__).parameters)
 
 
 class _Distinct:
