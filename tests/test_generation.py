@@ -689,3 +689,19 @@ def test_metrics_of_an_own_collator_that_knows_some_tasks(tmp_path):
     metrics = trainer.evaluate()
     assert metrics["eval_rows"] == 3
     assert metrics["eval_topic_loss"] > 0
+
+
+@pytest.mark.parametrize("loss_only", [False, True])
+def test_own_logits_leave_the_loss(loss_only, tmp_path):
+    """What `preprocess_logits_for_metrics` makes of the logits has no loss; the loss of the stock Trainer stays."""
+    model, rows = make_writer(tasks=[TOPIC]), [{"text": "red cat", "topic": i % 3} for i in range(10)]
+    trainer = MMTrainer(
+        model, make_args(tmp_path, prediction_loss_only=loss_only), processing_class=make_processor(),
+        eval_dataset=rows, compute_metrics=lambda prediction: {"rows": len(prediction.predictions)},
+        preprocess_logits_for_metrics=lambda logits, labels: logits["topic"].argmax(-1),
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        expected = model.eval()(**MMDataCollator(make_processor(), model.config)(rows)).loss.item()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)  # two batches of 5 rows
+    assert metrics.get("eval_rows") == (None if loss_only else 10)

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Optional
@@ -101,6 +102,7 @@ class MMTrainer(ResumableTrainer):
 
     train_dataset: Any
     eval_dataset: Any
+    preprocess_logits_for_metrics: Any
 
     def __init__(
         self,
@@ -734,22 +736,23 @@ class MMTrainer(ResumableTrainer):
         loss_only = kwargs.get("prediction_loss_only")
         loss_only = self.args.prediction_loss_only if loss_only is None else loss_only
         prefix, tasks = kwargs.get("metric_key_prefix", "eval"), self.fused_model.tasks
-        own = self.compute_metrics
+        own, own_logits = self.compute_metrics, self.preprocess_logits_for_metrics
         if loss_only:
-            self.compute_metrics = WithLosses(self.fused_model.config)
-        elif not isinstance(own, MultiTaskMetrics) and self.preprocess_logits_for_metrics is None:
+            self.compute_metrics, self.preprocess_logits_for_metrics = WithLosses(self.fused_model.config), None
+        elif not isinstance(own, MultiTaskMetrics) and own_logits is None:
             self.compute_metrics = WithLosses(self.fused_model.config, own)
+        has_losses = isinstance(self.compute_metrics, (MultiTaskMetrics, WithLosses))
         self.compute_metrics = self._with_mismatches(dataloader, self.compute_metrics)
         try:
             output = super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
-            self.compute_metrics = own
+            self.compute_metrics, self.preprocess_logits_for_metrics = own, own_logits
         losses = {name: output.metrics.get(f"{prefix}_{name}_loss") for name in tasks}
         if any(loss is not None for loss in losses.values()):
             # The stock loop reports the mean of the means of batches, which is not the mean.
             total = sum(tasks[name].loss_weight * loss for name, loss in losses.items() if loss is not None)
             output.metrics[f"{prefix}_loss"] = total + self._regularization()
-        elif output.predictions is not None:
+        elif has_losses and isinstance(output.label_ids, Mapping):
             output.metrics.pop(f"{prefix}_loss", None)  # of rows without labels there is none
         self._report_bad_files()
         return output._replace(predictions=None, label_ids=None) if loss_only else output
