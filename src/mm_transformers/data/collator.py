@@ -15,7 +15,7 @@ from ..model.task_base import LabelContext, is_null, shorten
 from ..model.video import load_frames, video_key
 from .cells import LABEL_SEPARATOR, label_of
 from .feature_keys import digest_of, hash_of_text
-from .feature_reading import CachedFeatures, CachedItem, unpadded_texts
+from .feature_reading import KINDS, CachedFeatures, CachedItem, unpadded_texts
 from .media import MediaColumn, SharedCounter
 from .sources import ANY_SOURCE, ROW_KEY, SOURCE_KEY, count_rows, name_of_row, own_column
 
@@ -167,7 +167,8 @@ class MMDataCollator:
         inputs = zip(texts, unpadded_texts(batch), strict=True)
         result = {"text": [fingerprint(hash_of_text(ids)) if text.strip() and ids else None for text, ids in inputs]}
         known: dict[int, bytes] = {}  # what rows share is one object
-        for modality, kinds in {"vision": ("images", "videos"), "audio": ("audio",)}.items():
+        for modality in ("vision", "audio"):
+            kinds = KINDS[modality]
             columns = [media[kind] for kind in kinds if kind in media]
             rows = [[item for cell in cells for item in cell or []] for cells in zip(*columns, strict=True)]
             for item in (item for row in rows for item in row):

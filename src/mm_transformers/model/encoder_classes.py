@@ -88,8 +88,9 @@ def encoder_part(model: PreTrainedModel, modality: str) -> PreTrainedModel:
 def without_random_skips(config: PreTrainedConfig) -> PreTrainedConfig:
     """
     The config, changed so that training neither skips a whole layer, whose weights would get no gradient in that step,
-    for which DDP waits for ever, nor masks stretches of sound, which fails for clips shorter than such a stretch; and
-    so that no patches of an image are left out at random, as masked autoencoders do even in evaluation.
+    for which DDP waits for ever, nor masks stretches of sound, which fails for clips shorter than such a stretch. No
+    patches of an image are left out at random, as masked autoencoders do even in evaluation, and all words of a text
+    attend to all, not to random blocks.
     """
     for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "mask_ratio"):
         if getattr(config, name, 0):
@@ -97,7 +98,7 @@ def without_random_skips(config: PreTrainedConfig) -> PreTrainedConfig:
     if hasattr(config, "mask_time_prob"):
         config.apply_spec_augment = False
     if getattr(config, "attention_type", None) == "block_sparse":
-        # BigBird attends to random blocks, and changes to full attention for good at the first short text.
+        # BigBird would also change to full attention for good at the first short text.
         config.attention_type = "original_full"
     return config
 

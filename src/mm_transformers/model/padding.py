@@ -29,7 +29,6 @@ def run_by_length(
     inputs: dict[str, torch.Tensor],
     attention_mask: torch.Tensor,
     shortest: int = 1,
-    passes_mask: bool = True,
 ) -> torch.Tensor:
     """
     Runs an encoder on rows of one length at a time, without their padding, for encoders that mix padding into rows.
@@ -39,7 +38,6 @@ def run_by_length(
         inputs: tensors (batch, ...); those whose second dimension is that of the mask are cut to the length.
         attention_mask (batch, length): 1 at tokens, 0 at padding, which is on the right.
         shortest: the fewest places that the encoder takes; shorter rows are padded to it, whatever is in their batch.
-        passes_mask: whether `run` is given the mask.
 
     Returns:
         (batch, most tokens, width), with 0 where a row has fewer tokens.
@@ -61,7 +59,7 @@ def run_by_length(
             return _pad(x, shortest - end) if end < shortest else x
 
         given = {name: cut(x) for name, x in inputs.items()}
-        tokens = run(**given, attention_mask=cut(attention_mask)) if passes_mask else run(**given)
+        tokens = run(**given, attention_mask=cut(attention_mask))
         parts.append(tokens)
         rows_of_parts += rows
     most = max(part.shape[1] for part in parts)

@@ -110,7 +110,7 @@ def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
         return
     if not columns or isinstance(dataset, DataSource):
         if name == "train":
-            check_labels(dataset, collator)
+            check_any_label(dataset, collator)
         return
     shown = ", ".join(repr(column) for column in columns)
     if collator.text_column not in columns:
@@ -130,12 +130,12 @@ def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
     if missing and len(missing) == len(tasks):
         raise ValueError(f"The {name} data set has a column for none of the tasks (its columns are {shown}).")
     if name == "train":
-        check_labels(dataset, collator)
+        check_any_label(dataset, collator)
     for task in missing:
         logger.warning(f"The {name} data set has no column {task.column!r}: task {task.name!r} has no labels there.")
 
 
-def check_labels(dataset: Any, collator: MMDataCollator) -> None:
+def check_any_label(dataset: Any, collator: MMDataCollator) -> None:
     """
     Args:
         dataset: the training rows.

@@ -49,6 +49,7 @@ def draw_mismatches(labels: torch.Tensor, seed: int = 0) -> torch.Tensor:
         # The rest by looking at all: at each different one once, with as much weight as it has rows.
         place = torch.searchsorted(others, ids[:, 1 - side].contiguous())
         counts, order = place.bincount(minlength=len(others)), place.argsort(stable=True)
+        firsts = counts.cumsum(0) - counts
         sums: dict[int, torch.Tensor] = {}  # of what several rows share
         for row in open_rows.tolist():
             key = int(own[row])
@@ -59,7 +60,7 @@ def draw_mismatches(labels: torch.Tensor, seed: int = 0) -> torch.Tensor:
                 draw = int(torch.randint(total, (1,), generator=generator))
                 other = int(torch.searchsorted(sums[key], draw, right=True))
                 before = int(sums[key][other] - counts[other])
-                chosen[row] = order[int(counts[:other].sum()) + draw - before]
+                chosen[row] = order[int(firsts[other]) + draw - before]
             if len(sums) > _KEPT:
                 sums.clear()
         found = chosen >= 0
