@@ -209,7 +209,7 @@ def test_adapters_are_looked_through(processor):
 def test_integrated_gradients_sum_to_the_difference(kind, processor, monkeypatch):
     pytest.importorskip("captum")
     # Few steps leave an error of the integral; how many are enough is not what is tested here.
-    monkeypatch.setattr(integrated_gradients, "NUM_STEPS", 100)
+    monkeypatch.setattr(integrated_gradients, "NUM_STEPS", (100,))
     model = make_probed(fusion_type=kind, num_fusion_layers=1)
     found = explain(model, processor, ROW, "topic", "integrated_gradients")
     inputs = processor(text=[ROW["text"]], images=[ROW["image"]])

@@ -530,6 +530,29 @@ def test_evaluation_and_predict_leave_out_no_row(tmp_path):
     assert len(trainer.get_train_dataloader()) == 2
 
 
+def test_persistent_workers_evaluate_the_rows_that_are_asked(tmp_path):
+    rows = make_dataset(8)
+    others = {"first": rows.select(range(3)), "second": rows.select(range(3, 8)), "bare": rows.remove_columns("image")}
+    losses = {}
+    for num_workers in (0, 1):
+        args = make_args(
+            tmp_path,
+            dataloader_num_workers=num_workers,
+            dataloader_persistent_workers=num_workers > 0,
+            eval_strategy="epoch",
+        )
+        torch.manual_seed(0)
+        trainer = MMTrainer(
+            make_model(), args, processing_class=make_processor(), train_dataset=rows, eval_dataset=others["first"]
+        )
+        trainer.train()
+        found = [trainer.evaluate()["eval_loss"]]
+        found += [trainer.evaluate(others[name])["eval_loss"] for name in ("second", "bare", "first", "second")]
+        losses[num_workers] = [*found, trainer.evaluate()["eval_loss"]]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert len(set(losses[0])) == 3
+
+
 def test_no_rows_to_evaluate_are_told(tmp_path):
     trainer = MMTrainer(make_model(), make_args(tmp_path), processing_class=make_processor())
     with pytest.raises(ValueError, match="There is nothing to evaluate or predict: the data set has no rows"):

@@ -204,6 +204,7 @@ class MMTrainer(ResumableTrainer):
         # Of each task, and of the regularizer, since the last log: losses, summed over the optimiser steps, and the
         # number of steps that had any.
         self._has_trained = self._has_evaluated = False  # the latter before training
+        self._evaluated_rows: dict[str, Any] = {}  # name of a kept loader -> its rows
         self._balancing: Optional[TaskBalancing] = None
         self._rows_per_epoch: Optional[int] = None
         self._forget_losses()
@@ -288,6 +289,18 @@ class MMTrainer(ResumableTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         column = self.data_collator.media["images"]
         return SharedImageSampler(images_of(rows, column), self.args.rows_per_image, seed)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # If workers persist, transformers keeps one loader per name, and one for all data sets without a name.
+        name = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        if isinstance(eval_dataset, str):
+            rows = self.eval_dataset[name]
+        else:
+            rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self._evaluated_rows.get(name) is not rows:
+            vars(self).get("_eval_dataloaders", {}).pop(name, None)
+            self._evaluated_rows[name] = rows
+        return super().get_eval_dataloader(eval_dataset)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
         drop_last = self.args.dataloader_drop_last
