@@ -38,6 +38,7 @@ from .reload import answers_of
 MODELS = {"fused": "both parts", "text only": "the text", "image only": "the picture"}
 NUM_CARDS = 6
 NUM_ABLATED = len(GRID)  # a whole pass, on which the limits of each part are exact
+NUM_ADDITIVE = 192  # each of their texts with each of their pictures
 # The model saw 64 pixels; what is shown are the same drawings, in finer detail.
 CARD_SIZE = 256
 CHANGING = ("sentiment", "topic")
@@ -123,7 +124,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
         cards = _cards(fused, processor, test, seed)
         draw_results(output_dir / "demo.png", results, histories, cards)
         ablation = ablate(
-            fused.model, processor, test.select(range(NUM_ABLATED)), list(TASK_LABELS), num_additive_rows=NUM_ABLATED
+            fused.model, processor, test.select(range(NUM_ABLATED)), list(TASK_LABELS), num_additive_rows=NUM_ADDITIVE
         )
         saved = {
             "settings": {"steps": steps, "seed": seed, "fusion": fusion_type, "test_rows": len(test)},

@@ -136,7 +136,7 @@ def train(
         warmup_steps=min(20, steps // 2),
         weight_decay=0.01,
         eval_strategy="steps",
-        eval_steps=math.ceil(steps / 5),
+        eval_steps=math.ceil(steps / 3),
         logging_steps=max(1, steps // 40),
         save_strategy="no",
         report_to=[],
