@@ -3,11 +3,12 @@ Which model types of transformers can be encoders, found by trying each of them 
 
     python tests/encoder_matrix.py docs/encoders.md [results.jsonl]
 
-Trying all takes about a quarter of an hour of one processor. What is in `results.jsonl` is not tried again.
+Trying all takes about an hour of one processor. What is in `results.jsonl` is not tried again.
 """
 
-import gc
 import json
+import multiprocessing
+import resource
 import sys
 import tempfile
 import traceback
@@ -26,6 +27,9 @@ from mm_transformers import Classification, MMTransformerForMultiTask
 from mm_transformers.model.encoder_classes import blank_input
 from mm_transformers.model.encoder_probe import traits_of
 from mm_transformers.model.encoders import max_text_positions
+
+
+SECONDS, BYTES = 90, 10 * 2**30
 
 
 class Tried(NamedTuple):
@@ -85,6 +89,29 @@ def try_type(model_type: str, modality: str) -> Optional[Tried]:
             if fault:
                 faults.append(f"{check.__name__.strip('_')}: {fault}")
         return Tried(model_type, modality, None, faults, traits_of(encoder_config), longest)
+
+
+def try_aside(model_type: str, modality: str) -> Optional[Tried]:
+    """As `try_type`, in a process of its own. `None` also if that needs more than `SECONDS` or `BYTES`."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+        try:
+            sender.send(try_type(model_type, modality))
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "allocate" not in str(error):  # as torch says it
+                raise
+            sender.send(None)
+
+    process = context.Process(target=work)
+    process.start()
+    try:
+        return receiver.recv() if receiver.poll(SECONDS) else None
+    finally:
+        process.kill()
+        process.join()
 
 
 def _line(error: Exception) -> str:
@@ -212,13 +239,12 @@ def try_all(results: Optional[Path] = None) -> Iterator[Tried]:
     for modality in ("text", "vision", "audio"):
         for model_type in model_types(modality):
             if (modality, model_type) not in known:
-                tried = try_type(model_type, modality)
+                tried = try_aside(model_type, modality)
                 known[modality, model_type] = tried
                 values = {"modality": modality, "model_type": model_type} if tried is None else tried._asdict()
                 if results is not None:
                     with results.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(values) + "\n")
-                gc.collect()
     yield from (tried for tried in known.values() if tried is not None)
 
 
@@ -236,7 +262,7 @@ def page_of(all_tried: list[Tried]) -> str:
         "checkpointing works, and the longest text runs. Other types are refused by `from_encoders` in one sentence.",
         "",
         f"{len(supported)} of {len(all_tried)} types are supported. A type that is not listed was not tried, "
-        "or no tiny model of it can be built by shrinking its default config.",
+        f"or no tiny model of it can be built by shrinking its default config in {SECONDS} seconds.",
         "",
         "*by length*: the encoder mixes padding into a row, so it runs on rows of one length at a time, without "
         "padding. *one by one*: it makes one sequence of all images, so it runs on one at a time.",

@@ -297,6 +297,8 @@ class TestTexts:
             (MultiLabel("t", labels=["sea", "sun", "sky"]), "[True, False, True]", [0, 2]),
             (MultiLabel("t", labels=["(1)", "(0)"]), "(1)", [0]),
             (MultiLabel("t", labels=["[1]", "[0]"]), " [0] ", [1]),
+            (TokenClassification("t", labels=["(1)", "(0)"]), "(0) (1)", [1, 0]),
+            (TokenClassification("t", labels=["(1)", "(0)"]), "['(0)', '(1)']", [1, 0]),
             (MultiLabel("t", labels=["[1]", "[0]"]), "[0]|[1]", [1, 0]),
             (MultiLabel("t", labels=["a", "b", "a|b"]), "a|b", [2]),
             (MultiLabel("t", labels=["a", "b", " b"]), " b", [2]),

@@ -9,6 +9,7 @@ from encoder_matrix import Tried, page_of, try_all, try_type
 # The causes are those of the classes themselves; each was looked up in transformers.
 REFUSED = {
     "reformer": "axial_pos_shape|multiple",  # in training it takes one length of text only
+    "fsmt": "its encoder is no PreTrainedModel",
     "sam2_vision_model": "its output has the shape",
     "siglip2_vision_model": "pixel_attention_mask",  # patches of pictures of any shape, beside their places
     "videomae": "it takes videos",
@@ -39,7 +40,7 @@ def test_named_type_is_supported(modality, model_type):
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_named_type_is_refused_for_its_cause(model_type):
-    tried = try_type(model_type, "text" if model_type == "reformer" else "vision")
+    tried = try_type(model_type, "text" if model_type in ("reformer", "fsmt") else "vision")
     assert tried.refusal is not None
     assert re.search(REFUSED[model_type], tried.refusal)
 

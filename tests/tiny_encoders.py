@@ -58,6 +58,10 @@ _EFFICIENTNET: dict[str, Any] = {
 _FIELDS: dict[str, dict[str, Any]] = {
     "efficientnet": _EFFICIENTNET,
     "align_vision_model": _EFFICIENTNET,
+    "codegen": {"rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "swinv2": {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
     "donut-swin": {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},

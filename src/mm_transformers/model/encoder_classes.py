@@ -77,6 +77,8 @@ def encoder_part(model: PreTrainedModel, modality: str) -> PreTrainedModel:
     model_type = model.config.model_type
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{model_type!r} cannot be the {modality} encoder: its encoder is no PreTrainedModel.")
     wanted = MAIN_INPUTS[modality]
     if not set(wanted) & set(inspect.signature(model.forward).parameters):
         raise ValueError(

@@ -91,6 +91,11 @@ class TokenClassification(Task):
     def read_text(cls, text: str, separator: str) -> Optional[list[Any]]:
         return split_labels(text, None) if text.strip() else None
 
+    def read_known_text(self, text: str, separator: str) -> Optional[list[Any]]:
+        # A label may be called "(1)", which otherwise is a list.
+        words = text.split()
+        return words if words and set(words) <= set(self.labels) else self.read_text(text, separator)
+
     def encode_label(self, value: Any, text: str) -> Optional[list[int]]:
         if is_missing(value):
             return None
