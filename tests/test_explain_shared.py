@@ -23,6 +23,7 @@ from transformers import ViTImageProcessor
 
 from mm_transformers import Generation, MMTransformerProcessor
 from mm_transformers.analysis import explain
+from mm_transformers.analysis.explaining import integrated_gradients
 from mm_transformers.analysis.explaining.explanation import Explanation, ImageRelevance, TokenRelevance
 from mm_transformers.analysis.explaining.html import colored_words, heat_map_url
 from mm_transformers.analysis.explaining.own_copy import own_copy
@@ -147,10 +148,12 @@ def test_a_copy_shares_all_weights_and_nothing_else():
 @pytest.mark.parametrize("method", ["chefer", "integrated_gradients"])
 @pytest.mark.parametrize("freeze", [None, ["text"]])
 @pytest.mark.parametrize("kind", SEQ2SEQ)
-def test_all_that_write_are_explained(kind, freeze, method):
+def test_all_that_write_are_explained(kind, freeze, method, monkeypatch):
     """With frozen encoders as with others; the score is what the decoder says of the tokens of the answer."""
     if method == "integrated_gradients":
         pytest.importorskip("captum")
+        # How near their sum comes to the difference of scores is tested below.
+        monkeypatch.setattr(integrated_gradients, "NUM_STEPS", (8,))
     model = make_writer(kind, tasks=[Generation("german", max_length=8)], freeze=freeze)
     processor = make_processor()
     found = explain(model, processor, ROWS[0], "german", method, answer="the cat")
