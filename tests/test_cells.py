@@ -27,7 +27,7 @@ from tiny import (
     make_processor,
     make_tokenizer,
 )
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ChainDataset, ConcatDataset, Subset
 from transformers import TrainingArguments
 
 from mm_transformers import (
@@ -121,10 +121,11 @@ class TestClassLabels:
             lambda rows: DataSource(rows.to_iterable_dataset()),
             lambda rows: Subset(rows, range(4)),
             lambda rows: ConcatDataset([rows.select([0]), Subset(rows, [1, 2, 3])]),
+            lambda rows: ChainDataset([rows.select([i]).to_iterable_dataset() for i in range(4)]),
             lambda rows: rows.with_transform(lambda batch: {**batch, "text": list(batch["text"])}),
             lambda rows: DataSource(rows.rename_columns({"topic": "t", "tags": "u"}), {"topic": "t", "tags": "u"}),
         ],
-        ids=["stream", "formatted stream", "stream of a source", "subset", "concat", "transform", "renamed"],
+        ids=["stream", "formatted stream", "stream of a source", "subset", "concat", "chain", "transform", "renamed"],
     )  # fmt: skip
     def test_names_decide_in_every_kind_of_data_set(self, make):
         self.check(labels_of(make(self.ROWS)))
@@ -377,6 +378,13 @@ class TestLabels:
     def test_a_zero_or_one_for_each_of_two_labels_is_told(self, cell):
         with pytest.raises(ValueError, match="not a 0 or 1 for each label, .*; give names, or True or False for each"):
             label_of(MultiLabel("t", labels=["sea", "sun"]), cell)
+
+    @pytest.mark.parametrize("cell", [[0], [1.0], "[0]", np.array([0])])
+    def test_a_zero_or_one_for_one_label_is_told(self, cell):
+        with pytest.raises(ValueError, match="t'"):
+            label_of(MultiLabel("t", labels=["spam"]), cell)
+        assert label_of(MultiLabel("t", labels=["spam"]), [False]) == []
+        assert label_of(MultiLabel("t", labels=["spam"]), ["spam"]) == [0]
 
     @pytest.mark.parametrize("cell", ["1|0|1", "['1', '0', '1']", ["0", "0", "1"], "[1, 0, 1]"])
     def test_a_zero_or_one_for_each_label_in_a_text_is_told(self, cell):

@@ -20,10 +20,12 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
     BertConfig,
+    GenerationConfig,
     GPT2Config,
     Seq2SeqTrainingArguments,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
 
 from mm_transformers import (
@@ -368,6 +370,27 @@ def test_arguments_of_seq2seq_training_are_heeded(tmp_path):
     assert options == []
     assert "eval_german_bleu" in evaluate(predict_with_generate=True, generation_num_beams=2, generation_max_length=4)
     assert {(o["num_beams"], o["max_length"]) for o in options} == {(2, 4)}
+    options.clear()
+    given = GenerationConfig(max_new_tokens=3, num_beams=3)
+    given.save_pretrained(tmp_path / "config")
+    for config in (given, str(tmp_path / "config")):
+        evaluate(predict_with_generate=True, generation_config=config)
+        assert {(o["generation_config"].num_beams, o["generation_config"].max_new_tokens) for o in options} == {(3, 3)}
+        assert not any("max_new_tokens" in o for o in options)
+        options.clear()
+
+
+@pytest.mark.parametrize("option", [{"num_return_sequences": 2, "num_beams": 2}, {"return_dict_in_generate": True}])
+def test_a_row_has_one_answer(option, tmp_path):
+    model, processor, rows = make_writer(), make_processor(), make_rows()
+    with pytest.raises(ValueError, match="Task 'german': a row has one answer, so num_return_sequences must be 1"):
+        pipeline("multimodal", model=model, processor=processor)(
+            list(rows["text"])[:3], batch_size=3, generate_kwargs=option
+        )
+    for name, value in option.items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match="Task 'german': a row has one answer"):
+        MMTrainer(model, make_args(tmp_path), processing_class=processor, eval_dataset=rows).evaluate()
 
 
 def test_the_plain_trainer_trains_and_gives_the_loss(tmp_path):

@@ -16,10 +16,11 @@ import pytest
 import torch
 from killable import make_trainer
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, Trainer
+from tiny import make_model, make_processor
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from mm_transformers import MMDataCollator
+from mm_transformers import Classification, MMDataCollator, MMTrainer
 from mm_transformers.data.sources import ROW_KEY
 from mm_transformers.training import checkpoints
 from mm_transformers.training.checkpoints import (
@@ -51,6 +52,31 @@ def run_dir(trained, tmp_path) -> Path:
 
 def files_of(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_labels_in_another_order_are_told(tmp_path):
+    """The head would answer with the names of other classes."""
+
+    def make(labels):
+        model = make_model(tasks=[Classification("topic", labels=labels)])
+        args = TrainingArguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, report_to=[], use_cpu=True)
+        rows = [{"text": "a cat", "topic": "animals"}, {"text": "a pie", "topic": "food"}]
+        return MMTrainer(model, args, processing_class=make_processor(), train_dataset=rows)
+
+    make(["animals", "food"]).train()
+    make(["animals", "food"]).train(resume_from_checkpoint=True)
+    with pytest.raises(
+        ValueError, match=r"task 'topic' has labels \['animals', 'food'\] there, but labels \['food', 'a"
+    ):
+        make(["food", "animals"]).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="task 'topic' has labels"):
+        make(["animals", "food", "travel"]).train(resume_from_checkpoint=True)
+    # A checkpoint of adapters has no config.
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / "config.json").unlink()
+    write_manifest(checkpoint)
+    with pytest.raises(ValueError, match="task 'topic' has labels"):
+        make(["food", "animals"]).train(resume_from_checkpoint=True)
 
 
 # Recognition

@@ -336,6 +336,7 @@ class TestDefinition:
         (None, "labels must be a list of names, but is None"),
         ([], "Task 'x' needs its label names"),
         (["a", "b", "a"], "Task 'x': label 'a' occurs twice in labels."),
+        (["-100", "0"], "Task 'x': no label can be called -100, which marks a missing label."),
         ([1, "1"], "label '1' occurs twice"),
     ])  # fmt: skip
     def test_invalid_labels(self, cls, labels, message):

@@ -386,7 +386,7 @@ def test_model_init(tmp_path):
 
 
 def test_label_smoothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="label_smoothing_factor has no meaning for all kinds of tasks"):
+    with pytest.raises(ValueError, match="takes no label_smoothing_factor: smoothing is an option of the task"):
         MMTrainer(make_model(), make_args(tmp_path, label_smoothing_factor=0.1), processing_class=make_processor())
 
 
@@ -549,6 +549,14 @@ def test_persistent_workers_evaluate_the_rows_that_are_asked(tmp_path):
         losses[num_workers] = [*found, trainer.evaluate()["eval_loss"]]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert len(set(losses[0])) == 3
+
+
+def test_the_worst_is_never_the_best(tmp_path):
+    model, processor = make_model(), make_processor()
+    args = make_args(tmp_path, metric_for_best_model="score_mae")
+    for metrics in (None, MultiTaskMetrics(model.config, processor)):
+        with pytest.raises(ValueError, match="'score_mae', the less the better: set greater_is_better to False"):
+            MMTrainer(model, args, processing_class=processor, eval_dataset=make_dataset(), compute_metrics=metrics)
 
 
 def test_no_rows_to_evaluate_are_told(tmp_path):

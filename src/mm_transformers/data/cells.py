@@ -5,11 +5,11 @@ the modality that takes it.
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ChainDataset, ConcatDataset, Dataset, IterableDataset, Subset
 from transformers.utils import logging
 
 from ..model.files import is_absent, is_address
@@ -114,6 +114,8 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
         return Source(Subset(inner, dataset.indices), reader)
     if isinstance(dataset, ConcatDataset):
         return Source(ConcatDataset([_Read(*opened(part, media)) for part in dataset.datasets]), RowReader())
+    if isinstance(dataset, ChainDataset):
+        return Source(ChainDataset([_ReadStream(*opened(part, media)) for part in dataset.datasets]), RowReader())
     dataset = as_records(dataset)
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return Source(dataset, RowReader())
@@ -174,6 +176,16 @@ class _Read(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.reader(self.dataset[index])
+
+
+class _ReadStream(IterableDataset):
+    """Rows of a part of a stream, read."""
+
+    def __init__(self, dataset: Any, reader: RowReader):
+        self.dataset, self.reader = dataset, reader
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.reader, self.dataset)
 
 
 def as_records(dataset: Any) -> Any:

@@ -9,7 +9,7 @@ from transformers.utils import logging
 from .configuration_mm_transformer import MMTransformerConfig
 from .encoders import HUB_KWARGS, encoder_width
 from .linear_probe import with_probe
-from .task_base import Task
+from .task_base import Task, shorten
 
 
 logger = logging.get_logger(__name__)
@@ -85,11 +85,28 @@ def tasks_with_new_heads(saved: MMTransformerConfig, config: MMTransformerConfig
             "tasks of the same sort."
         )
     before = saved.get_tasks()
-    return [
-        name
-        for name, task in config.get_tasks().items()
-        if not task.needs_decoder and (name not in before or _head_of(task) != _head_of(before[name]))
-    ]
+    return [name for name, task in config.get_tasks().items() if _has_other_head(task, before.get(name))]
+
+
+def check_same_heads(saved: Mapping[str, Task], tasks: Mapping[str, Task], checkpoint: str) -> None:
+    """
+    Raises:
+        ValueError: if the head of a task means something else in a checkpoint, such as labels in another order.
+    """
+    for name, task in tasks.items():
+        if _has_other_head(task, saved.get(name)):
+            here = _head_of(task)
+            there = _head_of(saved[name]) if name in saved else {}
+            option = next((key for key in here if here[key] != there.get(key)), "kind")
+            was = f"{option} {shorten(repr(there[option]))}" if option in there else "no head"
+            raise ValueError(
+                f"Training cannot be resumed from {checkpoint!r}: task {name!r} has {was} there, but {option} "
+                f"{shorten(repr(here[option]))} in this model."
+            )
+
+
+def _has_other_head(task: Task, saved: Optional[Task]) -> bool:
+    return not task.needs_decoder and (saved is None or _head_of(task) != _head_of(saved))
 
 
 def _head_of(task: Task) -> Mapping[str, Any]:

@@ -92,9 +92,8 @@ def answer_batch(
         for name in tasks:
             task = model.tasks[name]
             if task.needs_decoder:
-                ids = model.generate(name, encoded, **generation_options)
-                # What the decoder is given to start with is not of its own writing.
-                texts = processor.batch_decode(ids[:, len(model.decoder_start_ids(task)) :], skip_special_tokens=True)
+                ids = model.write(task, encoded, **generation_options)
+                texts = processor.batch_decode(ids, skip_special_tokens=True)
                 columns[name] = [{"text": text.strip()} for text in texts]
             else:
                 known = inspect.signature(task.decode).parameters

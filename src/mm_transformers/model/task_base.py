@@ -419,6 +419,8 @@ def check_labels(name: str, labels: list[Any]) -> list[str]:
     labels = [str(label) for label in labels]
     if len(labels) == 0:
         raise ValueError(f"Task {name!r} needs its label names: labels=['...', '...'].")
+    if str(PADDING) in labels:
+        raise ValueError(f"Task {name!r}: no label can be called {PADDING}, which marks a missing label.")
     duplicates = sorted(label for label, count in Counter(labels).items() if count > 1)
     if duplicates:
         raise ValueError(f"Task {name!r}: label {duplicates[0]!r} occurs twice in labels.")

@@ -96,8 +96,8 @@ class MultiLabel(Task):
             return [i for i, holds in enumerate(value) if holds]
         ids = [label_id(self.name, self.labels, item) for item in value]
         has_twice, are_numbers = len(set(ids)) < len(ids), not any(isinstance(item, str) for item in value)
-        # Of two labels, [0, 1] may be the ids of both, or say that the second holds.
-        is_unclear = has_twice or (len(self.labels) == 2 and set(value) == {0, 1})
+        # Of two labels, [0, 1] may be the ids of both, or say that the second holds; of one, [0] that it does not hold.
+        is_unclear = has_twice or (len(value) == len(self.labels) <= 2 and set(value) <= {0, 1})
         are_flags = has_twice and len(value) == len(self.labels) and set(value) <= {"0", "1"}
         if (are_numbers and is_unclear) or are_flags:
             raise ValueError(

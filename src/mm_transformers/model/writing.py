@@ -144,9 +144,28 @@ class TextWriting:
         written = {}
         for name, task in self.tasks.items():
             if task.needs_decoder:
-                ids = self.generate(name, encoded, **(generation_kwargs or {}))
-                written[name] = ids[:, len(self.decoder_start_ids(task)) :]
+                written[name] = self.write(task, encoded, **(generation_kwargs or {}))
         return outputs, written
+
+    def write(self, task: Any, encoder_outputs: MMTransformerModelOutput, **kwargs) -> torch.Tensor:
+        """
+        The answer of each row, (batch, length) int64, without what the decoder starts with.
+
+        Args:
+            task ([`Generation`]): That which is answered.
+            encoder_outputs, kwargs: as [`generate`] takes them.
+
+        Raises:
+            ValueError: if the decoder gives another number of answers than one per row.
+        """
+        ids = self.generate(task.name, encoder_outputs, **kwargs)
+        num_rows = len(encoder_outputs.last_hidden_state)
+        if not isinstance(ids, torch.Tensor) or len(ids) != num_rows:
+            raise ValueError(
+                f"Task {task.name!r}: a row has one answer, so num_return_sequences must be 1, and "
+                "return_dict_in_generate False; model.generate(...) gives more."
+            )
+        return ids[:, len(self.decoder_start_ids(task)) :]
 
     @contextmanager
     def _nothing_forced(self):

@@ -31,8 +31,12 @@ def check_arguments(args: TrainingArguments) -> None:
         )
     if args.label_smoothing_factor != 0:
         raise ValueError(
-            "label_smoothing_factor has no meaning for all kinds of tasks, so MMTrainer does not take it; write "
-            "the loss that you want as a task kind of your own."
+            "MMTrainer takes no label_smoothing_factor: smoothing is an option of the task, as in "
+            "Classification(..., label_smoothing=0.1)."
+        )
+    if getattr(args, "sortish_sampler", False):
+        raise ValueError(
+            "sortish_sampler is not taken; train_sampling_strategy='group_by_length' groups rows by length."
         )
     if args.batch_eval_metrics:
         raise ValueError("MMTrainer computes metrics over all rows at once; leave out batch_eval_metrics.")
@@ -52,7 +56,7 @@ def check_arguments(args: TrainingArguments) -> None:
 def check_best_metric(args: TrainingArguments, tasks: Iterable[Task], eval_dataset: Any) -> None:
     """
     Raises:
-        ValueError: if `metric_for_best_model` is none of what is measured, or the best would be the worst.
+        ValueError: if `metric_for_best_model` is none of what is measured.
     """
     wanted = args.metric_for_best_model
     if wanted is None or eval_dataset is None:
@@ -79,7 +83,15 @@ def check_best_metric(args: TrainingArguments, tasks: Iterable[Task], eval_datas
                 f"metric_for_best_model is {wanted!r}, but the eval data set has no column {task.column!r} (its "
                 f"columns are {', '.join(map(repr, columns))}), so task {task.name!r} is not measured there."
             )
-    if name.endswith(LESS_IS_BETTER) and args.greater_is_better:
+
+
+def check_direction(args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: if the best weights would be the worst.
+    """
+    wanted = args.metric_for_best_model
+    if wanted is not None and wanted.endswith(LESS_IS_BETTER) and args.greater_is_better:
         raise ValueError(f"metric_for_best_model is {wanted!r}, the less the better: set greater_is_better to False.")
 
 

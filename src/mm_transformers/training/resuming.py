@@ -1,5 +1,6 @@
 """A Trainer that may be killed at any moment and goes on, resumed, as if it had not been."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,8 +14,11 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
+from ..model.adding_tasks import check_same_heads
+from ..model.configuration_mm_transformer import MMTransformerConfig
+from ..model.task_base import Task, task_from_dict
 from .checkpoints import (
     SAVING,
     check_checkpoint,
@@ -96,6 +100,9 @@ class ResumableTrainer(Trainer):
                 found[0] = newest_complete_checkpoint(self.args.output_dir) if wanted is True else os.fspath(wanted)
                 if found[0] is not None:
                     check_checkpoint(found[0])
+                    saved = _tasks_of(found[0])
+                    if saved:
+                        check_same_heads(saved, self.fused_model.tasks, found[0])
             except ValueError as error:
                 found[1] = str(error)
         checkpoint, problem = broadcast_object_list(found)
@@ -238,6 +245,8 @@ class ResumableTrainer(Trainer):
                 "rows_per_step": self._rows_per_step,
             }
             metadata = {name: repr(number) for name, number in numbers.items()}
+            # A checkpoint of adapters has no config of the model.
+            metadata["tasks"] = json.dumps([task.to_dict() for task in self.fused_model.tasks.values()])
             save_file(
                 {name: loss.cpu().contiguous() for name, loss in gathered.items()}, folder / LOSSES_NAME, metadata
             )
@@ -279,3 +288,14 @@ class ResumableTrainer(Trainer):
             # Releases of transformers differ in which steps they divide by after resuming.
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, *args, **kwargs)
+
+
+def _tasks_of(checkpoint: str) -> dict[str, Task]:
+    """The tasks of the model in a checkpoint; none if the checkpoint does not say."""
+    if os.path.isfile(os.path.join(checkpoint, CONFIG_NAME)):
+        return MMTransformerConfig.from_pretrained(checkpoint).get_tasks()
+    tasks = []
+    if os.path.isfile(os.path.join(checkpoint, LOSSES_NAME)):
+        with safe_open(os.path.join(checkpoint, LOSSES_NAME), framework="pt") as file:
+            tasks = [task_from_dict(task) for task in json.loads(file.metadata().get("tasks", "[]"))]
+    return {task.name: task for task in tasks}

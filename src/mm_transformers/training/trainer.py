@@ -1,5 +1,6 @@
 """The Trainer of transformers, for models with several tasks and batches with any number of images."""
 
+import copy
 import itertools
 import sys
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, GenerationConfig, Seq2SeqTrainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import logging
 
@@ -32,6 +33,7 @@ from .checks import (
     check_arguments,
     check_best_metric,
     check_columns,
+    check_direction,
     check_lengths,
     check_rows_per_image,
 )
@@ -180,6 +182,7 @@ class MMTrainer(ResumableTrainer):
         self.feature_cache = FeatureCache.of(feature_cache)
         if self.feature_cache is not None:
             self.feature_cache.modalities(self.fused_model, self.data_collator)
+        check_direction(args)
         if compute_metrics is None:
             self.compute_metrics: Any = MultiTaskMetrics(self.model.config, processing_class)
             check_best_metric(args, self.fused_model.tasks.values(), eval_dataset)
@@ -836,6 +839,10 @@ class MMTrainer(ResumableTrainer):
             # Where processes share layers out, all go on until the last has finished its texts.
             "synced_gpus": True if self.is_fsdp_enabled else None,
         }
+        given = getattr(self.args, "generation_config", None)
+        if given is not None and not isinstance(given, GenerationConfig):
+            given = Seq2SeqTrainer.load_generation_config(given)
+        options["generation_config"] = copy.deepcopy(given)
         return {name: value for name, value in options.items() if value is not None}
 
     def _regularization(self) -> float:
