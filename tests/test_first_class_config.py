@@ -100,6 +100,11 @@ def test_a_misspelt_field_is_told(name, data):
             MMTransformerConfig(**{slip: None})
 
 
+def test_a_misspelt_option_of_from_encoders_is_told():
+    with pytest.raises(ValueError, match="knows no 'fusion_typ'; did you mean 'fusion_type'"):
+        MMTransformerForMultiTask.from_encoders(text="none", fusion_typ="late")
+
+
 @pytest.mark.parametrize("name", ["num_experts", "router_kind", "id_of_the_run", "image_token_id", "torchscript"])
 def test_fields_of_later_releases_are_kept(name, tmp_path):
     make_config(**{name: 3}).save_pretrained(tmp_path)

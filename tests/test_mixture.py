@@ -290,7 +290,7 @@ class TestTraining:
         monkeypatch.setattr(trainer.logger, "warning", said.append)
         rows = [{"text": "a dog", "score": float(i), "tone": None} for i in range(8)]
         make_trainer(tmp_path, rows, max_steps=2).train()
-        assert said == ["No row that was trained on had a label of task 'tone', so its head has learned nothing."]
+        assert said == ["No training row has a label of task 'tone', so its head was not trained."]
 
     def test_labels_before_a_resume_are_remembered(self, tmp_path, monkeypatch):
         from mm_transformers.training import trainer

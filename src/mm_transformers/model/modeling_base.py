@@ -1,5 +1,6 @@
 """What all models of this type have in common: how they begin, and how they are saved."""
 
+import difflib
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -201,6 +202,10 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         ```
         """
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in MMTransformerConfig.__annotations__}
+        for name in kwargs:
+            meant = difflib.get_close_matches(name, MMTransformerConfig.__annotations__, n=1, cutoff=0.85)
+            if meant:
+                raise ValueError(f"from_encoders knows no {name!r}; did you mean {meant[0]!r}?")
         # What is pretrained can be probed, and its running statistics are better than those of small batches.
         options.setdefault("linear_probe", True)
         options.setdefault("freeze_batch_norm", True)

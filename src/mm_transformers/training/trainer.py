@@ -528,9 +528,7 @@ class MMTrainer(ResumableTrainer):
             self._num_labels = {}  # the second training has told which are missing
         for name, count in self._num_labels.items():
             if count == 0:
-                logger.warning(
-                    f"No row that was trained on had a label of task {name!r}, so its head has learned nothing."
-                )
+                logger.warning(f"No training row has a label of task {name!r}, so its head was not trained.")
         self._report_bad_files()
         return output
 
