@@ -31,7 +31,8 @@ def demo(
         str | None, typer.Option(help="With --ui: folder or Hub id; by default what this command has trained.")
     ] = None,
     port: Annotated[
-        int | None, typer.Option(help="With --ui: the port; by default the first free one from 7860.")
+        int | None,
+        typer.Option(min=1, max=65535, help="With --ui: the port; by default the first free one from 7860."),
     ] = None,
 ) -> None:
     """Train a small model on the data set that comes with the package, and show what the pictures are good for."""
