@@ -61,6 +61,15 @@ def space(
         say(f"Wrote {', '.join(map(str, written))}." if written else f"Nothing to write: {output} has all files.")
 
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the code that comes with the encoders; a recipe cannot ask for this itself."
+    ),
+]
+_TRUST = ["model.trust_remote_code=true"]
+
+
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML or JSON file.")],
@@ -68,6 +77,7 @@ def train(
         list[str] | None,
         typer.Argument(help="Keys of the recipe with other values, such as training.learning_rate=1e-4."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
     Train a model as a recipe says, or go on where that stopped.
@@ -93,7 +103,9 @@ def train(
               predict_with_generate, generation_num_beams,
               generation_max_length
 
-    Relative paths in a recipe start at its folder, those on the command line at the current one. On several GPUs:
+    Relative paths in a recipe start at its folder, those on the command line at the current one. A recipe may come from
+    a stranger: what runs code or sends data away (model.trust_remote_code, training.push_to_hub, training.report_to,
+    training.deepspeed) counts only on the command line. On several GPUs:
     accelerate launch -m mm_transformers.cli train recipe.yaml
     """
     from .processes import join_processes, leave_processes
@@ -101,7 +113,7 @@ def train(
 
     join_processes()
     with _errors_as_sentences():
-        run_training(recipe, overrides or [])
+        run_training(recipe, [*(overrides or []), *(_TRUST if trust_remote_code else [])])
     leave_processes()
 
 
@@ -317,6 +329,7 @@ def compare_tasks(
         Path, typer.Option("--output_dir", "--output-dir", help="Where table, plot and results go.")
     ] = Path("comparison"),
     seeds: Annotated[int, typer.Option(min=1, help="How many times each is trained.")] = 3,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
     Train each task of a recipe alone and all of them jointly, and show what the tasks gained.
@@ -329,7 +342,7 @@ def compare_tasks(
 
     join_processes()
     with _errors_as_sentences():
-        run_compare_tasks(recipe, overrides or [], output_dir, seeds)
+        run_compare_tasks(recipe, [*(overrides or []), *(_TRUST if trust_remote_code else [])], output_dir, seeds)
     leave_processes()
 
 
