@@ -68,7 +68,7 @@ def test_every_kind_of_head(kind, tmp_path):
     model, processor = make_model(item_order=True), make_processor()
     torch.nn.init.normal_(model.model.vision_order.weight)
     export_model(model, processor, tmp_path / "out", kind)
-    exported = ExportedModel(tmp_path / "out")
+    exported = ExportedModel(tmp_path / "out", trust_pickle=True)
     check(model, exported, MMTransformerProcessor.from_pretrained(tmp_path / "out"))
     inputs = processor(text=["a red dog", "rain"], images=[make_image(0), None])
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_every_kind_of_head(kind, tmp_path):
 def test_every_fusion(fusion, text, vision, kind, tmp_path):
     model, processor = make_model(text, vision, fusion_type=fusion), make_processor()
     export_model(model, processor, tmp_path / "out", kind)
-    check(model, ExportedModel(tmp_path / "out"), processor)
+    check(model, ExportedModel(tmp_path / "out", trust_pickle=True), processor)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_every_fusion(fusion, text, vision, kind, tmp_path):
 def test_writing(writer, kind, tmp_path):
     model, processor = make_writer(writer), make_processor()
     export_model(model, processor, tmp_path / "out", kind)
-    exported = ExportedModel(tmp_path / "out")
+    exported = ExportedModel(tmp_path / "out", trust_pickle=True)
     for inputs in batches(processor):
         for options in ({}, {"num_beams": 3}, {"max_new_tokens": 3}):
             assert torch.equal(exported.generate("german", **inputs, **options), model.generate(**inputs, **options))
@@ -127,7 +127,7 @@ def test_a_decoder_behind_an_encoder_without_one(decoder, tmp_path):
     model.save_pretrained(tmp_path / "model")
     loaded = MMTransformerForMultiTask.from_pretrained(tmp_path / "model").eval()
     export_model(loaded, processor, tmp_path / "out")
-    exported = ExportedModel(tmp_path / "out")
+    exported = ExportedModel(tmp_path / "out", trust_pickle=True)
     for inputs in batches(processor):
         for options in ({}, {"num_beams": 3}):
             expected = model.generate(**inputs, **options)
@@ -141,7 +141,7 @@ def test_sound(audio, tmp_path):
     model = make_model(vision=None, audio=audio, tasks=[Classification("topic", labels=["a", "b"])])
     processor = MMTransformerProcessor(tokenizer=make_tokenizer(), feature_extractor=make_feature_extractor(audio))
     export_model(model, processor, tmp_path / "out", "torch")
-    exported = ExportedModel(tmp_path / "out")
+    exported = ExportedModel(tmp_path / "out", trust_pickle=True)
     for clips in ([make_clip(0.3), None, make_clip(0.1)], [None] * 3, [make_clip(0.2)] * 3):
         inputs = processor(
             text=["a dog", "", "rain"] if clips[1] is not None else ["a", "b", "c"], audio=clips, sampling_rate=16_000
@@ -190,7 +190,7 @@ def test_the_command(tmp_path):
     shown = mm("export", tmp_path / "model", "--output", tmp_path / "out", "--format", "torch")
     assert "largest difference" in shown
     assert json.loads((tmp_path / "out" / "export.json").read_text())["format"] == "torch"
-    assert ExportedModel(tmp_path / "out").tasks["topic"].labels == ["a", "b"]
+    assert ExportedModel(tmp_path / "out", trust_pickle=True).tasks["topic"].labels == ["a", "b"]
     for options, words in (
         (["--output", tmp_path / "out"], "not empty"),
         (["--output", tmp_path / "b", "--format", "onxx"], "onxx"),
@@ -208,7 +208,7 @@ def test_what_an_exported_model_cannot_take(tmp_path):
         ExportedModel(tmp_path)
     model, processor = make_model(tasks=[Classification("topic", labels=["a", "b"])]), make_processor()
     export_model(model, processor, tmp_path / "out", "torch")
-    exported = ExportedModel(tmp_path / "out")
+    exported = ExportedModel(tmp_path / "out", trust_pickle=True)
     inputs = dict(processor(text=["a dog"], images=[make_image(0)]))
     with pytest.raises(ValueError, match="no videos"):
         exported(**inputs, frame_index=torch.zeros(1, 1, dtype=torch.int64))

@@ -318,7 +318,7 @@ def test_exported_graphs_answer_alike(fusion, kind, tmp_path):
 
     model, processor = make_probed(fusion_type=fusion), make_processor()
     export_model(model, processor, tmp_path / "out", kind)
-    exported, shared = ExportedModel(tmp_path / "out"), make_image(7)
+    exported, shared = ExportedModel(tmp_path / "out", trust_pickle=True), make_image(7)
     for texts, images in (
         (["a red dog"], [None]),
         (["a cat", "over the rain in a very small river", "sun"], [None] * 3),

@@ -10,6 +10,7 @@ from tiny import make_feature_extractor, make_image, make_image_processor, make_
 
 from mm_transformers import MMTransformerProcessor
 from mm_transformers.cli.page import answers_as_html, demo_examples, load_page, make_page
+from mm_transformers.cli.uploads import Upload
 from mm_transformers.sharing.space import write_space
 
 
@@ -38,8 +39,9 @@ def test_answers_with_and_without_the_picture():
         ({}, ["topic"], "There is nothing to answer yet: give a text or a picture."),
         ({"text": "   "}, ["topic"], "There is nothing to answer yet"),
         (ROW, [], "Tick at least one task."),
-        ({"image": __file__}, ["topic"], "image 'test_page.py' is not an image that Pillow can read"),
-        ({"text": "x", "image": "missing.png"}, ["topic"], "does not exist"),
+        ({"image": Upload("a.png", b"no picture")}, ["topic"], "a.png: the image (10 bytes) is not an image"),
+        ({"text": "x", "image": "missing.png"}, ["topic"], "Upload the file to this page"),
+        ({"text": "x", "image": {"path": __file__}}, ["topic"], "Upload the file to this page"),
     ],
 )
 def test_what_cannot_be_answered_is_told(row, tasks, said):

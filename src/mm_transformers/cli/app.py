@@ -75,7 +75,8 @@ def demo(
         str | None, typer.Option(help="With --ui: folder or Hub id; by default what this command has trained.")
     ] = None,
     port: Annotated[
-        int | None, typer.Option(help="With --ui: the port; by default the first free one from 7860.")
+        int | None,
+        typer.Option(min=1, max=65535, help="With --ui: the port; by default the first free one from 7860."),
     ] = None,
 ) -> None:
     """Train a small model on the data set that comes with the package, and show what the pictures are good for."""
@@ -104,6 +105,15 @@ def space(
         say(f"Wrote {', '.join(map(str, written))}." if written else f"Nothing to write: {output} has all files.")
 
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the code that comes with the encoders; a recipe cannot ask for this itself."
+    ),
+]
+_TRUST = ["model.trust_remote_code=true"]
+
+
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML or JSON file.")],
@@ -113,6 +123,7 @@ def train(
     ] = None,
     allow_urls: AllowUrls = False,
     allow_host: AllowHost = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
     Train a model as a recipe says, or go on where that stopped.
@@ -138,7 +149,9 @@ def train(
               predict_with_generate, generation_num_beams,
               generation_max_length
 
-    Relative paths in a recipe start at its folder, those on the command line at the current one. On several GPUs:
+    Relative paths in a recipe start at its folder, those on the command line at the current one. A recipe may come from
+    a stranger: what runs code or sends data away (model.trust_remote_code, training.push_to_hub, training.report_to,
+    training.deepspeed) counts only on the command line. On several GPUs:
     accelerate launch -m mm_transformers.cli train recipe.yaml
     """
     from .processes import join_processes, leave_processes
@@ -146,7 +159,9 @@ def train(
 
     join_processes()
     with _errors_as_sentences():
-        run_training(recipe, overrides or [], _allowed(allow_urls, allow_host))
+        run_training(
+            recipe, [*(overrides or []), *(_TRUST if trust_remote_code else [])], _allowed(allow_urls, allow_host)
+        )
     leave_processes()
 
 
@@ -384,6 +399,7 @@ def compare_tasks(
     seeds: Annotated[int, typer.Option(min=1, help="How many times each is trained.")] = 3,
     allow_urls: AllowUrls = False,
     allow_host: AllowHost = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
     Train each task of a recipe alone and all of them jointly, and show what the tasks gained.
@@ -396,7 +412,8 @@ def compare_tasks(
 
     join_processes()
     with _errors_as_sentences():
-        run_compare_tasks(recipe, overrides or [], output_dir, seeds, _allowed(allow_urls, allow_host))
+        trust = _TRUST if trust_remote_code else []
+        run_compare_tasks(recipe, [*(overrides or []), *trust], output_dir, seeds, _allowed(allow_urls, allow_host))
     leave_processes()
 
 

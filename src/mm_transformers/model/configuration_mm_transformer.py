@@ -196,11 +196,13 @@ class MMTransformerConfig(PreTrainedConfig):
                 f"{cls.model_type!r}; to put it into a new model, use `from_encoders`."
             )
         _check_auto_map(values, pretrained_model_name_or_path)
+        _check_kernels(values)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         _check_auto_map(config_dict, kwargs.get("name_or_path"))
+        _check_kernels(config_dict)
         if kwargs.get("tasks") is not None:  # objects, which only a new config takes
             config_dict = {**config_dict, "tasks": kwargs.pop("tasks")}
         return super().from_dict(config_dict, **kwargs)
@@ -303,6 +305,20 @@ def _check_auto_map(values: dict[str, Any], path: Any) -> None:
                     f"auto_map of {'the config' if path is None else str(path)} asks for code outside of it "
                     f"({name}: {reference!r}), which is not run; it must name a file beside config.json, as in "
                     f"'{MMTransformerConfig.__module__.rpartition('.')[2]}.MMTransformerConfig'."
+                )
+
+
+def _check_kernels(values: dict[str, Any]) -> None:
+    """transformers would fetch such an implementation from the Hub, and run it. No saved config has one."""
+    pending = [values]
+    while pending:
+        for name, value in pending.pop().items():
+            if isinstance(value, dict) and not name.endswith("_implementation"):
+                pending.append(value)
+            elif name.endswith(("_implementation", "_implementation_internal")) and "/" in str(value):
+                raise ValueError(
+                    f"The config asks for {name}={str(value)[:100]!r}, code of the Hub, which a checkpoint cannot ask "
+                    "for; remove it, and pass it to from_pretrained if you trust it."
                 )
 
 

@@ -15,7 +15,14 @@ from transformers import (
 
 from .encoder_classes import without_random_skips
 from .encoder_probe import observe_seq2seq, probe, probe_seq2seq, traits_of
-from .encoders import HUB_KWARGS, build_encoder, load_encoder, max_text_positions, parameters_to_buffers
+from .encoders import (
+    HUB_KWARGS,
+    build_encoder,
+    load_encoder,
+    max_text_positions,
+    parameters_to_buffers,
+    without_pickles,
+)
 
 
 def build_seq2seq(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig]) -> PreTrainedModel:
@@ -47,7 +54,8 @@ def load_seq2seq(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs
     if decoder_config is None:
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         config = without_random_skips(AutoConfig.from_pretrained(path, **hub_kwargs))
-        model = AutoModelForSeq2SeqLM.from_pretrained(path, config=config, **kwargs)
+        with without_pickles(path):
+            model = AutoModelForSeq2SeqLM.from_pretrained(path, config=config, **kwargs)
         text_config = model.config
         traits = probe(model.get_encoder(), "text")
         traits.pop("unused", None)

@@ -1,6 +1,8 @@
 """Builds any text, vision or audio encoder of transformers, and knows what each of them needs."""
 
-from collections.abc import Iterable
+import pickle
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Optional
 
 from torch import nn
@@ -60,12 +62,30 @@ def load_encoder(path: str, modality: str, **kwargs) -> tuple[PreTrainedModel, P
     cls = check_class(without_random_skips(config), modality)
     # Before gigabytes are read.
     observed = observe(config, modality)
-    loaded = cls.from_pretrained(path, config=config, **class_options(cls), **kwargs)
+    with without_pickles(path):
+        loaded = cls.from_pretrained(path, config=config, **class_options(cls), **kwargs)
     model = encoder_part(loaded, modality)
     traits = probe(model, modality)
     if traits:
         loaded.config.encoder_traits = traits
     return parameters_to_buffers(model, traits.get("unused", observed.unused)), loaded.config
+
+
+@contextmanager
+def without_pickles(path: str) -> Iterator[None]:
+    """
+    torch reads `pytorch_model.bin` without running anything, and tells at length how to run it.
+
+    Raises:
+        ValueError: one sentence instead.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"The weights of {path!r}, a pytorch_model.bin, hold more than tensors, which could run any code, so they "
+            "are not loaded; choose an encoder with weights in model.safetensors."
+        ) from None
 
 
 def encoder_width(config: PreTrainedConfig) -> int:

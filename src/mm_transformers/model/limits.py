@@ -35,7 +35,11 @@ class Limits:
         config_parameters (`int`): Parameters of a model that is built from a config.
         request_seconds (`float`): Seconds of one request to the demo page.
         request_words (`int`): Words of a text in one request to the demo page. Later words are left out.
+        request_bytes (`int`): Bytes of one request to the demo page, without uploads.
+        waiting_requests (`int`): Requests to the demo page that may wait. Further ones are refused.
         upload_bytes (`int`): Bytes of one upload to the demo page.
+        all_uploads_bytes (`int`): Bytes of all uploads that the demo page keeps.
+        upload_seconds (`int`): Seconds for which the demo page keeps an upload.
     """
 
     image_pixels: int = 50_000_000
@@ -59,7 +63,11 @@ class Limits:
     config_parameters: int = 100_000_000_000
     request_seconds: float = 60.0
     request_words: int = 2_000
+    request_bytes: int = 2 * 2**20
+    waiting_requests: int = 16
     upload_bytes: int = 32 * 2**20
+    all_uploads_bytes: int = 2**30
+    upload_seconds: int = 3600
 
 
 _current = Limits()

@@ -23,11 +23,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..model.answering import evaluation_mode
 from ..model.encoder_probe import traits_of
+from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES
 
 
-SPEC_NAME = "export.json"
-FUSED, DECODER = "model", "decoder"
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 # What the graph of a model with a decoder gives beside the logits of its heads.
 STATES, STATES_MASK = "fused_states", "fused_mask"
 

@@ -1,7 +1,6 @@
 """Exported graphs, used as the model that they were made of."""
 
 import copy
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,8 +13,10 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
+from ..model.task_base import shorten
 from ..model.writing import TextWriting
-from .export import DECODER, FUSED, SPEC_NAME, STATES, STATES_MASK, SUFFIXES
+from .export import STATES, STATES_MASK
+from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES, example_shape, read_spec
 
 
 _Run = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -29,9 +30,14 @@ class ExportedModel(TextWriting):
 
     Args:
         folder (`str` or `Path`): Where the graphs are.
+        trust_pickle (`bool`, *optional*, defaults to `False`):
+            Whether to load programs of `torch.export` (`.pt2`): torch reads them by pickle, so they can run any code.
+            ONNX graphs need no trust.
 
     Raises:
-        OSError: if there are none.
+        OSError: if there are none, or they cannot be loaded.
+        ValueError: one sentence, if there are programs of `torch.export` without `trust_pickle`, or what the folder
+            says of its graphs is not what `export_model` writes.
 
     Example:
 
@@ -42,11 +48,16 @@ class ExportedModel(TextWriting):
     ```
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, trust_pickle: bool = False):
         path = Path(folder, SPEC_NAME)
         if not path.is_file():
             raise OSError(f"{folder} holds no exported model: it has no {SPEC_NAME}; mm-transformers export makes one.")
-        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec = read_spec(path)
+        if spec["format"] == "torch" and not trust_pickle:
+            raise ValueError(
+                f"{folder} holds programs of torch.export, which can run any code when they are loaded: export to ONNX "
+                "instead, or, if you trust whoever made them, pass trust_pickle=True."
+            )
         self.config = MMTransformerConfig.from_pretrained(folder)
         self.tasks = self.config.get_tasks()
         load = {"onnx": _onnx_graph, "torch": _torch_graph}[spec["format"]]
@@ -124,8 +135,7 @@ class _Fused:
             return torch.zeros(given["input_ids"].shape, dtype=dtype)
         if name == "audio_attention_mask" and "input_values" in given:
             return torch.ones(given["input_values"].shape[:2], dtype=dtype)
-        # One blank item; a second of sound is more than any encoder needs.
-        shape = [1, *(16_000 if size is None else size for size in self.shapes[name][1:])]
+        shape = example_shape(self.shapes[name])  # one blank item
         return torch.zeros(shape, dtype=dtype) if name != "audio_attention_mask" else torch.ones(shape, dtype=dtype)
 
 
@@ -164,7 +174,10 @@ class _Decoder(PreTrainedModel, GenerationMixin):
 def _onnx_graph(path: Path, spec: Mapping[str, Any]) -> _Run:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # of onnxruntime: no file, no graph, weights in files outside of its folder
+        raise OSError(f"{path} cannot be loaded ({shorten(' '.join(str(error).split()))}).") from error
     taken = [node.name for node in session.get_inputs()]
 
     def run(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -175,7 +188,10 @@ def _onnx_graph(path: Path, spec: Mapping[str, Any]) -> _Run:
 
 
 def _torch_graph(path: Path, spec: Mapping[str, Any]) -> _Run:
-    module = torch.export.load(path).module()
+    try:
+        module = torch.export.load(path).module()
+    except Exception as error:
+        raise OSError(f"{path} cannot be loaded ({shorten(' '.join(str(error).split()))}).") from error
 
     @torch.no_grad()
     def run(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

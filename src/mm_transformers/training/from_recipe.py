@@ -110,7 +110,9 @@ def build_trainer(
         model = MMTransformerForMultiTask.from_pretrained(saved)
     else:
         encoders: dict[str, Any] = {name: recipe.model.get(name) for name in ("text", "vision", "audio")}
-        options = {name: value for name, value in recipe.model.items() if name not in encoders}
+        # Without a word of the person, transformers would ask one at the keyboard.
+        options = {"trust_remote_code": False}
+        options |= {name: value for name, value in recipe.model.items() if name not in encoders}
         known: dict[str, Any] = {name: options[name] for name in (*HUB_KWARGS, "num_frames") if name in options}
         processor = MMTransformerProcessor.from_encoders(**encoders, backend=options.pop("backend", None), **known)
         model = MMTransformerForMultiTask.from_encoders(**encoders, tasks=data.tasks, **options)

@@ -16,6 +16,7 @@ from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import HUB_KWARGS
 from ..model.tasks import TASK_KINDS
 from .arguments import MMTrainingArguments
+from .recipe_trust import check_powers
 from .recipe_yaml import dump_yaml, parse_yaml, read_yaml
 
 
@@ -217,13 +218,15 @@ def read_recipe(path: str | os.PathLike, overrides: typing.Sequence[str] = ()) -
     Args:
         path: the file. Relative paths in it start at its folder.
         overrides: `section.key=value`, as on a command line: values are YAML, and relative paths start at the current
-            folder. Places in lists are numbers: `tasks.0.loss_weight=2`.
+            folder. Places in lists are numbers: `tasks.0.loss_weight=2`. What runs code or sends data away can only be
+            asked for here, as by `model.trust_remote_code=true`; see [`check_powers`].
 
     Raises:
         ValueError: one sentence that names the key, or the file.
     """
     path = Path(path)
     values = _with_root(read_yaml(path), path.absolute().parent)
+    asked = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -238,6 +241,7 @@ def read_recipe(path: str | os.PathLike, overrides: typing.Sequence[str] = ()) -
             value = nested[parts[0]] if len(parts) == 1 else nested[parts[0]][parts[1]]
         _override(values, parts, value, key)
     try:
+        check_powers(asked, values, overrides)
         return Recipe.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

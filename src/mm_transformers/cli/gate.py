@@ -1,0 +1,103 @@
+"""What stands between the demo page and the network: only the routes that the page needs, and bounded bodies."""
+
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Optional
+from urllib.parse import unquote
+
+from ..model.limits import limits
+from .uploads import upload_folder
+
+
+# Of gradio's own routes. Others fetch addresses, run ffmpeg, or talk to the Hub with a client's token.
+_ROUTES = (
+    "app_id", "call", "cancel", "heartbeat", "info", "login_check", "queue", "reset", "run", "startup-events",
+    "theme.css", "upload", "upload_progress", "user",
+)  # fmt: skip
+_PREFIX = "/gradio_api/"
+_LOCAL_FILE = re.compile(r"file=(?![A-Za-z][A-Za-z0-9+.\-]+:)")  # an address has a scheme; C: is a drive
+_FORM_BYTES = 2**16  # around a file in a form
+
+_Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+class Gate:
+    """
+    An ASGI application that passes requests on to another one.
+
+    Args:
+        app: the application of gradio.
+    """
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: _Receive, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        from starlette.exceptions import HTTPException
+        from starlette.responses import PlainTextResponse
+
+        refusal = _refusal(scope)
+        if refusal is not None:
+            status, told = refusal
+            await PlainTextResponse(told, status)(scope, receive, send)
+            return
+        most, received = _most_bytes(scope), 0
+
+        async def bounded() -> MutableMapping[str, Any]:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body") or b"")
+            if received > most:
+                raise HTTPException(413, _too_large(most))  # the application answers with it
+            return message
+
+        await self.app(scope, bounded, send)
+
+
+def _route(scope: MutableMapping[str, Any]) -> Optional[str]:
+    """What follows gradio's prefix, wherever the page is mounted."""
+    _, found, route = unquote(scope["path"]).partition(_PREFIX)
+    return route if found else None
+
+
+def _refusal(scope: MutableMapping[str, Any]) -> Optional[tuple[int, str]]:
+    """Status and sentence, if the request does not get through."""
+    route = _route(scope)
+    # Of files on this machine, gradio serves only its own.
+    if route is not None and not _LOCAL_FILE.match(route) and route.partition("/")[0] not in _ROUTES:
+        return 404, "This page has nothing of this name."
+    most = _most_bytes(scope)
+    declared = dict(scope["headers"]).get(b"content-length", b"0")
+    if not declared.isdigit() or int(declared) > most:
+        return 413, _too_large(most)
+    if route is not None and route.partition("/")[0] == "upload" and not _has_room():
+        return 507, "This page has no room for more uploads at the moment; try again later."
+    return None
+
+
+def _most_bytes(scope: MutableMapping[str, Any]) -> int:
+    is_upload = (_route(scope) or "").partition("/")[0] == "upload"
+    return limits().upload_bytes + _FORM_BYTES if is_upload else limits().request_bytes
+
+
+def _too_large(most: int) -> str:
+    return f"The request is larger than the {most:,} bytes that are allowed."
+
+
+def _has_room() -> bool:
+    """Whether one more upload may come. Uploads that broke off are removed here: gradio does not know of them."""
+    folder, now, total = upload_folder(), time.time(), 0
+    for path in folder.rglob("*") if folder.is_dir() else ():
+        try:
+            found = path.lstat()
+            if path.parent == folder and path.is_file() and now - found.st_mtime > limits().upload_seconds:
+                path.unlink()
+            else:
+                total += found.st_size
+        except FileNotFoundError:
+            continue
+    return total + limits().upload_bytes <= limits().all_uploads_bytes

@@ -1,0 +1,188 @@
+"""What the demo page says about one row: answers, what they rest on, or one sentence."""
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import torch
+
+from ..analysis import explain
+from ..analysis.explaining.html import colored_words, heat_map_url, picture_url, sound_colors
+from ..model.answering import answer_batch, check_tasks, evaluation_mode
+from ..model.images import load_image
+from ..model.limits import limits
+from ..model.pipeline_mm_transformer import PARTS, read_rows
+from .time_limit import TimeLimitError, time_limit
+from .uploads import Upload, UploadError
+
+
+NAMES = {"image": "picture", "video": "video", "audio": "sound", "text": "text"}
+_MOST_LETTERS = 20  # of a word, on average; some languages put no spaces between words
+
+
+def answers_as_html(model: Any, processor: Any, row: dict[str, Any], tasks: Any, kinds: Sequence[str]) -> str:
+    """
+    What the page shows for a row; a sentence, if it cannot be answered within `limits().request_seconds`.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
+        processor ([`MMTransformerProcessor`]): That of the model.
+        row: what was given, of `kinds`: a text; of files, an [`Upload`], or what is in memory. Never a path.
+        tasks: names of the tasks that are ticked.
+    """
+    try:
+        text = row.get("text") or ""
+        if not isinstance(text, str) or not isinstance(tasks, (list, tuple)):
+            raise ValueError("The text must be a text, and the tasks a list of names.")
+        if not text.strip():
+            row = {kind: part for kind, part in row.items() if kind != "text"}
+        if not row:
+            return render_page([], f"There is nothing to answer yet: give {either(kinds)}.", kinds)
+        if not tasks:
+            return render_page([], "Tick at least one task.", kinds)
+        names = check_tasks(model, [str(name) for name in tasks])
+        with time_limit(limits().request_seconds) as check:
+            read, note = _read(processor, row)
+            cards = _cards(model, processor, read, names, check)
+    except (ValueError, ImportError) as error:
+        return render_page([], re.sub(r"^Row \d+: ", "", str(error)), kinds)
+    return render_page(cards, "", kinds, note)
+
+
+def _read(processor: Any, row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The row with its files decoded, once for all that follows; and what was left out of it, in one sentence."""
+    read, note = dict(row), ""
+    for kind, part in row.items():
+        if kind == "text":
+            read[kind], note = _first_words(part)
+            continue
+        if isinstance(part, (str, bytes, Mapping)) or hasattr(part, "__fspath__"):
+            raise UploadError  # a reader would take it for a path
+        content, name = (part.content, f"{part.name}: ") if isinstance(part, Upload) else (part, "")
+        try:
+            if kind == "image":
+                read[kind] = load_image(content)
+                # todo
+                shrink = (limits().kept_image_pixels / (read[kind].width * read[kind].height)) ** 0.5
+                if shrink < 1:
+                    read[kind].thumbnail([int(side * shrink) for side in read[kind].size])
+            else:
+                rate = processor.feature_extractor.sampling_rate
+                read[kind] = {"array": processor.load_audio(content), "sampling_rate": rate}
+        except ValueError as error:
+            raise ValueError(f"{name}{error}") from error
+    return read, note
+
+
+def _first_words(text: str) -> tuple[str, str]:
+    """As much of a text as one request may hold, cut before anything tokenises it."""
+    most = limits().request_words
+    ends = [found.end() for found in itertools.islice(re.finditer(r"\S+", text), most)]
+    kept = text[: ends[-1] if ends else 0][: _MOST_LETTERS * most]
+    if not text[len(kept) :].strip():
+        return text, ""
+    return kept, f"Only the first {len(kept.split()):,} words of the text were read (limit: request_words={most:,})."
+
+
+def _cards(
+    model: Any, processor: Any, row: dict[str, Any], tasks: Sequence[str], check: Callable[[], None]
+) -> list[dict[str, Any]]:
+    variants = {"": row}
+    for kind in row:
+        if rest := {other: part for other, part in row.items() if other != kind}:
+            variants[f"without the {NAMES[kind]}"] = rest
+    # One batch, in which what the variants share is encoded once.
+    wants_words = any(model.tasks[name].is_token_level for name in tasks)
+    read = read_rows(list(enumerate(variants.values())), processor, tuple(PARTS), wants_words)
+    check()
+    if "error" in read:
+        raise ValueError(read["error"])
+    inputs = {name: value.to(model.device) for name, value in read["tensors"].items()}
+    answered = answer_batch(model, processor, inputs, tasks, read["word_index"])
+    with evaluation_mode(model), torch.no_grad():
+        logits = model(**inputs).logits
+    cards = []
+    for name in tasks:
+        check()
+        answers = {variant: one[name] for variant, one in zip(variants, answered, strict=True)}
+        cards.append(_card(model, processor, row, name, answers, _bars(model.tasks[name], logits.get(name))))
+    return cards
+
+
+def _card(
+    model: Any,
+    processor: Any,
+    row: dict[str, Any],
+    task: str,
+    answers: dict[str, Any],
+    bars: list[tuple[str, float]],
+) -> dict[str, Any]:
+    """One task: the answers to the row and to what is left without a part, and the heat maps of the first."""
+    kind, problem, rests_on, words, pictures, sounds = model.tasks[task], "", "", [], [], []
+    try:
+        explanation = explain(model, processor, row, task)
+        rests_on, words = explanation.rests_on, colored_words(explanation)
+        pictures = [(picture_url(image.image), heat_map_url(explanation, image)) for image in explanation.images]
+        sounds = [(sound.seconds, sound_colors(explanation, sound)) for sound in explanation.sounds]
+    except TimeLimitError:
+        raise
+    except ValueError as error:
+        problem = str(error)
+    shown = {name: _shown(kind, answer) for name, answer in answers.items()}
+    return {
+        "task": task,
+        "answer": shown.pop(""),
+        "bars": bars,
+        "others": list(shown.items()),
+        "rests_on": rests_on,
+        "words": words,
+        "pictures": pictures,
+        "sounds": sounds,
+        "problem": problem,
+    }
+
+
+def _shown(kind: Any, answer: Any) -> str:
+    if isinstance(answer, list):
+        return ", ".join(one["label"] or "–" for one in answer) or "nothing"
+    if "labels" in answer:
+        return ", ".join(answer["labels"]) or "none of the labels"
+    first, score = next(iter(answer.values())), answer.get("score")
+    if isinstance(first, bool):
+        # The score is the probability of a match.
+        first, score = ("yes", score) if first else ("no", None if score is None else 1 - score)
+    told = f"{first:.3g}" if isinstance(first, float) else str(first)
+    return told if score is None else f"{told} ({100 * score:.0f}%)"
+
+
+def _bars(kind: Any, logits: Any) -> list[tuple[str, float]]:
+    """How probable each label is, the most probable first; of tasks that choose for the whole row."""
+    if kind.kind not in ("classification", "multi_label"):
+        return []
+    row = logits[0].float()
+    values = row.softmax(-1) if kind.kind == "classification" else row.sigmoid()
+    return sorted(zip(kind.labels, values.tolist(), strict=True), key=lambda pair: -pair[1])[:8]
+
+
+def render_page(cards: list[dict[str, Any]], message: str, kinds: Sequence[str], note: str = "") -> str:
+    """
+    Args:
+        cards: of the tasks; names, labels and texts in them are escaped.
+        message: what is wrong; then there are no cards.
+        kinds: what a row may hold.
+        note: what was left out.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("answers.html.jinja").render(
+        cards=cards, message=message, note=note, given=either(kinds)
+    )
+
+
+def either(kinds: Sequence[str]) -> str:
+    """ "a text or a picture"."""
+    names = [f"a {NAMES[kind]}" for kind in kinds]
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,0 +1,63 @@
+"""What is written beside exported graphs: which there are, and what they take and give."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from ..model.limits import limits
+
+
+SPEC_NAME = "export.json"
+FUSED, DECODER = "model", "decoder"
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+_ANY_SIZE = 16_000  # a second of sound is more than any encoder needs
+
+
+def read_spec(path: Path) -> dict[str, Any]:
+    """
+    Args:
+        path: of the file, which may come from a stranger.
+
+    Returns:
+        "format", one of `SUFFIXES`; and "graphs": for `FUSED`, and perhaps `DECODER`, "inputs" (name -> shape, `None`
+        for any size), "types" (name -> type of torch) and "outputs" (names).
+
+    Raises:
+        ValueError: one sentence, if the file says anything else.
+    """
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        is_known = spec["format"] in SUFFIXES and {FUSED} <= set(spec["graphs"]) <= {FUSED, DECODER}
+        is_known = is_known and all(map(_is_graph, spec["graphs"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        is_known = False
+    if not is_known:
+        raise ValueError(f"{path} does not describe exported graphs as mm-transformers export does; export once more.")
+    return spec
+
+
+def example_shape(shape: Sequence[Optional[int]]) -> list[int]:
+    """The shape of one item of an input."""
+    return [1, *(_ANY_SIZE if size is None else size for size in shape[1:])]
+
+
+def _is_graph(graph: Mapping[str, Any]) -> bool:
+    shapes, types, outputs = graph["inputs"], graph["types"], graph["outputs"]
+    return (
+        set(shapes) == set(types)
+        and all(
+            isinstance(kind, str) and isinstance(getattr(torch, kind, None), torch.dtype) for kind in types.values()
+        )
+        and all(isinstance(shape, list) and _is_shape(shape) for shape in shapes.values())
+        and isinstance(outputs, list)
+        and all(isinstance(name, str) for name in outputs)
+    )
+
+
+def _is_shape(shape: list[Any]) -> bool:
+    is_size = all(size is None or (type(size) is int and size > 0) for size in shape)
+    return is_size and 0 < len(shape) < 8 and math.prod(example_shape(shape)) <= 3 * limits().image_pixels
