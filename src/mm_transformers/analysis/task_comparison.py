@@ -128,7 +128,8 @@ def draw_comparison(path: Path, comparisons: Sequence[Comparison]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     for axis in list(axes.flat)[len(comparisons) :]:
         axis.set_visible(False)
-    figure.savefig(path, dpi=130)
+    with write_atomically(path) as file:
+        figure.savefig(file, format="png", dpi=130)
     plt.close(figure)
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ..analysis.task_comparison import as_cells, compare, draw_comparison, run_comparison, to_markdown
 from ..data.labels import has_labels
+from ..model.safe_writing import write_text_atomically
 from ..training.from_recipe import build_trainer, load_data, training_arguments
 from ..training.recipe import read_recipe
 from .processes import say
@@ -73,6 +74,6 @@ def run_compare_tasks(path: Path, overrides: list[str], output_dir: Path, num_se
         for comparison in comparisons:
             table.add_row(*as_cells(comparison))
         Console().print(table)
-        (output_dir / "comparison.md").write_text(to_markdown(comparisons), encoding="utf-8")
+        write_text_atomically(output_dir / "comparison.md", to_markdown(comparisons))
         draw_comparison(output_dir / "comparison.png", comparisons)
         say(f"Wrote comparison.json, comparison.md and comparison.png to {output_dir}.")

@@ -97,7 +97,8 @@ def run_evaluation(
             metrics["ablation"] = ablation.to_dict()
             if output is not None:
                 picture = output.with_suffix(".png")
-                ablation.plot().savefig(picture, dpi=120)
+                with write_atomically(picture) as drawn:
+                    ablation.plot().savefig(drawn, format="png", dpi=120)
                 say(f"Drawn to {picture}.")
         if output is not None:
             with write_atomically(output) as target:

@@ -4,6 +4,7 @@ import difflib
 import functools
 import inspect
 import numbers
+import os
 import sys
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from .encoder_classes import sub_config_of
 from .encoders import max_text_positions
 from .files import describe, is_absent
 from .images import image_key, load_image
+from .safe_writing import saved_aside
 from .task_token_classification import index_words
 from .tokenizing import tokenize
 from .travelling import write_processor_code
@@ -129,8 +131,10 @@ class MMTransformerProcessor(ProcessorMixin):
         As [`~transformers.ProcessorMixin.save_pretrained`] does, and copies the code of the processor into the folder,
         so that it can be loaded with `trust_remote_code=True` where this package is not installed.
         """
-        saved = super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
-        write_processor_code(save_directory)
+        with saved_aside(save_directory) as staged:
+            saved = super().save_pretrained(staged, **({} if push_to_hub else kwargs))
+            write_processor_code(staged)
+            saved = [os.path.join(save_directory, os.path.relpath(file, staged)) for file in saved or ()]
         if push_to_hub:
             # Not by the stock method, which uploads before the code is there.
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)

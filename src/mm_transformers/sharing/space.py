@@ -1,9 +1,12 @@
 """A folder that the Hub runs as a Space: the demo page of a model."""
 
+import os
 import re
 from pathlib import Path
 
 import mm_transformers
+
+from ..model.safe_writing import write_text_atomically
 
 
 _APP = '''"""The demo page of {model}."""
@@ -56,7 +59,7 @@ def write_space(folder: Path, model: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, content in contents.items():
-        if not (folder / name).exists():
-            (folder / name).write_text(content, encoding="utf-8")
+        if not os.path.lexists(folder / name):
+            write_text_atomically(folder / name, content)
             written.append(folder / name)
     return written
