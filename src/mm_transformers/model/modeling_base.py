@@ -1,5 +1,6 @@
 """What all models of this type have in common: how they begin, and how they are saved."""
 
+import inspect
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from .configuration_mm_transformer import MMTransformerConfig
 from .decoders import load_seq2seq
 from .encoders import HUB_KWARGS, encoder_config_from_pretrained, load_encoder
 from .fusion_layers import Gate
+from .input_checks import check_finite_weights, check_layout, is_finite, what_is_wrong_with_inputs
 from .loading import check_fit, checked, what_is_wrong
 from .safe_writing import saved_aside
 from .task_base import task_from_dict
@@ -43,6 +45,8 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["gate_alpha", "logit_scale"]
+    # Whether weights were read from a file, and no answer was computed with them yet.
+    _is_unproven = False
     _no_split_modules = ["CrossAttentionLayer", "CoAttentionLayer", "SelfAttentionLayer"]
 
     @classmethod
@@ -84,6 +88,24 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         if not getattr(load_config, "is_quantized", False):
             check_fit(model, loading_info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+    def __call__(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        names = list(inspect.signature(type(self).forward).parameters)[1:]
+        check_layout(self, {**dict(zip(names, args, strict=False)), **kwargs})
+        try:
+            outputs = super().__call__(*args, **kwargs)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            problem = what_is_wrong_with_inputs(self, error, args, kwargs)
+            if problem is None:
+                raise
+            raise ValueError(problem) from error
+        if self._is_unproven:
+            self._is_unproven = False
+            if not is_finite(outputs):
+                check_finite_weights(self)
+        return outputs
 
     def enable_input_require_grads(self):
         """
@@ -181,6 +203,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         # Loaded weights are new parameters, which want gradients.
         getattr(model, "model", model).freeze()
+        model._is_unproven = True
         return loaded
 
     @classmethod

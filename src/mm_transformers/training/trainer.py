@@ -21,6 +21,7 @@ from ..data.mixture import DataMixture, check_sources
 from ..data.mixture_rows import MixedStream
 from ..data.sources import is_iterable, rows_of
 from ..data.splitting import Part, split_for_validation
+from ..model.input_checks import check_finite_weights
 from ..model.regularization import penalties, take_starting_point
 from .adapters import has_own_adapters, load_adapters
 from .arguments import MMTrainingArguments
@@ -534,6 +535,7 @@ class MMTrainer(ResumableTrainer):
     def _inner_training_loop(self, *args, **kwargs):
         # Only here is the model surely the one that is trained: a `model_init` makes a new one for each trial.
         fused = self.fused_model
+        check_finite_weights(fused)
         is_resumed = kwargs.get("resume_from_checkpoint") is not None
         if isinstance(self.data_collator, MMDataCollator):
             # A model of `model_init` has not seen the training rows.
