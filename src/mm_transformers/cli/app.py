@@ -31,7 +31,8 @@ def demo(
         str | None, typer.Option(help="With --ui: folder or Hub id; by default what this command has trained.")
     ] = None,
     port: Annotated[
-        int | None, typer.Option(help="With --ui: the port; by default the first free one from 7860.")
+        int | None,
+        typer.Option(min=1, max=65535, help="With --ui: the port; by default the first free one from 7860."),
     ] = None,
 ) -> None:
     """Train a small model on the data set that comes with the package, and show what the pictures are good for."""
@@ -338,7 +339,10 @@ def _errors_as_sentences() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         # Packages that are missing are told by transformers as the one or the other; the rest are faults.
-        if isinstance(error, RuntimeError) and "to be installed" not in str(error):
+        known = ("to be installed", "A process that reads rows was killed", "DataLoader worker (pid")
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in known):
             raise
-        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+        from ..model.messages import one_line
+
+        typer.secho(f"Error: {one_line(error, 2000)}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from error

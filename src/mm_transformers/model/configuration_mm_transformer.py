@@ -263,6 +263,12 @@ class MMTransformerConfig(PreTrainedConfig):
     def validate_fusion(self):
         """Part of `@strict`-powered validation."""
         fusion_class(self.fusion_type, self.fusion_kwargs or {})
+        own = {
+            "num_fusion_layers": self.num_fusion_layers,
+            "fusion_kwargs": self.fusion_kwargs or {},
+            "vision_token_reduction": self.vision_token_reduction or {},
+        }
+        check_sizes(own, "config")
         width, heads = self.fusion_hidden_size, self.num_fusion_attention_heads
         if self.num_fusion_layers < 1 or width < 1 or heads < 1:
             raise ValueError(

@@ -4,7 +4,6 @@ import copy
 from typing import Any, Optional
 
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     EncoderDecoderConfig,
@@ -15,7 +14,14 @@ from transformers import (
 
 from .encoder_classes import without_random_skips
 from .encoder_probe import observe_seq2seq, probe, probe_seq2seq, traits_of
-from .encoders import HUB_KWARGS, build_encoder, load_encoder, max_text_positions, parameters_to_buffers
+from .encoders import (
+    HUB_KWARGS,
+    build_encoder,
+    load_encoder,
+    max_text_positions,
+    parameters_to_buffers,
+    read_encoder_config,
+)
 
 
 def build_seq2seq(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig]) -> PreTrainedModel:
@@ -46,7 +52,7 @@ def load_seq2seq(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs
     """The same with the weights of a Hub repository or local folder; a decoder from a config has new ones."""
     if decoder_config is None:
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        config = without_random_skips(AutoConfig.from_pretrained(path, **hub_kwargs))
+        config = without_random_skips(read_encoder_config(path, "text", **hub_kwargs))
         model = AutoModelForSeq2SeqLM.from_pretrained(path, config=config, **kwargs)
         text_config = model.config
         traits = probe(model.get_encoder(), "text")

@@ -11,9 +11,10 @@ from huggingface_hub.utils import validate_repo_id
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 _short.maxlevel = 3
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 12
 
 
-def one_line(error: BaseException, longest: int = 400) -> str:
+def one_line(error: Any, longest: int = 400) -> str:
     """The message of an error of another library, as one line with a full stop."""
     text = " ".join(str(error)[: 10 * longest].split()) or type(error).__name__
     text = text if len(text) <= longest else f"{text[:longest]} ..."
@@ -28,7 +29,7 @@ def shortened(value: Any) -> str:
 
     ```python
     >>> shortened(list(range(1000)))
-    '[0, 1, 2, 3, 4, 5, ...]'
+    '[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...]'
     ```"""
     return _short.repr(value)
 

@@ -17,7 +17,7 @@ from .decoders import load_seq2seq
 from .encoders import HUB_KWARGS, encoder_config_from_pretrained, load_encoder
 from .fusion_layers import Gate
 from .input_checks import check_finite_weights, check_layout, is_finite, what_is_wrong_with_inputs
-from .loading import check_fit, checked, what_is_wrong
+from .loading import check_fit, checked, is_pickle_error, what_is_wrong
 from .safe_writing import saved_aside
 from .task_base import task_from_dict
 from .travelling import write_model_code
@@ -199,7 +199,8 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             wrong = what_is_wrong(path, error, **kwargs)
             if wrong is None:
                 raise
-            raise wrong from error
+            # A message of torch that says how to run a pickle is not passed on.
+            raise wrong from (None if is_pickle_error(error) else error)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         # Loaded weights are new parameters, which want gradients.
         getattr(model, "model", model).freeze()

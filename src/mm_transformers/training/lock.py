@@ -121,7 +121,10 @@ def _why_not(path: Path, holder: Optional[dict[str, Any]]) -> Optional[str]:
     if holder["host"] != platform.node():
         return f"{where}. Train into another folder; if that process has ended, remove {path}."
     try:
-        started = psutil.Process(holder["pid"]).create_time()
+        process = psutil.Process(holder["pid"])
+        started = process.create_time()
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
     except (psutil.NoSuchProcess, OverflowError):
         return None
     except psutil.Error:

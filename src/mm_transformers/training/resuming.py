@@ -2,7 +2,9 @@
 
 import json
 import os
-from contextlib import ExitStack
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,6 +18,7 @@ from transformers.trainer_callback import ExportableState, TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
+from ..model.loading import is_pickle_error
 from ..model.safe_writing import drop_link, saved_aside, write_atomically
 from .checkpoints import (
     SAVING,
@@ -82,7 +85,8 @@ class ResumableTrainer(Trainer):
         with ExitStack() as held:
             self._lock(held)
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            with clear_errors(checkpoint):
+                output = super().train(checkpoint, trial, ignore_keys_for_eval)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _lock(self, held: ExitStack) -> None:
@@ -261,6 +265,18 @@ class ResumableTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint of other weights is no checkpoint of this model; the Trainer would only warn."""
+        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+        missing = sorted(set(load_result.missing_keys) - set(tied) - set(tied.values()))
+        for what, names in {"lacks": missing, "has": sorted(load_result.unexpected_keys)}.items():
+            if names:
+                others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+                raise ValueError(
+                    f"The checkpoint {what} the weight {names[0]!r}{others}, unlike the model that is trained, so it "
+                    "is of another model: train into another folder, or give the model that it was saved from."
+                )
+
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
         for callback in self.callback_handler.callbacks:
@@ -332,6 +348,38 @@ class ResumableTrainer(Trainer):
             # Releases of transformers differ in which steps they divide by after resuming.
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, *args, **kwargs)
+
+
+@contextmanager
+def clear_errors(checkpoint: Optional[str] = None) -> Iterator[None]:
+    """
+    Errors of torch whose messages do not help, in one sentence.
+
+    Args:
+        checkpoint: that is loaded in the block.
+
+    Raises:
+        ValueError: if a file of the checkpoint is a pickle that holds more than tensors.
+        RuntimeError: if a process that reads rows was killed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is not None and is_pickle_error(error):
+            # The message of torch says how to load it all the same.
+            raise ValueError(
+                f"A file of {checkpoint} is a pickle that holds more than tensors, and might run code; it was not "
+                "loaded. Train from another checkpoint."
+            ) from None
+        if isinstance(error, RuntimeError) and re.match(r"DataLoader worker \(pid", str(error)):
+            raise RuntimeError(
+                f"{READER_WAS_KILLED}, perhaps for lack of memory: set dataloader_num_workers to a smaller number, or "
+                "to 0 to see its error."
+            ) from error
+        raise
+
+
+READER_WAS_KILLED = "A process that reads rows was killed"
 
 
 def _drop_link_or_damage(path: Path) -> None:

@@ -44,7 +44,7 @@ from .mismatches import Unlabelled, WithMismatches
 from .preparing import balance_tasks, prepare_tasks
 from .probe_start import Start, probes_of, start_probes
 from .refit import Refit
-from .resuming import ResumableTrainer
+from .resuming import ResumableTrainer, clear_errors
 from .sharding import gather_for_method, layer_classes
 from .start_average import StartAverage, TolerantEarlyStopping, is_as_good
 from .starting_point import load_starting_point, save_starting_point
@@ -743,7 +743,7 @@ class MMTrainer(ResumableTrainer):
     def evaluation_loop(self, dataloader, *args, **kwargs):
         if has_length(dataloader) and len(dataloader) == 0:
             raise ValueError("There is nothing to evaluate or predict: the data set has no rows.")
-        with nullcontext() if self._average is None else self._average.applied():
+        with clear_errors(), nullcontext() if self._average is None else self._average.applied():
             return self._evaluated(dataloader, *args, **kwargs)
 
     def _evaluated(self, dataloader, *args, **kwargs):
