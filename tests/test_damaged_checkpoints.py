@@ -105,7 +105,7 @@ def test_missing_files(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     assert "model.safetensors" in message(folder, OSError)
     (folder / "config.json").unlink()
-    assert "holds a model of type None" in message(folder, ValueError)
+    assert "holds no model: it has no config.json" in message(folder, ValueError)
     nowhere = str(tmp_path / "nowhere")
     assert f"no folder {nowhere!r}" in message(nowhere, OSError)
 

@@ -28,6 +28,7 @@ from mm_transformers.training.checkpoints import (
     MANIFEST_NAME,
     SAVING,
     discard,
+    make_own_folder,
     newest_complete_checkpoint,
     rotate,
     write_manifest,
@@ -170,7 +171,7 @@ def test_deleting_is_never_seen_half_done(run_dir, monkeypatch):
 
 
 def test_what_was_written_but_not_yet_in_its_place(run_dir):
-    (run_dir / SAVING).mkdir()
+    make_own_folder(run_dir, SAVING)
     (run_dir / "checkpoint-2").rename(run_dir / SAVING / "checkpoint-2")
     assert get_last_checkpoint(run_dir) == str(run_dir / "checkpoint-1")
     make_trainer(run_dir, max_steps=2).train(resume_from_checkpoint=True)

@@ -73,7 +73,13 @@ def run_comparison(
         raise ValueError(f"There is only one task, {', '.join(tasks)}, so there is nothing to train jointly.")
     report = {"settings": settings, "runs": {}}
     if path.is_file():
-        report = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            is_report = isinstance(report["runs"], dict)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            is_report = False
+        if not is_report:
+            raise ValueError(f"{path} is damaged: it holds no comparison; remove it, or choose another output folder.")
         if report.get("settings") != json.loads(json.dumps(settings)):
             raise ValueError(f"{path} is of another comparison; choose another output folder, or remove that file.")
     runs: Runs = report["runs"]
@@ -128,7 +134,8 @@ def draw_comparison(path: Path, comparisons: Sequence[Comparison]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     for axis in list(axes.flat)[len(comparisons) :]:
         axis.set_visible(False)
-    figure.savefig(path, dpi=130)
+    with write_atomically(path) as file:
+        figure.savefig(file, format="png", dpi=130)
     plt.close(figure)
 
 

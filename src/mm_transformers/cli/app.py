@@ -423,7 +423,10 @@ def _errors_as_sentences() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         # Packages that are missing are told by transformers as the one or the other; the rest are faults.
-        if isinstance(error, RuntimeError) and "to be installed" not in str(error):
+        known = ("to be installed", "A process that reads rows was killed", "DataLoader worker (pid")
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in known):
             raise
-        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+        from ..model.messages import one_line
+
+        typer.secho(f"Error: {one_line(error, 2000)}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from error

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..data.files import write_atomically
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..training.card.facts import CardFacts, Measurement
 from ..training.card.writing import CARD_NAME, licenses_of, write_card
@@ -49,7 +50,8 @@ def run_card(
             if with_ablation and facts.config.modalities and set(_media(trainer)) & set(rows.column_names):
                 ablation = ablation_of(trainer, rows, batch_size)
                 metrics = next(iter(ablation.variants.values()))
-                ablation.plot().savefig(folder / ABLATION_PICTURE, dpi=110)
+                with write_atomically(folder / ABLATION_PICTURE) as picture:
+                    ablation.plot().savefig(picture, format="png", dpi=110)
                 facts.ablation = f"{ablation.to_markdown()}\n\n![Scores and contributions]({ABLATION_PICTURE})"
                 print_ablation(ablation)
             else:

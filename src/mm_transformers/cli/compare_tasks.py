@@ -1,6 +1,7 @@
 """`mm-transformers compare-tasks`: did the tasks of a recipe gain by being trained together?"""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -8,7 +9,9 @@ from rich.table import Table
 
 from ..analysis.task_comparison import as_cells, compare, draw_comparison, run_comparison, to_markdown
 from ..data.labels import has_labels
+from ..model.safe_writing import write_text_atomically
 from ..training.from_recipe import build_trainer, load_data, training_arguments
+from ..training.lock import locked
 from ..training.recipe import read_recipe
 from .processes import say
 
@@ -69,7 +72,9 @@ def run_compare_tasks(
         output_dir.mkdir(parents=True, exist_ok=True)
     seeds = range(args.seed, args.seed + num_seeds)
     settings = {"recipe": recipe.to_dict(), "split": split}
-    runs = run_comparison(train_and_measure, names, seeds, output_dir / "comparison.json", settings, args.should_save)
+    path = output_dir / "comparison.json"
+    with locked(output_dir) if args.process_index == 0 else nullcontext():
+        runs = run_comparison(train_and_measure, names, seeds, path, settings, args.should_save)
     comparisons = compare(runs, seeds)
     if args.should_save:
         table = Table(title=f"Same steps, {num_seeds} seed(s), measured on the {split} rows; mean ± standard deviation")
@@ -78,6 +83,6 @@ def run_compare_tasks(
         for comparison in comparisons:
             table.add_row(*as_cells(comparison))
         Console().print(table)
-        (output_dir / "comparison.md").write_text(to_markdown(comparisons), encoding="utf-8")
+        write_text_atomically(output_dir / "comparison.md", to_markdown(comparisons))
         draw_comparison(output_dir / "comparison.png", comparisons)
         say(f"Wrote comparison.json, comparison.md and comparison.png to {output_dir}.")

@@ -29,6 +29,7 @@ from ..data.embedded import (
     render_image,
 )
 from ..model.fusion import fusion_class
+from ..model.safe_writing import drop_link, write_atomically, write_text_atomically
 from ..training.trainer import MMTrainer
 from .demo_model import make_config, make_processor, train
 from .demo_picture import draw_results
@@ -66,6 +67,8 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     disable_progress_bars()
     fusion_class(fusion_type, {})  # a wrong kind is told at once
     output_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("demo.png", "results.json", "ablation.png", "explanation.png", "examples"):
+        drop_link(output_dir / name)
     with console.status("Drawing pictures and writing messages ..."):
         data = load_demo_dataset(seed=seed)
     processor = make_processor([text for column in ("text", *TRANSLATIONS) for text in data["train"][column]])
@@ -193,9 +196,10 @@ def _check_in_fresh_process(trainer: MMTrainer, processor, rows: Dataset, output
     folder.mkdir(exist_ok=True)
     lines = []
     for i, row in enumerate(rows):
-        row["image"].save(folder / f"{i}.png")
+        with write_atomically(folder / f"{i}.png") as picture:
+            row["image"].save(picture, format="png")
         lines.append(json.dumps({**{k: v for k, v in row.items() if k != "image"}, "image": f"{i}.png"}))
-    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    write_text_atomically(folder / "rows.jsonl", "\n".join(lines) + "\n")
     answers = output_dir / "examples" / "logits.safetensors"
     command = [
         sys.executable,

@@ -25,6 +25,7 @@ from ..data.labels import check_labels, has_labels, prepare_labels
 from ..data.loading import load_files
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
 from ..model.answering import check_tasks
+from ..model.messages import check_folder
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..training.from_recipe import newest_checkpoint
@@ -59,13 +60,16 @@ class Reading:
             ValueError: if the recipe is no YAML.
         """
         columns, data = ColumnsSection(), DataSection()
+        check_folder(model)
         path = cached_file(model, RECIPE_NAME, _raise_exceptions_for_missing_entries=False)
         # Only what says how rows are read; the rest may be from another release.
         recipe = read_yaml(Path(path)) if path is not None else {}
         for section, name in ((columns, "columns"), (data, "data")):
+            said = recipe.get(name)
             for field in fields(section):
-                if field.name in (recipe.get(name) or {}):
-                    setattr(section, field.name, recipe[name][field.name])
+                value = said.get(field.name) if isinstance(said, dict) else None
+                if isinstance(value, (str, int, float)):
+                    setattr(section, field.name, value)
         for field in fields(columns):
             setattr(columns, field.name, getattr(self, f"{field.name}_column") or getattr(columns, field.name))
         data.image_root = self.image_root or data.image_root
@@ -99,7 +103,8 @@ def run_evaluation(
             metrics["ablation"] = ablation.to_dict()
             if output is not None:
                 picture = output.with_suffix(".png")
-                ablation.plot().savefig(picture, dpi=120)
+                with write_atomically(picture) as drawn:
+                    ablation.plot().savefig(drawn, format="png", dpi=120)
                 say(f"Drawn to {picture}.")
         if output is not None:
             with write_atomically(output) as target:

@@ -3,8 +3,11 @@
 import json
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+from ..training.arguments import MMTrainingArguments
 from ..training.checkpoints import check_checkpoint as check_resumable
 from ..training.from_recipe import (
     build_trainer,
@@ -17,7 +20,8 @@ from ..training.from_recipe import (
     training_arguments,
     training_differences,
 )
-from ..training.recipe import read_recipe
+from ..training.lock import locked
+from ..training.recipe import Recipe, read_recipe
 from .metrics_table import print_metrics
 from .processes import say
 
@@ -38,6 +42,12 @@ def run_training(path: Path, overrides: list[str], allow_urls: bool | list[str] 
     args = training_arguments(recipe)
     show_progress_of_package(args.should_log)
     check_output(recipe)
+    # Until the card is written; the trainer itself holds it only while it trains.
+    with locked(args.output_dir) if args.process_index == 0 and not is_finished(args) else nullcontext():
+        _run(recipe, args)
+
+
+def _run(recipe: Recipe, args: MMTrainingArguments) -> None:
     if args.resume_from_checkpoint is not None:
         check_resumable(args.resume_from_checkpoint)
     data, folder = load_data(recipe, args), Path(args.output_dir)
@@ -48,7 +58,7 @@ def run_training(path: Path, overrides: list[str], allow_urls: bool | list[str] 
         say(f"The model in {folder} has been trained already, for {steps_done(folder):,} steps; it stays as it is.")
         if differences := training_differences(recipe):
             say(f"It takes another folder, by training.output_dir=..., for another training: {'; '.join(differences)}.")
-        measured = {split: prefix for split, prefix in measured.items() if not results[split].is_file()}
+        measured = {split: prefix for split, prefix in measured.items() if not _has_metrics(results[split])}
     if not finished or measured:
         trainer = build_trainer(recipe, args, data, saved=folder if finished else None, allow_urls=allow_urls)
     if not finished:
@@ -70,9 +80,31 @@ def run_training(path: Path, overrides: list[str], allow_urls: bool | list[str] 
         trainer.create_model_card()
         trainer.save_state()  # last: it says that all the rest is there
     if args.should_save:
-        metrics_of = {split: json.loads(file.read_text()) for split, file in results.items()}
+        metrics_of = {split: _read_metrics(file) for split, file in results.items()}
         print_metrics(metrics_of, PREFIXES, [task.name for task in data.tasks])
         say(f"The model is in {folder}.")
+
+
+def _has_metrics(file: Path) -> bool:
+    try:
+        _read_metrics(file)
+        return True
+    except (OSError, ValueError):  # then they are measured again
+        return False
+
+
+def _read_metrics(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: one sentence, if the file holds no metrics.
+    """
+    try:
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} holds no metrics as JSON: remove it.") from error
+    if not isinstance(metrics, dict):
+        raise ValueError(f"{file} holds no metrics as JSON: remove it.")
+    return metrics
 
 
 def show_progress_of_package(should_log: bool) -> None:

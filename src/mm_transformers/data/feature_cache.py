@@ -23,7 +23,7 @@ from .collator import MMDataCollator
 from .feature_build import ITEMS, Builder
 from .feature_keys import ItemHash, checksum, hash_of_encoder
 from .feature_reading import KINDS, CachedFeatures
-from .feature_store import FeatureStore, in_use, size_of
+from .feature_store import FeatureStore, in_use, remove_store, size_of
 
 
 logger = logging.get_logger(__name__)
@@ -165,7 +165,7 @@ class FeatureCache:
                 store = known[2]
             else:
                 about = {"modality": modality, "encoder": encoder.config.model_type, "dtype": str(dtype)}
-                store = FeatureStore(folder, about)
+                store = FeatureStore(folder, about, encoder_width(encoder.config))
             self._stores[modality] = (weakref.ref(encoder), version, store)
         store.touch()
         store.refresh()
@@ -182,7 +182,7 @@ class FeatureCache:
         advice = (
             "store them in half the space by FeatureCache(..., dtype='bfloat16'), or freeze and cache fewer encoders."
         )
-        folders = [path for path in self.cache_dir.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()]
+        folders = [path for path in self.cache_dir.iterdir() if _is_store(path)]
         sizes = {path: size_of(path) for path in folders}
         idle = sorted((path for path in folders if not in_use(path)), key=_last_used)
         if self.max_size_gb is not None:
@@ -205,8 +205,14 @@ def _evict(folder: Path) -> Path:
     doomed = folder.with_name(f"removed-{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):  # another process was faster
         folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+        remove_store(doomed)
+        if doomed.exists():  # somebody keeps files of his own there
+            doomed.rename(folder)
     return folder
+
+
+def _is_store(path: Path) -> bool:
+    return _FOLDER.fullmatch(path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
 def _last_used(folder: Path) -> float:

@@ -3,12 +3,13 @@
 import json
 import os
 import platform
+import re
 import time
 import uuid
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import psutil
 import torch
@@ -16,11 +17,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
+from ..model.safe_writing import drop_link, write_text_atomically
 from .feature_keys import KEY_SIZE, checksum
 
 
 logger = logging.get_logger(__name__)
 
+# The files of a store; whatever else is in its folder is not touched.
+_SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
+_OF_PROCESSES = re.compile(r".*~\d+~[0-9a-f]{32}\.(tmp|use)")
+_OWN_NAMES = {"about.json", "last_used"}
 _TENSORS = ("features", "keys", "digests", "shapes")
 # A build that is interrupted loses at most so much of its work.
 SHARD_BYTES = 64 * 2**20
@@ -48,23 +54,22 @@ class FeatureStore:
     Args:
         folder: made if it does not exist.
         about: what `about.json` in the folder says, for people.
+        width: that of the features; by default that of the first shard.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any]):
-        self.folder = folder
+    def __init__(self, folder: Path, about: dict[str, Any], width: Optional[int] = None):
+        self.folder, self.width = folder, width
         self._forget()
         folder.mkdir(parents=True, exist_ok=True)
         # Others do not evict it while this process lives; what dead processes have left is removed.
         self._mark = folder / _own_name(".use")
         self._mark.touch()
         self._release = weakref.finalize(self, _remove_own, self._mark, os.getpid())
-        for path in [*folder.glob("*.tmp"), *folder.glob("*.use")]:
-            if not _is_alive(path):
+        for path in folder.iterdir():
+            if _OF_PROCESSES.fullmatch(path.name) and not path.is_dir() and not _is_alive(path):
                 path.unlink(missing_ok=True)
         if not (folder / "about.json").exists():
-            unfinished = folder / _own_name(".tmp")
-            unfinished.write_text(json.dumps(about, indent=2) + "\n")
-            unfinished.replace(folder / "about.json")
+            write_text_atomically(folder / "about.json", json.dumps(about, indent=2) + "\n")
         self.touch()
         self.refresh()
 
@@ -75,16 +80,17 @@ class FeatureStore:
         self._index: dict[bytes, tuple[int, int, int, int, bytes]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
+        return {"folder": self.folder, "width": self.width}
 
     def __setstate__(self, state: dict[str, Any]):
-        self.folder = state["folder"]
+        self.folder, self.width = state["folder"], state["width"]
         self._forget()
         self.refresh(verify=False)  # the process that sent it has looked
 
     def touch(self) -> None:
         """Notes that it is used now."""
         self._mark.touch()
+        drop_link(self.folder / "last_used")
         (self.folder / "last_used").touch()
 
     def refresh(self, verify: bool = True) -> None:
@@ -94,16 +100,19 @@ class FeatureStore:
         Args:
             verify: whether to compare their contents with their checksums.
         """
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name not in self._known:
+        for path in sorted(self.folder.iterdir()):
+            if _SHARD.fullmatch(path.name) and path.name not in self._known:
                 self._known.add(path.name)
                 self._open(path, verify)
 
     def _open(self, path: Path, verify: bool) -> None:
         try:
             with safe_open(path, framework="pt") as shard:
-                tensors = {name: shard.get_tensor(name) for name in _TENSORS}  # mapped, not read
                 expected = (shard.metadata() or {}).get("checksum")
+                if expected is None:
+                    logger.warning(f"{path} was not written by a feature cache; it is not used.")
+                    return
+                tensors = {name: shard.get_tensor(name) for name in _TENSORS}  # mapped, not read
             if verify and checksum(tensors.values()) != expected:
                 raise OSError("its content does not match its checksum")
         except FileNotFoundError:
@@ -113,6 +122,9 @@ class FeatureStore:
             logger.warning(f"{path} cannot be used ({error}); it is removed, and its features are computed anew.")
             path.unlink(missing_ok=True)
             return
+        if not self._fits(tensors):
+            logger.warning(f"{path} is of another encoder, or was changed; it is not used.")
+            return
         keys, digests = (tensors[name].numpy().tobytes() for name in ("keys", "digests"))
         shapes = tensors["shapes"].tolist()
         number, start = len(self._shards), 0
@@ -121,6 +133,22 @@ class FeatureStore:
             part = slice(i * KEY_SIZE, (i + 1) * KEY_SIZE)
             self._index.setdefault(keys[part], (number, start, frames, tokens, digests[part]))
             start += max(frames, 1) * tokens
+
+    def _fits(self, tensors: dict[str, torch.Tensor]) -> bool:
+        """Whether the tensors of a shard belong together, and are as wide as those before it."""
+        features, shapes = tensors["features"], tensors["shapes"]
+        if features.ndim != 2 or shapes.ndim != 2 or shapes.shape[1] != 2 or shapes.dtype != torch.int64:
+            return False
+        hashes = [tensors[name] for name in ("keys", "digests")]
+        width = self.width or (self._shards[0].shape[1] if self._shards else features.shape[1])
+        rows = (shapes[:, 0].clamp(min=1) * shapes[:, 1]).sum()
+        return (
+            features.shape[1] == width
+            and features.is_floating_point()
+            and all(x.dtype == torch.uint8 and x.shape == (len(shapes), KEY_SIZE) for x in hashes)
+            and bool((shapes >= 0).all())
+            and int(rows) == len(features)
+        )
 
     def __len__(self) -> int:
         return len(self._index)
@@ -176,7 +204,28 @@ def size_of(folder: Path) -> int:
 
 def in_use(folder: Path) -> bool:
     """Whether a living process, this one included, has the folder as its store."""
-    return any(_is_alive(path) for path in folder.glob("*.use"))
+    return any(_is_alive(path) for path in folder.glob("*.use") if _OF_PROCESSES.fullmatch(path.name))
+
+
+def remove_store(folder: Path) -> None:
+    """Removes what stores have written, and the folder if nothing else is in it."""
+    for path in folder.iterdir():
+        is_own = path.name in _OWN_NAMES or _OF_PROCESSES.fullmatch(path.name) or _is_own_shard(path)
+        if is_own and not path.is_dir():
+            path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _is_own_shard(path: Path) -> bool:
+    """By its name, and by what it says of itself if it can be read."""
+    if not _SHARD.fullmatch(path.name):
+        return False
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return "checksum" in (shard.metadata() or {})
+    except (SafetensorError, OSError):
+        return True  # damaged
 
 
 def _as_tensor(hashes: Iterable[bytes]) -> torch.Tensor:

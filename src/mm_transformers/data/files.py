@@ -1,14 +1,9 @@
-"""Files that are there wholly or not at all."""
+"""Where results can be written; how they are written is in `model/safe_writing.py`."""
 
-import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from ..model.safe_writing import write_atomically
 
 
 def check_writable(path: Path) -> None:
@@ -29,26 +24,4 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"{path} cannot be written: {folder} may not be written to.")
 
 
-@contextmanager
-def write_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """
-    A file to write to, which takes the place of `path` when the block ends, and is gone if it ends by an exception.
-
-    Raises:
-        OSError: as writing does.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since only within a file system a file is renamed in one step.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        if error.errno in _NO_SPACE and error.filename is None:
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
+__all__ = ["check_writable", "write_atomically"]

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Optional
 
 from transformers.utils import logging
@@ -9,10 +10,9 @@ from transformers.utils import logging
 from .configuration_mm_transformer import MMTransformerConfig
 from .encoders import HUB_KWARGS, encoder_width
 from .linear_probe import with_probe
+from .loading import with_new_heads
 from .task_base import Task, shorten
 
-
-logger = logging.get_logger(__name__)
 
 # Options of loading that a config knows, too.
 _OF_LOADING = {"dtype", "torch_dtype", "attn_implementation", "name_or_path"}
@@ -54,17 +54,21 @@ def load_with_tasks(
         config = MMTransformerConfig.from_dict(values)
     new = tasks_with_new_heads(saved, config)
     if not new:
-        return load(config=config, output_loading_info=output_loading_info, **kwargs)
+        with _naming(new, kwargs):
+            return load(config=config, output_loading_info=output_loading_info, **kwargs)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would tell of new heads, which are wanted
     try:
-        model, info = load(config=config, **{**kwargs, "ignore_mismatched_sizes": True}, output_loading_info=True)
+        with _naming(new, kwargs):
+            model, info = load(config=config, **{**kwargs, "ignore_mismatched_sizes": True}, output_loading_info=True)
     finally:
         logging.set_verbosity(level)
-    if not kwargs.get("ignore_mismatched_sizes"):
-        check_loaded(info, new)
     renew_heads(model, new)
     return (model, info) if output_loading_info else model
+
+
+def _naming(names: list[str], kwargs: Mapping[str, Any]) -> Any:
+    return nullcontext() if kwargs.get("ignore_mismatched_sizes") else with_new_heads(names)
 
 
 def tasks_with_new_heads(saved: MMTransformerConfig, config: MMTransformerConfig) -> list[str]:
@@ -123,24 +127,3 @@ def renew_heads(model: Any, names: list[str]) -> None:
         head.apply(model._init_weights)
         # Into the modules that are there, which have their places, types and hooks.
         there.load_state_dict(head.state_dict())
-
-
-def check_loaded(info: Mapping[str, Any], names: list[str]) -> None:
-    """
-    Warns of weights that are missing and belong to no new head.
-
-    Raises:
-        ValueError: if weights did not fit that belong to no new head.
-    """
-    new = tuple(f"heads.{name}." for name in names)
-    mismatched = sorted(entry for entry in info.get("mismatched_keys", ()) if not entry[0].startswith(new))
-    if mismatched:
-        name, saved, wanted = mismatched[0]
-        raise ValueError(
-            f"The weight {name!r} has the shape {tuple(saved)} in the checkpoint, but {tuple(wanted)} is asked for."
-        )
-    missing = sorted(name for name in info.get("missing_keys", ()) if not name.startswith(new))
-    if missing:
-        logger.warning(
-            f"The checkpoint has no {', '.join(missing[:3])}: these weights are new ({len(missing)} in all)."
-        )

@@ -1,11 +1,13 @@
 """Configuration of the fused model."""
 
 import difflib
+import math
 import os
 import re
 from typing import Any, ClassVar, Optional
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
@@ -14,7 +16,10 @@ from .encoder_classes import sub_config_of
 from .encoders import encoder_width
 from .freezing import check_freeze
 from .fusion import fusion_class
+from .limits import limits
+from .messages import check_folder, one_line, shortened
 from .regularization import check_regularization
+from .safe_writing import drop_link
 from .tasks import Task, task_from_dict
 from .token_reduction import check_token_reduction
 
@@ -187,9 +192,14 @@ class MMTransformerConfig(PreTrainedConfig):
                 values[name].pop("_name_or_path")
         return values
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As [`~transformers.PreTrainedConfig.save_pretrained`], but a link in the way is replaced, not followed."""
+        drop_link(os.path.join(save_directory, "config.json"))
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        values, _ = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        values = _read(cls, pretrained_model_name_or_path, kwargs)
         if values.get("model_type") != cls.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a model of type {values.get('model_type')!r}, not "
@@ -201,11 +211,22 @@ class MMTransformerConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
+        """
+        As [`~transformers.PreTrainedConfig.from_dict`].
+
+        Raises:
+            ValueError: one sentence, if a value has a wrong type or does not fit.
+        """
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"A config is a mapping of names to values, but this is a {type(config_dict).__name__}.")
         _check_auto_map(config_dict, kwargs.get("name_or_path"))
         _check_kernels(config_dict)
         if kwargs.get("tasks") is not None:  # objects, which only a new config takes
             config_dict = {**config_dict, "tasks": kwargs.pop("tasks")}
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"The config has a wrong value: {_without_preamble(error)}") from error
 
     def get_tasks(self) -> dict[str, Task]:
         """The tasks by name, in order."""
@@ -244,6 +265,12 @@ class MMTransformerConfig(PreTrainedConfig):
     def validate_fusion(self):
         """Part of `@strict`-powered validation."""
         fusion_class(self.fusion_type, self.fusion_kwargs or {})
+        own = {
+            "num_fusion_layers": self.num_fusion_layers,
+            "fusion_kwargs": self.fusion_kwargs or {},
+            "vision_token_reduction": self.vision_token_reduction or {},
+        }
+        check_sizes(own, "config")
         width, heads = self.fusion_hidden_size, self.num_fusion_attention_heads
         if self.num_fusion_layers < 1 or width < 1 or heads < 1:
             raise ValueError(
@@ -259,6 +286,8 @@ class MMTransformerConfig(PreTrainedConfig):
                 "num_frames must be at least 1 and frame_embedding 'sinusoidal' or 'learned', but they are "
                 f"{self.num_frames} and {self.frame_embedding!r}."
             )
+        if not (math.isfinite(self.initializer_range) and self.initializer_range >= 0):
+            raise ValueError(f"initializer_range must be at least 0 and finite, but is {self.initializer_range}.")
         check_token_reduction(self.vision_token_reduction)
         unknown = sorted(set(self.modality_dropout_probabilities) - {"text", *self.modalities})
         if unknown:
@@ -271,8 +300,8 @@ class MMTransformerConfig(PreTrainedConfig):
         if not isinstance(self.modality_dropout, dict):
             values["modality_dropout"] = self.modality_dropout
         for name, value in values.items():
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be at least 0 and less than 1, but is {value}.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, but is {shortened(value)}.")
 
     def validate_tasks(self):
         """Part of `@strict`-powered validation."""
@@ -290,12 +319,86 @@ class MMTransformerConfig(PreTrainedConfig):
         check_freeze(self.freeze, ["text", *self.modalities])
 
 
+def _read(cls: Any, path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    What `config.json` says.
+
+    Raises:
+        OSError: one sentence, if there is no such folder or file, or it holds no config.
+    """
+    check_folder(path)
+    try:
+        values, _ = cls.get_config_dict(path, **kwargs)
+    except (AttributeError, TypeError, RecursionError, UnicodeDecodeError) as error:
+        raise OSError(f"config.json of {str(path)!r} is no config: {one_line(error)}") from error
+    if not values and os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise ValueError(f"{path} holds no model: it has no config.json.")
+    return values
+
+
+def _without_preamble(error: Exception) -> str:
+    """Of an error of a strict dataclass, what is wrong with which field."""
+    text = one_line(error)
+    return re.sub(r"^Validation error for field '\w+': (\w+Error: )?", "", text)
+
+
+def check_sizes(values: Any, where: str) -> None:
+    """
+    Of the config of an encoder, before it is built: a loop over a billion layers would never end.
+
+    Raises:
+        ValueError: one sentence, if there is a negative number of something, or there are too many layers.
+    """
+    for name, value in values.items():
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            is_number = isinstance(number, int) and not isinstance(number, bool)
+            if is_number and _LAYERS.search(name) and number > limits().config_layers:
+                raise ValueError(
+                    f"{where}.{name} is {number:,}, but at most {limits().config_layers:,} layers are built; more are "
+                    "allowed by set_limits(config_layers=...)."
+                )
+            if is_number and _COUNTS.search(name) and number < 0:
+                raise ValueError(f"{where}.{name} must not be negative, but is {number:,}.")
+        if isinstance(value, dict):
+            check_sizes(value, f"{where}.{name}")
+
+
+_LAYERS = re.compile(r"layers?$|^n_layer|depths?$|blocks?$|num_stages|block_repeats")
+_COUNTS = re.compile(
+    r"^(vocab|hidden|intermediate|embedding|image|patch)_size$|^(num|n|encoder|decoder)_\w*(layers?|heads?)$"
+    r"|^(dim|embed_dim|hidden_dim|d_model|d_ff|depths?)$"
+)
+
+
+def check_traits(config: Any, where: str) -> None:
+    """
+    Raises:
+        ValueError: one sentence, if `encoder_traits` is not as [`load_encoder`] writes it.
+    """
+    traits = getattr(config, "encoder_traits", None)
+    if traits is None:
+        return
+    width = traits.get("width") if isinstance(traits, dict) else 0
+    shortest = traits.get("shortest", 1) if isinstance(traits, dict) else 0
+    unused = traits.get("unused", []) if isinstance(traits, dict) else 0
+    is_right = (
+        isinstance(traits, dict)
+        and all(isinstance(number, int) and number > 0 for number in (1 if width is None else width, shortest))
+        and isinstance(unused, (list, tuple))
+        and all(isinstance(name, str) for name in unused)
+    )
+    if not is_right:
+        raise ValueError(f"{where}.encoder_traits is not as this package writes it: {shortened(traits)}.")
+
+
 def _is_folder(name_or_path: Any) -> bool:
     return isinstance(name_or_path, str) and (os.path.isabs(name_or_path) or os.path.isdir(name_or_path))
 
 
 def _check_auto_map(values: dict[str, Any], path: Any) -> None:
     """Code is named as `module.Class`, and lies beside the config; transformers puts the Hub id in front of it."""
+    if not isinstance(values.get("auto_map") or {}, dict):
+        raise ValueError("auto_map must say for each Auto class which code it loads, as in a saved model.")
     for name, references in (values.get("auto_map") or {}).items():
         for reference in references if isinstance(references, (list, tuple)) else [references]:
             repo, _, code = str(reference).rpartition("--")
@@ -338,8 +441,13 @@ def _resolve(config: Any, modality: str) -> Optional[PreTrainedConfig]:
                 f"{modality}_config has the model_type {model_type!r}, which transformers does not know; update "
                 "transformers, or make a config of your own known with AutoConfig.register first."
             )
-        config = AutoConfig.for_model(model_type, **values)
+        check_sizes(values, f"{modality}_config")
+        try:
+            config = AutoConfig.for_model(model_type, **values)
+        except Exception as error:  # whatever an encoder's config makes of a wrong value
+            raise ValueError(f"{modality}_config has a wrong value: {_without_preamble(error)}") from error
     config = sub_config_of(config, modality)
+    check_traits(config, f"{modality}_config")
     if hasattr(config, "auto_map"):
         # Encoders are those that transformers knows or that the user registered; code that a config names is not run.
         del config.auto_map

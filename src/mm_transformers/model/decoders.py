@@ -4,7 +4,6 @@ import copy
 from typing import Any, Optional
 
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     EncoderDecoderConfig,
@@ -21,6 +20,7 @@ from .encoders import (
     load_encoder,
     max_text_positions,
     parameters_to_buffers,
+    read_encoder_config,
     without_pickles,
 )
 
@@ -53,7 +53,7 @@ def load_seq2seq(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs
     """The same with the weights of a Hub repository or local folder; a decoder from a config has new ones."""
     if decoder_config is None:
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        config = without_random_skips(AutoConfig.from_pretrained(path, **hub_kwargs))
+        config = without_random_skips(read_encoder_config(path, "text", **hub_kwargs))
         with without_pickles(path):
             model = AutoModelForSeq2SeqLM.from_pretrained(path, config=config, **kwargs)
         text_config = model.config

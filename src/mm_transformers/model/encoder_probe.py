@@ -130,7 +130,9 @@ def _forward_blank(config: PreTrainedConfig, modality: str, device: str) -> Obse
             if device != "meta" or isinstance(error.__cause__, (TypeError, ValueError)) or error.__cause__ is None:
                 raise
             width = getattr(config, "hidden_size", None)
-            if isinstance(width, int) and sum(p.numel() for p in parameters.values()) > _MOST_TO_BUILD:
+            if sum(p.numel() for p in parameters.values()) > _MOST_TO_BUILD:
+                if not isinstance(width, int):
+                    raise
                 # It is seen when the weights are loaded.
                 return Observation(width, frozenset(), *positions)
             raise _NeedsValues from error

@@ -1,5 +1,6 @@
 """Builds any text, vision or audio encoder of transformers, and knows what each of them needs."""
 
+import os
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from .encoder_classes import (
     without_random_skips,
 )
 from .encoder_probe import observe, probe, traits_of
+from .messages import check_folder, one_line
 
 
 # What `AutoConfig.from_pretrained` takes of the keyword arguments of `AutoModel.from_pretrained`.
@@ -28,7 +30,26 @@ _LONGEST_TEXT = ("max_position_embeddings", "max_encoder_position_embeddings", "
 
 def encoder_config_from_pretrained(path: str, modality: str, **kwargs) -> PreTrainedConfig:
     """The config of the `modality` ("text", "vision" or "audio") encoder in a Hub repository or local folder."""
-    return sub_config_of(AutoConfig.from_pretrained(path, **kwargs), modality)
+    return sub_config_of(read_encoder_config(path, modality, **kwargs), modality)
+
+
+def read_encoder_config(path: str, modality: str, **kwargs) -> PreTrainedConfig:
+    """
+    The whole config in a Hub repository or local folder.
+
+    Raises:
+        OSError: one sentence, if there is no such folder, or no config in it.
+        ValueError: one sentence, if its values do not fit.
+    """
+    check_folder(path, f"a {modality} encoder" if modality != "audio" else "an audio encoder")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, kwargs.get("subfolder") or "", "config.json")):
+        raise OSError(f"The folder {os.fspath(path)!r} holds no encoder: it has no config.json.")
+    try:
+        return AutoConfig.from_pretrained(path, **kwargs)
+    except (ImportError, OSError, ValueError):
+        raise
+    except Exception as error:  # whatever an encoder's config makes of a wrong value
+        raise ValueError(f"The config of {os.fspath(path)!r} cannot be read: {one_line(error)}") from error
 
 
 def build_encoder(config: PreTrainedConfig, modality: str) -> PreTrainedModel:

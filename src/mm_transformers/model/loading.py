@@ -1,62 +1,233 @@
 """
-What is wrong with a checkpoint that could not be loaded, in one sentence.
+Whether the weights of a checkpoint are those that its model needs, and what is wrong with one that cannot be loaded, in
+one sentence.
 
-It is looked at only after loading has failed, so that the good path is that of transformers alone. Only headers are
-read; weights that do not fit are found by loading once more without those.
+Names, shapes and types are compared before memory for new weights is taken. Files are looked at only after loading has
+failed, and then only their headers.
 """
 
+import copy
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from transformers.utils import cached_file
+
+from .messages import check_folder, one_line
 
 
 _AGAIN = "copy or download it again"
 _WHERE = ("cache_dir", "revision", "subfolder")
+_INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 
 
-def what_is_wrong(path: Any, load: Callable[..., Any], **kwargs) -> Optional[Exception]:
+class Checkpoint(NamedTuple):
     """
-    An error that says what is wrong with a checkpoint, or `None` if nothing is found.
+    What is being loaded.
+
+    Args:
+        path (`str` or `Path`): Hub id or local folder.
+        options: What else was given to `from_pretrained`.
+        new_heads: The tasks whose heads the caller wants new.
+    """
+
+    path: Any
+    options: Mapping[str, Any]
+    new_heads: tuple[str, ...] = ()
+
+
+# `None` while nothing is to be checked.
+_loading: ContextVar[Optional[Checkpoint]] = ContextVar("loading", default=None)
+_new_heads: ContextVar[Optional[tuple[str, ...]]] = ContextVar("new_heads", default=None)
+
+
+@contextmanager
+def with_new_heads(names: list[str]) -> Iterator[None]:
+    """While the block runs, checkpoints need not have the heads of these tasks."""
+    token = _new_heads.set(tuple(names))
+    try:
+        yield
+    finally:
+        _new_heads.reset(token)
+
+
+@contextmanager
+def checked(path: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """
+    While the block runs, [`check_fit`] compares what is loaded; nothing if the caller gives weights of his own by
+    `state_dict`, or takes what fits by `ignore_mismatched_sizes=True`.
+    """
+    names = _new_heads.get()
+    takes_what_fits = options.get("state_dict") is not None or options.get("ignore_mismatched_sizes")
+    is_free = path is None or (takes_what_fits and names is None)
+    token = _loading.set(None if is_free else Checkpoint(path, options, names or ()))
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
+def check_fit(model: Any, info: Any) -> None:
+    """
+    Args:
+        model: On the meta device, where it takes no memory.
+        info: The `missing_keys`, `unexpected_keys` and `mismatched_keys` of loading.
+
+    Raises:
+        ValueError: one sentence, if the checkpoint has not just the weights of the model.
+    """
+    loading = _loading.get()
+    if loading is None:
+        return
+    info = copy.copy(info)
+    if hasattr(model, "_adjust_missing_and_unexpected_keys"):
+        model._adjust_missing_and_unexpected_keys(info)  # what each encoder says that need not be there
+    where, new = repr(str(loading.path)), tuple(f"heads.{name}." for name in loading.new_heads)
+    mismatched = sorted(entry for entry in info.mismatched_keys if not entry[0].startswith(new or (" ",)))
+    if mismatched:
+        name, saved, wanted = mismatched[0]
+        raise ValueError(
+            f"The weight {name!r}{_and_more(mismatched)} in {where} has the shape {tuple(saved)}, but its config asks "
+            f"for {tuple(wanted)}: config.json and weights are not of one model; ignore_mismatched_sizes=True loads "
+            "the rest and gives new values to what does not fit."
+        )
+    missing = set(info.missing_keys)
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if not {target, source} <= missing:  # one of them is enough
+            missing -= {target, source}
+    left = sorted(name for name in missing if not name.startswith(new or (" ",)))
+    files = _weight_files(loading)
+    if left and all(name.startswith("heads.") for name in left) and _is_of_base_model(files):
+        left = []
+    if left:
+        raise ValueError(
+            f"{where} lacks the weight {left[0]!r}{_and_more(left)} of its model, which would get random values; "
+            f"{_AGAIN}. New tasks are named by from_pretrained(..., tasks=[...]); ignore_mismatched_sizes=True loads "
+            "what there is."
+        )
+    if not hasattr(model, "heads"):
+        new = ("heads.",)
+    unexpected = sorted(name for name in info.unexpected_keys if not name.startswith(new or (" ",)))
+    if _new_heads.get() is not None:  # the caller names the tasks, and may leave some out
+        unexpected = [name for name in unexpected if not _is_head_of_other(name, model)]
+    if unexpected:
+        raise ValueError(
+            f"{where} has the weight {unexpected[0]!r}{_and_more(unexpected)}, which the model of its config does not "
+            "have: config.json and weights are not of one model; ignore_mismatched_sizes=True loads the rest."
+        )
+    _check_types(model, files, where)
+
+
+def _and_more(names: list[Any]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _is_head_of_other(name: str, model: Any) -> bool:
+    first, _, rest = name.partition(".")
+    return first == "heads" and rest.partition(".")[0] not in model.heads.names
+
+
+def _weight_files(loading: Checkpoint) -> list[str]:
+    """The safetensors files of the checkpoint."""
+    if loading.options.get("use_safetensors") is False:
+        return []
+    where = {name: loading.options[name] for name in _WHERE if loading.options.get(name) is not None}
+    variant = f".{loading.options['variant']}" if loading.options.get("variant") else ""
+    single = _find(loading.path, f"model{variant}.safetensors", where)
+    if single is not None:
+        return [single]
+    index = _find(loading.path, f"model{variant}.safetensors.index.json", where)
+    if index is None:
+        return []
+    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [file for shard in shards if (file := _find(loading.path, shard, where)) is not None]
+
+
+def _is_of_base_model(files: list[str]) -> bool:
+    """Whether the weights are those of a model without heads, whose names have no prefix."""
+    return bool(files) and not any(name.startswith(("model.", "heads.")) for file in files for name in _types(file))
+
+
+def _types(file: str) -> dict[str, str]:
+    """Weight -> its type, as safetensors names it."""
+    # transformers itself needs it, so it is always there; inside, since this module is also copied next to weights.
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as weights:
+        return {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+
+
+def _check_types(model: Any, files: list[str], where: str) -> None:
+    wanted = {name: value.is_floating_point() for name, value in model.state_dict().items()}
+    prefix = f"{model.base_model_prefix}."
+    for file in files:
+        for name, kind in _types(file).items():
+            is_float = next(
+                (wanted[key] for key in (name, prefix + name, name.removeprefix(prefix)) if key in wanted), None
+            )
+            if is_float and kind in _INTEGERS:
+                raise ValueError(
+                    f"The weight {name!r} in {where} holds integers ({kind}), but its model needs floating-point "
+                    "numbers: save the model without quantization."
+                )
+
+
+def what_is_wrong(path: Any, error: Exception, **kwargs) -> Optional[Exception]:
+    """
+    An error that says what is wrong with a checkpoint, or `None` if the error of loading says it already.
 
     Args:
         path (`str` or `Path`): Hub id or local folder of the checkpoint.
-        load: Loads it, with `ignore_mismatched_sizes=True` and `output_loading_info=True`.
+        error: That of loading.
         kwargs: What else was given to `from_pretrained`.
 
     Returns:
-        `OSError`, if files are missing or damaged; `ValueError`, if weights do not have the shapes that the config
-        asks for.
+        `OSError`, if files are missing or damaged; `ValueError`, if the model of the config cannot be built.
     """
-    if _looks_like_a_folder(path) and not os.path.isdir(path):
-        return OSError(f"There is no folder {os.fspath(path)!r}; give the folder or the Hub id of a saved model.")
+    if path is None:
+        return None
+    try:
+        check_folder(path)
+    except OSError as missing:
+        return missing
+    if is_pickle_error(error):
+        return OSError(
+            f"The weights of {str(path)!r} are a pickle that holds more than tensors, and might run code; they were "
+            "not loaded. Ask for weights as safetensors."
+        )
     where = {name: kwargs[name] for name in _WHERE if kwargs.get(name) is not None}
     variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
     problem = _problem_of_files(path, f"model{variant}.safetensors", where)
     if problem:
         return OSError(problem)
-    try:
-        _, info = load(ignore_mismatched_sizes=True, output_loading_info=True)
-    except Exception:  # then shapes are not what is wrong
+    text = one_line(error)
+    if isinstance(error, (ValueError, OSError)):
+        return ValueError(text) if text != str(error) and isinstance(error, ValueError) else None
+    is_of_caller = isinstance(error, TypeError) and "unexpected keyword argument" in text
+    if is_of_caller or not isinstance(error, _DAMAGE) or "out of memory" in text or "CUDA" in text:
         return None
-    mismatched = sorted(info.get("mismatched_keys", ()))
-    if not mismatched:
-        return None
-    name, saved, wanted = mismatched[0]
-    others = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
     return ValueError(
-        f"The weight {name!r}{others} in {str(path)!r} has the shape {tuple(saved)}, but its config asks for "
-        f"{tuple(wanted)}: config.json and weights are not of one model; ignore_mismatched_sizes=True loads the rest "
-        "and gives new values to what does not fit."
+        f"The model of {str(path)!r} cannot be built, so its config.json is damaged or of another release: "
+        f"{type(error).__name__}: {text}"
     )
 
 
-def _looks_like_a_folder(path: Any) -> bool:
-    text = os.fspath(path)
-    return text.startswith((".", "~", os.sep)) or text.count("/") > 1 or text.endswith("/") or "\\" in text
+_DAMAGE = (
+    ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, RecursionError, RuntimeError, TypeError,
+)  # fmt: skip
+
+
+def is_pickle_error(error: Optional[BaseException]) -> bool:
+    """Whether torch has refused a pickle that holds more than tensors; its message says how to load it all the same."""
+    while error is not None:
+        if type(error).__name__ == "UnpicklingError" or "weights_only" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _problem_of_files(path: Any, name: str, where: Mapping[str, Any]) -> Optional[str]:

@@ -1,8 +1,9 @@
 """What all models of this type have in common: how they begin, and how they are saved."""
 
 import difflib
+import inspect
+import os
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,7 +17,9 @@ from .configuration_mm_transformer import MMTransformerConfig
 from .decoders import load_seq2seq
 from .encoders import HUB_KWARGS, encoder_config_from_pretrained, load_encoder
 from .fusion_layers import Gate
-from .loading import what_is_wrong
+from .input_checks import check_finite_weights, check_layout, is_finite, what_is_wrong_with_inputs
+from .loading import check_fit, checked, is_pickle_error, what_is_wrong
+from .safe_writing import saved_aside
 from .task_base import task_from_dict
 from .travelling import write_model_code
 
@@ -43,6 +46,8 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["gate_alpha", "logit_scale"]
+    # Whether weights were read from a file, and no answer was computed with them yet.
+    _is_unproven = False
     _no_split_modules = ["CrossAttentionLayer", "CoAttentionLayer", "SelfAttentionLayer"]
 
     @classmethod
@@ -77,6 +82,31 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
                     # As torch does for convolutions; the layer takes it apart into direction and length.
                     module.weight = nn.init.kaiming_uniform_(torch.empty_like(direction), a=5**0.5)
         super().initialize_weights()
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        # Before memory is taken for weights that are missing or do not fit.
+        if not getattr(load_config, "is_quantized", False):
+            check_fit(model, loading_info)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+    def __call__(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        names = list(inspect.signature(type(self).forward).parameters)[1:]
+        check_layout(self, {**dict(zip(names, args, strict=False)), **kwargs})
+        try:
+            outputs = super().__call__(*args, **kwargs)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            problem = what_is_wrong_with_inputs(self, error, args, kwargs)
+            if problem is None:
+                raise
+            raise ValueError(problem) from error
+        if self._is_unproven:
+            self._is_unproven = False
+            if not is_finite(outputs):
+                check_finite_weights(self)
+        return outputs
 
     def enable_input_require_grads(self):
         """
@@ -137,10 +167,14 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         # `load_state_dict(strict=False)`, would leave them out.
         kwargs.setdefault("save_original_format", False)
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs} if push_to_hub else {}
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        # Of adapters (`add_adapter`), they alone are saved, without a config that would name any code.
-        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
-            write_model_code(save_directory, self)
+        if not is_main_process or os.path.isfile(save_directory) or kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        else:
+            with saved_aside(save_directory) as staged:
+                super().save_pretrained(staged, is_main_process=is_main_process, **kwargs)
+                # Of adapters (`add_adapter`), they alone are saved, without a config that would name any code.
+                if not getattr(self, "_hf_peft_config_loaded", False):
+                    write_model_code(staged, self)
         if push_to_hub:
             # Not by the stock method, which uploads before the code is there.
             self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
@@ -153,21 +187,25 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: one sentence, if files are missing or damaged.
-            ValueError: one sentence, if the config or the shapes of weights do not fit.
+            ValueError: one sentence, if the config does not fit, or the checkpoint lacks weights or has others.
+                `ignore_mismatched_sizes=True` loads what there is.
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
-        load = partial(super().from_pretrained, pretrained_model_name_or_path, *args)
+        path = pretrained_model_name_or_path
         try:
-            loaded = load(**kwargs)
+            with checked(path, kwargs):
+                loaded = super().from_pretrained(path, *args, **kwargs)
         except Exception as error:
-            wrong = what_is_wrong(pretrained_model_name_or_path, partial(load, **kwargs), **kwargs)
+            wrong = what_is_wrong(path, error, **kwargs)
             if wrong is None:
                 raise
-            raise wrong from error
+            # A message of torch that says how to run a pickle is not passed on.
+            raise wrong from (None if is_pickle_error(error) else error)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         # Loaded weights are new parameters, which want gradients.
         getattr(model, "model", model).freeze()
+        model._is_unproven = True
         return loaded
 
     @classmethod

@@ -4,13 +4,14 @@ import difflib
 import functools
 import inspect
 import numbers
+import os
 import sys
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, Optional, TypedDict
 
 import torch
-from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoFeatureExtractor, AutoTokenizer, BatchFeature, ProcessorMixin
 
 # Not from the top: there, transformers 5.17 wants torchvision for it.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -18,11 +19,12 @@ from transformers.processing_utils import AudioKwargs, ImagesKwargs, ProcessingK
 from transformers.utils import logging
 
 from .audio import AudioError, audio_key, load_audio
-from .encoder_classes import sub_config_of
-from .encoders import max_text_positions
+from .encoders import encoder_config_from_pretrained, max_text_positions
 from .files import describe, is_absent
 from .images import image_key, load_image
 from .limits import limits, named
+from .messages import check_folder, one_line
+from .safe_writing import saved_aside
 from .task_token_classification import index_words
 from .tokenizing import needed_text, tokenize
 from .travelling import write_processor_code
@@ -51,6 +53,29 @@ class MMTransformerTextKwargs(TextKwargs, total=False):  # type: ignore[call-arg
 class MMTransformerVideosKwargs(TypedDict, total=False):
     num_frames: int
     do_sample_frames: bool
+
+
+def _read_part(what: str, auto_class: Any, path: Any, **kwargs: Any) -> Any:
+    """
+    A part of a processor.
+
+    Raises:
+        OSError: one sentence, if its files are missing or damaged.
+        ValueError: as transformers does, if there is none.
+    """
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except (ImportError, OSError, ValueError) as error:
+        # Of the two latter, those of JSON say nothing of the file.
+        if not isinstance(error, ValueError) or not os.path.isdir(path) or "Unrecognized" in str(error):
+            raise
+        cause: Exception = error
+    except Exception as error:  # whatever a tokenizer makes of a file that is cut
+        cause = error
+    raise OSError(
+        f"The {what} in {os.fspath(path)!r} cannot be read, so one of its files is missing or damaged: "
+        f"{one_line(cause)}"
+    ) from cause
 
 
 class MMTransformerProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -108,9 +133,16 @@ class MMTransformerProcessor(ProcessorMixin):
             OSError: if there is no processor.
         """
         num_frames = kwargs.pop("num_frames", None)
-        saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        check_folder(pretrained_model_name_or_path)
         try:
-            parts = {"tokenizer": AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)}
+            saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+            saved = dict(saved)
+        except (AttributeError, RecursionError, TypeError, ValueError) as error:
+            raise OSError(
+                f"processor_config.json of {str(pretrained_model_name_or_path)!r} is damaged: {one_line(error)}"
+            ) from error
+        try:
+            parts = {"tokenizer": _read_part("tokenizer", AutoTokenizer, pretrained_model_name_or_path, **kwargs)}
         except ValueError as error:
             if saved:
                 raise
@@ -120,7 +152,8 @@ class MMTransformerProcessor(ProcessorMixin):
             ) from error
         for name, auto_class in (("image_processor", AutoImageProcessor), ("feature_extractor", AutoFeatureExtractor)):
             if not saved or name in saved:
-                parts[name] = auto_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+                what = name.replace("_", " ")
+                parts[name] = _read_part(what, auto_class, pretrained_model_name_or_path, **kwargs)
         if num_frames is None:
             num_frames = (saved or {}).get("num_frames", 8)
         return cls(**parts, num_frames=num_frames)
@@ -130,8 +163,10 @@ class MMTransformerProcessor(ProcessorMixin):
         As [`~transformers.ProcessorMixin.save_pretrained`] does, and copies the code of the processor into the folder,
         so that it can be loaded with `trust_remote_code=True` where this package is not installed.
         """
-        saved = super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
-        write_processor_code(save_directory)
+        with saved_aside(save_directory) as staged:
+            saved = super().save_pretrained(staged, **({} if push_to_hub else kwargs))
+            write_processor_code(staged)
+            saved = [os.path.join(save_directory, os.path.relpath(file, staged)) for file in saved or ()]
         if push_to_hub:
             # Not by the stock method, which uploads before the code is there.
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
@@ -159,16 +194,19 @@ class MMTransformerProcessor(ProcessorMixin):
             num_frames (`int`, *optional*, defaults to 8): How many frames are taken of a video, at most.
             kwargs: for all `from_pretrained` (`revision`, `token`, `cache_dir`, ...).
         """
-        tokenizer = AutoTokenizer.from_pretrained(text, **kwargs)
-        positions = max_text_positions(sub_config_of(AutoConfig.from_pretrained(text, **kwargs), "text"))
+        for name, path in {"text": text, "vision": vision, "audio": audio}.items():
+            if path is not None:
+                check_folder(path, f"the {name} encoder")
+        positions = max_text_positions(encoder_config_from_pretrained(text, "text", **kwargs))
+        tokenizer = _read_part("tokenizer", AutoTokenizer, text, **kwargs)
         if positions is not None:
             tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
         image_processor = feature_extractor = None
         if vision is not None:
             chosen = {} if backend is None else {"backend": backend}
-            image_processor = AutoImageProcessor.from_pretrained(vision, **chosen, **kwargs)
+            image_processor = _read_part("image processor", AutoImageProcessor, vision, **chosen, **kwargs)
         if audio is not None:
-            feature_extractor = AutoFeatureExtractor.from_pretrained(audio, **kwargs)
+            feature_extractor = _read_part("feature extractor", AutoFeatureExtractor, audio, **kwargs)
         return cls(image_processor, tokenizer, feature_extractor, num_frames)
 
     def __call__(

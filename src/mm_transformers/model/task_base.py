@@ -167,6 +167,25 @@ class Task:
         """
         raise NotImplementedError
 
+    def wrong_labels(self, labels: torch.Tensor) -> Optional[str]:
+        """
+        What labels must be, as the end of a sentence, if these are something else; `None` if they are right, or it is
+        not known. Called after computing with them has failed.
+        """
+        problem = self.linear_problem()
+        if problem is None:
+            return None
+        if problem.kind != "multinomial":
+            is_right = labels.is_floating_point() and not labels.isinf().any()
+            return None if is_right else f"finite floating-point numbers, NaN where missing, but are {labels.dtype}"
+        last = problem.num_outputs - 1
+        if labels.dtype != torch.int64:
+            return f"integers from 0 to {last}, -100 where missing, but have the type {labels.dtype}"
+        known = labels[labels != -100]
+        if known.numel() == 0 or (int(known.min()) >= 0 and int(known.max()) <= last):
+            return None
+        return f"integers from 0 to {last}, -100 where missing, but go from {known.min()} to {known.max()}"
+
     def linear_problem(self) -> Optional[LinearProblem]:
         """
         The linear model with which the task can start (see [`LinearProbe`]); by default none, so that the head starts

@@ -1,13 +1,14 @@
 """The code that lies next to saved weights, so that they can be loaded where this package is not installed."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
+
+from .safe_writing import write_atomically, write_text_atomically
 
 
 logger = logging.get_logger(__name__)
@@ -78,12 +79,13 @@ def _tell_if_it_stays(kind: type) -> None:
 def _copy_code(folder: Any) -> None:
     for file in [Path(__file__), *map(Path, get_relative_import_files(__file__))]:
         target = Path(folder, file.name)
-        if file.resolve() != target.resolve():
-            shutil.copyfile(file, target)
+        if file.resolve() != target.absolute():  # a saved model may lie where this code runs
+            with write_atomically(target) as copy:
+                copy.write(file.read_bytes())
 
 
 def _add(path: Path, values: dict[str, Any]) -> None:
     saved = json.loads(path.read_text(encoding="utf-8"))
     for name, value in values.items():
         saved[name] = {**saved.get(name, {}), **value}
-    path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text_atomically(path, json.dumps(saved, indent=2, sort_keys=True) + "\n")

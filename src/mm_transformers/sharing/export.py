@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..model.answering import evaluation_mode
 from ..model.encoder_probe import traits_of
+from ..model.safe_writing import drop_link
 from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES
 
 
@@ -126,6 +127,7 @@ def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: st
             model.generation_config.save_pretrained(staged)
         (staged / SPEC_NAME).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
         staged.chmod(0o755)
+        drop_link(folder)  # to an empty folder, or to none
         if folder.exists():
             folder.rmdir()
         staged.rename(folder)

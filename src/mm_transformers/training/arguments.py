@@ -155,6 +155,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = NOT_GIVEN
         self.reopen()
+        self._check_ranges()
         wanted = self.load_best_model_at_end
         if self.automatic:
             # Otherwise transformers would refuse what is not settled yet.
@@ -184,6 +185,21 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
             rate = getattr(self, name)
             if rate is not None and rate < 0:
                 raise ValueError(f"{name} must be at least 0, but is {rate}.")
+
+    def _check_ranges(self) -> None:
+        """
+        Raises:
+            ValueError: one sentence, if a number is out of its range; before transformers divides by it.
+        """
+        for name, (lowest, highest) in _RANGES.items():
+            value = getattr(self, name, None)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and not lowest <= value <= highest:
+                bounds = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
+                raise ValueError(f"{name} must be {bounds}, but is {value}.")
+        for name in ("learning_rate", "num_train_epochs", *_RANGES):
+            value = getattr(self, name, None)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, but is {value}.")
 
     @property
     def wants_validation_rows(self) -> bool:
@@ -258,6 +274,26 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
+# Option -> the smallest and the largest value.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+            "eval_accumulation_steps", "generation_num_beams", "generation_max_length", "torch_empty_cache_steps",
+            "dataloader_prefetch_factor",
+        ),
+        (1, math.inf),
+    ),
+    **dict.fromkeys(
+        (
+            "learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon",
+            "eval_delay", "eval_steps", "save_steps", "logging_steps", "dataloader_num_workers", "ddp_timeout",
+        ),
+        (0, math.inf),
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+}  # fmt: skip
 _DEFAULT_SAVE_STEPS = 500  # of transformers
 _DEPENDS_ON_ROWS = ("eval_strategy", "save_strategy", "load_best_model_at_end")
 

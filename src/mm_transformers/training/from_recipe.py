@@ -16,6 +16,7 @@ from ..data.labels import check_labels, complete_task, prepare_labels
 from ..data.loading import check_columns, first_rows, hold_out, load_files, load_named
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import HUB_KWARGS
+from ..model.messages import one_line, shortened
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.tasks import Task
@@ -38,7 +39,10 @@ def training_arguments(recipe: Recipe) -> MMTrainingArguments:
     Raises:
         ValueError: as transformers does, if values do not fit each other.
     """
-    return MMTrainingArguments(**recipe.training)
+    try:
+        return MMTrainingArguments(**recipe.training)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"The training options do not fit: {one_line(error, 1000)}") from error
 
 
 def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
@@ -151,7 +155,7 @@ class RecipeCallback(TrainerCallback):
 
 
 def newest_checkpoint(folder: str | os.PathLike) -> str | None:
-    return newest_complete_checkpoint(folder) if os.path.isdir(folder) else None
+    return newest_complete_checkpoint(folder, verify=True) if os.path.isdir(folder) else None
 
 
 def check_output(recipe: Recipe) -> None:
@@ -190,7 +194,7 @@ def check_checkpoint(checkpoint: str, tasks: list[Task]) -> None:
         decided = {key: known.get(key, own[key]) for key in task.decided_by_training if key in own}
         values = {**own, **decided}
         if known != values:
-            changed = [f"{key} {known.get(key)!r}" for key, value in values.items() if known.get(key) != value]
+            changed = [f"{key} {shortened(known.get(key))}" for key, value in values.items() if known.get(key) != value]
             raise ValueError(
                 f"{checkpoint} has task {task.name!r} with {', '.join(changed)}, unlike the data now: bring back the "
                 "data that it was trained on, or train into another folder, by training.output_dir=...."
@@ -200,14 +204,28 @@ def check_checkpoint(checkpoint: str, tasks: list[Task]) -> None:
 def steps_done(folder: str | os.PathLike) -> int:
     """How many steps the training that left this checkpoint, or this model, had done; 0 if there is none."""
     state = Path(folder) / TRAINER_STATE_NAME
-    return TrainerState.load_from_json(str(state)).global_step if state.is_file() else 0
+    return read_state(state).global_step if state.is_file() else 0
+
+
+def read_state(path: Path) -> TrainerState:
+    """
+    Raises:
+        ValueError: one sentence, if the file holds no state of a training.
+    """
+    try:
+        state = TrainerState.load_from_json(str(path))
+        if isinstance(state.global_step, int) and isinstance(state.stateful_callbacks, dict):
+            return state
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{path} is damaged: it holds no state of a training; remove it, or train into another folder.")
 
 
 def training_differences(recipe: Recipe) -> list[str]:
     """Which training options the model in the output folder was trained by with other values: parts of a sentence."""
     before = Recipe.from_dict(read_yaml(Path(recipe.training["output_dir"]) / RECIPE_NAME)).training
     return [
-        f"training.{key} was {before.get(key)!r} and is {recipe.training.get(key)!r}"
+        f"training.{key} was {shortened(before.get(key))} and is {shortened(recipe.training.get(key))}"
         for key in dict.fromkeys([*before, *recipe.training])
         if before.get(key) != recipe.training.get(key) and key not in SECRETS
     ]
@@ -218,7 +236,7 @@ def is_finished(args: MMTrainingArguments) -> bool:
     folder = Path(args.output_dir)
     if not (folder / "config.json").is_file() or not (folder / TRAINER_STATE_NAME).is_file():
         return False
-    state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    state = read_state(folder / TRAINER_STATE_NAME)
     early = state.stateful_callbacks.get("EarlyStoppingCallback")
     if isinstance(early, dict):
         patience = early.get("args", {}).get("early_stopping_patience", 1)

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from ..data.files import write_atomically
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import HUB_KWARGS
+from ..model.messages import shortened
 from ..model.tasks import TASK_KINDS
 from .arguments import MMTrainingArguments
 from .recipe_trust import check_powers
@@ -140,7 +141,7 @@ class Recipe:
             value = kind() if values.get(name) is None else values[name]
             if not isinstance(value, kind):
                 what = "a list of tasks" if name == "tasks" else "a section with keys"
-                raise ValueError(f"{name} must be {what}, but is {value!r}.")
+                raise ValueError(f"{name} must be {what}, but is {shortened(value)}.")
             values = {**values, name: value}
         data = DataSection(**_checked(values["data"], get_type_hints(DataSection), "data"))
         columns = ColumnsSection(**_checked(values["columns"], get_type_hints(ColumnsSection), "columns"))
@@ -186,7 +187,7 @@ class Recipe:
         """Where the two would give different weights even for equal training: sentences without a full stop."""
         mine, others = self._matters(), other._matters()
         return [
-            f"{key} is {others.get(key)!r} there and {mine.get(key)!r} here"
+            f"{key} is {shortened(others.get(key))} there and {shortened(mine.get(key))} here"
             for key in dict.fromkeys([*mine, *others])
             if mine.get(key) != others.get(key)
         ]
@@ -259,7 +260,7 @@ def _override(values: Any, parts: list[str], value: Any, whole: str) -> None:
     elif isinstance(values, dict):
         key = first
     else:
-        raise ValueError(f"{whole}: {'.'.join(here[:-1])} is {values!r}, which has no keys.")
+        raise ValueError(f"{whole}: {'.'.join(here[:-1])} is {shortened(values)}, which has no keys.")
     if not rest:
         values[key] = value
         return
@@ -285,11 +286,30 @@ def _with_root(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     return values
 
 
+def _short_key(key: str) -> str:
+    return key if len(key) <= 100 else f"{key[:100]}..."
+
+
+def _keys_of_sections() -> dict[str, Any]:
+    """Section -> the keys that are known there; without tasks, each of which has its own."""
+    return {
+        "data": get_type_hints(DataSection),
+        "columns": get_type_hints(ColumnsSection),
+        "model": _model_hints(),
+        "training": _training_hints(),
+    }
+
+
 def _check_keys(values: dict[str, Any], known: typing.Iterable[str], where: str) -> None:
     for key in values:
         if key not in known:
-            dotted = f"{where}.{key}" if where else str(key)
-            near = difflib.get_close_matches(str(key), known, 1) or sorted(known)
+            dotted = _short_key(f"{where}.{key}" if where else str(key))
+            other = next(
+                (name for name, keys in _keys_of_sections().items() if where in SECTIONS and key in keys), None
+            )
+            if other is not None:
+                raise ValueError(f"{dotted} is unknown; did you mean {other}.{key}?")
+            near = difflib.get_close_matches(str(key)[:100], known, 1) or sorted(known)
             hint = f"did you mean {f'{where}.' if where else ''}{near[0]}?"
             if len(near) > 1:
                 hint = f"known are {', '.join(near)}." if len(near) < 20 else "see mm-transformers train --help."
@@ -309,7 +329,7 @@ def _checked_value(value: Any, hint: Any, where: str) -> Any:
         type_validator(where, value, hint)
     except TypeError as error:
         wanted = " or ".join(_name_of(kind) for kind in kinds)
-        raise ValueError(f"{where} must be {wanted}, but is {value!r}.") from error
+        raise ValueError(f"{where} must be {wanted}, but is {shortened(value)}.") from error
     return value
 
 
@@ -323,12 +343,12 @@ def _name_of(hint: Any) -> str:
 
 def _checked_task(task: Any, where: str) -> dict[str, Any]:
     if not isinstance(task, dict) or not isinstance(task.get("name"), str):
-        raise ValueError(f"{where} must be a task with a name and a kind, but is {task!r}.")
+        raise ValueError(f"{where} must be a task with a name and a kind, but is {shortened(task)}.")
     kind = task.get("kind")
     if not isinstance(kind, str) or kind not in TASK_KINDS:
-        near = difflib.get_close_matches(str(kind), TASK_KINDS, 1)
+        near = difflib.get_close_matches(str(kind)[:100], TASK_KINDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(TASK_KINDS))}."
-        raise ValueError(f"{where}.kind is {kind!r}, which is unknown; {hint}")
+        raise ValueError(f"{where}.kind is {shortened(kind)}, which is unknown; {hint}")
     hints = get_type_hints(TASK_KINDS[kind])
     options = {f.name: hints[f.name] for f in dataclasses.fields(TASK_KINDS[kind])}
     # What its values may be, a task says itself, and better, by its name.

@@ -2,7 +2,9 @@
 
 import json
 import os
-import shutil
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,22 +15,28 @@ from safetensors.torch import save_file
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerControl
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import CONFIG_NAME, logging
 
 from ..model.adding_tasks import check_same_heads
 from ..model.configuration_mm_transformer import MMTransformerConfig
+from ..model.loading import is_pickle_error
+from ..model.safe_writing import drop_link, saved_aside, write_atomically
 from ..model.task_base import Task, task_from_dict
 from .checkpoints import (
     SAVING,
     check_checkpoint,
+    make_own_folder,
     newest_complete_checkpoint,
+    own_folder,
     publish,
+    remove_own_folder,
     rotate,
     tidy,
     why_not_written,
     write_manifest,
 )
+from .lock import locked
 
 
 logger = logging.get_logger(__name__)
@@ -74,12 +82,29 @@ class ResumableTrainer(Trainer):
                 from scratch. So the same command starts a training and continues it.
 
         Raises:
-            ValueError: if the checkpoint that is named is not complete.
+            ValueError: if the checkpoint that is named is not complete, or another process trains into this folder.
             OSError: if a checkpoint cannot be written; those before stay as they are.
         """
-        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-        output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        with ExitStack() as held:
+            self._lock(held)
+            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+            with clear_errors(checkpoint):
+                output = super().train(checkpoint, trial, ignore_keys_for_eval)
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _lock(self, held: ExitStack) -> None:
+        """One process locks the folder for all; a training that saves nothing needs no lock."""
+        if self.args.save_strategy == SaveStrategy.NO:
+            return
+        problem: list[Any] = [None]
+        if self.args.process_index == 0:
+            try:
+                held.enter_context(locked(self.args.output_dir))
+            except (ValueError, OSError) as error:
+                problem[0] = str(error)
+        [problem[0]] = broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise ValueError(problem[0])
 
     def _inner_training_loop(self, batch_size=None, *args, **kwargs):
         # Begins anew if a smaller batch size is tried.
@@ -92,14 +117,15 @@ class ResumableTrainer(Trainer):
 
     def _checkpoint_to_resume(self, wanted: Any) -> Optional[str]:
         """Decided by one process, since others may not yet see, or no longer see, what it sees."""
-        if self.args.should_save:
+        if self.args.should_save and self.args.save_strategy != SaveStrategy.NO:
             tidy(self.args.output_dir)
         found: list[Any] = [None, None]
         if self.args.process_index == 0 and wanted not in (None, False):
             try:
-                found[0] = newest_complete_checkpoint(self.args.output_dir) if wanted is True else os.fspath(wanted)
-                if found[0] is not None:
+                found[0] = self._newest_unharmed() if wanted is True else os.fspath(wanted)
+                if found[0] is not None and wanted is not True:
                     check_checkpoint(found[0])
+                if found[0] is not None:
                     saved = _tasks_of(found[0])
                     if saved:
                         check_same_heads(saved, self.fused_model.tasks, found[0])
@@ -120,27 +146,34 @@ class ResumableTrainer(Trainer):
             logger.warning(f"There is no complete checkpoint in {self.args.output_dir}: training starts from scratch.")
         return checkpoint
 
+    def _newest_unharmed(self) -> Optional[str]:
+        return newest_complete_checkpoint(self.args.output_dir, verify=True)
+
     # Saving
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
-        return os.path.join(folder, SAVING) if self._is_saving else folder
+        return str(own_folder(folder, SAVING)) if self._is_saving else folder
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # It uploads in the background, so the folder must have its place.
         if not self._is_saving:
             # The stock method takes along what it knows: config and weights.
             for code in Path(checkpoint_folder).glob("*.py"):
-                shutil.copy(code, self.args.output_dir)
+                with write_atomically(Path(self.args.output_dir, code.name)) as copy:
+                    copy.write(code.read_bytes())
+            for file in os.listdir(checkpoint_folder):
+                drop_link(os.path.join(self.args.output_dir, file))
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         run_dir = self._get_output_dir(trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staging, final = Path(run_dir, SAVING), os.path.join(run_dir, name)
+        final = os.path.join(run_dir, name)
         if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
+            make_own_folder(run_dir, SAVING)
         self.accelerator.wait_for_everyone()
+        staging = own_folder(run_dir, SAVING)
         self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
@@ -153,9 +186,9 @@ class ResumableTrainer(Trainer):
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
                 write_manifest(staging / name)
                 publish(staging / name, final)
-                staging.rmdir()
+                remove_own_folder(run_dir, SAVING)
         except Exception as error:
-            shutil.rmtree(staging, ignore_errors=True)
+            remove_own_folder(run_dir, SAVING)
             reason = why_not_written(error, run_dir)
             if reason is None:
                 raise
@@ -173,6 +206,24 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate(run_dir, self.args.save_total_limit, {final} if best is None else {final, best})
+
+    def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        with saved_aside(self.args.output_dir if output_dir is None else output_dir) as staged:
+            super()._save(str(staged), state_dict)
+
+    def save_metrics(self, split, metrics, combined=True) -> None:
+        if self.is_world_process_zero():
+            _drop_link_or_damage(Path(self.args.output_dir, f"{split}_results.json"))
+            _drop_link_or_damage(Path(self.args.output_dir, "all_results.json"))
+        super().save_metrics(split, metrics, combined)
+
+    def save_state(self) -> None:
+        if self.is_world_process_zero():
+            drop_link(os.path.join(self.args.output_dir, TRAINER_STATE_NAME))
+        super().save_state()
 
     def _note_best_checkpoint(self, run_dir: str) -> None:
         """As the Trainer does it, but where the checkpoint will be."""
@@ -201,6 +252,12 @@ class ResumableTrainer(Trainer):
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
             # The Trainer would delete them in their place.
             rotate(self._get_output_dir(trial), 1, {best})
+            # Otherwise it would delete whatever else has a name that begins like that of a checkpoint.
+            self.args.save_total_limit = None
+            try:
+                return super()._finalize_training(trial, *args, **kwargs)
+            finally:
+                self.args.save_total_limit = 1
         return super()._finalize_training(trial, *args, **kwargs)
 
     # Resuming
@@ -214,6 +271,18 @@ class ResumableTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint of other weights is no checkpoint of this model; the Trainer would only warn."""
+        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+        missing = sorted(set(load_result.missing_keys) - set(tied) - set(tied.values()))
+        for what, names in {"lacks": missing, "has": sorted(load_result.unexpected_keys)}.items():
+            if names:
+                others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+                raise ValueError(
+                    f"The checkpoint {what} the weight {names[0]!r}{others}, unlike the model that is trained, so it "
+                    "is of another model: train into another folder, or give the model that it was saved from."
+                )
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
@@ -299,3 +368,49 @@ def _tasks_of(checkpoint: str) -> dict[str, Task]:
         with safe_open(os.path.join(checkpoint, LOSSES_NAME), framework="pt") as file:
             tasks = [task_from_dict(task) for task in json.loads(file.metadata().get("tasks", "[]"))]
     return {task.name: task for task in tasks}
+
+
+@contextmanager
+def clear_errors(checkpoint: Optional[str] = None) -> Iterator[None]:
+    """
+    Errors of torch whose messages do not help, in one sentence.
+
+    Args:
+        checkpoint: that is loaded in the block.
+
+    Raises:
+        ValueError: if a file of the checkpoint is a pickle that holds more than tensors.
+        RuntimeError: if a process that reads rows was killed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is not None and is_pickle_error(error):
+            # The message of torch says how to load it all the same.
+            raise ValueError(
+                f"A file of {checkpoint} is a pickle that holds more than tensors, and might run code; it was not "
+                "loaded. Train from another checkpoint."
+            ) from None
+        if isinstance(error, RuntimeError) and re.match(r"DataLoader worker \(pid", str(error)):
+            raise RuntimeError(
+                f"{READER_WAS_KILLED}, perhaps for lack of memory: set dataloader_num_workers to a smaller number, or "
+                "to 0 to see its error."
+            ) from error
+        raise
+
+
+READER_WAS_KILLED = "A process that reads rows was killed"
+
+
+def _drop_link_or_damage(path: Path) -> None:
+    """Makes room for metrics: a link goes, and a file that holds no metrics gets another name."""
+    drop_link(path)
+    if path.is_file():
+        try:
+            if isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                return
+        except (ValueError, RecursionError):
+            pass
+        kept = path.with_name(f"{path.name}.damaged")
+        logger.warning(f"{path} holds no metrics as JSON; it is renamed to {kept.name}, and a new one is written.")
+        path.replace(kept)

@@ -22,6 +22,7 @@ from ..data.mixture import DataMixture, check_sources
 from ..data.mixture_rows import MixedStream
 from ..data.sources import is_iterable, rows_of
 from ..data.splitting import Part, split_for_validation
+from ..model.input_checks import check_finite_weights
 from ..model.regularization import penalties, take_starting_point
 from .adapters import has_own_adapters, load_adapters
 from .arguments import MMTrainingArguments
@@ -45,7 +46,7 @@ from .mismatches import Unlabelled, WithMismatches
 from .preparing import balance_tasks, prepare_tasks
 from .probe_start import Start, probes_of, start_probes
 from .refit import Refit
-from .resuming import ResumableTrainer
+from .resuming import ResumableTrainer, clear_errors
 from .sharding import gather_for_method, layer_classes
 from .start_average import StartAverage, TolerantEarlyStopping, is_as_good
 from .starting_point import load_starting_point, save_starting_point
@@ -535,6 +536,7 @@ class MMTrainer(ResumableTrainer):
     def _inner_training_loop(self, *args, **kwargs):
         # Only here is the model surely the one that is trained: a `model_init` makes a new one for each trial.
         fused = self.fused_model
+        check_finite_weights(fused)
         is_resumed = kwargs.get("resume_from_checkpoint") is not None
         if isinstance(self.data_collator, MMDataCollator):
             # A model of `model_init` has not seen the training rows.
@@ -742,7 +744,7 @@ class MMTrainer(ResumableTrainer):
     def evaluation_loop(self, dataloader, *args, **kwargs):
         if has_length(dataloader) and len(dataloader) == 0:
             raise ValueError("There is nothing to evaluate or predict: the data set has no rows.")
-        with nullcontext() if self._average is None else self._average.applied():
+        with clear_errors(), nullcontext() if self._average is None else self._average.applied():
             return self._evaluated(dataloader, *args, **kwargs)
 
     def _evaluated(self, dataloader, *args, **kwargs):

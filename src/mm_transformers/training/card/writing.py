@@ -9,6 +9,7 @@ import huggingface_hub
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
+from ...model.safe_writing import write_text_atomically
 from .facts import CardFacts, Measurement, measurements_of, training_of
 from .merging import add_memory, fingerprint, join_sections, merge, split_sections, take_memory
 from .metadata import entries_in, entries_of, to_card_data
@@ -58,7 +59,7 @@ def write_card(folder: str | os.PathLike, facts: CardFacts) -> ModelCard:
     front = to_card_data(entries, facts.name.rpartition("/")[2])
     remember = {"sections": section_memory, "metadata": entry_memory, "training": trained or memory.get("training")}
     card = ModelCard(f"---\n{front.to_yaml()}\n---\n\n{join_sections(sections)}")
-    path.write_text(add_memory(card.content, remember), encoding="utf-8")
+    write_text_atomically(path, add_memory(card.content, remember))
     return card
 
 

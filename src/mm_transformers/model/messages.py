@@ -1,0 +1,56 @@
+"""Parts of messages: errors of other libraries in one line, values cut short, and folders that are not there."""
+
+import os
+import reprlib
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+_short.maxlevel = 3
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 12
+
+
+def one_line(error: Any, longest: int = 400) -> str:
+    """The message of an error of another library, as one line with a full stop."""
+    text = " ".join(str(error)[: 10 * longest].split()) or type(error).__name__
+    text = text if len(text) <= longest else f"{text[:longest]} ..."
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def shortened(value: Any) -> str:
+    """
+    As `repr` shows it, but short whatever its size: a few kilobytes of YAML can stand for gigabytes.
+
+    Example:
+
+    ```python
+    >>> shortened(list(range(1000)))
+    '[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...]'
+    ```"""
+    return _short.repr(value)
+
+
+def check_folder(path: Any, what: str = "a saved model") -> None:
+    """
+    Args:
+        path: What was given as a folder or a Hub id.
+        what: What it should hold.
+
+    Raises:
+        OSError: one sentence, if it can be no Hub id, and there is no such folder.
+    """
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
+    if not text or os.path.exists(os.path.expanduser(text)):
+        return
+    is_path = text.startswith((".", "~", os.sep)) or text.count("/") > 1 or text.endswith("/") or "\\" in text
+    if not is_path:
+        try:
+            validate_repo_id(text)
+        except HFValidationError:
+            is_path = True
+    if is_path:
+        raise OSError(f"There is no folder {text[:300]!r}; give the folder or the Hub id of {what}.")

@@ -1,0 +1,112 @@
+"""
+Writing beside what is there, then renaming: a file is whole or not there, and nothing is written through a link.
+
+A link in the way of a file is replaced by the file; what it points to stays as it is.
+"""
+
+import errno
+import os
+import re
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+# Of a model in one file, or in several with an index.
+_WEIGHTS = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """
+    A file to write to, which takes the place of `path` when the block ends, and is gone if it ends by an exception.
+
+    Args:
+        path (`Path`): Its folder is made if it does not exist. A link with this name is replaced, not followed.
+
+    Raises:
+        OSError: as writing does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since only within a file system a file is renamed in one step.
+    partial = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.partial")
+    try:
+        with open(partial, "xb") as file:  # never one that is there, nor through a link
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _keep_mode(path, partial)
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno in _NO_SPACE and error.filename is None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """As [`write_atomically`], a whole text as UTF-8."""
+    with write_atomically(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def saved_aside(folder: Any) -> Iterator[Path]:
+    """
+    A new folder to save files to. When the block ends, they take their places in `folder`; after an exception they are
+    gone, and the files of `folder` are as before. Weights that were saved there before in another number of files go,
+    since loading would mix them with the new ones.
+
+    Args:
+        folder (`str` or `Path`): Made if it does not exist.
+
+    Example:
+
+    ```python
+    >>> with saved_aside("my-model") as staged:
+    ...     tokenizer.save_pretrained(staged)
+    ```"""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = folder / f".saving-{uuid.uuid4().hex}"
+    staged.mkdir()
+    try:
+        yield staged
+        saved = {path.name for path in staged.iterdir()}
+        for path in sorted(staged.rglob("*")):
+            target = folder / path.relative_to(staged)
+            if path.is_dir():
+                drop_link(target)
+                target.mkdir(exist_ok=True)
+            else:
+                _keep_mode(target, path)
+                os.replace(path, target)
+        _remove_other_weights(folder, saved)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def drop_link(path: Any) -> None:
+    """Removes a link, so that code which opens this path makes a file of its own; anything else stays."""
+    if os.path.islink(path):
+        os.unlink(path)
+
+
+def _remove_other_weights(folder: Path, saved: set[str]) -> None:
+    names = {found[1] for name in saved if (found := _WEIGHTS.fullmatch(name))}
+    for path in folder.iterdir():
+        found = _WEIGHTS.fullmatch(path.name)
+        if found and found[1] in names and path.name not in saved:
+            path.unlink()
+
+
+def _keep_mode(old: Path, new: Path) -> None:
+    """A file that others may not read stays so."""
+    if old.is_file() and not old.is_symlink():
+        new.chmod(stat.S_IMODE(old.stat().st_mode))

@@ -1,0 +1,143 @@
+"""One training at a time in a folder: a file that says which process writes there."""
+
+import json
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Optional
+
+import psutil
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# The underscore keeps it out of uploads to the Hub.
+LOCK_NAME = "_training_lock.json"
+# Seconds by which the start of one process may seem to differ: some systems compute it from a clock that is corrected.
+_TOLERANCE = 2.0
+# Seconds until a lock that another process has begun to write is taken as it is.
+_PATIENCE = 2.0
+
+_depths: dict[str, int] = {}  # folder -> how many blocks of this process hold its lock
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """
+    While the block runs, other processes are refused this folder. The same process may enter it again. The lock of a
+    process that has ended is taken over.
+
+    Args:
+        folder (`str` or `Path`): Made if it does not exist.
+
+    Raises:
+        ValueError: one sentence that names the other process.
+
+    Example:
+
+    ```python
+    >>> with locked("out"):
+    ...     trainer.train()
+    ```"""
+    path = Path(folder, LOCK_NAME)
+    key = f"{os.getpid()} {path.resolve()}"
+    _depths[key] = _depths.get(key, 0) + 1
+    try:
+        if _depths[key] == 1:
+            _acquire(path)
+        yield
+    finally:
+        _depths[key] -= 1
+        if _depths[key] == 0:
+            del _depths[key]
+            if _read(path) == _own():
+                path.unlink(missing_ok=True)
+
+
+def _own() -> dict[str, Any]:
+    return {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def _acquire(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside, so that nobody reads half of it.
+    draft = path.with_name(f"{LOCK_NAME}.{uuid.uuid4().hex}")
+    with open(draft, "x", encoding="utf-8") as file:
+        json.dump(_own(), file)
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while not _link(draft, path):
+            holder = _read(path)
+            if holder is None and not path.is_symlink() and time.monotonic() < deadline:
+                time.sleep(0.05)  # it has just been released, or is being written
+                continue
+            why_not = _why_not(path, holder)
+            if why_not is not None:
+                raise ValueError(why_not)
+            logger.warning(f"The training that held {path.parent} (process {holder['pid']}) has ended; it is free.")
+            _remove_stale(path, holder)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _link(draft: Path, path: Path) -> bool:
+    """Gives the lock its name, unless there is one."""
+    try:
+        os.link(draft, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        with suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+            file.write(draft.read_text(encoding="utf-8"))
+            return True
+        return False
+
+
+def _read(path: Path) -> Optional[dict[str, Any]]:
+    try:
+        if path.is_symlink():
+            return None
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(holder["host"], str) and isinstance(holder["pid"], int) and holder["pid"] > 0:
+            return {"host": holder["host"], "pid": holder["pid"], "started": float(holder["started"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None
+
+
+def _why_not(path: Path, holder: Optional[dict[str, Any]]) -> Optional[str]:
+    """Why the lock may not be taken over, as a sentence; `None` if it may."""
+    if holder is None:
+        return f"{path} is not a lock of this package: move it, or train into another folder."
+    where = f"{path.parent} is in use by another training: process {holder['pid']} on {holder['host'][:100]!r}"
+    with suppress(OverflowError, OSError, ValueError):
+        where += f", started {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(holder['started']))}"
+    if holder["host"] != platform.node():
+        return f"{where}. Train into another folder; if that process has ended, remove {path}."
+    try:
+        process = psutil.Process(holder["pid"])
+        started = process.create_time()
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+    except (psutil.NoSuchProcess, OverflowError):
+        return None
+    except psutil.Error:
+        return f"{where}. Wait until it ends, or train into another folder."
+    if abs(started - holder["started"]) > _TOLERANCE:
+        return None  # another process has the number now
+    return f"{where}. Wait until it ends, or train into another folder."
+
+
+def _remove_stale(path: Path, holder: Optional[dict[str, Any]]) -> None:
+    aside = path.with_name(f"{LOCK_NAME}.{uuid.uuid4().hex}")
+    with suppress(FileNotFoundError):  # another process was faster
+        path.rename(aside)
+        if _read(aside) != holder:  # that of another process, which was faster
+            _link(aside, path)
+        aside.unlink()
