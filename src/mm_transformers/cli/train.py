@@ -44,10 +44,10 @@ def run_training(path: Path, overrides: list[str], allow_urls: bool | list[str] 
     check_output(recipe)
     # Until the card is written; the trainer itself holds it only while it trains.
     with locked(args.output_dir) if args.process_index == 0 and not is_finished(args) else nullcontext():
-        _run(recipe, args)
+        _run(recipe, args, allow_urls)
 
 
-def _run(recipe: Recipe, args: MMTrainingArguments) -> None:
+def _run(recipe: Recipe, args: MMTrainingArguments, allow_urls: bool | list[str]) -> None:
     if args.resume_from_checkpoint is not None:
         check_resumable(args.resume_from_checkpoint)
     data, folder = load_data(recipe, args), Path(args.output_dir)
