@@ -2,6 +2,7 @@
 
 import io
 import logging
+import struct
 
 import av
 import datasets
@@ -63,6 +64,33 @@ def test_files_of_several_kinds(tmp_path, container, codec, total):
         loaded = load_frames(video, 4)
         assert brightness(loaded) == pytest.approx(expected, abs=0.03)
         assert all(frame.mode == "RGB" and frame.size == (32, 32) for frame in loaded)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "size", "white"),
+    [
+        ((0, 1, -1, 0), (32, 64), (slice(0, 28), slice(None))),  # a quarter turn clockwise: what was left is above
+        ((0, -1, 1, 0), (32, 64), (slice(36, None), slice(None))),
+        ((-1, 0, 0, -1), (64, 32), (slice(None), slice(36, None))),
+        ((1, 0, 0, 1), (64, 32), (slice(None), slice(0, 28))),
+    ],
+)
+def test_frames_are_turned_as_the_file_says(matrix, size, white):
+    """By the display matrix of MP4, as phones write it."""
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    pixels[:, :32] = 255
+    content = bytearray(encode([Image.fromarray(pixels)] * 3))
+    place = content.find(b"tkhd")
+    place += 4 + 4 + (20 if content[place + 4] == 0 else 32) + 16
+    a, b, c, d = (value * 2**16 for value in matrix)
+    content[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 2**30)
+    for frame in load_frames(bytes(content), 2):
+        assert frame.size == size
+        found = np.asarray(frame.convert("L"))
+        is_white = np.zeros(found.shape, bool)
+        is_white[white] = True
+        assert found[is_white].min() > 200
+        assert np.sort(found[~is_white])[: found.size // 3].max() < 60
 
 
 def test_frames_themselves(tmp_path):

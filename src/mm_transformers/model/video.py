@@ -157,7 +157,11 @@ def _take(container: Any, stream: Any, total: int, num_frames: int, name: str) -
 
 
 def _picture(frame: Any) -> Any:
-    share = (limits().kept_frame_pixels / (frame.width * frame.height)) ** 0.5
-    if share >= 1:
-        return frame.to_image()
-    return frame.to_image(width=max(1, int(frame.width * share)), height=max(1, int(frame.height * share)))
+    share = min(1.0, (limits().kept_frame_pixels / (frame.width * frame.height)) ** 0.5)
+    size = (
+        {} if share == 1 else {"width": max(1, int(frame.width * share)), "height": max(1, int(frame.height * share))}
+    )
+    picture = frame.to_image(**size)
+    # As players show it: phones turn the display, not the pixels.
+    turns = round(getattr(frame, "rotation", 0) / 90) % 4
+    return picture.rotate(90 * turns, expand=True) if turns else picture
