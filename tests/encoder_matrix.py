@@ -250,6 +250,8 @@ def try_all(results: Optional[Path] = None) -> Iterator[Tried]:
 
 def page_of(all_tried: list[Tried]) -> str:
     """The page that says which model types are supported."""
+    # An image encoder is no text encoder that is not supported.
+    all_tried = [tried for tried in all_tried if "its forward takes no" not in (tried.refusal or "")]
     supported = [tried for tried in all_tried if tried.is_supported]
     lines = [
         "# Encoders",
@@ -261,7 +263,8 @@ def page_of(all_tried: list[Tried]) -> str:
         "gradient, a row alone gives the states that it has in a batch padded on the left or on the right, gradient "
         "checkpointing works, and the longest text runs. Other types are refused by `from_encoders` in one sentence.",
         "",
-        f"{len(supported)} of {len(all_tried)} types are supported. A type that is not listed was not tried, "
+        f"{len(supported)} of {len(all_tried)} types are supported. Load other types to see whether they are. A type that is "
+        "not listed was not tried, "
         f"or no tiny model of it can be built by shrinking its default config in {SECONDS} seconds.",
         "",
         "*by length*: the encoder mixes padding into a row, so it runs on rows of one length at a time, without "
