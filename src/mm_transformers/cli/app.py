@@ -293,6 +293,13 @@ def predict(
     num_beams: Annotated[
         int | None, typer.Option("--num_beams", "--num-beams", min=1, help="Beams, for tasks that write.")
     ] = None,
+    escape_formulas: Annotated[
+        bool,
+        typer.Option(
+            "--escape-formulas/--no-escape-formulas",
+            help="In CSV, put ' before texts that begin like a formula (=, +, -, @), which a spreadsheet would run.",
+        ),
+    ] = True,
     text_column: TextColumn = None,
     image_column: ImageColumn = None,
     video_column: VideoColumn = None,
@@ -314,7 +321,7 @@ def predict(
     with _errors_as_sentences():
         reading = Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file)
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
-        run_prediction(model, file, output, names, batch_size, num_workers, num_beams, reading)
+        run_prediction(model, file, output, names, batch_size, num_workers, num_beams, reading, escape_formulas)
     leave_processes()
 
 

@@ -72,7 +72,7 @@ def run_compare_tasks(path: Path, overrides: list[str], output_dir: Path, num_se
             table.add_column(column, justify="left" if column in ("task", "metric", "") else "right")
         for comparison in comparisons:
             table.add_row(*as_cells(comparison))
-        Console().print(table)
+        Console(markup=False).print(table)  # names are no styles
         (output_dir / "comparison.md").write_text(to_markdown(comparisons), encoding="utf-8")
         draw_comparison(output_dir / "comparison.png", comparisons)
         say(f"Wrote comparison.json, comparison.md and comparison.png to {output_dir}.")

@@ -108,7 +108,7 @@ def build_trainer(
     else:
         encoders: dict[str, Any] = {name: recipe.model.get(name) for name in ("text", "vision", "audio")}
         # Without a word of the person, transformers would ask one at the keyboard.
-        options = {"trust_remote_code": False}
+        options: dict[str, Any] = {"trust_remote_code": False}
         options |= {name: value for name, value in recipe.model.items() if name not in encoders}
         known: dict[str, Any] = {name: options[name] for name in (*HUB_KWARGS, "num_frames") if name in options}
         processor = MMTransformerProcessor.from_encoders(**encoders, backend=options.pop("backend", None), **known)
