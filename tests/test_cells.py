@@ -35,6 +35,7 @@ from mm_transformers import (
     DataMixture,
     DataSource,
     Generation,
+    Limits,
     Matching,
     MMDataCollator,
     MMTrainer,
@@ -895,8 +896,10 @@ class TestAddresses:
         assert len(str(error.value)) < 300
 
     def test_the_length_of_a_text_is_bounded(self, monkeypatch):
-        monkeypatch.setattr("mm_transformers.model.files.MAX_INLINE_CHARACTERS", 100)
-        with pytest.raises(ImageError, match="is longer than the 100 characters that are allowed"):
+        monkeypatch.setattr("mm_transformers.model.limits._current", Limits(file_bytes=100))
+        with pytest.raises(
+            ImageError, match=r"is longer than the limit file_bytes=100; set_limits\(file_bytes=...\), or the option"
+        ):
             load_image(f"data:image/png;base64,{TEXT}")
         with pytest.raises(ImageError, match="does not exist"):
             load_image(TEXT)

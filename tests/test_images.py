@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from tiny import make_image
 
-from mm_transformers.model.images import ImageError, image_key, load_image
+from mm_transformers.model.images import FORMATS, ImageError, image_key, load_image
 
 
 PICTURE = make_image(seed=3, size=(5, 4))
@@ -35,6 +35,9 @@ def pixels(image):
     assert isinstance(loaded, PIL.Image.Image)
     assert loaded.mode == "RGB"
     return np.asarray(loaded)
+
+
+AS = f" as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 
 
 def message_of(image):
@@ -337,10 +340,12 @@ class TestErrors:
     def test_empty_file(self, tmp_path):
         path = tmp_path / "empty.png"
         path.touch()
-        assert message_of(path) == f"image '{path}' is not an image that Pillow can read"
-        assert message_of(b"") == "the image (0 bytes) is not an image that Pillow can read"
-        assert message_of({"bytes": b"", "path": None}) == "the image (0 bytes) is not an image that Pillow can read"
-        assert message_of({"bytes": b"", "path": "a.png"}) == "image 'a.png' is not an image that Pillow can read"
+        assert message_of(path) == f"image '{path}' is not an image that Pillow can read{AS}"
+        assert message_of(b"") == f"the image (0 bytes) is not an image that Pillow can read{AS}"
+        assert (
+            message_of({"bytes": b"", "path": None}) == f"the image (0 bytes) is not an image that Pillow can read{AS}"
+        )
+        assert message_of({"bytes": b"", "path": "a.png"}) == f"image 'a.png' is not an image that Pillow can read{AS}"
 
     def test_missing_file(self, tmp_path):
         path = str(tmp_path / "nowhere.jpg")
@@ -352,8 +357,8 @@ class TestErrors:
     def test_text_file(self, tmp_path):
         path = tmp_path / "notes.txt"
         path.write_text("no picture")
-        assert message_of(path) == f"image '{path}' is not an image that Pillow can read"
-        assert message_of(b"no picture") == "the image (10 bytes) is not an image that Pillow can read"
+        assert message_of(path) == f"image '{path}' is not an image that Pillow can read{AS}"
+        assert message_of(b"no picture") == f"the image (10 bytes) is not an image that Pillow can read{AS}"
 
     def test_folder(self, tmp_path):
         message = message_of(tmp_path)
@@ -425,7 +430,7 @@ class TestKeys:
 
 def test_an_answer_cut_short_is_an_error_of_the_network():
     """Half a file, and an address that is none: told as what could not be fetched, not as a failure of this program."""
-    from mm_transformers.model.files import fetch
+    from mm_transformers.model.downloads import fetch
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

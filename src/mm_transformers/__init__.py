@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .data.sources import DataSource
     from .model.configuration_mm_transformer import MMTransformerConfig
     from .model.fusion import Fusion, Stream, register_fusion
+    from .model.limits import Limits, set_limits
     from .model.modeling_mm_transformer import (
         MMTransformerForMultiTask,
         MMTransformerModel,
@@ -52,6 +53,7 @@ _MODULES = {
     "data.sources": ["DataSource"],
     "model.configuration_mm_transformer": ["MMTransformerConfig"],
     "model.fusion": ["Fusion", "Stream", "register_fusion"],
+    "model.limits": ["Limits", "set_limits"],
     "model.modeling_mm_transformer": [
         "MMTransformerForMultiTask",
         "MMTransformerModel",
@@ -97,6 +99,7 @@ __all__ = [
     "FeatureCache",
     "Fusion",
     "Generation",
+    "Limits",
     "MMDataCollator",
     "MMTrainer",
     "MMTrainingArguments",
@@ -119,4 +122,5 @@ __all__ = [
     "load_demo_dataset",
     "register_fusion",
     "register_task",
+    "set_limits",
 ]

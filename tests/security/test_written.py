@@ -186,6 +186,18 @@ def test_pages_and_figures_of_hostile_names(model, tmp_path):
     assert "<script>" not in re.sub(r"\\<", "", found.to_markdown())
 
 
+def test_a_space_is_not_written_through_a_link(tmp_path):
+    from mm_transformers.sharing.space import write_space
+
+    (tmp_path / "space").mkdir()
+    (tmp_path / "space" / "app.py").symlink_to(tmp_path / "elsewhere.py")
+    written = write_space(tmp_path / "space", "me/null")
+    assert "app.py" not in [path.name for path in written]
+    assert not (tmp_path / "elsewhere.py").exists()
+    front = (tmp_path / "space" / "README.md").read_text().split("---")[1]
+    assert yaml.safe_load(front)["title"] == "null"
+
+
 def test_the_terminal_shows_hostile_names():
     from mm_transformers.cli.metrics_table import print_metrics
 

@@ -12,8 +12,52 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 
 @app.callback()
-def main() -> None:
+def main(
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A limit on what is read of pictures, sounds, videos and texts, such as image_pixels=2e8 (see "
+            "docs/limits.md). May be given again."
+        ),
+    ] = None,
+) -> None:
     """Text with pictures, several tasks at once."""
+    if limit:
+        from ..model.limits import set_limits
+
+        with _errors_as_sentences():
+            set_limits(**dict(map(_limit, limit)))
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise ValueError(f"--limit takes a name and a number, as in image_pixels=2e8, but got {text!r}.") from None
+
+
+# No file can say this, neither a recipe nor a model: only who starts the command.
+AllowUrls = Annotated[
+    bool,
+    typer.Option(
+        "--allow-urls", help="Fetch pictures, sounds and videos whose cells hold addresses of the public Internet."
+    ),
+]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-host",
+        help="Instead: fetch from this host only, which may be in a private network. May be given again.",
+    ),
+]
+
+
+def _allowed(allow_urls: bool, hosts: list[str] | None) -> bool | list[str]:
+    """What `MMDataCollator` takes as `allow_urls`."""
+    if allow_urls and hosts:
+        raise ValueError("Give either --allow-urls or --allow-host.")
+    return hosts or allow_urls
 
 
 @app.command()
@@ -78,6 +122,8 @@ def train(
         typer.Argument(help="Keys of the recipe with other values, such as training.learning_rate=1e-4."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_urls: AllowUrls = False,
+    allow_host: AllowHost = None,
 ) -> None:
     """
     Train a model as a recipe says, or go on where that stopped.
@@ -113,7 +159,9 @@ def train(
 
     join_processes()
     with _errors_as_sentences():
-        run_training(recipe, [*(overrides or []), *(_TRUST if trust_remote_code else [])])
+        run_training(
+            recipe, [*(overrides or []), *(_TRUST if trust_remote_code else [])], _allowed(allow_urls, allow_host)
+        )
     leave_processes()
 
 
@@ -161,6 +209,8 @@ def evaluate(
     audio_column: AudioColumn = None,
     image_root: ImageRoot = None,
     on_bad_file: OnBadFile = None,
+    allow_urls: AllowUrls = False,
+    allow_host: AllowHost = None,
 ) -> None:
     """Measure a model on the labelled rows of a file."""
     from .predict import Reading, run_evaluation
@@ -168,7 +218,10 @@ def evaluate(
 
     join_processes()
     with _errors_as_sentences():
-        reading = Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file)
+        reading = Reading(
+            text_column, image_column, video_column, audio_column, image_root, on_bad_file,
+            _allowed(allow_urls, allow_host),
+        )  # fmt: skip
         if slices and not ablate:
             raise ValueError("--slice says by which columns --ablate scores: give both.")
         run_evaluation(model, file, output, batch_size, reading, ablate, slices or ())
@@ -206,6 +259,8 @@ def explain(
     audio_column: AudioColumn = None,
     image_root: ImageRoot = None,
     on_bad_file: OnBadFile = None,
+    allow_urls: AllowUrls = False,
+    allow_host: AllowHost = None,
 ) -> None:
     """
     Show what the answers of a model rest on.
@@ -222,7 +277,10 @@ def explain(
         if (file is None) == (not row):
             raise ValueError("Give either a file of rows or one row by --text, --image, --video and --audio.")
         if file is not None:
-            reading = Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file)
+            reading = Reading(
+                text_column, image_column, video_column, audio_column, image_root, on_bad_file,
+                _allowed(allow_urls, allow_host),
+            )  # fmt: skip
             explain_rows(model, file, output, task, method, examples, ablate, batch_size, reading)
         else:
             explain_one(model, row, output, task, method, answer, word)
@@ -248,6 +306,8 @@ def card(
     audio_column: AudioColumn = None,
     image_root: ImageRoot = None,
     on_bad_file: OnBadFile = None,
+    allow_urls: AllowUrls = False,
+    allow_host: AllowHost = None,
 ) -> None:
     """
     Write the card of a model, README.md, or renew what was generated in the one that is there.
@@ -260,7 +320,10 @@ def card(
 
     join_processes()
     with _errors_as_sentences():
-        reading = Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file)
+        reading = Reading(
+            text_column, image_column, video_column, audio_column, image_root, on_bad_file,
+            _allowed(allow_urls, allow_host),
+        )  # fmt: skip
         said = {"datasets": dataset, "license": license, "language": language, "tags": tag}
         run_card(model, data, split, ablation, name, said, batch_size, reading)
     leave_processes()
@@ -306,6 +369,8 @@ def predict(
     audio_column: AudioColumn = None,
     image_root: ImageRoot = None,
     on_bad_file: OnBadFile = None,
+    allow_urls: AllowUrls = False,
+    allow_host: AllowHost = None,
 ) -> None:
     """
     Answer the rows of a file, of any size; labels are not needed.
@@ -319,7 +384,10 @@ def predict(
 
     join_processes()
     with _errors_as_sentences():
-        reading = Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file)
+        reading = Reading(
+            text_column, image_column, video_column, audio_column, image_root, on_bad_file,
+            _allowed(allow_urls, allow_host),
+        )  # fmt: skip
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
         run_prediction(model, file, output, names, batch_size, num_workers, num_beams, reading, escape_formulas)
     leave_processes()
@@ -337,6 +405,8 @@ def compare_tasks(
     ] = Path("comparison"),
     seeds: Annotated[int, typer.Option(min=1, help="How many times each is trained.")] = 3,
     trust_remote_code: TrustRemoteCode = False,
+    allow_urls: AllowUrls = False,
+    allow_host: AllowHost = None,
 ) -> None:
     """
     Train each task of a recipe alone and all of them jointly, and show what the tasks gained.
@@ -349,7 +419,8 @@ def compare_tasks(
 
     join_processes()
     with _errors_as_sentences():
-        run_compare_tasks(recipe, [*(overrides or []), *(_TRUST if trust_remote_code else [])], output_dir, seeds)
+        given = [*(overrides or []), *(_TRUST if trust_remote_code else [])]
+        run_compare_tasks(recipe, given, output_dir, seeds, _allowed(allow_urls, allow_host))
     leave_processes()
 
 

@@ -13,8 +13,13 @@ from ..training.recipe import read_recipe
 from .processes import say
 
 
-def run_compare_tasks(path: Path, overrides: list[str], output_dir: Path, num_seeds: int) -> None:
+def run_compare_tasks(
+    path: Path, overrides: list[str], output_dir: Path, num_seeds: int, allow_urls: bool | list[str] = False
+) -> None:
     """
+    Args:
+        allow_urls: as [`MMDataCollator`] takes it.
+
     Raises:
         ValueError, OSError: one sentence.
     """
@@ -49,7 +54,7 @@ def run_compare_tasks(path: Path, overrides: list[str], output_dir: Path, num_se
                 model["regularization"] = {**model["regularization"], "tasks": of_this}
         one = dataclasses.replace(recipe, training=training, model=model)
         chosen = data._replace(tasks=[task for task in data.tasks if task.name in tasks])
-        trainer = build_trainer(one, training_arguments(one), chosen)
+        trainer = build_trainer(one, training_arguments(one), chosen, allow_urls=allow_urls)
         trainer.train()
         metrics = trainer.evaluate(data.splits[split])
         found: dict[str, dict[str, float]] = {task: {} for task in tasks}

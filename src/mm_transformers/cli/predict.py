@@ -50,6 +50,8 @@ class Reading:
     audio_column: str | None = None
     image_root: str | None = None
     on_bad_file: str | None = None
+    # Only from the command line: the recipe beside a model is a stranger's.
+    allow_urls: bool | list[str] = False
 
     def options(self, model: str) -> tuple[ColumnsSection, DataSection]:
         """
@@ -129,7 +131,7 @@ def evaluator(
         ValueError, OSError: one sentence.
     """
     columns, data = reading.options(model_name)
-    model, collator = _load(model_name, columns, data)
+    model, collator = _load(model_name, columns, data, reading.allow_urls)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder, per_device_eval_batch_size=batch_size, report_to="none")
         show_progress_of_package(args.should_log)
@@ -151,7 +153,7 @@ def load_with_rows(
         ValueError, OSError: one sentence.
     """
     columns, data = reading.options(model_name)
-    model, collator = _load(model_name, columns, data)
+    model, collator = _load(model_name, columns, data, reading.allow_urls)
     rows = _read(model, file, columns, data)
     _check_columns(rows.column_names, collator, columns, reading, file)
     check_labels({file.name: rows}, model.tasks.values(), columns.text, data.label_separator)
@@ -190,7 +192,7 @@ def run_prediction(
     rows = TableRows(file)
     types = rows.plain_types()
     columns, data = reading.options(model_name)
-    model, collator = _load(model_name, columns, data)
+    model, collator = _load(model_name, columns, data, reading.allow_urls)
     check_tasks(model, tasks)
     state = this_process()
     show_progress_of_package(state.is_main_process)
@@ -224,7 +226,9 @@ def run_prediction(
         logger.warning(f"{collator.num_bad_files:,} times a file could not be read; it was treated as absent.")
 
 
-def _load(name: str, columns: ColumnsSection, data: DataSection) -> tuple[MMTransformerForMultiTask, MMDataCollator]:
+def _load(
+    name: str, columns: ColumnsSection, data: DataSection, allow_urls: bool | list[str]
+) -> tuple[MMTransformerForMultiTask, MMDataCollator]:
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         checkpoint = newest_checkpoint(name)
         advice = "" if checkpoint is None else f"; its training has not ended, but there is {checkpoint}"
@@ -232,7 +236,7 @@ def _load(name: str, columns: ColumnsSection, data: DataSection) -> tuple[MMTran
     model = MMTransformerForMultiTask.from_pretrained(name).eval()
     processor = MMTransformerProcessor.from_pretrained(name)
     options: dict[str, Any] = {**columns.collator_options, **data.collator_options}
-    return model, MMDataCollator(processor, model.config, **options)
+    return model, MMDataCollator(processor, model.config, allow_urls=allow_urls, **options)
 
 
 def _check_columns(

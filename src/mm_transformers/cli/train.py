@@ -26,8 +26,11 @@ from .processes import say
 PREFIXES = {"validation": "eval", "test": "test"}
 
 
-def run_training(path: Path, overrides: list[str]) -> None:
+def run_training(path: Path, overrides: list[str], allow_urls: bool | list[str] = False) -> None:
     """
+    Args:
+        allow_urls: as [`MMDataCollator`] takes it.
+
     Raises:
         ValueError, OSError: one sentence.
     """
@@ -47,7 +50,7 @@ def run_training(path: Path, overrides: list[str]) -> None:
             say(f"It takes another folder, by training.output_dir=..., for another training: {'; '.join(differences)}.")
         measured = {split: prefix for split, prefix in measured.items() if not results[split].is_file()}
     if not finished or measured:
-        trainer = build_trainer(recipe, args, data, saved=folder if finished else None)
+        trainer = build_trainer(recipe, args, data, saved=folder if finished else None, allow_urls=allow_urls)
     if not finished:
         checkpoint = args.resume_from_checkpoint or newest_checkpoint(folder)
         start = 0

@@ -1,7 +1,7 @@
 """Rows become batches."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, Optional
 
@@ -13,6 +13,7 @@ from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor, as_clips, as_list, as_one
 from ..model.task_base import LabelContext, is_null, shorten
 from ..model.video import load_frames, video_key
+from .addresses import Addresses
 from .cells import LABEL_SEPARATOR, label_of
 from .feature_keys import digest_of, hash_of_text
 from .feature_reading import KINDS, CachedFeatures, CachedItem, unpadded_texts
@@ -48,6 +49,12 @@ class MMDataCollator:
         pad_to_multiple_of (`int`, *optional*): Pads texts to a multiple of this length.
         label_separator (`str`, *optional*, defaults to `"|"`):
             What stands between the labels of a cell that is a text but holds several, and no list such as `["a", "b"]`.
+        allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
+            Whether addresses in cells are fetched: `True` for http(s) addresses of the public Internet and for stores
+            such as `hf://`; a list of hosts, which may be private, and stores (`"hf://"`) for these only. Without it, a
+            cell with an address is a bad file.
+
+    How large a picture, a sound, a video or a text may be, the [`~mm_transformers.set_limits`] say.
 
     [`MMTrainer`] reads the features of a `datasets.Dataset`: ids of a `ClassLabel` become its names. Rows that come
     without their data set, as those of the plain `Trainer`, have no features: a number there is an id of the task.
@@ -70,6 +77,7 @@ class MMDataCollator:
         max_length: Optional[int] = None,
         pad_to_multiple_of: Optional[int] = None,
         label_separator: str = LABEL_SEPARATOR,
+        allow_urls: bool | Collection[str] = False,
     ):
         if on_bad_file not in ("raise", "drop"):
             raise ValueError(f"on_bad_file must be 'raise' or 'drop', but is {on_bad_file!r}.")
@@ -87,16 +95,17 @@ class MMDataCollator:
         self.takes_images = config.vision_config is not None
         self.text_column, self.image_column = text_column, image_column
         self._num_bad_files = SharedCounter()
-        bad = (on_bad_file, self._num_bad_files)
+        addresses = Addresses(allow_urls)
+        rules = (on_bad_file, self._num_bad_files, addresses)
         # By the argument of the processor. A model does not read what it does not take.
         self.media: dict[str, MediaColumn] = {}
         if self.takes_images:
-            frames_of = partial(load_frames, num_frames=processor.num_frames)
-            self.media["images"] = MediaColumn(image_column, as_list, image_key, load_image, *bad)
-            self.media["videos"] = MediaColumn(video_column, as_one, video_key, frames_of, *bad)
+            frames_of = partial(load_frames, num_frames=processor.num_frames, fetch=addresses.fetch)
+            self.media["images"] = MediaColumn(image_column, as_list, image_key, load_image, *rules)
+            self.media["videos"] = MediaColumn(video_column, as_one, video_key, frames_of, *rules)
         if config.audio_config is not None:
             clip_of = partial(_load_clip, processor, sampling_rate=sampling_rate)
-            self.media["audio"] = MediaColumn(audio_column, as_clips, audio_key, clip_of, *bad)
+            self.media["audio"] = MediaColumn(audio_column, as_clips, audio_key, clip_of, *rules)
         limits = [max_length, max_text_positions(config.text_config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
         self.pad_to_multiple_of, self.label_separator = pad_to_multiple_of, label_separator

@@ -11,7 +11,7 @@ import transformers
 import xxhash
 from torch import nn
 
-from ..model.files import cast_of, content_of, fetch, is_url
+from ..model.files import cast_of, content_of, read_file
 
 
 KEY_SIZE = 16  # bytes of a hash
@@ -93,12 +93,9 @@ class ItemHash:
         is_array = isinstance(cell, Mapping) and cell.get("array") is not None
         content = cell if is_array else content_of(cell)
         try:
-            if is_url(content):
-                content = fetch(content)
-            elif isinstance(content, (str, os.PathLike)):
-                with open(content, "rb") as file:
-                    content = file.read()
-        except OSError:
+            if isinstance(content, (str, os.PathLike)):
+                content = read_file(content)
+        except (OSError, ValueError):
             content = None  # `load` says what is wrong
         if isinstance(content, bytes):
             options = self.options + "".join(f"{name}={value};" for name, value in sorted(cast_of(cell).items()))

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..model.task_base import shorten
+from ..model.limits import CarriedLimits
+from ..model.processing_mm_transformer import check_number
+from .addresses import NO_ADDRESSES, Addresses
 from .sources import own_column
 
 
@@ -42,6 +44,7 @@ class MediaColumn:
         load: an item -> what the processor takes; raises `ValueError` with one sentence.
         on_bad_file: `"raise"`, or `"drop"` what cannot be read, and count it.
         num_bad_files: where that is counted.
+        addresses: which addresses in cells may be fetched; none by default.
     """
 
     def __init__(
@@ -52,9 +55,11 @@ class MediaColumn:
         load: Callable[[Any], Any],
         on_bad_file: str,
         num_bad_files: SharedCounter,
+        addresses: Addresses = NO_ADDRESSES,
     ):
         self.column, self.split, self.key, self.load = column, split, key, load
-        self.on_bad_file, self.num_bad_files = on_bad_file, num_bad_files
+        self.on_bad_file, self.num_bad_files, self.addresses = on_bad_file, num_bad_files, addresses
+        self.limits = CarriedLimits()
 
     def read(self, rows: list[Mapping[str, Any]], names: list[str]) -> tuple[list[list[Any]], list[bool]]:
         """
@@ -69,7 +74,7 @@ class MediaColumn:
         for row, name in zip(rows, names, strict=True):
             cells = self.split(row.get(self.column))
             items = []
-            for cell in cells:
+            for cell in cells if self._are_few(cells, row, name) else ():
                 key = self.key(cell)
                 kept.append(cell)
                 if key not in loaded:
@@ -90,33 +95,26 @@ class MediaColumn:
             where: how messages call the row and the column.
         """
         try:
-            return self.load(_at_hand(cell))
+            return self.load(self.addresses.at_hand(cell))
         except ValueError as error:
-            where = f"{where}: {error}"
-            if self.on_bad_file == "raise":
-                raise type(error)(
-                    f"{where}; mend or remove it, or pass on_bad_file='drop' to treat it as absent."
-                ) from None
-            if int(self.num_bad_files) == 0:
-                logger.warning(f"{where}; treated as absent.")
+            self._refuse(error, where)
             return None
 
+    def _are_few(self, cells: list[Any], row: Mapping[str, Any], name: str) -> bool:
+        """Whether a row has no more items than are allowed; otherwise they are treated as one that cannot be read."""
+        try:
+            check_number(cells, "items")
+        except ValueError as error:
+            self._refuse(error, f"{name}, column {own_column(row, self.column)!r}")
+            self.num_bad_files.add_one()
+            return False
+        return True
 
-def _at_hand(cell: Any) -> Any:
-    """The bytes of what is named by an address that only file systems of `datasets` open, as `zip://...`, `hf://...`."""
-    is_named = isinstance(cell, Mapping) and cell.get("bytes") is None and "array" not in cell
-    path = cell.get("path") if is_named else cell
-    if (
-        not isinstance(path, str)
-        or "://" not in path[:100]
-        or path.startswith(("http://", "https://", "file://", "data:"))
-    ):
-        return cell
-    from datasets.utils.file_utils import xopen
-
-    try:
-        with xopen(path, "rb") as file:
-            return {**(cell if isinstance(cell, Mapping) else {}), "bytes": file.read(), "path": path}
-    except Exception as error:  # of file systems: OSError, ImportError, KeyError for members of archives, ...
-        reason = shorten(" ".join(str(error).split())) or type(error).__name__
-        raise ValueError(f"{shorten(path)!r} cannot be opened ({reason})") from error
+    def _refuse(self, error: ValueError, where: str) -> None:
+        where = f"{where}: {error}"
+        if self.on_bad_file == "raise":
+            raise type(error)(
+                f"{where}; mend or remove it, or pass on_bad_file='drop' to treat it as absent."
+            ) from None
+        if int(self.num_bad_files) == 0:
+            logger.warning(f"{where}; treated as absent.")

@@ -15,7 +15,8 @@ from scipy.sparse import csr_matrix
 from torch.utils.data import Subset
 from transformers.utils import logging
 
-from ..model.files import content_of
+from ..model.files import check_file, content_of
+from ..model.limits import limits
 from ..model.processing_mm_transformer import as_clips, as_list, as_one
 from ..model.task_base import as_scalar, is_null
 from ..model.tasks import Task
@@ -286,12 +287,13 @@ class _Contents:
         return self._resolved.get(key, key)
 
 
-def _hash_of_file(path: str, num_bytes: int = -1) -> Hashable:
-    """Of its first bytes; that of the path if the file cannot be read."""
+def _hash_of_file(path: str, num_bytes: int | None = None) -> Hashable:
+    """Of its first bytes, by default of all; the path if the file cannot be read, or is larger than the limit."""
     try:
+        check_file(path)
         with open(path, "rb") as file:
-            return hashlib.sha256(file.read(num_bytes)).digest()
-    except OSError:
+            return hashlib.sha256(file.read(int(num_bytes or limits().file_bytes))).digest()
+    except (OSError, ValueError):
         return path
 
 

@@ -13,6 +13,7 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
+from ..model.limits import limits, named
 from .formulas import without_formula
 
 
@@ -90,7 +91,7 @@ class TableRows:
         return pyarrow.schema(types)
 
     def _read_csv(self) -> Iterator[dict[str, Any]]:
-        csv.field_size_limit(2**31 - 1)  # long texts are no error
+        csv.field_size_limit(int(limits().file_bytes))  # long texts are no error
         start = 1  # the line in which the next row begins
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
@@ -115,6 +116,11 @@ class TableRows:
                     yield {name: cell or None for name, cell in zip(names, cells, strict=False)}
                     number += 1
         except csv.Error as error:
+            if "field larger" in str(error):
+                raise ValueError(
+                    f"{self.path} cannot be read as CSV: the row that begins in line {start:,} has a cell with more "
+                    f"characters than {named('file_bytes')}."
+                ) from error
             raise ValueError(
                 f"{self.path} cannot be read as CSV: the row that begins in line {start:,} has a quote that is not "
                 f"closed, or that is not doubled within a text ({error})."
@@ -129,9 +135,13 @@ class TableRows:
 
     def _read_parquet(self) -> Iterator[dict[str, Any]]:
         try:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
+            # Cells that are stored once for many rows stay so, and a few rows at a time are unpacked: otherwise a file
+            # of a few kilobytes could fill the memory.
+            names = [name for field in pyarrow.parquet.read_schema(self.path) for name in _texts_in(field)]
+            with pyarrow.parquet.ParquetFile(self.path, read_dictionary=names) as file:
                 for batch in file.iter_batches(CHUNK_SIZE):
-                    yield from batch.to_pylist()
+                    for start in range(0, len(batch), 16):
+                        yield from batch.slice(start, 16).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} cannot be read as Parquet: {error}.") from error
 
@@ -143,7 +153,7 @@ class TableRows:
                     raise ValueError(f"{self.path}: row {number:,} must be a JSON object, but is {str(row)[:50]!r}.")
                 yield row
                 number += 1
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, _WrongNumber) as error:
             raise ValueError(f"{self.path}: row {number:,} cannot be read as JSON ({error}).") from error
 
     def _json_values(self) -> Iterator[Any]:
@@ -152,10 +162,22 @@ class TableRows:
             while start.isspace():
                 start = file.read(1)
             file.seek(0)
+            options: dict[str, Any] = {"parse_constant": _constant, "parse_int": _whole_number}
             if start == "[":
-                yield from json.load(file, parse_constant=_constant)
+                yield from json.load(file, **options)
             else:
-                yield from (json.loads(line, parse_constant=_constant) for line in file if line.strip())
+                yield from (json.loads(line, **options) for line in file if line.strip())
+
+
+class _WrongNumber(ValueError):
+    pass
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:  # Python refuses thousands of digits
+        raise _WrongNumber(f"a number of {len(text):,} digits") from error
 
 
 def _constant(name: str) -> float | None:
@@ -188,6 +210,15 @@ def _plain_type(kind: pyarrow.DataType) -> pyarrow.DataType | None:
         return pyarrow.string()
     is_plain = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_null(kind)
     return kind if is_plain or types.is_string(kind) or types.is_large_string(kind) else None
+
+
+def _texts_in(field: pyarrow.Field) -> list[str]:
+    """The names by which Parquet knows the texts and bytes of a column."""
+    types = pyarrow.types
+    if types.is_struct(field.type):
+        return [f"{field.name}.{name}" for inner in field.type for name in _texts_in(inner)]
+    kinds = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    return [field.name] if any(is_kind(field.type) for is_kind in kinds) else []
 
 
 def table_writer(

@@ -1,12 +1,15 @@
 """Turns whatever a table holds in its audio column into waveforms."""
 
 import io
+import math
 import numbers
 import os
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from .files import cast_of, content_key, content_of, describe, fetch, is_url, not_there
+from .downloads import fetch, is_url
+from .files import cast_of, check_file, content_key, content_of, describe, not_there
+from .limits import limits, named
 from .task_base import shorten
 
 
@@ -37,7 +40,7 @@ def load_audio(clip: Any, sampling_rate: int, source_rate: Optional[int] = None)
 
     Raises:
         AudioError: if there is no such file, it is no sound that can be read, it is empty, it holds NaN or infinity,
-            its values do not say what is loud, or its sampling rate is not known.
+            its values do not say what is loud, its sampling rate is not known, or it exceeds one of the [`Limits`].
         ImportError: if a library of the extra `audio` is needed and not installed.
     """
     name, cast = describe(clip, "sound"), cast_of(clip)
@@ -55,13 +58,38 @@ def load_audio(clip: Any, sampling_rate: int, source_rate: Optional[int] = None)
         )
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or rate != rate // 1 or rate <= 0:
         raise AudioError(f"{name} has the sampling rate {rate!r}, but it must be a whole number of samples per second")
-    waveform, rate = _one_channel(waveform, name), int(float(rate))
+    rate = int(float(rate))
+    for other in (rate, cast.get("sampling_rate") or rate, sampling_rate):
+        _check_rate(other, name)
+    if hasattr(waveform, "shape"):
+        _check_length(max(waveform.shape, default=0), math.prod(waveform.shape), rate, name)
+    waveform = _one_channel(waveform, name)
+    _check_length(len(waveform), len(waveform), rate, name)
     if cast.get("stream_index"):
         raise AudioError(f"{name}: stream {cast['stream_index']} of the file is asked for, but only the first is read")
     if cast.get("sampling_rate"):
         # As the data set would decode it: with the frequencies of that rate only.
-        waveform, rate = _resample(waveform, rate, int(cast["sampling_rate"])), int(cast["sampling_rate"])
-    return _resample(waveform, rate, sampling_rate)
+        waveform, rate = _resample(waveform, rate, int(cast["sampling_rate"]), name), int(cast["sampling_rate"])
+    return _resample(waveform, rate, sampling_rate, name)
+
+
+def _check_rate(rate: Any, name: str) -> None:
+    for limit, exceeds in (("lowest_sampling_rate", rate < limits().lowest_sampling_rate),
+                           ("highest_sampling_rate", rate > limits().highest_sampling_rate)):  # fmt: skip
+        if exceeds:
+            raise AudioError(f"{name}: {rate:,} Hz is {'below' if limit.startswith('low') else 'above'} {named(limit)}")
+
+
+def _check_length(num_frames: int, num_samples: int, rate: int, name: str) -> None:
+    """
+    Args:
+        num_frames: samples of one channel.
+        num_samples: those of all channels.
+    """
+    if num_frames > limits().audio_seconds * rate:
+        raise AudioError(f"{name} lasts {num_frames / rate:,.1f} s, longer than {named('audio_seconds')}")
+    if num_samples > limits().audio_samples:
+        raise AudioError(f"{name} has {num_samples:,} samples, more than {named('audio_samples')}")
 
 
 def _undecoded(clip: Any) -> Any:
@@ -89,16 +117,23 @@ def _read(content: Any, name: str) -> tuple[Any, int]:
             "a sound must be a path, bytes, an array or a dict with 'array' and 'sampling_rate', 'bytes' or 'path', "
             f"but is of type {type(content).__name__}"
         )
-    if not isinstance(content, bytes) and not os.path.exists(content):
-        raise AudioError(not_there(content, "sound"))
+    try:
+        check_file(content)
+    except FileNotFoundError:
+        raise AudioError(not_there(content, "sound")) from None
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{name} cannot be read ({error})") from error
     try:
         import soundfile
     except ImportError as error:
         raise ImportError("Reading files of sound needs a package more: pip install mm-transformers[audio]") from error
     try:
-        return soundfile.read(
-            io.BytesIO(content) if isinstance(content, bytes) else content, dtype="float32", always_2d=True
-        )
+        with soundfile.SoundFile(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
+            _check_rate(file.samplerate, name)
+            _check_length(file.frames, file.frames * file.channels, file.samplerate, name)
+            return file.read(dtype="float32", always_2d=True), file.samplerate
+    except AudioError:
+        raise
     except Exception as error:  # soundfile's own errors, and those of files: OSError, RuntimeError, TypeError
         raise AudioError(f"{name} cannot be read ({shorten(' '.join(str(error).split()))})") from error
 
@@ -150,16 +185,18 @@ def waveform_of_integers(samples: Any, name: str):
 
 def _check_range(samples: Any, name: str) -> None:
     """Floats may be louder than 1, but not like integers that were never scaled."""
-    loudest = abs(samples).max()
+    loudest = max(samples.max(), -samples.min())
     if loudest > 64 or (loudest > 1 and (samples == samples.round()).all()):
         raise AudioError(
             f"{name} holds floats up to {loudest:g}, but 1 is the loudest: divide 16-bit samples by 32,768"
         )
 
 
-def _resample(waveform, rate: int, wanted: int):
+def _resample(waveform, rate: int, wanted: int, name: str):
     if rate == wanted:
         return waveform
+    num_samples = len(waveform) * wanted // rate
+    _check_length(num_samples, num_samples, wanted, name)
     try:
         import soxr
     except ImportError as error:

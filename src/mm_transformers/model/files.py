@@ -3,19 +3,18 @@
 import base64
 import binascii
 import hashlib
-import http.client
 import os
 import re
+import stat
 import urllib.parse
 import urllib.request
 from collections.abc import Hashable, Mapping
 from typing import Any, Optional
 
+from .limits import limits, named
 from .task_base import is_null, shorten
 
 
-# A file in the cell itself, as base64: so many characters at most.
-MAX_INLINE_CHARACTERS = 64 * 2**20
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
 _DATA_URL = re.compile(r"data:([^,]{0,200}?)(;base64)?,", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{48,}={0,2}")
@@ -24,6 +23,10 @@ _SIGNATURES = (
     b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"OggS", b"fLaC", b"ID3", b"FORM",
     b"\x1aE\xdf\xa3",
 )  # fmt: skip
+
+
+class UnreadableFile(ValueError):
+    """A file, or an address, that is not read; the message says why, in one sentence."""
 
 
 def content_of(cell: Any) -> Any:
@@ -43,7 +46,7 @@ def content_of(cell: Any) -> Any:
 
 def _inline_bytes(text: str) -> Optional[bytes]:
     """The file that a text holds; `None` if it holds none, or one that is too large or damaged."""
-    if len(text) > MAX_INLINE_CHARACTERS:
+    if len(text) > limits().file_bytes:
         return None
     found = _DATA_URL.match(text)
     if found is not None:
@@ -104,17 +107,13 @@ def not_there(cell: Any, kind: str) -> str:
     path = cell.get("path") if isinstance(cell, Mapping) else cell
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
     if text.startswith("data:"):
-        if len(text) > MAX_INLINE_CHARACTERS:
-            return f"{describe(cell, kind)} is longer than the {MAX_INLINE_CHARACTERS:,} characters that are allowed"
+        if len(text) > limits().file_bytes:
+            return f"{describe(cell, kind)} is longer than {named('file_bytes')}"
         return f"{describe(cell, kind)} is not valid base64"
     if is_address(text):
         return f"{describe(cell, kind)} is an address that only data sets open; give a file, or its bytes"
     is_relative = bool(text) and not os.path.isabs(text) and len(text) < 4096
     return f"{describe(cell, kind)} does not exist{' in the current folder' if is_relative else ''}"
-
-
-def is_url(content: Any) -> bool:
-    return isinstance(content, str) and content.startswith(("http://", "https://"))
 
 
 def is_address(content: Any) -> bool:
@@ -124,14 +123,36 @@ def is_address(content: Any) -> bool:
     return bool(_ADDRESS.match(content)) or content.startswith("data:") or isinstance(content_of(content), bytes)
 
 
-def fetch(url: str) -> bytes:
+def check_file(content: Any) -> None:
     """
+    For bytes, or a path, that a reader is to be given.
+
     Raises:
-        OSError: if there is no answer within 30 seconds, it is an error, or it is cut short.
+        FileNotFoundError: if there is no such file.
+        UnreadableFile: if it is larger than the limit, or no file but a device, a pipe or a folder.
     """
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "mm-transformers"})
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return response.read()
-    except (ValueError, http.client.HTTPException) as error:  # a wrong address, half an answer
-        raise OSError(str(error)) from error
+    if isinstance(content, bytes):
+        size = len(content)
+    else:
+        # No path is so long, and the error of the system would hold all of it.
+        if len(os.fspath(content)) > 4096 or "\0" in os.fspath(content):
+            raise FileNotFoundError
+        found = os.stat(content)
+        if not stat.S_ISREG(found.st_mode):
+            is_folder = stat.S_ISDIR(found.st_mode)
+            raise UnreadableFile("it is a folder" if is_folder else "it is a device or a pipe, not a file")
+        size = found.st_size
+    if size > limits().file_bytes:
+        raise UnreadableFile(f"it has {size:,} bytes, more than {named('file_bytes')}")
+
+
+def read_file(path: Any) -> bytes:
+    """
+    All bytes of a file, within the limits.
+
+    Raises:
+        OSError, UnreadableFile: as [`check_file`].
+    """
+    check_file(path)
+    with open(path, "rb") as file:
+        return file.read(int(limits().file_bytes))

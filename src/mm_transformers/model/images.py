@@ -1,14 +1,23 @@
 """Turns whatever a table holds in its image column into RGB pictures."""
 
 import contextlib
+import functools
 import io
 import os
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
-from .files import cast_of, content_key, content_of, describe, fetch, is_url, not_there
+from .downloads import fetch, is_url
+from .files import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
+from .limits import limits, named
 from .task_base import shorten
+
+
+# What is opened, as Pillow calls it, and no other format: to read EPS, for one, is to run a program.
+FORMATS = (
+    "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "DIB", "ICO",
+)  # fmt: skip
 
 
 class ImageError(ValueError):
@@ -20,12 +29,13 @@ def image_key(image: Any) -> Hashable:
     return content_key(image, content_of(image))
 
 
-def load_image(image: Any):
+def load_image(image: Any, fetch: Callable[[str], bytes] = fetch):
     """
     An RGB `PIL.Image.Image`.
 
     Transparent pixels are laid on white, 16-bit grey is scaled to 8 bits, of animations the first frame is taken, and
-    pictures are turned as their EXIF orientation, if it can be read, says.
+    pictures are turned as their EXIF orientation, if it can be read, says. Pictures of more than `kept_image_pixels` of
+    the [`Limits`] are shrunk to as many.
 
     Args:
         image: a `PIL.Image.Image`; a path, `file://` or http(s) address; the bytes of an image file, also as base64 or
@@ -44,15 +54,22 @@ def load_image(image: Any):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = _open(content_of(image))
-            if 0 in picture.size:
-                raise ImageError(f"{name} has no pixels (its size is {picture.size[0]} x {picture.size[1]})")
-            if getattr(picture, "n_frames", 1) > 1:
+            content = content_of(image)
+            picture = _open(content, fetch)
+            _check_size(picture, name)
+            if _is_read(picture):
+                return picture
+            if picture.tell() != 0:  # not `n_frames`, for which Pillow goes through all frames
                 picture.seek(0)
+            if picture is not content and _is_large(picture):
+                picture.draft(None, _kept_size(picture))  # JPEG files can be decoded at a fraction of their size
             picture.load()
+            _check_size(picture, name)  # the file may hold another size than it declares
             # Broken EXIF data do not make the picture useless.
             with contextlib.suppress(Exception):
                 picture = ImageOps.exif_transpose(picture)
+            if _is_large(picture):
+                picture = _shrunk(_eight_bits_of(picture))
             mode = cast_of(image).get("mode")
             if mode is not None:
                 picture = _eight_bits_of(picture).convert(mode)
@@ -61,32 +78,43 @@ def load_image(image: Any):
         raise
     except FileNotFoundError as error:
         raise ImageError(not_there(image, "image")) from error
+    except UnreadableFile as error:
+        raise ImageError(f"{name} cannot be read ({error})") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(
             f"{name} has more than the {Image.MAX_IMAGE_PIXELS:,} pixels that are allowed (PIL.Image.MAX_IMAGE_PIXELS)"
         ) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not an image that Pillow can read") from error
+        raise ImageError(
+            f"{name} is not an image that Pillow can read as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        ) from error
     except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError, ...
         reason = shorten(" ".join(str(error).split())) or type(error).__name__
         raise ImageError(f"{name} cannot be read ({reason})") from error
 
 
-def _open(image: Any):
+@functools.cache
+def _formats() -> list[str]:
+    from PIL import Image
+
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _open(image: Any, fetch: Callable[[str], bytes]):
     from PIL import Image
 
     if isinstance(image, Image.Image):
         return image
-    if isinstance(image, bytes):
-        return Image.open(io.BytesIO(image))
     if is_url(image):
         # Not by `transformers.image_utils.load_image`: it waits for ever, takes an error page for a broken image, and
         # lays what is transparent on black.
-        return Image.open(io.BytesIO(fetch(image)))
-    if isinstance(image, (str, os.PathLike)):
-        if len(os.fspath(image)) > 4096 or os.fspath(image).startswith("data:"):
-            raise FileNotFoundError  # no path is so long, and the error of the system would hold all of it
-        return Image.open(image)
+        image = fetch(image)
+    if isinstance(image, (bytes, str, os.PathLike)):
+        if isinstance(image, str) and image.startswith("data:"):
+            raise FileNotFoundError
+        check_file(image)
+        return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_formats())
     if hasattr(image, "shape"):
         return _from_array(image)
     raise ImageError(
@@ -95,11 +123,55 @@ def _open(image: Any):
     )
 
 
+def _check_size(picture: Any, name: str) -> None:
+    width, height = picture.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name} has no pixels (its size is {width} x {height})")
+    if width * height > limits().image_pixels:
+        raise ImageError(f"{name} has {width:,} x {height:,} pixels, more than {named('image_pixels')}")
+    if max(width, height) > limits().image_aspect_ratio * min(width, height):
+        raise ImageError(
+            f"{name} has {width:,} x {height:,} pixels, so its sides differ by more than {named('image_aspect_ratio')}"
+        )
+
+
+def _is_read(picture: Any) -> bool:
+    """Whether it is as [`load_image`] returns pictures, so that nothing is left to do and no copy is needed."""
+    from PIL import Image
+
+    is_plain = type(picture) is Image.Image and picture.mode == "RGB" and not picture.info
+    return is_plain and not getattr(picture, "_exif", None) and not _is_large(picture)
+
+
+def _is_large(picture: Any) -> bool:
+    return picture.width * picture.height > limits().kept_image_pixels
+
+
+def _kept_size(picture: Any) -> tuple[int, int]:
+    share = (limits().kept_image_pixels / (picture.width * picture.height)) ** 0.5
+    return max(1, int(picture.width * share)), max(1, int(picture.height * share))
+
+
+def _shrunk(picture: Any):
+    """The picture, of at most 8 bits per channel, with as many pixels as are kept."""
+    from PIL import Image
+
+    if picture.mode == "PA" or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    elif picture.mode in ("1", "P", "HSV"):  # whose values have no means
+        picture = picture.convert("L" if picture.mode == "1" else "RGB")
+    return picture.resize(_kept_size(picture), Image.Resampling.BICUBIC, reducing_gap=2.0)
+
+
 def _from_array(array: Any):
     import numpy as np
     from PIL import Image
 
-    array = np.asarray(array.cpu() if hasattr(array, "cpu") else array)
+    array = array.cpu() if hasattr(array, "cpu") else array
+    if np.prod(array.shape, dtype=object) > 4 * limits().image_pixels:  # it may be a view that is small in memory
+        shape = " x ".join(f"{side:,}" for side in array.shape)
+        raise ImageError(f"the image array has {shape} values, more than 4 for each pixel of {named('image_pixels')}")
+    array = np.asarray(array)
     shape = array.shape
     if array.ndim == 3 and shape[-1] not in (1, 2, 3, 4) and shape[0] in (1, 2, 3, 4):
         array = array.transpose(1, 2, 0)
@@ -121,10 +193,18 @@ def _from_array(array: Any):
     elif np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):
             raise ImageError("an image array of floats must lie between 0 and 1; divide it by 255, or make it uint8")
-        array = array * 255 + 0.5
+        scaled = np.empty(array.shape, np.uint8)
+        for rows, into in zip(_in_blocks(array), _in_blocks(scaled), strict=True):
+            into[...] = (rows * 255 + 0.5).astype(np.uint8)
+        array = scaled
     else:
         raise ImageError(f"an image array must hold integers, floats or truth values, but is of {array.dtype}")
     return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
+
+
+def _in_blocks(array: Any) -> list[Any]:
+    """Views of its rows, a few at a time."""
+    return [array[start : start + 256] for start in range(0, len(array), 256)]
 
 
 def _from_sixteen_bits(values: Any, what: str):
@@ -153,7 +233,7 @@ def _eight_bits_of(picture):
 
     if picture.mode.startswith("I"):
         # Pillow would clip these to 255.
-        values = np.asarray(picture).astype(np.int64)
+        values = np.asarray(picture)
         is_sixteen = (
             picture.mode != "I" or picture.format == "PNG" or (values.min() >= 0 and 2**12 <= values.max() < 2**16)
         )

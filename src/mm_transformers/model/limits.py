@@ -1,30 +1,40 @@
 """How much of what strangers send is read: the one list of limits."""
 
 import dataclasses
+import math
+import multiprocessing
+import numbers
 from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """
-    Bounds on pictures, sounds, videos, texts, files and downloads. What exceeds one is refused in one sentence, or
-    shortened where the entry says so. Change them by [`set_limits`].
+    Bounds on pictures, sounds, videos, texts, files and downloads. What exceeds one is refused in one sentence, unless
+    the entry says otherwise. Change them by [`set_limits`].
 
     Args:
-        image_pixels (`int`): Pixels of a picture as its file declares them.
-        kept_image_pixels (`int`): Pixels of a picture in memory; larger pictures are shrunk while they are read.
+        image_pixels (`int`): Pixels of a picture, as its file declares them.
+        kept_image_pixels (`int`): Pixels of a picture in memory. Larger pictures are shrunk while they are read.
         image_aspect_ratio (`int`): The longer side of a picture, divided by the shorter.
+        row_items (`int`): Pictures of one row; likewise its sounds.
         audio_seconds (`float`): Seconds of one sound.
+        audio_samples (`int`): Samples of one sound, all channels together, before and after resampling.
+        lowest_sampling_rate (`int`): The lowest sampling rate of a sound, in Hz.
+        highest_sampling_rate (`int`): The highest sampling rate of a sound, in Hz.
         video_seconds (`float`): Seconds of one video.
         video_frames (`int`): Frames of one video.
-        file_bytes (`int`): Bytes of one file of a picture, sound or video.
-        text_characters (`int`): Characters of one text cell that are tokenised.
+        video_frame_pixels (`int`): Pixels of one frame of a video, as its file declares them.
+        kept_frames (`int`): Frames of one video in memory.
+        kept_frame_pixels (`int`): Pixels of one frame in memory. Larger frames are shrunk while they are read.
+        file_bytes (`int`): Bytes of one file of a picture, sound or video; characters of one cell of a table.
+        text_characters (`int`): Characters of one text. The rest is left out, as what exceeds `max_length` is.
         download_bytes (`int`): Bytes of one download.
         download_seconds (`float`): Seconds of one download, in all.
         recipe_bytes (`int`): Bytes of a recipe.
         config_parameters (`int`): Parameters of a model that is built from a config.
         request_seconds (`float`): Seconds of one request to the demo page.
-        request_words (`int`): Words of a text in one request to the demo page; later words are left out.
+        request_words (`int`): Words of a text in one request to the demo page. Later words are left out.
         request_bytes (`int`): Bytes of one request to the demo page, without uploads.
         waiting_requests (`int`): Requests to the demo page that may wait; further ones are refused.
         upload_bytes (`int`): Bytes of one upload to the demo page.
@@ -35,9 +45,16 @@ class Limits:
     image_pixels: int = 50_000_000
     kept_image_pixels: int = 2048 * 2048
     image_aspect_ratio: int = 100
+    row_items: int = 100
     audio_seconds: float = 600.0
+    audio_samples: int = 64_000_000
+    lowest_sampling_rate: int = 1_000
+    highest_sampling_rate: int = 768_000
     video_seconds: float = 3600.0
     video_frames: int = 100_000
+    video_frame_pixels: int = 4096 * 4096
+    kept_frames: int = 256
+    kept_frame_pixels: int = 1920 * 1080
     file_bytes: int = 256 * 2**20
     text_characters: int = 1_000_000
     download_bytes: int = 64 * 2**20
@@ -63,7 +80,8 @@ def limits() -> Limits:
 
 def set_limits(**changes: Any) -> Limits:
     """
-    Changes limits of this process, and of the loader workers that it starts.
+    Changes limits of this process, and of the loader workers that it starts. No file can change them: neither a recipe
+    nor a checkpoint. On the command line, `mm-transformers --limit image_pixels=2e8 ...` does the same.
 
     Args:
         changes: fields of [`Limits`].
@@ -72,7 +90,7 @@ def set_limits(**changes: Any) -> Limits:
         The limits from now on.
 
     Raises:
-        TypeError: if there is no such limit.
+        ValueError: if there is no such limit, or a value is no number above 0.
 
     Example:
 
@@ -82,5 +100,32 @@ def set_limits(**changes: Any) -> Limits:
     ```
     """
     global _current
+    types = {field.name: field.type for field in dataclasses.fields(Limits)}
+    for name, value in changes.items():
+        if name not in types:
+            raise ValueError(f"There is no limit {name!r}; the limits are {', '.join(types)}.")
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (is_number and value > 0 and math.isfinite(value)):
+            raise ValueError(f"The limit {name} must be a number above 0, but is {value!r}.")
+        changes[name] = types[name](value)
     _current = dataclasses.replace(_current, **changes)
     return _current
+
+
+def named(name: str) -> str:
+    """A limit as messages name it, with what changes it."""
+    value = getattr(_current, name)
+    return f"the limit {name}={value:,}; set_limits({name}=...), or the option --limit {name}=..., changes it"
+
+
+class CarriedLimits:
+    """Hands the limits to loader workers, which Python may start anew: an attribute of what is pickled for them."""
+
+    def __reduce__(self):
+        return _carried, (dataclasses.asdict(_current),)
+
+
+def _carried(values: dict[str, Any]) -> CarriedLimits:
+    if multiprocessing.parent_process() is not None:
+        set_limits(**values)
+    return CarriedLimits()

@@ -10,6 +10,7 @@ from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
 from .answering import answer_batch, check_tasks, unwrapped
+from .limits import CarriedLimits
 from .processing_mm_transformer import as_list
 from .task_base import is_null
 from .task_token_classification import split_words
@@ -107,6 +108,7 @@ class MultimodalPipeline(Pipeline):
             processor=self.processor,
             known=None if is_table else (*PARTS, *(task.column for task in self.model.tasks.values())),
             wants_words=any(self.model.tasks[name].is_token_level for name in names),
+            limits=CarriedLimits(),
         )
         loader = DataLoader(inputs, batch_size=batch_size, num_workers=num_workers, collate_fn=read)
         answered = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
@@ -139,12 +141,19 @@ class MultimodalPipeline(Pipeline):
 
 
 def read_rows(
-    numbered: Sequence[tuple[int, Any]], processor: Any, known: Optional[Sequence[str]], wants_words: bool
+    numbered: Sequence[tuple[int, Any]],
+    processor: Any,
+    known: Optional[Sequence[str]],
+    wants_words: bool,
+    limits: Optional[CarriedLimits] = None,
 ) -> dict[str, Any]:
     """
     What the model takes for some rows, each with its number: `tensors`, `texts` and, for tasks that label words,
     `word_index`; or the `error`, in one sentence. It is not raised here, since the loader would put the traceback of
     its worker into the message.
+
+    Args:
+        limits: hands the limits to the workers that are started with this.
     """
     try:
         rows = [_checked(row, number, known) for number, row in numbered]

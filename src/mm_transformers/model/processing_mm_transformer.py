@@ -22,8 +22,9 @@ from .encoder_classes import sub_config_of
 from .encoders import max_text_positions
 from .files import describe, is_absent
 from .images import image_key, load_image
+from .limits import limits, named
 from .task_token_classification import index_words
-from .tokenizing import tokenize
+from .tokenizing import needed_text, tokenize
 from .travelling import write_processor_code
 from .video import load_frames, video_key
 
@@ -300,14 +301,18 @@ class MMTransformerProcessor(ProcessorMixin):
         }
         if padding == "max_length":
             options["padding"] = True  # at first, to see how long the texts are
+        given = text
+        # Where the beginning of a text is left out, words would be counted from another one.
+        if "text_pair" not in kwargs and not (return_word_index and tokenizer.truncation_side != "right"):
+            text = [needed_text(tokenizer, one, max_length) for one in given]
         encoding = tokenize(tokenizer, text, **options)
         if encoding["input_ids"].shape[1] > max_length or padding == "max_length":
             length = int(encoding["attention_mask"].sum(1).max())
             if length > max_length and "text" not in self._warned:
                 self._warned.add("text")
                 logger.warning(
-                    f"A text of {length} tokens was cut to the {max_length} that the text encoder takes; further ones "
-                    "are cut without a warning."
+                    f"A text of {'more than ' * (text != given)}{length} tokens was cut to the {max_length} that the "
+                    "text encoder takes; further ones are cut without a warning."
                 )
             # Rounding up would go past the last position.
             options["pad_to_multiple_of"] = None
@@ -336,7 +341,9 @@ class MMTransformerProcessor(ProcessorMixin):
         index, frames = [], []
         decoded: dict[Hashable, list[Any]] = {}
         for entry, video in zip(images, videos, strict=True):
-            row = [distinct.add(image_key(image), functools.partial(load_image, image)) for image in as_list(entry)]
+            pictures = as_list(entry)
+            check_number(pictures, "images")
+            row = [distinct.add(image_key(image), functools.partial(load_image, image)) for image in pictures]
             numbers = [-1] * len(row)
             if not is_absent(video):
                 key = video_key(video)
@@ -368,6 +375,8 @@ class MMTransformerProcessor(ProcessorMixin):
                 )
             return {}
         distinct = _Distinct()
+        for entry in audio:
+            check_number(as_clips(entry), "sounds")
         index = [
             [distinct.add(audio_key(x), functools.partial(self.load_audio, x, sampling_rate)) for x in as_clips(entry)]
             for entry in audio
@@ -482,6 +491,15 @@ def _one_per_row(name: str, entries: Any, num_rows: int) -> list[Any]:
             f"for {num_rows} texts."
         )
     return list(entries)
+
+
+def check_number(items: list[Any], kind: str) -> None:
+    """
+    Raises:
+        ValueError: if a row has more items than are allowed.
+    """
+    if len(items) > limits().row_items:
+        raise ValueError(f"there are {len(items):,} {kind}, more than {named('row_items')}")
 
 
 def as_one(entry: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .task_base import NO_CONTEXT, LabelContext, Task, as_scalar, is_null, register_task, shorten
-from .tokenizing import tokenize
+from .tokenizing import needed_text, tokenize
 
 
 logger = logging.get_logger(__name__)
@@ -105,11 +105,13 @@ class Generation(Task):
         # M2M100's has a mode for targets that needs a language, of which nothing is left without special tokens.
         needs_language = hasattr(tokenizer, "tgt_lang") and tokenizer.tgt_lang is None
         key = "text" if needs_language else "text_target"
-        encoded = tokenize(tokenizer, **{key: texts}, add_special_tokens=False, verbose=False)["input_ids"]
+        needed = [needed_text(tokenizer, text, self.max_length, key) for text in texts]
+        encoded = tokenize(tokenizer, **{key: needed}, add_special_tokens=False, verbose=False)["input_ids"]
         longest = max(map(len, encoded))
         if longest >= self.max_length:
             logger.warning_once(
-                f"Task {self.name!r}: a text of {longest + 1} tokens with its end is longer than max_length="
+                f"Task {self.name!r}: a text of {'more than ' * (needed != texts)}{longest + 1} tokens with its end is "
+                "longer than max_length="
                 f"{self.max_length}: the loss counts its beginning only; metrics compare with the whole text."
             )
         return [[*ids[: self.max_length - 1], end] for ids in encoded]

@@ -1,8 +1,10 @@
-"""Calls of a tokenizer, one thread at a time."""
+"""Calls of a tokenizer, one thread at a time, with no more text than is needed."""
 
 import os
 import threading
 from typing import Any
+
+from .limits import limits
 
 
 def _renew_lock() -> None:
@@ -23,3 +25,36 @@ def tokenize(tokenizer: Any, *texts: Any, **options: Any) -> Any:
     """
     with _lock:
         return tokenizer(*texts, **options)
+
+
+# How many tokens behind the wanted ones must be known, so that none of these depends on where the text was cut.
+_MARGIN = 16
+
+
+def needed_text(tokenizer: Any, text: str, num_tokens: int, key: str = "text") -> str:
+    """
+    A beginning of a text with more than `num_tokens` tokens, of which these are those of the whole text; the text
+    itself, if it is not long. So an endless text costs no more than one that is just too long.
+
+    The text is cut before a space, where tokenizers begin a new word. What exceeds the limit `text_characters` is left
+    out, wherever that is. Where the tokenizer keeps the end of a text, that is what remains.
+
+    Args:
+        tokenizer: says which side it cuts off.
+        num_tokens: how many tokens the caller keeps.
+        key: what the tokenizer calls the text; `"text_target"` if a decoder is to write it.
+    """
+    most = limits().text_characters
+    if getattr(tokenizer, "truncation_side", "right") != "right":
+        return text[-most:]
+    text, size = text[:most], 8 * num_tokens + 1000
+    while size < len(text):
+        end = text.rfind(" ", size // 2, size)
+        while end > 0 and text[end - 1].isspace():
+            end -= 1
+        if end > 0:
+            start = tokenize(tokenizer, **{key: text[:end]}, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(start) >= num_tokens + _MARGIN:
+                return text[:end]
+        size *= 2
+    return text

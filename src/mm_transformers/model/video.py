@@ -2,12 +2,21 @@
 
 import io
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Optional
 
-from .files import cast_of, content_key, content_of, describe, fetch, is_url, not_there
+from .downloads import fetch, is_url
+from .files import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
 from .images import ImageError, load_image
+from .limits import limits, named
 from .task_base import shorten
+
+
+# The containers that are opened, as FFmpeg calls them. Others, such as playlists, name further files to open.
+CONTAINERS = (
+    "mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "ogg",
+    "flv", "asf", "gif", "h264", "hevc", "obu", "ivf", "mxf", "nut", "apng", "yuv4mpegpipe", "wav", "mp3", "flac",
+)  # fmt: skip
 
 
 class VideoError(ValueError):
@@ -19,9 +28,10 @@ def video_key(video: Any) -> Hashable:
     return content_key(video, content_of(video))
 
 
-def load_frames(video: Any, num_frames: int) -> list[Any]:
+def load_frames(video: Any, num_frames: int, fetch: Callable[[str], bytes] = fetch) -> list[Any]:
     """
     At most `num_frames` RGB `PIL.Image.Image`s: those in the middle of equally long parts of the video, in order.
+    Frames of more than `kept_frame_pixels` of the [`Limits`] are shrunk to as many.
 
     Args:
         video: a path, `file://` or http(s) address; the bytes of a video file, also as base64 or `data:` address; a
@@ -30,14 +40,16 @@ def load_frames(video: Any, num_frames: int) -> list[Any]:
             that [`load_image`] takes, an array (frames, height, width, channels), or a decoder as `datasets.Video`
             gives it.
         num_frames (`int`): How many frames to take; all of a video that has fewer.
+        fetch: what turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
 
     Raises:
-        VideoError: if there is no such file, it is no video that can be read, or it has no frames.
+        VideoError: if there is no such file, it is no video that can be read, it has no frames, or it exceeds one of
+            the [`Limits`].
         ImportError: if the extra `video` is needed and not installed.
     """
     name, content = describe(video, "video"), content_of(video)
     if isinstance(content, (str, bytes, os.PathLike)):
-        return _read(content, name, num_frames, cast_of(video).get("stream_index"))
+        return _read(content, name, num_frames, fetch, cast_of(video).get("stream_index"))
     if not (hasattr(content, "__len__") and hasattr(content, "__getitem__")):
         raise VideoError(
             "a video must be a path, bytes, a list of frames or a dict with 'bytes' or 'path', but is of type "
@@ -45,10 +57,11 @@ def load_frames(video: Any, num_frames: int) -> list[Any]:
         )
     if len(content) == 0:
         raise VideoError(f"{name} has no frames")
+    _check_frames(len(content), num_frames, name)
     frames = []
     for number in sample_evenly(len(content), num_frames):
         try:
-            frames.append(load_image(content[number]))
+            frames.append(load_image(content[number], fetch))
         except ImageError as error:
             raise VideoError(f"frame {number:,} of {name} cannot be used: {error}") from error
     return frames
@@ -59,7 +72,16 @@ def sample_evenly(total: int, wanted: int) -> list[int]:
     return list(range(total)) if total <= wanted else [(2 * i + 1) * total // (2 * wanted) for i in range(wanted)]
 
 
-def _read(content: Any, name: str, num_frames: int, stream_index: Optional[int] = None) -> list[Any]:
+def _check_frames(total: int, wanted: int, name: str) -> None:
+    if total > limits().video_frames:
+        raise VideoError(f"{name} has {total:,} frames, more than {named('video_frames')}")
+    if min(total, wanted) > limits().kept_frames:
+        raise VideoError(f"{name}: {min(total, wanted):,} frames are to be taken, more than {named('kept_frames')}")
+
+
+def _read(
+    content: Any, name: str, num_frames: int, fetch: Callable[[str], bytes], stream_index: Optional[int] = None
+) -> list[Any]:
     # Not by `transformers.video_utils.load_video`: it fails where the container does not say how many frames it has
     # (WebM, Matroska), and where there are fewer than wanted.
     try:
@@ -69,26 +91,29 @@ def _read(content: Any, name: str, num_frames: int, stream_index: Optional[int] 
     if is_url(content):
         try:
             content = fetch(content)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise VideoError(f"{name} cannot be fetched ({error})") from error
-    if not isinstance(content, bytes) and not os.path.exists(content):
-        raise VideoError(not_there(content, "video"))
+    options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
     try:
-        with av.open(io.BytesIO(content) if isinstance(content, bytes) else os.fspath(content)) as container:
+        check_file(content)
+        source: Any = io.BytesIO(content) if isinstance(content, bytes) else os.fspath(content)
+        with av.open(source, options=options) as container:
             if not container.streams.video:
                 raise VideoError(f"{name} has no pictures, only other streams")
             stream: Any = container.streams.video[0] if stream_index is None else container.streams[stream_index]
             if stream.type != "video":
                 raise VideoError(f"stream {stream_index} of {name} has no pictures")
-            total = stream.frames or len([1 for _ in container.decode(stream)])
-            container.seek(0)
-            wanted = set(sample_evenly(total, num_frames))
-            frames = []
-            for number, frame in enumerate(container.decode(stream)):
-                if number in wanted:
-                    frames.append(frame.to_image())
-                if len(frames) == len(wanted):
-                    break
+            _check_header(container, stream, name)
+            # The decoder itself refuses what grows in the middle of the stream.
+            stream.codec_context.options = {"max_pixels": str(limits().video_frame_pixels)}
+            total = stream.frames if stream.frames > 0 else _count(container, stream, name)
+            frames, reached = _take(container, stream, total, num_frames, name)
+            if reached < total and len(frames) < min(total, num_frames):
+                frames, _ = _take(container, stream, reached, num_frames, name)  # there are fewer than the header says
+    except FileNotFoundError:
+        raise VideoError(not_there(content, "video")) from None
+    except UnreadableFile as error:
+        raise VideoError(f"{name} cannot be read ({error})") from error
     except VideoError:
         raise
     except Exception as error:  # av's own errors derive from many: OSError, ValueError, EOFError, ...
@@ -96,3 +121,43 @@ def _read(content: Any, name: str, num_frames: int, stream_index: Optional[int] 
     if not frames:
         raise VideoError(f"{name} has no frames")
     return frames
+
+
+def _check_header(container: Any, stream: Any, name: str) -> None:
+    seconds = (container.duration or 0) / 1e6
+    if seconds > limits().video_seconds:
+        raise VideoError(f"{name} lasts {seconds:,.0f} s, longer than {named('video_seconds')}")
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > limits().video_frame_pixels:
+        raise VideoError(f"{name} has frames of {width:,} x {height:,} pixels, more than {named('video_frame_pixels')}")
+
+
+def _count(container: Any, stream: Any, name: str) -> int:
+    """How many frames there are, of a file that does not say it."""
+    total = 0
+    for _ in container.decode(stream):
+        total += 1
+        _check_frames(total, 0, name)
+    return total
+
+
+def _take(container: Any, stream: Any, total: int, num_frames: int, name: str) -> tuple[list[Any], int]:
+    """The wanted frames of so many, and how many were decoded for them."""
+    _check_frames(total, num_frames, name)
+    container.seek(0)
+    wanted = set(sample_evenly(total, num_frames))
+    frames: list[Any] = []
+    number = -1
+    for number, frame in enumerate(container.decode(stream)):
+        if number in wanted:
+            frames.append(_picture(frame))
+        if len(frames) == len(wanted):
+            break
+    return frames, number + 1
+
+
+def _picture(frame: Any) -> Any:
+    share = (limits().kept_frame_pixels / (frame.width * frame.height)) ** 0.5
+    if share >= 1:
+        return frame.to_image()
+    return frame.to_image(width=max(1, int(frame.width * share)), height=max(1, int(frame.height * share)))

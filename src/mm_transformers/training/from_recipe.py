@@ -1,6 +1,7 @@
 """What a recipe describes: arguments, data, trainer; and what is in the folder that it trains into."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +77,7 @@ def build_trainer(
     args: MMTrainingArguments | None = None,
     data: RecipeData | None = None,
     saved: str | os.PathLike | None = None,
+    allow_urls: bool | Collection[str] = False,
     **kwargs: Any,
 ) -> MMTrainer:
     """
@@ -85,6 +87,7 @@ def build_trainer(
         recipe: says everything; `dataclasses.replace` makes another of it.
         args, data: those of the recipe, if they are there already.
         saved: folder of a model to take instead.
+        allow_urls: as [`MMDataCollator`] takes it. A recipe cannot say it.
         kwargs: for [`MMTrainer`].
 
     Raises:
@@ -114,7 +117,7 @@ def build_trainer(
         processor = MMTransformerProcessor.from_encoders(**encoders, backend=options.pop("backend", None), **known)
         model = MMTransformerForMultiTask.from_encoders(**encoders, tasks=data.tasks, **options)
     options = {**recipe.columns.collator_options, **recipe.data.collator_options}
-    collator = MMDataCollator(processor, model.config, **options)
+    collator = MMDataCollator(processor, model.config, allow_urls=allow_urls, **options)
     return MMTrainer(
         model,
         args,

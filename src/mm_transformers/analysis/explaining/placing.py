@@ -5,7 +5,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from ...model.tokenizing import tokenize
+from ...model.tokenizing import needed_text, tokenize
 
 
 # What tokenizers without offsets put in the place of a space, or before a later piece of a word.
@@ -19,6 +19,7 @@ def token_spans(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, in
     Args:
         ids: the tokens of this text, without padding.
     """
+    text = needed_text(tokenizer, text, len(ids))
     if tokenizer.is_fast:
         options = {"return_offsets_mapping": True, "truncation": True, "max_length": len(ids), "verbose": False}
         encoded = tokenize(tokenizer, text, **options)

@@ -1,0 +1,86 @@
+"""Files that strangers may send: small, but huge once they are read."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+
+def png(width: int, height: int, depth: int = 8, kind: int = 0, real: bool = True) -> bytes:
+    """
+    A PNG of zeros.
+
+    Args:
+        depth, kind: bits per channel and type of colour, as the header has them.
+        real: whether its data are there.
+    """
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+    row = bytes(1 + (width * bits + 7) // 8)
+    packer, parts = zlib.compressobj(9), []
+    for _ in range(height if real else 0):
+        parts.append(packer.compress(row))
+    data = b"".join([*parts, packer.flush()])
+    palette = _chunk(b"PLTE", bytes(768)) if kind == 3 else b""
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + palette + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def wav(rate: int = 16_000, channels: int = 1, seconds: float = 1.0, bits: int = 16, samples: bytes | None = None):
+    """A WAV whose header says what it is told to say."""
+    size = bits // 8 * channels
+    data = bytes(int(rate * seconds) * size) if samples is None else samples
+    form = struct.pack("<HHIIHH", 1, channels, rate, (rate * size) % 2**32, size % 2**16, bits)
+    content = b"WAVE" + b"fmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", len(content)) + content
+
+
+def flac(seconds: float, rate: int = 44_100, channels: int = 1) -> bytes:
+    """Silence: about 7 kB per minute."""
+    import soundfile
+
+    file = io.BytesIO()
+    with soundfile.SoundFile(file, "w", rate, channels, format="FLAC") as writer:
+        block = np.zeros((rate, channels), "int16")
+        for _ in range(int(seconds)):
+            writer.write(block)
+    return file.getvalue()
+
+
+def gif(frames: int, size: tuple[int, int] = (64, 64)) -> bytes:
+    file = io.BytesIO()
+    pictures = [PIL.Image.new("L", size, 255 * (i % 2)) for i in range(frames)]
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:])
+    return file.getvalue()
+
+
+def eps() -> bytes:
+    return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(out) (w) file\nshowpage\n"
+
+
+def video(width: int, height: int, frames: int, path: Path, codec: str = "libx264") -> None:
+    """A video of one colour."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        frame = av.VideoFrame(width, height, "yuv420p")
+        for plane in frame.planes:
+            plane.update(bytes(plane.buffer_size))
+        for number in range(frames):
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def picture_bytes(picture: PIL.Image.Image, format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
