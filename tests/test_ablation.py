@@ -32,6 +32,7 @@ from mm_transformers.analysis.ablation.contributions import (
 from mm_transformers.analysis.ablation.results import Ablation, Contribution, main_metric
 from mm_transformers.analysis.ablation.tables import Table, as_markdown
 from mm_transformers.analysis.ablation.views import exchanged
+from mm_transformers.data.markdown import plain_markdown
 from mm_transformers.training.metrics import less_is_better
 
 
@@ -489,7 +490,7 @@ def test_tables_fit_and_nothing_is_lost(names, width):
         found += zip(head[1:], row[1:], strict=True)
         assert len(head) == 2 or max(map(len, lines)) <= width
         assert len({len(line) for line in lines}) == 1
-    assert found == [(name.replace("|", "\\|"), str(i)) for i, name in enumerate(names)]
+    assert found == [(plain_markdown(name), str(i)) for i, name in enumerate(names)]
 
 
 def test_scores_up_to_100_are_drawn_beside_those_up_to_1():

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import make_feature_extractor, make_image, make_image_processor, make_model, make_tokenizer
 
@@ -274,16 +275,51 @@ def test_a_slow_request_does_not_stop_the_others(client, monkeypatch):
             client.http.get(f"{API}/call/answer/{answer.json()['event_id']}")
 
 
-def test_a_bomb_of_a_picture_and_of_a_sound(client):
+def test_bombs(client):
+    """Small files of large pictures and long sounds: one sentence, or an answer, in bounded time and memory."""
     import resource
 
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    bomb = png(Image.new("1", (9000, 9900)))
-    assert len(bomb) < 300_000
-    told = client.call("a cat", client.uploaded(bomb))
-    assert "pixels that are allowed" in told or 'class="heat"' in told
-    assert time.monotonic() - start < 20
+    flac = io.BytesIO()
+    pytest.importorskip("soundfile").write(flac, np.zeros(3600 * 8000, np.int8).astype("<i2"), 8000, format="FLAC")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for picture, sound, told in (
+        (png(Image.new("1", (9000, 9900))), None, "image_pixels"),
+        (png(Image.new("1", (7000, 7000))), None, 'class="heat"'),
+        (png(Image.new("1", (3000, 1))), None, "image_aspect_ratio"),
+        (None, flac.getvalue(), "audio_seconds"),
+    ):
+        start = time.monotonic()
+        picture = None if picture is None else client.uploaded(picture)
+        sound = None if sound is None else client.uploaded(sound, "a.flac")
+        assert told in client.call("a cat", picture, sound)
+        assert time.monotonic() - start < 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 * 2**20  # kB
+
+
+def test_a_model_stops_between_two_layers():
+    """Only in the thread whose time is over."""
+    from mm_transformers.cli.time_limit import TimeLimitError, time_limit
+
+    class Slow(torch.nn.Module):
+        def forward(self, x):
+            time.sleep(0.1)
+            return x
+
+    layers, done = torch.nn.Sequential(*(Slow() for _ in range(20))), []
+    other = threading.Thread(target=lambda: done.append(layers[:5](torch.zeros(1))))
+
+    def limited():
+        with time_limit(0.25):
+            other.start()
+            layers(torch.zeros(1))
+
+    start = time.monotonic()
+    with pytest.raises(TimeLimitError, match=r"longer than the 0.25 seconds"):
+        limited()
+    assert time.monotonic() - start < 1.5
+    other.join()
+    assert done
+    layers[:5](torch.zeros(1))
 
 
 def test_hostile_names_and_texts(client):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.files import write_atomically
+from ..data.markdown import plain_markdown
 from ..training.metrics import less_is_better
 
 
@@ -120,6 +121,7 @@ def draw_comparison(path: Path, comparisons: Sequence[Comparison]) -> None:
 
     columns = min(len(comparisons), 4)
     rows = math.ceil(len(comparisons) / columns)
+    matplotlib.rcParams["text.parse_math"] = False  # "$" in a name is no formula
     figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.8 * rows), layout="constrained", squeeze=False)
     colors = {"better": "#2e7d32", "worse": "#c62828", "no clear difference": "#757575"}
     for axis, comparison in zip(axes.flat, comparisons, strict=False):
@@ -142,7 +144,7 @@ def draw_comparison(path: Path, comparisons: Sequence[Comparison]) -> None:
 def to_markdown(comparisons: Sequence[Comparison]) -> str:
     """A table: task, metric, alone and jointly as mean ± standard deviation, gain ± standard error, verdict."""
     lines = ["| task | metric | alone | jointly | gain by joint training | |", "|---|---|--:|--:|--:|---|"]
-    lines += [f"| {' | '.join(cells)} |" for cells in map(as_cells, comparisons)]
+    lines += [f"| {' | '.join(map(plain_markdown, cells))} |" for cells in map(as_cells, comparisons)]
     return "\n".join(lines) + "\n"
 
 

@@ -121,9 +121,9 @@ def train(
         list[str] | None,
         typer.Argument(help="Keys of the recipe with other values, such as training.learning_rate=1e-4."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     allow_urls: AllowUrls = False,
     allow_host: AllowHost = None,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
     Train a model as a recipe says, or go on where that stopped.
@@ -356,6 +356,13 @@ def predict(
     num_beams: Annotated[
         int | None, typer.Option("--num_beams", "--num-beams", min=1, help="Beams, for tasks that write.")
     ] = None,
+    escape_formulas: Annotated[
+        bool,
+        typer.Option(
+            "--escape-formulas/--no-escape-formulas",
+            help="In CSV, put ' before texts that begin like a formula (=, +, -, @), which a spreadsheet would run.",
+        ),
+    ] = True,
     text_column: TextColumn = None,
     image_column: ImageColumn = None,
     video_column: VideoColumn = None,
@@ -382,7 +389,7 @@ def predict(
             _allowed(allow_urls, allow_host),
         )  # fmt: skip
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
-        run_prediction(model, file, output, names, batch_size, num_workers, num_beams, reading)
+        run_prediction(model, file, output, names, batch_size, num_workers, num_beams, reading, escape_formulas)
     leave_processes()
 
 
@@ -397,9 +404,9 @@ def compare_tasks(
         Path, typer.Option("--output_dir", "--output-dir", help="Where table, plot and results go.")
     ] = Path("comparison"),
     seeds: Annotated[int, typer.Option(min=1, help="How many times each is trained.")] = 3,
+    trust_remote_code: TrustRemoteCode = False,
     allow_urls: AllowUrls = False,
     allow_host: AllowHost = None,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
     Train each task of a recipe alone and all of them jointly, and show what the tasks gained.
@@ -412,8 +419,8 @@ def compare_tasks(
 
     join_processes()
     with _errors_as_sentences():
-        trust = _TRUST if trust_remote_code else []
-        run_compare_tasks(recipe, [*(overrides or []), *trust], output_dir, seeds, _allowed(allow_urls, allow_host))
+        given = [*(overrides or []), *(_TRUST if trust_remote_code else [])]
+        run_compare_tasks(recipe, given, output_dir, seeds, _allowed(allow_urls, allow_host))
     leave_processes()
 
 

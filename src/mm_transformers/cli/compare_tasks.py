@@ -82,7 +82,7 @@ def run_compare_tasks(
             table.add_column(column, justify="left" if column in ("task", "metric", "") else "right")
         for comparison in comparisons:
             table.add_row(*as_cells(comparison))
-        Console().print(table)
+        Console(markup=False).print(table)  # names are no styles
         write_text_atomically(output_dir / "comparison.md", to_markdown(comparisons))
         draw_comparison(output_dir / "comparison.png", comparisons)
         say(f"Wrote comparison.json, comparison.md and comparison.png to {output_dir}.")

@@ -33,7 +33,7 @@ def run_export(model_name: str, output: Path, kind: str, dtype: str) -> None:
     table = Table("task", "largest difference")
     for name, difference in differences.items():
         table.add_row(name, f"{difference:.1e}")
-    Console().print(table)
+    Console(markup=False).print(table)  # names are no styles
     size = sum(path.stat().st_size for path in output.iterdir() if path.suffix in (".onnx", ".data", ".pt2"))
     say(f"The graphs in {output} have {size / 1e6:,.1f} MB; the weights of the model {_size(model) / 1e6:,.1f} MB.")
     worst = max(differences.values())

@@ -43,7 +43,7 @@ def print_metrics(
         shown = [f"{values[split]:.4g}" if split in values else "" for split in metrics]
         table.add_row(task if task != previous else "", metric, *shown)
         previous = task
-    Console().print(table)
+    Console(markup=False).print(table)  # names are no styles
 
 
 def print_ablation(ablation: Ablation) -> None:

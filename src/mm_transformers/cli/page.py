@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 import torch
 
+from ..data.markdown import plain_markdown
 from ..model.limits import limits
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
@@ -62,7 +63,8 @@ def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequenc
     upload_folder()  # before gradio asks for it
     kept = limits().upload_seconds
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(max(kept // 6, 1), kept)) as page:
-        gr.Markdown(f"# {title}\n\nGive {either(kinds)}. Colours show what an answer rests on, on one scale for all.")
+        told = f"Give {either(kinds)}. Colours show what an answer rests on, on one scale for all."
+        gr.Markdown(f"# {plain_markdown(title)}\n\n{told}")
         with gr.Row():
             with gr.Column(scale=1):
                 inputs: list[Any] = [gr.Textbox(label="Text", lines=2, submit_btn=False, autofocus=True)]

@@ -64,10 +64,6 @@ def _read(processor: Any, row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         try:
             if kind == "image":
                 read[kind] = load_image(content)
-                # todo
-                shrink = (limits().kept_image_pixels / (read[kind].width * read[kind].height)) ** 0.5
-                if shrink < 1:
-                    read[kind].thumbnail([int(side * shrink) for side in read[kind].size])
             else:
                 rate = processor.feature_extractor.sampling_rate
                 read[kind] = {"array": processor.load_audio(content), "sampling_rate": rate}

@@ -181,8 +181,12 @@ def run_prediction(
     num_workers: int,
     num_beams: int | None,
     reading: Reading,
+    escape_formulas: bool = True,
 ) -> None:
     """
+    Args:
+        escape_formulas: as [`table_writer`] takes it.
+
     Raises:
         ValueError, OSError: one sentence.
     """
@@ -216,7 +220,7 @@ def run_prediction(
     )
     try:
         if state.is_main_process:
-            num_rows = _write(answered, output, suffix, types)
+            num_rows = _write(answered, output, suffix, types, escape_formulas)
             say(f"Wrote the answers to {num_rows:,} rows to {output}.")
         else:
             for _ in answered:  # takes its share
@@ -283,7 +287,7 @@ def _features(schema: pyarrow.Schema, columns: Collection[str]) -> dict[str, Any
     return dict(datasets.Features.from_arrow_schema(pyarrow.schema(fields, schema.metadata)))
 
 
-def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str, Any]) -> int:
+def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str, Any], escape_formulas: bool) -> int:
     """How many rows there were."""
     writer, num_rows, names = None, 0, {}
     bar = Progress(
@@ -303,7 +307,8 @@ def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str,
                         f"its columns {twice!r}, which is called like an answer, and '{twice}_input' would both be in "
                         f"a column '{twice}_input' of the output; rename one."
                     )
-                writer = table_writer(file, suffix, {names[name]: kind for name, kind in types.items()})
+                kinds = {names[name]: kind for name, kind in types.items()}
+                writer = table_writer(file, suffix, kinds, escape_formulas)
             writer.write([{names[n]: cell for n, cell in kept.items()} | answers for kept, answers in rows])
             num_rows += len(rows)
             bar.advance(shown, len(rows))

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..model.files import is_absent, is_address
 from ..model.task_base import PADDING, as_scalar, ids_are_places, is_missing
+from .formulas import with_formula
 
 
 logger = logging.get_logger(__name__)
@@ -47,9 +48,15 @@ def label_of(task: Any, cell: Any, text: str = "", separator: str = LABEL_SEPARA
     ```
     """
     cell = as_scalar(cell)
-    if isinstance(cell, str):
-        cell = task.read_known_text(cell, separator)
-    return task.encode_label(cell, text)
+    if not isinstance(cell, str):
+        return task.encode_label(cell, text)
+    try:
+        return task.encode_label(task.read_known_text(cell, separator), text)
+    except ValueError:
+        written = with_formula(cell)  # as `predict` was given it
+        if written == cell:
+            raise
+        return task.encode_label(task.read_known_text(written, separator), text)
 
 
 class RowReader:

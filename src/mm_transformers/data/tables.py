@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from itertools import islice
@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ..model.limits import limits, named
+from .formulas import without_formula
 
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
@@ -220,16 +221,19 @@ def _texts_in(field: pyarrow.Field) -> list[str]:
     return [field.name] if any(is_kind(field.type) for is_kind in kinds) else []
 
 
-def table_writer(file: IO[bytes], suffix: str, types: dict[str, pyarrow.DataType]) -> "TableWriter":
+def table_writer(
+    file: IO[bytes], suffix: str, types: dict[str, pyarrow.DataType], escape_formulas: bool = True
+) -> "TableWriter":
     """
     Args:
         file: open for writing, empty.
         suffix: says what kind of table.
         types: column -> type, where it is known; Parquet takes the others from the first rows.
+        escape_formulas: whether texts that begin like a formula get an apostrophe before them, in CSV.
     """
     if suffix == ".parquet":
         return _ParquetWriter(file, types)
-    return _CsvWriter(file) if suffix == ".csv" else _JsonWriter(file)
+    return _CsvWriter(file, escape_formulas) if suffix == ".csv" else _JsonWriter(file)
 
 
 class TableWriter:
@@ -253,11 +257,18 @@ class _JsonWriter(TableWriter):
 class _CsvWriter(TableWriter):
     has_header = False
 
+    def __init__(self, file: IO[bytes], escape_formulas: bool):
+        super().__init__(file)
+        self.text: Callable[[str], str] = without_formula if escape_formulas else str
+
     def write(self, rows: list[dict[str, Any]]) -> None:
         if not self.has_header and rows:
-            self.file.write(_csv_line(rows[0]))
+            self.file.write(_csv_line(map(self.text, rows[0])))
             self.has_header = True
-        self.file.write(b"".join(_csv_line(map(_as_csv, row.values())) for row in rows))
+        self.file.write(b"".join(_csv_line(map(self._cell, row.values())) for row in rows))
+
+    def _cell(self, cell: Any) -> Any:
+        return self.text(cell) if isinstance(cell, str) else _as_csv(cell)
 
 
 def _csv_line(cells: Iterable[Any]) -> bytes:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import color_sequences
+from matplotlib import color_sequences, rc_context
 from matplotlib.figure import Figure
 
 from .views import shown_name
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _FROM_0_TO_100 = ("bleu", "chrf")
 
 
+@rc_context({"text.parse_math": False})  # "$" in a name is no formula
 def plot_ablation(ablation: "Ablation") -> Figure:
     tasks = list(ablation.contributions)
     height = 2.6 * (1 + bool(ablation.calibration)) + 0.5

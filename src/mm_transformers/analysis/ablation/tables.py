@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ...data.markdown import plain_markdown
+
 
 class Table(NamedTuple):
     """
@@ -21,7 +23,7 @@ def as_markdown(table: Table, width: int) -> str:
     The table in Markdown, with columns that also line up as plain text. If it is wider than `width` characters, it
     becomes several, each with the key columns and as many of the others as fit.
     """
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (table.header, *table.rows)]
+    lines = [[plain_markdown(cell) for cell in line] for line in (table.header, *table.rows)]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(table.header))]
     keys, parts = list(range(table.num_keys)), []
     chosen = list(keys)

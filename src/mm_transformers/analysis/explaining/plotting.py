@@ -4,7 +4,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _CHARACTERS_PER_LINE = 64
 
 
+@rc_context({"text.parse_math": False})  # "$" in a text is no formula
 def plot_explanation(explanation: "Explanation") -> Figure:
     scales = explanation.scales
     # Each picture, and beside it what of it counts.

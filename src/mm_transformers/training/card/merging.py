@@ -88,5 +88,6 @@ def take_memory(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def add_memory(text: str, memory: Mapping[str, Any]) -> str:
-    remembered = json.dumps(memory, sort_keys=True)
+    # Names in it must not end the comment.
+    remembered = json.dumps(memory, sort_keys=True).replace("<", "\\u003c").replace(">", "\\u003e")
     return f"{text.rstrip()}\n\n<!-- mm_transformers remembers what it generated: {remembered} -->\n"

@@ -1,8 +1,11 @@
 """What the card says, section by section."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...data.markdown import plain_markdown
 from ...model.tasks import Task
 from .facts import CardFacts
 
@@ -21,14 +24,19 @@ def sections_of(facts: CardFacts) -> dict[str, str]:
     if facts.ablation:
         sections["## What each modality is good for"] = facts.ablation
     if facts.training is not None:
-        sections["## Training"] = markdown_table(["", ""], list(facts.training.rows.items()))
+        sections["## Training"] = markdown_table(
+            ["", ""], [[name, plain_markdown(value)] for name, value in facts.training.rows.items()]
+        )
     sections["## Limits"] = _limits(facts)
     return sections
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    lines = [list(header), ["---"] * len(header), *cells]
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """
+    Args:
+        header, rows: cells in Markdown; see [`plain_markdown`].
+    """
+    lines = [list(header), ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -37,9 +45,9 @@ def _introduction(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
     joined = inputs[0] if len(inputs) == 1 else f"{', '.join(inputs[:-1])} and {inputs[-1]}"
     size = f", {facts.num_parameters / 1e6:,.1f} million parameters" if facts.num_parameters else ""
     return (
-        f"# {facts.name.rpartition('/')[2]}\n\nA model that reads {joined} and answers "
+        f"# {plain_markdown(facts.name.rpartition('/')[2])}\n\nA model that reads {joined} and answers "
         f"{len(tasks)} task{'s' if len(tasks) > 1 else ''}: {', '.join(tasks)}. "
-        f"{facts.config.fusion_type.replace('_', '-')} fusion{size}; made with mm_transformers."
+        f"{plain_markdown(facts.config.fusion_type.replace('_', '-'))} fusion{size}; made with mm_transformers."
     )
 
 
@@ -55,7 +63,7 @@ def _use(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
         *setup,
         "from transformers import pipeline",
         "",
-        f'pipe = pipeline("multimodal", model="{facts.name}", trust_remote_code=True)',
+        f'pipe = pipeline("multimodal", model={json.dumps(facts.name, ensure_ascii=False)}, trust_remote_code=True)',
         f"print(pipe({{{', '.join(row)}}}))",
     ]
     others = "Images may also be paths, addresses or bytes. " if "vision" in facts.config.modalities else ""
@@ -69,8 +77,9 @@ def _tasks(tasks: Mapping[str, Task]) -> str:
     rows = []
     for task in tasks.values():
         labels = list(getattr(task, "labels", None) or [])
-        shown = ", ".join(map(str, labels[:20])) + (f", ... ({len(labels)} in all)" if len(labels) > 20 else "")
-        rows.append([task.name, task.kind.replace("_", " "), shown])
+        more = f", ... ({len(labels)} in all)" if len(labels) > 20 else ""
+        shown = ", ".join(map(plain_markdown, labels[:20])) + more
+        rows.append([task.name, plain_markdown(task.kind.replace("_", " ")), shown])
     return markdown_table(["task", "kind", "labels"], rows)
 
 
@@ -81,7 +90,8 @@ def _encoders(facts: CardFacts) -> str:
         if config is not None:
             source = base_model_of(config)
             link = f"[{source}](https://huggingface.co/{source})" if source else "from a config or a folder"
-            rows.append([name, config.model_type, link, facts.encoder_licenses.get(source or "", "")])
+            license = plain_markdown(facts.encoder_licenses.get(source or "", ""))
+            rows.append([name, plain_markdown(config.model_type), link, license])
     return markdown_table(["modality", "architecture", "pretrained", "license"], rows)
 
 
@@ -93,10 +103,10 @@ def _results(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
                 values.setdefault((task.name, metric), {})[measured.split] = value
     splits = [measured.split for measured in facts.measurements]
     rows = [
-        [task, metric, *(f"{found[split]:.4g}" if split in found else "" for split in splits)]
-        for (task, metric), found in values.items()
+        [*map(plain_markdown, name), *(f"{found[split]:.4g}" if split in found else "" for split in splits)]
+        for name, found in values.items()
     ]
-    return markdown_table(["task", "metric", *splits], rows)
+    return markdown_table(["task", "metric", *map(plain_markdown, splits)], rows)
 
 
 def _limits(facts: CardFacts) -> str:
@@ -111,9 +121,10 @@ def _limits(facts: CardFacts) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)?")
+
+
 def base_model_of(config: Any) -> str:
     """The Hub id of an encoder, "" if it has none."""
     name = str(getattr(config, "_name_or_path", "") or "")
-    parts = name.split("/")
-    is_id = 1 <= len(parts) <= 2 and all(part and not part.startswith(".") for part in parts) and "\\" not in name
-    return name if is_id else ""
+    return name if _HUB_ID.fullmatch(name) else ""
