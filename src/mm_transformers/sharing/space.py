@@ -1,12 +1,13 @@
 """A folder that the Hub runs as a Space: the demo page of a model."""
 
+import json
 import os
 import re
 from pathlib import Path
 
 import mm_transformers
 
-from ..model.safe_writing import write_text_atomically
+from ..data.files import write_atomically
 
 
 _APP = '''"""The demo page of {model}."""
@@ -54,12 +55,13 @@ def write_space(folder: Path, model: str) -> list[Path]:
     contents = {
         "app.py": _APP.format(model=model),
         "requirements.txt": f"mm-transformers[demo]=={mm_transformers.__version__}\n",
-        "README.md": _README.format(model=model, title=title),
+        "README.md": _README.format(model=model, title=json.dumps(title)),
     }
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, content in contents.items():
-        if not os.path.lexists(folder / name):
-            write_text_atomically(folder / name, content)
+        if not os.path.lexists(folder / name):  # nor through a link
+            with write_atomically(folder / name) as file:
+                file.write(content.encode())
             written.append(folder / name)
     return written
