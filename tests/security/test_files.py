@@ -19,6 +19,7 @@ from tiny import make_model, make_processor
 from mm_transformers import MMTransformerForMultiTask, MMTransformerProcessor
 from mm_transformers.data.feature_cache import _evict
 from mm_transformers.data.feature_store import Features, FeatureStore
+from mm_transformers.model import safe_writing
 from mm_transformers.model.safe_writing import saved_aside, write_atomically
 from mm_transformers.sharing.space import write_space
 from mm_transformers.training import checkpoints
@@ -94,6 +95,20 @@ def test_an_own_folder_is_known_whenever_its_removal_is_stopped(tmp_path, monkey
     assert folder.exists()
     tidy(tmp_path)
     assert not folder.exists()
+
+
+def test_what_killed_processes_have_left_goes(tmp_path):
+    dead = f"{safe_writing._HOST}-{2**22 + 9}-{'a' * 16}"
+    alive = safe_writing.own_name()
+    own = [f".saving-{dead}", f".config.json.{dead}.partial", f"{LOCK_NAME}.{dead}"]
+    theirs = [
+        f".saving-{alive}", f".x.{alive}.partial", f".saving-{'0' * 8}-5-{'a' * 16}",
+        f"saving-{dead}", f"x.{dead}.partial", ".x.partial", f".x.{dead}",
+    ]  # fmt: skip
+    for name in [*own, *theirs]:
+        (tmp_path / name).mkdir() if "saving" in name else (tmp_path / name).touch()
+    tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)
 
 
 # Feature caches

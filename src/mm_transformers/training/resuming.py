@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -204,7 +205,11 @@ class ResumableTrainer(Trainer):
         if not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
-        with saved_aside(self.args.output_dir if output_dir is None else output_dir) as staged:
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        with saved_aside(folder) as staged:
+            card = folder / "README.md"
+            if card.is_file() and not card.is_symlink():  # PEFT renews the one that it finds
+                shutil.copy2(card, staged)
             super()._save(str(staged), state_dict)
 
     def save_metrics(self, split, metrics, combined=True) -> None:
