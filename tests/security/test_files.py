@@ -235,6 +235,29 @@ def test_card_picture_and_space_replace_links(tmp_path, outside):
     assert not (folder / "README.md").is_symlink()
 
 
+def test_links_show_no_other_file(tmp_path, outside):
+    """Neither in a card nor on the Hub; a snapshot in the cache of the Hub is made of links."""
+    folder = tmp_path / "cache" / "snapshots" / "main"
+    blobs = tmp_path / "cache" / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "abc").write_text("---\nlicense: mit\n---\n\nWritten by hand.\n")
+    (outside / "secret").write_text("the secret")
+    config = make_model().config
+    (folder / "README.md").symlink_to(outside / "secret")
+    write_card(folder, CardFacts(name="model", config=config))
+    assert "the secret" not in (folder / "README.md").read_text()
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(blobs / "abc")
+    write_card(folder, CardFacts(name="model", config=config))
+    assert "Written by hand." in (folder / "README.md").read_text()
+    assert (blobs / "abc").read_text().endswith("Written by hand.\n")
+    trainer = make_trainer(tmp_path / "out", max_steps=1)
+    (tmp_path / "out" / "notes.txt").symlink_to(outside / "secret")
+    with pytest.raises(ValueError, match=r"notes.txt is a link to .*secret, which a push would upload"):
+        trainer.push_to_hub()
+
+
 def test_what_was_there_stays_if_saving_fails(tmp_path):
     make_processor().save_pretrained(tmp_path)
     before = snapshot(tmp_path)

@@ -98,6 +98,16 @@ def saved_aside(folder: Any) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def leads_outside(path: Path, folder: Path) -> bool:
+    """
+    Whether a path in a folder is a link to somewhere else, so that reading it would show another file of this machine.
+    Links of the cache of huggingface_hub, from a snapshot to its blobs, are as good as files.
+    """
+    target, folder = path.resolve(), folder.resolve()
+    is_blob = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+    return not (target.is_relative_to(folder) or is_blob)
+
+
 def own_name() -> str:
     """A name that nobody else has, and that says which process it belongs to; see [`process_of`]."""
     return f"{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:16]}"

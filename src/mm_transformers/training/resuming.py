@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
 from ..model.loading import is_pickle_error
-from ..model.safe_writing import drop_link, saved_aside, write_atomically
+from ..model.safe_writing import drop_link, leads_outside, saved_aside, write_atomically
 from .checkpoints import (
     SAVING,
     check_checkpoint,
@@ -83,6 +83,8 @@ class ResumableTrainer(Trainer):
             ValueError: if the checkpoint that is named is not complete, or another process trains into this folder.
             OSError: if a checkpoint cannot be written; those before stay as they are.
         """
+        if self.args.push_to_hub:
+            self._check_links()
         with ExitStack() as held:
             self._lock(held)
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
@@ -144,6 +146,25 @@ class ResumableTrainer(Trainer):
         return newest_complete_checkpoint(self.args.output_dir, verify=True)
 
     # Saving
+
+    def push_to_hub(self, *args, **kwargs):
+        """
+        As [`~transformers.Trainer.push_to_hub`].
+
+        Raises:
+            ValueError: if a link in the folder would upload a file from elsewhere.
+        """
+        self._check_links()
+        return super().push_to_hub(*args, **kwargs)
+
+    def _check_links(self) -> None:
+        folder = Path(self.args.output_dir)
+        for path in folder.rglob("*"):
+            if path.is_symlink() and leads_outside(path, folder):
+                raise ValueError(
+                    f"{path} is a link to {os.readlink(path)}, which a push would upload from outside of the folder: "
+                    "remove it."
+                )
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
