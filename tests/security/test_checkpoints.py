@@ -74,7 +74,8 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_that_are_missing(folder, way):
     change_weights(folder, lambda weights: {k: x for k, x in weights.items() if not k.startswith("heads.topic.")})
-    refused(WAYS[way], folder, "lacks the weight 'heads.topic.", "(and 5 more)", "tasks=[...]")
+    with pytest.raises(ValueError, match=r"lacks the weight 'heads.topic.*\(and 5 more\).*tasks=\[...\]"):
+        WAYS[way](folder)
 
 
 @pytest.mark.parametrize("prefix", ["heads.", "model.text_model.encoder.layer.1.", "model.null_text", "model.fusion."])
@@ -159,7 +160,7 @@ def test_a_pickle_as_weights(folder, tmp_path):
     ("part", "values"),
     [
         ("text_config", {"vocab_size": 20_000_000}), ("text_config", {"intermediate_size": 50_000_000}),
-        ("vision_config", {"intermediate_size": 50_000_000}), ("text_config", {"num_hidden_layers": 1500}),
+        ("vision_config", {"intermediate_size": 50_000_000}), ("vision_config", {"image_size": 10**9}),
         ("text_config", {"num_hidden_layers": 10**9}), ("vision_config", {"num_hidden_layers": 10**9}),
         ("text_config", {"encoder_traits": {"width": 10**9}}), ("text_config", {"hidden_size": 10**18}),
         (None, {"num_fusion_layers": 10**9}), (None, {"num_frames": 10**9, "frame_embedding": "learned"}),
@@ -183,7 +184,7 @@ def test_a_config_cannot_take_memory(folder, part, values):
 VALUES = [None, -3, 0, 1.5, float("nan"), 10**9, "evil", True, [], [1], {}, {"a": 1}, "9" * 200]
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_wrong_value_is_told_in_one_sentence(saved, data):
     values = json.loads((saved / "config.json").read_text())
@@ -191,13 +192,15 @@ def test_any_wrong_value_is_told_in_one_sentence(saved, data):
     target = values if part is None else values[part]
     for name in data.draw(st.lists(st.sampled_from(sorted(target)), min_size=1, max_size=2)):
         target[name] = data.draw(st.sampled_from(VALUES))
+    message = ""
     try:
         config = MMTransformerConfig.from_dict(values)
         with torch.device("meta"):
             MMTransformerForMultiTask(config) if config.tasks else MMTransformerModel(config)
     except (ValueError, ImportError) as error:
-        assert "\n" not in str(error)
-        assert len(str(error)) < 3000
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < 3000
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", "{", '"text"', "null", "[" * 5000, "\x00", '{"model_type": 3}'])
@@ -242,10 +245,12 @@ def test_files_of_the_processor(folder, name, content):
         path.unlink()
     else:
         path.write_text(path.read_text()[:-100] if content == "cut" else content)
+    message = ""
     try:
         MMTransformerProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        assert len(str(error)) < 3000
+        message = str(error)
+    assert len(message) < 3000
 
 
 # Resuming

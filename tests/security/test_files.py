@@ -19,6 +19,7 @@ from tiny import make_model, make_processor
 from mm_transformers import MMTransformerForMultiTask, MMTransformerProcessor
 from mm_transformers.data.feature_cache import _evict
 from mm_transformers.data.feature_store import Features, FeatureStore
+from mm_transformers.model import safe_writing
 from mm_transformers.model.safe_writing import saved_aside, write_atomically
 from mm_transformers.sharing.space import write_space
 from mm_transformers.training import checkpoints
@@ -94,6 +95,20 @@ def test_an_own_folder_is_known_whenever_its_removal_is_stopped(tmp_path, monkey
     assert folder.exists()
     tidy(tmp_path)
     assert not folder.exists()
+
+
+def test_what_killed_processes_have_left_goes(tmp_path):
+    dead = f"{safe_writing._HOST}-{2**22 + 9}-{'a' * 16}"
+    alive = safe_writing.own_name()
+    own = [f".saving-{dead}", f".config.json.{dead}.partial", f"{LOCK_NAME}.{dead}"]
+    theirs = [
+        f".saving-{alive}", f".x.{alive}.partial", f".saving-{'0' * 8}-5-{'a' * 16}",
+        f"saving-{dead}", f"x.{dead}.partial", ".x.partial", f".x.{dead}",
+    ]  # fmt: skip
+    for name in [*own, *theirs]:
+        (tmp_path / name).mkdir() if "saving" in name else (tmp_path / name).touch()
+    tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)
 
 
 # Feature caches
@@ -218,6 +233,29 @@ def test_card_picture_and_space_replace_links(tmp_path, outside):
     write_space(tmp_path / "space", "me/my-model")
     assert snapshot(outside) == before
     assert not (folder / "README.md").is_symlink()
+
+
+def test_links_show_no_other_file(tmp_path, outside):
+    """Neither in a card nor on the Hub; a snapshot in the cache of the Hub is made of links."""
+    folder = tmp_path / "cache" / "snapshots" / "main"
+    blobs = tmp_path / "cache" / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "abc").write_text("---\nlicense: mit\n---\n\nWritten by hand.\n")
+    (outside / "secret").write_text("the secret")
+    config = make_model().config
+    (folder / "README.md").symlink_to(outside / "secret")
+    write_card(folder, CardFacts(name="model", config=config))
+    assert "the secret" not in (folder / "README.md").read_text()
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(blobs / "abc")
+    write_card(folder, CardFacts(name="model", config=config))
+    assert "Written by hand." in (folder / "README.md").read_text()
+    assert (blobs / "abc").read_text().endswith("Written by hand.\n")
+    trainer = make_trainer(tmp_path / "out", max_steps=1)
+    (tmp_path / "out" / "notes.txt").symlink_to(outside / "secret")
+    with pytest.raises(ValueError, match=r"notes.txt is a link to .*secret, which a push would upload"):
+        trainer.push_to_hub()
 
 
 def test_what_was_there_stays_if_saving_fails(tmp_path):

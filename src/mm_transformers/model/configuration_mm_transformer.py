@@ -331,6 +331,8 @@ def _read(cls: Any, path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         values, _ = cls.get_config_dict(path, **kwargs)
     except (AttributeError, TypeError, RecursionError, UnicodeDecodeError) as error:
         raise OSError(f"config.json of {str(path)!r} is no config: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise OSError(f"config.json of {str(path)!r} is no config: it holds a {type(values).__name__}.")
     if not values and os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(f"{path} holds no model: it has no config.json.")
     return values
@@ -356,6 +358,11 @@ def check_sizes(values: Any, where: str) -> None:
                 raise ValueError(
                     f"{where}.{name} is {number:,}, but at most {limits().config_layers:,} layers are built; more are "
                     "allowed by set_limits(config_layers=...)."
+                )
+            if is_number and name == "image_size" and number**2 > limits().image_pixels:
+                raise ValueError(
+                    f"{where}.image_size is {number:,}, so images would have more pixels than the limit image_pixels="
+                    f"{limits().image_pixels:,} allows; change it by set_limits(image_pixels=...)."
                 )
             if is_number and _COUNTS.search(name) and number < 0:
                 raise ValueError(f"{where}.{name} must not be negative, but is {number:,}.")

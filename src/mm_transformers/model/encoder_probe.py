@@ -111,7 +111,8 @@ def _forward_blank(config: PreTrainedConfig, modality: str, device: str) -> Obse
         if modality == "text":
             inputs = {"input_ids": torch.ones(1, 8, dtype=torch.int64)}
         else:
-            inputs = {key: x.to(model.dtype) for key, x in blank_input(config, modality).items()}
+            with one_sentence(f"{name}: it takes no blank input"):
+                inputs = {key: x.to(model.dtype) for key, x in blank_input(config, modality).items()}
         # Loading makes parameters want gradients that did not when they were built, as tables of sinusoids.
         parameters = _floating_parameters(model)
         for parameter in parameters.values():

@@ -65,7 +65,7 @@ class Limits:
     download_seconds: float = 30.0
     recipe_bytes: int = 2**20
     config_parameters: int = 100_000_000_000
-    config_layers: int = 2_000
+    config_layers: int = 300
     request_seconds: float = 60.0
     request_words: int = 2_000
     request_bytes: int = 2 * 2**20

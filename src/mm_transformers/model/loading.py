@@ -100,6 +100,9 @@ def check_fit(model: Any, info: Any) -> None:
         if not {target, source} <= missing:  # one of them is enough
             missing -= {target, source}
     left = sorted(name for name in missing if not name.startswith(new or (" ",)))
+    if left:
+        parts = _parts_without_field(loading)
+        left = [name for name in left if name.removeprefix("model.").partition(".")[0] not in parts]
     files = _weight_files(loading)
     if left and all(name.startswith("heads.") for name in left) and _is_of_base_model(files):
         left = []
@@ -145,6 +148,30 @@ def _weight_files(loading: Checkpoint) -> list[str]:
         return []
     shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     return [file for shard in shards if (file := _find(loading.path, shard, where)) is not None]
+
+
+# Parts of the model, and the fields of the config of which one asks for them.
+_FIELDS = {
+    "vision_model": ["vision_config"],
+    "vision_projection": ["vision_config"],
+    "vision_reduction": ["vision_token_reduction"],
+    "vision_order": ["vision_config", "item_order"],
+    "frame_embedding": ["vision_config", "frame_embedding"],
+    "audio_model": ["audio_config"],
+    "audio_projection": ["audio_config"],
+    "audio_order": ["audio_config", "item_order"],
+}
+
+
+def _parts_without_field(loading: Checkpoint) -> set[str]:
+    """The parts for which the saved config has no value: the caller has added them, or the checkpoint is older."""
+    where = {name: loading.options[name] for name in _WHERE if loading.options.get(name) is not None}
+    path = _find(loading.path, "config.json", where)
+    saved = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
+    parts = {part for part, fields in _FIELDS.items() if not all(saved.get(field) for field in fields)}
+    if not saved.get("vision_config") and not saved.get("audio_config"):
+        parts |= {"fusion", "null_text"}
+    return parts
 
 
 def _is_of_base_model(files: list[str]) -> bool:

@@ -6,18 +6,24 @@ A link in the way of a file is replaced by the file; what it points to stays as 
 
 import errno
 import os
+import platform
 import re
 import shutil
 import stat
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Optional
 
 
 # Of a model in one file, or in several with an index.
 _WEIGHTS = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?")
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+_OWN_NAME = re.compile(
+    r"(?:\..+\.(?=.*\.partial$)|\.saving-|_training_lock\.json\.)([0-9a-f]{8})-(\d+)-[0-9a-f]{16}(?:\.partial)?"
+)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -34,7 +40,7 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since only within a file system a file is renamed in one step.
-    partial = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.partial")
+    partial = path.with_name(f".{path.name[:100]}.{own_name()}.partial")
     try:
         with open(partial, "xb") as file:  # never one that is there, nor through a link
             yield file
@@ -74,7 +80,7 @@ def saved_aside(folder: Any) -> Iterator[Path]:
     ```"""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    staged = folder / f".saving-{uuid.uuid4().hex}"
+    staged = folder / f".saving-{own_name()}"
     staged.mkdir()
     try:
         yield staged
@@ -90,6 +96,27 @@ def saved_aside(folder: Any) -> Iterator[Path]:
         _remove_other_weights(folder, saved)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def leads_outside(path: Path, folder: Path) -> bool:
+    """
+    Whether a path in a folder is a link to somewhere else, so that reading it would show another file of this machine.
+    Links of the cache of huggingface_hub, from a snapshot to its blobs, are as good as files.
+    """
+    target, folder = path.resolve(), folder.resolve()
+    is_blob = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+    return not (target.is_relative_to(folder) or is_blob)
+
+
+def own_name() -> str:
+    """A name that nobody else has, and that says which process it belongs to; see [`process_of`]."""
+    return f"{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:16]}"
+
+
+def process_of(path: Path) -> Optional[int]:
+    """The process of this host that has made a temporary file or folder; `None` if it is not one of this module."""
+    found = _OWN_NAME.fullmatch(path.name)
+    return int(found[2]) if found and found[1] == _HOST else None
 
 
 def drop_link(path: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mm_transformers
 
-from ..model.safe_writing import write_text_atomically
+from ..data.files import write_atomically
 
 
 _APP = '''"""The demo page of {model}."""
@@ -60,7 +60,8 @@ def write_space(folder: Path, model: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, content in contents.items():
-        if not os.path.lexists(folder / name):
-            write_text_atomically(folder / name, content)
+        if not os.path.lexists(folder / name):  # nor through a link
+            with write_atomically(folder / name) as file:
+                file.write(content.encode())
             written.append(folder / name)
     return written

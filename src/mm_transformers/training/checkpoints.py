@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Optional
 
+import psutil
 import xxhash
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import (
@@ -33,7 +34,7 @@ from transformers.trainer import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
-from ..model.safe_writing import drop_link
+from ..model.safe_writing import drop_link, process_of
 
 
 logger = logging.get_logger(__name__)
@@ -167,6 +168,13 @@ def tidy(output_dir: str | os.PathLike) -> None:
             logger.warning(f"{staged.name} was not yet written when training was stopped; what there is of it goes.")
     for folder in own.values():
         _remove_own(folder)
+    for path in list(Path(output_dir).iterdir()) if os.path.isdir(output_dir) else []:
+        process = process_of(path)
+        if process is not None and not psutil.pid_exists(process):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def own_folder(output_dir: str | os.PathLike, name: str) -> Path:

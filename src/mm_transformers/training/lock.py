@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any, Optional
 
 import psutil
 from transformers.utils import logging
+
+from ..model.safe_writing import own_name
 
 
 logger = logging.get_logger(__name__)
@@ -66,7 +67,7 @@ def _own() -> dict[str, Any]:
 def _acquire(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written aside, so that nobody reads half of it.
-    draft = path.with_name(f"{LOCK_NAME}.{uuid.uuid4().hex}")
+    draft = path.with_name(f"{LOCK_NAME}.{own_name()}")
     with open(draft, "x", encoding="utf-8") as file:
         json.dump(_own(), file)
     try:
@@ -135,7 +136,7 @@ def _why_not(path: Path, holder: Optional[dict[str, Any]]) -> Optional[str]:
 
 
 def _remove_stale(path: Path, holder: Optional[dict[str, Any]]) -> None:
-    aside = path.with_name(f"{LOCK_NAME}.{uuid.uuid4().hex}")
+    aside = path.with_name(f"{LOCK_NAME}.{own_name()}")
     with suppress(FileNotFoundError):  # another process was faster
         path.rename(aside)
         if _read(aside) != holder:  # that of another process, which was faster

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers.utils import CONFIG_NAME, logging
 from ..model.adding_tasks import check_same_heads
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.loading import is_pickle_error
-from ..model.safe_writing import drop_link, saved_aside, write_atomically
+from ..model.safe_writing import drop_link, leads_outside, saved_aside, write_atomically
 from ..model.task_base import Task, task_from_dict
 from .checkpoints import (
     SAVING,
@@ -85,6 +86,8 @@ class ResumableTrainer(Trainer):
             ValueError: if the checkpoint that is named is not complete, or another process trains into this folder.
             OSError: if a checkpoint cannot be written; those before stay as they are.
         """
+        if self.args.push_to_hub:
+            self._check_links()
         with ExitStack() as held:
             self._lock(held)
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
@@ -151,6 +154,25 @@ class ResumableTrainer(Trainer):
 
     # Saving
 
+    def push_to_hub(self, *args, **kwargs):
+        """
+        As [`~transformers.Trainer.push_to_hub`].
+
+        Raises:
+            ValueError: if a link in the folder would upload a file from elsewhere.
+        """
+        self._check_links()
+        return super().push_to_hub(*args, **kwargs)
+
+    def _check_links(self) -> None:
+        folder = Path(self.args.output_dir)
+        for path in folder.rglob("*"):
+            if path.is_symlink() and leads_outside(path, folder):
+                raise ValueError(
+                    f"{path} is a link to {os.readlink(path)}, which a push would upload from outside of the folder: "
+                    "remove it."
+                )
+
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
         return str(own_folder(folder, SAVING)) if self._is_saving else folder
@@ -211,7 +233,11 @@ class ResumableTrainer(Trainer):
         if not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
-        with saved_aside(self.args.output_dir if output_dir is None else output_dir) as staged:
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        with saved_aside(folder) as staged:
+            card = folder / "README.md"
+            if card.is_file() and not card.is_symlink():  # PEFT renews the one that it finds
+                shutil.copy2(card, staged)
             super()._save(str(staged), state_dict)
 
     def save_metrics(self, split, metrics, combined=True) -> None:

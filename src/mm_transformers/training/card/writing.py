@@ -9,7 +9,7 @@ import huggingface_hub
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
-from ...model.safe_writing import write_text_atomically
+from ...model.safe_writing import leads_outside, write_text_atomically
 from .facts import CardFacts, Measurement, measurements_of, training_of
 from .merging import add_memory, fingerprint, join_sections, merge, split_sections, take_memory
 from .metadata import entries_in, entries_of, to_card_data
@@ -35,14 +35,14 @@ def write_card(folder: str | os.PathLike, facts: CardFacts) -> ModelCard:
     memory: dict[str, Any] = {}
     data: Any = ModelCardData()
     text = ""
-    if path.is_file():
+    has_card = path.is_file() and not leads_outside(path, Path(folder))
+    if has_card:
         content, memory = take_memory(path.read_text(encoding="utf-8"))
         try:
             card = ModelCard(content, ignore_metadata_errors=True)
         except Exception as error:  # of YAML
             raise ValueError(f"{path} cannot be renewed, since its front matter is no YAML: {error}") from error
         data, text = card.data, card.text
-    has_card = path.is_file()
     new_sections, new_entries = sections_of(facts), entries_of(facts)
     old_sections = split_sections(text) if has_card else {}
     old_entries = entries_in(data, facts) if has_card else {}
