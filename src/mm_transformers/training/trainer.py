@@ -530,10 +530,14 @@ class MMTrainer(ResumableTrainer):
     # Training
 
     def train(self, *args, **kwargs):
-        if self._has_evaluated and self.args.world_size > 1:
+        wraps = self.args.world_size > 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        # accelerate leaves a model as it is once another trainer has prepared it for evaluation.
+        has_evaluated = self._has_evaluated or (wraps and getattr(self.model, "_is_accelerate_prepared", False))
+        if has_evaluated and self.args.world_size > 1:
             raise ValueError(
-                "This trainer has evaluated before training, after which the processes would train apart from each "
-                "other: evaluate with a trainer of its own, or set eval_on_start=True in the training arguments."
+                "This trainer, or another with the same model, has evaluated before training, after which the "
+                "processes would train apart from each other: evaluate with a trainer and a model of its own, or set "
+                "eval_on_start=True in the training arguments."
             )
         self._has_trained = True
         self._forget_eval_dataloaders()
