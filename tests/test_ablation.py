@@ -18,9 +18,9 @@ from PIL import Image
 from test_generation import make_writer
 from test_trainer import make_dataset, make_rows
 from tiny import make_image, make_model, make_processor, open_gates
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainingArguments
 
-from mm_transformers import Classification, Generation, Matching, MMDataCollator, MultiTaskMetrics, Retrieval
+from mm_transformers import Classification, Generation, Matching, MMDataCollator, MMTrainer, MultiTaskMetrics, Retrieval
 from mm_transformers.analysis import ablate
 from mm_transformers.analysis.ablation.calibration import calibration
 from mm_transformers.analysis.ablation.contributions import (
@@ -34,6 +34,7 @@ from mm_transformers.analysis.ablation.tables import Table, as_markdown
 from mm_transformers.analysis.ablation.views import exchanged
 from mm_transformers.data.markdown import plain_markdown
 from mm_transformers.training.metrics import less_is_better
+from mm_transformers.training.mismatches import draw_mismatches
 
 
 NUM_ROWS = 24
@@ -402,6 +403,43 @@ def test_encoders_run_once_per_row(model):
             hook.remove()
     assert counts["text"] == NUM_ROWS
     assert counts["vision"] <= sum(row["image"] is not None for row in make_rows(NUM_ROWS))
+
+
+def test_pairs_are_judged_with_mismatched_ones():
+    """As in evaluation; a head that always says yes is right of one pair in three, whatever it is given."""
+    rows = [{"text": f"a red {'cat ' * (i % 5)}", "image": make_image(i // 2), "topic": "food"} for i in range(14)]
+    processor = make_processor()
+    tasks = [Matching("match"), Classification("topic", labels=["animals", "food", "travel"])]
+    model = make_model(tasks=tasks, seed=2)
+    args = TrainingArguments("unused", report_to=[], use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=4)
+    with torch.no_grad():
+        model.heads.match.out_proj.weight.mul_(50)
+    found = ablate(model, processor, rows, batch_size=4, num_permutations=2, num_additive_rows=6).variants
+    trainer = MMTrainer(model, args, processing_class=processor, eval_dataset=rows)
+    measured = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items() if "_match_" in name}
+    assert {name: found["all"][name] for name in measured} == pytest.approx(measured, rel=1e-5)
+    # Without the picture, pairs with another picture are pairs as they are.
+    without = trainer.evaluate([{**row, "image": None} for row in rows])
+    assert "eval_match_accuracy" not in without
+    drawn = draw_mismatches(torch.as_tensor(trainer.predict(rows).label_ids["match"]))
+    with torch.no_grad():
+        logits = torch.cat([model(**processor(text=[row["text"]])).logits["match"][0] for row in rows])
+    yes = torch.stack([logits, logits, logits[drawn[:, 1]]], 1) > 0
+    right = (yes == torch.tensor([True, False, False])).float().mean()
+    assert 0 < right < 1
+    assert found["text only"]["match_accuracy"] == pytest.approx(float(right))
+    with torch.no_grad():
+        model.heads.match.out_proj.bias.fill_(1e4)
+    found = ablate(model, processor, rows, num_permutations=1, num_additive_rows=0, slices=["topic"])
+    for variant in ("all", "text only", "image only", "nothing"):
+        assert found.variants[variant]["match_accuracy"] == pytest.approx(1 / 3)
+    # Exchanged pairs are mismatches themselves.
+    assert "match_accuracy" not in found.variants["image shuffled"]
+    assert "topic_accuracy" in found.variants["image shuffled"]
+    assert found.contributions["match"].perceptual == {}
+    assert found.slices["topic"]["food"]["all"]["match_accuracy"] == pytest.approx(1 / 3)
+    assert "0.333" in found.to_markdown()
+    found.plot()
 
 
 def test_what_cannot_be_ablated_is_told(model):

@@ -5,20 +5,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from datasets import Dataset
 from distributed import FSDP, KeepGradients, allow_fsdp_on_cpu, make_rows, make_tasks, run_in_processes
 from tiny import SEQ2SEQ, TEXT_ENCODERS, VISION_ENCODERS, make_image, make_model, make_processor
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from mm_transformers import (
+    DataSource,
     Generation,
     Matching,
     MMTrainer,
     MMTransformerConfig,
     MMTransformerForMultiTask,
+    Regression,
 )
 
 
@@ -71,14 +76,64 @@ def evaluate_and_predict(folder: Path) -> None:
     results = {"metrics": trainer.evaluate(), "logits": trainer.predict(make_rows(13)).predictions}
     judge = make_trainer(folder, make_model(tasks=[Matching("match")]))
     results["matching"] = judge.evaluate(make_pairs(9))
-    with pytest.raises(ValueError, match="has evaluated before training"):
-        trainer.train()
+    for same_model in (trainer, make_trainer(folder, model)):
+        with pytest.raises(ValueError, match="has evaluated before training"):
+            same_model.train()
     writer = make_trainer(folder, make_writer())
     written = writer.predict(writing_rows(7))
     results.update(written=written.predictions["german"]["generated_ids"], writing=written.metrics)
     results["world_size"] = trainer.args.world_size
     if trainer.is_world_process_zero():
         torch.save(results, folder / f"{trainer.args.world_size}.pt")
+
+
+def scored_rows(count: int = 5) -> list[dict]:
+    return [{"text": f"a {'red ' * i}cat", "score": float(i**2)} for i in range(count)]
+
+
+class TorchStream(IterableDataset):
+    def __iter__(self):
+        yield from scored_rows()
+
+
+class PlainStream:
+    def __iter__(self):
+        yield from scored_rows()
+
+
+def make_stream(kind: str):
+    rows = Dataset.from_list(scored_rows())
+    kinds = {
+        "list": scored_rows,
+        "shards": lambda: rows.to_iterable_dataset(num_shards=2),  # of 3 and of 2 rows
+        "torch": TorchStream,
+        "plain": lambda: DataSource(PlainStream()),
+    }
+    return kinds[kind]()
+
+
+def read_streams(folder: Path) -> None:
+    """Five rows, two at a time and process: their answers, and the losses of an epoch of two steps and one more."""
+    num_processes, found = int(os.environ.get("WORLD_SIZE", 1)), {}
+    for kind, num_workers in [("list", 0)] if num_processes == 1 else [("shards", 0), ("torch", 0), ("plain", 2)]:
+        model = make_model(tasks=[Regression("score")], vision=None)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        arguments = TrainingArguments(
+            str(folder / "out"), per_device_train_batch_size=4 // num_processes, per_device_eval_batch_size=2,
+            max_steps=3, learning_rate=1e-2, optim="sgd", logging_steps=1, save_strategy="no", report_to=[],
+            disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, log_level="error",
+            train_sampling_strategy="sequential", dataloader_num_workers=num_workers,
+        )  # fmt: skip
+        trainer = MMTrainer(model, arguments, processing_class=make_processor(), train_dataset=make_stream(kind))
+        trainer.train()
+        output = trainer.predict(make_stream(kind))
+        losses = [entry["score_loss"] for entry in trainer.state.log_history if "score_loss" in entry]
+        logits, labels = output.predictions["score"], output.label_ids["score"]
+        found[f"{kind}/{num_workers}"] = logits, labels, output.metrics, losses
+    if trainer.is_world_process_zero():
+        torch.save({"found": found, "world_size": trainer.args.world_size}, folder / f"{num_processes}.pt")
 
 
 def train_save_and_resume(folder: Path) -> None:
@@ -128,6 +183,22 @@ def test_evaluation_and_prediction_are_those_of_one_process(tmp_path):
     written = make_trainer(tmp_path, make_writer()).predict(writing_rows(7))
     assert torch.equal(torch.tensor(two["written"]), torch.tensor(written.predictions["german"]["generated_ids"]))
     assert two["writing"]["test_german_loss"] == pytest.approx(written.metrics["test_german_loss"], rel=1e-4)
+
+
+def test_rows_of_streams_count_once(tmp_path):
+    run_in_processes([__file__, "read_streams", str(tmp_path)])
+    two = torch.load(tmp_path / "2.pt", weights_only=False)
+    assert two["world_size"] == 2
+    read_streams(tmp_path)
+    rows = torch.load(tmp_path / "1.pt", weights_only=False)["found"]["list/0"]
+    for kind, (logits, labels, metrics, losses) in two["found"].items():
+        assert labels.tolist() == [0, 1, 4, 9, 16], kind
+        if kind.endswith("/2"):  # each worker fills up batches of its own, so steps are made of other rows
+            continue
+        assert losses == pytest.approx(rows[3], rel=1e-5), kind
+        assert logits.ravel().tolist() == pytest.approx(rows[0].ravel().tolist(), rel=1e-4), kind
+        assert metrics["test_score_mae"] == pytest.approx(np.abs(rows[0].ravel() - rows[1].ravel()).mean(), rel=1e-4)
+        assert metrics["test_loss"] == pytest.approx(rows[2]["test_loss"], rel=1e-4), kind
 
 
 @pytest.mark.parametrize("kind", [pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.slow), "FULL_STATE_DICT"])

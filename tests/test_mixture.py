@@ -1,6 +1,7 @@
 """Training on several data sets at once."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -523,6 +524,37 @@ class TestStreams:
         for i in (0, 1):
             by_worker = [[x for batch in trainer.seen[w::2] for x in batch if x // 1000 == i] for w in (0, 1)]
             assert not set(by_worker[0]) & set(by_worker[1])
+
+    def test_workers_share_out_what_does_not_do_so_itself(self, tmp_path):
+        """Each row once, and in order."""
+        trainer = make_trainer(tmp_path, None, dataloader_num_workers=2, per_device_eval_batch_size=2)
+        for source in (
+            DataSource(iter_again(numbered(0, 7))),
+            stream(numbered(0, 7)),
+            DataSource(stream(numbered(0, 7))),
+        ):
+            assert trainer.predict(source).label_ids["score"].tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+    def test_other_rows_after_a_resume_are_told(self, tmp_path, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("mm_transformers"), "propagate", True)
+
+        def trainer(name, **kwargs):
+            mixture = DataMixture({"a": stream(numbered(0, 24), 4), "b": numbered(1000, 24)}, {"a": 1, "b": 1})
+            return make_trainer(tmp_path / name, mixture, max_steps=6, save_steps=3, save_strategy="steps", **kwargs)
+
+        whole = trainer("whole")
+        whole.train()
+        for change, told in (
+            ({"dataloader_num_workers": 1}, ""),
+            ({"dataloader_num_workers": 2}, "written with dataloader_num_workers=1, but now it is 2"),
+            ({"seed": 7}, "written with seed=42, but now it is 7"),
+        ):
+            caplog.clear()
+            resumed = trainer("resumed", **change)
+            resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+            assert (resumed.seen == whole.seen[3:]) == (not told)
+            assert ("other rows of the epoch" in caplog.text) == bool(told)
+            assert told in caplog.text
 
     @given(st.integers(1, 3), st.integers(1, 3), st.integers(3, 12), st.booleans())
     @settings(max_examples=12, deadline=None)

@@ -559,6 +559,65 @@ def test_the_worst_is_never_the_best(tmp_path):
             MMTrainer(model, args, processing_class=processor, eval_dataset=make_dataset(), compute_metrics=metrics)
 
 
+def test_persistent_workers_see_what_has_changed_in_place(tmp_path):
+    rows = [{"text": f"a red {'cat ' * i}", "image": make_image(i), "score": float(i)} for i in range(4)]
+    processor = make_processor()
+    found = {}
+    for num_workers in (0, 1):
+        args = make_args(
+            tmp_path / str(num_workers),
+            dataloader_num_workers=num_workers,
+            dataloader_persistent_workers=num_workers > 0,
+        )
+        model = make_model(tasks=[Regression("score")], freeze=["vision"])
+        with torch.no_grad():
+            model.heads.score.out_proj.weight.mul_(50)
+        changing = list(rows)
+        trainer = MMTrainer(
+            model, args, processing_class=processor, eval_dataset=changing, feature_cache=tmp_path / f"c{num_workers}"
+        )
+        values = [trainer.evaluate()]
+        with torch.no_grad():
+            for parameter in model.model.encoder("vision").parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        values.append(trainer.evaluate())
+        changing[0] = {**rows[0], "score": 100.0}
+        values.append(trainer.evaluate())
+        trainer.data_collator = MMDataCollator(make_processor(), model.config, max_length=3)
+        values.append(trainer.evaluate())
+        found[num_workers] = [metrics["eval_score_mse"] for metrics in values]
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert len(set(found[0])) == 4
+
+
+def test_persistent_workers_are_kept_during_a_training(tmp_path):
+    """As long as nothing else is to be read."""
+    loaders = []
+
+    class Watching(MMTrainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            loaders.append(super().get_eval_dataloader(eval_dataset))
+            return loaders[-1]
+
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 2:
+                self.data_collator = MMDataCollator(make_processor(), self.model.config)
+            return super().training_step(*args, **kwargs)
+
+    rows = make_dataset(4)
+    args = make_args(
+        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+    )  # fmt: skip
+    trainer = Watching(make_model(), args, processing_class=make_processor(), train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    trainer.evaluate()
+    first, second, third, fourth, _ = loaders
+    assert first is second
+    assert third is fourth
+    assert len({id(loader) for loader in loaders}) == 3
+
+
 def test_no_rows_to_evaluate_are_told(tmp_path):
     trainer = MMTrainer(make_model(), make_args(tmp_path), processing_class=make_processor())
     with pytest.raises(ValueError, match="There is nothing to evaluate or predict: the data set has no rows"):

@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Any, NamedTuple, Optional
 
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .cells import RowReader, opened, warn_of_ids
 
@@ -243,10 +243,16 @@ class RowsOfSource(Dataset):
 class StreamOfSource(IterableDataset):
     def __init__(self, dataset: Any, source: RowSource, reader: RowReader):
         self.dataset, self.source, self.reader = dataset, source, reader
+        # How many rows in a row one worker of a data loader takes; those of a batch, so that batches keep their order.
+        self.rows_per_turn = 1
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for row in self.dataset:
-            yield _view(row, self.source, self.reader)
+        worker = get_worker_info()
+        # Streams of `datasets` and of torch share their rows out among workers themselves; other iterables do not.
+        shares = worker is not None and not isinstance(self.dataset, IterableDataset)
+        for i, row in enumerate(self.dataset):
+            if not shares or i // self.rows_per_turn % worker.num_workers == worker.id:
+                yield _view(row, self.source, self.reader)
 
     def part(self, consumer: int, num_consumers: int, epoch: int) -> Iterator[dict[str, Any]]:
         """The rows of one of several consumers, each a process or a worker of one; no two have a row in common."""

@@ -1,6 +1,6 @@
 """Mismatched pairs for the evaluation of tasks that judge pairs: the same whatever the batches and processes are."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,37 @@ class MismatchedRows(Dataset):
         ]
 
 
+def mismatched_rows(
+    task: Any, rows: Any, labels: np.ndarray | torch.Tensor, collator: Any
+) -> Iterator[tuple[int, np.ndarray, MismatchedRows]]:
+    """
+    The mismatched pairs with which a task is evaluated: first those with the item of another row, then those with the
+    text of another row.
+
+    Args:
+        task: a task that needs mismatched pairs.
+        rows: of the evaluation set, as the collator takes them.
+        labels (rows, 4): of the task.
+        collator ([`MMDataCollator`]): Knows the columns.
+
+    Yields:
+        The column of the logits that is theirs; the numbers of the rows they are made of; the pairs.
+    """
+    text, media = collator.text_column, collator.media
+    drawn = draw_mismatches(torch.as_tensor(labels)).numpy()
+    items = [media[kind].column for kind in KINDS[task.modality] if kind in media]
+    everything = [text, *(column.column for column in media.values())]
+    for side, columns in enumerate((items, [text])):
+        numbers = np.flatnonzero(drawn[:, side] >= 0)
+        if len(numbers):
+            kept = [column for column in everything if column not in columns]
+            yield (
+                1 + side,
+                numbers,
+                MismatchedRows(rows, numbers.tolist(), drawn[numbers, side].tolist(), columns, kept),
+            )
+
+
 class Unlabelled:
     """
     A collator whose batches have no labels.
@@ -139,17 +170,9 @@ class WithMismatches:
         self.tasks, self.rows, self.collator, self.answer, self.own = tasks, rows, collator, answer, own
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        text, media = self.collator.text_column, self.collator.media
         for task in self.tasks:
             logits, labels = prediction.predictions[task.name], prediction.label_ids[task.name]
-            drawn = draw_mismatches(torch.as_tensor(labels)).numpy()
-            items = [media[kind].column for kind in KINDS[task.modality] if kind in media]
-            everything = [text, *(column.column for column in media.values())]
             logits[:, 1:] = np.nan  # other rows of the same batch
-            for side, columns in enumerate((items, [text])):
-                numbers = np.flatnonzero(drawn[:, side] >= 0)
-                if len(numbers):
-                    kept = [column for column in everything if column not in columns]
-                    rows = MismatchedRows(self.rows, numbers.tolist(), drawn[numbers, side].tolist(), columns, kept)
-                    logits[numbers, 1 + side] = self.answer(rows)[task.name][:, 0]
+            for column, numbers, rows in mismatched_rows(task, self.rows, labels, self.collator):
+                logits[numbers, column] = self.answer(rows)[task.name][:, 0]
         return self.own(prediction)

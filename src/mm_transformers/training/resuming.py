@@ -19,6 +19,8 @@ from transformers.trainer_callback import ExportableState, TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import CONFIG_NAME, logging
 
+from ..data.mixture import DataMixture
+from ..data.sources import DataSource, is_iterable
 from ..model.adding_tasks import check_same_heads
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.loading import is_pickle_error
@@ -338,6 +340,7 @@ class ResumableTrainer(Trainer):
                 "last_logged_step": self._globalstep_last_logged,
                 "total_loss": self._total_loss_scalar,
                 "rows_per_step": self._rows_per_step,
+                **self._order_of_rows,
             }
             metadata = {name: repr(number) for name, number in numbers.items()}
             # A checkpoint of adapters has no config of the model.
@@ -349,6 +352,20 @@ class ResumableTrainer(Trainer):
     @property
     def _rows_per_step(self) -> int:
         return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    @property
+    def _order_of_rows(self) -> dict[str, int]:
+        """On what the order of the training rows depends: name -> number."""
+        dataset, found = self.train_dataset, {}
+        is_mixture = isinstance(dataset, DataMixture)
+        is_stream = dataset.is_stream if isinstance(dataset, (DataMixture, DataSource)) else is_iterable(dataset)
+        if is_stream:
+            found["dataloader_num_workers"] = max(self.args.dataloader_num_workers, 1)
+        if is_stream and is_mixture:  # each of them reads a part of its own
+            found["processes"] = self.args.world_size
+        if is_mixture or (not is_stream and getattr(self.args, "train_sampling_strategy", "random") != "sequential"):
+            found["seed"] = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return found
 
     def _restore_losses(self) -> None:
         checkpoint, self._to_restore = self._to_restore, None
@@ -374,6 +391,13 @@ class ResumableTrainer(Trainer):
                 f"of the epoch. For the same place, make it {before} again, for example by "
                 "gradient_accumulation_steps."
             )
+        for name, now in self._order_of_rows.items():
+            before = int(metadata.get(name, now))
+            if before != now:
+                logger.warning(
+                    f"The checkpoint was written with {name}={before}, but now it is {now}, so training may go on with "
+                    f"other rows of the epoch, some of them seen before. For the same rows, make it {before} again."
+                )
         self._globalstep_last_logged = int(metadata["last_logged_step"])
         self._total_loss_scalar = float(metadata["total_loss"])
         self._knows_all_losses = True

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from operator import is_not
 from typing import Any, Optional
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import EarlyStoppingCallback, GenerationConfig, Seq2SeqTrainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import logging
@@ -20,7 +21,7 @@ from ..data.feature_cache import FeatureCache
 from ..data.image_groups import SharedImageSampler, images_of
 from ..data.mixture import DataMixture, check_sources
 from ..data.mixture_rows import MixedStream
-from ..data.sources import is_iterable, rows_of
+from ..data.sources import StreamOfSource, is_iterable, rows_of
 from ..data.splitting import Part, split_for_validation
 from ..model.input_checks import check_finite_weights
 from ..model.regularization import penalties, take_starting_point
@@ -50,6 +51,7 @@ from .resuming import ResumableTrainer, clear_errors
 from .sharding import gather_for_method, layer_classes
 from .start_average import StartAverage, TolerantEarlyStopping, is_as_good
 from .starting_point import load_starting_point, save_starting_point
+from .stream_shares import IS_REPEATED, ShareOfStream, WithoutRepeats, gather_once
 from .verdict import Verdict
 
 
@@ -105,6 +107,9 @@ class MMTrainer(ResumableTrainer):
 
     train_dataset: Any
     eval_dataset: Any
+    data_collator: Any
+    gather_function: Any
+    _eval_dataloaders: dict[str, Any]
     preprocess_logits_for_metrics: Any
 
     def __init__(
@@ -208,7 +213,8 @@ class MMTrainer(ResumableTrainer):
         # Of each task, and of the regularizer, since the last log: losses, summed over the optimiser steps, and the
         # number of steps that had any.
         self._has_trained = self._has_evaluated = False  # the latter before training
-        self._evaluated_rows: dict[str, Any] = {}  # name of a kept loader -> its rows
+        self._eval_dataloaders = {}  # of transformers: name -> the loader that is kept
+        self._loaders_read: dict[str, tuple] = {}  # name -> its rows, collator and feature cache
         self._balancing: Optional[TaskBalancing] = None
         self._rows_per_epoch: Optional[int] = None
         self._forget_losses()
@@ -295,16 +301,29 @@ class MMTrainer(ResumableTrainer):
         return SharedImageSampler(images_of(rows, column), self.args.rows_per_image, seed)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        # If workers persist, transformers keeps one loader per name, and one for all data sets without a name.
+        """
+        As [`~transformers.Trainer.get_eval_dataloader`]. With `dataloader_persistent_workers`, the loader of a data set
+        is kept during a training, for its next evaluation, as long as data set, collator and feature cache are the same
+        objects. Outside of a training none is kept, so whatever has changed in place is seen.
+        """
         name = eval_dataset if isinstance(eval_dataset, str) else "eval"
         if isinstance(eval_dataset, str):
             rows = self.eval_dataset[name]
         else:
             rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self._evaluated_rows.get(name) is not rows:
-            vars(self).get("_eval_dataloaders", {}).pop(name, None)
-            self._evaluated_rows[name] = rows
-        return super().get_eval_dataloader(eval_dataset)
+        # transformers keeps one loader per name, and one for all data sets without a name.
+        read = (rows, getattr(self.data_collator, "uncached", self.data_collator), self.feature_cache)
+        if not self.is_in_train or any(map(is_not, self._loaders_read.get(name, (None,)), read)):
+            self._eval_dataloaders.pop(name, None)
+        loader = super().get_eval_dataloader(eval_dataset)
+        self._loaders_read[name] = read
+        if not self.is_in_train:
+            self._forget_eval_dataloaders()
+        return loader
+
+    def _forget_eval_dataloaders(self) -> None:
+        self._eval_dataloaders.clear()
+        self._loaders_read.clear()
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
         drop_last = self.args.dataloader_drop_last
@@ -317,7 +336,7 @@ class MMTrainer(ResumableTrainer):
 
     def _make_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
         if not isinstance(self.data_collator, MMDataCollator):
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn=sampler_fn, **kwargs)
+            return self._shared_dataloader(dataset, description, batch_size, sampler_fn=sampler_fn, **kwargs)
         if isinstance(dataset, DataMixture):
             rows = dataset.rows(self.data_collator, batch_size, self.args)
             self._store_features(rows)
@@ -342,9 +361,24 @@ class MMTrainer(ResumableTrainer):
         if not kwargs.get("is_training", False):
             self.data_collator = collator.with_references()
         try:
-            return super()._get_dataloader(rows, description, batch_size, sampler_fn=wrapped, **kwargs)
+            return self._shared_dataloader(rows, description, batch_size, sampler_fn=wrapped, **kwargs)
         finally:
             self.data_collator = collator
+
+    def _shared_dataloader(self, rows, description, batch_size, **kwargs):
+        """The stock loader; of a stream, each of several processes reads a [`ShareOfStream`]."""
+        if isinstance(rows, StreamOfSource):
+            rows.rows_per_turn = batch_size * (1 if self.accelerator.split_batches else self.args.world_size)
+        if self.args.world_size == 1 or not isinstance(rows, IterableDataset):
+            return super()._get_dataloader(rows, description, batch_size, **kwargs)
+        share, collator = ShareOfStream(rows), self.data_collator
+        self.data_collator = WithoutRepeats(collator, tells=not kwargs.get("is_training", False))
+        try:
+            loader = super()._get_dataloader(share, description, batch_size, **kwargs)
+        finally:
+            self.data_collator = collator
+        share.read_own_part(loader.dataset)
+        return loader
 
     def _store_features(self, rows: Any) -> None:
         """What frozen encoders say of these rows is in the cache from now on, and the collator takes it from there."""
@@ -500,12 +534,17 @@ class MMTrainer(ResumableTrainer):
     # Training
 
     def train(self, *args, **kwargs):
-        if self._has_evaluated and self.args.world_size > 1:
+        wraps = self.args.world_size > 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        # accelerate leaves a model as it is once another trainer has prepared it for evaluation.
+        has_evaluated = self._has_evaluated or (wraps and getattr(self.model, "_is_accelerate_prepared", False))
+        if has_evaluated and self.args.world_size > 1:
             raise ValueError(
-                "This trainer has evaluated before training, after which the processes would train apart from each "
-                "other: evaluate with a trainer of its own, or set eval_on_start=True in the training arguments."
+                "This trainer, or another with the same model, has evaluated before training, after which the "
+                "processes would train apart from each other: evaluate with a trainer and a model of its own, or set "
+                "eval_on_start=True in the training arguments."
             )
         self._has_trained = True
+        self._forget_eval_dataloaders()
         self._start, self._average, self._trained_from = Start(), None, None
         self._forget_losses()
         self._num_labels = {}
@@ -759,10 +798,12 @@ class MMTrainer(ResumableTrainer):
             self.compute_metrics = WithLosses(self.fused_model.config, own)
         has_losses = isinstance(self.compute_metrics, (MultiTaskMetrics, WithLosses))
         self.compute_metrics = self._with_mismatches(dataloader, self.compute_metrics)
+        gather = self.gather_function
         try:
             output = super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             self.compute_metrics, self.preprocess_logits_for_metrics = own, own_logits
+            self.gather_function = gather
         losses = {name: output.metrics.get(f"{prefix}_{name}_loss") for name in tasks}
         if any(loss is not None for loss in losses.values()):
             # The stock loop reports the mean of the means of batches, which is not the mean.
@@ -803,6 +844,8 @@ class MMTrainer(ResumableTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         fused = self.fused_model
+        if IS_REPEATED in inputs:
+            self.gather_function = gather_once(self.accelerator, inputs.pop(IS_REPEATED))
         references = inputs.pop("references", {})
         writes = fused.config.has_decoder and getattr(self.args, "predict_with_generate", True)
         if prediction_loss_only or not writes:

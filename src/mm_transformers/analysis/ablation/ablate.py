@@ -6,6 +6,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from torch.nn.functional import pad
 from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat
 from transformers.utils import logging
@@ -17,6 +18,7 @@ from ...model.modeling_outputs import MMTransformerModelOutput
 from ...model.task_base import as_scalar, is_null
 from ...model.tasks import Task
 from ...training.metrics import MultiTaskMetrics, less_is_better
+from ...training.mismatches import Unlabelled, mismatched_rows
 from .calibration import Calibration, calibration
 from .contributions import additive_projection, perceptual_score, shapley_values, subsets
 from .results import Ablation, Contribution, main_metric
@@ -54,6 +56,10 @@ def ablate(
     in any variant; without anything left, the model answers from what it expects. Rows are taken in a random order, and
     exchange what they have with others of the same 256 rows. Answers that belong to words of the text are not scored
     where the text is missing or that of another row.
+
+    [`Matching`] judges each pair and its mismatched pairs, drawn from all rows as [`MMTrainer`] draws them; these are
+    encoded too. It has no score where the text or the picture that it compares is that of another row: such pairs are
+    mismatches already, so their labels say nothing.
 
     Contributions are gains: more than 0 where a modality makes the answers better, also where a metric is the better
     the smaller it is (losses, errors).
@@ -110,6 +116,8 @@ def ablate(
             scores.add(window, rng, num_permutations)
             # The order is random, so its first rows are a random sample.
             held = scores.sample(window, min(num_additive_rows, len(rows)) - held) + held
+    with evaluation_mode(model):
+        scores.judge_mismatches(rows, order, collator, np.random.default_rng(seed), num_permutations)
     compute_metrics = compute_metrics or MultiTaskMetrics(model.config, processor)
     columns = {name: [_slice_name(rows[int(i)].get(name)) for i in order] for name in slices}
     return scores.result(compute_metrics, columns)
@@ -138,13 +146,14 @@ class _Scores:
         self.num_additive = 0
         # What is missing or exchanged in a variant; words have no answer where that is the text.
         self.without_words: set[str] = set()
+        self.unscored: dict[str, set[str]] = {}  # task -> variants in which its labels say nothing
 
     def encode(self, rows: Sequence[Mapping[str, Any]], collator: Callable[[Any], dict[str, Any]]) -> EncodedRows:
         """The rows after the encoders; their labels are kept."""
         parts, labels, references = [], None, None
         if isinstance(collator, MMDataCollator):
             collator = collator.with_references()
-        for numbers in np.array_split(np.arange(len(rows)), -(-len(rows) // self.batch_size)):
+        for numbers in self._chunks(len(rows)):
             batch = send_to_device(collator([rows[int(i)] for i in numbers]), self.model.device)
             given = {
                 name: value.cpu() if name in self.wanted else _missing(value.cpu())
@@ -159,6 +168,54 @@ class _Scores:
         return EncodedRows.together(parts)
 
     def add(self, window: EncodedRows, rng: np.random.Generator, num_permutations: int) -> None:
+        views = self._views(window, rng, num_permutations)
+        for chunk in self._chunks(window.num_rows):
+            labels, references = _select(self.window_labels, chunk), _select(self.window_references, chunk)
+            for name, (kept, rows) in views.items():
+                outputs = window.view({modality: theirs[chunk] for modality, theirs in rows.items()}, kept)
+                self._keep(name, self._answers(outputs, labels, references))
+
+    def judge_mismatches(
+        self, rows: Any, order: np.ndarray, collator: MMDataCollator, rng: np.random.Generator, num_permutations: int
+    ) -> None:
+        """
+        Judges, in each variant, the mismatched pairs with which [`MMTrainer`] evaluates tasks that need them.
+
+        Args:
+            rows: all of them.
+            order: the numbers of the rows, in the order in which they were added.
+        """
+        places = np.argsort(order)
+        for name in (name for name in self.wanted if self.tasks[name].needs_mismatches):
+            task: Any = self.tasks[name]
+            compared = {shuffle_name(m, n) for m in ("text", task.modality) for n in range(num_permutations)}
+            self.unscored[name] = compared  # of these pairs nobody knows whether they match
+            scored = [variant for variant in self.answers if variant not in compared]
+            for variant in scored:
+                self.answers[variant][name] = pad(self.answers[variant][name][:, :1], (0, 2), value=torch.nan)
+            for column, numbers, changed in mismatched_rows(task, rows, self.labels[name][places], collator):
+                for part in np.array_split(np.arange(len(numbers)), -(-len(numbers) // _WINDOW)):
+                    window = self._encoded(changed.__getitems__(part.tolist()), Unlabelled(collator))
+                    views = self._views(window, rng, num_permutations)
+                    for chunk in self._chunks(window.num_rows):
+                        for variant in scored:
+                            kept, whose = views[variant]
+                            outputs = window.view({modality: theirs[chunk] for modality, theirs in whose.items()}, kept)
+                            logits = self.model(encoder_outputs=outputs).logits[name][:, 0]
+                            self.answers[variant][name][places[numbers[part[chunk]]], column] = logits.float().cpu()
+
+    def _chunks(self, num_rows: int) -> list[np.ndarray]:
+        return np.array_split(np.arange(num_rows), -(-num_rows // self.batch_size))
+
+    def _encoded(self, rows: Sequence[Mapping[str, Any]], collator: Callable[[Any], dict[str, Any]]) -> EncodedRows:
+        batches = (collator([rows[int(i)] for i in chunk]) for chunk in self._chunks(len(rows)))
+        model = self.model.model
+        return EncodedRows.together([EncodedRows.of(model, send_to_device(b, self.model.device)) for b in batches])
+
+    def _views(
+        self, window: EncodedRows, rng: np.random.Generator, num_permutations: int
+    ) -> dict[str, tuple[frozenset[str], dict[str, np.ndarray]]]:
+        """Variant -> the modalities that are kept, and of each whose it is, (num_rows,)."""
         own = np.arange(window.num_rows)
         # In the order in which they are shown: all first, nothing last.
         views: dict[str, tuple[frozenset[str], dict[str, np.ndarray]]] = {}
@@ -173,11 +230,7 @@ class _Scores:
                 views[shuffle_name(modality, number)] = everything, theirs
                 if modality == "text":
                     self.without_words.add(shuffle_name(modality, number))
-        for chunk in np.array_split(own, -(-len(own) // self.batch_size)):
-            labels, references = _select(self.window_labels, chunk), _select(self.window_references, chunk)
-            for name, (kept, rows) in views.items():
-                outputs = window.view({modality: theirs[chunk] for modality, theirs in rows.items()}, kept)
-                self._keep(name, self._answers(outputs, labels, references))
+        return views
 
     def _keep(self, variant: str, answers: dict[str, Any]) -> None:
         before = self.answers.get(variant)
@@ -279,6 +332,7 @@ class _Scores:
         if variant in self.without_words:
             labels = {n: _missing(v) if self.tasks[n].is_token_level else v for n, v in labels.items()}
             answers = {n: self.answers[ALL][n] if self.tasks[n].is_token_level else v for n, v in answers.items()}
+        labels = {n: _missing(v) if variant in self.unscored.get(n, ()) else v for n, v in labels.items()}
         if rows is not None:
             answers, labels = _select(answers, rows), _select(labels, rows)
         found = compute_metrics(EvalPrediction(predictions=answers, label_ids=labels))
