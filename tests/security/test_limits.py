@@ -76,6 +76,8 @@ class TestSettings:
     def test_the_page_of_the_docs_is_true(self):
         rows = re.findall(r"^\| `(\w+)` \| ([\d,.]+)", DOCS.read_text(), re.M)
         shown = {name: float(value.replace(",", "")) for name, value in rows}
+        missing = [name for name in dataclasses.asdict(Limits()) if name not in shown]
+        assert missing == [], f"add a row for each to {DOCS}"
         assert shown == dataclasses.asdict(Limits())
         assert set(re.findall(r"^ {8}(\w+) \(`", Limits.__doc__, re.M)) == set(shown)
 

@@ -22,6 +22,7 @@ from mm_transformers.model.video import VideoError, load_frames
 
 
 RATE = 16_000
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))  # of each kind
 
 
 @pytest.fixture
@@ -310,12 +311,12 @@ class TestFuzzing:
         b"\0\0\1\0\1\0", b"\0\0\0\x0cjP  \r\n\x87\n", b"\0\0\0\x1cftypavif",
     )  # fmt: skip
 
-    @settings(max_examples=40, deadline=2000)
+    @settings(max_examples=EXAMPLES, deadline=10_000)
     @given(start=st.sampled_from(STARTS), rest=st.binary(max_size=300))
     def test_images(self, start, rest):
         assert is_short(message_of(ImageError, load_image, start + rest))
 
-    @settings(max_examples=40, deadline=2000)
+    @settings(max_examples=EXAMPLES, deadline=10_000)
     @given(
         rate=st.integers(0, 2**31 - 1), channels=st.integers(0, 2**16 - 1),
         bits=st.sampled_from([0, 8, 16, 24, 32, 64]), samples=st.binary(max_size=300),
@@ -325,7 +326,7 @@ class TestFuzzing:
         content = start + samples if start else wav(rate, channels, bits=bits, samples=samples)
         assert is_short(message_of(AudioError, load_audio, content, RATE))
 
-    @settings(max_examples=15, deadline=5000)
+    @settings(max_examples=EXAMPLES // 2, deadline=10_000)
     @given(
         start=st.sampled_from([b"\0\0\0\x20ftypisom", b"RIFF\xff\xff\xff\xffAVI LIST", b"\x1aE\xdf\xa3", b"#EXTM3U\n"]),
         rest=st.binary(max_size=300),

@@ -1,5 +1,6 @@
 """Texts of strangers: an endless cell costs no more than one that is just too long, and gives the same tokens."""
 
+import os
 import time
 
 import pytest
@@ -49,7 +50,7 @@ PIECES = st.sampled_from(
 
 
 class TestPrefix:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")), deadline=None)
     @given(
         name=st.sampled_from(sorted(TOKENIZERS)), pieces=st.lists(PIECES, max_size=60),
         joint=st.sampled_from(["", " "]), num_tokens=st.integers(1, 30),

@@ -8,15 +8,18 @@ import threading
 import time
 import zipfile
 
+import datasets
 import pytest
 from PIL import Image
 from tiny import make_model, make_processor
 
 from mm_transformers import Limits, MMDataCollator
+from mm_transformers.analysis import explain
 from mm_transformers.cli.app import _allowed
 from mm_transformers.data.addresses import Addresses
 from mm_transformers.model.downloads import fetch, is_public
 from mm_transformers.model.images import load_image
+from mm_transformers.model.pipeline_mm_transformer import MultimodalPipeline
 from mm_transformers.model.video import load_frames
 from mm_transformers.training.recipe import Recipe
 
@@ -158,6 +161,18 @@ class TestPermission:
         assert load_image(f"{server.address}/ok").size == (8, 8)
         assert make_processor()(text="a", images=f"{server.address}/ok")["pixel_values"].shape[0] == 1
         assert [frame.size for frame in load_frames([f"{server.address}/ok"], 1)] == [(8, 8)]
+
+    def test_rows_of_a_data_set_were_not_typed_by_the_caller(self, server):
+        url, model, processor = f"{server.address}/ok", make_model(), make_processor()
+        pipe = MultimodalPipeline(model=model, processor=processor)
+        for cells in ({"image": [url]}, {"image": [{"path": url, "bytes": None}]}, {"image": [[url, url]]},
+                      {"video": [[url, url]]}):  # fmt: skip
+            data = datasets.Dataset.from_dict({"text": ["a"], **cells})
+            for ask in (lambda data=data: list(pipe(data)), lambda data=data: explain(model, processor, data, "topic")):
+                with pytest.raises(ValueError, match=r"^Row 0: (image|video) .* is an address in a data set, which is"):
+                    ask()
+        assert server.asked == []
+        assert pipe({"text": "a", "image": url})["topic"]["label"]
 
     def test_a_recipe_cannot_allow_it(self):
         recipe = {"data": {"train": "a.csv", "allow_urls": True}, "model": {"text": "b"}, "tasks": []}
