@@ -14,6 +14,9 @@ from .sources import own_column
 
 logger = logging.get_logger(__name__)
 
+# How many bad files are named, each in a warning of its own.
+MOST_NAMED = 100
+
 
 class SharedCounter:
     """A count to which the workers of a data loader add, each in a place of its own, so that none waits."""
@@ -116,5 +119,7 @@ class MediaColumn:
             raise type(error)(
                 f"{where}; mend or remove it, or pass on_bad_file='drop' to treat it as absent."
             ) from None
-        if int(self.num_bad_files) == 0:
+        if int(self.num_bad_files) < MOST_NAMED:
             logger.warning(f"{where}; treated as absent.")
+        elif int(self.num_bad_files) == MOST_NAMED:
+            logger.warning(f"{MOST_NAMED} bad files have been named; further ones are counted only.")

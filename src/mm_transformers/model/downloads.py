@@ -43,7 +43,10 @@ def fetch(url: str, hosts: Optional[Collection[str]] = None, public_only: bool =
         rule.check(url)
         request = urllib.request.Request(url, headers={"User-Agent": "mm-transformers"})
         with deadline, _opener(rule, deadline).open(request, timeout=deadline.left()) as response:
-            return _read(response)
+            content = _read(response)
+        if not deadline.is_over:  # otherwise the answer may have ended where it was cut off
+            return content
+        raise OSError(_too_late())
     except (ValueError, http.client.HTTPException) as error:  # a wrong address, half an answer
         raise OSError(_too_late() if deadline.is_over else str(error) or type(error).__name__) from error
     except OSError as error:

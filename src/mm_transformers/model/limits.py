@@ -20,6 +20,8 @@ class Limits:
         row_items (`int`): Pictures of one row; likewise its sounds.
         audio_seconds (`float`): Seconds of one sound.
         audio_samples (`int`): Samples of one sound, all channels together, before and after resampling.
+        encoded_seconds (`float`):
+            Seconds of a sound that reach an audio encoder without a window of its own. The rest is cut off.
         lowest_sampling_rate (`int`): The lowest sampling rate of a sound, in Hz.
         highest_sampling_rate (`int`): The highest sampling rate of a sound, in Hz.
         video_seconds (`float`): Seconds of one video.
@@ -48,6 +50,7 @@ class Limits:
     row_items: int = 100
     audio_seconds: float = 600.0
     audio_samples: int = 64_000_000
+    encoded_seconds: float = 60.0
     lowest_sampling_rate: int = 1_000
     highest_sampling_rate: int = 768_000
     video_seconds: float = 3600.0
@@ -126,6 +129,7 @@ class CarriedLimits:
 
 
 def _carried(values: dict[str, Any]) -> CarriedLimits:
-    if multiprocessing.parent_process() is not None:
+    # Python gives a new process its name before it hands anything over; only later does it say who the parent is.
+    if multiprocessing.current_process().name != "MainProcess":
         set_limits(**values)
     return CarriedLimits()

@@ -10,6 +10,8 @@ from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
 from .answering import answer_batch, check_tasks, unwrapped
+from .downloads import is_url
+from .files import content_of, describe
 from .limits import CarriedLimits
 from .processing_mm_transformer import as_list
 from .task_base import is_null
@@ -26,9 +28,10 @@ class MultimodalPipeline(Pipeline):
 
     A row is a dict with any of `"text"`, `"image"` (or a list of images), `"video"` and `"audio"`, each as
     [`MMTransformerProcessor`] takes it (a path, a URL, a PIL image, bytes, an array); a string is a text. Columns of
-    labels, and other columns of a `datasets` data set, are not looked at. Given one row, the pipeline returns a dict
-    from task to answer; given a list of rows, a list; given a generator or a data set, an iterator, which holds one
-    batch at a time. With `batch_size`, rows are answered together; what several of them share is encoded once.
+    labels, and other columns of a `datasets` data set, are not looked at; addresses in its cells are not fetched. Given
+    one row, the pipeline returns a dict from task to answer; given a list of rows, a list; given a generator or a data
+    set, an iterator, which holds one batch at a time. With `batch_size`, rows are answered together; what several of
+    them share is encoded once.
 
     Options, of the pipeline or of a call:
         tasks (`list[str]`): Names of the tasks to answer; all by default. A decoder only runs for those.
@@ -109,6 +112,7 @@ class MultimodalPipeline(Pipeline):
             known=None if is_table else (*PARTS, *(task.column for task in self.model.tasks.values())),
             wants_words=any(self.model.tasks[name].is_token_level for name in names),
             limits=CarriedLimits(),
+            is_table=is_table,
         )
         loader = DataLoader(inputs, batch_size=batch_size, num_workers=num_workers, collate_fn=read)
         answered = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
@@ -146,6 +150,7 @@ def read_rows(
     known: Optional[Sequence[str]],
     wants_words: bool,
     limits: Optional[CarriedLimits] = None,
+    is_table: bool = False,
 ) -> dict[str, Any]:
     """
     What the model takes for some rows, each with its number: `tensors`, `texts` and, for tasks that label words,
@@ -154,9 +159,12 @@ def read_rows(
 
     Args:
         limits: hands the limits to the workers that are started with this.
+        is_table: whether the rows are those of a data set, whose addresses the caller has not typed: none is fetched.
     """
     try:
         rows = [_checked(row, number, known) for number, row in numbered]
+        for (number, _), row in zip(numbered if is_table else (), rows, strict=False):
+            _refuse_addresses(row, number)
         try:
             tensors = _process(rows, processor, wants_words)
         except ValueError as error:
@@ -205,6 +213,19 @@ def _checked(row: Any, number: int, known: Optional[Sequence[str]]) -> dict[str,
     if not any(name != "text" or part.strip() for name, part in parts.items()):
         raise ValueError(f"Row {number} has neither a text nor an image, a video or a sound.")
     return parts
+
+
+def _refuse_addresses(row: dict[str, Any], number: int) -> None:
+    for name in row:
+        waiting = [row[name]] if name != "text" else []
+        while waiting:
+            item = waiting.pop()
+            waiting += item if isinstance(item, (list, tuple)) and any(isinstance(x, (str, dict)) for x in item) else []
+            if is_url(content_of(item)):
+                raise ValueError(
+                    f"Row {number}: {describe(item, name)} is an address in a data set, which is not fetched; give the "
+                    "rows as dicts, in a list or a generator, if you trust them."
+                )
 
 
 def _with_words(answers: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:

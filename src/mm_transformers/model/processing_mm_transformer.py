@@ -412,17 +412,22 @@ class MMTransformerProcessor(ProcessorMixin):
                 f"{1000 * SHORTEST_CLIP:.0f} ms that audio encoders listen to at a time"
             )
         longest = self.longest_clip
-        if longest is not None and len(waveform) > longest and "audio" not in self._warned:
+        if len(waveform) > longest and "audio" not in self._warned:
             self._warned.add("audio")
             logger.warning(
                 f"{name} of {len(waveform) / rate:.1f} s was cut to the {longest / rate:.1f} s that the "
                 "audio encoder takes; further ones are cut without a warning."
             )
-        return waveform
+        # A window of its own the feature extractor knows better: it needs what is just behind.
+        return waveform if self._window is not None else waveform[:longest]
 
     @property
-    def longest_clip(self) -> Optional[int]:
-        """How many samples the audio encoder takes; what comes after is cut off. `None` if there is no limit."""
+    def longest_clip(self) -> int:
+        """How many samples the audio encoder takes; what comes after is cut off."""
+        return self._window or int(limits().encoded_seconds * self.feature_extractor.sampling_rate)
+
+    @property
+    def _window(self) -> Optional[int]:
         extractor = self.feature_extractor
         if getattr(extractor, "max_length", None) is not None:  # of AST, in frames of 10 ms
             return extractor.max_length * extractor.sampling_rate // 100

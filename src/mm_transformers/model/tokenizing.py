@@ -29,6 +29,8 @@ def tokenize(tokenizer: Any, *texts: Any, **options: Any) -> Any:
 
 # How many tokens behind the wanted ones must be known, so that none of these depends on where the text was cut.
 _MARGIN = 16
+# How long a text is before it is cut: so many characters for each wanted token, and so many more.
+_CHARACTERS = (8, 1000)
 
 
 def needed_text(tokenizer: Any, text: str, num_tokens: int, key: str = "text") -> str:
@@ -47,7 +49,7 @@ def needed_text(tokenizer: Any, text: str, num_tokens: int, key: str = "text") -
     most = limits().text_characters
     if getattr(tokenizer, "truncation_side", "right") != "right":
         return text[-most:]
-    text, size = text[:most], 8 * num_tokens + 1000
+    text, size = text[:most], _CHARACTERS[0] * num_tokens + _CHARACTERS[1]
     while size < len(text):
         end = text.rfind(" ", size // 2, size)
         while end > 0 and text[end - 1].isspace():

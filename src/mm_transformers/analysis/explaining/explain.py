@@ -105,17 +105,25 @@ def explain(
     rows = [given[i] for i in range(len(given))]
     model = own_copy(model).eval()
     found: list[Explanation] = []
+    is_table = not is_one and hasattr(row, "column_names")
     for start in range(0, len(rows), batch_size):
         batch = list(enumerate(rows))[start : start + batch_size]
-        found += _explain_batch(model, processor, batch, question, method, seed + start)
+        found += _explain_batch(model, processor, batch, question, method, seed + start, is_table)
     return found[0] if is_one else found
 
 
 def _explain_batch(
-    model: Any, processor: Any, numbered: list[tuple[int, Any]], question: Question, method: str, seed: int
+    model: Any,
+    processor: Any,
+    numbered: list[tuple[int, Any]],
+    question: Question,
+    method: str,
+    seed: int,
+    is_table: bool,
 ) -> list[Explanation]:
     known = _known_keys(model, numbered)
-    read = read_rows(numbered, processor, known, wants_words=model.tasks[question.task].is_token_level)
+    wants_words = model.tasks[question.task].is_token_level
+    read = read_rows(numbered, processor, known, wants_words, is_table=is_table)
     if "error" in read:
         raise ValueError(read["error"])
     inputs = {name: x.to(model.device) for name, x in apart(read["tensors"]).items()}

@@ -1,0 +1,141 @@
+"""Texts of strangers: an endless cell costs no more than one that is just too long, and gives the same tokens."""
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import make_config, make_model, make_processor, make_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mm_transformers import Generation, Limits, MMDataCollator, TokenClassification
+from mm_transformers.analysis.explaining.placing import token_spans
+from mm_transformers.model import tokenizing
+from mm_transformers.model.task_base import LabelContext
+from mm_transformers.model.tokenizing import needed_text
+from mm_transformers.training.prediction import stream_answers
+
+
+def trained(model, trainer, pre_tokenizer, decoder=None) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoder
+    texts = ["the cat is over a river bat, and the dog isn't", "lovely rain in the sun aaa aaaa bb abab, ab ba"] * 20
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
+
+
+SPECIAL = ["<pad>", "<unk>"]
+TOKENIZERS = {
+    "word_piece": make_tokenizer(),
+    "byte_level": trained(
+        models.BPE(), trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, show_progress=False),
+        pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(),
+    ),
+    "unigram": trained(
+        models.Unigram(),
+        trainers.UnigramTrainer(vocab_size=90, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False),
+        pre_tokenizers.Metaspace(),
+    ),
+    "unsplit": trained(
+        models.BPE(unk_token="<unk>"), trainers.BpeTrainer(vocab_size=90, special_tokens=SPECIAL, show_progress=False),
+        pre_tokenizers.Metaspace(split=False),
+    ),
+}  # fmt: skip
+PIECES = st.sampled_from(
+    ["the", "cat", "aaaa", "ab", "isn't", ",", "é", "a\n", "\t", " ", "  ", "好", "𝄞", "lovely", "."]
+)
+
+
+class TestPrefix:
+    @settings(max_examples=60, deadline=None)
+    @given(
+        name=st.sampled_from(sorted(TOKENIZERS)), pieces=st.lists(PIECES, max_size=60),
+        joint=st.sampled_from(["", " "]), num_tokens=st.integers(1, 30),
+    )  # fmt: skip
+    def test_the_first_tokens_are_those_of_the_whole_text(self, name, pieces, joint, num_tokens):
+        tokenizer, text = TOKENIZERS[name], joint.join(pieces) * 5
+        before = tokenizing._CHARACTERS
+        tokenizing._CHARACTERS = (1, 20)  # so that these texts are long
+        try:
+            needed = needed_text(tokenizer, text, num_tokens)
+        finally:
+            tokenizing._CHARACTERS = before
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert text.startswith(needed)
+        ids = tokenizer(needed, add_special_tokens=False)["input_ids"]
+        assert ids[:num_tokens] == whole[:num_tokens]
+        assert len(ids) > num_tokens or needed == text
+
+    def test_ordinary_texts_stay_as_they_are(self):
+        text = "the red cat is in the sun " * 40
+        assert needed_text(TOKENIZERS["word_piece"], text, 40) is text
+
+    def test_the_limit_holds_where_there_is_no_place_to_cut(self, monkeypatch):
+        monkeypatch.setattr("mm_transformers.model.limits._current", Limits(text_characters=5000))
+        for text in ("x" * 20_000, " " * 20_000, "好" * 20_000):
+            assert len(needed_text(TOKENIZERS["word_piece"], text, 40)) == 5000
+        left = make_tokenizer()
+        left.truncation_side = "left"
+        assert needed_text(left, "x" * 9000 + "end", 40).endswith("end")
+
+
+def huge(words=1_600_000) -> str:
+    return "the cat " * (words // 2)
+
+
+class TestRows:
+    def test_a_batch_is_the_same_as_of_a_text_that_is_just_too_long(self):
+        task = [TokenClassification("entities", labels=["O", "NAME"])]
+        collator = MMDataCollator(make_processor(), make_config(tasks=task))
+        start = time.process_time()
+        batch = collator([{"text": huge(200_000), "entities": ["O", "NAME"] * 100_000}])
+        assert time.process_time() - start < 5
+        other = collator([{"text": huge(400), "entities": ["O", "NAME"] * 200}])
+        for name in ("input_ids", "attention_mask"):
+            assert batch[name].tolist() == other[name].tolist()
+        assert batch["labels"]["entities"].tolist() == other["labels"]["entities"].tolist()
+
+    def test_eight_megabytes_take_seconds(self):
+        """A text without any space, too."""
+        processor = make_processor()
+        for text in (huge(), "x" * 8_000_000, "\n" * 8_000_000 + "cat"):
+            start = time.process_time()
+            assert processor(text=[text], max_length=40)["input_ids"].shape[1] <= 40
+            assert time.process_time() - start < 5
+
+    def test_targets_that_a_decoder_is_to_write(self):
+        task, tokenizer = Generation("german", max_length=9), make_tokenizer()
+        context = LabelContext(tokenizer=tokenizer)
+        start = time.process_time()
+        labels = task.collate_labels([huge(), "a cat"], context)
+        assert time.process_time() - start < 5
+        assert labels.tolist() == task.collate_labels([huge(100), "a cat"], context).tolist()
+        assert task.encode_references([huge()]).shape[1] <= 64 * 9
+
+    def test_answers_for_words_keep_their_places(self):
+        tasks = [TokenClassification("entities", labels=["O", "NAME"])]
+        model, processor = make_model(tasks=tasks), make_processor()
+        collator = MMDataCollator(processor, model.config)
+        ((_, answers),) = next(iter(stream_answers(model, collator, [{"text": huge(3000)}])))
+        labels = [word["label"] for word in answers["entities"]]
+        assert len(labels) == 3000
+        assert None not in labels[:38]
+        assert set(labels[38:]) == {None}
+
+    def test_explanations(self):
+        tokenizer = make_tokenizer()
+        ids = tokenizer(huge(100), truncation=True, max_length=40)["input_ids"]
+        start = time.process_time()
+        spans = token_spans(tokenizer, huge(), ids)
+        assert time.process_time() - start < 5
+        assert spans == token_spans(tokenizer, huge(100), ids)
+
+    @pytest.mark.parametrize("column", ["topic", "tags", "score", "entities"])
+    def test_a_label_of_megabytes_is_told_in_a_line(self, column):
+        collator = MMDataCollator(make_processor(), make_config())
+        for cell in ("x" * 8_000_000, "9" * 8_000_000, "[" * 200_000, ["x" * 8_000_000], '["a",' * 200_000):
+            with pytest.raises(ValueError, match=f"column '{column}'") as error:
+                collator([{"text": "a", column: cell}])
+            assert len(str(error.value)) < 500
