@@ -491,7 +491,7 @@ class TestRefusals:
         features, _ = model.model.encode("vision", pixel_values=batch["pixel_values"])
         with pytest.raises(ValueError, match="vision input is given as pixel_values and as features; give one"):
             model(**batch, image_features=features)
-        with pytest.raises(ValueError, match="text_features must begin with the shape of attention_mask"):
+        with pytest.raises(ValueError, match="text_features has the shape .* which does not fit"):
             model(**batch, text_features=torch.zeros(4, 2, 32))
 
 

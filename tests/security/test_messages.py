@@ -65,7 +65,7 @@ WRONG = {
     "bool index": (dict(image_index=INDEX.bool()), "image_index must be a tensor of integers"),
     "list index": (dict(image_index=INDEX.tolist()), "image_index must be a tensor of integers"),
     "frame floats": (dict(frame_index=INDEX.float()), "frame_index must hold integers"),
-    "sound": (dict(input_values=torch.zeros(4, 1, 400)), "input_values must have the shape"),
+    "sound": (dict(input_values=torch.zeros(4, 1, 400)), "audio encoder takes no input_values of shape"),
     "sound mask": (dict(audio_attention_mask=torch.ones(4, 7)), "audio_attention_mask has the shape"),
     "narrow embeddings": (dict(input_ids=None, inputs_embeds=torch.zeros(4, 9, 7)), "must have the width"),
     "narrow features": (dict(text_features=torch.zeros(4, 9, 7)), "text_features must have the width 32"),
@@ -93,6 +93,7 @@ def test_an_empty_batch(model):
         model(input_ids=IDS[:0], attention_mask=MASK[:0])
 
 
+@pytest.mark.slow
 def test_checks_are_no_part_of_what_is_compiled(model):
     inputs = batch(labels=None)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

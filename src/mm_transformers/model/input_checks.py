@@ -54,6 +54,8 @@ def check_layout(model: Any, inputs: Mapping[str, Any]) -> None:
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{name} must be a tensor of shape ({', '.join(axes)}), but is a {type(value).__name__}.")
         shape = tuple(value.shape)
+        if name == "input_values" and value.ndim == 3:  # of encoders of spectrograms
+            axes = ("num_clips", "frames", "mel bins")
         if value.ndim != len(axes):
             raise ValueError(f"{name} must have the shape ({', '.join(axes)}), but has the shape {shape}.")
         if value.is_complex() or (is_integer is not None and _IS_INTEGER.get(value.dtype) != is_integer):
