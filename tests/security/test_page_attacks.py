@@ -237,7 +237,7 @@ def test_uploads_are_bounded_and_forgotten(client, monkeypatch):
     left = names() - there
     for path in left:  # of an upload that broke off
         os.utime(path, (0, 0))
-    set_limits(all_uploads_bytes=before.upload_bytes + 2**20 + sum(path.stat().st_size for path in there))
+    set_limits(all_uploads_bytes=before.upload_bytes + 2**20 + sum(path.lstat().st_size for path in there))
     assert client.upload(png(make_image(1))).status_code == 200
     assert not left & names()
     assert client.upload(bytes(2**20 + 1)).status_code == 200

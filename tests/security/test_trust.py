@@ -1,5 +1,6 @@
 """Files of strangers that would run code, write elsewhere or send data away: recipes, exports, checkpoints."""
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from mm_transformers import MMTransformerConfig, MMTransformerForMultiTask, MMTransformerProcessor
 from mm_transformers.cli import app
+from mm_transformers.data.loading import load_named
 from mm_transformers.training.recipe import read_recipe
 
 
@@ -261,3 +263,43 @@ def test_pickled_weights_of_an_encoder_are_not_run(recipe, encoders, tmp_path):
     assert "weights_only" not in told
     assert not (tmp_path / "ran").exists()
     save_file(weights, folder / "model.safetensors")
+
+
+def test_nobody_is_asked_whether_code_may_run(saved, tmp_path, monkeypatch):
+    """transformers asks at the keyboard; what stands there may be a pipe."""
+    folder = copied(saved, tmp_path / "asks")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    values |= {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
+    path.write_text(json.dumps(values))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
+    with pytest.raises((OSError, ValueError), match="trust_remote_code"):
+        MMTransformerProcessor.from_pretrained(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_data_set_in_a_folder_fetches_nothing(tmp_path):
+    config = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: http://127.0.0.1:1/x.csv\n"
+    for name, text in (("README.md", f"---\n{config}---\n"), (".huggingface.yaml", config)):
+        folder = tmp_path / name.strip(".")
+        folder.mkdir()
+        (folder / name).write_text(text)
+        with pytest.raises(ValueError, match="names files elsewhere, which are not fetched"):
+            load_named(str(folder))
+    folder = tmp_path / "honest"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nlicense_link: https://example.org\n---\nSee https://example.org.\n")
+    (folder / "train.csv").write_text("text\na\nb\n")
+    assert load_named(str(folder), cache_dir=str(tmp_path / "cache"))["train"]["text"][:] == ["a", "b"]
+
+
+@pytest.mark.parametrize("option", [{"size": {"height": 8000, "width": 8000}}, {"size": {"shortest_edge": 9000}}])
+def test_a_processor_cannot_take_memory(saved, tmp_path, option):
+    folder = copied(saved, tmp_path / "large")
+    path = folder / "processor_config.json"
+    values = json.loads(path.read_text())
+    values["image_processor"] |= option
+    path.write_text(json.dumps(values))
+    with pytest.raises((OSError, ValueError), match="larger than the limit kept_image_pixels"):
+        MMTransformerProcessor.from_pretrained(folder)

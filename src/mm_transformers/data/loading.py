@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import yaml
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import metadata_load
 from transformers.utils import logging
 
 from ..model.tasks import Task
@@ -89,12 +91,37 @@ def load_named(name: str, config_name: str | None = None, cache_dir: str | None 
     Train, validation and test splits, as far as there are any, of a data set of the Hub or a folder.
 
     Raises:
-        ValueError: if there are no training rows.
+        ValueError: if there are no training rows, or a folder names files elsewhere.
     """
+    if os.path.isdir(name):
+        _check_local(Path(name))
     data = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
     if "train" not in data:
         raise ValueError(f"{name} has no split 'train'; its splits are {', '.join(data)}.")
     return datasets.DatasetDict({split: data[split] for split in SPLITS if split in data})
+
+
+def _check_local(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: if the README of a data set, or its `.huggingface.yaml`, names addresses as its files.
+    """
+    card, plain = folder / "README.md", folder / ".huggingface.yaml"
+    found = (metadata_load(card) if card.is_file() else None) or {}
+    configs = [found.get("configs"), yaml.safe_load(plain.read_text("utf-8")) if plain.is_file() else None]
+    if any("://" in text for text in _texts_in(configs)):
+        raise ValueError(f"The data set in {folder} names files elsewhere, which are not fetched; download them first.")
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts_in(item)
 
 
 def hold_out(data: datasets.DatasetDict, fraction: float, columns: Mapping[str, Any], tasks: Iterable[Task]) -> None:

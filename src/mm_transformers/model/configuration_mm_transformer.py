@@ -6,6 +6,7 @@ import os
 import re
 from typing import Any, ClassVar, Optional
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -423,6 +424,7 @@ def _check_kernels(values: dict[str, Any]) -> None:
     pending = [values]
     while pending:
         for name, value in pending.pop().items():
+            name = str(name)  # an id of `id2label` is a number
             if isinstance(value, dict) and not name.endswith("_implementation"):
                 pending.append(value)
             elif name.endswith(("_implementation", "_implementation_internal")) and "/" in str(value):
@@ -443,7 +445,7 @@ def _resolve(config: Any, modality: str) -> Optional[PreTrainedConfig]:
             raise ValueError(
                 f"{modality}_config is a dict without 'model_type', so it is not known which encoder it is."
             )
-        if model_type not in CONFIG_MAPPING:
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise ValueError(
                 f"{modality}_config has the model_type {model_type!r}, which transformers does not know; update "
                 "transformers, or make a config of your own known with AutoConfig.register first."
@@ -454,6 +456,8 @@ def _resolve(config: Any, modality: str) -> Optional[PreTrainedConfig]:
         except Exception as error:  # whatever an encoder's config makes of a wrong value
             raise ValueError(f"{modality}_config has a wrong value: {_without_preamble(error)}") from error
     config = sub_config_of(config, modality)
+    if not isinstance(config.dtype, (torch.dtype, str, type(None))):
+        raise ValueError(f"{modality}_config has the dtype {config.dtype!r}, which is no type of torch.")
     check_traits(config, f"{modality}_config")
     if hasattr(config, "auto_map"):
         # Encoders are those that transformers knows or that the user registered; code that a config names is not run.

@@ -55,7 +55,7 @@ def load_seq2seq(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         config = without_random_skips(read_encoder_config(path, "text", **hub_kwargs))
         with without_pickles(path):
-            model = AutoModelForSeq2SeqLM.from_pretrained(path, config=config, **kwargs)
+            model = AutoModelForSeq2SeqLM.from_pretrained(path, config=config, **{"trust_remote_code": False, **kwargs})
         text_config = model.config
         traits = probe(model.get_encoder(), "text")
         traits.pop("unused", None)

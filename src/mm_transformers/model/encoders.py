@@ -44,6 +44,8 @@ def read_encoder_config(path: str, modality: str, **kwargs) -> PreTrainedConfig:
     check_folder(path, f"a {modality} encoder" if modality != "audio" else "an audio encoder")
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, kwargs.get("subfolder") or "", "config.json")):
         raise OSError(f"The folder {os.fspath(path)!r} holds no encoder: it has no config.json.")
+    # Without a word of the person, transformers would ask one at the keyboard.
+    kwargs.setdefault("trust_remote_code", False)
     try:
         return AutoConfig.from_pretrained(path, **kwargs)
     except (ImportError, OSError, ValueError):

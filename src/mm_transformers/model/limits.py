@@ -34,7 +34,6 @@ class Limits:
         download_bytes (`int`): Bytes of one download.
         download_seconds (`float`): Seconds of one download, in all.
         recipe_bytes (`int`): Bytes of a recipe.
-        config_parameters (`int`): Parameters of a model that is built from a config.
         config_layers (`int`): The largest number of layers, stages or blocks in the config of an encoder.
         request_seconds (`float`): Seconds of one request to the demo page.
         request_words (`int`): Words of a text in one request to the demo page. Later words are left out.
@@ -64,7 +63,6 @@ class Limits:
     download_bytes: int = 64 * 2**20
     download_seconds: float = 30.0
     recipe_bytes: int = 2**20
-    config_parameters: int = 100_000_000_000
     config_layers: int = 300
     request_seconds: float = 60.0
     request_words: int = 2_000

@@ -63,9 +63,18 @@ def _read_part(what: str, auto_class: Any, path: Any, **kwargs: Any) -> Any:
         OSError: one sentence, if its files are missing or damaged.
         ValueError: as transformers does, if there is none.
     """
+    # Without a word of the person, transformers would ask one at the keyboard.
+    kwargs.setdefault("trust_remote_code", False)
     try:
-        return auto_class.from_pretrained(path, **kwargs)
+        part = auto_class.from_pretrained(path, **kwargs)
+        _check_size(part, path)
+        return part
     except (ImportError, OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"The {what} in {os.fspath(path)!r} has code of its own, which is not run; pass trust_remote_code=True "
+                "if you trust it."
+            ) from error
         # Of the two latter, those of JSON say nothing of the file.
         if not isinstance(error, ValueError) or not os.path.isdir(path) or "Unrecognized" in str(error):
             raise
@@ -86,6 +95,23 @@ class MMTransformerProcessorKwargs(ProcessingKwargs, total=False):  # type: igno
     images_kwargs: ImagesKwargs
     videos_kwargs: MMTransformerVideosKwargs
     audio_kwargs: AudioKwargs
+
+
+def _check_size(image_processor: Any, path: Any) -> None:
+    """
+    Raises:
+        ValueError: if an image processor makes pictures larger than those that are kept in memory.
+    """
+    for option in ("size", "crop_size", "pad_size"):
+        size = getattr(image_processor, option, None)
+        size = {name: value for name, value in dict(size).items() if isinstance(value, int)} if size else {}
+        # A longest edge beside a shortest one is a bound of it, and of some processors a number of pixels.
+        side = size.get("shortest_edge", size.get("longest_edge", 0))
+        if max(side * side, size.get("height", 0) * size.get("width", 0)) > limits().kept_image_pixels:
+            raise ValueError(
+                f"The image processor in {os.fspath(path)!r} has the {option} {size}, larger than "
+                f"{named('kept_image_pixels')}."
+            )
 
 
 class MMTransformerProcessor(ProcessorMixin):
