@@ -43,6 +43,7 @@ def load_image(image: Any, fetch: Callable[[str], bytes] = fetch):
             `"cast": {"mode": "L"}` for the mode of that feature; or an array or tensor, (height, width), (height,
             width, channels) or (channels, height, width), of truth values, uint8, uint16, other integers from 0 to
             255, or floats from 0 to 1. Channels are grey, grey and alpha, RGB, or RGBA.
+        fetch: what turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
 
     Raises:
         ImageError: if there is no such file, it is no image, it is cut short, it is empty, its values do not say what

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Optional
 
 from .downloads import fetch, is_url
@@ -50,7 +50,7 @@ def load_frames(video: Any, num_frames: int, fetch: Callable[[str], bytes] = fet
     name, content = describe(video, "video"), content_of(video)
     if isinstance(content, (str, bytes, os.PathLike)):
         return _read(content, name, num_frames, fetch, cast_of(video).get("stream_index"))
-    if not (hasattr(content, "__len__") and hasattr(content, "__getitem__")):
+    if isinstance(content, Mapping) or not (hasattr(content, "__len__") and hasattr(content, "__getitem__")):
         raise VideoError(
             "a video must be a path, bytes, a list of frames or a dict with 'bytes' or 'path', but is of type "
             f"{type(content).__name__}"
