@@ -73,6 +73,15 @@ def overlapping_strips(strips: int, size: int = 64) -> bytes:
     return head + struct.pack("<I", data) * strips + lengths + bytes(size * size // 8)
 
 
+def large_tile(side: int) -> bytes:
+    """A TIFF of 64 x 64 pixels in one tile of many, whose data are cut short."""
+    data = zlib.compress(bytes(9999))
+    tags = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
+            (322, 4, 1, side), (323, 4, 1, side), (324, 4, 1, 200), (325, 4, 1, len(data))]  # fmt: skip
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return head + bytes(200 - len(head)) + data
+
+
 def icon_with_run_lengths() -> bytes:
     """An icon of 16 x 16 pixels, which holds a BMP of 6000 x 6000."""
     bmp = struct.pack("<IiiHHIIiiII", 40, 6000, 12000, 1, 8, 1, 0, 0, 0, 256, 0) + bytes(1024) + b"\xff\0" * 99

@@ -15,6 +15,7 @@ from hostile_media import (
     flac,
     gif,
     icon_with_run_lengths,
+    large_tile,
     many_scans,
     overlapping_strips,
     picture_bytes,
@@ -185,6 +186,11 @@ class TestPictures:
             with pytest.raises(ImageError, match=f"it has {what}, more than the limit image_scans=100; set_limits"):
                 load_image(content)
         assert load_image(many_scans(50)).size == load_image(overlapping_strips(100)).size == (64, 64)
+        with pytest.raises(
+            ImageError, match="it has tiles of 20,000 x 20,000 pixels, more than the limit image_pixels"
+        ):
+            load_image(large_tile(20_000))
+        assert load_image(large_tile(64)).size == (64, 64)
         # What looks like scans in other places is none: thumbnails, and videos after the end.
         plain = picture_bytes(picture(), "JPEG", quality=95, progressive=True, comment=b"\xff\xda" * 200)
         assert load_image(plain + b"\xff\xda" * 200).size == (90, 60)

@@ -15,6 +15,7 @@ _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 _SCAN, _END = 0xDA, 0xD9
 # No format that is decoded in Python takes more bytes for a pixel: "65535 65535 65535\n".
 _MOST_BYTES = 18
+_TILE_SIZE = (322, 323)
 _ICON = b"\0\0\1\0"
 _RUN_LENGTHS = (1, 2)  # as the header of a BMP calls them
 
@@ -38,7 +39,12 @@ def check_work(picture: Any) -> None:
 
 
 def _check_repeats(picture: Any, tiles: Any, file: Any) -> None:
-    # Strips and tiles of TIFF may overlap.
+    # Tiles of TIFF may be larger than the picture, and are then decoded as a whole.
+    tags = getattr(picture, "tag_v2", None) if picture.format == "TIFF" else None
+    width, height = (int((tags or {}).get(tag, 0)) for tag in _TILE_SIZE)
+    if width * height > limits().image_pixels:
+        raise UnreadableFile(f"it has tiles of {width:,} x {height:,} pixels, more than {named('image_pixels')}")
+    # Strips and tiles may overlap.
     covered = sum((right - left) * (lower - upper) for left, upper, right, lower in (tile[1] for tile in tiles))
     repeats, what = math.ceil(covered / (picture.width * picture.height)), "layers"
     if picture.format in ("JPEG", "MPO"):
