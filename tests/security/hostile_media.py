@@ -53,6 +53,41 @@ def flac(seconds: float, rate: int = 44_100, channels: int = 1) -> bytes:
     return file.getvalue()
 
 
+def many_scans(scans: int, size: tuple[int, int] = (64, 64)) -> bytes:
+    """A progressive JPEG, one scan of which is repeated."""
+    content = picture_bytes(PIL.Image.new("L", size), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * scans + content[-2:]
+
+
+def overlapping_strips(strips: int, size: int = 64) -> bytes:
+    """A TIFF of one bit per pixel, whose strips are half the picture each, and in the same place of the file."""
+    tags = [(256, 4, 1, size), (257, 4, 1, size), (258, 3, 1, 1), (259, 3, 1, 1), (262, 3, 1, 1),
+            (273, 4, strips, 134), (277, 3, 1, 1), (278, 4, 1, size // 2),
+            (279, 4, strips, 134 + 4 * strips)]  # fmt: skip
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    head += b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    head += bytes(134 - len(head))
+    data = 134 + 8 * strips
+    lengths = struct.pack("<I", size * size // 16) * strips
+    return head + struct.pack("<I", data) * strips + lengths + bytes(size * size // 8)
+
+
+def large_tile(side: int) -> bytes:
+    """A TIFF of 64 x 64 pixels in one tile of many, whose data are cut short."""
+    data = zlib.compress(bytes(9999))
+    tags = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
+            (322, 4, 1, side), (323, 4, 1, side), (324, 4, 1, 200), (325, 4, 1, len(data))]  # fmt: skip
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return head + bytes(200 - len(head)) + data
+
+
+def icon_with_run_lengths() -> bytes:
+    """An icon of 16 x 16 pixels, which holds a BMP of 6000 x 6000."""
+    bmp = struct.pack("<IiiHHIIiiII", 40, 6000, 12000, 1, 8, 1, 0, 0, 0, 256, 0) + bytes(1024) + b"\xff\0" * 99
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 8, len(bmp), 22) + bmp
+
+
 def gif(frames: int, size: tuple[int, int] = (64, 64)) -> bytes:
     file = io.BytesIO()
     pictures = [PIL.Image.new("L", size, 255 * (i % 2)) for i in range(frames)]

@@ -4,12 +4,25 @@ import io
 import os
 import struct
 import subprocess
+from fractions import Fraction
 
 import numpy as np
 import PIL.GifImagePlugin
 import PIL.Image
 import pytest
-from hostile_media import eps, flac, gif, picture_bytes, png, video, wav
+from hostile_media import (
+    eps,
+    flac,
+    gif,
+    icon_with_run_lengths,
+    large_tile,
+    many_scans,
+    overlapping_strips,
+    picture_bytes,
+    png,
+    video,
+    wav,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_config, make_processor
@@ -167,6 +180,43 @@ class TestPictures:
         second.seek(1)
         assert np.array_equal(np.asarray(load_image(second)), np.asarray(load_image(content)))
 
+    def test_a_picture_is_not_coded_many_times(self, set_limits):
+        """Each scan, and each strip, is decoded: a file of 1 MB would take minutes."""
+        for content, what in ((many_scans(300), r"30\d scans"), (overlapping_strips(300), "150 layers")):
+            with pytest.raises(ImageError, match=f"it has {what}, more than the limit image_scans=100; set_limits"):
+                load_image(content)
+        assert load_image(many_scans(50)).size == load_image(overlapping_strips(100)).size == (64, 64)
+        with pytest.raises(
+            ImageError, match="it has tiles of 20,000 x 20,000 pixels, more than the limit image_pixels"
+        ):
+            load_image(large_tile(20_000))
+        assert load_image(large_tile(64)).size == (64, 64)
+        # What looks like scans in other places is none: thumbnails, and videos after the end.
+        plain = picture_bytes(picture(), "JPEG", quality=95, progressive=True, comment=b"\xff\xda" * 200)
+        assert load_image(plain + b"\xff\xda" * 200).size == (90, 60)
+        # Nor are scans hidden: by a marker that decoders skip, or by an end within a segment.
+        scans = many_scans(300)
+        for hidden in (b"\xff\xfe\0\4\xff\xd9", b"\xff\x01\xff\xff", b"\xff\xd0\xff\xff"):
+            place = scans.rindex(b"\xff\xda", 0, 600)
+            with pytest.raises(ImageError, match="more than the limit image_scans"):
+                load_image(scans[:place] + hidden + scans[place:])
+
+    def test_slow_formats_are_bounded(self, set_limits, tmp_path):
+        """Their decoders are written in Python."""
+        rows = [b"qoif" + struct.pack(">II", 1200, 900) + b"\3\0", b"P1 1200 900 ", b"P2 1200 900 255 ",
+                b"P3 1200 900 255 ", b"P5 1200 900 254 ", b"P6 1200 900 254 ",
+                b"P2 9 9 255 " + b" " * 19_000_000]  # fmt: skip
+        run_lengths = struct.pack("<IiiHHIIiiII", 40, 1200, 900, 1, 8, 1, 0, 0, 0, 256, 0)
+        rows.append(b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + 40 + 1024) + run_lengths + bytes(1024) + b"\0\0" * 99)
+        for content in rows:
+            with pytest.raises(ImageError, match="slow to decode, more than the limit slow_image_pixels=1,000,000"):
+                load_image(content)
+        with pytest.raises(ImageError, match="an icon with run lengths"):
+            load_image(icon_with_run_lengths())
+        for content in (b"P3 3 1 255 " + b"7 " * 9, b"P6 1200 900 255\n" + bytes(3 * 1200 * 900),
+                        picture_bytes(picture(), "BMP"), picture_bytes(picture(), "ICO")):  # fmt: skip
+            load_image(content)
+
     def test_pictures_of_a_row_are_few(self):
         collator = MMDataCollator(make_processor(), make_config())
         rows = [{"text": "a", "image": [picture(seed=i) for i in range(101)]}]
@@ -248,6 +298,7 @@ class TestVideos:
                 "has frames of 64 x 48 pixels, more than the limit video_frame_",
             ),
             (dict(video_frames=10), "has 20 frames, more than the limit video_frames=10"),
+            (dict(video_pixels=60_000), "has 20 frames of 64 x 48 pixels, more in all than the limit video_pixels=60,"),
             (dict(video_seconds=0.5), "lasts 1 s, longer than the limit video_seconds=0.5"),
             (dict(kept_frames=3), "4 frames are to be taken, more than the limit kept_frames=3"),
             (dict(file_bytes=100), "bytes, more than the limit file_bytes=100"),
@@ -262,6 +313,36 @@ class TestVideos:
             set_limits(kept_frames=10)
             with pytest.raises(VideoError, match="11 frames are to be taken, more than the limit kept_frames=10"):
                 load_frames(frames, 10**9)
+
+    def test_pixels_of_all_frames_are_bounded(self, tmp_path, set_limits):
+        """Also where the file does not say how many frames there are."""
+        video(64, 48, 20, tmp_path / "a.mkv")
+        set_limits(video_pixels=20 * 64 * 48)
+        assert len(load_frames(tmp_path / "a.mkv", 4)) == 4
+        set_limits(video_pixels=20 * 64 * 48 - 1)
+        with pytest.raises(
+            VideoError, match="the frames of .* have more pixels in all than the limit video_pixels=61,"
+        ):
+            load_frames(tmp_path / "a.mkv", 4)
+
+    def test_a_frame_is_not_coded_many_times(self):
+        av = pytest.importorskip("av")
+        for scans in (300, 20):
+            file = io.BytesIO()
+            with av.open(file, "w", format="matroska") as container:
+                stream = container.add_stream("mjpeg", rate=25)
+                stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
+                container.start_encoding()
+                packet = av.Packet(many_scans(scans))
+                packet.stream, packet.time_base, packet.pts, packet.dts = stream, Fraction(1, 1000), 0, 0
+                container.mux(packet)
+            if scans == 20:
+                assert len(load_frames(file.getvalue(), 2)) == 1
+            else:
+                with pytest.raises(
+                    VideoError, match=r"a frame of .* has 30\d scans, more than the limit image_scans=100"
+                ):
+                    load_frames(file.getvalue(), 2)
 
     def test_frames_are_shrunk(self, clip, set_limits):
         set_limits(kept_frame_pixels=1000)

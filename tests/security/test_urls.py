@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import io
+import os
 import socket
 import threading
 import time
@@ -11,12 +12,13 @@ import zipfile
 import datasets
 import pytest
 from PIL import Image
-from tiny import make_model, make_processor
+from tiny import make_config, make_feature_extractor, make_image_processor, make_model, make_processor, make_tokenizer
 
-from mm_transformers import Limits, MMDataCollator
+from mm_transformers import Limits, MMDataCollator, MMTransformerProcessor
 from mm_transformers.analysis import explain
 from mm_transformers.cli.app import _allowed
 from mm_transformers.data.addresses import Addresses
+from mm_transformers.model.audio import load_audio
 from mm_transformers.model.downloads import fetch, is_public
 from mm_transformers.model.images import load_image
 from mm_transformers.model.pipeline_mm_transformer import MultimodalPipeline
@@ -113,6 +115,33 @@ class TestPermission:
             collator(parts)([{"text": "a", "video": [url, url]}])
         assert server.asked == []
 
+    @pytest.mark.parametrize("allowed", [False, True])
+    def test_no_form_of_a_cell_reaches_this_machine(self, server, allowed):
+        """What is judged is what the reader reads: also an address as `bytes`, or beside an `array`."""
+        processor = MMTransformerProcessor(make_image_processor(), make_tokenizer(), make_feature_extractor())
+        collator = MMDataCollator(processor, make_config(audio="wav2vec2"), allow_urls=allowed)
+        url = f"{server.address}/ok"
+        forms = [
+            url, {"path": url}, {"bytes": url}, {"bytes": url, "path": "a.png"}, {"path": url, "array": None},
+            {"bytes": None, "path": url, "array": None}, {"bytes": url, "array": None}, {"bytes": url, "array": [0.0]},
+            {"path": url, "sampling_rate": 8000}, {"bytes": [url]}, {"bytes": [{"bytes": url}]},
+            {"bytes": {"path": url}}, {"path": {"bytes": url}}, {"bytes": f"zip://a.png::{url}"},
+            {"path": f"zip://a::{url}", "array": None},
+        ]  # fmt: skip
+        for column in ("image", "video", "audio"):
+            for cell in [*forms, *([form] for form in forms), *([[form]] for form in forms)]:
+                with pytest.raises(ValueError, match=rf"^row 0 of the batch, column '{column}': "):
+                    collator([{"text": "a", column: cell}])
+        assert server.asked == []
+
+    def test_the_reader_of_sounds_asks_for_permission(self, parts, server):
+        addresses = Addresses()
+        for read in (lambda cell: load_audio(cell, 16_000, fetch=addresses.fetch),
+                     lambda cell: load_image(cell, fetch=addresses.fetch)):  # fmt: skip
+            with pytest.raises(ValueError, match="is an address on the network, which is not opened unless you allow"):
+                read({"bytes": f"{server.address}/ok"})
+        assert server.asked == []
+
     def test_the_message_says_how_to_allow_it(self, parts, server):
         with pytest.raises(ValueError, match=r"allow_urls=\['127\.0\.0\.1'\]; on the command line --allow-urls or"):
             collator(parts)([{"text": "a", "image": f"{server.address}/ok"}])
@@ -157,6 +186,22 @@ class TestPermission:
         with pytest.raises(ValueError, match=r"it has more bytes than the limit file_bytes=100,000"):
             collator(parts)([{"text": "a", "image": f"zip://bomb.png::{path}"}])
 
+    def test_a_chain_opens_no_other_file(self, parts, tmp_path, monkeypatch):
+        """Only its last part names a file, which is checked: a pipe would never end."""
+        path, pipe = tmp_path / "a.zip", tmp_path / "pipe"
+        os.mkfifo(pipe)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.png", png())
+        monkeypatch.chdir(tmp_path)
+        for first in ("pipe", "/dev/zero", "file:///dev/zero", f"file://{pipe}", "filecache", "http", ""):
+            for chain in (f"{first}::zip://a.png::a.zip", f"zip://a.png::{first}::a.zip", f"{first}::a.zip"):
+                with pytest.raises(ValueError, match="column 'image'"):
+                    collator(parts)([{"text": "a", "image": chain}])
+        for last in (pipe, "/dev/zero", f"file://{pipe}"):
+            with pytest.raises(ValueError, match="it is a device or a pipe, not a file"):
+                collator(parts)([{"text": "a", "image": f"zip://a.png::{last}"}])
+        assert "pixel_values" in collator(parts)([{"text": "a", "image": "zip://a.png::a.zip"}])
+
     def test_the_caller_may_name_any_host(self, server):
         assert load_image(f"{server.address}/ok").size == (8, 8)
         assert make_processor()(text="a", images=f"{server.address}/ok")["pixel_values"].shape[0] == 1
@@ -166,7 +211,7 @@ class TestPermission:
         url, model, processor = f"{server.address}/ok", make_model(), make_processor()
         pipe = MultimodalPipeline(model=model, processor=processor)
         for cells in ({"image": [url]}, {"image": [{"path": url, "bytes": None}]}, {"image": [[url, url]]},
-                      {"video": [[url, url]]}):  # fmt: skip
+                      {"video": [[url, url]]}, {"video": [{"bytes": [url]}]}, {"image": [{"bytes": url}]}):  # fmt: skip
             data = datasets.Dataset.from_dict({"text": ["a"], **cells})
             for ask in (lambda data=data: list(pipe(data)), lambda data=data: explain(model, processor, data, "topic")):
                 with pytest.raises(ValueError, match=r"^Row 0: (image|video) .* is an address in a data set, which is"):

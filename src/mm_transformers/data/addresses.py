@@ -5,7 +5,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..model.downloads import fetch, is_url
-from ..model.files import UnreadableFile, check_file
+from ..model.files import UnreadableFile, check_file, content_of
 from ..model.limits import limits, named
 from ..model.task_base import shorten
 
@@ -61,9 +61,9 @@ class Addresses:
         Raises:
             ValueError: one sentence, if the address is not allowed or cannot be opened.
         """
-        is_named = isinstance(cell, Mapping) and cell.get("bytes") is None and "array" not in cell
-        path = cell.get("path") if is_named else cell
-        if not isinstance(path, str) or "://" not in path[:100] or path.startswith(("file://", "data:")):
+        path = None if isinstance(cell, Mapping) and cell.get("array") is not None else content_of(cell)
+        # What `file://` addresses name begins with "/". Texts of damaged data are named by the reader.
+        if not isinstance(path, str) or "://" not in path[:100] or path.startswith(("/", "data:")):
             return cell
         try:
             content = self.fetch(path) if is_url(path) else self._open(path)
@@ -75,9 +75,9 @@ class Addresses:
 
     def _open(self, path: str) -> bytes:
         parts = path.split("::")
-        for part in parts:
-            if "://" in part:
-                self._check(part)
+        for place, part in enumerate(parts, 1):
+            if "://" in part or place < len(parts):
+                self._check(part, is_last=place == len(parts))
         if parts[-1].partition("://")[0].lower() not in _STORES and not is_url(parts[-1]):
             check_file(parts[-1].removeprefix("file://"))
         from datasets.utils.file_utils import xopen
@@ -88,9 +88,15 @@ class Addresses:
             raise UnreadableFile(f"it has more bytes than {named('file_bytes')}")
         return content
 
-    def _check(self, part: str) -> None:
-        """One address of a chain, as in `zip://a.png::hf://...`."""
-        scheme = part.partition("://")[0].lower()
+    def _check(self, part: str, is_last: bool) -> None:
+        """One address of a chain, as in `zip://a.png::hf://...`. Only the last names a file of the machine."""
+        scheme, separator, _ = part.partition("://")
+        scheme = scheme.lower()
+        if not separator or (scheme == "file" and not is_last):
+            raise UnreadableFile(
+                f"{shorten(part)!r} stands before '::', where only the member of an archive may stand, as in "
+                "zip://a.png::b.zip"
+            )
         if scheme in _ARCHIVES:
             return
         if scheme in _STORES:

@@ -1,7 +1,7 @@
 """Rows become batches."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Optional
 
@@ -101,10 +101,11 @@ class MMDataCollator:
         self.media: dict[str, MediaColumn] = {}
         if self.takes_images:
             frames_of = partial(load_frames, num_frames=processor.num_frames, fetch=addresses.fetch)
-            self.media["images"] = MediaColumn(image_column, as_list, image_key, load_image, *rules)
+            image_of = partial(load_image, fetch=addresses.fetch)
+            self.media["images"] = MediaColumn(image_column, as_list, image_key, image_of, *rules)
             self.media["videos"] = MediaColumn(video_column, as_one, video_key, frames_of, *rules)
         if config.audio_config is not None:
-            clip_of = partial(_load_clip, processor, sampling_rate=sampling_rate)
+            clip_of = partial(_load_clip, processor, sampling_rate=sampling_rate, fetch=addresses.fetch)
             self.media["audio"] = MediaColumn(audio_column, as_clips, audio_key, clip_of, *rules)
         limits = [max_length, max_text_positions(config.text_config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
@@ -238,8 +239,10 @@ class MMDataCollator:
         return labels
 
 
-def _load_clip(processor: MMTransformerProcessor, clip: Any, sampling_rate: Optional[int]) -> dict[str, Any]:
-    waveform = processor.load_audio(clip, sampling_rate)
+def _load_clip(
+    processor: MMTransformerProcessor, clip: Any, sampling_rate: Optional[int], fetch: Callable[[str], bytes]
+) -> dict[str, Any]:
+    waveform = processor.load_audio(clip, sampling_rate, fetch)
     return {"array": waveform, "sampling_rate": processor.feature_extractor.sampling_rate}
 
 

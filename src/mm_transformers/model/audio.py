@@ -4,7 +4,7 @@ import io
 import math
 import numbers
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 from .downloads import fetch, is_url
@@ -23,7 +23,12 @@ def audio_key(clip: Any):
     return id(clip) if hasattr(clip, "get_all_samples") else content_key(clip, _content(clip))
 
 
-def load_audio(clip: Any, sampling_rate: int, source_rate: Optional[int] = None):
+def load_audio(
+    clip: Any,
+    sampling_rate: int,
+    source_rate: Optional[int] = None,
+    fetch: Callable[[str], bytes] = fetch,
+):
     """
     A waveform of one channel, resampled: a float32 NumPy array (samples,), mostly between -1 and 1.
 
@@ -37,6 +42,7 @@ def load_audio(clip: Any, sampling_rate: int, source_rate: Optional[int] = None)
             channels) or (channels, samples).
         sampling_rate (`int`): The wanted rate, in Hz.
         source_rate (`int`, *optional*): The rate, in Hz, of arrays that come without one.
+        fetch: what turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
 
     Raises:
         AudioError: if there is no such file, it is no sound that can be read, it is empty, it holds NaN or infinity,
@@ -50,7 +56,7 @@ def load_audio(clip: Any, sampling_rate: int, source_rate: Optional[int] = None)
     elif hasattr(clip, "shape") or isinstance(clip, (list, tuple)):
         waveform, rate = clip, source_rate
     else:
-        waveform, rate = _read(_content(clip), name)
+        waveform, rate = _read(_content(clip), name, fetch)
     if rate is None:
         raise AudioError(
             f"{name} comes without a sampling rate: give {{'array': ..., 'sampling_rate': ...}}, a file, or the rate "
@@ -105,12 +111,12 @@ def _content(clip: Any) -> Any:
     return clip["array"] if has_array else content_of(clip)
 
 
-def _read(content: Any, name: str) -> tuple[Any, int]:
+def _read(content: Any, name: str, fetch: Callable[[str], bytes]) -> tuple[Any, int]:
     """A file's samples, (samples, channels), and its sampling rate."""
     if is_url(content):
         try:
             content = fetch(content)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise AudioError(f"{name} cannot be fetched ({error})") from error
     if not isinstance(content, (str, os.PathLike, bytes)):
         raise AudioError(

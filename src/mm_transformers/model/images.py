@@ -10,6 +10,7 @@ from typing import Any
 
 from .downloads import fetch, is_url
 from .files import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
+from .image_work import check_icon, check_work
 from .limits import limits, named
 from .task_base import shorten
 
@@ -43,6 +44,7 @@ def load_image(image: Any, fetch: Callable[[str], bytes] = fetch):
             `"cast": {"mode": "L"}` for the mode of that feature; or an array or tensor, (height, width), (height,
             width, channels) or (channels, height, width), of truth values, uint8, uint16, other integers from 0 to
             255, or floats from 0 to 1. Channels are grey, grey and alpha, RGB, or RGBA.
+        fetch: what turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
 
     Raises:
         ImageError: if there is no such file, it is no image, it is cut short, it is empty, its values do not say what
@@ -59,6 +61,7 @@ def load_image(image: Any, fetch: Callable[[str], bytes] = fetch):
             _check_size(picture, name)
             if _is_read(picture):
                 return picture
+            check_work(picture)
             if picture.tell() != 0:  # not `n_frames`, for which Pillow goes through all frames
                 picture.seek(0)
             if picture is not content and _is_large(picture):
@@ -114,6 +117,7 @@ def _open(image: Any, fetch: Callable[[str], bytes]):
         if isinstance(image, str) and image.startswith("data:"):
             raise FileNotFoundError
         check_file(image)
+        check_icon(image)
         return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_formats())
     if hasattr(image, "shape"):
         return _from_array(image)

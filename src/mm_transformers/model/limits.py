@@ -17,6 +17,9 @@ class Limits:
         image_pixels (`int`): Pixels of a picture, as its file declares them.
         kept_image_pixels (`int`): Pixels of a picture in memory. Larger pictures are shrunk while they are read.
         image_aspect_ratio (`int`): The longer side of a picture, divided by the shorter.
+        image_scans (`int`): How often the file of a picture may code it: scans of a JPEG, overlapping strips of a TIFF.
+        slow_image_pixels (`int`):
+            Pixels of a picture whose decoder is written in Python: QOI, PNM as text or of a rare depth, run-length BMP.
         row_items (`int`): Pictures of one row; likewise its sounds.
         audio_seconds (`float`): Seconds of one sound.
         audio_samples (`int`): Samples of one sound, all channels together, before and after resampling.
@@ -26,6 +29,7 @@ class Limits:
         highest_sampling_rate (`int`): The highest sampling rate of a sound, in Hz.
         video_seconds (`float`): Seconds of one video.
         video_frames (`int`): Frames of one video.
+        video_pixels (`int`): Pixels of all frames of a video that are decoded in one pass over it.
         video_frame_pixels (`int`): Pixels of one frame of a video, as its file declares them.
         kept_frames (`int`): Frames of one video in memory.
         kept_frame_pixels (`int`): Pixels of one frame in memory. Larger frames are shrunk while they are read.
@@ -47,6 +51,8 @@ class Limits:
     image_pixels: int = 50_000_000
     kept_image_pixels: int = 2048 * 2048
     image_aspect_ratio: int = 100
+    image_scans: int = 100
+    slow_image_pixels: int = 1_000_000
     row_items: int = 100
     audio_seconds: float = 600.0
     audio_samples: int = 64_000_000
@@ -55,6 +61,7 @@ class Limits:
     highest_sampling_rate: int = 768_000
     video_seconds: float = 3600.0
     video_frames: int = 100_000
+    video_pixels: int = 4_000_000_000
     video_frame_pixels: int = 4096 * 4096
     kept_frames: int = 256
     kept_frame_pixels: int = 1920 * 1080

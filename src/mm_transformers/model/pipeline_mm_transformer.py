@@ -220,8 +220,10 @@ def _refuse_addresses(row: dict[str, Any], number: int) -> None:
         waiting = [row[name]] if name != "text" else []
         while waiting:
             item = waiting.pop()
-            waiting += item if isinstance(item, (list, tuple)) and any(isinstance(x, (str, dict)) for x in item) else []
-            if is_url(content_of(item)):
+            content = content_of(item)
+            if isinstance(content, (list, tuple)) and any(isinstance(x, (str, dict)) for x in content):
+                waiting += content
+            if is_url(content):
                 raise ValueError(
                     f"Row {number}: {describe(item, name)} is an address in a data set, which is not fetched; give the "
                     "rows as dicts, in a list or a generator, if you trust them."

@@ -19,6 +19,7 @@ from transformers.processing_utils import AudioKwargs, ImagesKwargs, ProcessingK
 from transformers.utils import logging
 
 from .audio import AudioError, audio_key, load_audio
+from .downloads import fetch
 from .encoders import encoder_config_from_pretrained, max_text_positions
 from .files import describe, is_absent
 from .images import image_key, load_image
@@ -461,15 +462,20 @@ class MMTransformerProcessor(ProcessorMixin):
                 data["audio_attention_mask" if name == "attention_mask" else name] = value
         return data
 
-    def load_audio(self, clip: Any, sampling_rate: Optional[int] = None):
+    def load_audio(self, clip: Any, sampling_rate: Optional[int] = None, fetch: Callable[[str], bytes] = fetch):
         """
         The waveform of a clip at the rate of the audio encoder, as [`mm_transformers.model.audio.load_audio`] gives it.
+
+        Args:
+            clip: what [`mm_transformers.model.audio.load_audio`] takes.
+            sampling_rate (`int`, *optional*): The rate, in Hz, of arrays that come without one.
+            fetch: what turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
 
         Raises:
             AudioError: also if it is too short for the audio encoder.
         """
         rate, name = self.feature_extractor.sampling_rate, describe(clip, "sound")
-        waveform = load_audio(clip, rate, sampling_rate)
+        waveform = load_audio(clip, rate, sampling_rate, fetch)
         if len(waveform) < SHORTEST_CLIP * rate:
             raise AudioError(
                 f"{name} lasts {1000 * len(waveform) / rate:.1f} ms, less than the "

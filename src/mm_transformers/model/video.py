@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Optional
 
 from .downloads import fetch, is_url
@@ -17,6 +17,8 @@ CONTAINERS = (
     "mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "ogg",
     "flv", "asf", "gif", "h264", "hevc", "obu", "ivf", "mxf", "nut", "apng", "yuv4mpegpipe", "wav", "mp3", "flac",
 )  # fmt: skip
+# Decoders of pictures in JPEG whose names do not say it, as FFmpeg calls them.
+_OTHER_JPEG = {"amv", "avrn", "mxpeg", "sp5x", "tdsc", "thp"}
 
 
 class VideoError(ValueError):
@@ -50,7 +52,7 @@ def load_frames(video: Any, num_frames: int, fetch: Callable[[str], bytes] = fet
     name, content = describe(video, "video"), content_of(video)
     if isinstance(content, (str, bytes, os.PathLike)):
         return _read(content, name, num_frames, fetch, cast_of(video).get("stream_index"))
-    if not (hasattr(content, "__len__") and hasattr(content, "__getitem__")):
+    if isinstance(content, Mapping) or not (hasattr(content, "__len__") and hasattr(content, "__getitem__")):
         raise VideoError(
             "a video must be a path, bytes, a list of frames or a dict with 'bytes' or 'path', but is of type "
             f"{type(content).__name__}"
@@ -130,12 +132,34 @@ def _check_header(container: Any, stream: Any, name: str) -> None:
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > limits().video_frame_pixels:
         raise VideoError(f"{name} has frames of {width:,} x {height:,} pixels, more than {named('video_frame_pixels')}")
+    if stream.frames * width * height > limits().video_pixels:
+        raise VideoError(
+            f"{name} has {stream.frames:,} frames of {width:,} x {height:,} pixels, more in all than "
+            f"{named('video_pixels')}"
+        )
+
+
+def _decoded(container: Any, stream: Any, name: str) -> Iterator[Any]:
+    """The frames, as long as their pixels are within the limit. Frames that are not shown are decoded, too."""
+    in_packets = in_frames = 0
+    context = stream.codec_context
+    for packet in container.demux(stream):
+        if "jpeg" in context.name or context.name in _OTHER_JPEG:
+            num_scans = bytes(packet).count(b"\xff\xda")
+            if num_scans > limits().image_scans:
+                raise VideoError(f"a frame of {name} has {num_scans:,} scans, more than {named('image_scans')}")
+        frames = packet.decode()
+        in_packets += context.width * context.height if packet.size else 0
+        in_frames += sum(frame.width * frame.height for frame in frames)
+        if max(in_packets, in_frames) > limits().video_pixels:
+            raise VideoError(f"the frames of {name} have more pixels in all than {named('video_pixels')}")
+        yield from frames
 
 
 def _count(container: Any, stream: Any, name: str) -> int:
     """How many frames there are, of a file that does not say it."""
     total = 0
-    for _ in container.decode(stream):
+    for _ in _decoded(container, stream, name):
         total += 1
         _check_frames(total, 0, name)
     return total
@@ -148,7 +172,7 @@ def _take(container: Any, stream: Any, total: int, num_frames: int, name: str) -
     wanted = set(sample_evenly(total, num_frames))
     frames: list[Any] = []
     number = -1
-    for number, frame in enumerate(container.decode(stream)):
+    for number, frame in enumerate(_decoded(container, stream, name)):
         if number in wanted:
             frames.append(_picture(frame))
         if len(frames) == len(wanted):

@@ -1,0 +1,101 @@
+"""How much work the file of a picture asks for, beyond its number of pixels: judged before it is decoded."""
+
+import io
+import math
+import os
+import re
+from typing import Any
+
+from .files import UnreadableFile
+from .limits import limits, named
+
+
+# Markers of JPEG that end a scan or begin a segment. Others are skipped by decoders, or are an error for them.
+_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
+_SCAN, _END = 0xDA, 0xD9
+# No format that is decoded in Python takes more bytes for a pixel: "65535 65535 65535\n".
+_MOST_BYTES = 18
+_TILE_SIZE = (322, 323)
+_ICON = b"\0\0\1\0"
+_RUN_LENGTHS = (1, 2)  # as the header of a BMP calls them
+
+
+def check_work(picture: Any) -> None:
+    """
+    For a `PIL.Image.Image` that was opened and is not decoded yet.
+
+    Raises:
+        UnreadableFile: if the file codes the picture more often than the limits say, or needs slow code for too much.
+    """
+    file, tiles = getattr(picture, "fp", None), getattr(picture, "tile", None) or []
+    if file is None or getattr(file, "closed", False):
+        return
+    place = file.tell()
+    try:
+        _check_repeats(picture, tiles, file)
+        _check_slowness(picture, tiles, file)
+    finally:
+        file.seek(place)
+
+
+def _check_repeats(picture: Any, tiles: Any, file: Any) -> None:
+    # Tiles of TIFF may be larger than the picture, and are then decoded as a whole.
+    tags = getattr(picture, "tag_v2", None) if picture.format == "TIFF" else None
+    width, height = (int((tags or {}).get(tag, 0)) for tag in _TILE_SIZE)
+    if width * height > limits().image_pixels:
+        raise UnreadableFile(f"it has tiles of {width:,} x {height:,} pixels, more than {named('image_pixels')}")
+    # Strips and tiles may overlap.
+    covered = sum((right - left) * (lower - upper) for left, upper, right, lower in (tile[1] for tile in tiles))
+    repeats, what = math.ceil(covered / (picture.width * picture.height)), "layers"
+    if picture.format in ("JPEG", "MPO"):
+        file.seek(0)
+        repeats, what = count_scans(file.read()), "scans"
+    if repeats > limits().image_scans:
+        raise UnreadableFile(f"it has {repeats:,} {what}, more than {named('image_scans')}")
+
+
+def _check_slowness(picture: Any, tiles: Any, file: Any) -> None:
+    from PIL import Image
+
+    # These decoders are written in Python: of QOI, of PNM as text or with rare depths, and of BMP with run lengths.
+    if not any(tile[0] in Image.DECODERS for tile in tiles):
+        return
+    size = file.seek(0, os.SEEK_END)
+    num_pixels = max(picture.width * picture.height, size // _MOST_BYTES)
+    if num_pixels > limits().slow_image_pixels:
+        raise UnreadableFile(
+            f"it has {picture.width:,} x {picture.height:,} pixels and {size:,} bytes in a format that is slow to "
+            f"decode, more than {named('slow_image_pixels')}"
+        )
+
+
+def check_icon(content: Any) -> None:
+    """
+    For the bytes or the path of a picture: Pillow decodes icons while it opens them, of whatever size and kind.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        UnreadableFile: if it is an icon that holds a BMP with run lengths, which no icon may hold.
+    """
+    with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
+        header = file.read(6)
+        if not header.startswith(_ICON):
+            return
+        entries = file.read(16 * int.from_bytes(header[4:6], "little"))
+        for start in range(0, len(entries) - 15, 16):
+            file.seek(int.from_bytes(entries[start + 12 : start + 16], "little") + 16)
+            if int.from_bytes(file.read(4), "little") in _RUN_LENGTHS:
+                raise UnreadableFile("it is an icon with run lengths, which no icon may have")
+
+
+def count_scans(content: bytes) -> int:
+    """How many scans a JPEG has, up to its end. Thumbnails in its segments, and what follows it, do not count."""
+    if content.count(b"\xff\xda") <= limits().image_scans:
+        return content.count(b"\xff\xda")  # or fewer, so it need not be known exactly
+    count = 0
+    found = _MARKER.search(content)
+    while found is not None and found.group(1)[0] != _END:
+        count += found.group(1)[0] == _SCAN
+        place = found.end()
+        found = _MARKER.search(content, place + max(2, int.from_bytes(content[place : place + 2], "big")))
+    return count
