@@ -272,23 +272,28 @@ def test_padded_stages_lie_in_their_grid(size):
 
 
 def shares_by_hand(model, processor, row, label: int) -> dict[str, float]:
-    """Two orders, two gains each; blank inputs are made by hand, one forward pass for each set of modalities."""
+    """
+    Two orders, two gains each; blank inputs are made by hand, one forward pass for each set of modalities. Sizes are means
+    over grey, dark and bright pictures.
+    """
     inputs = processor(text=[row["text"]], images=[row["image"]])
     ids = inputs["input_ids"]
     words = torch.tensor([[int(i) not in processor.tokenizer.all_special_ids for i in ids[0]]])
-    worth = {}
-    for text, vision in itertools.product([False, True], repeat=2):
-        given = dict(inputs)
-        if not text:
-            given["input_ids"] = torch.where(words, processor.tokenizer.pad_token_id, ids)
-        if not vision:
-            given["pixel_values"] = torch.zeros_like(inputs["pixel_values"])
-        with torch.no_grad():
-            worth[text, vision] = float(model(**given).logits["topic"][0, label])
-    of_text = (worth[True, True] - worth[False, True] + worth[True, False] - worth[False, False]) / 2
-    of_vision = (worth[True, True] - worth[True, False] + worth[False, True] - worth[False, False]) / 2
-    total = abs(of_text) + abs(of_vision)
-    return {"text": abs(of_text) / total, "vision": abs(of_vision) / total}
+    of_text, of_vision = [], []
+    for level in (0.0, -1.0, 1.0):
+        worth = {}
+        for text, vision in itertools.product([False, True], repeat=2):
+            given = dict(inputs)
+            if not text:
+                given["input_ids"] = torch.where(words, processor.tokenizer.pad_token_id, ids)
+            if not vision:
+                given["pixel_values"] = torch.zeros_like(inputs["pixel_values"]) + level
+            with torch.no_grad():
+                worth[text, vision] = float(model(**given).logits["topic"][0, label])
+        of_text.append(abs(worth[True, True] - worth[False, True] + worth[True, False] - worth[False, False]))
+        of_vision.append(abs(worth[True, True] - worth[True, False] + worth[False, True] - worth[False, False]))
+    total = sum(of_text) + sum(of_vision)
+    return {"text": sum(of_text) / total, "vision": sum(of_vision) / total}
 
 
 @pytest.mark.parametrize("method", ["chefer", "rollout", "random"])

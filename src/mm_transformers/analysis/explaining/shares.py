@@ -12,6 +12,8 @@ from .questions import Asked, Question
 
 # Of what changes the score by less than this, relative to it, is not told from rounding.
 _NOTHING = 1e-5
+# Of plain pictures, in standard deviations of pixels from their mean: grey, dark, bright.
+_LEVELS = (0.0, -1.0, 1.0)
 
 
 def shares_of_modalities(
@@ -26,9 +28,10 @@ def shares_of_modalities(
 ) -> list[dict[str, float]]:
     """
     The Shapley values of the modalities for the score of the answer, as shares of the sum of their sizes. What is left
-    out is blank, not absent: padding in the place of words, grey pictures, silence. So a picture that changes nothing
-    has no share, also where it changes something that there is one. Needs one more pass of the encoders, and one of the
-    fusion for each set of modalities.
+    out is blank, not absent: padding in the place of words, plain pictures, silence. So a picture that changes nothing
+    has no share, also where it changes something that there is one. A plain picture may mean something to the model, as
+    a grey one a storm: sizes are means over a grey, a dark and a bright one. Needs one more pass of the encoders for
+    each of these, and one of the fusion for each set of modalities.
 
     Args:
         inputs: of the model, with no item in two rows.
@@ -42,15 +45,19 @@ def shares_of_modalities(
     answers = [None if isinstance(answer, float) else answer for answer in asked.answers]
     names = list(encoded)
     with torch.no_grad():
-        blank = _blank_rows(model, processor, inputs)
 
-        def score(kept: frozenset[str]) -> torch.Tensor:
-            streams = {name: (encoded if name in kept or name not in blank else blank)[name] for name in names}
-            outputs = model.model.fuse(streams)
-            return question.ask(model, processor, outputs, texts, word_index, answers).scores.float()
+        def sizes_against(blank: Mapping[str, Stream]) -> torch.Tensor:
+            def score(kept: frozenset[str]) -> torch.Tensor:
+                streams = {name: (encoded if name in kept or name not in blank else blank)[name] for name in names}
+                outputs = model.model.fuse(streams)
+                return question.ask(model, processor, outputs, texts, word_index, answers).scores.float()
 
-        values: Any = shapley_values(names, score)  # type: ignore[arg-type]
-    sizes = torch.stack([values[name].abs() for name in names])
+            values: Any = shapley_values(names, score)  # type: ignore[arg-type]
+            return torch.stack([values[name].abs() for name in names])
+
+        levels = _LEVELS if "pixel_values" in inputs else _LEVELS[:1]
+        blanks = (_blank_rows(model, processor, inputs, level) for level in levels)
+        sizes = torch.stack([sizes_against(blank) for blank in blanks]).mean(0)
     total, scores = sizes.sum(0), asked.scores.detach().float()
     is_something = total > _NOTHING * scores.abs().clamp(min=1)
     shares = torch.where(is_something, sizes / torch.where(is_something, total, 1), 0).T.tolist()
@@ -70,11 +77,13 @@ def blank_text(tokenizer: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.where(special, ids, tokenizer.pad_token_id or 0)
 
 
-def _blank_rows(model: Any, processor: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, Stream]:
+def _blank_rows(
+    model: Any, processor: Any, inputs: Mapping[str, torch.Tensor], level: float = 0.0
+) -> dict[str, Stream]:
     given = {**inputs, "input_ids": blank_text(processor.tokenizer, inputs["input_ids"])}
     if "pixel_values" in given:
         # All are alike, so that one is enough.
-        given["pixel_values"] = torch.zeros_like(given["pixel_values"][:1])
+        given["pixel_values"] = torch.full_like(given["pixel_values"][:1], level)
         given["image_index"] = given["image_index"].clamp(max=0)
     for name in ("input_values", "input_features"):
         if name in given:
