@@ -273,8 +273,8 @@ def test_padded_stages_lie_in_their_grid(size):
 
 def shares_by_hand(model, processor, row, label: int) -> dict[str, float]:
     """
-    Two orders, two gains each; blank inputs are made by hand, one forward pass for each set of modalities. Sizes are means
-    over grey, dark and bright pictures.
+    Two orders, two gains each; blank inputs are made by hand, one forward pass for each set of modalities. Sizes are
+    means over grey, dark and bright pictures.
     """
     inputs = processor(text=[row["text"]], images=[row["image"]])
     ids = inputs["input_ids"]
