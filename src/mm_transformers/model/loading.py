@@ -235,6 +235,7 @@ def what_is_wrong(path: Any, error: Exception, **kwargs) -> Optional[Exception]:
     if isinstance(error, (ValueError, OSError)):
         return ValueError(text) if text != str(error) and isinstance(error, ValueError) else None
     is_of_caller = isinstance(error, TypeError) and "unexpected keyword argument" in text
+    is_of_caller |= "meta device context manager" in text
     if is_of_caller or not isinstance(error, _DAMAGE) or "out of memory" in text or "CUDA" in text:
         return None
     return ValueError(
