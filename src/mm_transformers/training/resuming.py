@@ -302,8 +302,10 @@ class ResumableTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A checkpoint of other weights is no checkpoint of this model; the Trainer would only warn."""
-        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
-        missing = sorted(set(load_result.missing_keys) - set(tied) - set(tied.values()))
+        model = self.accelerator.unwrap_model(self.model)
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        computed = getattr(model, "_keys_to_ignore_on_save", None) or []  # such as sinusoidal positions
+        missing = sorted(set(load_result.missing_keys) - set(tied) - set(tied.values()) - set(computed))
         for what, names in {"lacks": missing, "has": sorted(load_result.unexpected_keys)}.items():
             if names:
                 others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
