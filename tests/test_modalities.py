@@ -202,7 +202,7 @@ def test_tokenizers_without_special_tokens_leave_a_place():
     [
         ({"input_ids": None}, "Give the texts as input_ids, inputs_embeds or text_features"),
         ({"image_index": torch.zeros(1, 1)}, "image_index must hold integers in the shape .* but is of torch.float32"),
-        ({"audio_attention_mask": torch.ones(3, 9)}, "audio_attention_mask has the shape .3, 9., which does not fit input_values"),
+        ({"audio_attention_mask": torch.ones(3, 9)}, r"has the shape \(3, 9\), which does not fit input_values"),
     ],
 )
 def test_inputs_that_cannot_be(inputs, message):
