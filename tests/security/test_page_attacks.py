@@ -252,7 +252,7 @@ def test_requests_are_bounded(client, monkeypatch):
     assert 'data-task="topic"' in shown
     assert "Only the first" in client.call("字" * 200_000, None), "also where words have no spaces between them"
     assert "Only the first" not in client.call("a cat", None)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
     body = json.dumps({"data": ["x" * limits().request_bytes, None, None, TASKS]})
     assert client.http.post(f"{API}/call/answer", content=body).status_code == 413
     set_limits(request_seconds=1e-6)
@@ -292,7 +292,7 @@ def test_bombs(client):
         picture = None if picture is None else client.uploaded(picture)
         sound = None if sound is None else client.uploaded(sound, "a.flac")
         assert told in client.call("a cat", picture, sound)
-        assert time.monotonic() - start < 30
+        assert time.monotonic() - start < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 * 2**20  # kB
 
 
@@ -305,7 +305,7 @@ def test_a_model_stops_between_two_layers():
             time.sleep(0.1)
             return x
 
-    layers, done = torch.nn.Sequential(*(Slow() for _ in range(20))), []
+    layers, done = torch.nn.Sequential(*(Slow() for _ in range(60))), []
     other = threading.Thread(target=lambda: done.append(layers[:5](torch.zeros(1))))
 
     def limited():
@@ -316,7 +316,7 @@ def test_a_model_stops_between_two_layers():
     start = time.monotonic()
     with pytest.raises(TimeLimitError, match=r"longer than the 0.25 seconds"):
         limited()
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 4
     other.join()
     assert done
     layers[:5](torch.zeros(1))

@@ -272,7 +272,7 @@ class TestDownloads:
         start = time.monotonic()
         with pytest.raises(OSError, match=r"the answer took longer than the limit download_seconds=0\.5"):
             fetch(f"{server.address}/{kind}")
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 20
 
     @pytest.mark.parametrize("kind", ["endless", "long"])
     def test_the_size_is_bounded(self, server, limits, kind):
