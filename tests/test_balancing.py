@@ -163,6 +163,7 @@ def test_dropout_is_the_same_when_looked_at_twice(tmp_path):
     torch.testing.assert_close(weights_of(result, 0), weights, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """State and gradients are those of one process, for every weighting, accumulated or not."""
     runs = []

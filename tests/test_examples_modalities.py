@@ -41,6 +41,7 @@ def emoji_data(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_translate_reports_every_view(emoji_data, tmp_path):
     out = tmp_path / "results"
     options = ["--steps", 2, "--seeds", 2, "--workers", 0, "--modalities", "fused", "text"]

@@ -63,7 +63,7 @@ def check(model, exported, processor):
                 assert (found[name] - expected[name]).abs().max() < 1e-4, name
 
 
-@pytest.mark.parametrize("kind", ["onnx", "torch"])
+@pytest.mark.parametrize("kind", [pytest.param("onnx", marks=pytest.mark.slow), "torch"])
 def test_every_kind_of_head(kind, tmp_path):
     model, processor = make_model(item_order=True), make_processor()
     torch.nn.init.normal_(model.model.vision_order.weight)
@@ -114,7 +114,8 @@ def test_writing(writer, kind, tmp_path):
             assert torch.equal(exported.generate("german", **inputs, **options), model.generate(**inputs, **options))
 
 
-@pytest.mark.parametrize("decoder", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["bert", "gpt2"])
 def test_a_decoder_behind_an_encoder_without_one(decoder, tmp_path):
     """Saved, loaded and exported, it writes the same."""
     torch.manual_seed(0)

@@ -296,6 +296,7 @@ def test_pairs_that_do_not_match_are_judged():
 # Graphs
 
 
+@pytest.mark.slow
 @one_fusion_and_slowly_all
 def test_compiles_without_a_graph_break(fusion):
     model, batch = make_probed(fusion_type=fusion), make_batch()
