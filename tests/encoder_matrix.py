@@ -263,9 +263,9 @@ def page_of(all_tried: list[Tried]) -> str:
         "gradient, a row alone gives the states that it has in a batch padded on the left or on the right, gradient "
         "checkpointing works, and the longest text runs. Other types are refused by `from_encoders` in one sentence.",
         "",
-        f"{len(supported)} of {len(all_tried)} types are supported. Load other types to see whether they are. A type "
-        "that is not listed was not tried, "
-        f"or no tiny model of it can be built by shrinking its default config in {SECONDS} seconds.",
+        f"{len(supported)} of {len(all_tried)} types are supported. Other types may work too: `from_encoders` tries "
+        f"each. A type that is not listed was not tried, or no tiny model of it can be built by shrinking its default "
+        f"config in {SECONDS} seconds.",
         "",
         "*by length*: the encoder mixes padding into a row, so it runs on rows of one length at a time, without "
         "padding. *one by one*: it makes one sequence of all images, so it runs on one at a time.",

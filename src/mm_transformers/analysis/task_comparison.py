@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data.files import write_atomically
 from ..data.markdown import plain_markdown
+from ..model.safe_writing import write_atomically
 from ..training.metrics import less_is_better
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ..data.files import write_atomically
 from ..model.configuration_mm_transformer import MMTransformerConfig
+from ..model.safe_writing import write_atomically
 from ..training.card.facts import CardFacts, Measurement
 from ..training.card.writing import CARD_NAME, licenses_of, write_card
 from .metrics_table import print_ablation

@@ -7,10 +7,11 @@ from typing import Any
 from ..analysis import ablate, explain
 from ..analysis.explaining.methods import check_method
 from ..analysis.report import write_report
-from ..data.files import check_writable, write_atomically
+from ..data.files import check_writable
 from ..model.answering import check_tasks
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
+from ..model.safe_writing import write_atomically
 from .metrics_table import print_ablation
 from .predict import Reading, load_with_rows
 from .processes import say

@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 from ..analysis import Ablation, ablate
 from ..data.cells import RowReader
 from ..data.collator import MMDataCollator
-from ..data.files import check_writable, write_atomically
+from ..data.files import check_writable
 from ..data.labels import check_labels, has_labels, prepare_labels
 from ..data.loading import load_files
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
@@ -28,6 +28,7 @@ from ..model.answering import check_tasks
 from ..model.messages import check_folder
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
+from ..model.safe_writing import write_atomically
 from ..training.from_recipe import newest_checkpoint
 from ..training.prediction import answer_columns, stream_answers
 from ..training.recipe import RECIPE_NAME, ColumnsSection, DataSection

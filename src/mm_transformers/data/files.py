@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-from ..model.safe_writing import write_atomically
-
 
 def check_writable(path: Path) -> None:
     """
@@ -22,6 +20,3 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"{path} cannot be written: {folder} is no folder.")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{path} cannot be written: {folder} may not be written to.")
-
-
-__all__ = ["check_writable", "write_atomically"]

@@ -1,7 +1,6 @@
 """Builds any text, vision or audio encoder of transformers, and knows what each of them needs."""
 
 import os
-import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Optional
@@ -18,6 +17,7 @@ from .encoder_classes import (
     without_random_skips,
 )
 from .encoder_probe import observe, probe, traits_of
+from .loading import is_pickle_error
 from .messages import check_folder, one_line
 
 
@@ -104,7 +104,9 @@ def without_pickles(path: str) -> Iterator[None]:
     """
     try:
         yield
-    except pickle.UnpicklingError:
+    except Exception as error:
+        if not is_pickle_error(error):
+            raise
         raise ValueError(
             f"The weights of {path!r}, a pytorch_model.bin, hold more than tensors, which could run any code, so they "
             "are not loaded; choose an encoder with weights in model.safetensors."

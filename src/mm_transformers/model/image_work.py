@@ -90,8 +90,9 @@ def check_icon(content: Any) -> None:
 
 def count_scans(content: bytes) -> int:
     """How many scans a JPEG has, up to its end. Thumbnails in its segments, and what follows it, do not count."""
-    if content.count(b"\xff\xda") <= limits().image_scans:
-        return content.count(b"\xff\xda")  # or fewer, so it need not be known exactly
+    most = content.count(b"\xff\xda")
+    if most <= limits().image_scans:
+        return most  # or fewer, so it need not be known exactly
     count = 0
     found = _MARKER.search(content)
     while found is not None and found.group(1)[0] != _END:

@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 
 from .encoders import encoder_width, max_text_positions
-from .messages import one_line
+from .messages import and_more, one_line
 
 
 # Input -> (its axes, whether it holds integers).
@@ -124,10 +124,9 @@ def check_finite_weights(model: Any) -> None:
     # A sum may be too large for half precision.
     bad = [name for name, x in weights if name in set(bad) and not x.isfinite().all()]
     if bad:
-        others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise ValueError(
-            f"The weight {bad[0]!r}{others} of the model is NaN or infinite, so nothing can be computed with it: its "
-            "checkpoint is damaged, or its training has diverged; take another checkpoint."
+            f"The weight {bad[0]!r}{and_more(bad)} of the model is NaN or infinite, so nothing can be computed with it:"
+            " its checkpoint is damaged, or its training has diverged; take another checkpoint."
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Optional
 
 from transformers.utils import cached_file
 
-from .messages import check_folder, one_line
+from .messages import and_more, check_folder, one_line
 
 
 _AGAIN = "copy or download it again"
@@ -91,7 +91,7 @@ def check_fit(model: Any, info: Any) -> None:
     if mismatched:
         name, saved, wanted = mismatched[0]
         raise ValueError(
-            f"The weight {name!r}{_and_more(mismatched)} in {where} has the shape {tuple(saved)}, but its config asks "
+            f"The weight {name!r}{and_more(mismatched)} in {where} has the shape {tuple(saved)}, but its config asks "
             f"for {tuple(wanted)}: config.json and weights are not of one model; ignore_mismatched_sizes=True loads "
             "the rest and gives new values to what does not fit."
         )
@@ -108,7 +108,7 @@ def check_fit(model: Any, info: Any) -> None:
         left = []
     if left:
         raise ValueError(
-            f"{where} lacks the weight {left[0]!r}{_and_more(left)} of its model, which would get random values; "
+            f"{where} lacks the weight {left[0]!r}{and_more(left)} of its model, which would get random values; "
             f"{_AGAIN}. New tasks are named by from_pretrained(..., tasks=[...]); ignore_mismatched_sizes=True loads "
             "what there is."
         )
@@ -119,14 +119,10 @@ def check_fit(model: Any, info: Any) -> None:
         unexpected = [name for name in unexpected if not _is_head_of_other(name, model)]
     if unexpected:
         raise ValueError(
-            f"{where} has the weight {unexpected[0]!r}{_and_more(unexpected)}, which the model of its config does not "
+            f"{where} has the weight {unexpected[0]!r}{and_more(unexpected)}, which the model of its config does not "
             "have: config.json and weights are not of one model; ignore_mismatched_sizes=True loads the rest."
         )
     _check_types(model, files, where)
-
-
-def _and_more(names: list[Any]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _is_head_of_other(name: str, model: Any) -> bool:
@@ -134,16 +130,23 @@ def _is_head_of_other(name: str, model: Any) -> bool:
     return first == "heads" and rest.partition(".")[0] not in model.heads.names
 
 
+def _where(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in _WHERE if options.get(name) is not None}
+
+
+def _weights_name(options: Mapping[str, Any]) -> str:
+    return f"model.{options['variant']}.safetensors" if options.get("variant") else "model.safetensors"
+
+
 def _weight_files(loading: Checkpoint) -> list[str]:
     """The safetensors files of the checkpoint."""
     if loading.options.get("use_safetensors") is False:
         return []
-    where = {name: loading.options[name] for name in _WHERE if loading.options.get(name) is not None}
-    variant = f".{loading.options['variant']}" if loading.options.get("variant") else ""
-    single = _find(loading.path, f"model{variant}.safetensors", where)
+    where, name = _where(loading.options), _weights_name(loading.options)
+    single = _find(loading.path, name, where)
     if single is not None:
         return [single]
-    index = _find(loading.path, f"model{variant}.safetensors.index.json", where)
+    index = _find(loading.path, f"{name}.index.json", where)
     if index is None:
         return []
     shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
@@ -165,8 +168,7 @@ _FIELDS = {
 
 def _parts_without_field(loading: Checkpoint) -> set[str]:
     """The parts for which the saved config has no value: the caller has added them, or the checkpoint is older."""
-    where = {name: loading.options[name] for name in _WHERE if loading.options.get(name) is not None}
-    path = _find(loading.path, "config.json", where)
+    path = _find(loading.path, "config.json", _where(loading.options))
     saved = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
     parts = {part for part, fields in _FIELDS.items() if not all(saved.get(field) for field in fields)}
     if not saved.get("vision_config") and not saved.get("audio_config"):
@@ -226,9 +228,7 @@ def what_is_wrong(path: Any, error: Exception, **kwargs) -> Optional[Exception]:
             f"The weights of {str(path)!r} are a pickle that holds more than tensors, and might run code; they were "
             "not loaded. Ask for weights as safetensors."
         )
-    where = {name: kwargs[name] for name in _WHERE if kwargs.get(name) is not None}
-    variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
-    problem = _problem_of_files(path, f"model{variant}.safetensors", where)
+    problem = _problem_of_files(path, _weights_name(kwargs), _where(kwargs))
     if problem:
         return OSError(problem)
     text = one_line(error)
@@ -272,8 +272,7 @@ def _problem_of_files(path: Any, name: str, where: Mapping[str, Any]) -> Optiona
     files = {shard: _find(path, shard, where) for shard in shards}
     missing = [shard for shard in shards if files[shard] is None]
     if missing:
-        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        return f"{str(path)!r} lacks {missing[0]}{others} of its {len(shards)} files of weights; {_AGAIN}."
+        return f"{str(path)!r} lacks {missing[0]}{and_more(missing)} of its {len(shards)} files of weights; {_AGAIN}."
     return next((problem for file in files.values() if (problem := _problem_of_file(file, path))), None)
 
 

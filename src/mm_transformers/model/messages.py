@@ -2,6 +2,7 @@
 
 import os
 import reprlib
+from collections.abc import Sized
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -19,6 +20,11 @@ def one_line(error: Any, longest: int = 400) -> str:
     text = " ".join(str(error)[: 10 * longest].split()) or type(error).__name__
     text = text if len(text) <= longest else f"{text[:longest]} ..."
     return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def and_more(names: Sized) -> str:
+    """What follows the first of several names in a message."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def shortened(value: Any) -> str:

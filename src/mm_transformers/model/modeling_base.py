@@ -93,7 +93,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        names = list(inspect.signature(type(self).forward).parameters)[1:]
+        names = list(inspect.signature(type(self).forward).parameters)[1:] if args else ()
         check_layout(self, {**dict(zip(names, args, strict=False)), **kwargs})
         try:
             outputs = super().__call__(*args, **kwargs)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mm_transformers
 
-from ..data.files import write_atomically
+from ..model.safe_writing import write_atomically
 
 
 _APP = '''"""The demo page of {model}."""

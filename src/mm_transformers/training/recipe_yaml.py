@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..model.limits import limits
+from ..model.limits import limits, named
 from ..model.messages import one_line, shortened
 
 
@@ -115,10 +115,7 @@ def parse_yaml(text: str) -> Any:
         ValueError: one sentence that says where the text is no YAML.
     """
     if len(text) > limits().recipe_bytes:
-        raise ValueError(
-            f"it has more characters than the limit recipe_bytes={limits().recipe_bytes:,} allows; change it by "
-            "set_limits(recipe_bytes=...)."
-        )
+        raise ValueError(f"it has more characters than {named('recipe_bytes')}.")
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError as error:

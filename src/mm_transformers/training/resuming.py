@@ -24,6 +24,7 @@ from ..data.sources import DataSource, is_iterable
 from ..model.adding_tasks import check_same_heads
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.loading import is_pickle_error
+from ..model.messages import and_more
 from ..model.safe_writing import drop_link, leads_outside, saved_aside, write_atomically
 from ..model.task_base import Task, task_from_dict
 from .checkpoints import (
@@ -127,8 +128,10 @@ class ResumableTrainer(Trainer):
         found: list[Any] = [None, None]
         if self.args.process_index == 0 and wanted not in (None, False):
             try:
-                found[0] = self._newest_unharmed() if wanted is True else os.fspath(wanted)
-                if found[0] is not None and wanted is not True:
+                if wanted is True:
+                    found[0] = newest_complete_checkpoint(self.args.output_dir, verify=True)
+                else:
+                    found[0] = os.fspath(wanted)
                     check_checkpoint(found[0])
                 if found[0] is not None:
                     saved = _tasks_of(found[0])
@@ -150,9 +153,6 @@ class ResumableTrainer(Trainer):
         elif wanted is True:
             logger.warning(f"There is no complete checkpoint in {self.args.output_dir}: training starts from scratch.")
         return checkpoint
-
-    def _newest_unharmed(self) -> Optional[str]:
-        return newest_complete_checkpoint(self.args.output_dir, verify=True)
 
     # Saving
 
@@ -308,10 +308,9 @@ class ResumableTrainer(Trainer):
         missing = sorted(set(load_result.missing_keys) - set(tied) - set(tied.values()) - set(computed))
         for what, names in {"lacks": missing, "has": sorted(load_result.unexpected_keys)}.items():
             if names:
-                others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
                 raise ValueError(
-                    f"The checkpoint {what} the weight {names[0]!r}{others}, unlike the model that is trained, so it "
-                    "is of another model: train into another folder, or give the model that it was saved from."
+                    f"The checkpoint {what} the weight {names[0]!r}{and_more(names)}, unlike the model that is trained,"
+                    " so it is of another model: train into another folder, or give the model that it was saved from."
                 )
 
     def _load_callback_state(self) -> None:

@@ -1,11 +1,11 @@
 """The Trainer of transformers, for models with several tasks and batches with any number of images."""
 
-import copy
 import itertools
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from operator import is_not
 from typing import Any, Optional
 
@@ -875,6 +875,11 @@ class MMTrainer(ResumableTrainer):
         task = self.fused_model.tasks[name]
         return torch.stack([task.loss(logits[i : i + 1], labels[i : i + 1])[0] for i in range(len(labels))])
 
+    @cached_property
+    def _given_generation_config(self) -> Optional[GenerationConfig]:
+        given = getattr(self.args, "generation_config", None)
+        return given if given is None else Seq2SeqTrainer.load_generation_config(given)
+
     def _generation_options(self) -> dict[str, Any]:
         options = {
             "num_beams": getattr(self.args, "generation_num_beams", None),
@@ -882,10 +887,7 @@ class MMTrainer(ResumableTrainer):
             # Where processes share layers out, all go on until the last has finished its texts.
             "synced_gpus": True if self.is_fsdp_enabled else None,
         }
-        given = getattr(self.args, "generation_config", None)
-        if given is not None and not isinstance(given, GenerationConfig):
-            given = Seq2SeqTrainer.load_generation_config(given)
-        options["generation_config"] = copy.deepcopy(given)
+        options["generation_config"] = self._given_generation_config
         return {name: value for name, value in options.items() if value is not None}
 
     def _regularization(self) -> float:

@@ -12,9 +12,9 @@ import numpy as np
 from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
-from ...data.files import write_atomically
 from ...data.sources import rows_of
 from ...model.answering import unwrapped
+from ...model.safe_writing import write_atomically
 from ..ablation.results import Ablation
 from ..explaining.explain import explain
 from ..explaining.explanation import Explanation
