@@ -49,7 +49,7 @@ from mm_transformers.analysis import explain
 from mm_transformers.cli.predict import Reading, run_prediction
 from mm_transformers.data.cells import RowReader, absolute_paths, label_of, with_root
 from mm_transformers.data.feature_keys import ItemHash
-from mm_transformers.data.labels import check_labels, complete_task, has_labels, infer_labels, prepare_labels
+from mm_transformers.data.labels import check_labels, complete_task, has_labels, prepare_labels
 from mm_transformers.data.loading import load_files
 from mm_transformers.data.row_labels import encoded_labels
 from mm_transformers.data.sources import rows_of
@@ -59,6 +59,7 @@ from mm_transformers.model.audio import AudioError, audio_key, load_audio
 from mm_transformers.model.files import content_of
 from mm_transformers.model.images import ImageError, image_key, load_image
 from mm_transformers.model.label_lists import split_labels
+from mm_transformers.model.task_base import infer_labels
 from mm_transformers.model.video import VideoError
 from mm_transformers.training.prediction import answer_columns
 

@@ -126,7 +126,7 @@ def _card(
         raise
     except ValueError as error:
         problem = str(error)
-    shown = {name: _shown(kind, answer) for name, answer in answers.items()}
+    shown = {name: kind.show_answer(answer) for name, answer in answers.items()}
     return {
         "task": task,
         "answer": shown.pop(""),
@@ -140,26 +140,14 @@ def _card(
     }
 
 
-def _shown(kind: Any, answer: Any) -> str:
-    if isinstance(answer, list):
-        return ", ".join(one["label"] or "–" for one in answer) or "nothing"
-    if "labels" in answer:
-        return ", ".join(answer["labels"]) or "none of the labels"
-    first, score = next(iter(answer.values())), answer.get("score")
-    if isinstance(first, bool):
-        # The score is the probability of a match.
-        first, score = ("yes", score) if first else ("no", None if score is None else 1 - score)
-    told = f"{first:.3g}" if isinstance(first, float) else str(first)
-    return told if score is None else f"{told} ({100 * score:.0f}%)"
-
-
 def _bars(kind: Any, logits: Any) -> list[tuple[str, float]]:
-    """How probable each label is, the most probable first; of tasks that choose for the whole row."""
-    if kind.kind not in ("classification", "multi_label"):
+    """The probabilities of the labels, the highest first; for tasks that choose for the whole row."""
+    if logits is None or kind.is_token_level:
         return []
-    row = logits[0].float()
-    values = row.softmax(-1) if kind.kind == "classification" else row.sigmoid()
-    return sorted(zip(kind.labels, values.tolist(), strict=True), key=lambda pair: -pair[1])[:8]
+    values = kind.probabilities(logits[:1])
+    if values is None:
+        return []
+    return sorted(zip(kind.label_names, values[0].tolist(), strict=True), key=lambda pair: -pair[1])[:8]
 
 
 def render_page(cards: list[dict[str, Any]], message: str, kinds: Sequence[str], note: str = "") -> str:

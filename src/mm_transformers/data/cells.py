@@ -13,7 +13,7 @@ from torch.utils.data import ChainDataset, ConcatDataset, Dataset, IterableDatas
 from transformers.utils import logging
 
 from ..model.files import is_absent, is_address
-from ..model.task_base import PADDING, as_scalar, ids_are_places, is_missing
+from ..model.task_base import PADDING, as_scalar, is_missing
 from .formulas import with_formula
 
 
@@ -261,7 +261,7 @@ def warn_of_ids(reader: RowReader, dataset: Any, tasks: Iterable[Any], columns: 
 
     if isinstance(dataset, datasets.IterableDataset) and dataset.features is None:
         for task in tasks:
-            if getattr(task, "labels", None) and ids_are_places(task.labels):
+            if task.takes_ids:
                 column = columns.get(task.column, task.column)
                 reader.columns[column] = [*reader.columns.get(column, []), partial(_ids_told, task=task.name)]
 

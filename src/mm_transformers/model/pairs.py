@@ -234,9 +234,9 @@ class PairReading:
         allowed = ~matching_pairs(ids, ids) & is_pair[:, None] & is_pair[None]
         similarity = torch.zeros(allowed.shape, device=labels.device)
         for other, task in self.tasks.items():
-            if task.kind == "retrieval" and task.modality == modality:
-                vectors = logits[other].detach().float()
-                similarity = vectors[:, 0] @ vectors[:, 1].T
+            found = task.pair_similarity(logits[other], modality) if other in logits else None
+            if found is not None:
+                similarity = found
                 break
         encoded, head = outputs.encoded, getattr(self.heads, name)
         verdicts = []

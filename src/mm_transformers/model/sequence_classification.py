@@ -20,11 +20,13 @@ class MMTransformerForSequenceClassification(MMTransformerForMultiTask):
         ValueError: if the model has other tasks.
     """
 
+    auto_classes = ("AutoModelForSequenceClassification",)
+
     def __init__(self, config: MMTransformerConfig, **encoders):
         super().__init__(config, **encoders)
-        kinds = {name: task.kind for name, task in self.tasks.items()}
-        if list(kinds.values()) != ["classification"]:
-            found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
+        tasks = list(self.tasks.values())
+        if len(tasks) != 1 or tasks[0].auto_class not in self.auto_classes:
+            found = ", ".join(f"{task.name} ({task.kind})" for task in tasks) or "none"
             raise ValueError(
                 f"AutoModelForSequenceClassification takes models with one task, a classification; the tasks of this "
                 f"one are: {found}. Load it by AutoModel."

@@ -45,6 +45,7 @@ class Generation(Task):
 
     kind: ClassVar[str] = "generation"
     default_metrics: ClassVar[tuple[str, ...]] = ("bleu", "chrf", "exact_match")
+    hub_task: ClassVar[str] = "translation"
     needs_decoder: ClassVar[bool] = True
 
     def __post_init__(self):

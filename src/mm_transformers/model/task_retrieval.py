@@ -53,8 +53,10 @@ class Retrieval(Task):
 
     kind: ClassVar[str] = "retrieval"
     default_metrics: ClassVar[tuple[str, ...]] = ("retrieval_recall",)
+    hub_task: ClassVar[str] = "sentence-similarity"
     default_cell: ClassVar[Any] = True
     compares_rows: ClassVar[bool] = True
+    needs_other_rows: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -121,6 +123,12 @@ class Retrieval(Task):
         """The cosine of each row's own text and item, 0 where it has none."""
         vectors = nn.functional.normalize(logits.float(), dim=-1)
         return [{"similarity": value} for value in (vectors[:, 0] * vectors[:, 1]).sum(-1).tolist()]
+
+    def pair_similarity(self, logits: torch.Tensor, modality: str) -> Optional[torch.Tensor]:
+        if modality != self.modality:
+            return None
+        vectors = logits.detach().float()
+        return vectors[:, 0] @ vectors[:, 1].T
 
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None

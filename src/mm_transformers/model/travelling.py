@@ -40,8 +40,9 @@ def write_model_code(folder: Any, model: Any) -> None:
     if has_tasks:
         impl = {"impl": _reference(MultimodalPipeline), "pt": ["AutoModel"], "type": "multimodal"}
         values["custom_pipelines"] = {"multimodal": impl}
-        if [task.kind for task in model.tasks.values()] == ["classification"]:
-            auto_map["AutoModelForSequenceClassification"] = _reference(MMTransformerForSequenceClassification)
+        auto_classes = [task.auto_class for task in model.tasks.values()]
+        if len(auto_classes) == 1 and auto_classes[0] in MMTransformerForSequenceClassification.auto_classes:
+            auto_map[auto_classes[0]] = _reference(MMTransformerForSequenceClassification)
         for task in model.tasks.values():
             _tell_if_it_stays(type(task))
     fusion = getattr(model, "model", model).fusion

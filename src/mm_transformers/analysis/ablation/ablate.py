@@ -373,22 +373,17 @@ class _Scores:
     def _majority(self) -> dict[str, float]:
         shares = {}
         for name, task in self.tasks.items():
-            known = self.labels[name][self.labels[name] != -100]
-            if task.kind == "classification" and len(known):
-                shares[name] = int(known.bincount().max()) / len(known)
+            share = task.majority_share(self.labels[name])
+            if share is not None:
+                shares[name] = share
         return shares
 
     def _calibration(self, name: str, task: Task) -> Optional[Calibration]:
-        if task.kind not in ("classification", "token_classification"):
+        found = None if task.needs_decoder else task.confidences(self.answers[ALL][name], self.labels[name])
+        if found is None or len(found[0]) == 0 or not found[0].isfinite().all():
             return None
-        logits, labels = self.answers[ALL][name], self.labels[name]
-        labelled = labels != -100
-        if not labelled.any():
-            return None
-        confidences, chosen = logits[labelled].softmax(-1).max(-1)
-        if not confidences.isfinite().all():
-            return None
-        return calibration(confidences.numpy(), (chosen == labels[labelled]).numpy())
+        confidences, are_right = found
+        return calibration(confidences.numpy(), are_right.numpy())
 
 
 _SHUFFLED = "shuffled/"

@@ -1,7 +1,7 @@
 """What an ablation has found, as values, tables and a figure."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
@@ -13,7 +13,6 @@ from .views import shown_name
 
 
 # The metric by which a task is told in a few words; otherwise its first.
-_MAIN_METRICS = ("accuracy", "f1_micro", "pearson", "bleu")
 
 
 class Contribution(NamedTuple):
@@ -170,10 +169,18 @@ class Ablation:
         return Table([column, "task", *next(iter(values.values()))], rows, num_keys=2)
 
 
-def main_metric(task: str, measured: Mapping[str, float], tasks: Iterable[str]) -> Optional[str]:
-    """The name of the metric by which a task is told; its loss if there is nothing else, `None` without any."""
+def main_metric(task: str, measured: Mapping[str, float], tasks: Mapping[str, Task]) -> Optional[str]:
+    """
+    The name of a task's main metric among the measured ones; its loss if there is no other, `None` without any.
+
+    Args:
+        task: the name of the task.
+        measured: `{task}_{metric}` -> value.
+        tasks: name -> task, of the whole model.
+    """
     own = [name for name in measured if task_of_metric(name, tasks) == task]
-    preferred = [f"{task}_{metric}" for metric in _MAIN_METRICS if f"{task}_{metric}" in own]
+    wanted = [tasks[task].main_metric, *tasks[task].default_metrics]
+    preferred = [f"{task}_{metric}" for metric in wanted if f"{task}_{metric}" in own]
     others = [name for name in own if name != f"{task}_loss"]
     return next(iter([*preferred, *others, *own]), None)
 

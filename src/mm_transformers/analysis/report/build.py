@@ -87,7 +87,7 @@ def write_report(
 
 def _section(task: Any, answers: list[Answered], draw: Any, num_examples: int, seed: int) -> dict[str, Any]:
     labelled = [answered for answered in answers if answered.truth is not None]
-    judged = [answered for answered in labelled if answered.right is not None]
+    judged = [answered for answered in labelled if answered.is_right is not None]
     losses = [answered.loss for answered in labelled if answered.loss is not None]
     chosen = np.random.default_rng(seed).permutation(len(answers))[:num_examples]
     groups = {
@@ -95,17 +95,17 @@ def _section(task: Any, answers: list[Answered], draw: Any, num_examples: int, s
         "Highest loss": worst(answers, num_examples),
         "Drawn by lot": [answers[i] for i in sorted(chosen)],
     }
-    matrix = None
-    if task.kind in ("classification", "token_classification") and judged:
-        counts = confusion(judged, task.labels)
-        matrix = [(label, _shaded(row)) for label, row in zip(task.labels, counts, strict=True)]
+    matrix, found = None, {label for answered in judged for pair in answered.label_pairs for label in pair}
+    if found:
+        names = task.label_names if found <= set(task.label_names) else sorted(found)
+        matrix = [(label, _shaded(row)) for label, row in zip(names, confusion(judged, names), strict=True)]
     return {
         "name": task.name,
         "kind": task.kind.replace("_", " "),
         "num_labelled": len(labelled),
-        "accuracy": sum(bool(a.right) for a in judged) / len(judged) if judged else None,
+        "accuracy": sum(bool(a.is_right) for a in judged) / len(judged) if judged else None,
         "loss": float(np.mean(losses)) if losses else None,
-        "labels": list(getattr(task, "labels", None) or []),
+        "labels": names if matrix else task.label_names,
         "confusion": matrix,
         "groups": [(name, [draw(answered) for answered in group]) for name, group in groups.items() if group],
     }

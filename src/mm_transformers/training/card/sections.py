@@ -76,7 +76,7 @@ def _use(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
 def _tasks(tasks: Mapping[str, Task]) -> str:
     rows = []
     for task in tasks.values():
-        labels = list(getattr(task, "labels", None) or [])
+        labels = task.label_names
         more = f", ... ({len(labels)} in all)" if len(labels) > 20 else ""
         shown = ", ".join(map(plain_markdown, labels[:20])) + more
         rows.append([task.name, plain_markdown(task.kind.replace("_", " ")), shown])
