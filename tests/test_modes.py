@@ -15,7 +15,7 @@ from mm_transformers.analysis.report import write_report
 from mm_transformers.analysis.report.answered import answers_to
 from mm_transformers.cli.page import answers_as_html
 from mm_transformers.cli.reload import answers_of
-from mm_transformers.model.answering import answer_batch, evaluation_mode
+from mm_transformers.model.answers import answer_batch, evaluation_mode
 from mm_transformers.sharing import export
 from mm_transformers.training.prediction import stream_answers
 

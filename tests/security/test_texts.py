@@ -14,7 +14,7 @@ from mm_transformers import Generation, Limits, MMDataCollator, TokenClassificat
 from mm_transformers.analysis.explaining.placing import token_spans
 from mm_transformers.model import tokenizing
 from mm_transformers.model.task_base import LabelContext
-from mm_transformers.model.tokenizing import needed_text
+from mm_transformers.model.text_tokens import needed_text
 from mm_transformers.training.prediction import stream_answers
 
 

@@ -8,7 +8,7 @@ from ..analysis import ablate, explain
 from ..analysis.explaining.methods import check_method
 from ..analysis.report import write_report
 from ..data.files import check_writable
-from ..model.answering import check_tasks
+from ..model.answers import check_tasks
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import write_atomically

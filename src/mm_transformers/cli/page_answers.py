@@ -10,7 +10,7 @@ import torch
 
 from ..analysis import explain
 from ..analysis.explaining.html import colored_words, heat_map_url, picture_url, sound_colors
-from ..model.answering import answer_batch, check_tasks, evaluation_mode
+from ..model.answers import answer_batch, check_tasks, evaluation_mode
 from ..model.images import load_image
 from ..model.limits import limits
 from ..model.pipeline_mm_transformer import PARTS, read_rows

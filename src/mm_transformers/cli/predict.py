@@ -24,7 +24,7 @@ from ..data.files import check_writable
 from ..data.labels import check_labels, has_labels, prepare_labels
 from ..data.loading import load_files
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
-from ..model.answering import check_tasks
+from ..model.answers import check_tasks
 from ..model.messages import check_folder
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor

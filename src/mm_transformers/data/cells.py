@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Optional
 from torch.utils.data import ChainDataset, ConcatDataset, Dataset, IterableDataset, Subset
 from transformers.utils import logging
 
-from ..model.files import is_absent, is_address
+from ..model.file_contents import is_absent, is_address
 from ..model.task_base import PADDING, as_scalar, is_missing
 from .formulas import with_formula
 

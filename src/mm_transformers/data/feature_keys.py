@@ -11,7 +11,7 @@ import transformers
 import xxhash
 from torch import nn
 
-from ..model.files import cast_of, content_of, read_file
+from ..model.file_contents import cast_of, content_of, read_file
 
 
 KEY_SIZE = 16  # bytes of a hash

@@ -15,7 +15,7 @@ from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from .decoders import check_decoder, decoder_vocab_size
 from .encoder_classes import sub_config_of
 from .encoders import encoder_width
-from .freezing import check_freeze
+from .freeze_rules import check_freeze
 from .fusion import fusion_class
 from .limits import limits
 from .messages import check_folder, one_line, shortened

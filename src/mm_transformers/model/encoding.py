@@ -10,7 +10,7 @@ from .distributed import is_sharded
 from .encoder_classes import audio_token_mask, blank_input, forward_options, min_audio_samples, output_tokens
 from .encoder_probe import is_expert, traits_of
 from .encoders import encoder_width
-from .freezing import Freezing
+from .freeze_rules import Freezing
 from .fusion_base import Stream
 from .fusion_layers import masked_mean
 from .padding import as_long_as, leading_padding, roll_rows, run_by_length

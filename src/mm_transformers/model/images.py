@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from .downloads import fetch, is_url
-from .files import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
+from .file_contents import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
 from .image_work import check_icon, check_work
 from .limits import limits, named
 from .task_base import shorten

@@ -13,15 +13,15 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from .checkpoint_checks import check_fit, checked, is_pickle_error, what_is_wrong
 from .configuration_mm_transformer import MMTransformerConfig
+from .custom_code import write_model_code
 from .decoders import load_seq2seq
 from .encoders import HUB_KWARGS, encoder_config_from_pretrained, load_encoder
 from .fusion_layers import Gate
 from .input_checks import check_finite_weights, check_layout, is_finite, what_is_wrong_with_inputs
-from .loading import check_fit, checked, is_pickle_error, what_is_wrong
 from .safe_writing import saved_aside
 from .task_base import task_from_dict
-from .travelling import write_model_code
 
 
 # Of models with pretrained encoders; `docs/defaults.md` says how it was chosen.

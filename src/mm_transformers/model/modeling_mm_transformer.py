@@ -8,7 +8,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
-from .adding_tasks import load_with_tasks
 from .configuration_mm_transformer import MMTransformerConfig
 from .decoders import build_seq2seq
 from .encoder_classes import takes_audio_mask
@@ -16,15 +15,16 @@ from .encoders import build_encoder, encoder_width
 from .encoding import Encoding
 from .fusion import Stream, fusion_class
 from .fusion_layers import StreamProjection, masked_mean
+from .generation import TextWriting
 from .linear_probe import with_probe
 from .modeling_base import MMTransformerPreTrainedModel
 from .modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
+from .new_heads import load_with_tasks
 from .pairs import PairReading
 from .regularization import regularization_loss, take_starting_point
 from .streams import FrameEmbedding, ItemOrder, NullText, check_index, check_keywords, drop_modalities
 from .task_base import TaskHeads, check_label_shape
 from .token_reduction import build_token_reduction
-from .writing import TextWriting
 
 
 logger = logging.get_logger(__name__)

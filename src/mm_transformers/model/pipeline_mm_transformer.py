@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
-from .answering import answer_batch, check_tasks, unwrapped
+from .answers import answer_batch, check_tasks, unwrapped
 from .downloads import is_url
-from .files import content_of, describe
+from .file_contents import content_of, describe
 from .limits import CarriedLimits
 from .processing_mm_transformer import as_list
 from .task_base import is_null

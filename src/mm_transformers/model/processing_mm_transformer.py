@@ -19,16 +19,16 @@ from transformers.processing_utils import AudioKwargs, ImagesKwargs, ProcessingK
 from transformers.utils import logging
 
 from .audio import AudioError, audio_key, load_audio
+from .custom_code import write_processor_code
 from .downloads import fetch
 from .encoders import encoder_config_from_pretrained, max_text_positions
-from .files import describe, is_absent
+from .file_contents import describe, is_absent
 from .images import image_key, load_image
 from .limits import limits, named
 from .messages import check_folder, one_line
 from .safe_writing import saved_aside
 from .task_token_classification import index_words
-from .tokenizing import needed_text, tokenize
-from .travelling import write_processor_code
+from .text_tokens import needed_text, tokenize
 from .video import load_frames, video_key
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .task_base import NO_CONTEXT, LabelContext, Task, as_scalar, is_null, register_task, shorten
-from .tokenizing import needed_text, tokenize
+from .text_tokens import needed_text, tokenize
 
 
 logger = logging.get_logger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Optional
 
 from .downloads import fetch, is_url
-from .files import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
+from .file_contents import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
 from .images import ImageError, load_image
 from .limits import limits, named
 from .task_base import shorten

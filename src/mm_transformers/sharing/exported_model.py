@@ -11,10 +11,10 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from ..model.configuration_mm_transformer import MMTransformerConfig
+from ..model.generation import TextWriting
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
 from ..model.task_base import shorten
-from ..model.writing import TextWriting
 from .export import STATES, STATES_MASK
 from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES, example_shape, read_spec
 

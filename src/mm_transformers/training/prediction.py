@@ -10,7 +10,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..data.collator import ROW_KEY, MMDataCollator
-from ..model.answering import answer_batch, check_tasks
+from ..model.answers import answer_batch, check_tasks
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.task_base import is_null
 

@@ -21,7 +21,7 @@ from ..data.collator import MMDataCollator
 from ..data.mixture import DataMixture
 from ..data.sources import ROWS_PER_SOURCE, DataSource
 from ..data.splitting import find_groups
-from ..model.answering import evaluation_mode
+from ..model.answers import evaluation_mode
 from ..model.linear_probe import LinearProbe, ProbedHead
 from ..model.linear_problem import LinearProblem
 from ..model.modeling_outputs import MMTransformerModelOutput

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
 from ...data.sources import rows_of
-from ...model.answering import check_tasks, evaluation_mode, unwrapped
+from ...model.answers import check_tasks, evaluation_mode, unwrapped
 from ...model.modeling_outputs import MMTransformerModelOutput
 from ...model.task_base import as_scalar, is_null
 from ...model.tasks import Task

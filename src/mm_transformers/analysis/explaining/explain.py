@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ...data.cells import as_records
-from ...model.answering import check_tasks, unwrapped
+from ...model.answers import check_tasks, unwrapped
 from ...model.images import load_image
 from ...model.pipeline_mm_transformer import PARTS, read_rows
 from ...model.processing_mm_transformer import as_clips, as_list

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ...model.answering import check_tasks, evaluation_mode, unwrapped
+from ...model.answers import check_tasks, evaluation_mode, unwrapped
 from ...model.pipeline_mm_transformer import read_rows
 from .explain import apart, explain
 

@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from ...data.collator import MMDataCollator
-from ...model.answering import evaluation_mode
+from ...model.answers import evaluation_mode
 from ...model.task_base import is_missing
 
 

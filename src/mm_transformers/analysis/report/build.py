@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
 from ...data.sources import rows_of
-from ...model.answering import unwrapped
+from ...model.answers import unwrapped
 from ...model.safe_writing import write_atomically
 from ..ablation.results import Ablation
 from ..explaining.explain import explain
