@@ -16,8 +16,8 @@ from mm_transformers import (
     MMTransformerForMultiTask,
     Retrieval,
 )
-from mm_transformers.training.balancing import TaskBalancing, probe_parameters
-from mm_transformers.training.task_gradients import TaskGradientsCallback
+from mm_transformers.training.objective.balancing import TaskBalancing, probe_parameters
+from mm_transformers.training.objective.task_gradients import TaskGradientsCallback
 
 
 LEARNING = ["uncertainty", "famo", "db_mtl", "gradnorm", "pcgrad"]

@@ -23,9 +23,9 @@ from mm_transformers import (
     TokenClassification,
 )
 from mm_transformers.model.linear_probe import LinearProbe, LinearProblem
-from mm_transformers.training import linear_models
-from mm_transformers.training.linear_models import solve
-from mm_transformers.training.probe_start import probes_of, start_probes
+from mm_transformers.training.linear_start import linear_models
+from mm_transformers.training.linear_start.linear_models import solve
+from mm_transformers.training.linear_start.probe_start import probes_of, start_probes
 
 
 TASKS = [

@@ -25,12 +25,25 @@ from ..data.sources import StreamOfSource, is_iterable, rows_of
 from ..data.splitting import Part, split_for_validation
 from ..model.input_checks import check_finite_weights
 from ..model.regularization import penalties, take_starting_point
-from .adapters import has_own_adapters, load_adapters
 from .arguments import MMTrainingArguments
-from .balancing import TaskBalancing
-from .card.writing import write_trainer_card
+from .card.card_file import write_trainer_card
 from .checkpoints import newest_complete_checkpoint
-from .checks import (
+from .checkpoints.adapters import has_own_adapters, load_adapters
+from .checkpoints.resuming import ResumableTrainer, clear_errors
+from .checkpoints.starting_point import load_starting_point, save_starting_point
+from .learning_rates import never_decays, set_learning_rates
+from .linear_start.linear_models import LinearModel
+from .linear_start.probe_start import Start, probes_of, start_probes
+from .linear_start.refit import Refit
+from .linear_start.start_average import StartAverage, TolerantEarlyStopping, is_as_good
+from .linear_start.verdict import Verdict
+from .metrics import MultiTaskMetrics, WithLosses
+from .metrics.mismatches import Unlabelled, WithMismatches
+from .objective.balancing import TaskBalancing
+from .objective.task_options import balance_tasks, prepare_tasks
+from .rows.source_counts import RowCounts
+from .rows.stream_shares import IS_REPEATED, ShareOfStream, WithoutRepeats, gather_once
+from .setup_checks import (
     check_adapters,
     check_arguments,
     check_best_metric,
@@ -39,20 +52,7 @@ from .checks import (
     check_lengths,
     check_rows_per_image,
 )
-from .counts import RowCounts
-from .learning_rates import never_decays, set_learning_rates
-from .linear_models import LinearModel
-from .metrics import MultiTaskMetrics, WithLosses
-from .mismatches import Unlabelled, WithMismatches
-from .preparing import balance_tasks, prepare_tasks
-from .probe_start import Start, probes_of, start_probes
-from .refit import Refit
-from .resuming import ResumableTrainer, clear_errors
 from .sharding import gather_for_method, layer_classes
-from .start_average import StartAverage, TolerantEarlyStopping, is_as_good
-from .starting_point import load_starting_point, save_starting_point
-from .stream_shares import IS_REPEATED, ShareOfStream, WithoutRepeats, gather_once
-from .verdict import Verdict
 
 
 logger = logging.get_logger(__name__)

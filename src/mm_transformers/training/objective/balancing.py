@@ -11,9 +11,9 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from .sharding import share_out_again
+from ..sharding import share_out_again
+from ..weighting import StepSignals, WeightedTasks, build_weighting
 from .task_gradients import TaskGradientsCallback
-from .weighting import StepSignals, WeightedTasks, build_weighting
 
 
 logger = logging.get_logger(__name__)

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import EvalPrediction
 
-from ..data.feature_reading import KINDS
-from ..model.pairs import Pairs
+from ...data.feature_reading import KINDS
+from ...model.pairs import Pairs
 
 
 # How often a row is drawn anew before all rows are looked through.

@@ -5,8 +5,8 @@ from typing import Optional
 
 import torch
 
-from ..model.task_base import Task
-from .metrics import LESS_IS_BETTER, headline
+from ...model.task_base import Task
+from ..metrics import LESS_IS_BETTER, headline
 
 
 @dataclass

@@ -17,14 +17,14 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from ..data.collator import MMDataCollator
-from ..data.mixture import DataMixture
-from ..data.sources import ROWS_PER_SOURCE, DataSource
-from ..data.splitting import find_groups
-from ..model.answering import evaluation_mode
-from ..model.linear_probe import LinearProbe, LinearProblem, ProbedHead
-from ..model.modeling_outputs import MMTransformerModelOutput
-from ..model.task_base import Task
+from ...data.collator import MMDataCollator
+from ...data.mixture import DataMixture
+from ...data.sources import ROWS_PER_SOURCE, DataSource
+from ...data.splitting import find_groups
+from ...model.answering import evaluation_mode
+from ...model.linear_probe import LinearProbe, LinearProblem, ProbedHead
+from ...model.modeling_outputs import MMTransformerModelOutput
+from ...model.task_base import Task
 from .linear_models import NUM_FOLDS, LinearModel, majority, solve
 from .verdict import Verdict, verdict_of
 

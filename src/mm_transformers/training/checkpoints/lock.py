@@ -12,7 +12,7 @@ from typing import Any, Optional
 import psutil
 from transformers.utils import logging
 
-from ..model.safe_writing import own_name
+from ...model.safe_writing import own_name
 
 
 logger = logging.get_logger(__name__)

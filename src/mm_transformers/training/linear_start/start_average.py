@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback
 
-from .starting_point import load_tensors, save_tensors
+from ..checkpoints.starting_point import load_tensors, save_tensors
 
 
 FILE_NAME = "start_weights.safetensors"

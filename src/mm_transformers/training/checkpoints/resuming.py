@@ -19,15 +19,15 @@ from transformers.trainer_callback import ExportableState, TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import CONFIG_NAME, logging
 
-from ..data.mixture import DataMixture
-from ..data.sources import DataSource, is_iterable
-from ..model.adding_tasks import check_same_heads
-from ..model.configuration_mm_transformer import MMTransformerConfig
-from ..model.loading import is_pickle_error
-from ..model.messages import and_more
-from ..model.safe_writing import drop_link, leads_outside, saved_aside, write_atomically
-from ..model.task_base import Task, task_from_dict
-from .checkpoints import (
+from ...data.mixture import DataMixture
+from ...data.sources import DataSource, is_iterable
+from ...model.adding_tasks import check_same_heads
+from ...model.configuration_mm_transformer import MMTransformerConfig
+from ...model.loading import is_pickle_error
+from ...model.messages import and_more
+from ...model.safe_writing import drop_link, leads_outside, saved_aside, write_atomically
+from ...model.task_base import Task, task_from_dict
+from .folders import (
     SAVING,
     check_checkpoint,
     make_own_folder,
