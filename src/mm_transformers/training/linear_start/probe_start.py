@@ -125,6 +125,9 @@ def start_probes(trainer: Any) -> Start:
             with torch.no_grad():
                 probe.linear.weight.copy_(torch.from_numpy(model.weight))
                 probe.linear.bias.copy_(torch.from_numpy(model.bias))
+    if start.models and trainer.args.process_index == 0:
+        names = ", ".join(f"{name} ({model.num_items:,} labels)" for name, model in start.models.items())
+        logger.warning(f"Started as linear models of the mean encoder outputs: {names}.")
     return start
 
 
