@@ -34,7 +34,7 @@ from mm_transformers.analysis.ablation.tables import Table, as_markdown
 from mm_transformers.analysis.ablation.views import exchanged
 from mm_transformers.data.markdown import plain_markdown
 from mm_transformers.training.metrics import less_is_better
-from mm_transformers.training.mismatches import draw_mismatches
+from mm_transformers.training.metrics.mismatches import draw_mismatches
 
 
 NUM_ROWS = 24

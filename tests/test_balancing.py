@@ -5,19 +5,18 @@ import torch
 from distributed import FSDP, NUM_ROWS, make_rows, make_tasks, train, train_in_processes
 from test_objective import differ
 from tiny import SEQ2SEQ, VISION_ENCODERS, make_model, make_processor
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from mm_transformers import (
     Classification,
     Generation,
     MMDataCollator,
-    MMTrainer,
     MMTransformerConfig,
     MMTransformerForMultiTask,
     Retrieval,
 )
-from mm_transformers.training.balancing import TaskBalancing, probe_parameters
-from mm_transformers.training.task_gradients import TaskGradientsCallback
+from mm_transformers.training.objective.balancing import own_and_shared, probe_parameters
+from mm_transformers.training.objective.task_gradients import TaskGradientsCallback
 
 
 LEARNING = ["uncertainty", "famo", "db_mtl", "gradnorm", "pcgrad"]
@@ -285,7 +284,7 @@ def test_a_task_that_does_not_count_changes_nothing(tmp_path, kind):
         assert weights[counts].sum().item() == pytest.approx(4.0 if kind == "gradnorm" else 1.0)
 
 
-def test_pcgrad_leaves_the_decoder_of_a_single_task_to_it(tmp_path):
+def test_pcgrad_leaves_the_decoder_of_a_single_task_to_it():
     """It is not in the inner products; if two tasks write, they share it."""
     owned = []
     for tasks in ([Generation("german")], [Generation("german"), Generation("french")]):
@@ -295,9 +294,7 @@ def test_pcgrad_leaves_the_decoder_of_a_single_task_to_it(tmp_path):
             tasks=[*make_tasks(), *tasks], task_weighting="pcgrad",
         )  # fmt: skip
         model = MMTransformerForMultiTask(config)
-        args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
-        trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=make_rows(4))
-        own, shared = TaskBalancing(trainer)._own_and_shared()
+        own, shared = own_and_shared(model)
         assert not {id(p) for p in own} & {id(p) for p in shared}
         assert len(own) + len(shared) == sum(p.requires_grad for p in model.parameters())
         names = {id(p): name for name, p in model.named_parameters()}

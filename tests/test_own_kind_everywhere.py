@@ -29,7 +29,7 @@ from mm_transformers.model.linear_problem import BinaryProblem
 from mm_transformers.model.task_base import TASK_KINDS, PooledHead, label_id, label_scores
 from mm_transformers.sharing.export import export_model
 from mm_transformers.sharing.exported_model import ExportedModel
-from mm_transformers.training.probe_start import probes_of
+from mm_transformers.training.linear_start.probe_start import probes_of
 
 
 # What a user writes: one task kind.

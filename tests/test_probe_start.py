@@ -24,9 +24,9 @@ from mm_transformers import (
 )
 from mm_transformers.model.linear_probe import LinearProbe
 from mm_transformers.model.linear_problem import BinaryProblem, MultinomialProblem, RidgeProblem
-from mm_transformers.training import linear_models
-from mm_transformers.training.linear_models import solve
-from mm_transformers.training.probe_start import probes_of, start_probes
+from mm_transformers.training.linear_start import linear_models
+from mm_transformers.training.linear_start.linear_models import solve
+from mm_transformers.training.linear_start.probe_start import probes_of, start_probes
 
 
 TASKS = [

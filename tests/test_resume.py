@@ -22,8 +22,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mm_transformers import Classification, MMDataCollator, MMTrainer
 from mm_transformers.data.sources import ROW_KEY
-from mm_transformers.training import checkpoints
-from mm_transformers.training.checkpoints import (
+from mm_transformers.training.checkpoints import folders as checkpoints
+from mm_transformers.training.checkpoints.folders import (
     DELETING,
     MANIFEST_NAME,
     SAVING,

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     )
     from .training.arguments import MMTrainingArguments
     from .training.metrics import MultiTaskMetrics
-    from .training.task_gradients import TaskGradientsCallback
+    from .training.objective.task_gradients import TaskGradientsCallback
     from .training.trainer import MMTrainer
 
 __version__ = "0.1.0.dev0"
@@ -74,7 +74,7 @@ _MODULES = {
     ],
     "training.arguments": ["MMTrainingArguments"],
     "training.metrics": ["MultiTaskMetrics"],
-    "training.task_gradients": ["TaskGradientsCallback"],
+    "training.objective.task_gradients": ["TaskGradientsCallback"],
     "training.trainer": ["MMTrainer"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

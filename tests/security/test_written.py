@@ -20,8 +20,8 @@ from mm_transformers.data.cells import label_of
 from mm_transformers.data.formulas import with_formula, without_formula
 from mm_transformers.data.markdown import plain_markdown
 from mm_transformers.data.tables import table_writer
+from mm_transformers.training.card.card_file import write_card
 from mm_transformers.training.card.facts import CardFacts, Measurement
-from mm_transformers.training.card.writing import write_card
 
 
 FORMULAS = [

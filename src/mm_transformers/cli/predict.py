@@ -29,10 +29,10 @@ from ..model.messages import check_folder
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import write_atomically
-from ..training.from_recipe import newest_checkpoint
 from ..training.prediction import answer_columns, stream_answers
 from ..training.recipe import RECIPE_NAME, ColumnsSection, DataSection
-from ..training.recipe_yaml import read_yaml
+from ..training.recipe.output_folder import newest_checkpoint
+from ..training.recipe.yaml_format import read_yaml
 from ..training.trainer import MMTrainer
 from .metrics_table import print_ablation, print_metrics
 from .processes import say, this_process

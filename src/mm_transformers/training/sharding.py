@@ -25,6 +25,23 @@ def layer_classes(model: Any) -> list[str]:
     return sorted(set(model._no_split_modules or ()) - around)
 
 
+def check_sharding(plugin: Any, model: Any) -> None:
+    """
+    Tells FSDP which layers to shard, unless its config says that.
+
+    Args:
+        plugin (`FullyShardedDataParallelPlugin`): That of accelerate.
+        model (`PreTrainedModel`): The model, not wrapped.
+
+    Raises:
+        ValueError: if it is FSDP1, or as [`layer_classes`] says.
+    """
+    if plugin.fsdp_version == 1:
+        raise ValueError("MMTrainer shards by FSDP2: set fsdp_version: 2 in the config of accelerate.")
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = layer_classes(model)
+
+
 def gather_for_method(model: Any, name: str) -> None:
     """Lets FSDP bring the shared-out weights together for a method as it does for `forward`."""
     from torch.distributed.fsdp import register_fsdp_forward_method

@@ -18,7 +18,7 @@ from ...model.modeling_outputs import MMTransformerModelOutput
 from ...model.task_base import as_scalar, is_null
 from ...model.tasks import Task
 from ...training.metrics import MultiTaskMetrics, less_is_better
-from ...training.mismatches import Unlabelled, mismatched_rows
+from ...training.metrics.mismatches import Unlabelled, mismatched_rows
 from .calibration import Calibration, calibration
 from .contributions import additive_projection, perceptual_score, shapley_values, subsets
 from .results import Ablation, Contribution, main_metric

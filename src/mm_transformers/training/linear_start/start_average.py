@@ -5,16 +5,16 @@ It is about as good as the trained weights where new rows are like the training 
 (WiSE-FT: Wortsman et al. 2022, https://arxiv.org/abs/2109.01903).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback
 
-from .starting_point import load_tensors, save_tensors
+from ..checkpoints.starting_point import load_tensors, save_tensors
 
 
 FILE_NAME = "start_weights.safetensors"
@@ -34,17 +34,20 @@ class TolerantEarlyStopping(EarlyStoppingCallback):
 
     Args:
         early_stopping_patience, early_stopping_threshold: as [`~transformers.EarlyStoppingCallback`] has them.
-        trainer ([`MMTrainer`], *optional*): Says whether it is tolerant; without one it is not.
+        is_tolerant (`Callable`, *optional*): Says whether it is tolerant now; without it, it is not.
     """
 
     def __init__(
-        self, early_stopping_patience: int = 1, early_stopping_threshold: float = 0.0, trainer: Optional[Any] = None
+        self,
+        early_stopping_patience: int = 1,
+        early_stopping_threshold: float = 0.0,
+        is_tolerant: Callable[[], bool] = lambda: False,
     ):
         super().__init__(early_stopping_patience, early_stopping_threshold)
-        self.trainer = trainer
+        self.is_tolerant = is_tolerant
 
     def check_metric_value(self, args, state, control, metric_value):
-        if self.trainer is None or not self.trainer.is_tolerant:
+        if not self.is_tolerant():
             super().check_metric_value(args, state, control, metric_value)
         elif state.best_metric is None or is_as_good(metric_value, state.best_metric):
             self.early_stopping_patience_counter = 0
@@ -70,6 +73,12 @@ class StartAverage:
         self.start = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
         saved = model.state_dict().keys()
         self.buffers = {name: b.detach().to("cpu", copy=True) for name, b in model.named_buffers() if name in saved}
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, share: float, checkpoint: Optional[str]) -> Optional["StartAverage"]:
+        """Of a model at its start, or of the start in a checkpoint that is resumed; `None` if that holds none."""
+        average = cls(model, share)
+        return average if checkpoint is None or average.load(checkpoint) else None
 
     def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Those that could be trained at the start, whatever has been frozen or unfrozen since then."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from ..model.limits import limits, named
-from ..model.messages import one_line, shortened
+from ...model.limits import limits, named
+from ...model.messages import one_line, shortened
 
 
 _PLAIN = {

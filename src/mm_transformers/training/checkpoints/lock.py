@@ -5,14 +5,15 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Optional
 
 import psutil
+from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
-from ..model.safe_writing import own_name
+from ...model.safe_writing import own_name
 
 
 logger = logging.get_logger(__name__)
@@ -58,6 +59,30 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
             del _depths[key]
             if _read(path) == _own():
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked_for_all(folder: str | os.PathLike, process_index: int) -> Iterator[None]:
+    """
+    As [`locked`], for all processes of a training: the first one locks the folder.
+
+    Args:
+        process_index: of this process.
+
+    Raises:
+        ValueError: in all processes, if the first one cannot lock the folder.
+    """
+    problem: list[Any] = [None]
+    with ExitStack() as held:
+        if process_index == 0:
+            try:
+                held.enter_context(locked(folder))
+            except (ValueError, OSError) as error:
+                problem[0] = str(error)
+        [problem[0]] = broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise ValueError(problem[0])
+        yield
 
 
 def _own() -> dict[str, Any]:

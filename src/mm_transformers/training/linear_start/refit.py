@@ -63,7 +63,7 @@ class Refit:
             why_not = f"{kind.__name__} has an __init__ of its own, so that the second trainer cannot be made"
         if wanted and why_not is not None:
             raise ValueError(f"refit=True is not possible: {why_not}.")
-        is_default = wanted is None and len(trainer.train_dataset) <= MAX_ROWS and "_with_validation_rows" in vars(kind)
+        is_default = wanted is None and len(trainer.train_dataset) <= MAX_ROWS and kind is stock
         return (
             cls(trainer.train_dataset, trainer.fused_model.tasks)
             if why_not is None and (wanted or is_default)

@@ -19,8 +19,8 @@ from .text_metrics import Bleu, ChrF, ExactMatch, RougeL, TextMetric
 
 
 if TYPE_CHECKING:
-    from ..model.configuration_mm_transformer import MMTransformerConfig
-    from ..model.tasks import Task
+    from ...model.configuration_mm_transformer import MMTransformerConfig
+    from ...model.tasks import Task
 
 
 logger = logging.get_logger(__name__)

@@ -1,12 +1,14 @@
 """After training, one line per task: the model beside simple models, on the validation rows."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
+from transformers import TrainerState
 
-from ..model.task_base import Task
-from .metrics import LESS_IS_BETTER, headline
+from ...model.task_base import Task
+from ..metrics import LESS_IS_BETTER, headline
 
 
 @dataclass
@@ -82,3 +84,22 @@ def verdict_of(
         return None
     values = [headline(task, logits, labels)[1] for logits in (linear, text_alone, majority)]
     return Verdict(task.name, task.default_metrics[0], values[0], values[1], values[2], len(labels))
+
+
+def with_measured(verdicts: Mapping[str, Verdict], state: TrainerState, has_best: bool) -> list[Verdict]:
+    """
+    The verdicts with what was measured of the trained model.
+
+    Args:
+        verdicts: task -> what was measured at the start.
+        state: of the training that has ended.
+        has_best: whether the weights of the best step are kept, not those of the last one.
+    """
+    best = state.best_global_step
+    step = best if best is not None and has_best else state.global_step
+    measured = [entry for entry in state.log_history if "eval_loss" in entry]
+    values: dict[str, float] = next((entry for entry in reversed(measured) if entry["step"] == step), {})
+    return [
+        replace(verdict, model=values.get(f"eval_{name}_{verdict.metric}"), kept_start=best == 0)
+        for name, verdict in verdicts.items()
+    ]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
-from ..model.linear_problem import NEVER, LinearProblem, Solver
+from ...model.linear_problem import NEVER, LinearProblem, Solver
 
 
 MIXED_STRENGTHS = (1.0, 10.0, 100.0)  # whose solutions are averaged, if the problem mixes strengths

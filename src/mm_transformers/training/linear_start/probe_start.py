@@ -17,15 +17,15 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from ..data.collator import MMDataCollator
-from ..data.mixture import DataMixture
-from ..data.sources import ROWS_PER_SOURCE, DataSource
-from ..data.splitting import find_groups
-from ..model.answers import evaluation_mode
-from ..model.linear_probe import LinearProbe, ProbedHead
-from ..model.linear_problem import LinearProblem
-from ..model.modeling_outputs import MMTransformerModelOutput
-from ..model.task_base import Task
+from ...data.collator import MMDataCollator
+from ...data.mixture import DataMixture
+from ...data.sources import ROWS_PER_SOURCE, DataSource
+from ...data.splitting import find_groups
+from ...model.answers import evaluation_mode
+from ...model.linear_probe import LinearProbe, ProbedHead
+from ...model.linear_problem import LinearProblem
+from ...model.modeling_outputs import MMTransformerModelOutput
+from ...model.task_base import Task
 from .linear_models import NUM_FOLDS, LinearModel, majority, solve
 from .verdict import Verdict, verdict_of
 
@@ -126,6 +126,9 @@ def start_probes(trainer: Any) -> Start:
             with torch.no_grad():
                 probe.linear.weight.copy_(torch.from_numpy(model.weight))
                 probe.linear.bias.copy_(torch.from_numpy(model.bias))
+    if start.models and trainer.args.process_index == 0:
+        names = ", ".join(f"{name} ({model.num_items:,} labels)" for name, model in start.models.items())
+        logger.warning(f"Started as linear models of the mean encoder outputs: {names}.")
     return start
 
 

@@ -1,4 +1,4 @@
-"""Streams under several processes: each reads its share, and rows that are repeated count once."""
+"""Rows under several processes: each reads its share of a stream, and rows that are repeated count once."""
 
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
@@ -75,9 +75,28 @@ class WithoutRepeats:
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         repeated = torch.tensor([isinstance(row, Repeated) for row in rows])
         batch = self.collator([row.row if isinstance(row, Repeated) else row for row in rows])
-        for labels in batch.get("labels", {}).values():
-            labels[repeated] = torch.nan if labels.is_floating_point() else -100
+        _unlabel(batch, repeated)
         return {**batch, IS_REPEATED: repeated.long()} if self.tells else batch
+
+
+def unlabel_repeated_rows(batch: dict[str, Any], num_rows: int, batch_size: int, rank: int, num_processes: int) -> None:
+    """
+    Takes the labels from repeated rows in the last batch of an epoch. accelerate fills up the last batches with the
+    first rows of the epoch, so that all processes have as many; these must not count twice.
+
+    Args:
+        num_rows: of the epoch, in all processes together; 0 if it is not known.
+        batch_size: of one process.
+    """
+    num_left = num_rows % (batch_size * num_processes)
+    if num_processes > 1 and num_left > 0:
+        num_own = min(max(num_left - batch_size * rank, 0), batch_size)
+        _unlabel(batch, slice(num_own, None))
+
+
+def _unlabel(batch: dict[str, Any], rows: torch.Tensor | slice) -> None:
+    for labels in batch.get("labels", {}).values():
+        labels[rows] = torch.nan if labels.is_floating_point() else -100
 
 
 def gather_once(accelerator: Any, is_repeated: torch.Tensor) -> Callable[[Any], Any]:

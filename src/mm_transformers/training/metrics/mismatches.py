@@ -7,10 +7,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import EvalPrediction
+from transformers.utils import logging
 
-from ..data.feature_reading import KINDS
-from ..model.pairs import Pairs
+from ...data.feature_reading import KINDS
+from ...data.sources import is_iterable
+from ...model.pairs import Pairs
 
+
+logger = logging.get_logger(__name__)
 
 # How often a row is drawn anew before all rows are looked through.
 _TRIES = 20
@@ -152,7 +156,7 @@ class WithMismatches:
     whole evaluation set, so metrics depend neither on the batch size nor on the number of processes.
 
     Args:
-        tasks: the tasks that need mismatched pairs.
+        tasks: the tasks that need mismatched pairs. Of a stream none can be drawn, which a warning says.
         rows: of the evaluation set, in its order, as the collator takes them.
         collator ([`MMDataCollator`]): Knows the columns.
         answer: gives the logits of a data set of rows, a dict from task to array.
@@ -168,6 +172,12 @@ class WithMismatches:
         own: Callable[[EvalPrediction], dict[str, float]],
     ):
         self.tasks, self.rows, self.collator, self.answer, self.own = tasks, rows, collator, answer, own
+        if tasks and is_iterable(rows):
+            logger.warning_once(
+                f"The evaluation rows are a stream, so task {tasks[0].name!r} judges mismatched pairs of rows of one "
+                "batch: its metrics depend on the batch size."
+            )
+            self.tasks = []
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         for task in self.tasks:

@@ -1,19 +1,22 @@
 """From the losses of the tasks to the gradient of an optimiser step, as a task weighting wants it."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
-from .sharding import share_out_again
+from ..sharding import share_out_again
+from ..weighting import StepSignals, WeightedTasks, build_weighting
 from .task_gradients import TaskGradientsCallback
-from .weighting import StepSignals, WeightedTasks, build_weighting
 
 
 logger = logging.get_logger(__name__)
@@ -23,23 +26,35 @@ STATE_NAME = "task_weighting.safetensors"
 
 class TaskBalancing(TrainerCallback):
     """
-    Collects, over the micro-batches and processes of an optimiser step, what a [`TaskWeighting`] needs to know, and
-    applies what it says. [`MMTrainer`] calls [`start_step`], then [`before_forward`], [`loss`] and [`after_backward`]
+    Collects, over the micro-batches and processes of an optimiser step, the signals that a [`TaskWeighting`] needs, and
+    applies its weights. [`MMTrainer`] calls [`start_step`], then [`before_forward`], [`loss`] and [`after_backward`]
     for each micro-batch; the rest follows as a callback after the step of the optimiser.
 
     Args:
-        trainer ([`MMTrainer`]): Whose losses these are.
+        fused ([`MMTransformerForMultiTask`]): The model, not wrapped.
+        args (`TrainingArguments`): Those of the training.
+        accelerator (`Accelerator`): The one that runs the backward passes.
+        handler (`CallbackHandler`): Its callbacks of the class [`TaskGradientsCallback`] are told the gradients.
+        losses_of: gives the losses of a wrapped model for one micro-batch and the divisors of its step, a dict from
+            task to scalar tensor.
 
     Raises:
-        ValueError: if the weighting is unknown, or cannot work in the way in which the trainer trains.
+        ValueError: if the weighting is unknown, or cannot work in the way in which the model is trained.
     """
 
-    def __init__(self, trainer):
-        self.trainer = trainer
-        fused = trainer.fused_model
+    def __init__(
+        self,
+        fused: Any,
+        args: TrainingArguments,
+        accelerator: Accelerator,
+        handler: CallbackHandler,
+        losses_of: Callable[[nn.Module, dict[str, Any], Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]],
+    ):
+        self.fused, self.args, self.accelerator, self.handler = fused, args, accelerator, handler
+        self.losses_of, self.is_fsdp = losses_of, getattr(accelerator.state, "fsdp_plugin", None) is not None
         self.tasks = fused.tasks
         scales = [task.likelihood_scale for task in self.tasks.values()]
-        tasks = WeightedTasks(list(self.tasks), scales, trainer.args.learning_rate)
+        tasks = WeightedTasks(list(self.tasks), scales, args.learning_rate)
         self.weighting = build_weighting(fused.config.task_weighting, tasks)
         self.loss_weights = torch.tensor([task.loss_weight for task in self.tasks.values()])
         self.weights: Optional[torch.Tensor] = None
@@ -55,14 +70,14 @@ class TaskBalancing(TrainerCallback):
         return self.weighting.kind == "static"
 
     def _check(self) -> None:
-        args, kind = self.trainer.args, self.weighting.kind
+        args, kind = self.args, self.weighting.kind
         if not (self.weighting.needs_gradients or self.weighting.merges_gradients or self._observers):
             return
         what = f"task_weighting={kind!r}" if not self.is_static else "TaskGradientsCallback"
         checkpointing = (args.gradient_checkpointing and args.gradient_checkpointing_kwargs) or {}
         obstacles = {
-            "FSDP": self.trainer.is_fsdp_enabled,
-            "DeepSpeed": self.trainer.is_deepspeed_enabled,
+            "FSDP": self.is_fsdp,
+            "DeepSpeed": getattr(self.accelerator.state, "deepspeed_plugin", None) is not None,
             "torch_compile": args.torch_compile,
             "reentrant checkpointing": checkpointing.get("use_reentrant", False),
         }
@@ -75,30 +90,30 @@ class TaskBalancing(TrainerCallback):
 
     @property
     def _observers(self) -> list[TaskGradientsCallback]:
-        return [c for c in self.trainer.callback_handler.callbacks if isinstance(c, TaskGradientsCallback)]
+        return [c for c in self.handler.callbacks if isinstance(c, TaskGradientsCallback)]
 
     # The course of one optimiser step
 
-    def start_step(self, batches: list[dict[str, Any]], divisors: dict[str, torch.Tensor]) -> None:
+    def start_step(self, batches: list[dict[str, Any]], divisors: dict[str, torch.Tensor], step: int) -> None:
         """
         Args:
             batches: all micro-batches of this process.
             divisors: task -> its number of labels in the step, as [`MMTrainer`] gives it to the model.
+            step: number of the optimiser steps before.
         """
-        self.batches, self.divisors = batches, divisors
+        self.batches, self.divisors, self.step = batches, divisors, step
         self.labelled = torch.stack([divisors[name] for name in self.tasks]).cpu() > 0
         self.losses = torch.zeros(len(self.tasks))
         self.gradients: Optional[torch.Tensor] = None
         self.signals: Optional[StepSignals] = None
         self.rng_state: Optional[list[torch.Tensor]] = None
         self.done = 0
-        step = self.trainer.state.global_step
-        self.observed_by = [observer for observer in self._observers if step % observer.every == 0]
+        self.observed_by = [observer for observer in self._observers if self.step % observer.every == 0]
 
     def before_forward(self, model: nn.Module) -> None:
         self.model = model.train()
         if self.done == 0:
-            self.rng_state = _rng_state(self.trainer.args.device)
+            self.rng_state = _rng_state(self.args.device)
             if self.weighting.looks_ahead and len(self.batches) > 1:
                 self._look_ahead()
             elif not self.weighting.looks_ahead and not self.weighting.merges_gradients:
@@ -127,12 +142,12 @@ class TaskBalancing(TrainerCallback):
             self._take_signals()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if self.signals is None or self.trainer.accelerator.optimizer_step_was_skipped:
+        if self.signals is None or self.accelerator.optimizer_step_was_skipped:
             return
         if self.weighting.needs_losses_after:
             with _forked_rng(args.device, self.rng_state):
                 after = torch.stack([self._losses_only(batch) for batch in self.batches]).sum(0)
-            if self.trainer.is_fsdp_enabled:
+            if self.is_fsdp:
                 share_out_again(self.model)
             self.signals = self.signals._replace(losses_after=self._reduce(after).float().cpu())
         if not self.weighting.merges_gradients:
@@ -145,23 +160,21 @@ class TaskBalancing(TrainerCallback):
 
     def _forward(self, batch: dict[str, Any]) -> torch.Tensor:
         """(num_tasks,) the losses of one micro-batch."""
-        trainer = self.trainer
-        with trainer.compute_loss_context_manager():
-            outputs = self.model(**trainer._prepare_inputs(batch), num_items_in_batch=self.divisors)
-        return torch.stack([outputs.losses[name] for name in self.tasks])
+        losses = self.losses_of(self.model, batch, self.divisors)
+        return torch.stack([losses[name] for name in self.tasks])
 
     def _losses_only(self, batch: dict[str, Any]) -> torch.Tensor:
         # Where rows are compared with those of other processes, which only training does, gradients must be on.
         compares = any(task.compares_rows for task in self.tasks.values())
-        with torch.set_grad_enabled(compares), self.trainer.accelerator.no_sync(self.model):
+        with torch.set_grad_enabled(compares), self.accelerator.no_sync(self.model):
             return self._forward(batch).detach()
 
     def _look_ahead(self) -> None:
         """The signals of a step of several micro-batches, before it; the real pass then draws the same dropout."""
-        with _forked_rng(self.trainer.args.device):
+        with _forked_rng(self.args.device):
             for batch in self.batches:
                 if self._needs_gradients:
-                    with self.trainer.accelerator.no_sync(self.model):
+                    with self.accelerator.no_sync(self.model):
                         self._collect(self._forward(batch))
                 else:
                     self._collect(self._losses_only(batch))
@@ -177,12 +190,12 @@ class TaskBalancing(TrainerCallback):
         """Adds one micro-batch to the signals."""
         self.losses = self.losses + stack.detach().float().cpu()
         if self._needs_gradients:
-            parameters = probe_parameters(self.trainer.fused_model)
+            parameters = probe_parameters(self.fused)
             gradients = torch.stack([_flat(rows) for rows in self._gradients_of(stack, parameters)])
             self.gradients = gradients if self.gradients is None else self.gradients + gradients
 
     def _take_signals(self) -> StepSignals:
-        losses = self._reduce(self.losses.to(self.trainer.args.device)).cpu()
+        losses = self._reduce(self.losses.to(self.args.device)).cpu()
         gradients = None
         if self.gradients is not None:
             # Where a loss scale was too large, the optimiser skips this step, and the weighting does not learn from it.
@@ -200,14 +213,14 @@ class TaskBalancing(TrainerCallback):
 
     def _reduce(self, values: torch.Tensor) -> torch.Tensor:
         # Losses are scaled such that their mean over processes is the loss.
-        return self.trainer.accelerator.reduce(values, reduction="mean")
+        return self.accelerator.reduce(values, reduction="mean")
 
     def _gradients_of(self, stack: torch.Tensor, parameters: list[nn.Parameter]) -> list[list[torch.Tensor]]:
         """
         For each task, the gradients of its loss by the parameters, float32; 0 where it does not depend on them. The
         graph is kept.
         """
-        scaler = self.trainer.accelerator.scaler
+        scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler is not None else 1.0
         rows = []
         for loss, seen in zip(stack, self.labelled, strict=True):
@@ -223,7 +236,7 @@ class TaskBalancing(TrainerCallback):
     # Merged gradients
 
     def _loss_of_merged(self, stack: torch.Tensor, regularization: Any) -> torch.Tensor:
-        own, shared = self._own_and_shared()
+        own, shared = own_and_shared(self.fused)
         stack = stack * self.loss_weights.to(stack.device)
         rows = self._gradients_of(stack, own + shared)
         self.losses = self.losses + stack.detach().float().cpu()
@@ -240,27 +253,17 @@ class TaskBalancing(TrainerCallback):
     def _merge(self) -> None:
         assert self.gradients is not None
         gradients, self.gradients = self._reduce(self.gradients), None
-        own, shared = self._own_and_shared()
+        own, shared = own_and_shared(self.fused)
         num_own = sum(parameter.numel() for parameter in own)
         common = gradients[:, num_own:]
         products = (common @ common.T).double().cpu()
         self._show(products)
-        self.weights = self.weighting.merge(products.nan_to_num(0.0), self.trainer.state.global_step).float()
+        self.weights = self.weighting.merge(products.nan_to_num(0.0), self.step).float()
         merged = torch.cat([gradients[:, :num_own].sum(0), self.weights.to(common) @ common])
-        scaler = self.trainer.accelerator.scaler
+        scaler = self.accelerator.scaler
         merged *= scaler.get_scale() if scaler is not None else 1.0  # the optimiser will divide by it
         for parameter, gradient in zip(own + shared, merged.split([p.numel() for p in own + shared]), strict=True):
             parameter.grad.add_(gradient.view_as(parameter))
-
-    def _own_and_shared(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The parameters that are trained: those of one task alone, and all others."""
-        fused = self.trainer.fused_model
-        ids = {id(p) for p in fused.heads.parameters()}
-        if sum(task.needs_decoder for task in self.tasks.values()) == 1:
-            encoder = {id(p) for p in fused.model.text_encoder.parameters()}  # may share its embeddings
-            ids |= {id(p) for p in fused.model.text_model.parameters()} - encoder
-        trained = [p for p in fused.parameters() if p.requires_grad]
-        return [p for p in trained if id(p) in ids], [p for p in trained if id(p) not in ids]
 
     def logs(self) -> dict[str, float]:
         """The weight of each task in the last step, and what was seen of the gradients."""
@@ -301,6 +304,16 @@ class TaskBalancing(TrainerCallback):
                     f"for {', '.join(self.tasks)}."
                 )
             self.weighting.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+def own_and_shared(fused) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters of a model that are trained: those of one task alone, and all others."""
+    ids = {id(p) for p in fused.heads.parameters()}
+    if sum(task.needs_decoder for task in fused.tasks.values()) == 1:
+        encoder = {id(p) for p in fused.model.text_encoder.parameters()}  # may share its embeddings
+        ids |= {id(p) for p in fused.model.text_model.parameters()} - encoder
+    trained = [p for p in fused.parameters() if p.requires_grad]
+    return [p for p in trained if id(p) in ids], [p for p in trained if id(p) not in ids]
 
 
 def probe_parameters(fused) -> list[nn.Parameter]:

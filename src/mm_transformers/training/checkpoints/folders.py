@@ -34,7 +34,7 @@ from transformers.trainer import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
-from ..model.safe_writing import drop_link, process_of
+from ...model.safe_writing import drop_link, process_of
 
 
 logger = logging.get_logger(__name__)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..data.sources import ROWS_PER_SOURCE
+from ...data.sources import ROWS_PER_SOURCE
 
 
 class RowCounts:

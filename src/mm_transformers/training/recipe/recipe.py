@@ -11,14 +11,14 @@ from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments
 
-from ..model.configuration_mm_transformer import MMTransformerConfig
-from ..model.encoders import HUB_KWARGS
-from ..model.messages import shortened
-from ..model.safe_writing import write_atomically
-from ..model.tasks import TASK_KINDS
-from .arguments import MMTrainingArguments
-from .recipe_trust import check_powers
-from .recipe_yaml import dump_yaml, parse_yaml, read_yaml
+from ...model.configuration_mm_transformer import MMTransformerConfig
+from ...model.encoders import HUB_KWARGS
+from ...model.messages import shortened
+from ...model.safe_writing import write_atomically
+from ...model.tasks import TASK_KINDS
+from ..arguments import MMTrainingArguments
+from .trust import check_powers
+from .yaml_format import dump_yaml, parse_yaml, read_yaml
 
 
 RECIPE_NAME = "recipe.yaml"

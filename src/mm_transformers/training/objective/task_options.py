@@ -5,10 +5,10 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..data.mixture import DataMixture
-from ..data.row_labels import encoded_labels
-from ..data.sources import DataSource, is_iterable
-from ..model.tasks import Task
+from ...data.mixture import DataMixture
+from ...data.row_labels import encoded_labels
+from ...data.sources import DataSource, is_iterable
+from ...model.tasks import Task
 
 
 logger = logging.get_logger(__name__)

@@ -53,6 +53,27 @@ def check_arguments(args: TrainingArguments) -> None:
         )
 
 
+def check_parts(data_collator: Any, processing_class: Any, train_dataset: Any, compute_loss_func: Any) -> None:
+    """
+    Raises:
+        ValueError: if [`MMTrainer`] cannot be made of these.
+    """
+    if compute_loss_func is not None:
+        raise ValueError("MMTrainer takes no compute_loss_func: the loss of a task is its method `loss`.")
+    if data_collator is None and processing_class is None:
+        raise ValueError(
+            "MMTrainer needs a model and its processor: MMTrainer(model, args, processing_class=processor)."
+        )
+    if data_collator is None and not hasattr(processing_class, "tokenizer"):
+        raise ValueError(
+            f"processing_class must be an MMTransformerProcessor, but is a {type(processing_class).__name__}: make "
+            "one by MMTransformerProcessor.from_encoders(text=..., vision=...)."
+        )
+    if isinstance(train_dataset, dict) and hasattr(train_dataset, "column_names"):
+        # A DatasetDict, whose splits are not all to be trained on.
+        raise ValueError(f"train_dataset must be one split, not all of {', '.join(map(repr, train_dataset))}.")
+
+
 def check_best_metric(args: TrainingArguments, tasks: Iterable[Task], eval_dataset: Any) -> None:
     """
     Raises:
