@@ -61,7 +61,7 @@ from mm_transformers.model.images import ImageError, image_key, load_image
 from mm_transformers.model.label_lists import split_labels
 from mm_transformers.model.task_base import infer_labels
 from mm_transformers.model.video import VideoError
-from mm_transformers.training.prediction import answer_columns
+from mm_transformers.training.predictor import answer_columns
 
 
 COLLATOR = MMDataCollator(make_processor(), make_config())

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .training.arguments import MMTrainingArguments
     from .training.metrics import MultiTaskMetrics
     from .training.objective.task_gradients import TaskGradientsCallback
+    from .training.predictor import Predictor
     from .training.trainer import MMTrainer
 
 __version__ = "0.1.0.dev0"
@@ -75,6 +76,7 @@ _MODULES = {
     "training.arguments": ["MMTrainingArguments"],
     "training.metrics": ["MultiTaskMetrics"],
     "training.objective.task_gradients": ["TaskGradientsCallback"],
+    "training.predictor": ["Predictor"],
     "training.trainer": ["MMTrainer"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -113,6 +115,7 @@ __all__ = [
     "Matching",
     "MultiLabel",
     "MultiTaskMetrics",
+    "Predictor",
     "Regression",
     "Retrieval",
     "Stream",

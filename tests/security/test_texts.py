@@ -15,7 +15,7 @@ from mm_transformers.analysis.explaining.placing import token_spans
 from mm_transformers.model import tokenizing
 from mm_transformers.model.task_base import LabelContext
 from mm_transformers.model.text_tokens import needed_text
-from mm_transformers.training.prediction import stream_answers
+from mm_transformers.training.predictor import Predictor
 
 
 def trained(model, trainer, pre_tokenizer, decoder=None) -> PreTrainedTokenizerFast:
@@ -119,7 +119,7 @@ class TestRows:
         tasks = [TokenClassification("entities", labels=["O", "NAME"])]
         model, processor = make_model(tasks=tasks), make_processor()
         collator = MMDataCollator(processor, model.config)
-        ((_, answers),) = next(iter(stream_answers(model, collator, [{"text": huge(3000)}])))
+        ((_, answers),) = next(iter(Predictor(model, collator).stream([{"text": huge(3000)}])))
         labels = [word["label"] for word in answers["entities"]]
         assert len(labels) == 3000
         assert None not in labels[:38]

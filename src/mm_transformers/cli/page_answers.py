@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
-import torch
 
 from ..analysis import explain
 from ..analysis.explaining.html import colored_words, heat_map_url, picture_url, sound_colors
-from ..model.answers import answer_batch, check_tasks, evaluation_mode
+from ..model.answers import Predictions, check_tasks
 from ..model.images import load_image
 from ..model.limits import limits
 from ..model.pipeline_mm_transformer import PARTS, read_rows
@@ -96,14 +95,15 @@ def _cards(
     if "error" in read:
         raise ValueError(read["error"])
     inputs = {name: value.to(model.device) for name, value in read["tensors"].items()}
-    answered = answer_batch(model, processor, inputs, tasks, read["word_index"])
-    with evaluation_mode(model), torch.no_grad():
-        logits = model(**inputs).logits
+    predictions = Predictions.of(model, inputs)
+    answered = predictions.answers(processor, tasks, read["word_index"])
     cards = []
     for name in tasks:
         check()
         answers = {variant: one[name] for variant, one in zip(variants, answered, strict=True)}
-        cards.append(_card(model, processor, row, name, answers, _bars(model.tasks[name], logits.get(name))))
+        cards.append(
+            _card(model, processor, row, name, answers, _bars(model.tasks[name], predictions.logits.get(name)))
+        )
     return cards
 
 

@@ -110,7 +110,7 @@ class MMDataCollator:
         limits = [max_length, max_text_positions(config.text_config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
         self.pad_to_multiple_of, self.label_separator = pad_to_multiple_of, label_separator
-        self.gives_references = False
+        self.gives_references = self.gives_word_index = False
         # Set by [`FeatureCache.prepare`]: what stands in for encoders that need not run.
         self.cached: Optional[CachedFeatures] = None
         self.uncached: MMDataCollator = self  # what it was copied from
@@ -127,6 +127,12 @@ class MMDataCollator:
         """
         collator = copy.copy(self)
         collator.gives_references = True
+        return collator
+
+    def with_word_index(self) -> "MMDataCollator":
+        """A copy that also gives `word_index` (batch, text_len) for [`Task.decode`], if a task labels words."""
+        collator = copy.copy(self)
+        collator.gives_word_index = True
         return collator
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
@@ -161,6 +167,8 @@ class MMDataCollator:
             batch.pop("image_index")
         values = {name: self._labels(task, rows, texts, names, is_empty) for name, task in self.tasks.items()}
         batch["labels"] = {name: task.collate_labels(values[name], context) for name, task in self.tasks.items()}
+        if self.gives_word_index and context.word_index is not None:
+            batch["word_index"] = context.word_index
         if self.gives_references:
             found = {name: task.encode_references(values[name]) for name, task in self.tasks.items()}
             if any(value is not None for value in found.values()):

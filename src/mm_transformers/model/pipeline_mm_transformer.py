@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
-from .answers import answer_batch, check_tasks, unwrapped
+from .answers import Predictions, check_tasks, unwrapped
 from .downloads import is_url
 from .file_contents import content_of, describe
 from .limits import CarriedLimits
@@ -130,9 +130,8 @@ class MultimodalPipeline(Pipeline):
         if "error" in inputs:
             raise ValueError(inputs["error"])
         names, texts, word_index = tasks or list(self.model.tasks), inputs["texts"], inputs["word_index"]
-        answers = answer_batch(
-            self.model, self.processor, inputs["tensors"], names, word_index, decode_options, **(generate_kwargs or {})
-        )
+        predictions = Predictions.of(self.model, inputs["tensors"])
+        answers = predictions.answers(self.processor, names, word_index, decode_options, **(generate_kwargs or {}))
         for name in names:
             if self.model.tasks[name].is_token_level:
                 for row, text in zip(answers, texts, strict=True):

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
 from ...data.sources import rows_of
-from ...model.answers import check_tasks, evaluation_mode, unwrapped
+from ...model.answers import Predictions, check_tasks, evaluation_mode, unwrapped
 from ...model.modeling_outputs import MMTransformerModelOutput
 from ...model.task_base import as_scalar, is_null
 from ...model.tasks import Task
@@ -239,7 +239,7 @@ class _Scores:
     def _answers(
         self, outputs: MMTransformerModelOutput, labels: dict[str, torch.Tensor], references: dict[str, torch.Tensor]
     ) -> dict[str, Any]:
-        logits = self.model(encoder_outputs=outputs).logits
+        predictions = Predictions(self.model, outputs)
         answers: dict[str, Any] = {}
         for name, task in self.tasks.items():
             if task.needs_decoder and name not in self.wanted:
@@ -247,15 +247,14 @@ class _Scores:
                 answers[name] = {"generated_ids": nothing.long(), "losses": nothing[:, 0]}
             elif task.needs_decoder:
                 given = labels[name].to(outputs.attention_mask.device)
-                read = self.model.read_written(task, outputs, given)
+                read = predictions.labelled_logits(name, given)
                 losses = [task.loss(row[None], label[None])[0] for row, label in zip(read, given, strict=True)]
-                ids = self.model.generate(name, outputs, **self.generation_options)
-                written = ids[:, len(self.model.decoder_start_ids(task)) :]
+                written = self.model.write(task, outputs, **self.generation_options)
                 answers[name] = {"generated_ids": written.cpu(), "losses": torch.stack(losses).cpu()}
                 if name in references:
                     answers[name]["references"] = references[name]
             else:
-                answers[name] = logits[name].float().cpu()
+                answers[name] = predictions.logits[name].float().cpu()
         return answers
 
     def sample(self, window: EncodedRows, missing: int) -> int:

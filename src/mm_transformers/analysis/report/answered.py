@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
-import torch
 from accelerate.utils import send_to_device
 
 from ...data.collator import MMDataCollator
-from ...model.answers import evaluation_mode
+from ...model.answers import Predictions
 from ...model.task_base import is_missing
 
 
@@ -44,10 +43,7 @@ def answers_to(
     """
     for start in range(0, len(rows), batch_size):
         numbers = range(start, min(start + batch_size, len(rows)))
-        # A generator may be left at any `yield`, so the model is as it was at each.
-        with evaluation_mode(model), torch.no_grad():
-            found = _answer_batch(model, collator, numbers, [rows[i] for i in numbers])
-        yield found
+        yield _answer_batch(model, collator, numbers, [rows[i] for i in numbers])
 
 
 def _answer_batch(
@@ -55,11 +51,10 @@ def _answer_batch(
 ) -> list[Answered]:
     batch = send_to_device(collator(rows), model.device)
     labels = batch.pop("labels")
-    outputs = model.model(**batch)
-    logits = model(encoder_outputs=outputs).logits
+    predictions = Predictions.of(model, batch)
     found = []
     for name, task in model.tasks.items():
-        of_task = model.read_written(task, outputs, labels[name]) if task.needs_decoder else logits[name]
+        of_task = predictions.labelled_logits(name, labels[name])
         for i, (number, row) in enumerate(zip(numbers, rows, strict=True)):
             total, count = task.loss(of_task[i : i + 1], labels[name][i : i + 1])
             loss = float(total / count) if count > 0 else None
