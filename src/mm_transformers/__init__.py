@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from .model.modeling_mm_transformer import (
         MMTransformerForMultiTask,
         MMTransformerModel,
+        MMTransformerModelOutput,
+        MMTransformerOutput,
         MMTransformerPreTrainedModel,
     )
-    from .model.modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
     from .model.processing_mm_transformer import MMTransformerProcessor
     from .model.tasks import (
         Classification,
@@ -57,9 +58,10 @@ _MODULES = {
     "model.modeling_mm_transformer": [
         "MMTransformerForMultiTask",
         "MMTransformerModel",
+        "MMTransformerModelOutput",
+        "MMTransformerOutput",
         "MMTransformerPreTrainedModel",
     ],
-    "model.modeling_outputs": ["MMTransformerModelOutput", "MMTransformerOutput"],
     "model.processing_mm_transformer": ["MMTransformerProcessor"],
     "model.tasks": [
         "Classification",

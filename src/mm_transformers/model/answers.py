@@ -9,6 +9,8 @@ from typing import Any, Optional
 
 import torch
 
+from .task_base import Task
+
 
 def unwrapped(model: Any) -> Any:
     """The model itself, of one that PEFT has wrapped; its adapters stay in it."""
@@ -61,6 +63,18 @@ def check_tasks(model: Any, tasks: Optional[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(tasks)) if tasks else list(model.tasks)
 
 
+def decode_answers(
+    tasks: Mapping[str, Task], logits: Mapping[str, torch.Tensor], word_index: Optional[torch.Tensor] = None
+) -> list[dict[str, Any]]:
+    """
+    The answers of heads: for each row a dict from task name to answer, as [`Task.decode`] gives it. Tasks that write
+    are left out.
+    """
+    answers = {name: task.decode(logits[name], word_index) for name, task in tasks.items() if not task.needs_decoder}
+    num_rows = len(next(iter(answers.values()), []))
+    return [{name: answers[name][row] for name in answers} for row in range(num_rows)]
+
+
 @torch.no_grad()
 def answer_batch(
     model: Any,
@@ -86,13 +100,13 @@ def answer_batch(
         generation_options: for `model.generate`.
     """
     with evaluation_mode(model):
-        encoded = model.model(**inputs)
-        logits = model(encoder_outputs=encoded).logits
+        encoder_outputs = model.model(**inputs)
+        logits = model(encoder_outputs=encoder_outputs).logits
         columns: dict[str, list[Any]] = {}
         for name in tasks:
             task = model.tasks[name]
             if task.needs_decoder:
-                ids = model.write(task, encoded, **generation_options)
+                ids = model.write(task, encoder_outputs, **generation_options)
                 texts = processor.batch_decode(ids, skip_special_tokens=True)
                 columns[name] = [{"text": text.strip()} for text in texts]
             else:

@@ -23,7 +23,7 @@ from ..data.sources import ROWS_PER_SOURCE, DataSource
 from ..data.splitting import find_groups
 from ..model.answers import evaluation_mode
 from ..model.linear_probe import LinearProbe, LinearProblem, ProbedHead
-from ..model.modeling_outputs import MMTransformerModelOutput
+from ..model.modeling_mm_transformer import MMTransformerModelOutput
 from ..model.task_base import Task
 from .linear_models import NUM_FOLDS, LinearModel, majority, solve
 from .verdict import Verdict, verdict_of
