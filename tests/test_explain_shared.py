@@ -30,7 +30,7 @@ from mm_transformers.analysis.explaining.own_copy import own_copy
 from mm_transformers.analysis.explaining.placing import patch_grid, sums_over_parts, sums_over_patches
 from mm_transformers.analysis.explaining.plotting import heat_map, strengths
 from mm_transformers.analysis.explaining.shares import blank_text
-from mm_transformers.model.answers import Predictions
+from mm_transformers.model.predictions import Predictions
 
 
 ROWS = [

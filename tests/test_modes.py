@@ -15,7 +15,8 @@ from mm_transformers.analysis.report import write_report
 from mm_transformers.analysis.report.answered import answers_to
 from mm_transformers.cli.page import answers_as_html
 from mm_transformers.cli.reload import answers_of
-from mm_transformers.model.answers import Predictions, evaluation_mode
+from mm_transformers.model.answers import evaluation_mode
+from mm_transformers.model.predictions import Predictions
 from mm_transformers.sharing import export
 from mm_transformers.training.predictor import Predictor
 

@@ -7,7 +7,7 @@ from tiny import make_image, make_model, make_processor, make_tasks
 
 from mm_transformers import MMDataCollator, Predictor
 from mm_transformers.cli.page_answers import answers_as_html
-from mm_transformers.model.answers import Predictions
+from mm_transformers.model.predictions import Predictions
 
 
 ROWS = [

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from tiny import make_model, make_processor
 
 from mm_transformers import MMTransformerForMultiTask, MMTransformerProcessor
+from mm_transformers.cli.space import write_space
 from mm_transformers.data.feature_cache import _evict
 from mm_transformers.data.feature_store import Features, FeatureStore
 from mm_transformers.model import safe_writing
 from mm_transformers.model.safe_writing import saved_aside, write_atomically
-from mm_transformers.sharing.space import write_space
 from mm_transformers.training.card.card_file import write_card
 from mm_transformers.training.card.facts import CardFacts
 from mm_transformers.training.checkpoints import folders as checkpoints

@@ -9,10 +9,11 @@ import jinja2
 
 from ..analysis import explain
 from ..analysis.explaining.html import colored_words, heat_map_url, picture_url, sound_colors
-from ..model.answers import Predictions, check_tasks
+from ..model.answers import check_tasks
 from ..model.images import load_image
 from ..model.limits import limits
 from ..model.pipeline_mm_transformer import PARTS, read_rows
+from ..model.predictions import Predictions
 from .time_limit import TimeLimitError, time_limit
 from .uploads import Upload, UploadError
 

@@ -1,7 +1,9 @@
-"""The code that lies next to saved weights, so that they can be loaded where this package is not installed."""
+"""The code next to saved weights: `trust_remote_code=True` loads them where this package is not installed."""
 
 import json
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,80 +15,39 @@ from .safe_writing import write_atomically, write_text_atomically
 
 logger = logging.get_logger(__name__)
 
-_HERE = Path(__file__).parent
 
-
-def write_model_code(folder: Any, model: Any) -> None:
+def write_code(folder: str | os.PathLike, source: str, file: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """
-    Copies the code to a folder with a saved model, and says in its `config.json` what Auto classes and pipelines find
-    in it.
+    Copies code to a folder with a saved model or processor, and says in a JSON file there what is in it.
 
     Args:
-        folder (`str` or `Path`): Where `config.json` is.
-        model ([`MMTransformerPreTrainedModel`]): What was saved.
+        folder: Where the model or processor was saved.
+        source: The module that is copied, with all that it imports by one dot.
+        file: `config.json` or `processor_config.json`.
+        entries: What is added to that file, such as `{"auto_map": {"AutoConfig": "configuration_x.XConfig"}}`.
     """
-    # Here, since these modules import this one; and so they are among what it needs, and are copied along.
-    from .configuration_mm_transformer import MMTransformerConfig
-    from .modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModel
-    from .pipeline_mm_transformer import MultimodalPipeline
-    from .sequence_classification import MMTransformerForSequenceClassification
-
-    has_tasks = hasattr(model, "tasks")
-    auto_map = {
-        "AutoConfig": _reference(MMTransformerConfig),
-        "AutoModel": _reference(MMTransformerForMultiTask if has_tasks else MMTransformerModel),
-    }
-    values: dict[str, Any] = {"auto_map": auto_map}
-    if has_tasks:
-        impl = {"impl": _reference(MultimodalPipeline), "pt": ["AutoModel"], "type": "multimodal"}
-        values["custom_pipelines"] = {"multimodal": impl}
-        auto_classes = [task.auto_class for task in model.tasks.values()]
-        if len(auto_classes) == 1 and auto_classes[0] in MMTransformerForSequenceClassification.auto_classes:
-            auto_map[auto_classes[0]] = _reference(MMTransformerForSequenceClassification)
-        for task in model.tasks.values():
-            _tell_if_it_stays(type(task))
-    fusion = getattr(model, "model", model).fusion
-    if fusion is not None:
-        _tell_if_it_stays(type(fusion))
-    _copy_code(folder)
-    _add(Path(folder, "config.json"), values)
+    for path in map(Path, [source, *get_relative_import_files(source)]):
+        target = Path(folder, path.name)
+        if path.resolve() != target.absolute():  # a saved model may lie where this code runs
+            with write_atomically(target) as copy:
+                copy.write(path.read_bytes())
+    config = Path(folder, file)
+    saved = json.loads(config.read_text(encoding="utf-8"))
+    for name, values in entries.items():
+        saved[name] = {**saved.get(name, {}), **values}
+    write_text_atomically(config, json.dumps(saved, indent=2, sort_keys=True) + "\n")
 
 
-def write_processor_code(folder: Any) -> None:
-    """
-    Copies the code to a folder with a saved processor, and says in its `processor_config.json` what Auto classes find
-    in it.
-    """
-    from .processing_mm_transformer import MMTransformerProcessor
-
-    _copy_code(folder)
-    _add(Path(folder, "processor_config.json"), {"auto_map": {"AutoProcessor": _reference(MMTransformerProcessor)}})
-
-
-def _reference(cls: type) -> str:
+def reference(cls: type) -> str:
+    """How `auto_map` names a class."""
     return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
 
 
-def _tell_if_it_stays(kind: type) -> None:
-    """Warns of a kind of the user's own, whose code is not among what is copied."""
+def warn_if_not_copied(kind: type) -> None:
+    """Warns of a kind of the user's own, whose code is not in the folder."""
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    if file is None or not (_HERE / Path(file).name).exists():
+    if file is None or not Path(__file__).with_name(Path(file).name).exists():
         logger.warning_once(
             f"{kind.__name__} of the module {kind.__module__!r} is saved by its name only: whoever loads the model "
             "must have mm_transformers installed and import that module first."
         )
-
-
-def _copy_code(folder: Any) -> None:
-    for file in [Path(__file__), *map(Path, get_relative_import_files(__file__))]:
-        target = Path(folder, file.name)
-        if file.resolve() != target.absolute():  # a saved model may lie where this code runs
-            with write_atomically(target) as copy:
-                copy.write(file.read_bytes())
-
-
-def _add(path: Path, values: dict[str, Any]) -> None:
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in values.items():
-        saved[name] = {**saved.get(name, {}), **value}
-    write_text_atomically(path, json.dumps(saved, indent=2, sort_keys=True) + "\n")

@@ -1,21 +1,21 @@
-"""Encoders, and parts of the model, that are not trained."""
+"""Which parameters `config.freeze` names, and how frozen parts run."""
 
-from contextlib import nullcontext
-from typing import Any, Optional
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Optional
 
-import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 
-def check_freeze(entries: Optional[list[Any]], modalities: list[str]) -> None:
+def check_freeze(entries: Optional[list[str]], modalities: list[str]) -> None:
     """
     Args:
+        entries: `config.freeze`.
         modalities: those of the model, "text" among them.
 
     Raises:
-        ValueError: if `config.freeze` is no list of strings, or names an encoder that the model does not have. Whether
-            the model has the sub-modules that it names is seen when the model is built.
+        ValueError: if `entries` is no list of strings, or names an encoder that the model does not have. The names of
+            sub-modules are checked when the model is built.
     """
     if entries is None:
         return
@@ -26,75 +26,65 @@ def check_freeze(entries: Optional[list[Any]], modalities: list[str]) -> None:
             raise ValueError(f"freeze names {entry!r}, but the encoders of this model are {', '.join(modalities)}.")
 
 
-class Freezing:
+def freeze_parameters(model: nn.Module, entries: list[str], encoders: Mapping[str, nn.Module]) -> list[str]:
     """
-    The part of [`MMTransformerModel`] that keeps what `config.freeze` names as it is. An encoder that is frozen as a
-    whole runs as in evaluation and without gradients, so that what it gives is a function of its input alone.
+    Sets `requires_grad=False` for all parameters that `entries` name.
+
+    Args:
+        model: The module whose sub-modules `entries` may name.
+        entries: Modalities, and names of sub-modules, such as "text_model.embeddings".
+        encoders: Modality -> its encoder.
+
+    Returns:
+        The modalities whose whole encoder is frozen.
+
+    Raises:
+        ValueError: if there are no parameters of such a name.
+
+    Example:
+
+    ```python
+    >>> freeze_parameters(model, ["vision"], {"text": model.text_model, "vision": model.vision_model})
+    ['vision']
+    ```
     """
+    parameters = dict(model.named_parameters())
+    frozen: set[int] = set()
+    for entry in entries:
+        if entry in encoders:
+            # With the embeddings that a decoder shares: training these would change the encoder outputs.
+            named = list(encoders[entry].parameters())
+        else:
+            named = [p for name, p in parameters.items() if f"{name}.".startswith(f"{entry}.")]
+        if not named:
+            known = list(dict.fromkeys(name.partition(".")[0] for name in parameters))
+            raise ValueError(
+                f"freeze names {entry!r}, but there are no such parameters: it takes {', '.join(encoders)}, or a "
+                f"sub-module of the model, one of {', '.join(known)}, or of one of these, as 'text_model.embeddings'."
+            )
+        frozen.update(map(id, named))
+        for parameter in named:
+            parameter.requires_grad_(False)
+    return [
+        modality
+        for modality, encoder in encoders.items()
+        if frozen and all(id(parameter) in frozen for parameter in encoder.parameters())
+    ]
 
-    # `config`, `text_encoder` and the methods of `nn.Module` are those of the model that this is a part of.
-    config: Any
-    text_encoder: PreTrainedModel
-    named_parameters: Any
-    training: bool
 
-    def encoder(self, modality: str) -> PreTrainedModel:
-        """The encoder of "text", "vision" or "audio"; of an encoder-decoder the encoder."""
-        return self.text_encoder if modality == "text" else getattr(self, f"{modality}_model")
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """The layers of batch normalisation, which keep running statistics."""
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
 
-    def freeze(self) -> None:
-        """
-        Says of all parameters that `config.freeze` names that they need no gradient. Called when the model is built,
-        and after weights were loaded, since these come as new parameters.
 
-        Raises:
-            ValueError: if there are no parameters of such a name.
-        """
-        parameters = dict(self.named_parameters())
-        frozen: set[int] = set()
-        for entry in self.config.freeze or []:
-            if entry in ("text", *self.config.modalities):
-                # Embeddings that a decoder shares are frozen with the encoder: were they trained, what the encoder
-                # says would change with every step.
-                named = list(self.encoder(entry).parameters())
-            else:
-                named = [p for name, p in parameters.items() if f"{name}.".startswith(f"{entry}.")]
-            if not named:
-                known = list(dict.fromkeys(name.partition(".")[0] for name in parameters))
-                raise ValueError(
-                    f"freeze names {entry!r}, but there are no such parameters: it takes "
-                    f"{', '.join(['text', *self.config.modalities])}, or a sub-module of the model, one of "
-                    f"{', '.join(known)}, or of one of these, as 'text_model.embeddings'."
-                )
-            frozen.update(map(id, named))
-            for parameter in named:
-                parameter.requires_grad_(False)
-        self._frozen_encoders = [
-            modality
-            for modality in ("text", *self.config.modalities)
-            if frozen and all(id(p) in frozen for p in self.encoder(modality).parameters())
-        ]
-        self.train(self.training)
-
-    def is_frozen(self, modality: str) -> bool:
-        """Whether `config.freeze` covers the whole encoder, and nothing in it, such as an adapter, is trained."""
-        return modality in self._frozen_encoders and not any(
-            parameter.requires_grad for parameter in self.encoder(modality).parameters()
-        )
-
-    def train(self, mode: bool = True) -> nn.Module:
-        super().train(mode)  # type: ignore[misc]
-        for modality in self._frozen_encoders:
-            if self.is_frozen(modality):
-                self.encoder(modality).eval()
-        if mode and self.config.freeze_batch_norm:
-            for modality in ("text", *self.config.modalities):
-                for module in self.encoder(modality).modules():
-                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                        module.eval()
-        return self  # type: ignore[return-value]
-
-    def _gradients(self, modality: str, inputs: dict[str, torch.Tensor]) -> Any:
-        """The context in which an encoder runs: a frozen one keeps nothing for a backward pass that nobody asks for."""
-        wanted = any(value.requires_grad for value in inputs.values())  # as explanations do
-        return torch.no_grad() if self.is_frozen(modality) and not wanted else nullcontext()
+@contextmanager
+def frozen_batch_norm(module: nn.Module) -> Iterator[None]:
+    """Within the block no input enters running statistics."""
+    layers = [layer for layer in batch_norms(module) if layer.training]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()

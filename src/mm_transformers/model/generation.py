@@ -1,63 +1,66 @@
-"""How a model with a decoder writes the answers of its `Generation` tasks."""
+"""Answers that a decoder writes: the decoder of a pretrained encoder-decoder reads the fused states."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any, Optional, Protocol, cast
 
 import torch
-from transformers import GenerationConfig
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from .modeling_outputs import MMTransformerModelOutput
+from .task_base import Task
 
 
-class _CanGenerate:
-    """A classmethod in transformers. Here the class can write, and a model can if one of its tasks does."""
+class FusedText(Protocol):
+    """The fused text tokens of a batch, such as a [`MMTransformerModelOutput`]."""
 
-    def __get__(self, model: Any, owner: type) -> Callable[[], bool]:
-        return lambda: model is None or model.config.has_decoder
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        """(batch, text_len, text hidden size)"""
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """(batch, text_len) bool"""
 
 
-class TextWriting:
+class WritingTask(Protocol):
+    """A task whose answer a decoder writes, such as [`Generation`]."""
+
+    name: str
+    max_length: int
+    decoder_start_ids: Optional[list[int]]
+
+
+class AnswerDecoder:
     """
-    The part of [`MMTransformerForMultiTask`] that writes. The decoder is the pretrained encoder-decoder itself, given
-    the fused states as what its encoder gave: beams, caches, tied weights and special tokens are its own.
+    Lets an encoder-decoder read fused states in the place of its own encoder outputs. Beams, caches, tied weights and
+    special tokens are those of the pretrained model.
+
+    Args:
+        text_model (`PreTrainedModel`): An encoder-decoder of transformers. Only its decoder runs.
+
+    Example:
+
+    ```python
+    >>> decoder = AnswerDecoder(model.model.text_model)
+    >>> ids = decoder.generate(model.tasks["german"], model.model(**inputs), num_beams=4)
+    ```
     """
 
-    # `config`, `tasks` and `model` are those of the model that this is a part of.
-    config: Any
-    tasks: dict[str, Any]
-    model: Any
+    def __init__(self, text_model: PreTrainedModel):
+        self.text_model = text_model
 
-    can_generate = _CanGenerate()
+    def start_ids(self, task: WritingTask) -> list[int]:
+        """
+        The ids that the decoder gets before it writes an answer.
 
-    def read_written(
-        self, task: Any, encoder_outputs: MMTransformerModelOutput, labels: Optional[torch.Tensor]
-    ) -> torch.Tensor:
-        """What the decoder says at each place of the labels, given the labels before it."""
-        states = encoder_outputs.last_hidden_state
-        if labels is None:
-            # The decoder takes part in every backward pass, as heads do.
-            labels = torch.full((states.shape[0], 1), -100, device=states.device)
-        start = torch.tensor(self.decoder_start_ids(task), device=labels.device)
-        pad = self.model.text_model.config.pad_token_id or 0
-        decoder_input_ids = torch.cat(
-            [start.expand(labels.shape[0], -1), labels[:, :-1].masked_fill(labels[:, :-1] == -100, pad)], dim=1
-        )
-        outputs = self.model.text_model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=encoder_outputs.attention_mask.to(torch.int64),
-            decoder_input_ids=decoder_input_ids,
-            use_cache=False,
-        )
-        return outputs.logits[:, len(start) - 1 :]
-
-    def decoder_start_ids(self, task: Any) -> list[int]:
-        """The ids that the decoder is given before it writes the answer of this task."""
+        Raises:
+            ValueError: if neither the task nor the decoder says with which token it starts.
+        """
         if task.decoder_start_ids is not None:
             return task.decoder_start_ids
-        config = self.generation_config
+        config = self.text_model.generation_config
         start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
         if start is None:
             raise ValueError(
@@ -66,111 +69,86 @@ class TextWriting:
             )
         return [start] if config.forced_bos_token_id is None else [start, config.forced_bos_token_id]
 
-    @torch.no_grad()
-    def generate(
-        self,
-        task: Optional[str] = None,
-        encoder_outputs: Optional[MMTransformerModelOutput] = None,
-        **kwargs,
-    ) -> torch.Tensor:
+    def logits(self, task: WritingTask, fused: FusedText, labels: Optional[torch.Tensor] = None) -> torch.Tensor:
         """
-        Lets the decoder write the answers of one task: `processor.batch_decode(ids, skip_special_tokens=True)` reads
-        them. Encoders and fusion run once per row, whatever the number of beams and steps.
+        The logits at each place of the labels, given the labels before it (teacher forcing).
 
         Args:
-            task (`str`, *optional*): Name of a [`Generation`] task; may be left out if there is only one.
-            encoder_outputs ([`MMTransformerModelOutput`], *optional*):
-                What `self.model` gave for these inputs, if that is known already.
-            kwargs: the inputs of [`MMTransformerModel.forward`]; everything else (`num_beams`, `do_sample`,
-                `max_new_tokens`, `generation_config`, `return_dict_in_generate`, ...) is for
-                [`~transformers.GenerationMixin.generate`].
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): Token ids, -100 at padding.
 
         Returns:
-            (batch, length) int64: the ids of the tokens; the first ones are those that the decoder starts with,
-            [`decoder_start_ids`].
+            (batch, length, vocabulary); with a length of 1 without labels.
+        """
+        states = fused.last_hidden_state
+        if labels is None:
+            # The decoder takes part in every backward pass, as heads do.
+            labels = torch.full((states.shape[0], 1), -100, device=states.device)
+        start = torch.tensor(self.start_ids(task), device=labels.device)
+        pad = self.text_model.config.pad_token_id or 0
+        decoder_input_ids = torch.cat(
+            [start.expand(labels.shape[0], -1), labels[:, :-1].masked_fill(labels[:, :-1] == -100, pad)], dim=1
+        )
+        outputs = self.text_model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=fused.attention_mask.to(torch.int64),
+            decoder_input_ids=decoder_input_ids,
+            use_cache=False,
+        )
+        return outputs.logits[:, len(start) - 1 :]
+
+    def generate(self, task: WritingTask, fused: FusedText, **options: Any) -> torch.Tensor:
+        """
+        Writes one answer per row.
+
+        Args:
+            options: for [`~transformers.GenerationMixin.generate`]; by default the answer has at most
+                `task.max_length` tokens.
+
+        Returns:
+            (batch, length) int64, with the [`start_ids`] first.
 
         Raises:
-            ValueError: if there is no such task, it does not write, or `assistant_model` is given.
+            ValueError: if `assistant_model` is given.
         """
-        writing: dict[str, Any] = {name: known for name, known in self.tasks.items() if known.needs_decoder}
-        if task is None and len(writing) == 1:
-            task = next(iter(writing))
-        if task not in writing:
-            raise ValueError(
-                f"generate(task=...) must name a task that writes text, one of {list(writing)}, but is {task!r}."
-            )
-        if kwargs.get("assistant_model") is not None:
+        if options.get("assistant_model") is not None:
             raise ValueError(
                 "generate cannot use assistant_model, to which the fused states of this model mean nothing; "
                 "leave it out."
             )
-        # What is asked to be shown is for the decoder to show.
-        known = inspect.signature(type(self.model).forward).parameters
-        inputs = {name: kwargs.pop(name) for name in known if name in kwargs and not name.startswith("output_")}
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "word_index")}
-        if encoder_outputs is None:
-            encoder_outputs = self.model(**inputs)
-        states = encoder_outputs.last_hidden_state
-        given = kwargs.get("generation_config")
+        states = fused.last_hidden_state
+        given = options.get("generation_config")
         # 20 is what older releases of transformers have by default.
         says_length = given is not None and (given.max_new_tokens or given.max_length not in (None, 20))
-        if not says_length and not {"max_length", "max_new_tokens"} & set(kwargs):
-            kwargs["max_new_tokens"] = writing[task].max_length
-        start = torch.tensor(self.decoder_start_ids(writing[task]), device=states.device)
+        if not says_length and not {"max_length", "max_new_tokens"} & set(options):
+            options["max_new_tokens"] = task.max_length
+        start = torch.tensor(self.start_ids(task), device=states.device)
         with self._nothing_forced():
-            return self.model.text_model.generate(
+            return self.text_model.generate(
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
-                attention_mask=encoder_outputs.attention_mask.to(torch.int64),
+                attention_mask=fused.attention_mask.to(torch.int64),
                 decoder_start_token_id=start[0].item(),
                 decoder_input_ids=start.repeat(states.shape[0], 1),
-                **kwargs,
+                **options,
             )
 
-    @torch.no_grad()
-    def forward_and_write(
-        self, labels: Optional[dict[str, torch.Tensor]] = None, generation_kwargs: Any = None, **inputs
-    ) -> tuple[Any, dict[str, torch.Tensor]]:
+    def without_start(self, task: WritingTask, ids: torch.Tensor, num_rows: int) -> torch.Tensor:
         """
-        The output of the model, and what the decoder writes for each task that writes, (batch, length) int64 without
-        what it starts with; encoders and fusion run once for all of it.
-
-        Args:
-            labels, inputs: as [`MMTransformerForMultiTask.forward`] takes them.
-            generation_kwargs (`dict`, *optional*): For [`~transformers.GenerationMixin.generate`].
-        """
-        encoded = self.model(**inputs)
-        # Not by a call of the model: under FSDP this already is one.
-        outputs = self.forward(encoder_outputs=encoded, labels=labels)  # type: ignore[attr-defined]
-        written = {}
-        for name, task in self.tasks.items():
-            if task.needs_decoder:
-                written[name] = self.write(task, encoded, **(generation_kwargs or {}))
-        return outputs, written
-
-    def write(self, task: Any, encoder_outputs: MMTransformerModelOutput, **kwargs) -> torch.Tensor:
-        """
-        The answer of each row, (batch, length) int64, without what the decoder starts with.
-
-        Args:
-            task ([`Generation`]): That which is answered.
-            encoder_outputs, kwargs: as [`generate`] takes them.
+        The generated ids, (batch, length) int64, without the [`start_ids`].
 
         Raises:
-            ValueError: if the decoder gives another number of answers than one per row.
+            ValueError: if there is not exactly one answer per row.
         """
-        ids = self.generate(task.name, encoder_outputs, **kwargs)
-        num_rows = len(encoder_outputs.last_hidden_state)
         if not isinstance(ids, torch.Tensor) or len(ids) != num_rows:
             raise ValueError(
                 f"Task {task.name!r}: a row has one answer, so num_return_sequences must be 1, and "
                 "return_dict_in_generate False; model.generate(...) gives more."
             )
-        return ids[:, len(self.decoder_start_ids(task)) :]
+        return ids[:, len(self.start_ids(task)) :]
 
     @contextmanager
-    def _nothing_forced(self):
-        """What the pretrained model would force the decoder to begin with is among what it starts with, if wanted."""
-        config = self.generation_config
+    def _nothing_forced(self) -> Iterator[None]:
+        """A forced first token is among the [`start_ids`], if it is wanted."""
+        config = self.text_model.generation_config
         forced = config.forced_bos_token_id
         config.forced_bos_token_id = None
         try:
@@ -178,17 +156,38 @@ class TextWriting:
         finally:
             config.forced_bos_token_id = forced
 
-    def adjust_generation_fn(self, *args, **kwargs) -> None:
-        """Called by `from_pretrained`, to read what `save_pretrained` wrote."""
-        self.model.text_model.adjust_generation_fn(*args, **kwargs)
 
-    @property
-    def generation_config(self) -> Optional[GenerationConfig]:
-        """That of the decoder."""
-        model = getattr(self, "model", None)  # there is none while the model is being built
-        return model.text_model.generation_config if model is not None and self.can_generate() else None
+def writing_tasks(tasks: Mapping[str, Task]) -> dict[str, WritingTask]:
+    """Those tasks whose answers a decoder writes, by name."""
+    return {name: cast(WritingTask, task) for name, task in tasks.items() if task.needs_decoder}
 
-    @generation_config.setter
-    def generation_config(self, value: Optional[GenerationConfig]):
-        if getattr(self, "model", None) is not None and self.can_generate():
-            self.model.text_model.generation_config = value
+
+def task_that_writes(tasks: Mapping[str, Task], name: Optional[str]) -> WritingTask:
+    """
+    The task of a name; without a name the only one that writes.
+
+    Raises:
+        ValueError: if there is no such task, or it does not write.
+    """
+    writing = writing_tasks(tasks)
+    if name is None and len(writing) == 1:
+        name = next(iter(writing))
+    if name not in writing:
+        raise ValueError(
+            f"generate(task=...) must name a task that writes text, one of {list(writing)}, but is {name!r}."
+        )
+    return writing[name]
+
+
+def split_inputs(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    Splits the arguments of `generate` into those of a model and those of the decoder.
+
+    Args:
+        forward: That of the model. `output_attentions`, ... are for the decoder, though the model knows them.
+        arguments: With `labels` and `word_index`, which neither of them takes, if the caller gives a whole batch.
+    """
+    known = {name for name in inspect.signature(forward).parameters if not name.startswith("output_")}
+    inputs = {name: value for name, value in arguments.items() if name in known}
+    others = {name: value for name, value in arguments.items() if name not in {*known, "labels", "word_index"}}
+    return inputs, others

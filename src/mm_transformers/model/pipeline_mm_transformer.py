@@ -9,10 +9,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
-from .answers import Predictions, check_tasks, unwrapped
+from .answers import check_tasks, unwrapped
 from .downloads import is_url
 from .file_contents import content_of, describe
 from .limits import CarriedLimits
+from .predictions import Predictions
 from .processing_mm_transformer import as_list
 from .task_base import is_null
 from .task_token_classification import split_words

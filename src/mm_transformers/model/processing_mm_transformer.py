@@ -19,7 +19,7 @@ from transformers.processing_utils import AudioKwargs, ImagesKwargs, ProcessingK
 from transformers.utils import logging
 
 from .audio import AudioError, audio_key, load_audio
-from .custom_code import write_processor_code
+from .custom_code import reference, write_code
 from .downloads import fetch
 from .encoders import encoder_config_from_pretrained, max_text_positions
 from .file_contents import describe, is_absent
@@ -192,7 +192,8 @@ class MMTransformerProcessor(ProcessorMixin):
         """
         with saved_aside(save_directory) as staged:
             saved = super().save_pretrained(staged, **({} if push_to_hub else kwargs))
-            write_processor_code(staged)
+            auto_map = {"AutoProcessor": reference(MMTransformerProcessor)}
+            write_code(staged, __file__, "processor_config.json", {"auto_map": auto_map})
             saved = [os.path.join(save_directory, os.path.relpath(file, staged)) for file in saved or ()]
         if push_to_hub:
             # Not by the stock method, which uploads before the code is there.

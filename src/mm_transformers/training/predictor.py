@@ -11,8 +11,9 @@ from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..data.collator import ROW_KEY, MMDataCollator
-from ..model.answers import Predictions, check_tasks, unwrapped
+from ..model.answers import check_tasks, unwrapped
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+from ..model.predictions import Predictions
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.task_base import is_null
 

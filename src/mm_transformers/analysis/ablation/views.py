@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from ...model.fusion_base import Stream
-from ...model.modeling_outputs import MMTransformerModelOutput
+from ...model.modeling_mm_transformer import MMTransformerModelOutput
 
 
 class EncodedRows:

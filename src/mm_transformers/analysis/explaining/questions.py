@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
-from ...model.modeling_outputs import MMTransformerModelOutput
+from ...model.modeling_mm_transformer import MMTransformerModelOutput
 from ...model.task_base import LabelContext
 from ...model.task_token_classification import split_words
 

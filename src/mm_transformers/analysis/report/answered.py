@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Optional
 from accelerate.utils import send_to_device
 
 from ...data.collator import MMDataCollator
-from ...model.answers import Predictions
+from ...model.predictions import Predictions
 from ...model.task_base import is_missing
 
 

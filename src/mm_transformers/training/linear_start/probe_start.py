@@ -24,7 +24,7 @@ from ...data.splitting import find_groups
 from ...model.answers import evaluation_mode
 from ...model.linear_probe import LinearProbe, ProbedHead
 from ...model.linear_problem import LinearProblem
-from ...model.modeling_outputs import MMTransformerModelOutput
+from ...model.modeling_mm_transformer import MMTransformerModelOutput
 from ...model.task_base import Task
 from .linear_models import NUM_FOLDS, LinearModel, majority, solve
 from .verdict import Verdict, verdict_of
