@@ -8,7 +8,7 @@ from typing import Any, Optional
 from ..model.audio import audio_key
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
-from ..model.images import image_key, load_image
+from ..model.images import image_key, load_image, pixels_for_each
 from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor, as_clips, as_list, as_one
 from ..model.task_base import LabelContext, is_null, shorten
@@ -102,7 +102,7 @@ class MMDataCollator:
         if self.takes_images:
             frames_of = partial(load_frames, num_frames=processor.num_frames, fetch=addresses.fetch)
             image_of = partial(load_image, fetch=addresses.fetch)
-            self.media["images"] = MediaColumn(image_column, as_list, image_key, image_of, *rules)
+            self.media["images"] = MediaColumn(image_column, as_list, image_key, image_of, *rules, pixels_for_each)
             self.media["videos"] = MediaColumn(video_column, as_one, video_key, frames_of, *rules)
         if config.audio_config is not None:
             clip_of = partial(_load_clip, processor, sampling_rate=sampling_rate, fetch=addresses.fetch)

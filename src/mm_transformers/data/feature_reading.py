@@ -8,7 +8,7 @@ import torch
 
 from .feature_keys import ItemHash, hash_of_text
 from .feature_store import FeatureStore
-from .media import MediaColumn
+from .media import MediaColumn, as_many_as_there_are
 
 
 # What the processor takes, by modality.
@@ -115,7 +115,7 @@ def unpadded_texts(batch: Mapping[str, torch.Tensor]) -> list[Optional[dict[str,
 def replace_load(column: MediaColumn, load: Callable[[Any], Any], **kwargs: Any) -> MediaColumn:
     """A copy of the column that reads its items in another way."""
     column = copy.copy(column)
-    column.load = load
+    column.load, column.pixels_for_each = load, as_many_as_there_are
     for name, value in kwargs.items():
         setattr(column, name, value)
     return column

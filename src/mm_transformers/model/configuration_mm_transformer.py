@@ -170,7 +170,7 @@ class MMTransformerConfig(PreTrainedConfig):
         self.validate_tasks()
         self.validate_freeze()
         # So that tools that expect one classifier find the labels of the first.
-        labels = next((task["labels"] for task in self.tasks if "labels" in task), None)
+        labels = next((list(map(str, task["labels"])) for task in self.tasks if "labels" in task), None)
         if labels is not None:
             self.id2label = dict(enumerate(labels))
             self.label2id = {label: i for i, label in enumerate(labels)}

@@ -571,6 +571,9 @@ def check_labels(name: str, labels: list[Any]) -> list[str]:
     """The label names as strings, checked: at least two, no duplicates."""
     if isinstance(labels, str) or not isinstance(labels, (list, tuple)):
         raise ValueError(f"Task {name!r}: labels must be a list of names, but is {labels!r}.")
+    wrong = [label for label in labels if isinstance(label, (list, tuple, dict))]
+    if wrong:
+        raise ValueError(f"Task {name!r}: a label must be a name, but is {shorten(repr(wrong[0]))}.")
     labels = [str(label) for label in labels]
     if len(labels) == 0:
         raise ValueError(f"Task {name!r} needs its label names: labels=['...', '...'].")
@@ -691,7 +694,8 @@ def _shown(labels: list[str]) -> str:
 
 def shorten(text: str) -> str:
     """A text as messages show it: of a long one the beginning and the length."""
-    return text if len(text) <= 120 else f"{text[:60]}... ({len(text):,} characters)"
+    shown = text if len(text) <= 120 else f"{text[:60]}... ({len(text):,} characters)"
+    return shown.replace("\n", " ")  # arrays have lines
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 
 from ...data.cells import as_records
 from ...model.answers import check_tasks, unwrapped
-from ...model.images import load_image
+from ...model.images import load_image, pixels_for_each
 from ...model.pipeline_mm_transformer import PARTS, read_rows
 from ...model.processing_mm_transformer import as_clips, as_list
 from ...model.task_base import is_null
@@ -222,7 +222,9 @@ class _Placing:
         ]
 
     def _images(self, number: int, row: Mapping[str, Any]) -> list[ImageRelevance]:
-        pictures = [load_image(image) for image in as_list(row.get("image"))]
+        given = as_list(row.get("image"))
+        most_pixels = pixels_for_each(given)
+        pictures = [load_image(image, most_pixels=most_pixels) for image in given]
         if not is_null(row.get("video")):
             pictures += load_frames(row["video"], self.processor.num_frames)
         if not pictures:
