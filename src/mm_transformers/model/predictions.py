@@ -8,8 +8,7 @@ from typing import Any, Optional
 import torch
 
 from .answers import evaluation_mode
-from .generation import writing_tasks
-from .modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
+from .generation import FusedText, writing_tasks
 
 
 class Predictions:
@@ -32,11 +31,11 @@ class Predictions:
     ```
     """
 
-    def __init__(self, model: MMTransformerForMultiTask, outputs: MMTransformerModelOutput):
+    def __init__(self, model: Any, outputs: FusedText):
         self.model, self.outputs = model, outputs
 
     @classmethod
-    def of(cls, model: MMTransformerForMultiTask, inputs: Mapping[str, Any]) -> "Predictions":
+    def of(cls, model: Any, inputs: Mapping[str, Any]) -> "Predictions":
         """
         Runs encoders and fusion.
 

@@ -16,10 +16,10 @@ from ...data.sources import rows_of
 from ...model.answers import unwrapped
 from ...model.safe_writing import write_atomically
 from ..ablation.results import Ablation
+from ..explaining.colors import text_color
 from ..explaining.explain import explain
 from ..explaining.explanation import Explanation
 from ..explaining.html import colored_words, heat_map_url, picture_url, sound_colors
-from ..explaining.plotting import text_color
 from .answered import Answered, answers_to, confusion, most_confident_errors, worst
 
 
