@@ -19,6 +19,7 @@ from .freeze_rules import check_freeze
 from .fusion import fusion_class
 from .limits import limits
 from .messages import check_folder, one_line, shortened
+from .modalities import OTHER_ENCODERS
 from .regularization import check_regularization
 from .safe_writing import drop_link
 from .tasks import Task, task_from_dict
@@ -237,7 +238,7 @@ class MMTransformerConfig(PreTrainedConfig):
     @property
     def modalities(self) -> list[str]:
         """What the model takes beside text, in the order in which fusions see it."""
-        return [name for name in ("vision", "audio") if getattr(self, f"{name}_config") is not None]
+        return [name for name in OTHER_ENCODERS if getattr(self, f"{name}_config") is not None]
 
     @property
     def modality_dropout_probabilities(self) -> dict[str, float]:
