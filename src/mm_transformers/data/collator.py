@@ -149,7 +149,7 @@ class MMDataCollator:
             self.processor(
                 text=texts,
                 **{
-                    kind: items for kind, items in media.items() if self.cached is None or kind not in self.cached.kinds
+                    name: items for name, items in media.items() if self.cached is None or name not in self.cached.kinds
                 },
                 max_length=self.max_length,
                 pad_to_multiple_of=self.pad_to_multiple_of,

@@ -65,6 +65,8 @@ class TaskWeighting:
     # True if the weights of a step depend on the signals of that same step. With gradient accumulation, the
     # micro-batches of the step are then run forward once more, before it.
     looks_ahead: ClassVar[bool] = False
+    # True if the weights are those of the tasks, so that the model applies them by itself.
+    is_constant: ClassVar[bool] = False
     # True if the signals need the gradients at the probe block, the last layer that all tasks share.
     needs_gradients: ClassVar[bool] = False
     # True if the signals need the losses of the same batches after the step: one more forward pass.
