@@ -28,7 +28,7 @@ from mm_transformers.analysis import ablate
 from mm_transformers.analysis.ablation.views import EncodedRows, pairs
 from mm_transformers.model.fusion_base import Stream
 from mm_transformers.model.linear_probe import LinearProbe, ProbedHead
-from mm_transformers.model.modeling_outputs import MMTransformerModelOutput
+from mm_transformers.model.modeling_mm_transformer import MMTransformerModelOutput
 
 
 every_fusion = pytest.mark.parametrize("fusion", FUSION_KINDS)

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from tiny import make_model, make_processor
 
 from mm_transformers import MMTransformerForMultiTask, MMTransformerProcessor
+from mm_transformers.cli.space import write_space
 from mm_transformers.data.feature_cache import _evict
 from mm_transformers.data.feature_store import Features, FeatureStore
 from mm_transformers.model import safe_writing
 from mm_transformers.model.safe_writing import saved_aside, write_atomically
-from mm_transformers.sharing.space import write_space
 from mm_transformers.training.card.card_file import write_card
 from mm_transformers.training.card.facts import CardFacts
 from mm_transformers.training.checkpoints import folders as checkpoints
@@ -323,8 +323,13 @@ def test_locks_that_others_have_left(tmp_path, change, message, monkeypatch):
         assert json.loads((tmp_path / LOCK_NAME).read_text()) == holder
 
 
-def race(folder: str, start, results) -> None:
+def race(folder: str, start, results, seconds: float = 0) -> None:
     start.wait()
+    time.sleep(seconds)
+    enter(folder, results)
+
+
+def enter(folder: str, results) -> None:
     try:
         with locked(folder):
             time.sleep(0.5)
@@ -345,6 +350,38 @@ def test_of_many_that_take_over_a_stale_lock_one_holds_it(tmp_path):
     for process in processes:
         process.join()
     assert sorted(found) == ["held"] + ["refused"] * 7
+    assert not list(tmp_path.iterdir())
+
+
+def take_over_slowly(folder: str, started, results) -> None:
+    """Waits before it moves the stale lock aside, and before it looks at what it has moved."""
+    rename = Path.rename
+
+    def slow(path, target):
+        started.set()  # the others begin
+        time.sleep(0.5)
+        moved = rename(path, target)
+        time.sleep(0.5)
+        return moved
+
+    Path.rename = slow
+    enter(folder, results)
+
+
+def test_a_slow_process_does_not_take_the_lock_of_a_faster_one(tmp_path):
+    """The second would hold the lock, the first move it aside, and the third find none."""
+    (tmp_path / LOCK_NAME).write_text(json.dumps({"host": platform.node(), "pid": os.getppid(), "started": 5.0}))
+    context = multiprocessing.get_context("fork")
+    start, results = context.Event(), context.Queue()
+    arguments = (str(tmp_path), start, results)
+    slow = context.Process(target=take_over_slowly, args=arguments)
+    others = [context.Process(target=race, args=(*arguments, seconds)) for seconds in (0.2, 0.7)]
+    for process in (slow, *others):
+        process.start()
+    found = [results.get(timeout=60) for _ in range(3)]
+    for process in (slow, *others):
+        process.join()
+    assert found.count("held") == 1
     assert not list(tmp_path.iterdir())
 
 

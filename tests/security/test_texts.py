@@ -1,82 +1,26 @@
 """Texts of strangers: an endless cell costs no more than one that is just too long, and gives the same tokens."""
 
-import os
 import time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny import make_config, make_model, make_processor, make_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from mm_transformers import Generation, Limits, MMDataCollator, TokenClassification
 from mm_transformers.analysis.explaining.placing import token_spans
-from mm_transformers.model import tokenizing
 from mm_transformers.model.task_base import LabelContext
-from mm_transformers.model.tokenizing import needed_text
-from mm_transformers.training.prediction import stream_answers
-
-
-def trained(model, trainer, pre_tokenizer, decoder=None) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizer
-    backend.decoder = decoder
-    texts = ["the cat is over a river bat, and the dog isn't", "lovely rain in the sun aaa aaaa bb abab, ab ba"] * 20
-    backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
-
-
-SPECIAL = ["<pad>", "<unk>"]
-TOKENIZERS = {
-    "word_piece": make_tokenizer(),
-    "byte_level": trained(
-        models.BPE(), trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, show_progress=False),
-        pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(),
-    ),
-    "unigram": trained(
-        models.Unigram(),
-        trainers.UnigramTrainer(vocab_size=90, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False),
-        pre_tokenizers.Metaspace(),
-    ),
-    "unsplit": trained(
-        models.BPE(unk_token="<unk>"), trainers.BpeTrainer(vocab_size=90, special_tokens=SPECIAL, show_progress=False),
-        pre_tokenizers.Metaspace(split=False),
-    ),
-}  # fmt: skip
-PIECES = st.sampled_from(
-    ["the", "cat", "aaaa", "ab", "isn't", ",", "é", "a\n", "\t", " ", "  ", "好", "𝄞", "lovely", "."]
-)
+from mm_transformers.model.text_tokens import needed_text
+from mm_transformers.training.predictor import Predictor
 
 
 class TestPrefix:
-    @settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")), deadline=None)
-    @given(
-        name=st.sampled_from(sorted(TOKENIZERS)), pieces=st.lists(PIECES, max_size=60),
-        joint=st.sampled_from(["", " "]), num_tokens=st.integers(1, 30),
-    )  # fmt: skip
-    def test_the_first_tokens_are_those_of_the_whole_text(self, name, pieces, joint, num_tokens):
-        tokenizer, text = TOKENIZERS[name], joint.join(pieces) * 5
-        before = tokenizing._CHARACTERS
-        tokenizing._CHARACTERS = (1, 20)  # so that these texts are long
-        try:
-            needed = needed_text(tokenizer, text, num_tokens)
-        finally:
-            tokenizing._CHARACTERS = before
-        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert text.startswith(needed)
-        ids = tokenizer(needed, add_special_tokens=False)["input_ids"]
-        assert ids[:num_tokens] == whole[:num_tokens]
-        assert len(ids) > num_tokens or needed == text
-
     def test_ordinary_texts_stay_as_they_are(self):
         text = "the red cat is in the sun " * 40
-        assert needed_text(TOKENIZERS["word_piece"], text, 40) is text
+        assert needed_text(make_tokenizer(), text, 40) is text
 
     def test_the_limit_holds_where_there_is_no_place_to_cut(self, monkeypatch):
         monkeypatch.setattr("mm_transformers.model.limits._current", Limits(text_characters=5000))
         for text in ("x" * 20_000, " " * 20_000, "好" * 20_000):
-            assert len(needed_text(TOKENIZERS["word_piece"], text, 40)) == 5000
+            assert len(needed_text(make_tokenizer(), text, 40)) == 5000
         left = make_tokenizer()
         left.truncation_side = "left"
         assert needed_text(left, "x" * 9000 + "end", 40).endswith("end")
@@ -119,7 +63,7 @@ class TestRows:
         tasks = [TokenClassification("entities", labels=["O", "NAME"])]
         model, processor = make_model(tasks=tasks), make_processor()
         collator = MMDataCollator(processor, model.config)
-        ((_, answers),) = next(iter(stream_answers(model, collator, [{"text": huge(3000)}])))
+        ((_, answers),) = next(iter(Predictor(model, collator).stream([{"text": huge(3000)}])))
         labels = [word["label"] for word in answers["entities"]]
         assert len(labels) == 3000
         assert None not in labels[:38]

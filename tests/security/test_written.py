@@ -187,7 +187,7 @@ def test_pages_and_figures_of_hostile_names(model, tmp_path):
 
 
 def test_a_space_is_not_written_through_a_link(tmp_path):
-    from mm_transformers.sharing.space import write_space
+    from mm_transformers.cli.space import write_space
 
     (tmp_path / "space").mkdir()
     (tmp_path / "space" / "app.py").symlink_to(tmp_path / "elsewhere.py")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..model.answering import evaluation_mode
+from ..model.answers import evaluation_mode
 
 
 def contrastive_accuracy(

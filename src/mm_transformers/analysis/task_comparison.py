@@ -76,7 +76,7 @@ def run_comparison(
     if path.is_file():
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
-            is_report = isinstance(report["runs"], dict)
+            is_report = _is_runs(report["runs"])
         except (ValueError, KeyError, TypeError, RecursionError):
             is_report = False
         if not is_report:
@@ -92,6 +92,13 @@ def run_comparison(
                     with write_atomically(path) as file:
                         file.write((json.dumps(report, indent=2) + "\n").encode())
     return runs
+
+
+def _is_runs(value: Any, levels: int = 4) -> bool:
+    """Whether what a file holds has the form of `Runs`."""
+    if levels == 0:
+        return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    return isinstance(value, dict) and all(_is_runs(inner, levels - 1) for inner in value.values())
 
 
 def compare(runs: Runs, seeds: Sequence[int]) -> list[Comparison]:

@@ -1,6 +1,7 @@
 """Metrics for reading; the files have all of them."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,11 +19,13 @@ def print_metrics(
     Args:
         metrics: split -> what `Trainer.evaluate` returned.
         prefixes: split -> what its metrics begin with.
-        tasks: the names of the tasks; what belongs to none is left out, but for the loss.
+        tasks: the names of the tasks; what belongs to none is left out, but for the loss. So is what is no number.
     """
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for split, values in metrics.items():
         for name, value in values.items():
+            if not _is_number(value):
+                continue
             name = name.removeprefix(f"{prefixes[split]}_")
             task = task_of_metric(name, tasks)
             if task is not None:
@@ -44,6 +47,11 @@ def print_metrics(
         table.add_row(task if task != previous else "", metric, *shown)
         previous = task
     Console(markup=False).print(table)  # names are no styles
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of a file, which may be anything, can be shown; integers may be too large for a float."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def print_ablation(ablation: Ablation) -> None:

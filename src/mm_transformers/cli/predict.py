@@ -24,12 +24,12 @@ from ..data.files import check_writable
 from ..data.labels import check_labels, has_labels, prepare_labels
 from ..data.loading import load_files
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
-from ..model.answering import check_tasks
+from ..model.answers import check_tasks
 from ..model.messages import check_folder
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import write_atomically
-from ..training.prediction import answer_columns, stream_answers
+from ..training.predictor import Predictor, answer_columns
 from ..training.recipe import RECIPE_NAME, ColumnsSection, DataSection
 from ..training.recipe.output_folder import newest_checkpoint
 from ..training.recipe.yaml_format import read_yaml
@@ -208,17 +208,9 @@ def run_prediction(
         {column.column: kind for kind, column in collator.media.items()},
         data.image_root or str(file.parent),
     )
-    answered = stream_answers(
-        model.to(state.device),
-        collator,
-        rows,
-        tasks,
-        batch_size,
-        num_workers,
-        prepare=reader,
-        keep=partial(plain_cells, list(types)),
-        **({} if num_beams is None else {"num_beams": num_beams}),
-    )
+    options = {} if num_beams is None else {"num_beams": num_beams}
+    predictor = Predictor(model.to(state.device), collator, tasks, batch_size, num_workers, **options)
+    answered = predictor.stream(rows, prepare=reader, keep=partial(plain_cells, list(types)))
     try:
         if state.is_main_process:
             num_rows = _write(answered, output, suffix, types, escape_formulas)

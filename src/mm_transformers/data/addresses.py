@@ -5,7 +5,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..model.downloads import fetch, is_url
-from ..model.files import UnreadableFile, check_file, content_of
+from ..model.file_contents import UnreadableFile, check_file, content_of
 from ..model.limits import limits, named
 from ..model.task_base import shorten
 

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..model.modalities import MODALITIES, TEXT, modalities_of
 from .feature_keys import ItemHash, digest_of, hash_of_text
-from .feature_reading import KINDS, replace_load, unpadded_texts
+from .feature_reading import replace_load, unpadded_texts
 from .feature_store import FeatureStore
 from .media import SharedCounter
 from .sources import ROW_KEY, name_of_row, own_column
@@ -78,15 +79,17 @@ class Scanner:
     def __init__(self, collator: Any, stores: dict[str, FeatureStore], hashes: dict[str, ItemHash]):
         self.collator, self.stores = collator, stores
         self.columns = {
-            kind: replace_load(collator.media[kind], hashes[kind], num_bad_files=SharedCounter())
-            for modality in stores
-            for kind in KINDS[modality]
+            part.argument: replace_load(
+                collator.media[part.argument], hashes[part.argument], num_bad_files=SharedCounter()
+            )
+            for encoder in stores
+            for part in modalities_of(encoder)
         }
 
     def __call__(self, rows: list[tuple[int, Mapping[str, Any]]]) -> list[Found]:
         found = []
         for modality, store in self.stores.items():
-            for kind in KINDS[modality]:
+            for kind in (part.argument for part in modalities_of(modality)):
                 column = self.columns[kind]
                 known: dict[Hashable, tuple[Any, Any]] = {}
                 for number, row in rows:
@@ -120,12 +123,12 @@ class Reader:
     """Items and their rows -> the input of the encoder."""
 
     def __init__(self, collator: Any, kind: str):
-        self.processor, self.kind = collator.processor, kind
-        self.column = None if kind == "text" else replace_load(collator.media[kind], collator.media[kind].load)
+        self.processor, self.modality = collator.processor, MODALITIES.get(kind)
+        self.column = None if kind == TEXT.name else replace_load(collator.media[kind], collator.media[kind].load)
 
     def __call__(self, pairs: list[tuple[Found, Any]]) -> Read:
         items = [item for item, _ in pairs]
-        if self.column is None:
+        if self.column is None or self.modality is None:
             return Read(items, self._pad(items), list(range(len(items))), [item.key for item in items], [])
         column, read, dropped = self.column, [], []
         for item, row in pairs:
@@ -137,10 +140,10 @@ class Reader:
         if not read:
             return Read([], {}, [], [], dropped)
         contents = [content for _, content in read]
-        options: dict[str, Any] = {self.kind: contents}
+        options: dict[str, Any] = {self.modality.argument: contents}
         batch = self.processor(text=[""] * len(read), **options)
-        index = batch["audio_index" if self.kind == "audio" else "image_index"]
-        numbers = [row[row >= 0] if self.kind == "videos" else int(row[0]) for row in index]
+        index = batch[self.modality.encoder.index]
+        numbers = [row[row >= 0] if self.modality.is_sequence else int(row[0]) for row in index]
         names = {"pixel_values": "pixel_values", "input_values": "input_values", "input_features": "input_features",
                  "audio_attention_mask": "attention_mask"}  # fmt: skip
         inputs = {names[name]: value for name, value in batch.items() if name in names}

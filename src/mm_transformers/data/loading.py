@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import metadata_load
 from transformers.utils import logging
 
+from ..model.messages import one_line
 from ..model.tasks import Task
 from .cells import with_root
 from .splitting import hold_out_rows
@@ -53,10 +54,9 @@ def load_files(
         try:
             rows = _read(path, split, cache_dir)
         except ValueError as error:
-            raise ValueError(f"{option.format(split=split)}: {error}") from error
+            raise ValueError(f"{option.format(split=split)}: {one_line(error, 1000)}") from error
         except DatasetGenerationError as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise ValueError(f"{named} cannot be read: {reason}") from error
+            raise ValueError(f"{named} cannot be read: {one_line(error.__cause__ or error)}") from error
         for column in media_columns:
             rows = with_root(rows, column, root or str(Path(path).parent))
         data[split] = rows

@@ -1,12 +1,13 @@
 """Reads the images, videos and sounds of a batch, once each, and says of which row one cannot be read."""
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from transformers.utils import logging
 
 from ..model.limits import CarriedLimits
+from ..model.modalities import Modality
 from ..model.processing_mm_transformer import check_number
 from .addresses import NO_ADDRESSES, Addresses
 from .sources import own_column
@@ -42,9 +43,9 @@ class MediaColumn:
 
     Args:
         column: its name.
-        split: a cell -> the list of its items.
-        key: an item -> equal for items that surely are the same.
-        load: an item -> what the processor takes; raises `ValueError` with one sentence.
+        modality: the kind of its items; splits a cell into them.
+        load: an item -> what the processor takes; raises `ValueError` with one sentence. It takes `most_pixels` if
+            the modality limits pixels.
         on_bad_file: `"raise"`, or `"drop"` what cannot be read, and count it.
         num_bad_files: where that is counted.
         addresses: which addresses in cells may be fetched; none by default.
@@ -53,15 +54,15 @@ class MediaColumn:
     def __init__(
         self,
         column: str,
-        split: Callable[[Any], list[Any]],
-        key: Callable[[Any], Hashable],
+        modality: Modality,
         load: Callable[[Any], Any],
         on_bad_file: str,
         num_bad_files: SharedCounter,
         addresses: Addresses = NO_ADDRESSES,
     ):
-        self.column, self.split, self.key, self.load = column, split, key, load
+        self.column, self.split, self.key, self.load = column, modality.items, modality.key, load
         self.on_bad_file, self.num_bad_files, self.addresses = on_bad_file, num_bad_files, addresses
+        self.pixels_for_each: Callable[[list[Any]], Optional[int]] = modality.pixels_for_each
         self.limits = CarriedLimits()
 
     def read(self, rows: list[Mapping[str, Any]], names: list[str]) -> tuple[list[list[Any]], list[bool]]:
@@ -77,11 +78,13 @@ class MediaColumn:
         for row, name in zip(rows, names, strict=True):
             cells = self.split(row.get(self.column))
             items = []
-            for cell in cells if self._are_few(cells, row, name) else ():
-                key = self.key(cell)
+            are_few = self._are_few(cells, row, name)
+            most = self.pixels_for_each(cells) if are_few else None
+            for cell in cells if are_few else ():
+                key = (self.key(cell), most)
                 kept.append(cell)
                 if key not in loaded:
-                    loaded[key] = self.load_item(cell, f"{name}, column {own_column(row, self.column)!r}")
+                    loaded[key] = self.load_item(cell, f"{name}, column {own_column(row, self.column)!r}", most)
                 if loaded[key] is None:
                     self.num_bad_files.add_one()
                 else:
@@ -90,15 +93,17 @@ class MediaColumn:
             were_there.append(len(cells) > 0)
         return result, were_there
 
-    def load_item(self, cell: Any, where: str) -> Any:
+    def load_item(self, cell: Any, where: str, most_pixels: Optional[int] = None) -> Any:
         """
         One item, read; `None` if it cannot be and is to be dropped, which is not counted here.
 
         Args:
             where: how messages call the row and the column.
+            most_pixels: how many it may keep.
         """
+        options = {} if most_pixels is None else {"most_pixels": most_pixels}
         try:
-            return self.load(self.addresses.at_hand(cell))
+            return self.load(self.addresses.at_hand(cell), **options)
         except ValueError as error:
             self._refuse(error, where)
             return None

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ..model.limits import limits, named
+from ..model.messages import one_line, shortened
 from .formulas import without_formula
 
 
@@ -64,6 +65,7 @@ class TableRows:
                 pass
         else:
             self.schema = self._find_schema()
+            self._check_names(self.schema.names)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for row in self._read():
@@ -131,7 +133,9 @@ class TableRows:
     def _check_names(self, names: Sequence[str]) -> None:
         twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
         if twice is not None:
-            raise ValueError(f"{self.path} has two columns {twice!r}: rename one.")
+            raise ValueError(f"{self.path} has two columns {shortened(twice)}: rename one.")
+        if any("\0" in name for name in names):
+            raise ValueError(f"{self.path} is no table: the name of a column has a zero byte.")
 
     def _read_parquet(self) -> Iterator[dict[str, Any]]:
         try:
@@ -143,7 +147,7 @@ class TableRows:
                     for start in range(0, len(batch), 16):
                         yield from batch.slice(start, 16).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{self.path} cannot be read as Parquet: {error}.") from error
+            raise ValueError(f"{self.path} cannot be read as Parquet: {one_line(error)}") from error
 
     def _read_json(self) -> Iterator[dict[str, Any]]:
         number = 0

@@ -1,5 +1,6 @@
 """Turns whatever a table holds in its audio column into waveforms."""
 
+import contextlib
 import io
 import math
 import numbers
@@ -8,9 +9,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 from .downloads import fetch, is_url
-from .files import cast_of, check_file, content_key, content_of, describe, not_there
+from .file_contents import cast_of, check_file, content_key, content_of, describe, not_there
 from .limits import limits, named
 from .task_base import shorten
+
+
+class _Bytes(io.BytesIO):
+    """A file in memory for libsndfile, which prints a traceback where a damaged file sends it before the beginning."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with contextlib.suppress(ValueError):
+            return super().seek(offset, whence)
+        return self.tell()
 
 
 class AudioError(ValueError):
@@ -134,7 +144,7 @@ def _read(content: Any, name: str, fetch: Callable[[str], bytes]) -> tuple[Any, 
     except ImportError as error:
         raise ImportError("Reading files of sound needs a package more: pip install mm-transformers[audio]") from error
     try:
-        with soundfile.SoundFile(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
+        with soundfile.SoundFile(_Bytes(content) if isinstance(content, bytes) else content) as file:
             _check_rate(file.samplerate, name)
             _check_length(file.frames, file.frames * file.channels, file.samplerate, name)
             return file.read(dtype="float32", always_2d=True), file.samplerate

@@ -8,6 +8,7 @@ from typing import Optional
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .checkpoint_checks import is_pickle_error
 from .encoder_classes import (
     check_class,
     class_options,
@@ -17,7 +18,6 @@ from .encoder_classes import (
     without_random_skips,
 )
 from .encoder_probe import observe, probe, traits_of
-from .loading import is_pickle_error
 from .messages import check_folder, one_line
 
 

@@ -5,11 +5,11 @@ import functools
 import io
 import os
 import warnings
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Optional
 
 from .downloads import fetch, is_url
-from .files import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
+from .file_contents import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
 from .image_work import check_icon, check_work
 from .limits import limits, named
 from .task_base import shorten
@@ -30,7 +30,42 @@ def image_key(image: Any) -> Hashable:
     return content_key(image, content_of(image))
 
 
-def load_image(image: Any, fetch: Callable[[str], bytes] = fetch):
+def pixels_for_each(images: Sequence[Any]) -> Optional[int]:
+    """
+    How many pixels each of the images of one row may keep, so that the row fits into the limit `row_pixels`; `None` if
+    it fits already. Of large files only the headers are read.
+
+    Args:
+        images: as [`load_image`] takes them.
+    """
+    most, kept = limits().row_pixels, limits().kept_image_pixels
+    if len(images) * kept <= most or sum(min(_declared_pixels(image, kept), kept) for image in images) <= most:
+        return None
+    return max(1, most // len(images))
+
+
+def _declared_pixels(image: Any, unknown: int) -> int:
+    """
+    Args:
+        unknown: the number for what is not looked at: addresses, arrays, and what cannot be opened.
+    """
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image.width * image.height
+    try:
+        content = content_of(image)
+        if isinstance(content, (bytes, str, os.PathLike)) and not is_url(content):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with _open(content, fetch) as picture:
+                    return picture.width * picture.height
+    except Exception:  # whatever is wrong with it, `load_image` says
+        pass
+    return unknown
+
+
+def load_image(image: Any, fetch: Callable[[str], bytes] = fetch, most_pixels: Optional[int] = None):
     """
     An RGB `PIL.Image.Image`.
 
@@ -45,6 +80,7 @@ def load_image(image: Any, fetch: Callable[[str], bytes] = fetch):
             width, channels) or (channels, height, width), of truth values, uint8, uint16, other integers from 0 to
             255, or floats from 0 to 1. Channels are grey, grey and alpha, RGB, or RGBA.
         fetch: what turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
+        most_pixels (`int`, *optional*): Fewer than `kept_image_pixels`, as [`pixels_for_each`] gives it.
 
     Raises:
         ImageError: if there is no such file, it is no image, it is cut short, it is empty, its values do not say what
@@ -53,26 +89,27 @@ def load_image(image: Any, fetch: Callable[[str], bytes] = fetch):
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     name = describe(image, "image")
+    most = min(limits().kept_image_pixels, most_pixels or limits().kept_image_pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             content = content_of(image)
             picture = _open(content, fetch)
             _check_size(picture, name)
-            if _is_read(picture):
+            if _is_read(picture) and not _is_large(picture, most):
                 return picture
             check_work(picture)
             if picture.tell() != 0:  # not `n_frames`, for which Pillow goes through all frames
                 picture.seek(0)
-            if picture is not content and _is_large(picture):
-                picture.draft(None, _kept_size(picture))  # JPEG files can be decoded at a fraction of their size
+            if picture is not content and _is_large(picture, most):
+                picture.draft(None, _kept_size(picture, most))  # JPEG files can be decoded at a fraction of their size
             picture.load()
             _check_size(picture, name)  # the file may hold another size than it declares
             # Broken EXIF data do not make the picture useless.
             with contextlib.suppress(Exception):
                 picture = ImageOps.exif_transpose(picture)
-            if _is_large(picture):
-                picture = _shrunk(_eight_bits_of(picture))
+            if _is_large(picture, most):
+                picture = _shrunk(_eight_bits_of(picture), most)
             mode = cast_of(image).get("mode")
             if mode is not None:
                 picture = _eight_bits_of(picture).convert(mode)
@@ -144,27 +181,27 @@ def _is_read(picture: Any) -> bool:
     from PIL import Image
 
     is_plain = type(picture) is Image.Image and picture.mode == "RGB" and not picture.info
-    return is_plain and not getattr(picture, "_exif", None) and not _is_large(picture)
+    return is_plain and not getattr(picture, "_exif", None)
 
 
-def _is_large(picture: Any) -> bool:
-    return picture.width * picture.height > limits().kept_image_pixels
+def _is_large(picture: Any, most: int) -> bool:
+    return picture.width * picture.height > most
 
 
-def _kept_size(picture: Any) -> tuple[int, int]:
-    share = (limits().kept_image_pixels / (picture.width * picture.height)) ** 0.5
+def _kept_size(picture: Any, most: int) -> tuple[int, int]:
+    share = (most / (picture.width * picture.height)) ** 0.5
     return max(1, int(picture.width * share)), max(1, int(picture.height * share))
 
 
-def _shrunk(picture: Any):
-    """The picture, of at most 8 bits per channel, with as many pixels as are kept."""
+def _shrunk(picture: Any, most: int):
+    """The picture, of at most 8 bits per channel, with as many pixels."""
     from PIL import Image
 
     if picture.mode == "PA" or "transparency" in picture.info:
         picture = picture.convert("RGBA")
     elif picture.mode in ("1", "P", "HSV"):  # whose values have no means
         picture = picture.convert("L" if picture.mode == "1" else "RGB")
-    return picture.resize(_kept_size(picture), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return picture.resize(_kept_size(picture, most), Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
 def _from_array(array: Any):

@@ -21,6 +21,9 @@ class Limits:
         slow_image_pixels (`int`):
             Pixels of a picture whose decoder is written in Python: QOI, PNM as text or of a rare depth, run-length BMP.
         row_items (`int`): Pictures of one row; likewise its sounds.
+        row_pixels (`int`):
+            Pixels in memory of all pictures of one row; likewise of all frames of its video. If there are more, the
+            largest pictures are shrunk while they are read.
         audio_seconds (`float`): Seconds of one sound.
         audio_samples (`int`): Samples of one sound, all channels together, before and after resampling.
         encoded_seconds (`float`):
@@ -54,6 +57,7 @@ class Limits:
     image_scans: int = 100
     slow_image_pixels: int = 1_000_000
     row_items: int = 100
+    row_pixels: int = 32 * 2048 * 2048
     audio_seconds: float = 600.0
     audio_samples: int = 64_000_000
     encoded_seconds: float = 60.0

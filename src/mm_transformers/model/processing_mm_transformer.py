@@ -1,12 +1,13 @@
 """Turns texts, images, videos and sound into the tensors of the model."""
 
+import contextlib
 import difflib
 import functools
 import inspect
 import numbers
 import os
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional, TypedDict
 
@@ -19,16 +20,17 @@ from transformers.processing_utils import AudioKwargs, ImagesKwargs, ProcessingK
 from transformers.utils import logging
 
 from .audio import AudioError, audio_key, load_audio
+from .custom_code import reference, write_code
 from .downloads import fetch
 from .encoders import encoder_config_from_pretrained, max_text_positions
-from .files import describe, is_absent
-from .images import image_key, load_image
+from .file_contents import describe, is_absent
+from .images import image_key, load_image, pixels_for_each
 from .limits import limits, named
-from .messages import check_folder, one_line
+from .messages import check_folder, one_line, shortened
+from .modalities import as_clips, as_list
 from .safe_writing import saved_aside
 from .task_token_classification import index_words
-from .tokenizing import needed_text, tokenize
-from .travelling import write_processor_code
+from .text_tokens import needed_text, tokenize
 from .video import load_frames, video_key
 
 
@@ -68,6 +70,7 @@ def _read_part(what: str, auto_class: Any, path: Any, **kwargs: Any) -> Any:
     kwargs.setdefault("trust_remote_code", False)
     try:
         part = auto_class.from_pretrained(path, **kwargs)
+        _check_settings(part)
         _check_size(part, path)
         return part
     except (ImportError, OSError, ValueError) as error:
@@ -77,7 +80,9 @@ def _read_part(what: str, auto_class: Any, path: Any, **kwargs: Any) -> Any:
                 "if you trust it."
             ) from error
         # Of the two latter, those of JSON say nothing of the file.
-        if not isinstance(error, ValueError) or not os.path.isdir(path) or "Unrecognized" in str(error):
+        if "Unrecognized" in str(error):
+            raise ValueError(one_line(error)) from error  # transformers lists all types of models
+        if not isinstance(error, ValueError) or not os.path.isdir(path):
             raise
         cause: Exception = error
     except Exception as error:  # whatever a tokenizer makes of a file that is cut
@@ -98,6 +103,31 @@ class MMTransformerProcessorKwargs(ProcessingKwargs, total=False):  # type: igno
     audio_kwargs: AudioKwargs
 
 
+# Settings that this package itself uses, and what transformers does not check of them.
+_IS_RIGHT: dict[str, Callable[[Any], bool]] = {
+    "model_max_length": lambda value: _is_number(value),
+    "sampling_rate": lambda value: _is_number(value),
+    "max_length": lambda value: value is None or _is_number(value),
+    "n_samples": lambda value: value is None or _is_number(value),
+    "padding_side": lambda value: value in ("left", "right"),
+    "truncation_side": lambda value: value in ("left", "right"),
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value > 0
+
+
+def _check_settings(part: Any) -> None:
+    """
+    Raises:
+        ValueError: if a setting of a tokenizer or a feature extractor is of another type.
+    """
+    for name, is_right in _IS_RIGHT.items():
+        if hasattr(part, name) and not is_right(value := getattr(part, name)):
+            raise ValueError(f"its setting {name} cannot be {shortened(value)}")
+
+
 def _check_size(image_processor: Any, path: Any) -> None:
     """
     Raises:
@@ -105,7 +135,7 @@ def _check_size(image_processor: Any, path: Any) -> None:
     """
     for option in ("size", "crop_size", "pad_size"):
         size = getattr(image_processor, option, None)
-        size = {name: value for name, value in dict(size).items() if isinstance(value, int)} if size else {}
+        size = {name: value for name, value in dict(size).items() if isinstance(value, (int, float))} if size else {}
         # A longest edge beside a shortest one is a bound of it, and of some processors a number of pixels.
         side = size.get("shortest_edge", size.get("longest_edge", 0))
         if max(side * side, size.get("height", 0) * size.get("width", 0)) > limits().kept_image_pixels:
@@ -148,6 +178,8 @@ class MMTransformerProcessor(ProcessorMixin):
         # The base class knows no optional parts; this object has those that it was given.
         self.get_attributes: Any = functools.partial(list, parts)
         super().__init__(**parts, **kwargs)
+        if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
+            raise ValueError(f"num_frames must be a whole number above 0, but is {shortened(num_frames)}.")
         self.num_frames = num_frames
         self._warned: set[str] = set()
 
@@ -192,7 +224,8 @@ class MMTransformerProcessor(ProcessorMixin):
         """
         with saved_aside(save_directory) as staged:
             saved = super().save_pretrained(staged, **({} if push_to_hub else kwargs))
-            write_processor_code(staged)
+            auto_map = {"AutoProcessor": reference(MMTransformerProcessor)}
+            write_code(staged, __file__, "processor_config.json", {"auto_map": auto_map})
             saved = [os.path.join(save_directory, os.path.relpath(file, staged)) for file in saved or ()]
         if push_to_hub:
             # Not by the stock method, which uploads before the code is there.
@@ -408,7 +441,11 @@ class MMTransformerProcessor(ProcessorMixin):
         for entry, video in zip(images, videos, strict=True):
             pictures = as_list(entry)
             check_number(pictures, "images")
-            row = [distinct.add(image_key(image), functools.partial(load_image, image)) for image in pictures]
+            most = pixels_for_each(pictures)
+            row = [
+                distinct.add(("image", image_key(image), most), functools.partial(load_image, image, most_pixels=most))
+                for image in pictures
+            ]
             numbers = [-1] * len(row)
             if not is_absent(video):
                 key = video_key(video)
@@ -427,8 +464,9 @@ class MMTransformerProcessor(ProcessorMixin):
         if any(not is_absent(video) for video in videos):
             data["frame_index"] = _padded(frames)
         if distinct.items:
-            processed = self.image_processor(images=distinct.items, return_tensors="pt", **options)
-            data["pixel_values"] = processed["pixel_values"]
+            with _errors_of("image processor"):
+                processed = self.image_processor(images=distinct.items, return_tensors="pt", **options)
+                data["pixel_values"] = processed["pixel_values"]
         return data
 
     def _process_audio(self, audio: list[Any], sampling_rate: Optional[int] = None, **given) -> dict[str, torch.Tensor]:
@@ -451,13 +489,14 @@ class MMTransformerProcessor(ProcessorMixin):
             # Whisper must be padded to its full length, its default; where the default is not to pad, to the longest.
             padding = inspect.signature(type(extractor).__call__).parameters.get("padding")
             options = {"padding": padding.default or True} if padding is not None else {}
-            features = extractor(
-                distinct.items,
-                sampling_rate=extractor.sampling_rate,
-                return_attention_mask=True,
-                return_tensors="pt",
-                **{**options, **given},
-            )
+            with _errors_of("feature extractor"):
+                features = extractor(
+                    distinct.items,
+                    sampling_rate=extractor.sampling_rate,
+                    return_attention_mask=True,
+                    return_tensors="pt",
+                    **{**options, **given},
+                )
             for name, value in features.items():
                 data["audio_attention_mask" if name == "attention_mask" else name] = value
         return data
@@ -511,6 +550,15 @@ class MMTransformerProcessor(ProcessorMixin):
         if self.feature_extractor is not None:
             names += [*self.feature_extractor.model_input_names, "audio_attention_mask", "audio_index"]
         return list(dict.fromkeys(names))
+
+
+@contextlib.contextmanager
+def _errors_of(part: str) -> Iterator[None]:
+    """What a part raises, as one sentence: its settings may be those of a stranger."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"The {part} fails with its settings: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _hint(name: str, known: set[str]) -> str:
@@ -575,42 +623,6 @@ def check_number(items: list[Any], kind: str) -> None:
     """
     if len(items) > limits().row_items:
         raise ValueError(f"there are {len(items):,} {kind}, more than {named('row_items')}")
-
-
-def as_one(entry: Any) -> list[Any]:
-    """What a row has of which it has one at most."""
-    return [] if is_absent(entry) else [entry]
-
-
-def as_list(entry: Any) -> list[Any]:
-    """What a row has, whatever was given: none, one, or a list, in which empty cells count for nothing."""
-    entries = entry if isinstance(entry, (list, tuple)) and _depth(entry) not in (2, 3) else [entry]
-    return [_pixels(image) for image in entries if not is_absent(image)]
-
-
-def _pixels(image: Any) -> Any:
-    """Lists of numbers as the array that other sources have; anything else as it is."""
-    if _depth(image) not in (2, 3):
-        return image
-    import numpy as np
-
-    return np.asarray(image)
-
-
-def as_clips(entry: Any) -> list[Any]:
-    """The same for sound, where a list of numbers is one clip."""
-    entries = entry if isinstance(entry, (list, tuple)) and _depth(entry) != 1 else [entry]
-    return [clip for clip in entries if not is_absent(clip)]
-
-
-def _depth(entry: Any) -> int:
-    """How deep lists of numbers are; 0 for anything else, empty lists included. The innermost may be arrays."""
-    depth = 0
-    while isinstance(entry, (list, tuple)) and len(entry) > 0:
-        entry, depth = entry[0], depth + 1
-    if depth > 0 and getattr(entry, "ndim", None) == 1:
-        return depth + 1
-    return depth if isinstance(entry, numbers.Real) else 0
 
 
 __all__ = ["MMTransformerProcessor"]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Optional
 import torch
 from torch import nn
 
-from .linear_probe import LinearProblem
+from .linear_problem import LinearProblem
 
 
 # Names that would collide with what the model and the Trainer report beside the tasks.
@@ -102,13 +102,34 @@ class LabelContext(NamedTuple):
 NO_CONTEXT = LabelContext()
 
 
+class Judgement(NamedTuple):
+    """
+    The answer of a task to one row, compared with the label.
+
+    Args:
+        answer: the answer, as reports show it.
+        truth: the label in the same form; `None` if the row has none.
+        is_right: whether both agree; `None` without a label, and for tasks whose answers are not right or wrong.
+        confidence: the probability of the answer, 0 to 1; `None` if the task gives no probabilities.
+        label_pairs: pairs of label and answer for a confusion matrix, by name; empty for other tasks.
+    """
+
+    answer: Any = None
+    truth: Any = None
+    is_right: Optional[bool] = None
+    confidence: Optional[float] = None
+    label_pairs: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass
 class Task:
     """
     One question asked of every row: its head, its loss, how a column becomes a label and how logits become an answer.
 
     Subclass it, set `kind`, implement the methods that raise `NotImplementedError` and decorate with
-    [`register_task`].
+    [`register_task`]. No other code looks at the kind of a task: it asks the methods below. A kind that chooses among
+    labels has a field `labels` and the method [`probabilities`]; from these follow confusion matrix, calibration,
+    majority share and the bars of the demo page.
 
     Args:
         name (`str`): Key of the task in `labels`, `logits`, `losses` and metric names; letters, digits, underscores.
@@ -123,8 +144,14 @@ class Task:
     kind: ClassVar[str]
     # What the loss is multiplied with to be a negative log-likelihood, up to the noise: 1/2 for squared errors.
     likelihood_scale: ClassVar[float] = 1.0
-    # Names of metrics, as `mm_transformers.training.metrics` knows them.
+    # Names of metrics, as `mm_transformers.training.metrics` knows them. The first one is that of verdicts.
     default_metrics: ClassVar[tuple[str, ...]] = ()
+    # The metric of ablations and their figures; `None` stands for the first of `default_metrics`.
+    main_metric: ClassVar[Optional[str]] = None
+    # The name of the task on the Hub, for model cards.
+    hub_task: ClassVar[str] = "other"
+    # The Auto class, beside `AutoModel`, that loads a model with a single task of this kind.
+    auto_class: ClassVar[Optional[str]] = None
     # True if labels belong to words of the text; the context of labels then has the `word_index`.
     is_token_level: ClassVar[bool] = False
     # True if a column of texts that are all whole numbers holds numbers: ids of labels, or labels that are numbers.
@@ -135,6 +162,8 @@ class Task:
     default_cell: ClassVar[Any] = None
     # True if the rows of a batch are compared with each other; the context of labels then has `fingerprints`.
     compares_rows: ClassVar[bool] = False
+    # True if a row without other rows in its batch has no loss.
+    needs_other_rows: ClassVar[bool] = False
     # The options that a head depends on: a saved head is of use to a task only if these are equal.
     head_options: ClassVar[tuple[str, ...]] = ("labels", "modality", "embedding_size")
     # True if the head is also to see pairs that do not match; see [`PairReading.judge_mismatched`].
@@ -173,18 +202,7 @@ class Task:
         not known. Called after computing with them has failed.
         """
         problem = self.linear_problem()
-        if problem is None:
-            return None
-        if problem.kind != "multinomial":
-            is_right = labels.is_floating_point() and not labels.isinf().any()
-            return None if is_right else f"finite floating-point numbers, NaN where missing, but are {labels.dtype}"
-        last = problem.num_outputs - 1
-        if labels.dtype != torch.int64:
-            return f"integers from 0 to {last}, -100 where missing, but have the type {labels.dtype}"
-        known = labels[labels != -100]
-        if known.numel() == 0 or (int(known.min()) >= 0 and int(known.max()) <= last):
-            return None
-        return f"integers from 0 to {last}, -100 where missing, but go from {known.min()} to {known.max()}"
+        return None if problem is None else problem.expected(labels)
 
     def linear_problem(self) -> Optional[LinearProblem]:
         """
@@ -192,6 +210,41 @@ class Task:
         from random weights.
         """
         return None
+
+    @property
+    def label_names(self) -> list[str]:
+        """The names of the labels, in the order of their ids; empty for tasks without labels."""
+        return list(getattr(self, "labels", None) or [])
+
+    @property
+    def takes_ids(self) -> bool:
+        """Whether a whole number in a cell is the place of a label in `label_names`."""
+        names = self.label_names
+        return bool(names) and ids_are_places(names)
+
+    @classmethod
+    def infer_options(
+        cls, options: dict[str, Any], cells: Iterable[Any], column: str, names: Optional[Sequence[str]] = None
+    ) -> dict[str, Any]:
+        """
+        Completes the options of a task by its column in the training rows, for recipes that leave them out. By default
+        finds `labels`, if the kind has such an option.
+
+        Args:
+            options: the options that are given, without `kind`.
+            cells: the cells of the column; texts have passed [`read_text`].
+            column: its name, for messages.
+            names (*optional*): the labels, if the data set names them (`datasets.ClassLabel`).
+
+        Returns:
+            The options to build the task with.
+
+        Raises:
+            ValueError: if the column holds no label, or something that cannot be one.
+        """
+        if "labels" in options or all(f.name != "labels" for f in dataclasses.fields(cls)):
+            return options
+        return {**options, "labels": list(names) if names is not None else infer_labels(cells, column)}
 
     @classmethod
     def read_text(cls, text: str, separator: str) -> Any:
@@ -310,6 +363,89 @@ class Task:
         the pipeline for them has them handed on to the kinds that know them.
         """
         raise NotImplementedError
+
+    def show_answer(self, answer: Any) -> str:
+        """
+        One answer of [`decode`] in a few words, as pages and the terminal show it. By default its first value, and the
+        score if it has one.
+        """
+        if not isinstance(answer, dict):
+            return str(answer)
+        value, score = next(iter(answer.values()), ""), answer.get("score")
+        told = f"{value:.3g}" if isinstance(value, float) else str(value)
+        return told if score is None else f"{told} ({100 * score:.0f}%)"
+
+    def read_answer(self, text: str) -> Any:
+        """The answer that a text on the command line stands for, as [`answer_scores`] takes it; by default the text."""
+        return text
+
+    def probabilities(self, logits: torch.Tensor) -> Optional[torch.Tensor]:
+        """
+        The probability of each label, (..., num_labels) float32, in the order of `label_names`; `None`, as by default,
+        if the task does not choose among labels.
+
+        Args:
+            logits: those of this task, (batch, ...).
+        """
+        return None
+
+    def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
+        """
+        Compares the answer to one row with its label. By default the most probable label is right if it is the given
+        one; for a list of labels, if all are. Without probabilities, nothing is right or wrong.
+
+        Args:
+            logits, label: of this row, without a batch dimension.
+        """
+        probabilities = self.probabilities(logits[None])
+        if probabilities is None or label.is_floating_point() or probabilities.shape[1:-1] != label.shape:
+            return Judgement() if self.needs_decoder else Judgement(self.show_answer(self.decode(logits[None])[0]))
+        confidence, chosen = probabilities[0].max(-1)
+        names, labelled = self.label_names, label != -100
+        if label.ndim == 0:
+            answer, sure = names[int(chosen)], float(confidence)
+            if not labelled:
+                return Judgement(answer, confidence=sure)
+            truth = names[int(label)]
+            return Judgement(answer, truth, answer == truth, sure, ((truth, answer),))
+        answers = [names[i] for i in chosen[labelled].tolist()]
+        truths = [names[i] for i in label[labelled].tolist()]
+        if not truths:
+            return Judgement([])
+        pairs = tuple(zip(truths, answers, strict=True))
+        return Judgement(answers, truths, answers == truths, float(confidence[labelled].min()), pairs)
+
+    def confidences(self, logits: torch.Tensor, labels: torch.Tensor) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        The probability of each labelled answer, and whether it is right, for calibration; `None` if the task does not
+        choose one label per row (or word).
+
+        Args:
+            logits, labels: of many rows.
+        """
+        probabilities = self.probabilities(logits)
+        if probabilities is None or labels.is_floating_point() or probabilities.shape[:-1] != labels.shape:
+            return None
+        labelled = labels != -100
+        confidence, chosen = probabilities[labelled].max(-1)
+        return confidence, chosen == labels[labelled]
+
+    def majority_share(self, labels: torch.Tensor) -> Optional[float]:
+        """
+        The share of the most frequent label, which is the accuracy of a constant answer; `None` if the task does not
+        choose one label per row, or no row has a label.
+        """
+        if not self.label_names or labels.is_floating_point() or labels.ndim != 1:
+            return None
+        known = labels[labels != -100]
+        return int(known.bincount().max()) / len(known) if len(known) else None
+
+    def pair_similarity(self, logits: torch.Tensor, modality: str) -> Optional[torch.Tensor]:
+        """
+        The similarity of each text to each item of a modality, (batch, batch), by which [`Matching`] chooses pairs that
+        are hard to tell apart; `None`, as by default, if the task does not compare them.
+        """
+        return None
 
     def complete_answer(self, answer: Any, text: str) -> Any:
         """The answer of a row as it is written to a file; answers for words get one entry for each word."""
@@ -435,6 +571,9 @@ def check_labels(name: str, labels: list[Any]) -> list[str]:
     """The label names as strings, checked: at least two, no duplicates."""
     if isinstance(labels, str) or not isinstance(labels, (list, tuple)):
         raise ValueError(f"Task {name!r}: labels must be a list of names, but is {labels!r}.")
+    wrong = [label for label in labels if isinstance(label, (list, tuple, dict))]
+    if wrong:
+        raise ValueError(f"Task {name!r}: a label must be a name, but is {shorten(repr(wrong[0]))}.")
     labels = [str(label) for label in labels]
     if len(labels) == 0:
         raise ValueError(f"Task {name!r} needs its label names: labels=['...', '...'].")
@@ -444,6 +583,41 @@ def check_labels(name: str, labels: list[Any]) -> list[str]:
     if duplicates:
         raise ValueError(f"Task {name!r}: label {duplicates[0]!r} occurs twice in labels.")
     return labels
+
+
+def infer_labels(cells: Iterable[Any], column: str) -> list[str]:
+    """The sorted distinct labels of a column; whole numbers are sorted as numbers."""
+    values: set[Any] = set()
+    kinds: set[type] = set()
+    for cell in cells:
+        for label in cell if isinstance(cell, (list, tuple)) else [cell]:
+            if not isinstance(label, (str, bool, numbers.Real, type(None))):
+                raise ValueError(
+                    f"Column {column!r} holds {shorten(repr(label))} of type {type(label).__name__}, which is no label."
+                )
+            if not is_missing(label):
+                kinds.add(type(label) if isinstance(label, (str, bool)) else float)
+                values.add(label.strip() if isinstance(label, str) else label)
+    if not values:
+        raise ValueError(f"Column {column!r} has no label in the training rows, so there is nothing to learn from.")
+    if len(kinds) > 1:
+        one, other = sorted({str: "texts", bool: "truth values", float: "numbers"}[kind] for kind in kinds)[::-1][:2]
+        raise ValueError(f"Column {column!r} holds {one} and {other}; labels are one or the other.")
+    if kinds == {bool}:
+        return sorted(str(value).lower() for value in values)
+    are_numbers = all(not isinstance(value, str) or NUMBER.fullmatch(value) for value in values)
+    if are_numbers and not all(float(value).is_integer() for value in values):
+        raise ValueError(
+            f"Column {column!r} holds numbers that are not whole: is its task a regression? If not, name its labels."
+        )
+    if kinds == {str}:
+        return sorted(values)
+    if any(isinstance(value, float) and abs(value) > MAX_EXACT_FLOAT for value in values):
+        raise ValueError(
+            f"Column {column!r} holds floats beyond {MAX_EXACT_FLOAT:,}, which are not exact: store it as integers or "
+            "texts."
+        )
+    return [str(int(value)) for value in sorted(values)]
 
 
 def label_scores(task: Any, logits: torch.Tensor, answers: list[Any]) -> tuple[torch.Tensor, list[str]]:
@@ -520,7 +694,8 @@ def _shown(labels: list[str]) -> str:
 
 def shorten(text: str) -> str:
     """A text as messages show it: of a long one the beginning and the length."""
-    return text if len(text) <= 120 else f"{text[:60]}... ({len(text):,} characters)"
+    shown = text if len(text) <= 120 else f"{text[:60]}... ({len(text):,} characters)"
+    return shown.replace("\n", " ")  # arrays have lines
 
 
 @functools.cache

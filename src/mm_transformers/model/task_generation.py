@@ -9,7 +9,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .task_base import NO_CONTEXT, LabelContext, Task, as_scalar, is_null, register_task, shorten
-from .tokenizing import needed_text, tokenize
+from .text_tokens import needed_text, tokenize
 
 
 logger = logging.get_logger(__name__)
@@ -45,6 +45,7 @@ class Generation(Task):
 
     kind: ClassVar[str] = "generation"
     default_metrics: ClassVar[tuple[str, ...]] = ("bleu", "chrf", "exact_match")
+    hub_task: ClassVar[str] = "translation"
     needs_decoder: ClassVar[bool] = True
 
     def __post_init__(self):

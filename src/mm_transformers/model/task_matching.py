@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 from .pairs import encode_pair, labels_of_pairs_left, pair_ids, read_truth_value
-from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, as_scalar, is_missing, register_task, shorten
+from .task_base import (
+    NO_CONTEXT,
+    Judgement,
+    LabelContext,
+    PooledHead,
+    Task,
+    as_scalar,
+    is_missing,
+    register_task,
+    shorten,
+)
 from .task_retrieval import check_modality
 
 
@@ -38,6 +48,7 @@ class Matching(Task):
 
     kind: ClassVar[str] = "matching"
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
+    hub_task: ClassVar[str] = "sentence-similarity"
     default_cell: ClassVar[Any] = True
     compares_rows: ClassVar[bool] = True
     needs_mismatches: ClassVar[bool] = True
@@ -90,6 +101,20 @@ class Matching(Task):
 
     def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
         return [{"match": score > 0.5, "score": score} for score in logits[:, 0].float().sigmoid().tolist()]
+
+    def show_answer(self, answer: dict[str, Any]) -> str:
+        score = answer["score"]  # the probability of a match
+        return f"yes ({100 * score:.0f}%)" if answer["match"] else f"no ({100 * (1 - score):.0f}%)"
+
+    def read_answer(self, text: str) -> Any:
+        return {"true": True, "yes": True, "false": False, "no": False}.get(text.lower(), text)
+
+    def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
+        """Of the row itself; mismatched pairs belong to no row."""
+        score = float(logits.flatten()[0].sigmoid())
+        truth = None if label[0] == -100 else bool(label[0])
+        is_right = None if truth is None else (score > 0.5) == truth
+        return Judgement(score > 0.5, truth, is_right, max(score, 1 - score))
 
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None

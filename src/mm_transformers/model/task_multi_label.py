@@ -11,10 +11,11 @@ from torch import nn
 
 from .class_weights import BALANCED, check_weights, known_weights, weight_tensor
 from .label_lists import split_labels
-from .linear_probe import LinearProblem
+from .linear_problem import BinaryProblem
 from .task_base import (
     NO_CONTEXT,
     PADDING,
+    Judgement,
     LabelContext,
     PooledHead,
     Task,
@@ -56,6 +57,8 @@ class MultiLabel(Task):
 
     kind: ClassVar[str] = "multi_label"
     default_metrics: ClassVar[tuple[str, ...]] = ("f1", "f1_micro", "subset_accuracy")
+    main_metric: ClassVar[Optional[str]] = "f1_micro"
+    hub_task: ClassVar[str] = "text-classification"
 
     def __post_init__(self):
         super().__post_init__()
@@ -68,8 +71,8 @@ class MultiLabel(Task):
     def build_head(self, config, hidden_size: int) -> nn.Module:
         return PooledHead(hidden_size, len(self.labels), config.classifier_dropout)
 
-    def linear_problem(self) -> LinearProblem:
-        return LinearProblem("binary", len(self.labels), label_weights=known_weights(self, "pos_weight"))
+    def linear_problem(self) -> BinaryProblem:
+        return BinaryProblem(len(self.labels), label_weights=known_weights(self, "pos_weight"))
 
     @classmethod
     def read_text(cls, text: str, separator: str) -> Optional[list[Any]]:
@@ -149,6 +152,23 @@ class MultiLabel(Task):
             scores = dict(zip(self.labels, row, strict=True))
             answers.append({"labels": [name for name, p in scores.items() if p >= threshold], "scores": scores})
         return answers
+
+    def show_answer(self, answer: dict[str, Any]) -> str:
+        return ", ".join(answer["labels"]) or "none of the labels"
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float().sigmoid()
+
+    def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
+        """All labels must be right; the confidence is the product of their probabilities."""
+        probabilities = self.probabilities(logits)
+        chosen = probabilities >= self.threshold
+        answer = [name for name, holds in zip(self.labels, chosen.tolist(), strict=True) if holds]
+        sure = float(torch.where(chosen, probabilities, 1 - probabilities).prod())
+        if label.isnan().any():
+            return Judgement(answer, confidence=sure)
+        truth = [name for name, holds in zip(self.labels, label.tolist(), strict=True) if holds == 1]
+        return Judgement(answer, truth, answer == truth, sure)
 
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None

@@ -7,8 +7,19 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .linear_probe import LinearProblem
-from .task_base import NO_CONTEXT, NUMBER, LabelContext, PooledHead, Task, as_scalar, is_null, register_task, shorten
+from .linear_problem import RidgeProblem
+from .task_base import (
+    NO_CONTEXT,
+    NUMBER,
+    Judgement,
+    LabelContext,
+    PooledHead,
+    Task,
+    as_scalar,
+    is_null,
+    register_task,
+    shorten,
+)
 
 
 @register_task
@@ -24,12 +35,14 @@ class Regression(Task):
     kind: ClassVar[str] = "regression"
     likelihood_scale: ClassVar[float] = 0.5
     default_metrics: ClassVar[tuple[str, ...]] = ("mae", "mse", "pearson")
+    main_metric: ClassVar[Optional[str]] = "pearson"
+    hub_task: ClassVar[str] = "text-classification"
 
     def build_head(self, config, hidden_size: int) -> nn.Module:
         return RegressionHead(hidden_size, 1, config.classifier_dropout)
 
-    def linear_problem(self) -> LinearProblem:
-        return LinearProblem("ridge", 1)
+    def linear_problem(self) -> RidgeProblem:
+        return RidgeProblem(1)
 
     @classmethod
     def read_text(cls, text: str, separator: str) -> Any:
@@ -62,6 +75,9 @@ class Regression(Task):
 
     def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
         return [{"value": value} for value in logits.float().tolist()]
+
+    def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
+        return Judgement(float(logits), None if label.isnan() else float(label))
 
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None

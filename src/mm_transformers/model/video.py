@@ -6,8 +6,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Optional
 
 from .downloads import fetch, is_url
-from .files import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
-from .images import ImageError, load_image
+from .file_contents import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
+from .images import ImageError, load_image, pixels_for_each
 from .limits import limits, named
 from .task_base import shorten
 
@@ -52,7 +52,10 @@ def load_frames(video: Any, num_frames: int, fetch: Callable[[str], bytes] = fet
     name, content = describe(video, "video"), content_of(video)
     if isinstance(content, (str, bytes, os.PathLike)):
         return _read(content, name, num_frames, fetch, cast_of(video).get("stream_index"))
-    if isinstance(content, Mapping) or not (hasattr(content, "__len__") and hasattr(content, "__getitem__")):
+    has_items = (
+        hasattr(content, "__len__") and hasattr(content, "__getitem__") and getattr(content, "shape", None) != ()
+    )
+    if isinstance(content, Mapping) or not has_items:
         raise VideoError(
             "a video must be a path, bytes, a list of frames or a dict with 'bytes' or 'path', but is of type "
             f"{type(content).__name__}"
@@ -61,9 +64,11 @@ def load_frames(video: Any, num_frames: int, fetch: Callable[[str], bytes] = fet
         raise VideoError(f"{name} has no frames")
     _check_frames(len(content), num_frames, name)
     frames = []
-    for number in sample_evenly(len(content), num_frames):
+    numbers = sample_evenly(len(content), num_frames)
+    most_pixels = pixels_for_each([content[number] for number in numbers])
+    for number in numbers:
         try:
-            frames.append(load_image(content[number], fetch))
+            frames.append(load_image(content[number], fetch, most_pixels))
         except ImageError as error:
             raise VideoError(f"frame {number:,} of {name} cannot be used: {error}") from error
     return frames
@@ -174,14 +179,14 @@ def _take(container: Any, stream: Any, total: int, num_frames: int, name: str) -
     number = -1
     for number, frame in enumerate(_decoded(container, stream, name)):
         if number in wanted:
-            frames.append(_picture(frame))
+            frames.append(_picture(frame, min(limits().kept_frame_pixels, limits().row_pixels // len(wanted))))
         if len(frames) == len(wanted):
             break
     return frames, number + 1
 
 
-def _picture(frame: Any) -> Any:
-    share = min(1.0, (limits().kept_frame_pixels / (frame.width * frame.height)) ** 0.5)
+def _picture(frame: Any, most_pixels: int) -> Any:
+    share = min(1.0, (most_pixels / (frame.width * frame.height)) ** 0.5)
     size = (
         {} if share == 1 else {"width": max(1, int(frame.width * share)), "height": max(1, int(frame.height * share))}
     )

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..model.answering import evaluation_mode
+from ..model.answers import evaluation_mode
 from ..model.encoder_probe import traits_of
 from ..model.safe_writing import drop_link
 from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES

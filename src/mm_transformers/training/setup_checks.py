@@ -89,7 +89,7 @@ def check_best_metric(args: TrainingArguments, tasks: Iterable[Task], eval_datas
     tasks = list(tasks)
     known = ["loss", *(f"{task.name}_{metric}" for task in tasks for metric in ("loss", *task.default_metrics))]
     # How many the hits of retrieval are counted among is a part of the name.
-    of_retrieval = [task.name for task in tasks if task.kind == "retrieval"]
+    of_retrieval = [task.name for task in tasks if "retrieval_recall" in task.default_metrics]
     if name not in known and not any(name.startswith(f"{task}_") for task in of_retrieval):
         near = difflib.get_close_matches(name, known, 1) or known
         raise ValueError(

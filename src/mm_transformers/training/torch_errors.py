@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Optional
 
-from ..model.loading import is_pickle_error
+from ..model.checkpoint_checks import is_pickle_error
 
 
 @contextmanager

@@ -241,7 +241,7 @@ class MMTrainer(Trainer):
             found = type(self.fused_model).__name__
             raise ValueError(f"MMTrainer trains a model with tasks, MMTransformerForMultiTask, not {found}.")
         if self.train_dataset is not None and self.args.train_batch_size * self.args.world_size == 1:
-            alone = [task.name for task in self.fused_model.tasks.values() if task.kind == "retrieval"]
+            alone = [task.name for task in self.fused_model.tasks.values() if task.needs_other_rows]
             if alone:
                 raise ValueError(
                     f"Task {alone[0]!r} tells the pairs of a batch apart, but a batch holds one row: set "

@@ -57,7 +57,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         _depths[key] -= 1
         if _depths[key] == 0:
             del _depths[key]
-            if _read(path) == _own():
+            if _is_same(_read(path), _own()):
                 path.unlink(missing_ok=True)
 
 
@@ -89,8 +89,45 @@ def _own() -> dict[str, Any]:
     return {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
+def _is_same(one: Optional[dict[str, Any]], other: Optional[dict[str, Any]]) -> bool:
+    """Whether two locks are of one process, or both of none."""
+    if one is None or other is None:
+        return one is other
+    is_one_start = abs(one["started"] - other["started"]) <= _TOLERANCE
+    return is_one_start and all(one[name] == other[name] for name in ("host", "pid"))
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """
+    While the block runs, other processes of this machine wait: between reading a lock and removing it, nobody else may
+    take it over. Systems and file systems that cannot lock a folder do without.
+    """
+    descriptor = None
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            deadline = time.monotonic() + 2 * _PATIENCE
+            while time.monotonic() < deadline:
+                with suppress(BlockingIOError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.02)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def _acquire(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(path.parent):
+        _acquire_alone(path)
+
+
+def _acquire_alone(path: Path) -> None:
     # Written aside, so that nobody reads half of it.
     draft = path.with_name(f"{LOCK_NAME}.{own_name()}")
     with open(draft, "x", encoding="utf-8") as file:
@@ -164,6 +201,6 @@ def _remove_stale(path: Path, holder: Optional[dict[str, Any]]) -> None:
     aside = path.with_name(f"{LOCK_NAME}.{own_name()}")
     with suppress(FileNotFoundError):  # another process was faster
         path.rename(aside)
-        if _read(aside) != holder:  # that of another process, which was faster
+        if not _is_same(_read(aside), holder):  # that of another process, which was faster
             _link(aside, path)
         aside.unlink()

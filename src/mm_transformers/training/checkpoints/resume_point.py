@@ -10,8 +10,8 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
-from ...model.adding_tasks import check_same_heads
 from ...model.messages import and_more
+from ...model.new_heads import check_same_heads
 from ...model.task_base import Task
 from .folders import check_checkpoint, newest_complete_checkpoint, tidy
 from .running_losses import tasks_in

@@ -1,22 +1,16 @@
 """The best linear model of a task, from the features of a linear probe."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
-from ...model.linear_probe import LinearProblem
+from ...model.linear_problem import NEVER, LinearProblem, Solver
 
 
-# Inverse strengths of the penalty, as `C` of scikit-learn's LogisticRegression; 1 / alpha of its Ridge.
-STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-MIXED_STRENGTHS = (1.0, 10.0, 100.0)  # whose solutions are averaged
-RIDGE_STRENGTHS = (0.001, 0.01, 0.1, *STRENGTHS)  # cheap to try, and numbers are often noisier than labels
+MIXED_STRENGTHS = (1.0, 10.0, 100.0)  # whose solutions are averaged, if the problem mixes strengths
 NUM_FOLDS = 3
 # With fewer rows, cross-validation is repeated with other folds, since one says little.
 FEW_ROWS, NUM_REPEATS = 200, 3
@@ -24,12 +18,8 @@ FEW_ROWS, NUM_REPEATS = 200, 3
 MAX_ROWS_TO_CHOOSE = 3_000
 # Weight of a copy of a row that lacks one of its modalities, beside 1 for the row as it is.
 COPY_WEIGHT = 0.3
-# The penalty of a multi-label problem is chosen on its most frequent labels.
-MAX_LABELS_TO_CHOOSE = 10
 # What logits may be multiplied with, see [`_choose`].
 SCALES = tuple(sorted((2 ** (i / 4) for i in range(-12, 13)), key=lambda scale: max(scale, 1 / scale)))  # of equals, 1
-# The logit of a label without training rows.
-NEVER = -20.0
 
 
 class Way(NamedTuple):
@@ -93,7 +83,7 @@ def solve(
     modalities, so that the model stays good where modalities are missing.
 
     Args:
-        problem: says which model.
+        problem: the kind of linear model.
         blocks: the features of each modality: its vector, and the column that is 1 where a row has the modality.
         features (num_items, num_features), labels (num_items,) or (num_items, num_outputs): without missing labels.
         groups (num_items,), *optional*: equal numbers stay on one side of a fold.
@@ -104,17 +94,16 @@ def solve(
     Example:
 
     ```python
-    >>> fit = solve(LinearProblem("multinomial", 3), probe.blocks, features, labels)
+    >>> fit = solve(MultinomialProblem(3), probe.blocks, features, labels)
     >>> logits = features @ fit.weight.T + fit.bias
     ```"""
     groups = np.arange(len(labels)) if groups is None else groups
-    if problem.kind == "multinomial" and problem.label_weights is not None:
-        does_count = np.asarray(problem.label_weights)[labels] > 0
-        features, labels, groups = features[does_count], labels[does_count], groups[does_count]
+    weights = problem.item_weights(labels)
+    if weights is not None:
+        features, labels, groups = (x[weights > 0] for x in (features, labels, groups))
     if len(labels) < 2 or len(np.unique(labels, axis=0)) < 2:
         return None
-    if problem.kind != "multinomial":
-        labels = labels.reshape(len(labels), problem.num_outputs)
+    labels = problem.shaped(labels)
     small, back = _rotated(features.astype(np.float64), blocks)
     way, scales = _choose(problem, small, labels, groups)
     weight, bias = _mean(_solver(problem, small, labels, way, 1e-4), scales)
@@ -124,13 +113,7 @@ def solve(
 
 def majority(problem: LinearProblem, items: Any, num_items: int) -> np.ndarray:
     """(num_items, num_outputs): the logits that always give the most frequent label, or the mean, of some items."""
-    labels = items.labels
-    if problem.kind == "multinomial":
-        answer = np.eye(problem.num_outputs)[np.bincount(labels, minlength=problem.num_outputs).argmax()]
-    else:
-        answer = labels.reshape(len(labels), -1).mean(0)
-        answer = np.where(answer > 0.5, 1.0, -1.0) if problem.kind == "binary" else answer
-    return np.tile(answer, (num_items, 1))
+    return np.tile(problem.majority(items.labels), (num_items, 1))
 
 
 class _Rotated(NamedTuple):
@@ -177,20 +160,15 @@ def _rotated(features: np.ndarray, blocks: list[tuple[slice, int]]) -> tuple[_Ro
 
 # Fitting
 
-# Inverse strength -> weights (num_outputs, columns) and biases (num_outputs,). Each call begins at the solution of the
-# call before, which is close if strengths rise.
-_Solver = Callable[[float], tuple[np.ndarray, np.ndarray]]
 
-
-def _solver(problem: LinearProblem, small: _Rotated, labels: np.ndarray, way: Way, tol: float) -> _Solver:
-    solver_of = {"multinomial": _multinomial, "binary": _binary, "ridge": _ridge}[problem.kind]
+def _solver(problem: LinearProblem, small: _Rotated, labels: np.ndarray, way: Way, tol: float) -> Solver:
     counts = _row_weights(problem, labels, way.balanced)
     if not way.separate:
-        return solver_of(problem, *_with_copies(small, labels, counts), tol)
+        return problem.solver(*_with_copies(small, labels, counts), tol)
     parts = []
     for x, there in zip(small.vectors, small.present, strict=True):
         known = np.bincount(labels[there], minlength=problem.num_outputs) > 0
-        solver = solver_of(problem, x[there], labels[there], counts[there], tol) if known.sum() > 1 else None
+        solver = problem.solver(x[there], labels[there], counts[there], tol) if known.sum() > 1 else None
         parts.append((solver, known, x.shape[1]))
     is_somewhere = np.bincount(labels, minlength=problem.num_outputs) > 0
 
@@ -210,11 +188,9 @@ def _solver(problem: LinearProblem, small: _Rotated, labels: np.ndarray, way: Wa
 
 def _row_weights(problem: LinearProblem, labels: np.ndarray, balanced: bool) -> np.ndarray:
     """(num_items,): how much each row counts; the mean is 1."""
-    weights = np.ones(len(labels))
-    if problem.kind == "multinomial" and problem.label_weights is not None:
-        weights = np.asarray(problem.label_weights, dtype=np.float64)[labels]
-    elif balanced:
-        weights = 1 / np.bincount(labels)[labels]
+    weights = problem.item_weights(labels)
+    if weights is None:
+        weights = 1 / np.bincount(labels)[labels] if balanced else np.ones(len(labels))
     return weights * len(weights) / weights.sum()
 
 
@@ -232,67 +208,7 @@ def _with_copies(small: _Rotated, labels: np.ndarray, counts: np.ndarray) -> tup
     return np.concatenate(matrices), np.concatenate(targets), weight * len(labels) / weight.sum()
 
 
-def _multinomial(problem: LinearProblem, x: np.ndarray, y: np.ndarray, counts: np.ndarray, tol: float) -> _Solver:
-    classes = np.unique(y)
-    model = _logistic(x, y, counts, tol) if len(classes) > 1 else None
-
-    def solve_one(strength: float) -> tuple[np.ndarray, np.ndarray]:
-        weight, bias = np.zeros((problem.num_outputs, x.shape[1])), np.full(problem.num_outputs, NEVER)
-        if model is None:
-            bias[classes] = 0.0
-            return weight, bias
-        coefficients, intercepts = model(strength)
-        if len(classes) == 2:
-            # scikit-learn gives the difference of the two; half of it to each is the same model.
-            coefficients, intercepts = (np.concatenate([-a, a]) / 2 for a in (coefficients, intercepts))
-        weight[classes], bias[classes] = coefficients, intercepts
-        return weight, bias
-
-    return solve_one
-
-
-def _binary(problem: LinearProblem, x: np.ndarray, y: np.ndarray, counts: np.ndarray, tol: float) -> _Solver:
-    weight, bias = np.zeros((problem.num_outputs, x.shape[1])), np.zeros(problem.num_outputs)
-    models = {}
-    for i in range(problem.num_outputs):
-        factor = 1.0 if problem.label_weights is None else problem.label_weights[i]
-        weights = np.where(y[:, i] > 0.5, factor, 1.0) * counts
-        share = (y[:, i] * weights).sum() / max(weights.sum(), 1e-30)
-        if 0 < share < 1:
-            models[i] = _logistic(x, y[:, i] > 0.5, weights, tol)
-        else:
-            bias[i] = np.log((share * len(y) + 0.5) / ((1 - share) * len(y) + 0.5))
-
-    def solve_all(strength: float) -> tuple[np.ndarray, np.ndarray]:
-        for i, model in models.items():
-            coefficients, intercepts = model(strength)
-            weight[i], bias[i] = coefficients[0], intercepts[0]
-        return weight.copy(), bias.copy()
-
-    return solve_all
-
-
-def _ridge(problem: LinearProblem, x: np.ndarray, y: np.ndarray, counts: np.ndarray, tol: float) -> _Solver:
-    def solve_one(strength: float) -> tuple[np.ndarray, np.ndarray]:
-        model = Ridge(alpha=1 / strength).fit(x, y, counts)
-        return model.coef_.reshape(problem.num_outputs, -1), np.atleast_1d(model.intercept_)
-
-    return solve_one
-
-
-def _logistic(x: np.ndarray, y: np.ndarray, counts: np.ndarray, tol: float) -> _Solver:
-    model = LogisticRegression(tol=tol, max_iter=1000, warm_start=True)
-
-    def solve_one(strength: float) -> tuple[np.ndarray, np.ndarray]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.set_params(C=strength).fit(x, y, counts)
-        return model.coef_.copy(), model.intercept_.copy()
-
-    return solve_one
-
-
-def _mean(solver: _Solver, scales: dict[float, float]) -> tuple[np.ndarray, np.ndarray]:
+def _mean(solver: Solver, scales: dict[float, float]) -> tuple[np.ndarray, np.ndarray]:
     """The mean of the solutions of some strengths, each with a scale."""
     solutions = [(scale, *solver(strength)) for strength, scale in scales.items()]
     weight = np.mean([scale * weight for scale, weight, _ in solutions], 0)
@@ -307,19 +223,14 @@ def _choose(
     problem: LinearProblem, small: _Rotated, labels: np.ndarray, groups: np.ndarray
 ) -> tuple[Way, dict[float, float]]:
     """How to fit, and by which strengths with which scales."""
-    if problem.kind == "binary" and problem.num_outputs > MAX_LABELS_TO_CHOOSE:
-        frequent = np.sort(np.argsort(-np.minimum(labels.sum(0), len(labels) - labels.sum(0)))[:MAX_LABELS_TO_CHOOSE])
-        weights = problem.label_weights
-        weights = None if weights is None else tuple(weights[i] for i in frequent)
-        labels, problem = labels[:, frequent], problem._replace(num_outputs=len(frequent), label_weights=weights)
+    problem, labels = problem.reduced(labels)
     if len(labels) > MAX_ROWS_TO_CHOOSE:
         some = np.sort(np.random.default_rng(0).permutation(len(labels))[:MAX_ROWS_TO_CHOOSE])
         small, labels, groups = small.rows(some), labels[some], groups[some]
     folds = list(_folds(problem, labels, groups))
-    if problem.kind != "multinomial" or problem.per_token:
-        strengths = RIDGE_STRENGTHS if problem.kind == "ridge" else STRENGTHS
-        answers, truth = _answers(problem, small, labels, folds, Way(), strengths)
-        losses = {strength: _losses(problem, logits, truth).sum() for strength, logits in answers.items()}
+    if not problem.mixes_strengths:
+        answers, truth = _answers(problem, small, labels, folds, Way(), problem.strengths)
+        losses = {strength: problem.losses(logits, truth).sum() for strength, logits in answers.items()}
         return Way(), {min(losses, key=lambda strength: losses[strength]): 1.0}
     # No scale makes a label likelier that the training rows of the fold lack.
     is_known = np.concatenate([np.zeros(0, bool), *(np.isin(labels[test], labels[train]) for train, test in folds)])
@@ -331,7 +242,7 @@ def _choose(
             return dict.fromkeys(answers, 1.0), np.zeros(len(truth), bool)
         counts = _row_weights(problem, truth, way.balanced) * is_known
         scales = {
-            strength: min(SCALES, key=lambda scale: (counts * _losses(problem, scale * logits, truth)).sum())
+            strength: min(SCALES, key=lambda scale: (counts * problem.losses(scale * logits, truth)).sum())
             for strength, logits in answers.items()
         }
         logits = np.sum([scales[strength] * logits for strength, logits in answers.items()], 0)
@@ -382,7 +293,7 @@ def _folds(problem: LinearProblem, labels: np.ndarray, groups: np.ndarray) -> It
     num_folds = min(NUM_FOLDS, len(np.unique(groups)))
     if num_folds < 2:
         return
-    classes = labels if problem.kind == "multinomial" else None
+    classes = problem.classes(labels)
     is_stratified = classes is not None and np.bincount(classes).max() >= num_folds
     for repeat in range(NUM_REPEATS if len(labels) < FEW_ROWS else 1):
         splitter = (StratifiedGroupKFold if is_stratified else GroupKFold)(num_folds, shuffle=True, random_state=repeat)
@@ -391,16 +302,3 @@ def _folds(problem: LinearProblem, labels: np.ndarray, groups: np.ndarray) -> It
             for train, held_out in splitter.split(np.zeros((len(labels), 0)), classes, groups):
                 if len(train) and len(held_out):
                     yield train, held_out
-
-
-def _losses(problem: LinearProblem, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The loss of each row."""
-    scores, target = torch.from_numpy(logits), torch.from_numpy(labels)
-    if problem.kind == "multinomial":
-        # A label that no training row of the fold has would cost the same, endlessly, at every strength.
-        losses = torch.nn.functional.cross_entropy(scores, target, reduction="none").clamp(max=20)
-    elif problem.kind == "binary":
-        losses = torch.nn.functional.binary_cross_entropy_with_logits(scores, target.double(), reduction="none")
-    else:
-        losses = (scores - target).square()
-    return (losses if losses.ndim == 1 else losses.sum(1)).numpy()

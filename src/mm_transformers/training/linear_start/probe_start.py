@@ -21,9 +21,10 @@ from ...data.collator import MMDataCollator
 from ...data.mixture import DataMixture
 from ...data.sources import ROWS_PER_SOURCE, DataSource
 from ...data.splitting import find_groups
-from ...model.answering import evaluation_mode
-from ...model.linear_probe import LinearProbe, LinearProblem, ProbedHead
-from ...model.modeling_outputs import MMTransformerModelOutput
+from ...model.answers import evaluation_mode
+from ...model.linear_probe import LinearProbe, ProbedHead
+from ...model.linear_problem import LinearProblem
+from ...model.modeling_mm_transformer import MMTransformerModelOutput
 from ...model.task_base import Task
 from .linear_models import NUM_FOLDS, LinearModel, majority, solve
 from .verdict import Verdict, verdict_of
@@ -162,15 +163,15 @@ def _solved(
         width = text[0][1] + 1
         alone = solve(problem, text, items.features[:, :width], *items[1:])
         assert alone is not None  # the labels are the same
-        logits = (
-            model(others.features),
-            alone(others.features[:, :width]),
-            majority(problem, items, len(others.labels)),
-        )
-        shape = (-1, problem.num_outputs) if problem.kind != "ridge" or problem.num_outputs > 1 else (-1,)
-        tensors = [torch.from_numpy(x).float().reshape(shape) for x in logits]
-        labels = torch.from_numpy(others.labels)
-        verdict = verdict_of(tasks[name], labels.reshape(shape) if problem.kind != "multinomial" else labels, *tensors)
+        compared = [
+            problem.as_tensors(logits, others.labels)
+            for logits in (
+                model(others.features),
+                alone(others.features[:, :width]),
+                majority(problem, items, len(others.labels)),
+            )
+        ]
+        verdict = verdict_of(tasks[name], compared[0][1], *(logits for logits, _ in compared))
         if verdict is not None:
             start.verdicts[name] = verdict
     return start
@@ -280,11 +281,7 @@ def _concatenated(parts: list[_Items]) -> _Items:
 
 
 def _labelled(problem: LinearProblem, features: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor) -> _Items:
-    if problem.kind == "multinomial":
-        known = labels != -100
-    else:
-        labels = labels.reshape(len(labels), -1)
-        known = ~labels.isnan().any(-1)
+    labels, known = problem.known(labels)
     if problem.per_token:
         groups = groups[:, None].expand(labels.shape)
     return _Items(features[known].numpy(), labels[known].numpy(), groups[known].numpy())

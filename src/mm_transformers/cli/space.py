@@ -1,12 +1,11 @@
-"""A folder that the Hub runs as a Space: the demo page of a model."""
+"""A folder that the Hub runs as a Space: the page of a model, as [`load_page`] makes it."""
 
 import json
 import os
 import re
 from pathlib import Path
 
-import mm_transformers
-
+from .. import __version__
 from ..model.safe_writing import write_atomically
 
 
@@ -35,7 +34,7 @@ The demo page of [{model}](https://huggingface.co/{model}), made by mm_transform
 
 def write_space(folder: Path, model: str) -> list[Path]:
     """
-    Writes `app.py`, `requirements.txt` and `README.md`; what is there already stays. `hf upload me/my-space folder .
+    Writes `app.py`, `requirements.txt` and `README.md`; existing files stay. `hf upload me/my-space folder .
     --repo-type space` pushes them.
 
     Args:
@@ -45,7 +44,14 @@ def write_space(folder: Path, model: str) -> list[Path]:
         The files that were written.
 
     Raises:
-        ValueError: if `model` is no Hub id, such as a local folder, which the Space would not have.
+        ValueError: if `model` is no Hub id; a Space cannot load a local folder.
+
+    Example:
+
+    ```python
+    >>> write_space(Path("space"), "me/my-model")
+    [PosixPath('space/app.py'), PosixPath('space/requirements.txt'), PosixPath('space/README.md')]
+    ```
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or Path(model).exists():
         raise ValueError(
@@ -54,7 +60,7 @@ def write_space(folder: Path, model: str) -> list[Path]:
     title = re.sub(r"[^\w .-]", " ", model.rpartition("/")[2])
     contents = {
         "app.py": _APP.format(model=model),
-        "requirements.txt": f"mm-transformers[demo]=={mm_transformers.__version__}\n",
+        "requirements.txt": f"mm-transformers[demo]=={__version__}\n",
         "README.md": _README.format(model=model, title=json.dumps(title)),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,10 @@ from typing import Any, Optional
 
 from transformers.utils import logging
 
+from .checkpoint_checks import with_new_heads
 from .configuration_mm_transformer import MMTransformerConfig
 from .encoders import HUB_KWARGS, encoder_width
 from .linear_probe import with_probe
-from .loading import with_new_heads
 from .task_base import Task, shorten
 
 

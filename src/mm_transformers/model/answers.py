@@ -1,13 +1,14 @@
 """What the tasks of a model answer, in words."""
 
 import difflib
-import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
+
+from .task_base import Task
 
 
 def unwrapped(model: Any) -> Any:
@@ -61,42 +62,13 @@ def check_tasks(model: Any, tasks: Optional[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(tasks)) if tasks else list(model.tasks)
 
 
-@torch.no_grad()
-def answer_batch(
-    model: Any,
-    processor: Any,
-    inputs: Mapping[str, Any],
-    tasks: Sequence[str],
-    word_index: Optional[torch.Tensor] = None,
-    decode_options: Optional[Mapping[str, Any]] = None,
-    **generation_options: Any,
+def decode_answers(
+    tasks: Mapping[str, Task], logits: Mapping[str, torch.Tensor], word_index: Optional[torch.Tensor] = None
 ) -> list[dict[str, Any]]:
     """
-    For each row a dict from task to answer, as [`Task.decode`] gives it; of tasks that write, `{"text": ...}`. Encoders
-    and fusion run once, whatever the number of tasks.
-
-    Args:
-        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
-        processor ([`MMTransformerProcessor`]): Reads what a decoder writes.
-        inputs: what the processor gives, on the device of the model.
-        tasks: names of tasks.
-        word_index (`torch.LongTensor` of shape `(batch, text_len)`, *optional*):
-            Where words start; for tasks that label words.
-        decode_options: for the `decode` of those tasks that know them, such as `top_k`.
-        generation_options: for `model.generate`.
+    The answers of heads: for each row a dict from task name to answer, as [`Task.decode`] gives it. Tasks that write
+    are left out.
     """
-    with evaluation_mode(model):
-        encoded = model.model(**inputs)
-        logits = model(encoder_outputs=encoded).logits
-        columns: dict[str, list[Any]] = {}
-        for name in tasks:
-            task = model.tasks[name]
-            if task.needs_decoder:
-                ids = model.write(task, encoded, **generation_options)
-                texts = processor.batch_decode(ids, skip_special_tokens=True)
-                columns[name] = [{"text": text.strip()} for text in texts]
-            else:
-                known = inspect.signature(task.decode).parameters
-                options = {key: value for key, value in (decode_options or {}).items() if key in known}
-                columns[name] = task.decode(logits[name], word_index, **options)
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    answers = {name: task.decode(logits[name], word_index) for name, task in tasks.items() if not task.needs_decoder}
+    num_rows = len(next(iter(answers.values()), []))
+    return [{name: answers[name][row] for name in answers} for row in range(num_rows)]

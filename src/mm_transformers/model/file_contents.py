@@ -76,7 +76,9 @@ def is_absent(cell: Any) -> bool:
 
 def cast_of(cell: Any) -> Mapping[str, Any]:
     """The options with which the data set would have decoded the cell, such as `{"mode": "L"}`."""
-    return (cell.get("cast") or {}) if isinstance(cell, Mapping) else {}
+    options = cell.get("cast") if isinstance(cell, Mapping) else None
+    is_right = isinstance(options, Mapping) and all(isinstance(name, str) for name in options)
+    return options if is_right else {}
 
 
 def content_key(cell: Any, content: Any) -> Hashable:
