@@ -89,9 +89,10 @@ def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: st
     """
     check_exporters(kind)
     folder = Path(folder)
-    if kind not in FORMATS:
+    format = FORMATS.get(kind)
+    if format is None:
         raise ValueError(f"The format must be one of {', '.join(FORMATS)}, but is {kind!r}.")
-    if int8 and not FORMATS[kind].takes_int8:
+    if int8 and not format.takes_int8:
         raise ValueError("int8 needs the format onnx: programs of torch.export keep the precision of the model.")
     for modality in ("text", *model.config.modalities):
         encoder_config = getattr(model.config, f"{modality}_config")
@@ -142,8 +143,7 @@ def check_exporters(kind: str) -> None:
         ImportError: one sentence, if what exports is not installed.
     """
     needed = {"transformers.exporters.quantizers": "transformers 5.23 or newer"}
-    if kind in FORMATS:
-        needed |= FORMATS[kind].packages
+    needed |= FORMATS[kind].packages if FORMATS.get(kind) else {}
     for module, package in needed.items():
         try:
             importlib.import_module(module)
