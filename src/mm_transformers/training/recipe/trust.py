@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..model.hub_kernels import asks_for_kernel
+from ...model.hub_kernels import asks_for_kernel
 
 
 # Where metrics may go: nowhere, or into files of the output folder.
