@@ -60,6 +60,15 @@ class MMDataCollator:
     Raises:
         ValueError: if the tokenizer does not fit the embeddings of the model; when called, one sentence that names
             the row whose text, image, video, sound or label cannot be used.
+
+    Example:
+
+    ```python
+    >>> collator = MMDataCollator(processor, model.config)
+    >>> batch = collator([{"text": "Lovely weather!", "image": "rain.jpg", "sentiment": "negative"}])
+    >>> batch["labels"]["sentiment"]
+    tensor([0])
+    ```
     """
 
     def __init__(

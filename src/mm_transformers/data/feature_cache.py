@@ -56,8 +56,9 @@ class FeatureCache:
     Example:
 
     ```python
-    >>> model = MMTransformerForMultiTask.from_encoders(..., freeze=["vision"])
-    >>> trainer = MMTrainer(model, args, ..., feature_cache=FeatureCache("features", max_size_gb=50))
+    >>> model = MMTransformerForMultiTask.from_encoders(**encoders, freeze=["vision"])
+    >>> cache = FeatureCache("features", max_size_gb=50)
+    >>> trainer = MMTrainer(model, args, processing_class=processor, train_dataset=rows, feature_cache=cache)
     ```"""
 
     def __init__(self, cache_dir: str | os.PathLike, max_size_gb: Optional[float] = None, dtype: Optional[str] = None):

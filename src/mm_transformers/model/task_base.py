@@ -32,6 +32,14 @@ def register_task(cls: type["Task"]) -> type["Task"]:
 
     Raises:
         ValueError: if `kind` is missing or is already taken by another class.
+
+    Example:
+
+    ```python
+    >>> @register_task
+    ... class Stars(Regression):
+    ...     kind = "stars"  # as in {"kind": "stars", "name": "rating"} of config.json and recipes
+    ```
     """
     registered(TASK_KINDS, "task kind")(cls)
     return cls if "__dataclass_fields__" in vars(cls) else dataclass(cls)
@@ -120,6 +128,35 @@ class Task:
         name (`str`): Key of the task in `labels`, `logits`, `losses` and metric names; letters, digits, underscores.
         loss_weight (`float`, *optional*, defaults to 1.0): Weight w_j of this task in the summed loss.
         column (`str`, *optional*): Column of the data set that holds the labels. Defaults to `name`.
+
+    Example:
+
+    ```python
+    >>> @register_task
+    ... class Length(Task):
+    ...     kind = "length"  # a number; squared error
+    ...     default_metrics = ("mae",)
+    ...
+    ...     def build_head(self, config, hidden_size):
+    ...         return PooledHead(hidden_size, 1, config.classifier_dropout)
+    ...
+    ...     def encode_label(self, value, text):
+    ...         return None if is_missing(value) else float(value)
+    ...
+    ...     def collate_labels(self, values, context=None):
+    ...         return torch.tensor([math.nan if value is None else value for value in values])
+    ...
+    ...     def loss(self, logits, labels):
+    ...         known = ~labels.isnan()
+    ...         return (logits[known, 0].float() - labels[known]).square().sum(), self.num_labelled(labels)
+    ...
+    ...     def decode(self, logits, word_index=None):
+    ...         return [{"value": value} for value in logits[:, 0].float().tolist()]
+    ...
+    ...     def predictions_and_references(self, logits, labels):
+    ...         known = ~labels.isnan()
+    ...         return logits[known, 0], labels[known]
+    ```
     """
 
     name: str

@@ -38,6 +38,12 @@ class Generation(Task):
             pretrained model, and its `forced_bos_token_id` if it has one.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Share of the probability that is spread over the vocabulary (https://arxiv.org/abs/1512.00567).
+
+    Example:
+
+    ```python
+    >>> Generation("german", max_length=32)
+    ```
     """
 
     max_length: int = 64

@@ -33,6 +33,12 @@ class Matching(Task):
 
     Args:
         modality (`str`, *optional*, defaults to `"vision"`): What belongs to the text or not: `"vision"` or `"audio"`.
+
+    Example:
+
+    ```python
+    >>> Matching("fits")  # every row with a text and a picture is a pair that matches
+    ```
     """
 
     modality: str = "vision"

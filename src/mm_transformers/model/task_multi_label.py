@@ -36,6 +36,12 @@ class MultiLabel(Task):
             label does not hold, divided by the number in which it does. [`MMTrainer`] replaces `"balanced"` by these
             numbers before training. A label that holds in all rows or in none has 1. The loss is weighted in training
             and evaluation; probabilities of rare labels rise, so `threshold` may need to as well.
+
+    Example:
+
+    ```python
+    >>> MultiLabel("tags", labels=["indoors", "people", "animals"], threshold=0.4)
+    ```
     """
 
     labels: list[str] = field(default_factory=list)

@@ -20,6 +20,12 @@ class Regression(Task):
 
     Logits (batch,); labels (batch,) float32, NaN where missing. A cell is a number. Targets far from the range of
     about -5 to 5 are better rescaled beforehand: the loss is in their unit squared.
+
+    Example:
+
+    ```python
+    >>> Regression("rating", column="stars")
+    ```
     """
 
     kind: ClassVar[str] = "regression"

@@ -46,6 +46,12 @@ class Retrieval(Task):
         modality (`str`, *optional*, defaults to `"vision"`): What texts are compared with: `"vision"` or `"audio"`.
         embedding_size (`int`, *optional*, defaults to 256): Size of the vectors.
         temperature (`float`, *optional*, defaults to 0.07): Where the temperature starts; never below 0.01.
+
+    Example:
+
+    ```python
+    >>> Retrieval("captions", embedding_size=128)
+    ```
     """
 
     modality: str = "vision"

@@ -62,6 +62,12 @@ class TokenClassification(Task):
     Args:
         labels (`list[str]`): The label names; their order gives the ids.
         class_weights, label_smoothing: See [`Classification`]; words are counted, not rows.
+
+    Example:
+
+    ```python
+    >>> TokenClassification("entities", labels=["O", "PERSON", "PLACE"])
+    ```
     """
 
     labels: list[str] = field(default_factory=list)

@@ -69,6 +69,14 @@ def faithfulness(
 
     Raises:
         ValueError: as [`explain`], or if the task has no labels for the row.
+
+    Example:
+
+    ```python
+    >>> found = faithfulness(model, processor, [{"text": "Lovely weather!", "image": "rain.jpg"}], "sentiment")
+    >>> found.positive_auc < found.negative_auc  # the most relevant parts matter most
+    True
+    ```
     """
     model = unwrapped(model)
     kind = model.tasks[check_tasks(model, [task])[0]]

@@ -225,7 +225,7 @@ class MultiTaskMetrics:
     Example:
 
     ```python
-    >>> MultiTaskMetrics(model.config, metrics={"topic": ["accuracy", evaluate.load("matthews_correlation")]})
+    >>> MultiTaskMetrics(model.config, metrics={"sentiment": ["accuracy", evaluate.load("matthews_correlation")]})
     ```
     """
 

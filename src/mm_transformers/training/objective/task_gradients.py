@@ -22,6 +22,13 @@ class TaskGradientsCallback(TrainerCallback):
 
     Raises:
         ValueError: if `every` is less than 1.
+
+    Example:
+
+    ```python
+    >>> trainer = MMTrainer(model, args, processing_class=processor, train_dataset=rows)
+    >>> trainer.add_callback(TaskGradientsCallback(every=50))
+    ```
     """
 
     def __init__(self, every: int = 100):
