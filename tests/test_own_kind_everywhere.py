@@ -10,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 from recipes import make_rows, read_csv, recipe_values, save_encoders, write_csv
+from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from typer.testing import CliRunner
@@ -25,11 +26,16 @@ from mm_transformers.analysis import ablate, explain, faithfulness
 from mm_transformers.analysis.report.answered import answers_to, confusion
 from mm_transformers.cli import app
 from mm_transformers.cli.page_answers import answers_as_html
+from mm_transformers.model.fusion import FUSION_KINDS, Fusion, register_fusion
+from mm_transformers.model.fusion_layers import Gate, masked_mean
+from mm_transformers.model.label_cells import label_id, label_scores
 from mm_transformers.model.linear_problem import BinaryProblem
-from mm_transformers.model.task_base import TASK_KINDS, PooledHead, label_id, label_scores
+from mm_transformers.model.task_base import TASK_KINDS, PooledHead
 from mm_transformers.sharing.export import export_model
 from mm_transformers.sharing.exported_model import ExportedModel
 from mm_transformers.training.linear_start.probe_start import probes_of
+from mm_transformers.training.weighting import TaskWeighting, register_weighting
+from mm_transformers.training.weighting.base import WEIGHTINGS
 
 
 # What a user writes: one task kind.
@@ -101,6 +107,49 @@ class OrdinalStars(Task):
         return self.probabilities(logits).argmax(-1)[labelled], labels[labelled]
 
 
+# One fusion kind.
+
+
+class AddedMeans(Fusion):
+    """Adds the mean of each stream to the text, behind a gate that starts at 0."""
+
+    kind = "added_means"
+
+    def __init__(self, config, stream_names, text_hidden_size):
+        super().__init__(config, stream_names, text_hidden_size)
+        self.gate = Gate()
+
+    def fuse(self, text_states, text_mask, streams, record):
+        for stream in streams:
+            text_states = text_states + self.gate(masked_mean(stream.hidden_states, stream.mask))[:, None]
+        return text_states
+
+
+# One weighting.
+
+
+class InverseLoss(TaskWeighting):
+    """Weights each task by 1 / its last loss."""
+
+    kind = "inverse_loss"
+
+    def __init__(self, tasks, *, smallest: float = 0.1):
+        super().__init__(tasks)
+        self.smallest, self.last = smallest, torch.ones(len(tasks.names))
+
+    def weights(self, step):
+        return 1 / self.last.clamp(min=self.smallest)
+
+    def update(self, step):
+        self.last = torch.where(step.labelled, step.losses, self.last)
+
+    def state_dict(self):
+        return {"last": self.last}
+
+    def load_state_dict(self, state):
+        self.last = state["last"]
+
+
 def mm(*arguments) -> str:
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, (result.output, result.exception)
@@ -110,8 +159,10 @@ def mm(*arguments) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     register_task(OrdinalStars)
+    register_fusion(AddedMeans)
+    register_weighting(InverseLoss)
     yield
-    del TASK_KINDS["ordinal_stars"]
+    del TASK_KINDS["ordinal_stars"], FUSION_KINDS["added_means"], WEIGHTINGS["inverse_loss"]
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +175,10 @@ def folder(tmp_path_factory):
     write_csv(folder / "train.csv", rows)
     values = recipe_values(save_encoders(folder / "encoders"), max_steps=4)
     values["tasks"] = [{"name": "stars", "kind": "ordinal_stars"}, {"name": "topic", "kind": "classification"}]
+    values["model"] |= {
+        "fusion_type": "added_means",
+        "task_weighting": {"kind": "inverse_loss", "smallest": 0.5},
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
     mm("train", folder / "recipe.yaml", f"data.test={folder / 'train.csv'}")
@@ -165,6 +220,15 @@ def test_linear_start_is_a_logistic_regression_for_each_step():
         expected = LogisticRegression(tol=1e-6, max_iter=1000).fit(features, labels.numpy() > step)
         assert np.allclose(weight[step], expected.coef_[0], atol=1e-4)
         assert bias[step] == pytest.approx(expected.intercept_[0], abs=1e-4)
+
+
+def test_fusion_and_weighting_are_those_of_the_recipe(folder, model):
+    assert type(model.model.fusion) is AddedMeans
+    assert model.config.task_weighting == {"kind": "inverse_loss", "smallest": 0.5}
+    [saved] = sorted((folder / "out").glob("checkpoint-*"))[-1].glob("task_weighting*.safetensors")
+    last = load_file(saved)["last"]
+    assert last.shape == (2,)
+    assert (last != 1).all(), "both tasks had a loss"
 
 
 def test_predict_and_evaluate(folder):

@@ -13,8 +13,8 @@ from torch.utils.data import ChainDataset, ConcatDataset, Dataset, IterableDatas
 from transformers.utils import logging
 
 from ..model.file_contents import is_absent, is_address
+from ..model.label_cells import PADDING, as_scalar, is_missing
 from ..model.modalities import MODALITIES
-from ..model.task_base import PADDING, as_scalar, is_missing
 from .formulas import with_formula
 
 

@@ -7,7 +7,8 @@ import torch
 
 from .fusion_base import Stream
 from .fusion_layers import masked_mean
-from .task_base import MAX_EXACT_FLOAT, LabelContext, as_scalar, is_missing, shorten
+from .label_cells import MAX_EXACT_FLOAT, as_scalar, is_missing, shorten
+from .task_base import LabelContext
 
 
 def fingerprint(content: Any) -> int:

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, NamedTuple, Optional
 
 import torch
 
+from ...model.registry import registered
+
 
 WEIGHTINGS: dict[str, type["TaskWeighting"]] = {}
 
@@ -113,14 +115,7 @@ def register_weighting(cls: type[TaskWeighting]) -> type[TaskWeighting]:
     Raises:
         ValueError: if `kind` is missing or is already taken by another class.
     """
-    kind = getattr(cls, "kind", None)
-    if not isinstance(kind, str) or not kind:
-        raise ValueError(f"{cls.__name__} needs a class attribute `kind`, a string that names the weighting.")
-    known = WEIGHTINGS.get(kind)
-    if known is not None and known.__qualname__ != cls.__qualname__:
-        raise ValueError(f"Task weighting {kind!r} is already taken by {known.__name__}; choose another `kind`.")
-    WEIGHTINGS[kind] = cls
-    return cls
+    return registered(WEIGHTINGS, "task weighting")(cls)
 
 
 def build_weighting(spec: str | dict[str, Any] | None, tasks: WeightedTasks) -> TaskWeighting:
