@@ -93,3 +93,20 @@ def test_no_module_imports_one_that_imports_it():
     # A package imports its own modules, so what a module imports of its package's `__init__` is left to Python.
     graph = {file: {other for other in imports(file) if other.name != "__init__.py"} for file in files}
     graphlib.TopologicalSorter(graph).prepare()
+
+
+# From top to bottom; see docs/architecture.md.
+ROOMS = ("cli", "analysis", "sharing", "training", "data", "model")
+
+
+def test_rooms_import_downwards():
+    package = Path(mm_transformers.__file__).parent
+    upwards = [
+        (str(file.relative_to(package)), str(other.relative_to(package)))
+        for place, room in enumerate(ROOMS)
+        for file in (package / room).rglob("*.py")
+        for other in imports(file)
+        if other.relative_to(package).parts[0] in ROOMS[:place]
+    ]
+    assert upwards == []
+    assert {path.name for path in package.iterdir() if (path / "__init__.py").is_file()} == set(ROOMS)
