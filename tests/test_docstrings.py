@@ -94,7 +94,8 @@ def names_of_examples(folder):
     rows = [{"text": "a red dog", "image": None, "sentiment": "negative"}] * 4
     return {
         **{name: getattr(module, name) for module, name in PUBLIC},
-        **{"math": math, "torch": torch, "evaluate": types.SimpleNamespace(load=lambda name: METRICS["f1_micro"](keep_in_memory=True)), "load_dataset": datasets.load_dataset},
+        **{"math": math, "torch": torch, "load_dataset": datasets.load_dataset},
+        "evaluate": types.SimpleNamespace(load=lambda name: METRICS["f1_micro"](keep_in_memory=True)),
         **{"Predictions": Predictions, "PooledHead": PooledHead, "is_missing": is_missing, "Gate": Gate},
         **{"masked_mean": masked_mean, "registered": registry.registered, "AnswerDecoder": AnswerDecoder},
         **{cls.__name__: cls for cls in (MultinomialProblem, BinaryProblem, RidgeProblem)},

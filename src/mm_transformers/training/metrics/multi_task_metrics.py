@@ -225,7 +225,8 @@ class MultiTaskMetrics:
     Example:
 
     ```python
-    >>> MultiTaskMetrics(model.config, metrics={"sentiment": ["accuracy", evaluate.load("matthews_correlation")]})
+    >>> metrics = {"sentiment": ["accuracy", evaluate.load("matthews_correlation")]}
+    >>> compute_metrics = MultiTaskMetrics(model.config, processor, metrics)
     ```
     """
 
