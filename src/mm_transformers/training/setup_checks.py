@@ -12,6 +12,7 @@ from ..data.collator import MMDataCollator
 from ..data.mixture import DataMixture
 from ..data.row_labels import rows_with_columns
 from ..data.sources import ANY_SOURCE, SOURCE_KEY, DataSource, columns_of, is_iterable
+from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.task_base import Task, is_missing
 from .metrics import LESS_IS_BETTER
 
@@ -116,7 +117,7 @@ def check_direction(args: TrainingArguments) -> None:
         raise ValueError(f"metric_for_best_model is {wanted!r}, the less the better: set greater_is_better to False.")
 
 
-def check_adapters(fused: Any) -> None:
+def check_adapters(fused: MMTransformerForMultiTask) -> None:
     """Says so if adapters are trained and what is new is not."""
     idle = []
     for name in fused.new_modules:

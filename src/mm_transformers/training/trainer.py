@@ -27,6 +27,7 @@ from ..data.mixture_rows import MixedRows
 from ..data.sources import ROWS_PER_SOURCE, rows_of
 from ..data.splitting import Part, split_for_validation
 from ..model.input_checks import check_finite_weights
+from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.regularization import penalties, take_starting_point
 from ..model.safe_writing import drop_link, saved_aside
 from .arguments import MMTrainingArguments
@@ -266,7 +267,7 @@ class MMTrainer(Trainer):
             check_rows_per_image(self.train_dataset, self.data_collator, self.args)
 
     @property
-    def fused_model(self) -> Any:
+    def fused_model(self) -> MMTransformerForMultiTask:
         """The model itself, whatever wraps it, adapters included."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -322,7 +323,7 @@ class MMTrainer(Trainer):
         places = next((part.places for part in self._parts if part.rows is dataset), None)
         return rows_of(dataset, self.data_collator, places)
 
-    def collator_for(self, rows: Any) -> Any:
+    def collator_for(self, rows: Any) -> MMDataCollator:
         """The collator for these rows; with a feature cache, the outputs of frozen encoders are stored before."""
         if self.feature_cache is not None:
             batch_size, num_workers = self.args.eval_batch_size, self.args.dataloader_num_workers
@@ -453,7 +454,9 @@ class MMTrainer(Trainer):
             self._losses.add(outputs.losses, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _losses_of(self, model: nn.Module, batch: dict[str, Any], divisors: Mapping[str, torch.Tensor]) -> Any:
+    def _losses_of(
+        self, model: nn.Module, batch: dict[str, Any], divisors: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
         with self.compute_loss_context_manager():
             return model(**self._prepare_inputs(batch), num_items_in_batch=divisors).losses
 
@@ -838,13 +841,10 @@ class MMTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         name = self.hub_model_id or model_name or self.args.hub_model_id
-        said: dict[str, Any] = {
-            "language": language,
-            "license": license,
-            "tags": tags,
-            "datasets": dataset_tags or dataset,
-        }
-        write_trainer_card(self, self.args.output_dir, name, **said)
+        write_trainer_card(
+            self, self.args.output_dir, name,
+            language=language, license=license, tags=tags, datasets=dataset_tags or dataset,
+        )  # fmt: skip
 
     def push_to_hub(self, *args, **kwargs):
         """
@@ -955,7 +955,7 @@ class MMTrainer(Trainer):
         # Not through the wrapped model, which is what otherwise sees to the precision.
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             outputs, written = fused.forward_and_write(labels, options, **inputs)
-            answers = with_texts(outputs.logits, written, fused.tasks, labels, references)
+            answers = with_texts(outputs.logits or {}, written, fused.tasks, labels, references)
         return None if labels is None else outputs.loss.detach(), answers, labels
 
     @cached_property

@@ -9,9 +9,11 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction
 from transformers.utils import logging
 
+from ...data.collator import MMDataCollator
 from ...data.sources import is_iterable
 from ...model.modalities import modalities_of
 from ...model.pairs import Pairs
+from ...model.task_base import Task
 
 
 logger = logging.get_logger(__name__)
@@ -103,7 +105,7 @@ class MismatchedRows(Dataset):
 
 
 def mismatched_rows(
-    task: Any, rows: Any, labels: np.ndarray | torch.Tensor, collator: Any
+    task: Task, rows: Any, labels: np.ndarray | torch.Tensor, collator: MMDataCollator
 ) -> Iterator[tuple[int, np.ndarray, MismatchedRows]]:
     """
     The mismatched pairs with which a task is evaluated: first those with the item of another row, then those with the
@@ -141,7 +143,7 @@ class Unlabelled:
         collator ([`MMDataCollator`]): The collator.
     """
 
-    def __init__(self, collator: Any):
+    def __init__(self, collator: MMDataCollator):
         self.collator = collator
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
@@ -165,9 +167,9 @@ class WithMismatches:
 
     def __init__(
         self,
-        tasks: list[Any],
+        tasks: list[Task],
         rows: Any,
-        collator: Any,
+        collator: MMDataCollator,
         answer: Callable[[Dataset], dict[str, np.ndarray]],
         own: Callable[[EvalPrediction], dict[str, float]],
     ):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ...data.sources import ROWS_PER_SOURCE
 
@@ -26,7 +27,7 @@ class RowCounts:
             if ROWS_PER_SOURCE in batch:
                 self._rows = self._rows + batch.pop(ROWS_PER_SOURCE)
 
-    def rows_since_last(self, accelerator: Any) -> dict[str, int]:
+    def rows_since_last(self, accelerator: Accelerator) -> dict[str, int]:
         """How many rows of each data set all processes have seen since the last call."""
         if not torch.is_tensor(self._rows):
             return {}
