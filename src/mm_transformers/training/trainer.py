@@ -518,7 +518,7 @@ class MMTrainer(Trainer):
         with ExitStack() as held:
             if self.args.save_strategy != SaveStrategy.NO:
                 held.enter_context(locked_for_all(self.args.output_dir, self.args.process_index))
-            checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, self.fused_model.tasks)
+            checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, lambda: self.fused_model.tasks)
             with clear_errors(checkpoint):
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
         output = output._replace(training_loss=output.metrics["train_loss"])

@@ -13,7 +13,6 @@ from ...data.collator import MMDataCollator
 from ...data.sources import is_iterable
 from ...model.modalities import modalities_of
 from ...model.pairs import Pairs
-from ...model.task_base import Task
 
 
 logger = logging.get_logger(__name__)
@@ -105,7 +104,7 @@ class MismatchedRows(Dataset):
 
 
 def mismatched_rows(
-    task: Task, rows: Any, labels: np.ndarray | torch.Tensor, collator: MMDataCollator
+    task: Any, rows: Any, labels: np.ndarray | torch.Tensor, collator: MMDataCollator
 ) -> Iterator[tuple[int, np.ndarray, MismatchedRows]]:
     """
     The mismatched pairs with which a task is evaluated: first those with the item of another row, then those with the
@@ -167,7 +166,7 @@ class WithMismatches:
 
     def __init__(
         self,
-        tasks: list[Task],
+        tasks: list[Any],
         rows: Any,
         collator: MMDataCollator,
         answer: Callable[[Dataset], dict[str, np.ndarray]],
