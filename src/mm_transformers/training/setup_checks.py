@@ -1,4 +1,4 @@
-"""What is wrong with arguments and data is told before training begins."""
+"""Checks of arguments and data before a training begins."""
 
 import difflib
 import os

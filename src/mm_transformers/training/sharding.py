@@ -1,4 +1,4 @@
-"""What FSDP must be told of a model that is put together from others."""
+"""FSDP for a model that is made of other models."""
 
 from accelerate import FullyShardedDataParallelPlugin
 from torch import nn

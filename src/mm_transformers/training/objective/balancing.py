@@ -1,4 +1,4 @@
-"""From the losses of the tasks to the gradient of an optimiser step, as a task weighting wants it."""
+"""Applies a task weighting: from the losses of the tasks to the gradient of an optimiser step."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence

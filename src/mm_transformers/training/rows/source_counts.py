@@ -1,4 +1,4 @@
-"""How many rows of each data set of a mixture training has seen."""
+"""Counts the training rows of each data set of a mixture."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ class RowCounts:
         self._rows: Any = 0
 
     def take_rows(self, batches: list[dict[str, Any]]) -> None:
-        """Takes out of the batches what the collator has counted; models know nothing of it."""
+        """Takes the counts of the collator out of the batches; a model does not take them."""
         for batch in batches:
             if ROWS_PER_SOURCE in batch:
                 self._rows = self._rows + batch.pop(ROWS_PER_SOURCE)
