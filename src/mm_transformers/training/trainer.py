@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import EarlyStoppingCallback, GenerationConfig, Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, has_length
 from transformers.utils import logging
 
@@ -160,6 +161,8 @@ class MMTrainer(Trainer):
     ```
     """
 
+    control: TrainerControl
+    _tr_loss: torch.Tensor
     train_dataset: Any
     eval_dataset: Any
     data_collator: Any
