@@ -58,9 +58,9 @@ from mm_transformers.data.tables import table_writer
 from mm_transformers.model.audio import AudioError, audio_key, load_audio
 from mm_transformers.model.file_contents import content_of
 from mm_transformers.model.images import ImageError, image_key, load_image
+from mm_transformers.model.label_cells import infer_labels
 from mm_transformers.model.label_lists import split_labels
 from mm_transformers.model.modalities import IMAGE
-from mm_transformers.model.task_base import infer_labels
 from mm_transformers.model.video import VideoError
 from mm_transformers.training.predictor import answer_columns
 

@@ -13,8 +13,8 @@ from torch.utils.data import ChainDataset, ConcatDataset, Dataset, IterableDatas
 from transformers.utils import logging
 
 from ..model.file_contents import is_absent, is_address
+from ..model.label_cells import PADDING, as_scalar, is_missing
 from ..model.modalities import MODALITIES
-from ..model.task_base import PADDING, as_scalar, is_missing
 from .formulas import with_formula
 
 
@@ -127,9 +127,9 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return Source(dataset, RowReader())
     if isinstance(dataset, datasets.Dataset):
-        kind, shown = dataset.format["type"], dataset.format["columns"]
+        layout, shown = dataset.format["type"], dataset.format["columns"]
         hidden = [column for column in media if column in dataset.column_names and column not in shown]
-        if kind == "custom":
+        if layout == "custom":
             # What a transform of the user's own gives is taken as it is.
             for column in hidden if len(dataset) > 0 else ():
                 if column not in dataset[0]:
@@ -143,14 +143,14 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
                 f"The format of the data set hides its column {column!r}, which is read all the same; leave it out by "
                 f"remove_columns({column!r})."
             )
-        if kind is not None or len(shown) < len(dataset.column_names):
+        if layout is not None or len(shown) < len(dataset.column_names):
             dataset = dataset.with_format(None)
     elif getattr(dataset, "_formatting", None) is not None:
         dataset = dataset.with_format(None)
     for column in media:
         dataset = undecoded(dataset, column)
     features = dataset.features or {}
-    arrays = [name for name, kind in media.items() if name in features and _array_type(features[name], kind)]
+    arrays = [name for name in media if name in features and _array_type(features[name], media[name])]
     if isinstance(dataset, datasets.Dataset):
         arrays = [name for name in arrays if not any(map(_numpy_loses_nulls, dataset.data.column(name).chunks))]
     if arrays and isinstance(dataset, datasets.Dataset):
@@ -216,8 +216,8 @@ def as_records(dataset: Any) -> Any:
 
 def _as_lists(cell: Any) -> Any:
     """Arrays of objects, and empty ones, as the lists that other sources have; pandas makes arrays of lists."""
-    kind = getattr(getattr(cell, "dtype", None), "kind", None)
-    if kind is None or cell.ndim == 0 or (kind != "O" and cell.shape != (0,)):
+    code = getattr(getattr(cell, "dtype", None), "kind", None)
+    if code is None or cell.ndim == 0 or (code != "O" and cell.shape != (0,)):
         return cell
     return [_as_lists(item) for item in cell]
 

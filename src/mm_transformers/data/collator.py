@@ -6,10 +6,11 @@ from typing import Any, Optional
 
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
+from ..model.label_cells import is_null, shorten
 from ..model.modalities import MODALITIES, OTHER_ENCODERS, Reading, modalities_of
 from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor
-from ..model.task_base import LabelContext, is_null, shorten
+from ..model.task_base import LabelContext
 from .addresses import Addresses
 from .cells import LABEL_SEPARATOR, label_of
 from .feature_keys import digest_of, hash_of_text
@@ -149,7 +150,7 @@ class MMDataCollator:
             self.processor(
                 text=texts,
                 **{
-                    kind: items for kind, items in media.items() if self.cached is None or kind not in self.cached.kinds
+                    name: items for name, items in media.items() if self.cached is None or name not in self.cached.kinds
                 },
                 max_length=self.max_length,
                 pad_to_multiple_of=self.pad_to_multiple_of,

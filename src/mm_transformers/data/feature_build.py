@@ -107,12 +107,12 @@ class Builder:
     def _encode(self, modality: str, items: list[Found], dataset: Any) -> Iterator["_Encoded"]:
         encoder = self.model.encoder(modality).eval()
         for kind, group in itertools.groupby(items, key=lambda item: item.kind):
-            together = self.batch_size
-            if kind in MODALITIES and MODALITIES[kind].is_sequence:
+            together, part = self.batch_size, MODALITIES.get(kind)
+            if part is not None and part.is_sequence:
                 together = max(1, together // self.collator.processor.num_frames)
             if getattr(encoder.config, "feat_extract_norm", None) == "group":
                 together = 1  # it normalises over the padding too
-            pairs, reader = Items(dataset, list(group)), Reader(self.collator, kind)
+            pairs, reader = Items(dataset, list(group)), Reader(self.collator, part)
             for read in self._loader(pairs, together, reader):
                 if read.items and not all(item.key in self.stores[modality] for item in read.items):
                     yield self._run(modality, read)

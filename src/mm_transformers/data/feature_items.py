@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..model.modalities import MODALITIES, TEXT, modalities_of
+from ..model.modalities import TEXT, Modality, modalities_of
 from .feature_keys import ItemHash, digest_of, hash_of_text
 from .feature_reading import replace_load, unpadded_texts
 from .feature_store import FeatureStore
@@ -89,8 +89,8 @@ class Scanner:
     def __call__(self, rows: list[tuple[int, Mapping[str, Any]]]) -> list[Found]:
         found = []
         for modality, store in self.stores.items():
-            for kind in (part.argument for part in modalities_of(modality)):
-                column = self.columns[kind]
+            for part in modalities_of(modality):
+                column = self.columns[part.argument]
                 known: dict[Hashable, tuple[Any, Any]] = {}
                 for number, row in rows:
                     for place, cell in enumerate(column.split(row.get(column.column))):
@@ -100,7 +100,7 @@ class Scanner:
                             known[same] = cell, column.load_item(cell, _where(row, number, column))
                         key = known[same][1]
                         if key is not None and key not in store:
-                            found.append(Found(modality, kind, key, number, place))
+                            found.append(Found(modality, part.argument, key, number, place))
         if "text" in self.stores:
             found += self._texts(rows)
         return found
@@ -115,16 +115,22 @@ class Scanner:
         for (number, _), inputs in zip(rows, unpadded_texts(batch), strict=True):
             if inputs is not None and (key := hash_of_text(inputs)) not in self.stores["text"]:
                 ids = {name: value.numpy().astype(np.int32) for name, value in inputs.items()}  # there may be millions
-                found.append(Found("text", "text", key, number, 0, ids))
+                found.append(Found(TEXT.name, TEXT.name, key, number, 0, ids))
         return found
 
 
 class Reader:
-    """Items and their rows -> the input of the encoder."""
+    """
+    Items and their rows -> the input of the encoder.
 
-    def __init__(self, collator: Any, kind: str):
-        self.processor, self.modality = collator.processor, MODALITIES.get(kind)
-        self.column = None if kind == TEXT.name else replace_load(collator.media[kind], collator.media[kind].load)
+    Args:
+        modality: that of the items; `None` for texts.
+    """
+
+    def __init__(self, collator: Any, modality: Optional[Modality]):
+        self.processor, self.modality = collator.processor, modality
+        column = None if modality is None else collator.media[modality.argument]
+        self.column = None if column is None else replace_load(column, column.load)
 
     def __call__(self, pairs: list[tuple[Found, Any]]) -> Read:
         items = [item for item, _ in pairs]

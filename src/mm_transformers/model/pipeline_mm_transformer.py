@@ -12,10 +12,10 @@ from transformers.pipelines.pt_utils import PipelineIterator
 from .answers import check_tasks, unwrapped
 from .downloads import is_url
 from .file_contents import content_of, describe
+from .label_cells import is_null
 from .limits import CarriedLimits
 from .modalities import ARGUMENTS, as_list
 from .predictions import Predictions
-from .task_base import is_null
 from .task_token_classification import split_words
 
 

@@ -336,7 +336,7 @@ class MMTransformerProcessor(ProcessorMixin):
         cuts sound to the `max_length` of texts, and passes over names that nobody takes.
         """
         kinds = self._option_names
-        options = {kind: dict(given.pop(kind, None) or {}) for kind in kinds}
+        options = {part: dict(given.pop(part, None) or {}) for part in kinds}
         common = given.pop("common_kwargs", None) or {}
         for kind, values in options.items():
             for name in values:

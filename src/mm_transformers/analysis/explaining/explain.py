@@ -10,9 +10,9 @@ import torch
 from ...data.cells import as_records
 from ...model.answers import check_tasks, unwrapped
 from ...model.images import load_image, pixels_for_each
+from ...model.label_cells import is_null
 from ...model.modalities import ARGUMENTS, as_clips, as_list
 from ...model.pipeline_mm_transformer import read_rows
-from ...model.task_base import is_null
 from ...model.video import load_frames
 from .explanation import Explanation, ImageRelevance, SoundRelevance, TokenRelevance
 from .methods import ATTENTION_METHODS, check_method
