@@ -1,4 +1,4 @@
-"""What is wrong with arguments and data is told before training begins."""
+"""Checks of arguments and data before a training begins."""
 
 import difflib
 import os
@@ -13,6 +13,7 @@ from ..data.mixture import DataMixture
 from ..data.row_labels import rows_with_columns
 from ..data.sources import ANY_SOURCE, SOURCE_KEY, DataSource, columns_of, is_iterable
 from ..model.label_cells import is_missing
+from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.task_base import Task
 from .metrics import LESS_IS_BETTER
 
@@ -117,7 +118,7 @@ def check_direction(args: TrainingArguments) -> None:
         raise ValueError(f"metric_for_best_model is {wanted!r}, the less the better: set greater_is_better to False.")
 
 
-def check_adapters(fused: Any) -> None:
+def check_adapters(fused: MMTransformerForMultiTask) -> None:
     """Says so if adapters are trained and what is new is not."""
     idle = []
     for name in fused.new_modules:

@@ -27,6 +27,7 @@ from ..data.mixture_rows import MixedRows
 from ..data.sources import ROWS_PER_SOURCE, rows_of
 from ..data.splitting import Part, split_for_validation
 from ..model.input_checks import check_finite_weights
+from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.regularization import penalties, take_starting_point
 from ..model.safe_writing import drop_link, saved_aside
 from .arguments import MMTrainingArguments
@@ -97,33 +98,43 @@ class Run:
 
 class MMTrainer(Trainer):
     """
-    [`~transformers.Trainer`] with what a [`MMTransformerForMultiTask`] needs:
+    [`~transformers.Trainer`] for a [`MMTransformerForMultiTask`], with rows of plain columns.
 
-    - `data_collator` and `compute_metrics` default to [`MMDataCollator`] and [`MultiTaskMetrics`];
-    - tasks whose linear probe is new start as the best linear model of the mean encoder outputs (see [`start_probes`]);
-      the start is measured and saved like a checkpoint, and takes part in the choice of the best weights;
-    - with [`MMTrainingArguments`], evaluations during such a training, and the model at its end, have the mean of the
-      weights at the start and after training (see `start_share`); checkpoints hold the weights of training;
-    - with [`MMTrainingArguments`], a grouped and stratified share of the training rows is held out if there is no
-      `eval_dataset`, the weights with the best validation loss are kept, and training stops early; if rows are few,
-      all of them are then trained on, from the start again (see `refit`);
-    - after training, `verdicts` compares each task with its linear start, a linear model of the text alone and the
-      majority, on the validation rows; one line per task is logged;
-    - the loss of each task is its mean over all the labels of an optimiser step, also under gradient accumulation, and
-      the regularizer enters once per step; what the regularizer covers has no weight decay;
-    - logs hold the loss of each task (`<task>_loss`, `regularization_loss`), its mean over the optimiser steps in which
-      the task had labels;
-    - losses of an evaluation are exact means over all its labels, and absent where nothing is labelled;
-    - the gates of the fusion learn ten times as fast and without weight decay;
-    - in evaluation, tasks that write do so, and their metrics compare texts; `generation_num_beams`,
-      `generation_max_length` and `predict_with_generate` of [`~transformers.Seq2SeqTrainingArguments`] are heeded;
-    - with a `feature_cache`, encoders that are frozen as a whole run once per distinct item, before the first batch of
-      a data set, and never again;
-    - images of a data set are read by the collator, so that messages about bad data name the row, and how many images
-      could not be read is told at the end;
-    - it may be killed at any moment: `train(resume_from_checkpoint=True)` goes on from the newest complete checkpoint,
-      or starts from scratch where there is none, and ends as if nothing had happened. A checkpoint is complete or not
-      there: it is written aside and renamed, and old ones are renamed before they are deleted.
+    Rows:
+
+    - `data_collator` defaults to [`MMDataCollator`], which reads the images. So an error about bad data names the row.
+    - Without an `eval_dataset`, [`MMTrainingArguments`] hold out a grouped and stratified share of the training rows.
+    - With a `feature_cache`, encoders that are frozen as a whole run once per distinct item, before the first batch.
+
+    Start and end:
+
+    - Tasks with a new linear probe start as the best linear model of the mean encoder outputs; see [`start_probes`].
+      This start is measured and saved as a checkpoint, and may be chosen as the best weights.
+    - With [`MMTrainingArguments`], evaluations and the final model have the mean of the weights at the start and after
+      training; see `start_share`. Checkpoints hold the weights of training.
+    - With [`MMTrainingArguments`], the weights with the best validation loss are kept, and training stops early. If
+      rows are few, the model is then trained again on all of them; see `refit`.
+    - `verdicts` compares each task with its linear start, a linear model of the text alone and the majority, on the
+      validation rows. One line per task is logged.
+
+    Loss:
+
+    - The loss of a task is its mean over all of its labels in an optimiser step, also under gradient accumulation.
+    - The regularizer enters once per step. What it covers has no weight decay.
+    - The gates of the fusion have ten times the learning rate, and no weight decay.
+    - Logs hold `<task>_loss` and `regularization_loss`: the means over the optimiser steps that had labels of the task.
+
+    Evaluation:
+
+    - `compute_metrics` defaults to [`MultiTaskMetrics`]. Losses are exact means over all labels; a task without labels
+      has none.
+    - Tasks that write do so, and their metrics compare texts. `generation_num_beams`, `generation_max_length` and
+      `predict_with_generate` of [`~transformers.Seq2SeqTrainingArguments`] count.
+
+    Checkpoints: a training may be killed at any moment. `train(resume_from_checkpoint=True)` goes on from the newest
+    complete checkpoint, or starts from scratch if there is none, and has the same result as without the interruption. A
+    checkpoint is complete or not there: it is written aside and renamed, and old ones are renamed before they are
+    deleted.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, kwargs:
@@ -150,17 +161,13 @@ class MMTrainer(Trainer):
     ```
     """
 
-    # Set by the Trainer.
+    control: TrainerControl
+    _tr_loss: torch.Tensor
     train_dataset: Any
     eval_dataset: Any
     data_collator: Any
     gather_function: Any
     preprocess_logits_for_metrics: Any
-    control: TrainerControl
-    _tr_loss: torch.Tensor
-    _total_loss_scalar: float
-    _globalstep_last_logged: int
-    _train_batch_size: int
 
     def __init__(
         self,
@@ -266,7 +273,7 @@ class MMTrainer(Trainer):
             check_rows_per_image(self.train_dataset, self.data_collator, self.args)
 
     @property
-    def fused_model(self) -> Any:
+    def fused_model(self) -> MMTransformerForMultiTask:
         """The model itself, whatever wraps it, adapters included."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -322,7 +329,7 @@ class MMTrainer(Trainer):
         places = next((part.places for part in self._parts if part.rows is dataset), None)
         return rows_of(dataset, self.data_collator, places)
 
-    def collator_for(self, rows: Any) -> Any:
+    def collator_for(self, rows: Any) -> MMDataCollator:
         """The collator for these rows; with a feature cache, the outputs of frozen encoders are stored before."""
         if self.feature_cache is not None:
             batch_size, num_workers = self.args.eval_batch_size, self.args.dataloader_num_workers
@@ -453,7 +460,9 @@ class MMTrainer(Trainer):
             self._losses.add(outputs.losses, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _losses_of(self, model: nn.Module, batch: dict[str, Any], divisors: Mapping[str, torch.Tensor]) -> Any:
+    def _losses_of(
+        self, model: nn.Module, batch: dict[str, Any], divisors: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
         with self.compute_loss_context_manager():
             return model(**self._prepare_inputs(batch), num_items_in_batch=divisors).losses
 
@@ -515,7 +524,7 @@ class MMTrainer(Trainer):
         with ExitStack() as held:
             if self.args.save_strategy != SaveStrategy.NO:
                 held.enter_context(locked_for_all(self.args.output_dir, self.args.process_index))
-            checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, self.fused_model.tasks)
+            checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, lambda: self.fused_model.tasks)
             with clear_errors(checkpoint):
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
         output = output._replace(training_loss=output.metrics["train_loss"])
@@ -838,13 +847,10 @@ class MMTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         name = self.hub_model_id or model_name or self.args.hub_model_id
-        said: dict[str, Any] = {
-            "language": language,
-            "license": license,
-            "tags": tags,
-            "datasets": dataset_tags or dataset,
-        }
-        write_trainer_card(self, self.args.output_dir, name, **said)
+        write_trainer_card(
+            self, self.args.output_dir, name,
+            language=language, license=license, tags=tags, datasets=dataset_tags or dataset,
+        )  # fmt: skip
 
     def push_to_hub(self, *args, **kwargs):
         """
@@ -955,7 +961,7 @@ class MMTrainer(Trainer):
         # Not through the wrapped model, which is what otherwise sees to the precision.
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             outputs, written = fused.forward_and_write(labels, options, **inputs)
-            answers = with_texts(outputs.logits, written, fused.tasks, labels, references)
+            answers = with_texts(outputs.logits or {}, written, fused.tasks, labels, references)
         return None if labels is None else outputs.loss.detach(), answers, labels
 
     @cached_property

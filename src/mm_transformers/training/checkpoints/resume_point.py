@@ -1,7 +1,7 @@
 """From which checkpoint a training goes on."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 from accelerate.utils import broadcast_object_list
@@ -21,14 +21,14 @@ logger = logging.get_logger(__name__)
 
 
 def checkpoint_to_resume(
-    wanted: str | os.PathLike | bool | None, args: TrainingArguments, tasks: Mapping[str, Task]
+    wanted: str | os.PathLike | bool | None, args: TrainingArguments, tasks: Callable[[], Mapping[str, Task]]
 ) -> Optional[str]:
     """
     The main process decides, since the others may not see the same folders at the same time.
 
     Args:
         wanted: a folder, or `True` for the newest complete checkpoint in `args.output_dir`.
-        tasks: of the model that is trained.
+        tasks: gives those of the model that is trained. In a search for hyperparameters there is none yet.
 
     Returns:
         The folder of the checkpoint; `None` if training starts from scratch.
@@ -49,7 +49,7 @@ def checkpoint_to_resume(
             if found[0] is not None:
                 saved = tasks_in(found[0])
                 if saved:
-                    check_same_heads(saved, tasks, found[0])
+                    check_same_heads(saved, tasks(), found[0])
         except ValueError as error:
             found[1] = str(error)
     checkpoint, problem = broadcast_object_list(found)

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+
 
 FILE_NAME = "starting_point.safetensors"
 
@@ -31,12 +33,12 @@ def load_tensors(path: Path, names: Iterable[str], complaint: str) -> dict[str, 
     return {name: found[name] for name in names}
 
 
-def save_starting_point(model, folder: str) -> None:
+def save_starting_point(model: MMTransformerForMultiTask, folder: str) -> None:
     if model.starting_point:
         save_tensors(model.starting_point, Path(folder, FILE_NAME))
 
 
-def load_starting_point(model, folder: str) -> None:
+def load_starting_point(model: MMTransformerForMultiTask, folder: str) -> None:
     """
     Raises:
         ValueError: if the regularizer of the model pulls towards a start that the checkpoint does not hold.

@@ -6,14 +6,16 @@ et al. 2022, https://arxiv.org/abs/2202.10054).
 """
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch.utils.data import ConcatDataset, DataLoader, Subset
+from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
@@ -24,7 +26,7 @@ from ...data.splitting import find_groups
 from ...model.answers import evaluation_mode
 from ...model.linear_probe import LinearProbe, ProbedHead
 from ...model.linear_problem import LinearProblem
-from ...model.modeling_mm_transformer import MMTransformerModelOutput
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
 from ...model.task_base import Task
 from .linear_models import NUM_FOLDS, LinearModel, majority, solve
 from .verdict import Verdict, verdict_of
@@ -89,7 +91,26 @@ class Start:
         return cls(found.get("tasks", list(verdicts)), verdicts=verdicts, label_counts=found["label_counts"])
 
 
-def start_probes(trainer: Any) -> Start:
+class StartedTrainer(Protocol):
+    """What the start needs of an [`MMTrainer`]."""
+
+    args: TrainingArguments
+    train_dataset: Any
+    eval_dataset: Any
+    data_collator: Any
+    is_fsdp_enabled: bool
+
+    @property
+    def fused_model(self) -> MMTransformerForMultiTask: ...
+
+    def rows_of(self, dataset: Any) -> tuple[Any, Any]: ...
+
+    def collator_for(self, rows: Any) -> MMDataCollator: ...
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]: ...
+
+
+def start_probes(trainer: StartedTrainer) -> Start:
     """
     Solves the linear problem of each task whose probe is new, and puts the solution into the probe: after that the
     model answers exactly as the linear model.
@@ -132,7 +153,7 @@ def start_probes(trainer: Any) -> Start:
     return start
 
 
-def _why_not(trainer: Any) -> str | None:
+def _why_not(trainer: StartedTrainer) -> str | None:
     """Why the encoders cannot be asked about all rows before training; a part of a sentence."""
     if not isinstance(trainer.data_collator, MMDataCollator):
         return f"the data_collator is a {type(trainer.data_collator).__name__}, not an MMDataCollator"
@@ -186,7 +207,7 @@ def problem_of(task: Task) -> LinearProblem:
 # Features
 
 
-def _map_style(dataset: Any, trainer: Any) -> list[tuple[Any, Any]] | None:
+def _map_style(dataset: Any, trainer: StartedTrainer) -> list[tuple[Any, Any]] | None:
     """The data sets of a training set, each as the data loader reads it and as it is; `None` for streams."""
     if isinstance(dataset, DataMixture):
         sources = dataset.sources.items()
@@ -197,7 +218,7 @@ def _map_style(dataset: Any, trainer: Any) -> list[tuple[Any, Any]] | None:
     return None if source.is_stream else [(trainer.rows_of(dataset)[0], source)]
 
 
-def _groups(parts: list[tuple[Any, Any]], collator: Any) -> np.ndarray:
+def _groups(parts: list[tuple[Any, Any]], collator: MMDataCollator) -> np.ndarray:
     """(num_rows,) int64: rows of one picture, video or sound have the same number."""
     groups: list[np.ndarray] = []
     media = {column.column: column.split for column in collator.media.values()}
@@ -216,7 +237,7 @@ class _Items(NamedTuple):
 class _Reader:
     """Reads features, labels and groups of what is labelled."""
 
-    def __init__(self, trainer: Any, probes: dict[str, LinearProbe]):
+    def __init__(self, trainer: StartedTrainer, probes: dict[str, LinearProbe]):
         self.trainer, self.probes = trainer, probes
         self.problems = {name: problem_of(trainer.fused_model.tasks[name]) for name in probes}
 

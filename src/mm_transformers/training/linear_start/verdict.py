@@ -1,4 +1,4 @@
-"""After training, one line per task: the model beside simple models, on the validation rows."""
+"""Compares a trained model with simple models on the validation rows: one line per task."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction
 from transformers.utils import logging
 
+from ...data.collator import MMDataCollator
 from ...data.sources import is_iterable
 from ...model.modalities import modalities_of
 from ...model.pairs import Pairs
@@ -103,7 +104,7 @@ class MismatchedRows(Dataset):
 
 
 def mismatched_rows(
-    task: Any, rows: Any, labels: np.ndarray | torch.Tensor, collator: Any
+    task: Any, rows: Any, labels: np.ndarray | torch.Tensor, collator: MMDataCollator
 ) -> Iterator[tuple[int, np.ndarray, MismatchedRows]]:
     """
     The mismatched pairs with which a task is evaluated: first those with the item of another row, then those with the
@@ -141,7 +142,7 @@ class Unlabelled:
         collator ([`MMDataCollator`]): The collator.
     """
 
-    def __init__(self, collator: Any):
+    def __init__(self, collator: MMDataCollator):
         self.collator = collator
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
@@ -167,7 +168,7 @@ class WithMismatches:
         self,
         tasks: list[Any],
         rows: Any,
-        collator: Any,
+        collator: MMDataCollator,
         answer: Callable[[Dataset], dict[str, np.ndarray]],
         own: Callable[[EvalPrediction], dict[str, float]],
     ):

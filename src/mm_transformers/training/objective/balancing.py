@@ -1,7 +1,8 @@
-"""From the losses of the tasks to the gradient of an optimiser step, as a task weighting wants it."""
+"""Applies a task weighting: from the losses of the tasks to the gradient of an optimiser step."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,6 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..sharding import share_out_again
 from ..weighting import StepSignals, WeightedTasks, build_weighting
 from .task_gradients import TaskGradientsCallback
@@ -44,7 +46,7 @@ class TaskBalancing(TrainerCallback):
 
     def __init__(
         self,
-        fused: Any,
+        fused: MMTransformerForMultiTask,
         args: TrainingArguments,
         accelerator: Accelerator,
         handler: CallbackHandler,
@@ -106,7 +108,7 @@ class TaskBalancing(TrainerCallback):
         self.losses = torch.zeros(len(self.tasks))
         self.gradients: Optional[torch.Tensor] = None
         self.signals: Optional[StepSignals] = None
-        self.rng_state: Optional[list[torch.Tensor]] = None
+        self.rng_state: list[torch.Tensor] = []
         self.done = 0
         self.observed_by = [observer for observer in self._observers if self.step % observer.every == 0]
 
@@ -306,7 +308,7 @@ class TaskBalancing(TrainerCallback):
             self.weighting.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
-def own_and_shared(fused) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def own_and_shared(fused: MMTransformerForMultiTask) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The parameters of a model that are trained: those of one task alone, and all others."""
     ids = {id(p) for p in fused.heads.parameters()}
     if sum(task.needs_decoder for task in fused.tasks.values()) == 1:
@@ -316,14 +318,15 @@ def own_and_shared(fused) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     return [p for p in trained if id(p) in ids], [p for p in trained if id(p) not in ids]
 
 
-def probe_parameters(fused) -> list[nn.Parameter]:
+def probe_parameters(fused: MMTransformerForMultiTask) -> list[nn.Parameter]:
     """
     The parameters at which gradients of tasks are compared: those of the last layer that all tasks share, which is the
     last of the fusion, or of the text encoder in a model of text alone.
     """
-    root = fused.model.fusion if fused.model.fusion is not None else fused.model.text_encoder
+    root: nn.Module = fused.model.fusion if fused.model.fusion is not None else fused.model.text_encoder
     lists = [module for module in root.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    for module in [*(layers[-1] for layers in lists), root, fused.model]:
+    modules: list[nn.Module] = [*(layers[-1] for layers in lists), root, fused.model]
+    for module in modules:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if parameters:
             return parameters
@@ -339,20 +342,12 @@ def _rng_state(device: torch.device) -> list[torch.Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-class _forked_rng:
+@contextmanager
+def _forked_rng(device: torch.device, start: Sequence[torch.Tensor] = ()) -> Iterator[None]:
     """Random numbers drawn within change nothing outside; they may start from an earlier state."""
-
-    def __init__(self, device: torch.device, start: Optional[list[torch.Tensor]] = None):
-        self.device, self.start = device, start
-
-    def __enter__(self):
-        self.outside = _rng_state(self.device)
-        self._set(self.start or self.outside)
-
-    def __exit__(self, *exception):
-        self._set(self.outside)
-
-    def _set(self, states: list[torch.Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.cuda.set_rng_state(states[1], self.device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if start:
+            torch.set_rng_state(start[0])
+            for state in start[1:]:
+                torch.cuda.set_rng_state(state, device)
+        yield

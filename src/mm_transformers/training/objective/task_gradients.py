@@ -1,4 +1,4 @@
-"""How the gradients of the tasks lie to each other."""
+"""Norms and cosines of the gradients of the tasks, for the logs."""
 
 import torch
 from transformers import TrainerCallback
@@ -6,11 +6,11 @@ from transformers import TrainerCallback
 
 class TaskGradientsCallback(TrainerCallback):
     """
-    Logs, every so many steps, how the gradients of the tasks lie to each other, for [`MMTrainer`]:
+    Logs how the gradients of the tasks compare, every so many steps of [`MMTrainer`]:
 
     - `gradient_norm_<a>`: the norm of the gradient of the mean loss of task a;
-    - `gradient_cosine_<a>_<b>`: whether two tasks pull in the same direction (1) or against each other (-1);
-    - `gradient_similarity_<a>_<b>`: `2 |a| |b| / (|a|^2 + |b|^2)`, 1 if both pull equally hard (Yu et al. 2020,
+    - `gradient_cosine_<a>_<b>`: 1 if two tasks have the same direction, -1 if they have opposite ones;
+    - `gradient_similarity_<a>_<b>`: `2 |a| |b| / (|a|^2 + |b|^2)`, 1 if both norms are equal (Yu et al. 2020,
       https://arxiv.org/abs/2001.06782).
 
     Gradients are those of the whole optimiser step, at the last layer that all tasks share (with PCGrad: of all that

@@ -5,16 +5,20 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ...data.collator import MMDataCollator
 from ...data.mixture import DataMixture
 from ...data.row_labels import encoded_labels
 from ...data.sources import DataSource, is_iterable
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.tasks import Task
 
 
 logger = logging.get_logger(__name__)
 
 
-def prepare_tasks(model: Any, dataset: Any, collator: Any, *holders: Any) -> list[Task]:
+def prepare_tasks(
+    model: MMTransformerForMultiTask, dataset: Any, collator: MMDataCollator, *holders: Any
+) -> list[Task]:
     """
     Calls [`Task.prepare_for`] with the training labels for each task with `unresolved` options, and writes the result
     into the config, so that a saved model has the same loss. Reads the columns of these labels only.
@@ -64,7 +68,7 @@ def prepare_tasks(model: Any, dataset: Any, collator: Any, *holders: Any) -> lis
     return waiting
 
 
-def balance_tasks(model: Any, counts: Mapping[str, Sequence[int]], *holders: Any) -> None:
+def balance_tasks(model: MMTransformerForMultiTask, counts: Mapping[str, Sequence[int]], *holders: Any) -> None:
     """
     Calls [`Task.balance`] for the tasks that started with balanced classes, so that training goes on with the loss with
     which the linear model was fitted, and writes the result into the config.
@@ -78,7 +82,7 @@ def balance_tasks(model: Any, counts: Mapping[str, Sequence[int]], *holders: Any
     _take(model, list(model.tasks.values()), holders)
 
 
-def _take(model: Any, tasks: list[Task], holders: tuple[Any, ...]) -> None:
+def _take(model: MMTransformerForMultiTask, tasks: list[Task], holders: tuple[Any, ...]) -> None:
     model.config.tasks = [task.to_dict() for task in model.tasks.values()]
     for holder in holders:
         if isinstance(getattr(holder, "tasks", None), dict):

@@ -11,6 +11,9 @@ from ...data.sources import StreamOfSource
 from .stream_shares import ShareOfStream, WithoutRepeats
 
 
+SamplerFn = Callable[[Any], Optional[Sampler[int]]]
+
+
 @dataclass
 class LoaderInputs:
     """
@@ -22,14 +25,14 @@ class LoaderInputs:
 
     rows: Any
     collator: Any
-    sampler_fn: Optional[Callable[[Any], Optional[Sampler]]] = None
+    sampler_fn: Optional[SamplerFn] = None
 
     @classmethod
     def of_mixture(cls, rows: MixedRows | MixedStream, collator: Any) -> "LoaderInputs":
         return cls(rows, collator, lambda rows: rows.sampler)
 
     @classmethod
-    def of_rows(cls, rows: Any, original: Any, collator: Any, sampler_fn: Optional[Callable]) -> "LoaderInputs":
+    def of_rows(cls, rows: Any, original: Any, collator: Any, sampler_fn: Optional[SamplerFn]) -> "LoaderInputs":
         """
         Args:
             rows: as the collator takes them.
@@ -39,7 +42,7 @@ class LoaderInputs:
         if sampler_fn is None:
             return cls(rows, collator)
 
-        def sampler_of(_: Any) -> Optional[Sampler]:
+        def sampler_of(_: Any) -> Optional[Sampler[int]]:
             sampler = sampler_fn(original)
             if hasattr(sampler, "set_epoch"):
                 # Once batches are skipped on several processes, accelerate finds the data set, but not the sampler.
@@ -61,7 +64,7 @@ class LoaderInputs:
             self.rows = ShareOfStream(self.rows)
             self.collator = WithoutRepeats(self.collator, tells=not is_training)
 
-    def took(self, loader: DataLoader) -> None:
+    def took(self, loader: DataLoader[Any]) -> None:
         """After accelerate has put its own data set around the rows: they read the part of this process themselves."""
         if isinstance(self.rows, (MixedStream, ShareOfStream)):
             self.rows.read_own_part(loader.dataset)

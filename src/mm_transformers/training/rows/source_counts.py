@@ -1,8 +1,9 @@
-"""How many rows of each data set of a mixture training has seen."""
+"""Counts the training rows of each data set of a mixture."""
 
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ...data.sources import ROWS_PER_SOURCE
 
@@ -21,12 +22,12 @@ class RowCounts:
         self._rows: Any = 0
 
     def take_rows(self, batches: list[dict[str, Any]]) -> None:
-        """Takes out of the batches what the collator has counted; models know nothing of it."""
+        """Takes the counts of the collator out of the batches; a model does not take them."""
         for batch in batches:
             if ROWS_PER_SOURCE in batch:
                 self._rows = self._rows + batch.pop(ROWS_PER_SOURCE)
 
-    def rows_since_last(self, accelerator: Any) -> dict[str, int]:
+    def rows_since_last(self, accelerator: Accelerator) -> dict[str, int]:
         """How many rows of each data set all processes have seen since the last call."""
         if not torch.is_tensor(self._rows):
             return {}

@@ -5,6 +5,7 @@ from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 from torch.utils.data import IterableDataset
 
@@ -99,7 +100,7 @@ def _unlabel(batch: dict[str, Any], rows: torch.Tensor | slice) -> None:
         labels[rows] = torch.nan if labels.is_floating_point() else -100
 
 
-def gather_once(accelerator: Any, is_repeated: torch.Tensor) -> Callable[[Any], Any]:
+def gather_once(accelerator: Accelerator, is_repeated: torch.Tensor) -> Callable[[Any], Any]:
     """
     What gathers tensors of all processes, without those of repeated rows.
 
