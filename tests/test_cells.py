@@ -58,8 +58,9 @@ from mm_transformers.data.tables import table_writer
 from mm_transformers.model.audio import AudioError, audio_key, load_audio
 from mm_transformers.model.file_contents import content_of
 from mm_transformers.model.images import ImageError, image_key, load_image
+from mm_transformers.model.label_cells import infer_labels
 from mm_transformers.model.label_lists import split_labels
-from mm_transformers.model.task_base import infer_labels
+from mm_transformers.model.modalities import IMAGE
 from mm_transformers.model.video import VideoError
 from mm_transformers.training.predictor import answer_columns
 
@@ -945,7 +946,7 @@ class TestCasts:
         content = to_bytes(self.PICTURE)
         cells = [{"bytes": content, "path": None}, {"bytes": content, "path": None, "cast": {"mode": "L"}}]
         assert image_key(cells[0]) != image_key(cells[1])
-        assert len({ItemHash("images", load_image)(cell) for cell in cells}) == 2
+        assert len({ItemHash(IMAGE, load_image)(cell) for cell in cells}) == 2
         assert len(COLLATOR([{"text": "a", "image": cells}])["pixel_values"]) == 2
 
     @pytest.mark.parametrize(("rate", "is_heard"), [(8000, False), (None, True)])

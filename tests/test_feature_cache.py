@@ -348,9 +348,9 @@ class TestKeys:
     def test_hashes_are_the_same_in_every_process(self):
         code = (
             "import sys; sys.path.insert(0, 'tests'); from tiny import *; import torch;"
-            "from mm_transformers.data.feature_keys import *;"
+            "from mm_transformers.data.feature_keys import *; from mm_transformers.model.modalities import IMAGE;"
             "e = make_model(freeze=['vision']).model.vision_model;"
-            "print(hash_of_encoder(e, make_image_processor(), torch.float32), ItemHash('images', None)(b'abc').hex())"
+            "print(hash_of_encoder(e, make_image_processor(), torch.float32), ItemHash(IMAGE, None)(b'abc').hex())"
         )
         run = lambda: subprocess.run(  # noqa: E731
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],

@@ -25,8 +25,9 @@ from mm_transformers.analysis import ablate, explain, faithfulness
 from mm_transformers.analysis.report.answered import answers_to, confusion
 from mm_transformers.cli import app
 from mm_transformers.cli.page_answers import answers_as_html
+from mm_transformers.model.label_cells import label_id, label_scores
 from mm_transformers.model.linear_problem import BinaryProblem
-from mm_transformers.model.task_base import TASK_KINDS, PooledHead, label_id, label_scores
+from mm_transformers.model.task_base import TASK_KINDS, PooledHead
 from mm_transformers.sharing.export import export_model
 from mm_transformers.sharing.exported_model import ExportedModel
 from mm_transformers.training.linear_start.probe_start import probes_of

@@ -27,15 +27,8 @@ from mm_transformers import (
     TokenClassification,
     register_task,
 )
-from mm_transformers.model.task_base import (
-    TASK_KINDS,
-    LabelContext,
-    PooledHead,
-    TaskHeads,
-    is_missing,
-    is_null,
-    task_from_dict,
-)
+from mm_transformers.model.label_cells import is_missing, is_null
+from mm_transformers.model.task_base import TASK_KINDS, LabelContext, PooledHead, TaskHeads, task_from_dict
 from mm_transformers.model.task_token_classification import index_words, split_words
 from mm_transformers.training.predictor import Predictor, answer_columns
 

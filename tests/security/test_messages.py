@@ -183,6 +183,7 @@ def test_recipes_with_options_that_do_not_fit(tmp_path):
 def test_ports(port):
     result = CliRunner().invoke(app, ["demo", "--ui", "--port", port])
     assert result.exit_code == 2
+    assert "Invalid value for '--port'" in result.output
     assert "Traceback" not in result.output
 
 

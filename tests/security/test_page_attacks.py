@@ -1,5 +1,6 @@
 """Attacks on the demo page of a started server, over HTTP: what a client may read, reach and use up."""
 
+import asyncio
 import http.server
 import io
 import json
@@ -23,6 +24,7 @@ from mm_transformers.model.limits import limits, set_limits
 
 pytest.importorskip("gradio")
 
+from mm_transformers.cli.gate import Gate
 from mm_transformers.cli.page import load_page
 from mm_transformers.cli.uploads import REFUSAL, upload_folder
 
@@ -242,6 +244,42 @@ def test_uploads_are_bounded_and_forgotten(client, monkeypatch):
     assert not left & names()
     assert client.upload(bytes(2**20 + 1)).status_code == 200
     assert client.upload(b"more").status_code == 507
+
+
+def test_uploads_at_the_same_time_count_together(tmp_path, monkeypatch):
+    """None of them is in the folder yet when the next one comes."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr("mm_transformers.model.limits._current", limits())
+    set_limits(upload_bytes=1000, all_uploads_bytes=2500)
+    statuses = []
+
+    async def received(scope, receive, send):
+        await going_on.wait()
+        statuses.append(200)
+
+    async def send(message):
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    async def upload(size):
+        length = [] if size is None else [(b"content-length", str(size).encode())]
+        await gate({"type": "http", "path": f"/{API}/upload", "headers": length}, None, send)
+
+    async def attack():
+        nonlocal going_on
+        going_on = asyncio.Event()
+        first = [asyncio.create_task(upload(size)) for size in (900, None)]
+        await asyncio.sleep(0)
+        await upload(900)
+        assert statuses == [507]
+        going_on.set()
+        await asyncio.gather(*first)
+        await upload(900)  # they have ended, and left nothing
+        assert statuses == [507, 200, 200, 200]
+        assert gate.running == 0
+
+    gate, going_on = Gate(received), None
+    asyncio.run(asyncio.wait_for(attack(), 20))
 
 
 def test_requests_are_bounded(client, monkeypatch):

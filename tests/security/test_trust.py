@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from mm_transformers import MMTransformerConfig, MMTransformerForMultiTask, MMTransformerProcessor
 from mm_transformers.cli import app
 from mm_transformers.data.loading import load_named
+from mm_transformers.model.encoders import read_encoder_config
+from mm_transformers.model.hub_kernels import asks_for_kernel
 from mm_transformers.training.recipe import read_recipe
 
 
@@ -211,6 +213,42 @@ def test_a_checkpoint_asks_for_no_code_of_the_hub(saved, tmp_path, place, key):
     for load in (MMTransformerConfig.from_pretrained, MMTransformerForMultiTask.from_pretrained):
         with pytest.raises(ValueError, match="a checkpoint cannot ask for"):
             load(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["stranger/kernel", "me/kernel@v1:attend", "x:y", "paged|me/kernel", {"": "me/kernel"}]
+)
+def test_names_that_are_code_of_the_hub(name):
+    assert asks_for_kernel(name)
+
+
+@pytest.mark.parametrize("installed", [[], ["kernels"], ["kernels", "flash_attn_2"], ["flash_attn_2"]])
+def test_flash_attention_of_the_hub(monkeypatch, saved, tmp_path, recipe, encoders, installed):
+    """Where only the package `kernels` is installed, transformers fetches FlashAttention."""
+    for package in ("kernels", "flash_attn_2"):
+        monkeypatch.setattr(f"transformers.utils.is_{package}_available", lambda there=package in installed: there)
+    fetches = installed == ["kernels"]
+    assert asks_for_kernel("flash_attention_2") == asks_for_kernel("paged|flash_attention_2") == fetches
+    assert not any(map(asks_for_kernel, (None, "eager", "sdpa", "flex_attention", {"text_config": "sdpa"})))
+    path = recipe("model", attn_implementation="flash_attention_2")
+    folder = copied(saved, tmp_path / "bad")
+    values = json.loads((folder / "config.json").read_text())
+    values["text_config"]["attn_implementation"] = "flash_attention_2"
+    (folder / "config.json").write_text(json.dumps(values))
+    encoder = copied(encoders / "text", tmp_path / "encoder")
+    values = json.loads((encoder / "config.json").read_text())
+    (encoder / "config.json").write_text(json.dumps({**values, "attn_implementation": "flash_attention_2"}))
+    loads = {
+        "a recipe cannot ask for": lambda: read_recipe(path),
+        "a checkpoint cannot ask for": lambda: MMTransformerConfig.from_pretrained(folder),
+        "config of .* a checkpoint cannot ask for": lambda: read_encoder_config(str(encoder), "text"),
+    }
+    for message, load in loads.items():
+        if fetches:
+            with pytest.raises(ValueError, match=message):
+                load()
+        else:
+            load()
 
 
 def test_a_checkpoint_runs_nothing(saved, tmp_path):

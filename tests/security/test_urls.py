@@ -295,6 +295,17 @@ class TestDownloads:
         time.sleep(0.2)
         assert threading.active_count() <= before + 1  # that of the server may still be closing
 
+    def test_looking_up_a_host_counts(self, server, limits, monkeypatch):
+        """The system itself may ask name servers for a minute."""
+        over = threading.Event()
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: over.wait(20) and [])
+        limits(download_seconds=0.5)
+        start = time.monotonic()
+        with pytest.raises(OSError, match="the answer took longer than the limit download_seconds=0.5"):
+            fetch(f"{server.address}/ok")
+        assert time.monotonic() - start < 5
+        over.set()
+
     def test_public_addresses(self):
         public = ["8.8.8.8", "2606:4700::1111", "64:ff9b::8.8.8.8", "::ffff:8.8.8.8"]
         private = ["127.0.0.1", "::1", "::", "::ffff:10.0.0.1", "64:ff9b::10.0.0.1", "fe80::1%eth0", "2002:a00:1::"]

@@ -32,6 +32,7 @@ class Gate:
 
     def __init__(self, app: Any):
         self.app = app
+        self.running = 0  # bytes of the uploads that are being received
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: _Receive, send: Any) -> None:
         if scope["type"] != "http":
@@ -40,7 +41,7 @@ class Gate:
         from starlette.exceptions import HTTPException
         from starlette.responses import PlainTextResponse
 
-        refusal = _refusal(scope)
+        refusal = _refusal(scope, self.running)
         if refusal is not None:
             status, told = refusal
             await PlainTextResponse(told, status)(scope, receive, send)
@@ -55,7 +56,12 @@ class Gate:
                 raise HTTPException(413, _too_large(most))  # the application answers with it
             return message
 
-        await self.app(scope, bounded, send)
+        size = _upload_bytes(scope)
+        self.running += size
+        try:
+            await self.app(scope, bounded, send)
+        finally:
+            self.running -= size
 
 
 def _route(scope: MutableMapping[str, Any]) -> Optional[str]:
@@ -64,8 +70,13 @@ def _route(scope: MutableMapping[str, Any]) -> Optional[str]:
     return route if found else None
 
 
-def _refusal(scope: MutableMapping[str, Any]) -> Optional[tuple[int, str]]:
-    """Status and sentence, if the request does not get through."""
+def _refusal(scope: MutableMapping[str, Any], running: int) -> Optional[tuple[int, str]]:
+    """
+    Status and sentence, if the request does not get through.
+
+    Args:
+        running: bytes of other uploads that are being received.
+    """
     route = _route(scope)
     # Of files on this machine, gradio serves only its own.
     if route is not None and not _LOCAL_FILE.match(route) and route.partition("/")[0] not in _ROUTES:
@@ -74,22 +85,38 @@ def _refusal(scope: MutableMapping[str, Any]) -> Optional[tuple[int, str]]:
     declared = dict(scope["headers"]).get(b"content-length", b"0")
     if not declared.isdigit() or int(declared) > most:
         return 413, _too_large(most)
-    if route is not None and route.partition("/")[0] == "upload" and not _has_room():
+    if _is_upload(scope) and not _has_room(running):
         return 507, "This page has no room for more uploads at the moment; try again later."
     return None
 
 
 def _most_bytes(scope: MutableMapping[str, Any]) -> int:
-    is_upload = (_route(scope) or "").partition("/")[0] == "upload"
-    return limits().upload_bytes + _FORM_BYTES if is_upload else limits().request_bytes
+    return limits().upload_bytes + _FORM_BYTES if _is_upload(scope) else limits().request_bytes
+
+
+def _is_upload(scope: MutableMapping[str, Any]) -> bool:
+    return (_route(scope) or "").partition("/")[0] == "upload"
+
+
+def _upload_bytes(scope: MutableMapping[str, Any]) -> int:
+    """How many bytes a request may add to the uploads: as many as it declares, or the most that it may have."""
+    if not _is_upload(scope):
+        return 0
+    declared = dict(scope["headers"]).get(b"content-length", b"")
+    return min(int(declared), limits().upload_bytes) if declared.isdigit() else limits().upload_bytes
 
 
 def _too_large(most: int) -> str:
     return f"The request is larger than the {most:,} bytes that are allowed."
 
 
-def _has_room() -> bool:
-    """Whether one more upload may come. Uploads that broke off are removed here: gradio does not know of them."""
+def _has_room(running: int) -> bool:
+    """
+    Whether one more upload may come. Uploads that broke off are removed here: gradio does not know of them.
+
+    Args:
+        running: bytes of uploads that are being received. What of them is in the folder already counts twice.
+    """
     folder, now, total = upload_folder(), time.time(), 0
     for path in folder.rglob("*") if folder.is_dir() else ():
         try:
@@ -100,4 +127,4 @@ def _has_room() -> bool:
                 total += found.st_size
         except FileNotFoundError:
             continue
-    return total + limits().upload_bytes <= limits().all_uploads_bytes
+    return total + running + limits().upload_bytes <= limits().all_uploads_bytes

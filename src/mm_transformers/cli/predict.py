@@ -241,10 +241,10 @@ def _check_columns(
     names: list[str], collator: MMDataCollator, columns: ColumnsSection, reading: Reading, file: Path
 ) -> None:
     known = ", ".join(map(repr, names))
-    for kind, column in asdict(columns).items():
-        asked = getattr(reading, f"{kind}_column") is not None
-        if column not in names and (asked or kind == "text"):
-            raise ValueError(f"{file} has no column {column!r}; set --{kind}_column to one of {known}.")
+    for part, column in asdict(columns).items():
+        asked = getattr(reading, f"{part}_column") is not None
+        if column not in names and (asked or part == "text"):
+            raise ValueError(f"{file} has no column {column!r}; set --{part}_column to one of {known}.")
     media = {kind: column.column for kind, column in collator.media.items()}
     if media and not set(media.values()) & set(names):
         logger.warning(
@@ -300,8 +300,8 @@ def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str,
                         f"its columns {twice!r}, which is called like an answer, and '{twice}_input' would both be in "
                         f"a column '{twice}_input' of the output; rename one."
                     )
-                kinds = {names[name]: kind for name, kind in types.items()}
-                writer = table_writer(file, suffix, kinds, escape_formulas)
+                renamed = {names[name]: dtype for name, dtype in types.items()}
+                writer = table_writer(file, suffix, renamed, escape_formulas)
             writer.write([{names[n]: cell for n, cell in kept.items()} | answers for kept, answers in rows])
             num_rows += len(rows)
             bar.advance(shown, len(rows))

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 from transformers.utils import logging
 
-from ..model.task_base import whole_number
+from ..model.label_cells import whole_number
 from ..model.tasks import TASK_KINDS, Task, task_from_dict
 from .cells import LABEL_SEPARATOR
 from .loading import TEXT_TYPES

@@ -21,6 +21,8 @@ from .formulas import without_formula
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 # How many rows are read, or written, at a time.
 CHUNK_SIZE = 1024
+# How much smaller a large column of Parquet may be in the file than in memory; that of a data set is rarely a tenth.
+_MOST_COMPRESSED = 200
 
 
 def check_suffix(path: Path) -> str:
@@ -74,7 +76,7 @@ class TableRows:
     def plain_types(self) -> dict[str, pyarrow.DataType]:
         """The columns that [`plain_cells`] can keep, with their types."""
         types = {field.name: _plain_type(field.type) for field in self.schema}
-        return {name: kind for name, kind in types.items() if kind is not None}
+        return {name: dtype for name, dtype in types.items() if dtype is not None}
 
     def _find_schema(self) -> pyarrow.Schema:
         types: dict[str, pyarrow.DataType] = {}
@@ -83,7 +85,7 @@ class TableRows:
             for name in dict.fromkeys(name for row in chunk for name in row):
                 try:
                     found = pyarrow.array([row.get(name) for row in chunk]).type
-                    fields = [pyarrow.schema([(name, kind)]) for kind in (types.get(name, found), found)]
+                    fields = [pyarrow.schema([(name, dtype)]) for dtype in (types.get(name, found), found)]
                     types[name] = pyarrow.unify_schemas(fields, promote_options="permissive").field(0).type
                 except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
                     raise ValueError(
@@ -143,11 +145,27 @@ class TableRows:
             # of a few kilobytes could fill the memory.
             names = [name for field in pyarrow.parquet.read_schema(self.path) for name in _texts_in(field)]
             with pyarrow.parquet.ParquetFile(self.path, read_dictionary=names) as file:
+                self._check_pages(file.metadata)
                 for batch in file.iter_batches(CHUNK_SIZE):
                     for start in range(0, len(batch), 16):
                         yield from batch.slice(start, 16).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} cannot be read as Parquet: {one_line(error)}") from error
+
+    def _check_pages(self, metadata: pyarrow.parquet.FileMetaData) -> None:
+        """
+        Raises:
+            ValueError: if a column is far larger than the file, so that one cell, or one page, may fill the memory.
+        """
+        for group in range(metadata.num_row_groups):
+            for number in range(metadata.num_columns):
+                column = metadata.row_group(group).column(number)
+                size, stored = column.total_uncompressed_size, max(column.total_compressed_size, 1)
+                if size > limits().file_bytes and size > _MOST_COMPRESSED * stored:
+                    raise ValueError(
+                        f"{self.path} cannot be read as Parquet: column {shortened(column.path_in_schema)} has "
+                        f"{size:,} bytes in {stored:,}, which is more than {named('file_bytes')}."
+                    )
 
     def _read_json(self) -> Iterator[dict[str, Any]]:
         number = 0

@@ -203,13 +203,13 @@ def _check_types(model: PreTrainedModel, files: list[str], where: str) -> None:
     wanted = {name: value.is_floating_point() for name, value in model.state_dict().items()}
     prefix = f"{model.base_model_prefix}."
     for file in files:
-        for name, kind in _types(file).items():
+        for name, dtype in _types(file).items():
             is_float = next(
                 (wanted[key] for key in (name, prefix + name, name.removeprefix(prefix)) if key in wanted), None
             )
-            if is_float and kind in _INTEGERS:
+            if is_float and dtype in _INTEGERS:
                 raise ValueError(
-                    f"The weight {name!r} in {where} holds integers ({kind}), but its model needs floating-point "
+                    f"The weight {name!r} in {where} holds integers ({dtype}), but its model needs floating-point "
                     "numbers: save the model without quantization."
                 )
 

@@ -17,12 +17,17 @@ from .encoder_classes import sub_config_of
 from .encoders import encoder_width
 from .freeze_rules import check_freeze
 from .fusion import fusion_class
+from .hub_kernels import check_values
 from .limits import limits
 from .messages import check_folder, one_line, shortened
+from .modalities import OTHER_ENCODERS
 from .regularization import check_regularization
 from .safe_writing import drop_link
 from .tasks import Task, task_from_dict
 from .token_reduction import check_token_reduction
+
+
+_LONGEST_MESSAGE = 1000
 
 
 @strict
@@ -207,7 +212,7 @@ class MMTransformerConfig(PreTrainedConfig):
                 f"{cls.model_type!r}; to put it into a new model, use `from_encoders`."
             )
         _check_auto_map(values, pretrained_model_name_or_path)
-        _check_kernels(values)
+        check_values(values)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -221,13 +226,20 @@ class MMTransformerConfig(PreTrainedConfig):
         if not isinstance(config_dict, dict):
             raise ValueError(f"A config is a mapping of names to values, but this is a {type(config_dict).__name__}.")
         _check_auto_map(config_dict, kwargs.get("name_or_path"))
-        _check_kernels(config_dict)
+        check_values(config_dict)
         if kwargs.get("tasks") is not None:  # objects, which only a new config takes
             config_dict = {**config_dict, "tasks": kwargs.pop("tasks")}
         try:
             return super().from_dict(config_dict, **kwargs)
         except StrictDataclassError as error:
             raise ValueError(f"The config has a wrong value: {_without_preamble(error)}") from error
+        except ValueError as error:
+            if len(str(error)) < _LONGEST_MESSAGE:
+                raise
+            raise ValueError(one_line(error, _LONGEST_MESSAGE)) from error  # it shows the whole value
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+            # Of transformers, which looks at all values of all parts.
+            raise ValueError(f"The config has a wrong value: {type(error).__name__}: {one_line(error)}") from error
 
     def get_tasks(self) -> dict[str, Task]:
         """The tasks by name, in order."""
@@ -237,7 +249,7 @@ class MMTransformerConfig(PreTrainedConfig):
     @property
     def modalities(self) -> list[str]:
         """What the model takes beside text, in the order in which fusions see it."""
-        return [name for name in ("vision", "audio") if getattr(self, f"{name}_config") is not None]
+        return [name for name in OTHER_ENCODERS if getattr(self, f"{name}_config") is not None]
 
     @property
     def modality_dropout_probabilities(self) -> dict[str, float]:
@@ -416,21 +428,6 @@ def _check_auto_map(values: dict[str, Any], path: Any) -> None:
                     f"auto_map of {'the config' if path is None else str(path)} asks for code outside of it "
                     f"({name}: {reference!r}), which is not run; it must name a file beside config.json, as in "
                     f"'{MMTransformerConfig.__module__.rpartition('.')[2]}.MMTransformerConfig'."
-                )
-
-
-def _check_kernels(values: dict[str, Any]) -> None:
-    """transformers would fetch such an implementation from the Hub, and run it. No saved config has one."""
-    pending = [values]
-    while pending:
-        for name, value in pending.pop().items():
-            name = str(name)  # an id of `id2label` is a number
-            if isinstance(value, dict) and not name.endswith("_implementation"):
-                pending.append(value)
-            elif name.endswith(("_implementation", "_implementation_internal")) and "/" in str(value):
-                raise ValueError(
-                    f"The config asks for {name}={str(value)[:100]!r}, code of the Hub, which a checkpoint cannot ask "
-                    "for; remove it, and pass it to from_pretrained if you trust it."
                 )
 
 

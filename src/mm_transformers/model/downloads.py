@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import ipaddress
+import queue
 import socket
 import ssl
 import threading
@@ -136,7 +137,7 @@ class _Rule:
     def connect(self, deadline: _Deadline, address: tuple[str, int], *_: Any) -> socket.socket:
         """A connection to one of the host's addresses, of which none may be private if only public ones are allowed."""
         host, port = address
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = _looked_up(host, port, deadline.left())
         if self.public_only:
             for ip in (str(where[0]) for *_, where in found):
                 if not is_public(ip):
@@ -156,6 +157,33 @@ class _Rule:
                 connection.close()
                 error = failed
         raise error or OSError(f"the host {host[:100]!r} has no address")
+
+
+def _looked_up(host: str, port: int, seconds: float) -> list[Any]:
+    """
+    The addresses of a host. Looking them up cannot be ended, so a thread does it, which nobody waits for.
+
+    Raises:
+        OSError: if there are none, or it takes longer.
+    """
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:  # OSError, or UnicodeError for a name that can be none
+            answers.put(error)
+
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    try:
+        found = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise OSError(_too_late()) from None
+    thread.join()
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def is_public(ip: str) -> bool:

@@ -18,6 +18,7 @@ from .encoder_classes import (
     without_random_skips,
 )
 from .encoder_probe import observe, probe, traits_of
+from .hub_kernels import check_config
 from .messages import check_folder, one_line
 
 
@@ -47,7 +48,9 @@ def read_encoder_config(path: str, modality: str, **kwargs) -> PreTrainedConfig:
     # Without a word of the person, transformers would ask one at the keyboard.
     kwargs.setdefault("trust_remote_code", False)
     try:
-        return AutoConfig.from_pretrained(path, **kwargs)
+        config = AutoConfig.from_pretrained(path, **kwargs)
+        check_config(config, path)
+        return config
     except (ImportError, OSError, ValueError):
         raise
     except Exception as error:  # whatever an encoder's config makes of a wrong value

@@ -11,8 +11,8 @@ import urllib.request
 from collections.abc import Hashable, Mapping
 from typing import Any, Optional
 
+from .label_cells import is_null, shorten
 from .limits import limits, named
-from .task_base import is_null, shorten
 
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, NamedTuple, Optional
 import torch
 from torch import nn
 
+from .registry import registered
+
 
 FUSION_KINDS: dict[str, type["Fusion"]] = {}
 
@@ -249,14 +251,7 @@ def register_fusion(cls: type[Fusion]) -> type[Fusion]:
     Raises:
         ValueError: if `kind` is missing or is already taken by another class.
     """
-    kind = getattr(cls, "kind", None)
-    if not isinstance(kind, str) or not kind:
-        raise ValueError(f"{cls.__name__} needs a class attribute `kind`, a string that names the fusion kind.")
-    known = FUSION_KINDS.get(kind)
-    if known is not None and known.__qualname__ != cls.__qualname__:
-        raise ValueError(f"Fusion kind {kind!r} is already taken by {known.__name__}; choose another `kind`.")
-    FUSION_KINDS[kind] = cls
-    return cls
+    return registered(FUSION_KINDS, "fusion kind")(cls)
 
 
 def fusion_class(kind: str, options: dict[str, Any]) -> type[Fusion]:

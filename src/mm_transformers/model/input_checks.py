@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from .encoders import encoder_width, max_text_positions
 from .messages import and_more, one_line
+from .modalities import ENCODERS
 
 
 # Input -> (its axes, whether it holds integers).
@@ -36,7 +37,7 @@ _LAYOUTS = {
 }
 _IS_INTEGER = {torch.int32: True, torch.int64: True}
 _IS_INTEGER |= dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), False)
-_WIDTHS = {"text_features": "text", "image_features": "vision", "audio_features": "audio"}
+_ENCODER_OF = {encoder.features: encoder.name for encoder in ENCODERS.values()}
 
 
 def check_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
@@ -77,12 +78,12 @@ def check_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
                 if size == 0:
                     what = "rows" if axis == "batch" else "tokens; attention_mask 0 marks a row without text"
                     raise ValueError(f"The batch is empty: {name} has the shape {shape}, so it has no {what}.")
-        if name in _WIDTHS and value.shape[0] > 0:
-            config = getattr(model.config, f"{_WIDTHS[name]}_config", None)
+        if name in _ENCODER_OF and value.shape[0] > 0:
+            config = getattr(model.config, f"{_ENCODER_OF[name]}_config", None)
             if config is not None and value.shape[2] != encoder_width(config):
                 raise ValueError(
-                    f"{name} must have the width {encoder_width(config)} of the {_WIDTHS[name]} encoder, but has the "
-                    f"shape {shape}."
+                    f"{name} must have the width {encoder_width(config)} of the {_ENCODER_OF[name]} encoder, but has "
+                    f"the shape {shape}."
                 )
     for name in ("image_index", "audio_index"):
         value = inputs.get(name)

@@ -36,7 +36,9 @@ class Limits:
         video_frame_pixels (`int`): Pixels of one frame of a video, as its file declares them.
         kept_frames (`int`): Frames of one video in memory.
         kept_frame_pixels (`int`): Pixels of one frame in memory. Larger frames are shrunk while they are read.
-        file_bytes (`int`): Bytes of one file of a picture, sound or video; characters of one cell of a table.
+        file_bytes (`int`):
+            Bytes of one file of a picture, sound or video; characters of one cell of a table; bytes of a column of
+            Parquet whose file is 200 times smaller.
         text_characters (`int`): Characters of one text. The rest is left out, as what exceeds `max_length` is.
         download_bytes (`int`): Bytes of one download.
         download_seconds (`float`): Seconds of one download, in all.

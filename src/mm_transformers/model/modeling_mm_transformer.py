@@ -40,7 +40,7 @@ from .new_heads import load_with_tasks
 from .pairs import PairTask, choose_partners, may_mismatch
 from .regularization import regularization_loss, take_starting_point
 from .safe_writing import saved_aside
-from .streams import FrameEmbedding, ItemOrder, NullText, check_index, check_keywords, drop_modalities
+from .streams import FRAME_EMBEDDINGS, ItemOrder, NullText, check_index, check_keywords, drop_modalities
 from .task_base import Task, TaskHeads, check_label_shape, task_from_dict
 from .token_reduction import build_token_reduction
 
@@ -429,7 +429,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             self.vision_model = vision_model or build_encoder(config.vision_config, "vision")
             self.vision_projection = StreamProjection(config, encoder_width(config.vision_config))
             self.vision_reduction = build_token_reduction(config, config.vision_token_reduction)
-            self.frame_embedding = FrameEmbedding(config.frame_embedding, config.num_frames, config.fusion_hidden_size)
+            frames = FRAME_EMBEDDINGS[config.frame_embedding]
+            self.frame_embedding = frames(config.num_frames, config.fusion_hidden_size)
         if config.audio_config is not None:
             self.audio_model = audio_model or build_encoder(config.audio_config, "audio")
             self.audio_takes_mask = takes_audio_mask(self.audio_model)

@@ -11,8 +11,9 @@ from transformers.utils import logging
 from .checkpoint_checks import with_new_heads
 from .configuration_mm_transformer import MMTransformerConfig
 from .encoders import HUB_KWARGS, encoder_width
+from .label_cells import shorten
 from .linear_probe import with_probe
-from .task_base import Task, TaskHeads, shorten
+from .task_base import Task, TaskHeads
 
 
 class MultiTaskModel(Protocol):

@@ -7,7 +7,8 @@ import torch
 
 from .fusion_base import Stream
 from .fusion_layers import masked_mean
-from .task_base import MAX_EXACT_FLOAT, LabelContext, as_scalar, is_missing, shorten
+from .label_cells import MAX_EXACT_FLOAT, as_scalar, is_missing, shorten
+from .task_base import LabelContext
 
 
 def fingerprint(content: Any) -> int:
@@ -51,7 +52,7 @@ def encode_pair(name: str, value: Any) -> Optional[int]:
 def pair_ids(groups: list[Optional[int]], context: LabelContext, modality: str) -> torch.Tensor:
     """(batch, 3) int64: fingerprints of the text, of the item and of the group, -100 in rows that are no pair."""
     rows = []
-    texts, items = ((context.fingerprints or {}).get(kind, [None] * len(groups)) for kind in ("text", modality))
+    texts, items = ((context.fingerprints or {}).get(part, [None] * len(groups)) for part in ("text", modality))
     for group, text, item in zip(groups, texts, items, strict=True):
         is_pair = group is not None and text is not None and item is not None
         rows.append([text, item, group] if is_pair else [-100] * 3)

@@ -27,6 +27,7 @@ from .file_contents import describe, is_absent
 from .images import image_key, load_image, pixels_for_each
 from .limits import limits, named
 from .messages import check_folder, one_line, shortened
+from .modalities import as_clips, as_list
 from .safe_writing import saved_aside
 from .task_token_classification import index_words
 from .text_tokens import needed_text, tokenize
@@ -335,7 +336,7 @@ class MMTransformerProcessor(ProcessorMixin):
         cuts sound to the `max_length` of texts, and passes over names that nobody takes.
         """
         kinds = self._option_names
-        options = {kind: dict(given.pop(kind, None) or {}) for kind in kinds}
+        options = {part: dict(given.pop(part, None) or {}) for part in kinds}
         common = given.pop("common_kwargs", None) or {}
         for kind, values in options.items():
             for name in values:
@@ -622,42 +623,6 @@ def check_number(items: list[Any], kind: str) -> None:
     """
     if len(items) > limits().row_items:
         raise ValueError(f"there are {len(items):,} {kind}, more than {named('row_items')}")
-
-
-def as_one(entry: Any) -> list[Any]:
-    """What a row has of which it has one at most."""
-    return [] if is_absent(entry) else [entry]
-
-
-def as_list(entry: Any) -> list[Any]:
-    """What a row has, whatever was given: none, one, or a list, in which empty cells count for nothing."""
-    entries = entry if isinstance(entry, (list, tuple)) and _depth(entry) not in (2, 3) else [entry]
-    return [_pixels(image) for image in entries if not is_absent(image)]
-
-
-def _pixels(image: Any) -> Any:
-    """Lists of numbers as the array that other sources have; anything else as it is."""
-    if _depth(image) not in (2, 3):
-        return image
-    import numpy as np
-
-    return np.asarray(image)
-
-
-def as_clips(entry: Any) -> list[Any]:
-    """The same for sound, where a list of numbers is one clip."""
-    entries = entry if isinstance(entry, (list, tuple)) and _depth(entry) != 1 else [entry]
-    return [clip for clip in entries if not is_absent(clip)]
-
-
-def _depth(entry: Any) -> int:
-    """How deep lists of numbers are; 0 for anything else, empty lists included. The innermost may be arrays."""
-    depth = 0
-    while isinstance(entry, (list, tuple)) and len(entry) > 0:
-        entry, depth = entry[0], depth + 1
-    if depth > 0 and getattr(entry, "ndim", None) == 1:
-        return depth + 1
-    return depth if isinstance(entry, numbers.Real) else 0
 
 
 __all__ = ["MMTransformerProcessor"]

@@ -10,18 +10,9 @@ import torch
 from torch import nn
 
 from .class_weights import BALANCED, balanced_weights, check_weights, known_weights, weight_tensor
+from .label_cells import check_labels, is_missing, label_id, label_scores
 from .linear_problem import MultinomialProblem
-from .task_base import (
-    NO_CONTEXT,
-    LabelContext,
-    PooledHead,
-    Task,
-    check_labels,
-    is_missing,
-    label_id,
-    label_scores,
-    register_task,
-)
+from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, register_task
 
 
 # Balanced weights that a task takes by itself are at most so large.

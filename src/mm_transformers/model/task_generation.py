@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .task_base import NO_CONTEXT, LabelContext, Task, as_scalar, is_null, register_task, shorten
+from .label_cells import as_scalar, is_null, shorten
+from .task_base import NO_CONTEXT, LabelContext, Task, register_task
 from .text_tokens import needed_text, tokenize
 
 

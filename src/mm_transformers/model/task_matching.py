@@ -7,18 +7,9 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
+from .label_cells import as_scalar, is_missing, shorten
 from .pairs import encode_pair, labels_of_pairs_left, pair_ids, read_truth_value
-from .task_base import (
-    NO_CONTEXT,
-    Judgement,
-    LabelContext,
-    PooledHead,
-    Task,
-    as_scalar,
-    is_missing,
-    register_task,
-    shorten,
-)
+from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, register_task
 from .task_retrieval import check_modality
 
 

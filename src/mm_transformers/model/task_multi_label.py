@@ -10,23 +10,10 @@ import torch
 from torch import nn
 
 from .class_weights import BALANCED, check_weights, known_weights, weight_tensor
+from .label_cells import PADDING, as_scalar, check_labels, is_missing, label_id, label_scores, shorten
 from .label_lists import split_labels
 from .linear_problem import BinaryProblem
-from .task_base import (
-    NO_CONTEXT,
-    PADDING,
-    Judgement,
-    LabelContext,
-    PooledHead,
-    Task,
-    as_scalar,
-    check_labels,
-    is_missing,
-    label_id,
-    label_scores,
-    register_task,
-    shorten,
-)
+from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, register_task
 
 
 @register_task

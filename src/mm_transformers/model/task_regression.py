@@ -7,19 +7,9 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
+from .label_cells import NUMBER, as_scalar, is_null, shorten
 from .linear_problem import RidgeProblem
-from .task_base import (
-    NO_CONTEXT,
-    NUMBER,
-    Judgement,
-    LabelContext,
-    PooledHead,
-    Task,
-    as_scalar,
-    is_null,
-    register_task,
-    shorten,
-)
+from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, register_task
 
 
 @register_task

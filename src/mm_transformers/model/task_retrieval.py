@@ -11,6 +11,7 @@ from transformers import initialization as init
 from .distributed import gather_rows
 from .encoders import encoder_width
 from .fusion_base import Stream
+from .modalities import OTHER_ENCODERS
 from .pairs import Pairs, encode_pair, labels_of_pairs_left, matching_pairs, pair_ids, pooled, read_truth_value
 from .task_base import NO_CONTEXT, LabelContext, Task, register_task
 
@@ -184,5 +185,6 @@ def unit_vectors(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def check_modality(task: Any) -> None:
-    if task.modality not in ("vision", "audio"):
-        raise ValueError(f"Task {task.name!r}: modality must be 'vision' or 'audio', but is {task.modality!r}.")
+    if task.modality not in OTHER_ENCODERS:
+        known = " or ".join(map(repr, OTHER_ENCODERS))
+        raise ValueError(f"Task {task.name!r}: modality must be {known}, but is {task.modality!r}.")

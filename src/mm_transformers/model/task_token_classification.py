@@ -11,9 +11,10 @@ from torch import nn
 from transformers.utils import logging
 
 from .class_weights import BALANCED, balanced_weights, check_weights, known_weights, weight_tensor
+from .label_cells import check_labels, is_missing, label_id, shorten
 from .label_lists import split_labels
 from .linear_problem import MultinomialProblem
-from .task_base import NO_CONTEXT, LabelContext, Task, check_labels, is_missing, label_id, register_task, shorten
+from .task_base import NO_CONTEXT, LabelContext, Task, register_task
 from .task_classification import check_label_smoothing, cross_entropy_sum
 
 

@@ -13,8 +13,8 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from ..model.answers import decode_answers
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.generation import AnswerDecoder, split_inputs, task_that_writes
+from ..model.label_cells import shorten
 from ..model.modeling_mm_transformer import MMTransformerOutput
-from ..model.task_base import shorten
 from .export import STATES, STATES_MASK
 from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES, example_shape, read_spec
 

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..data.collator import ROW_KEY, MMDataCollator
 from ..model.answers import check_tasks, unwrapped
+from ..model.label_cells import is_null
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.predictions import Predictions
 from ..model.processing_mm_transformer import MMTransformerProcessor
-from ..model.task_base import is_null
 
 
 class Predictor:

@@ -12,7 +12,8 @@ from ..data.collator import MMDataCollator
 from ..data.mixture import DataMixture
 from ..data.row_labels import rows_with_columns
 from ..data.sources import ANY_SOURCE, SOURCE_KEY, DataSource, columns_of, is_iterable
-from ..model.task_base import Task, is_missing
+from ..model.label_cells import is_missing
+from ..model.task_base import Task
 from .metrics import LESS_IS_BETTER
 
 

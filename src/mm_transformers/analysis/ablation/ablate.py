@@ -14,9 +14,9 @@ from transformers.utils import logging
 from ...data.collator import MMDataCollator
 from ...data.sources import rows_of
 from ...model.answers import check_tasks, evaluation_mode, unwrapped
+from ...model.label_cells import as_scalar, is_null
 from ...model.modeling_mm_transformer import MMTransformerModelOutput
 from ...model.predictions import Predictions
-from ...model.task_base import as_scalar, is_null
 from ...model.tasks import Task
 from ...training.metrics import MultiTaskMetrics, less_is_better
 from ...training.metrics.mismatches import Unlabelled, mismatched_rows

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Optional
 from accelerate.utils import send_to_device
 
 from ...data.collator import MMDataCollator
+from ...model.label_cells import is_missing
 from ...model.predictions import Predictions
-from ...model.task_base import is_missing
 
 
 class Answered(NamedTuple):

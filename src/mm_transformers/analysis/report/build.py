@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ...data.collator import MMDataCollator
 from ...data.sources import rows_of
 from ...model.answers import unwrapped
+from ...model.modalities import MODALITIES
 from ...model.safe_writing import write_atomically
 from ..ablation.results import Ablation
 from ..explaining.colors import text_color
@@ -123,11 +124,10 @@ class _Drawn:
         row, where = rows[answered.number], f"row {answered.number}"
         parts: dict[str, Any] = {"text": collator.text_of(row, True, where)}
         # As the model was given them: what cannot be read may have been dropped.
-        for kind, name in (("images", "image"), ("videos", "video"), ("audio", "audio")):
-            column = collator.media.get(kind)
-            items = column.read([row], [where])[0][0] if column is not None else []
+        for argument, column in collator.media.items():
+            items, modality = column.read([row], [where])[0][0], MODALITIES[argument]
             if items:
-                parts[name] = items[0] if kind == "videos" else items
+                parts[modality.name] = items[0] if modality.is_sequence else items
         # What cannot be explained is shown all the same.
         self.problem, self.rests_on, explanation = "", "", None
         self.pictures: list[tuple[str, Optional[str]]] = []

@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ...model.modalities import ENCODERS
 from ...model.tasks import Task
 from .facts import CardFacts
 from .sections import base_model_of
@@ -21,7 +22,7 @@ def entries_of(facts: CardFacts) -> dict[str, Any]:
     first = next(iter(tasks.values()), Task("none"))
     if first.hub_task != Task.hub_task:
         entries["pipeline_tag"] = first.hub_task
-    media = [{"vision": "image", "audio": "audio"}[name] for name in facts.config.modalities]
+    media = [ENCODERS[name].hub_tag for name in facts.config.modalities]
     tags = ["mm_transformers", "multimodal", "multi-task", *media]
     entries.update({f"tags {tag}": tag for tag in tags})
     configs = [getattr(facts.config, f"{name}_config", None) for name in ("text", *facts.config.modalities)]

@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction
 from transformers.utils import logging
 
-from ...data.feature_reading import KINDS
 from ...data.sources import is_iterable
+from ...model.modalities import modalities_of
 from ...model.pairs import Pairs
 
 
@@ -120,7 +120,7 @@ def mismatched_rows(
     """
     text, media = collator.text_column, collator.media
     drawn = draw_mismatches(torch.as_tensor(labels)).numpy()
-    items = [media[kind].column for kind in KINDS[task.modality] if kind in media]
+    items = [media[part.argument].column for part in modalities_of(task.modality) if part.argument in media]
     everything = [text, *(column.column for column in media.values())]
     for side, columns in enumerate((items, [text])):
         numbers = np.flatnonzero(drawn[:, side] >= 0)

@@ -67,7 +67,7 @@ class TaskBalancing(TrainerCallback):
 
     @property
     def is_static(self) -> bool:
-        return self.weighting.kind == "static"
+        return self.weighting.is_constant
 
     def _check(self) -> None:
         args, kind = self.args, self.weighting.kind

@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ...model.hub_kernels import asks_for_kernel
+
 
 # Where metrics may go: nowhere, or into files of the output folder.
 _LOCAL_REPORTS = ("none", "tensorboard")
@@ -16,7 +18,7 @@ def _is_true(section: Section, key: str) -> bool:
 
 
 def _is_kernel(section: Section, key: str) -> bool:
-    return "/" in str(section[key])
+    return asks_for_kernel(section[key])
 
 
 def _pushes(section: Section, key: str) -> bool:

@@ -1,0 +1,206 @@
+"""What fuzzing has found: each kind of it as a plain test."""
+
+import json
+import sys
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hostile_media import wav
+from samples import sounds, tables
+from tiny import make_config, make_image, make_image_processor, make_processor, make_tokenizer
+
+from mm_transformers import Classification, MMDataCollator, MMTransformerConfig, MMTransformerProcessor
+from mm_transformers.analysis.task_comparison import run_comparison
+from mm_transformers.cli.metrics_table import print_metrics
+from mm_transformers.data.loading import load_files
+from mm_transformers.data.tables import TableRows
+from mm_transformers.model.audio import AudioError, load_audio
+from mm_transformers.model.images import ImageError, load_image
+from mm_transformers.model.video import VideoError, load_frames
+
+
+def sentence(kind, read, *args, **kwargs) -> str:
+    with pytest.raises(kind) as info:
+        read(*args, **kwargs)
+    message = str(info.value)
+    assert "\n" not in message
+    assert len(message) < 1500
+    return message
+
+
+# Tables
+
+
+def test_errors_of_parquet_are_one_line(tmp_path):
+    content = tables()[".parquet"]
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(content[:163] + b"\0" + content[164:])  # in the header of a page
+    assert "cannot be read as Parquet" in sentence(ValueError, lambda: list(TableRows(path)))
+
+
+@pytest.mark.parametrize("content", ["a\0b,topic\nx,y\n", '{"a\\u0000b": 1}\n'], ids=["csv", "json"])
+def test_a_zero_byte_in_the_name_of_a_column(tmp_path, content):
+    path = tmp_path / ("rows.csv" if "," in content else "rows.jsonl")
+    path.write_text(content)
+    assert "the name of a column has a zero byte" in sentence(ValueError, TableRows, path)
+    sentence(ValueError, load_files, {"train": str(path)}, (), cache_dir=str(tmp_path / "cache"))
+
+
+# Cells
+
+
+@pytest.mark.parametrize("cast", [3, "L", [1], {3: "L", "x": 1}, {"mode": 3}, {"mode": "evil"}])
+def test_options_of_casts_that_are_none(cast):
+    """A cell may hold anything, also where a data set would have put its options."""
+    picture = {"bytes": None, "path": "nowhere.png", "cast": cast}
+    for column, cell in (("image", picture), ("video", picture)):
+        collator = MMDataCollator(make_processor(), make_config())
+        assert f"column '{column}'" in sentence(ValueError, collator, [{"text": "a", column: cell}])
+
+
+def test_a_number_is_no_video():
+    for video in (np.array(3), torch.tensor(3.0)):
+        sentence(VideoError, load_frames, video, 2)
+
+
+def test_an_array_in_the_place_of_a_text_is_told_in_one_line():
+    collator = MMDataCollator(make_processor(), make_config())
+    for cell in (torch.zeros(2, 3), np.zeros((2, 3))):
+        for column in ("text", "topic", "score", "tags"):
+            sentence(ValueError, collator, [{"text": "a", column: cell}])
+
+
+# Media
+
+
+def test_a_damaged_sound_prints_no_traceback(monkeypatch):
+    """libsndfile calls back into Python, where nothing can catch an error."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    for content in (*sounds().values(), wav()):
+        for place in range(0, min(len(content), 120), 2):
+            for value in (b"\xff\xff", b"\x80\x00"):
+                damaged = content[:place] + value + content[place + 2 :]
+                try:
+                    load_audio(damaged, 16_000)
+                except AudioError:
+                    continue
+    assert not printed
+
+
+def test_pictures_of_pictures():
+    sentence(ImageError, load_image, {"bytes": {"bytes": b"x"}})
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("tokenizer_config.json", {"model_max_length": {"a": 1}}), ("tokenizer_config.json", {"model_max_length": -3}),
+        ("tokenizer_config.json", {"padding_side": "up"}), ("processor_config.json", {"num_frames": -5}),
+        ("processor_config.json", {"num_frames": "many"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_a_processor_have_types(tmp_path, name, changes):
+    make_processor().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps({**values, **changes}))
+    sentence((ValueError, OSError), MMTransformerProcessor.from_pretrained, tmp_path)
+
+
+@pytest.mark.parametrize("option", [{"rescale_factor": "x"}, {"image_mean": {}}, {"size": {}}])
+def test_settings_with_which_an_image_processor_fails(option):
+    image_processor = make_image_processor()
+    for name, value in option.items():
+        setattr(image_processor, name, value)
+    processor = MMTransformerProcessor(image_processor=image_processor, tokenizer=make_tokenizer())
+    message = sentence(ValueError, processor, text=["a"], images=[make_image()])
+    assert "The image processor fails with its settings" in message
+
+
+def test_an_unknown_image_processor_is_told_without_all_that_are_known(tmp_path):
+    make_processor().save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    values = json.loads(path.read_text())
+    values["image_processor"] = {"size": 3}
+    path.write_text(json.dumps(values))
+    sentence((ValueError, OSError), MMTransformerProcessor.from_pretrained, tmp_path)
+
+
+def config(**changes):
+    return {**json.loads(make_config().to_json_string(use_diff=False)), **changes}
+
+
+def nested(depth: int):
+    value = 3
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        config(fusion_kwargs={"dtype": 3}), config(tasks=[nested(300)]),
+        config(tasks=[{"kind": nested(300), "name": "a"}]), config(tasks=[{"kind": "regression", "name": nested(300)}]),
+        config(tasks=[{"kind": "classification", "name": "a", "labels": [[], "b"]}]),
+        config(tasks=[{"kind": "classification", "name": "a", "labels": {str(i): i for i in range(999)}}]),
+    ],
+    ids=lambda values: str(values.get("tasks", values))[:50],
+)  # fmt: skip
+def test_values_of_configs_are_told_in_short(values):
+    sentence(ValueError, MMTransformerConfig.from_dict, values)
+
+
+def test_labels_are_texts_wherever_a_config_names_them():
+    read = MMTransformerConfig.from_dict(
+        config(tasks=[{"kind": "classification", "name": "a", "labels": [None, 3, "b"]}])
+    )
+    assert read.id2label == {0: "None", 1: "3", 2: "b"}
+    assert read.get_tasks()["a"].labels == ["None", "3", "b"]
+    assert str(read)  # transformers sorts the names
+    with pytest.raises(ValueError, match=r"a label must be a name, but is \[\]"):
+        Classification("a", labels=[[], "b"])
+
+
+# States
+
+
+@pytest.mark.parametrize(
+    "runs", [{"a": 3}, {"a": {"0": None}}, {"a": {"0": {"a": None}}}, {"a": {"0": {"a": {"f1": "x"}}}}, {"a": []}]
+)  # fmt: skip
+def test_comparisons_of_another_form(tmp_path, runs):
+    path = tmp_path / "comparison.json"
+    path.write_text(json.dumps({"settings": {}, "runs": runs}))
+    message = sentence(ValueError, run_comparison, lambda tasks, seed: {}, ["a", "b"], [0], path, {})
+    assert "comparison.json is damaged" in message
+
+
+def test_metrics_that_are_no_numbers_are_not_shown(capsys):
+    values = {"eval_topic_f1": 0.25, "eval_topic_a": None, "eval_topic_b": "x", "eval_topic_c": 10**400}
+    print_metrics({"test": values}, {"test": "eval"}, ["topic"])
+    shown = capsys.readouterr().out
+    assert "0.25" in shown
+    assert not any(f" {name} " in shown for name in "abc")
+
+
+def test_a_column_of_parquet_that_is_far_larger_than_the_file(tmp_path, monkeypatch):
+    from mm_transformers import Limits
+
+    monkeypatch.setattr("mm_transformers.model.limits._current", Limits(file_bytes=1_000_000))
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"topic": ["a"], "text": ["x" * 5_000_000]})
+    for compression, refused in (("zstd", True), ("none", False)):
+        pyarrow.parquet.write_table(table, path, compression=compression, use_dictionary=False)
+        if refused:
+            message = sentence(ValueError, TableRows, path)
+            assert "column 'text' has 5,000," in message
+            assert "more than the limit file_bytes=1,000,000" in message
+        else:
+            assert len(list(TableRows(path))) == 1
