@@ -13,6 +13,7 @@ from mm_transformers.model.encoder_features import EncoderFeatures
 from mm_transformers.model.freeze_rules import batch_norms, freeze_parameters, frozen_batch_norm
 from mm_transformers.model.generation import AnswerDecoder, split_inputs, task_that_writes
 from mm_transformers.model.pairs import choose_partners, may_mismatch
+from mm_transformers.model.pretrained_encoders import split_options, with_defaults
 
 
 class TestFreezeRules:
@@ -154,3 +155,30 @@ class TestPairs:
         assert set(chosen.tolist()) == {1, 2}
         expected = torch.tensor([0.0, 2.0]).softmax(0)[1].item()
         assert (chosen == 2).float().mean().item() == pytest.approx(expected, abs=0.03)
+
+
+class TestPretrainedEncoders:
+    def test_fields_of_the_config_and_arguments_of_the_encoders(self):
+        options, others = split_options({"num_fusion_layers": 2, "revision": "main", "tasks": []})
+        assert options == {"num_fusion_layers": 2, "tasks": []}
+        assert others == {"revision": "main"}
+
+    def test_a_misspelt_field(self):
+        with pytest.raises(ValueError, match="knows no 'fusion_typ'; did you mean 'fusion_type'?"):
+            split_options({"fusion_typ": "late"})
+
+    def test_defaults_give_way_to_options(self):
+        assert with_defaults({"freeze": None, "item_order": False}, ["text", "vision"]) == {
+            "linear_probe": True, "freeze_batch_norm": True, "item_order": False, "num_fusion_layers": 1,
+            "modality_dropout": {"text": 0.3, "vision": 0.3}, "freeze": None,
+        }  # fmt: skip
+
+    def test_text_alone(self):
+        options = with_defaults({}, ["text"])
+        assert options["modality_dropout"] == {}
+        assert options["item_order"] is False
+        assert "freeze" not in options
+
+    def test_a_task_that_writes_keeps_its_text(self):
+        options = with_defaults({"tasks": [Generation("german").to_dict()]}, ["text", "vision"])
+        assert options["modality_dropout"] == {"vision": 0.3}

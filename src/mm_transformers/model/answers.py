@@ -1,31 +1,44 @@
-"""What the tasks of a model answer, in words."""
+"""The answers of a model: which tasks are asked, evaluation mode, and logits turned into words."""
 
 import difflib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any, Optional, Protocol
 
 import torch
 
 from .task_base import Task
 
 
+class HasTasks(Protocol):
+    """A model that answers tasks, or its config."""
+
+    tasks: dict[str, Task]
+
+
 def unwrapped(model: Any) -> Any:
-    """The model itself, of one that PEFT has wrapped; its adapters stay in it."""
+    """The model inside of a PEFT model; its adapters stay in it. Other models as they are."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 _lock = threading.Lock()
-# By id of a model: how many blocks are open, and the modules that were in training mode before the first.
+# Id of a model -> how many blocks are open, and the modules in training mode before the first of them.
 _open_blocks: dict[int, tuple[int, list[torch.nn.Module]]] = {}
 
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """
-    Within the block all modules are in evaluation mode; afterwards each is in the mode that it was in. Of several
-    threads, the last to leave restores the modes.
+    Within the block all modules are in evaluation mode; afterwards each has its mode from before. If several threads
+    use a model, the last to leave restores the modes.
+
+    Example:
+
+    ```python
+    >>> with evaluation_mode(model):
+    ...     outputs = model(**inputs)
+    ```
     """
     with _lock:
         count, in_training = _open_blocks.get(id(model), (0, []))
@@ -45,9 +58,9 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
                     module.training = True
 
 
-def check_tasks(model: Any, tasks: Optional[Sequence[str]]) -> list[str]:
+def check_tasks(model: HasTasks, tasks: str | Sequence[str] | None) -> list[str]:
     """
-    The names of the tasks, or of all.
+    The names of the tasks that are asked, each once; by default all of the model.
 
     Raises:
         ValueError: if the model has no such task.

@@ -1,8 +1,7 @@
 """
-Whether the weights of a checkpoint are those that its model needs, and what is wrong with one that cannot be loaded, in
-one sentence.
+Checks that a checkpoint has the weights of its model, and says in one sentence why one cannot be loaded.
 
-Names, shapes and types are compared before memory for new weights is taken. Files are looked at only after loading has
+Names, shapes and types are compared before memory for new weights is taken. Files are read only after loading has
 failed, and then only their headers.
 """
 
@@ -13,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Protocol
 
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from .messages import and_more, check_folder, one_line
@@ -27,20 +27,29 @@ _INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 
 class Checkpoint(NamedTuple):
     """
-    What is being loaded.
+    The checkpoint that is being loaded.
 
     Args:
-        path (`str` or `Path`): Hub id or local folder.
-        options: What else was given to `from_pretrained`.
-        new_heads: The tasks whose heads the caller wants new.
+        path: Hub id or local folder.
+        options: The other arguments of `from_pretrained`.
+        new_heads: The tasks whose heads get new weights.
     """
 
-    path: Any
+    path: str | os.PathLike
     options: Mapping[str, Any]
     new_heads: tuple[str, ...] = ()
 
 
-# `None` while nothing is to be checked.
+class LoadingInfo(Protocol):
+    """The names of weights that do not fit, as transformers finds them while it loads."""
+
+    missing_keys: set[str]
+    unexpected_keys: set[str]
+    # Each a name, the shape in the checkpoint and the shape in the model.
+    mismatched_keys: set[tuple[str, Any, Any]]
+
+
+# `None` while nothing is checked.
 _loading: ContextVar[Optional[Checkpoint]] = ContextVar("loading", default=None)
 _new_heads: ContextVar[Optional[tuple[str, ...]]] = ContextVar("new_heads", default=None)
 
@@ -56,10 +65,10 @@ def with_new_heads(names: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def checked(path: Any, options: Mapping[str, Any]) -> Iterator[None]:
+def checked(path: str | os.PathLike | None, options: Mapping[str, Any]) -> Iterator[None]:
     """
-    While the block runs, [`check_fit`] compares what is loaded; nothing if the caller gives weights of his own by
-    `state_dict`, or takes what fits by `ignore_mismatched_sizes=True`.
+    While the block runs, [`check_fit`] compares the weights; not if the caller passes `state_dict` or
+    `ignore_mismatched_sizes=True`.
     """
     names = _new_heads.get()
     takes_what_fits = options.get("state_dict") is not None or options.get("ignore_mismatched_sizes")
@@ -71,21 +80,21 @@ def checked(path: Any, options: Mapping[str, Any]) -> Iterator[None]:
         _loading.reset(token)
 
 
-def check_fit(model: Any, info: Any) -> None:
+def check_fit(model: PreTrainedModel, info: LoadingInfo) -> None:
     """
     Args:
         model: On the meta device, where it takes no memory.
-        info: The `missing_keys`, `unexpected_keys` and `mismatched_keys` of loading.
+        info: The names of weights that do not fit.
 
     Raises:
-        ValueError: one sentence, if the checkpoint has not just the weights of the model.
+        ValueError: one sentence, if the checkpoint lacks weights of the model, or has others.
     """
     loading = _loading.get()
     if loading is None:
         return
     info = copy.copy(info)
     if hasattr(model, "_adjust_missing_and_unexpected_keys"):
-        model._adjust_missing_and_unexpected_keys(info)  # what each encoder says that need not be there
+        model._adjust_missing_and_unexpected_keys(info)  # weights that an encoder says may be absent
     where, new = repr(str(loading.path)), tuple(f"heads.{name}." for name in loading.new_heads)
     mismatched = sorted(entry for entry in info.mismatched_keys if not entry[0].startswith(new or (" ",)))
     if mismatched:
@@ -115,7 +124,7 @@ def check_fit(model: Any, info: Any) -> None:
     if not hasattr(model, "heads"):
         new = ("heads.",)
     unexpected = sorted(name for name in info.unexpected_keys if not name.startswith(new or (" ",)))
-    if _new_heads.get() is not None:  # the caller names the tasks, and may leave some out
+    if _new_heads.get() is not None:  # the caller names the tasks, perhaps not all of the saved ones
         unexpected = [name for name in unexpected if not _is_head_of_other(name, model)]
     if unexpected:
         raise ValueError(
@@ -125,7 +134,7 @@ def check_fit(model: Any, info: Any) -> None:
     _check_types(model, files, where)
 
 
-def _is_head_of_other(name: str, model: Any) -> bool:
+def _is_head_of_other(name: str, model: PreTrainedModel) -> bool:
     first, _, rest = name.partition(".")
     return first == "heads" and rest.partition(".")[0] not in model.heads.names
 
@@ -153,7 +162,7 @@ def _weight_files(loading: Checkpoint) -> list[str]:
     return [file for shard in shards if (file := _find(loading.path, shard, where)) is not None]
 
 
-# Parts of the model, and the fields of the config of which one asks for them.
+# Parts of the model, and the fields of the config without which they are absent.
 _FIELDS = {
     "vision_model": ["vision_config"],
     "vision_projection": ["vision_config"],
@@ -167,7 +176,7 @@ _FIELDS = {
 
 
 def _parts_without_field(loading: Checkpoint) -> set[str]:
-    """The parts for which the saved config has no value: the caller has added them, or the checkpoint is older."""
+    """The parts whose field the saved config lacks: the caller has added them, or the checkpoint is older."""
     path = _find(loading.path, "config.json", _where(loading.options))
     saved = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
     parts = {part for part, fields in _FIELDS.items() if not all(saved.get(field) for field in fields)}
@@ -177,20 +186,20 @@ def _parts_without_field(loading: Checkpoint) -> set[str]:
 
 
 def _is_of_base_model(files: list[str]) -> bool:
-    """Whether the weights are those of a model without heads, whose names have no prefix."""
+    """Whether the weights are of a model without heads, so that their names have no prefix."""
     return bool(files) and not any(name.startswith(("model.", "heads.")) for file in files for name in _types(file))
 
 
 def _types(file: str) -> dict[str, str]:
     """Weight -> its type, as safetensors names it."""
-    # transformers itself needs it, so it is always there; inside, since this module is also copied next to weights.
+    # Inside, since this module is copied next to weights; transformers needs safetensors, so it is always installed.
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as weights:
         return {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
 
 
-def _check_types(model: Any, files: list[str], where: str) -> None:
+def _check_types(model: PreTrainedModel, files: list[str], where: str) -> None:
     wanted = {name: value.is_floating_point() for name, value in model.state_dict().items()}
     prefix = f"{model.base_model_prefix}."
     for file in files:
@@ -205,14 +214,14 @@ def _check_types(model: Any, files: list[str], where: str) -> None:
                 )
 
 
-def what_is_wrong(path: Any, error: Exception, **kwargs) -> Optional[Exception]:
+def what_is_wrong(path: str | os.PathLike | None, error: Exception, **kwargs: Any) -> Optional[Exception]:
     """
     An error that says what is wrong with a checkpoint, or `None` if the error of loading says it already.
 
     Args:
-        path (`str` or `Path`): Hub id or local folder of the checkpoint.
+        path: Hub id or local folder of the checkpoint.
         error: That of loading.
-        kwargs: What else was given to `from_pretrained`.
+        kwargs: The other arguments of `from_pretrained`.
 
     Returns:
         `OSError`, if files are missing or damaged; `ValueError`, if the model of the config cannot be built.
@@ -250,7 +259,7 @@ _DAMAGE = (
 
 
 def is_pickle_error(error: Optional[BaseException]) -> bool:
-    """Whether torch has refused a pickle that holds more than tensors; its message says how to load it all the same."""
+    """Whether torch refused a pickle that holds more than tensors; its message says how to load it all the same."""
     while error is not None:
         if type(error).__name__ == "UnpicklingError" or "weights_only" in str(error):
             return True
@@ -258,13 +267,13 @@ def is_pickle_error(error: Optional[BaseException]) -> bool:
     return False
 
 
-def _problem_of_files(path: Any, name: str, where: Mapping[str, Any]) -> Optional[str]:
+def _problem_of_files(path: str | os.PathLike, name: str, where: Mapping[str, Any]) -> Optional[str]:
     single = _find(path, name, where)
     if single is not None:
         return _problem_of_file(single, path)
     index = _find(path, f"{name}.index.json", where)
     if index is None:
-        return None  # transformers itself says which names it looked for
+        return None  # the error of transformers says which names it looked for
     try:
         shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -276,8 +285,8 @@ def _problem_of_files(path: Any, name: str, where: Mapping[str, Any]) -> Optiona
     return next((problem for file in files.values() if (problem := _problem_of_file(file, path))), None)
 
 
-def _problem_of_file(file: Any, path: Any) -> Optional[str]:
-    # transformers itself needs it, so it is always there; inside, since this module is also copied next to weights.
+def _problem_of_file(file: str, path: str | os.PathLike) -> Optional[str]:
+    # Inside, as above.
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -290,7 +299,7 @@ def _problem_of_file(file: Any, path: Any) -> Optional[str]:
         )
 
 
-def _find(path: Any, name: str, where: Mapping[str, Any]) -> Optional[str]:
+def _find(path: str | os.PathLike, name: str, where: Mapping[str, Any]) -> Optional[str]:
     return cached_file(
         path,
         name,

@@ -1,4 +1,4 @@
-"""What images, videos and sounds in a table have in common: paths, addresses, bytes, and dicts with one of these."""
+"""The contents of cells that hold images, videos or sounds: paths, addresses, bytes, and dicts with one of these."""
 
 import base64
 import binascii
@@ -18,7 +18,7 @@ from .limits import limits, named
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
 _DATA_URL = re.compile(r"data:([^,]{0,200}?)(;base64)?,", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{48,}={0,2}")
-# How files of images, sounds and videos begin; those of MP4 have a number before it.
+# The first bytes of files of images, sounds and videos; those of MP4 have a number before them.
 _SIGNATURES = (
     b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"OggS", b"fLaC", b"ID3", b"FORM",
     b"\x1aE\xdf\xa3",
@@ -26,13 +26,13 @@ _SIGNATURES = (
 
 
 class UnreadableFile(ValueError):
-    """A file, or an address, that is not read; the message says why, in one sentence."""
+    """A file or an address that cannot be read; the message says why, in one sentence."""
 
 
 def content_of(cell: Any) -> Any:
     """
-    The bytes or the path in a cell; anything else as it is. Of a dict with both bytes and path, the bytes. Texts in
-    base64 and `data:` addresses are bytes, `file://` addresses are paths.
+    The bytes or the path in a cell; anything else as it is. A dict with both gives the bytes. Texts in base64 and
+    `data:` addresses are bytes, `file://` addresses are paths.
     """
     if isinstance(cell, Mapping):
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
@@ -92,7 +92,7 @@ def content_key(cell: Any, content: Any) -> Hashable:
 
 
 def describe(cell: Any, kind: str) -> str:
-    """How messages call an image, a video or a sound."""
+    """The name of an image, a video or a sound in messages."""
     if isinstance(cell, Mapping):
         cell = cell.get("path") or next((value for value in cell.values() if value is not None), None)
     if isinstance(cell, str) and (cell.startswith("data:") or isinstance(content_of(cell), bytes)):
@@ -105,7 +105,7 @@ def describe(cell: Any, kind: str) -> str:
 
 
 def not_there(cell: Any, kind: str) -> str:
-    """The sentence about a file that does not exist."""
+    """The sentence for a file that does not exist, without its end."""
     path = cell.get("path") if isinstance(cell, Mapping) else cell
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
     if text.startswith("data:"):
@@ -119,24 +119,24 @@ def not_there(cell: Any, kind: str) -> str:
 
 
 def is_address(content: Any) -> bool:
-    """Whether a text is more than a path: it says how to get at the file, as `s3://...`, or holds it."""
+    """Whether a text is not a path but an address, as `s3://...`, or holds the file itself."""
     if not isinstance(content, str):
         return False
     return bool(_ADDRESS.match(content)) or content.startswith("data:") or isinstance(content_of(content), bytes)
 
 
-def check_file(content: Any) -> None:
+def check_file(content: bytes | str | os.PathLike) -> None:
     """
-    For bytes, or a path, that a reader is to be given.
+    Checks bytes or a path before they are read.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        UnreadableFile: if it is larger than the limit, or no file but a device, a pipe or a folder.
+        UnreadableFile: if it is larger than the limit `file_bytes`, or a device, a pipe or a folder.
     """
     if isinstance(content, bytes):
         size = len(content)
     else:
-        # No path is so long, and the error of the system would hold all of it.
+        # No path is so long, and the system's error would contain all of it.
         if len(os.fspath(content)) > 4096 or "\0" in os.fspath(content):
             raise FileNotFoundError
         found = os.stat(content)
@@ -148,7 +148,7 @@ def check_file(content: Any) -> None:
         raise UnreadableFile(f"it has {size:,} bytes, more than {named('file_bytes')}")
 
 
-def read_file(path: Any) -> bytes:
+def read_file(path: str | os.PathLike) -> bytes:
     """
     All bytes of a file, within the limits.
 

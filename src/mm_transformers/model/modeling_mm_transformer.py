@@ -3,11 +3,9 @@ The fused model, from its outputs to its heads: [`MMTransformerModel`] runs enco
 [`MMTransformerForMultiTask`] adds a head per task, [`MMTransformerForSequenceClassification`] has one head only.
 """
 
-import difflib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,11 +23,11 @@ from .answers import decode_answers
 from .checkpoint_checks import check_fit, checked, is_pickle_error, what_is_wrong
 from .configuration_mm_transformer import MMTransformerConfig
 from .custom_code import reference, warn_if_not_copied, write_code
-from .decoders import build_seq2seq, load_seq2seq
+from .decoders import build_seq2seq
 from .distributed import is_sharded
 from .encoder_classes import blank_input, takes_audio_mask
 from .encoder_features import EncoderFeatures
-from .encoders import HUB_KWARGS, build_encoder, encoder_config_from_pretrained, encoder_width, load_encoder
+from .encoders import build_encoder, encoder_width
 from .freeze_rules import batch_norms, freeze_parameters, frozen_batch_norm
 from .fusion import Stream, fusion_class
 from .fusion_layers import Gate, StreamProjection, masked_mean
@@ -38,17 +36,15 @@ from .input_checks import check_finite_weights, check_layout, is_finite, what_is
 from .linear_probe import with_probe
 from .new_heads import load_with_tasks
 from .pairs import PairTask, choose_partners, may_mismatch
+from .pretrained_encoders import default_dtype, load_encoders, split_options, with_defaults
 from .regularization import regularization_loss, take_starting_point
 from .safe_writing import saved_aside
 from .streams import FRAME_EMBEDDINGS, ItemOrder, NullText, check_index, check_keywords, drop_modalities
-from .task_base import Task, TaskHeads, check_label_shape, task_from_dict
+from .task_base import Task, TaskHeads, check_label_shape
 from .token_reduction import build_token_reduction
 
 
 logger = logging.get_logger(__name__)
-
-# Of models with pretrained encoders; `docs/defaults.md` says how it was chosen.
-MODALITY_DROPOUT = 0.3
 
 # What `save_pretrained(push_to_hub=True)` hands on to `push_to_hub`.
 _PUSHING = ("repo_id", "commit_message", "private", "token", "create_pr", "max_shard_size", "revision", "tags")
@@ -341,49 +337,13 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         ... )
         ```
         """
-        options = {name: kwargs.pop(name) for name in list(kwargs) if name in MMTransformerConfig.__annotations__}
-        for name in kwargs:
-            meant = difflib.get_close_matches(name, MMTransformerConfig.__annotations__, n=1, cutoff=0.85)
-            if meant:
-                raise ValueError(f"from_encoders knows no {name!r}; did you mean {meant[0]!r}?")
-        # Pretrained features are good enough for a linear probe, and pretrained statistics better than small batches'.
-        options.setdefault("linear_probe", True)
-        options.setdefault("freeze_batch_norm", True)
-        options.setdefault("item_order", vision is not None or audio is not None)
-        options.setdefault("num_fusion_layers", 1)
-        if vision is not None:
-            options.setdefault("freeze", ["vision"])
         given = {"text": text, "vision": vision, "audio": audio}
-        tasks = options.get("tasks") or []
-        modalities = [name for name, path in given.items() if path]
-        options.setdefault("modality_dropout", _default_modality_dropout(modalities, tasks))
-        # A checkpoint may be stored in half precision; training starts from float32 unless told otherwise.
-        kwargs.setdefault("dtype", torch.float32)
-        # A wrong option is an error before gigabytes are read.
-        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        text_config = encoder_config_from_pretrained(text, "text", **hub_kwargs)
-        # These two may name an encoder that this early config lacks.
-        early = {name: value for name, value in options.items() if name not in ("freeze", "modality_dropout")}
-        config = MMTransformerConfig(**early, text_config=text_config)
-        encoders, chosen = {}, {}
-        for modality, path in given.items():
-            if path is not None and modality == "text" and config.has_decoder:
-                encoder = load_seq2seq(path, config.decoder_config, **kwargs)
-                encoder_config = encoder.config if config.decoder_config is None else encoder.encoder.config
-                options["text_config"] = encoder_config
-                encoders["text_model"] = encoder
-                chosen["text"] = (encoder_config, encoder_config._attn_implementation)
-            elif path is not None:
-                encoder, encoder_config = load_encoder(path, modality, **kwargs)
-                options[f"{modality}_config"] = encoder_config
-                encoders[f"{modality}_model"] = encoder
-                chosen[modality] = (encoder_config, encoder_config._attn_implementation)
-        config = MMTransformerConfig(**options, attn_implementation=kwargs.get("attn_implementation"))
-        with _default_dtype(encoders["text_model"].dtype):
-            model = cls(config, **encoders).eval()
-        # The new config has reset the attention implementation of its parts.
-        for encoder_config, implementation in chosen.values():
-            encoder_config._attn_implementation = implementation
+        paths = {modality: path for modality, path in given.items() if path is not None}
+        options, kwargs = split_options(kwargs)
+        loaded = load_encoders(paths, with_defaults(options, list(paths)), **kwargs)
+        with default_dtype(loaded.models["text_model"].dtype):
+            model = cls(loaded.config, **loaded.models).eval()
+        loaded.restore_attention()
         return model
 
 
@@ -1305,26 +1265,6 @@ class MMTransformerForSequenceClassification(MMTransformerForMultiTask):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def _default_modality_dropout(modalities: list[str], tasks: list[Task | dict[str, Any]]) -> dict[str, float]:
-    """By modality; 0 for the text if a task writes, since the answer translates or continues that text."""
-    if len(modalities) < 2:
-        return {}
-    known = [task_from_dict(task) if isinstance(task, dict) else task for task in tasks]
-    keeps_text = any(task.needs_decoder for task in known)
-    return {name: MODALITY_DROPOUT for name in modalities if not (name == "text" and keeps_text)}
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within the block new parameters have this dtype."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)
 
 
 __all__ = [

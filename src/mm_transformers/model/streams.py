@@ -1,4 +1,4 @@
-"""From encoded items (images, clips of sound) to the tokens that each row of a batch has of them."""
+"""The tokens of each row: which encoded items (images, clips of sound) it has, in which order, and which it keeps."""
 
 import difflib
 import inspect
@@ -9,8 +9,7 @@ from torch import nn
 from transformers import initialization as init
 
 
-# What callers of any transformers model may pass, whether it means something here or not.
-# What the processor and tokenizers give beside the inputs of the model is passed over, too.
+# Ignored arguments: those that any transformers model takes, and what tokenizers return beside inputs.
 _COMMON_KEYWORDS = {
     "return_dict", "return_loss", "use_cache", "word_index", "special_tokens_mask", "length", "offset_mapping",
     "overflow_to_sample_mapping", "num_truncated_tokens", "references",
@@ -20,10 +19,10 @@ _COMMON_KEYWORDS = {
 def check_keywords(model: nn.Module, unknown: dict[str, Any]) -> None:
     """
     Args:
-        unknown: the keywords of a call that `model.forward` does not name.
+        unknown: the keywords of a call that `model.forward` lacks.
 
     Raises:
-        TypeError: if there are any, which would otherwise do nothing.
+        TypeError: if one of them is not among those that are ignored.
     """
     for name in unknown:
         if name not in _COMMON_KEYWORDS:

@@ -188,7 +188,7 @@ class Task:
     needs_other_rows: ClassVar[bool] = False
     # The options that a head depends on: a saved head is of use to a task only if these are equal.
     head_options: ClassVar[tuple[str, ...]] = ("labels", "modality", "embedding_size")
-    # True if the head is also to see pairs that do not match; see [`PairReading.judge_mismatched`].
+    # True if the head is also to see pairs that do not match; see [`MMTransformerForMultiTask.judge_mismatched`].
     needs_mismatches: ClassVar[bool] = False
 
     def __post_init__(self):

@@ -20,7 +20,7 @@ class Matching(Task):
     Tells whether text and picture (or sound) belong together, from the fused tokens; binary cross-entropy. Where labels
     are given, each pair that matches is also judged in two mismatched forms: its text with the picture of another row,
     and its picture with the text of another row, drawn by similarity (ALBEF, https://arxiv.org/abs/2107.07651; see
-    [`PairReading.judge_mismatched`]). Similarity is that of a [`Retrieval`] task, if there is one.
+    [`MMTransformerForMultiTask.judge_mismatched`]). Similarity is that of a [`Retrieval`] task, if there is one.
 
     Needs no column: every row with a text and a picture is a pair that matches. If there is a column, a cell is True or
     False, or `None` if it is not known. A pair that some row of the batch holds is never taken as a mismatch.

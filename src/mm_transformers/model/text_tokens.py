@@ -1,4 +1,4 @@
-"""Calls of a tokenizer, one thread at a time, with no more text than is needed."""
+"""Tokens of texts: one thread at a time calls a tokenizer, with no more text than is needed."""
 
 import os
 import threading
@@ -27,24 +27,24 @@ def tokenize(tokenizer: Any, *texts: Any, **options: Any) -> Any:
         return tokenizer(*texts, **options)
 
 
-# How many tokens behind the wanted ones must be known, so that none of these depends on where the text was cut.
+# So many more tokens than the wanted ones are made, so that the cut changes none of these.
 _MARGIN = 16
-# How long a text is before it is cut: so many characters for each wanted token, and so many more.
+# A text is cut at so many characters per wanted token, plus so many.
 _CHARACTERS = (8, 1000)
 
 
 def needed_text(tokenizer: Any, text: str, num_tokens: int, key: str = "text") -> str:
     """
-    A beginning of a text with more than `num_tokens` tokens, of which these are those of the whole text; the text
-    itself, if it is not long. So an endless text costs no more than one that is just too long.
+    The beginning of a long text, whose first `num_tokens` tokens are those of the whole text; a short text as it is. So
+    an endless text costs no more than one that is just too long.
 
-    The text is cut before a space, where tokenizers begin a new word. What exceeds the limit `text_characters` is left
-    out, wherever that is. Where the tokenizer keeps the end of a text, that is what remains.
+    The text is cut before a space, where tokenizers begin a new word. Characters beyond the limit `text_characters` are
+    left out. If the tokenizer truncates on the left, the end of the text remains.
 
     Args:
-        tokenizer: says which side it cuts off.
-        num_tokens: how many tokens the caller keeps.
-        key: what the tokenizer calls the text; `"text_target"` if a decoder is to write it.
+        tokenizer: that of transformers.
+        num_tokens: the number of tokens that the caller keeps.
+        key: the tokenizer's argument for the text; `"text_target"` for texts that a decoder writes.
     """
     most = limits().text_characters
     if getattr(tokenizer, "truncation_side", "right") != "right":
