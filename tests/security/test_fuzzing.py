@@ -69,7 +69,7 @@ from mm_transformers.training.recipe import read_recipe
 
 pytest.importorskip("soundfile")
 pytest.importorskip("av")
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "12"))  # of each kind
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "6"))  # of each kind
 # The most that one example may take: bytes above the state before, and CPU seconds.
 MOST_BYTES = 500 * 2**20
 MOST_SECONDS = 10
@@ -355,8 +355,8 @@ class TestRecipes:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    make_model(linear_probe=True, num_fusion_layers=1).save_pretrained(folder)
-    MMTransformerProcessor(image_processor=make_image_processor(), tokenizer=make_tokenizer()).save_pretrained(folder)
+    make_model(audio="wav2vec2", linear_probe=True, num_fusion_layers=1).save_pretrained(folder)
+    make_processor().save_pretrained(folder)
     return folder
 
 
@@ -371,7 +371,9 @@ def replaced(path: Path, content: bytes):
         path.write_bytes(before)
 
 
-CONFIG = json.loads(make_config(linear_probe=True, num_fusion_layers=1).to_json_string(use_diff=False))
+CONFIG = json.loads(
+    make_config(audio="wav2vec2", linear_probe=True, num_fusion_layers=1).to_json_string(use_diff=False)
+)
 
 
 class TestCheckpoints:
@@ -382,7 +384,7 @@ class TestCheckpoints:
             with torch.device("meta"):
                 MMTransformerForMultiTask(config)
 
-    @fuzz(changed_json(CONFIG), 2)  # fmt: skip
+    @fuzz(changed_json(CONFIG))  # fmt: skip
     def test_loading(self, saved, content):
         with replaced(saved / "config.json", content), bounded(content, ValueError, OSError, ImportError):
             MMTransformerForMultiTask.from_pretrained(saved)
@@ -397,8 +399,8 @@ class TestCheckpoints:
         def run(content):
             with replaced(path, content), bounded(content, ValueError, OSError, ImportError):
                 processor = MMTransformerProcessor.from_pretrained(saved)
-                collator = MMDataCollator(processor, make_config(num_fusion_layers=1))
-                collator([{"text": "red cats", "image": make_image()}, {"text": "a"}])
+                collator = MMDataCollator(processor, make_config(audio="wav2vec2", num_fusion_layers=1))
+                collator([GOOD_CELLS, {"text": "a"}])
 
         run()
 
@@ -487,20 +489,21 @@ class TestPage:
         monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
         answer = _answering(
             MMTransformerForMultiTask.from_pretrained(saved).eval(), MMTransformerProcessor.from_pretrained(saved),
-            ["text", "image"],
+            ["text", "image", "audio"],
         )  # fmt: skip
-        upload = tmp_path / "a.png"
-        good = ["red cat", {"path": str(upload), "meta": {"_type": "gradio.FileData"}}, ["topic", "entities"]]
+        files = [tmp_path / "picture", tmp_path / "sound"]
+        uploads = [{"path": str(file), "meta": {"_type": "gradio.FileData"}} for file in files]
+        good = ["red cat", *uploads, ["topic", "entities"]]
+        sent = st.one_of(st.just(good), changed_values(good), st.lists(ANY_JSON, min_size=4, max_size=4))
 
-        sent = st.one_of(st.just(good), changed_values(good), st.lists(ANY_JSON, min_size=3, max_size=3))
-
-        @fuzz(st.tuples(sent, changed_bytes(pictures())))
+        @fuzz(st.tuples(sent, changed_bytes(pictures()), changed_bytes(sounds())), 0.5)
         def run(drawn):
-            given, (_, content) = drawn
-            upload.write_bytes(content)
+            given, *contents = drawn
+            for file, (_, content) in zip(files, contents, strict=True):
+                file.write_bytes(content)
             with bounded(drawn, UploadError):
                 check_inputs(given)
-                if isinstance(given, list) and len(given) == 3:  # gradio refuses others
+                if isinstance(given, list) and len(given) == 4:  # gradio refuses others
                     assert isinstance(answer(*given), str)
 
         run()

@@ -11,7 +11,7 @@ from ..model.encoders import max_text_positions, pad_token_matters
 from ..model.images import image_key, load_image, pixels_for_each
 from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor, as_clips, as_list, as_one
-from ..model.task_base import LabelContext, is_null, shorten
+from ..model.task_base import LabelContext, is_null, shorten_value
 from ..model.video import load_frames, video_key
 from .addresses import Addresses
 from .cells import LABEL_SEPARATOR, label_of
@@ -211,7 +211,7 @@ class MMDataCollator:
         if not isinstance(text, str):
             raise ValueError(
                 f"{name}, column {own_column(row, self.text_column)!r}: expected a text (or a list of words), but got "
-                f"{shorten(repr(text))} of type {type(text).__name__}."
+                f"{shorten_value(text)} of type {type(text).__name__}."
             )
         try:
             text.encode()

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 from transformers.utils import logging
 
-from ..model.task_base import MAX_EXACT_FLOAT, NUMBER, is_missing, shorten, whole_number
+from ..model.task_base import MAX_EXACT_FLOAT, NUMBER, is_missing, shorten_value, whole_number
 from ..model.tasks import TASK_KINDS, Task, task_from_dict
 from .cells import LABEL_SEPARATOR
 from .loading import TEXT_TYPES
@@ -120,7 +120,7 @@ def infer_labels(cells: Iterable[Any], column: str) -> list[str]:
         for label in cell if isinstance(cell, (list, tuple)) else [cell]:
             if not isinstance(label, (str, bool, numbers.Real, type(None))):
                 raise ValueError(
-                    f"Column {column!r} holds {shorten(repr(label))} of type {type(label).__name__}, which is no label."
+                    f"Column {column!r} holds {shorten_value(label)} of type {type(label).__name__}, which is no label."
                 )
             if not is_missing(label):
                 kinds.add(type(label) if isinstance(label, (str, bool)) else float)

@@ -8,7 +8,7 @@ import torch
 from .fusion_base import Stream
 from .fusion_layers import masked_mean
 from .modeling_outputs import MMTransformerModelOutput
-from .task_base import MAX_EXACT_FLOAT, LabelContext, as_scalar, is_missing, shorten
+from .task_base import MAX_EXACT_FLOAT, LabelContext, as_scalar, is_missing, shorten_value
 
 
 def fingerprint(content: Any) -> int:
@@ -44,7 +44,7 @@ def encode_pair(name: str, value: Any) -> Optional[int]:
     if not isinstance(value, (str, int)):
         raise ValueError(
             f"task {name!r}: expected the id of what text and {name} are about, True, False or None, but got "
-            f"{shorten(repr(value))} of type {type(value).__name__}"
+            f"{shorten_value(value)} of type {type(value).__name__}"
         )
     return fingerprint(value)
 

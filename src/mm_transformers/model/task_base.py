@@ -437,7 +437,7 @@ def check_labels(name: str, labels: list[Any]) -> list[str]:
         raise ValueError(f"Task {name!r}: labels must be a list of names, but is {labels!r}.")
     wrong = [label for label in labels if isinstance(label, (list, tuple, dict))]
     if wrong:
-        raise ValueError(f"Task {name!r}: a label must be a name, but is {shorten(repr(wrong[0]))}.")
+        raise ValueError(f"Task {name!r}: a label must be a name, but is {shorten_value(wrong[0])}.")
     labels = [str(label) for label in labels]
     if len(labels) == 0:
         raise ValueError(f"Task {name!r} needs its label names: labels=['...', '...'].")
@@ -495,7 +495,7 @@ def label_id(name: str, labels: list[str], value: Any) -> int:
             "None, NaN or -100"
         )
     raise ValueError(
-        f"task {name!r}: a label must be a name or an id (None if it is missing), but is {shorten(repr(value))} of "
+        f"task {name!r}: a label must be a name or an id (None if it is missing), but is {shorten_value(value)} of "
         f"type {type(value).__name__}"
     )
 
@@ -523,8 +523,12 @@ def _shown(labels: list[str]) -> str:
 
 def shorten(text: str) -> str:
     """A text as messages show it: of a long one the beginning and the length."""
-    shown = text if len(text) <= 120 else f"{text[:60]}... ({len(text):,} characters)"
-    return shown.replace("\n", " ")  # arrays have lines
+    return text if len(text) <= 120 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+def shorten_value(value: Any) -> str:
+    """What a cell holds, as messages show it: in one line, also where it is an array."""
+    return shorten(repr(value)).replace("\n", " ")
 
 
 @functools.cache

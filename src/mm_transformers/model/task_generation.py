@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .task_base import NO_CONTEXT, LabelContext, Task, as_scalar, is_null, register_task, shorten
+from .task_base import NO_CONTEXT, LabelContext, Task, as_scalar, is_null, register_task, shorten_value
 from .tokenizing import needed_text, tokenize
 
 
@@ -78,7 +78,7 @@ class Generation(Task):
         if not isinstance(value, str):
             raise ValueError(
                 f"task {self.name!r}: expected a text (None if it is missing), but got "
-                f"{shorten(repr(value))} of type {type(value).__name__}"
+                f"{shorten_value(value)} of type {type(value).__name__}"
             )
         return value
 

@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 from .pairs import encode_pair, labels_of_pairs_left, pair_ids, read_truth_value
-from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, as_scalar, is_missing, register_task, shorten
+from .task_base import (
+    NO_CONTEXT,
+    LabelContext,
+    PooledHead,
+    Task,
+    as_scalar,
+    is_missing,
+    register_task,
+    shorten_value,
+)
 from .task_retrieval import check_modality
 
 
@@ -65,7 +74,7 @@ class Matching(Task):
         if not isinstance(value, numbers.Number) or value not in (True, False):
             raise ValueError(
                 f"task {self.name!r}: expected True or False (None if it is not known), but got "
-                f"{shorten(repr(value))} of type {type(value).__name__}"
+                f"{shorten_value(value)} of type {type(value).__name__}"
             )
         return bool(value)
 

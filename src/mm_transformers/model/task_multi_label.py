@@ -24,7 +24,7 @@ from .task_base import (
     label_id,
     label_scores,
     register_task,
-    shorten,
+    shorten_value,
 )
 
 
@@ -88,7 +88,7 @@ class MultiLabel(Task):
         if not isinstance(value, (list, tuple, set)):
             raise ValueError(
                 f"task {self.name!r}: expected a list of labels ([] if none holds, None if it is not known), but got "
-                f"{shorten(repr(value))} of type {type(value).__name__}"
+                f"{shorten_value(value)} of type {type(value).__name__}"
             )
         value = [as_scalar(item) for item in value]
         value = [item for item in value if not isinstance(item, numbers.Real) or item != PADDING]
@@ -102,7 +102,7 @@ class MultiLabel(Task):
         if (are_numbers and is_unclear) or are_flags:
             raise ValueError(
                 f"task {self.name!r}: expected a list of the labels that hold, not a 0 or 1 for each label, but got "
-                f"{shorten(repr(value))}; give names, or True or False for each label"
+                f"{shorten_value(value)}; give names, or True or False for each label"
             )
         return ids
 

@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 from .linear_probe import LinearProblem
-from .task_base import NO_CONTEXT, NUMBER, LabelContext, PooledHead, Task, as_scalar, is_null, register_task, shorten
+from .task_base import (
+    NO_CONTEXT,
+    NUMBER,
+    LabelContext,
+    PooledHead,
+    Task,
+    as_scalar,
+    is_null,
+    register_task,
+    shorten_value,
+)
 
 
 @register_task
@@ -44,7 +54,7 @@ class Regression(Task):
         if not is_number or abs(value) > torch.finfo(torch.float32).max:
             raise ValueError(
                 f"task {self.name!r}: expected a finite number (of float32; None if it is missing), but got "
-                f"{shorten(repr(value))} of type {type(value).__name__}"
+                f"{shorten_value(value)} of type {type(value).__name__}"
             )
         return float(value)
 

@@ -13,7 +13,16 @@ from transformers.utils import logging
 from .class_weights import BALANCED, balanced_weights, check_weights, known_weights, weight_tensor
 from .label_lists import split_labels
 from .linear_probe import LinearProblem
-from .task_base import NO_CONTEXT, LabelContext, Task, check_labels, is_missing, label_id, register_task, shorten
+from .task_base import (
+    NO_CONTEXT,
+    LabelContext,
+    Task,
+    check_labels,
+    is_missing,
+    label_id,
+    register_task,
+    shorten_value,
+)
 from .task_classification import check_label_smoothing, cross_entropy_sum
 
 
@@ -103,7 +112,7 @@ class TokenClassification(Task):
             value = value.tolist()
         if not isinstance(value, (list, tuple)):
             raise ValueError(
-                f"task {self.name!r}: expected a list with one label per word, but got {shorten(repr(value))} of type "
+                f"task {self.name!r}: expected a list with one label per word, but got {shorten_value(value)} of type "
                 f"{type(value).__name__}"
             )
         num_words = sum(1 for _ in re.finditer(r"\S+", text))  # without the list of their places
