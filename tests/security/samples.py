@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 def _picture(mode: str = "RGB", size: tuple[int, int] = (13, 9)) -> PIL.Image.Image:
     values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
-    return PIL.Image.fromarray(values, "RGBA").convert(mode)
+    return PIL.Image.fromarray(values).convert(mode)
 
 
 @functools.cache
@@ -73,14 +73,16 @@ def sounds() -> dict[str, bytes]:
     return made
 
 
+_CODECS = {"mp4": "libx264", "avi": "mpeg4", "mkv": "mpeg4", "webm": "libvpx", "ts": "mpeg2video"}
+
+
 @functools.cache
 def videos() -> dict[str, bytes]:
     from hostile_media import video
 
     made = {}
     with tempfile.TemporaryDirectory() as folder:
-        for suffix, codec in (("mp4", "libx264"), ("avi", "mpeg4"), ("mkv", "mpeg4"), ("webm", "libvpx"), ("ts",
-        "mpeg2video")):  # fmt: skip
+        for suffix, codec in _CODECS.items():
             path = Path(folder, f"a.{suffix}")
             try:
                 video(48, 32, 6, path, codec)

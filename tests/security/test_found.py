@@ -10,9 +10,15 @@ import pytest
 import torch
 from hostile_media import wav
 from samples import sounds, tables
-from tiny import make_config, make_image, make_image_processor, make_processor, make_tokenizer
+from tiny import make_config, make_image, make_image_processor, make_model, make_processor, make_tokenizer
 
-from mm_transformers import Classification, MMDataCollator, MMTransformerConfig, MMTransformerProcessor
+from mm_transformers import (
+    Classification,
+    MMDataCollator,
+    MMTransformerConfig,
+    MMTransformerForMultiTask,
+    MMTransformerProcessor,
+)
 from mm_transformers.analysis.task_comparison import run_comparison
 from mm_transformers.cli.metrics_table import print_metrics
 from mm_transformers.data.loading import load_files
@@ -131,6 +137,23 @@ def test_an_unknown_image_processor_is_told_without_all_that_are_known(tmp_path)
     values["image_processor"] = {"size": 3}
     path.write_text(json.dumps(values))
     sentence((ValueError, OSError), MMTransformerProcessor.from_pretrained, tmp_path)
+
+
+def test_a_header_of_weights_is_not_shown_whole(tmp_path):
+    header = json.dumps({"a": {"dtype": "F32" * 3000, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    message = sentence(OSError, MMTransformerForMultiTask.from_pretrained, tmp_path)
+    assert "is damaged or cut short (" in message
+
+
+@pytest.mark.parametrize(
+    "content", ['{"a": 1}\n{"a": "x"}\n', '{"a": [1]}\n{"a": {"b": 2}}\n', '{"a": 99999999999999999999}\n']
+)
+def test_json_that_no_table_can_hold(tmp_path, content):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    assert "is no table: column 'a'" in sentence(ValueError, TableRows, path)
 
 
 def config(**changes):

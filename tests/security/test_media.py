@@ -229,7 +229,7 @@ class TestPictures:
         inputs = processor(text=["a", "b"], images=[row["image"] for row in rows])
         assert inputs["image_index"].tolist() == [[0, 0, 0, 1], [2, 2, -1, -1]]
         same = processor(text=["a", "b"], images=read)["pixel_values"]
-        assert np.array_equal(inputs["pixel_values"], same[[0, 3, 4]])
+        assert np.array_equal(inputs["pixel_values"], same)
 
     def test_a_row_of_many_large_pictures_takes_little_memory(self):
         done = run_child(

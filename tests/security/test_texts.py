@@ -34,9 +34,7 @@ class TestRows:
     def test_a_batch_is_the_same_as_of_a_text_that_is_just_too_long(self):
         task = [TokenClassification("entities", labels=["O", "NAME"])]
         collator = MMDataCollator(make_processor(), make_config(tasks=task))
-        start = time.process_time()
         batch = collator([{"text": huge(200_000), "entities": ["O", "NAME"] * 100_000}])
-        assert time.process_time() - start < 5
         other = collator([{"text": huge(400), "entities": ["O", "NAME"] * 200}])
         for name in ("input_ids", "attention_mask"):
             assert batch[name].tolist() == other[name].tolist()

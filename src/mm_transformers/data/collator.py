@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
-from ..model.label_cells import is_null, shorten
+from ..model.label_cells import is_null, shorten_value
 from ..model.modalities import MODALITIES, OTHER_ENCODERS, Reading, modalities_of
 from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor
@@ -225,7 +225,7 @@ class MMDataCollator:
         if not isinstance(text, str):
             raise ValueError(
                 f"{name}, column {own_column(row, self.text_column)!r}: expected a text (or a list of words), but got "
-                f"{shorten(repr(text))} of type {type(text).__name__}."
+                f"{shorten_value(text)} of type {type(text).__name__}."
             )
         try:
             text.encode()

@@ -89,8 +89,8 @@ class TableRows:
                     types[name] = pyarrow.unify_schemas(fields, promote_options="permissive").field(0).type
                 except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
                     raise ValueError(
-                        f"{self.path} is no table: column {name!r} holds values of several types, or what no table can "
-                        f"hold ({error})."
+                        f"{self.path} is no table: column {shortened(name)} holds values of several types, or what no "
+                        f"table can hold ({one_line(error).rstrip('.')})."
                     ) from error
         return pyarrow.schema(types)
 

@@ -294,8 +294,9 @@ def _problem_of_file(file: str, path: str | os.PathLike) -> Optional[str]:
             return None
     except (SafetensorError, OSError) as error:
         size = os.path.getsize(file)
+        reason = one_line(error).rstrip(".")
         return (
-            f"{os.path.basename(file)} of {str(path)!r} ({size:,} bytes) is damaged or cut short ({error}); {_AGAIN}."
+            f"{os.path.basename(file)} of {str(path)!r} ({size:,} bytes) is damaged or cut short ({reason}); {_AGAIN}."
         )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -47,12 +48,14 @@ def pixels_for_each(images: Sequence[Any]) -> Optional[int]:
 def _declared_pixels(image: Any, unknown: int) -> int:
     """
     Args:
-        unknown: the number for what is not looked at: addresses, arrays, and what cannot be opened.
+        unknown: the number for addresses, and for what cannot be opened.
     """
     from PIL import Image
 
     if isinstance(image, Image.Image):
         return image.width * image.height
+    if hasattr(image, "shape"):
+        return math.prod(sorted(image.shape)[-2:])  # without the channels
     try:
         content = content_of(image)
         if isinstance(content, (bytes, str, os.PathLike)) and not is_url(content):

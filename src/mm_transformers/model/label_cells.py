@@ -47,7 +47,7 @@ def check_labels(name: str, labels: list[Any]) -> list[str]:
         raise ValueError(f"Task {name!r}: labels must be a list of names, but is {labels!r}.")
     wrong = [label for label in labels if isinstance(label, (list, tuple, dict))]
     if wrong:
-        raise ValueError(f"Task {name!r}: a label must be a name, but is {shorten(repr(wrong[0]))}.")
+        raise ValueError(f"Task {name!r}: a label must be a name, but is {shorten_value(wrong[0])}.")
     labels = [str(label) for label in labels]
     if len(labels) == 0:
         raise ValueError(f"Task {name!r} needs its label names: labels=['...', '...'].")
@@ -67,7 +67,7 @@ def infer_labels(cells: Iterable[Any], column: str) -> list[str]:
         for label in cell if isinstance(cell, (list, tuple)) else [cell]:
             if not isinstance(label, (str, bool, numbers.Real, type(None))):
                 raise ValueError(
-                    f"Column {column!r} holds {shorten(repr(label))} of type {type(label).__name__}, which is no label."
+                    f"Column {column!r} holds {shorten_value(label)} of type {type(label).__name__}, which is no label."
                 )
             if not is_missing(label):
                 kinds.add(type(label) if isinstance(label, (str, bool)) else float)
@@ -140,7 +140,7 @@ def label_id(name: str, labels: list[str], value: Any) -> int:
             "None, NaN or -100"
         )
     raise ValueError(
-        f"task {name!r}: a label must be a name or an id (None if it is missing), but is {shorten(repr(value))} of "
+        f"task {name!r}: a label must be a name or an id (None if it is missing), but is {shorten_value(value)} of "
         f"type {type(value).__name__}"
     )
 
@@ -170,6 +170,11 @@ def shorten(text: str) -> str:
     """A text as messages show it: of a long one the beginning and the length."""
     shown = text if len(text) <= 120 else f"{text[:60]}... ({len(text):,} characters)"
     return shown.replace("\n", " ")  # arrays have lines
+
+
+def shorten_value(value: Any) -> str:
+    """The value of a cell, as messages show it: in one line, also if it is an array."""
+    return shorten(repr(value)).replace("\n", " ")
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from .checkpoint_checks import with_new_heads
 from .configuration_mm_transformer import MMTransformerConfig
 from .encoders import HUB_KWARGS, encoder_width
-from .label_cells import shorten
+from .label_cells import shorten_value
 from .linear_probe import with_probe
 from .task_base import Task, TaskHeads
 
@@ -120,10 +120,10 @@ def check_same_heads(saved: Mapping[str, Task], tasks: Mapping[str, Task], check
             here = _head_of(task)
             there = _head_of(saved[name]) if name in saved else {}
             option = next((key for key in here if here[key] != there.get(key)), "kind")
-            was = f"{option} {shorten(repr(there[option]))}" if option in there else "no head"
+            was = f"{option} {shorten_value(there[option])}" if option in there else "no head"
             raise ValueError(
                 f"Training cannot be resumed from {checkpoint!r}: task {name!r} has {was} there, but {option} "
-                f"{shorten(repr(here[option]))} in this model."
+                f"{shorten_value(here[option])} in this model."
             )
 
 

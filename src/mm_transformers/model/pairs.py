@@ -7,7 +7,7 @@ import torch
 
 from .fusion_base import Stream
 from .fusion_layers import masked_mean
-from .label_cells import MAX_EXACT_FLOAT, as_scalar, is_missing, shorten
+from .label_cells import MAX_EXACT_FLOAT, as_scalar, is_missing, shorten_value
 from .task_base import LabelContext
 
 
@@ -44,7 +44,7 @@ def encode_pair(name: str, value: Any) -> Optional[int]:
     if not isinstance(value, (str, int)):
         raise ValueError(
             f"task {name!r}: expected the id of what text and {name} are about, True, False or None, but got "
-            f"{shorten(repr(value))} of type {type(value).__name__}"
+            f"{shorten_value(value)} of type {type(value).__name__}"
         )
     return fingerprint(value)
 

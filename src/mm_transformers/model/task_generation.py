@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .label_cells import as_scalar, is_null, shorten
+from .label_cells import as_scalar, is_null, shorten_value
 from .task_base import NO_CONTEXT, LabelContext, Task, register_task
 from .text_tokens import needed_text, tokenize
 
@@ -86,7 +86,7 @@ class Generation(Task):
         if not isinstance(value, str):
             raise ValueError(
                 f"task {self.name!r}: expected a text (None if it is missing), but got "
-                f"{shorten(repr(value))} of type {type(value).__name__}"
+                f"{shorten_value(value)} of type {type(value).__name__}"
             )
         return value
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .label_cells import as_scalar, is_missing, shorten
+from .label_cells import as_scalar, is_missing, shorten_value
 from .pairs import encode_pair, labels_of_pairs_left, pair_ids, read_truth_value
 from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, register_task
 from .task_retrieval import check_modality
@@ -73,7 +73,7 @@ class Matching(Task):
         if not isinstance(value, numbers.Number) or value not in (True, False):
             raise ValueError(
                 f"task {self.name!r}: expected True or False (None if it is not known), but got "
-                f"{shorten(repr(value))} of type {type(value).__name__}"
+                f"{shorten_value(value)} of type {type(value).__name__}"
             )
         return bool(value)
 

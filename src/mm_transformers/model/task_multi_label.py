@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .class_weights import BALANCED, check_weights, known_weights, weight_tensor
-from .label_cells import PADDING, as_scalar, check_labels, is_missing, label_id, label_scores, shorten
+from .label_cells import PADDING, as_scalar, check_labels, is_missing, label_id, label_scores, shorten_value
 from .label_lists import split_labels
 from .linear_problem import BinaryProblem
 from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, register_task
@@ -84,7 +84,7 @@ class MultiLabel(Task):
         if not isinstance(value, (list, tuple, set)):
             raise ValueError(
                 f"task {self.name!r}: expected a list of labels ([] if none holds, None if it is not known), but got "
-                f"{shorten(repr(value))} of type {type(value).__name__}"
+                f"{shorten_value(value)} of type {type(value).__name__}"
             )
         value = [as_scalar(item) for item in value]
         value = [item for item in value if not isinstance(item, numbers.Real) or item != PADDING]
@@ -98,7 +98,7 @@ class MultiLabel(Task):
         if (are_numbers and is_unclear) or are_flags:
             raise ValueError(
                 f"task {self.name!r}: expected a list of the labels that hold, not a 0 or 1 for each label, but got "
-                f"{shorten(repr(value))}; give names, or True or False for each label"
+                f"{shorten_value(value)}; give names, or True or False for each label"
             )
         return ids
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .label_cells import NUMBER, as_scalar, is_null, shorten
+from .label_cells import NUMBER, as_scalar, is_null, shorten_value
 from .linear_problem import RidgeProblem
 from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, register_task
 
@@ -53,7 +53,7 @@ class Regression(Task):
         if not is_number or abs(value) > torch.finfo(torch.float32).max:
             raise ValueError(
                 f"task {self.name!r}: expected a finite number (of float32; None if it is missing), but got "
-                f"{shorten(repr(value))} of type {type(value).__name__}"
+                f"{shorten_value(value)} of type {type(value).__name__}"
             )
         return float(value)
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .class_weights import BALANCED, balanced_weights, check_weights, known_weights, weight_tensor
-from .label_cells import check_labels, is_missing, label_id, shorten
+from .label_cells import check_labels, is_missing, label_id, shorten_value
 from .label_lists import split_labels
 from .linear_problem import MultinomialProblem
 from .task_base import NO_CONTEXT, LabelContext, Task, register_task
@@ -110,7 +110,7 @@ class TokenClassification(Task):
             value = value.tolist()
         if not isinstance(value, (list, tuple)):
             raise ValueError(
-                f"task {self.name!r}: expected a list with one label per word, but got {shorten(repr(value))} of type "
+                f"task {self.name!r}: expected a list with one label per word, but got {shorten_value(value)} of type "
                 f"{type(value).__name__}"
             )
         num_words = sum(1 for _ in re.finditer(r"\S+", text))  # without the list of their places

@@ -9,6 +9,7 @@ import huggingface_hub
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
+from ...model.messages import one_line
 from ...model.safe_writing import leads_outside, write_text_atomically
 from .facts import CardFacts, Measurement, measurements_of, training_of
 from .merging import add_memory, fingerprint, join_sections, merge, split_sections, take_memory
@@ -41,7 +42,9 @@ def write_card(folder: str | os.PathLike, facts: CardFacts) -> ModelCard:
         try:
             card = ModelCard(content, ignore_metadata_errors=True)
         except Exception as error:  # of YAML
-            raise ValueError(f"{path} cannot be renewed, since its front matter is no YAML: {error}") from error
+            raise ValueError(
+                f"{path} cannot be renewed, since its front matter is no YAML: {one_line(error)}"
+            ) from error
         data, text = card.data, card.text
     new_sections, new_entries = sections_of(facts), entries_of(facts)
     old_sections = split_sections(text) if has_card else {}
