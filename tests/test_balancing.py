@@ -162,7 +162,7 @@ def test_dropout_is_the_same_when_looked_at_twice(tmp_path):
     torch.testing.assert_close(weights_of(result, 0), weights, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes(tmp_path):
     """State and gradients are those of one process, for every weighting, accumulated or not."""
     runs = []
@@ -303,7 +303,7 @@ def test_pcgrad_leaves_the_decoder_of_a_single_task_to_it():
     assert owned == [{"model.text_model"}, set()]
 
 
-@pytest.mark.parametrize("environment", [{}, pytest.param(FSDP, marks=pytest.mark.slow)], ids=["DDP", "FSDP"])
+@pytest.mark.parametrize("environment", [{}, pytest.param(FSDP, marks=pytest.mark.nightly)], ids=["DDP", "FSDP"])
 def test_famo_sees_all_pairs_in_two_processes(tmp_path, environment):
     """The losses before and after are those of training, where each row is compared with those of all processes."""
     run = {"model": {"task_weighting": "famo"}, "pairs": True, "num_rows": 8, "max_steps": 3}

@@ -70,7 +70,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("first", [*FIRST, *(pytest.param(lines, marks=pytest.mark.slow) for lines in OTHERS)])
+@pytest.mark.parametrize("first", [*FIRST, *(pytest.param(lines, marks=pytest.mark.nightly) for lines in OTHERS)])
 def test_auto_classes_know_the_model_whatever_is_imported_first(first):
     assert run(first + KNOWN) == "known"
 

@@ -643,7 +643,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes(tmp_path):
     """Disjoint rows whose union, step by step, is the global order; a resume in the second epoch; streams; logs."""
     script = tmp_path / "script.py"

@@ -94,7 +94,7 @@ def test_an_empty_batch(model):
         model(input_ids=IDS[:0], attention_mask=MASK[:0])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_checks_are_no_part_of_what_is_compiled(model):
     inputs = batch(labels=None)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
