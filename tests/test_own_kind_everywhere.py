@@ -33,6 +33,7 @@ from mm_transformers.model.linear_problem import BinaryProblem
 from mm_transformers.model.task_base import TASK_KINDS, PooledHead
 from mm_transformers.sharing.export import export_model
 from mm_transformers.sharing.exported_model import ExportedModel
+from mm_transformers.training.linear_start.linear_models import Regressions
 from mm_transformers.training.linear_start.probe_start import probes_of
 from mm_transformers.training.weighting import TaskWeighting, register_weighting
 from mm_transformers.training.weighting.base import WEIGHTINGS
@@ -215,7 +216,7 @@ def test_linear_start_is_a_logistic_regression_for_each_step():
     features, labels = rng.normal(size=(60, 4)), torch.tensor(rng.integers(0, 3, 60))
     targets, known = OrdinalProblem(2).known(labels)
     assert known.all()
-    weight, bias = OrdinalProblem(2).solver(features, targets.numpy(), np.ones(60), 1e-6)(1.0)
+    weight, bias = OrdinalProblem(2).solver(features, targets.numpy(), np.ones(60), Regressions(1e-6))(1.0)
     for step in range(2):
         expected = LogisticRegression(tol=1e-6, max_iter=1000).fit(features, labels.numpy() > step)
         assert np.allclose(weight[step], expected.coef_[0], atol=1e-4)

@@ -1,10 +1,9 @@
 """The linear models with which a task can start: how labels depend on features."""
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, Optional, Protocol
 
 import torch
 
@@ -16,11 +15,24 @@ MAX_LABELS_TO_CHOOSE = 10
 # The logit of a label without training rows.
 NEVER = -20.0
 
-# NumPy arrays. NumPy and scikit-learn are imported by functions, since a pulled checkpoint needs neither.
+# NumPy arrays. NumPy is imported by functions, since a model does not need it.
 Array = Any
 # Inverse strength -> weights (num_outputs, columns) and biases (num_outputs,). Each call begins at the solution of the
 # call before, which is close if strengths rise.
 Solver = Callable[[float], tuple[Array, Array]]
+
+
+class Regressions(Protocol):
+    """
+    The regressions that a problem is made of, which training gives. A pulled checkpoint must not need scikit-learn, so
+    no module here imports it.
+    """
+
+    def logistic(self, features: Array, labels: Array, counts: Array) -> Solver:
+        """Of labels (num_items,), integers or truth values; of two classes the coefficients of the second alone."""
+
+    def ridge(self, features: Array, labels: Array, counts: Array) -> Solver:
+        """Of labels (num_items, num_outputs)."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +78,12 @@ class LinearProblem(ABC):
         """(num_items,): the loss of each item."""
 
     @abstractmethod
-    def solver(self, features: Array, labels: Array, counts: Array, tol: float) -> Solver:
+    def solver(self, features: Array, labels: Array, counts: Array, regressions: Regressions) -> Solver:
         """
         Args:
             features (num_items, columns), labels: of the training items.
             counts (num_items,): how much each item counts.
-            tol: the tolerance of the optimiser.
+            regressions: the regressions to choose from.
         """
 
     def as_tensors(self, logits: Array, labels: Array) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,11 +152,11 @@ class MultinomialProblem(LinearProblem):
     def classes(self, labels: Array) -> Optional[Array]:
         return labels
 
-    def solver(self, features: Array, labels: Array, counts: Array, tol: float) -> Solver:
+    def solver(self, features: Array, labels: Array, counts: Array, regressions: Regressions) -> Solver:
         import numpy as np
 
         classes = np.unique(labels)
-        model = _logistic(features, labels, counts, tol) if len(classes) > 1 else None
+        model = regressions.logistic(features, labels, counts) if len(classes) > 1 else None
 
         def solve_one(strength: float) -> tuple[Array, Array]:
             weight, bias = np.zeros((self.num_outputs, features.shape[1])), np.full(self.num_outputs, NEVER)
@@ -207,7 +219,7 @@ class BinaryProblem(_FloatProblem):
         weights = None if self.label_weights is None else tuple(self.label_weights[i] for i in frequent)
         return replace(self, num_outputs=len(frequent), label_weights=weights), labels[:, frequent]
 
-    def solver(self, features: Array, labels: Array, counts: Array, tol: float) -> Solver:
+    def solver(self, features: Array, labels: Array, counts: Array, regressions: Regressions) -> Solver:
         import numpy as np
 
         weight, bias = np.zeros((self.num_outputs, features.shape[1])), np.zeros(self.num_outputs)
@@ -217,7 +229,7 @@ class BinaryProblem(_FloatProblem):
             weights = np.where(labels[:, i] > 0.5, factor, 1.0) * counts
             share = (labels[:, i] * weights).sum() / max(weights.sum(), 1e-30)
             if 0 < share < 1:
-                models[i] = _logistic(features, labels[:, i] > 0.5, weights, tol)
+                models[i] = regressions.logistic(features, labels[:, i] > 0.5, weights)
             else:
                 num_items = len(labels)
                 bias[i] = np.log((share * num_items + 0.5) / ((1 - share) * num_items + 0.5))
@@ -256,27 +268,5 @@ class RidgeProblem(_FloatProblem):
         scores, targets = super().as_tensors(logits, labels)
         return scores.reshape(shape), targets.reshape(shape)
 
-    def solver(self, features: Array, labels: Array, counts: Array, tol: float) -> Solver:
-        import numpy as np
-        from sklearn.linear_model import Ridge
-
-        def solve_one(strength: float) -> tuple[Array, Array]:
-            model = Ridge(alpha=1 / strength).fit(features, labels, counts)
-            return model.coef_.reshape(self.num_outputs, -1), np.atleast_1d(model.intercept_)
-
-        return solve_one
-
-
-def _logistic(features: Array, labels: Array, counts: Array, tol: float) -> Solver:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    model = LogisticRegression(tol=tol, max_iter=1000, warm_start=True)
-
-    def solve_one(strength: float) -> tuple[Array, Array]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.set_params(C=strength).fit(features, labels, counts)
-        return model.coef_.copy(), model.intercept_.copy()
-
-    return solve_one
+    def solver(self, features: Array, labels: Array, counts: Array, regressions: Regressions) -> Solver:
+        return regressions.ridge(features, labels, counts)

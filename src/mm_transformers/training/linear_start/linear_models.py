@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from ...model.linear_problem import NEVER, LinearProblem, Solver
@@ -161,14 +163,44 @@ def _rotated(features: np.ndarray, blocks: list[tuple[slice, int]]) -> tuple[_Ro
 # Fitting
 
 
+class Regressions(NamedTuple):
+    """
+    Those of scikit-learn.
+
+    Args:
+        tol: the tolerance of the optimiser.
+    """
+
+    tol: float
+
+    def logistic(self, features: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> Solver:
+        model = LogisticRegression(tol=self.tol, max_iter=1000, warm_start=True)
+
+        def solve_one(strength: float) -> tuple[np.ndarray, np.ndarray]:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                model.set_params(C=strength).fit(features, labels, counts)
+            return model.coef_.copy(), model.intercept_.copy()
+
+        return solve_one
+
+    def ridge(self, features: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> Solver:
+        def solve_one(strength: float) -> tuple[np.ndarray, np.ndarray]:
+            model = Ridge(alpha=1 / strength).fit(features, labels, counts)
+            return model.coef_.reshape(labels.shape[1], -1), np.atleast_1d(model.intercept_)
+
+        return solve_one
+
+
 def _solver(problem: LinearProblem, small: _Rotated, labels: np.ndarray, way: Way, tol: float) -> Solver:
+    regressions = Regressions(tol)
     counts = _row_weights(problem, labels, way.balanced)
     if not way.separate:
-        return problem.solver(*_with_copies(small, labels, counts), tol)
+        return problem.solver(*_with_copies(small, labels, counts), regressions)
     parts = []
     for x, there in zip(small.vectors, small.present, strict=True):
         known = np.bincount(labels[there], minlength=problem.num_outputs) > 0
-        solver = problem.solver(x[there], labels[there], counts[there], tol) if known.sum() > 1 else None
+        solver = problem.solver(x[there], labels[there], counts[there], regressions) if known.sum() > 1 else None
         parts.append((solver, known, x.shape[1]))
     is_somewhere = np.bincount(labels, minlength=problem.num_outputs) > 0
 
