@@ -24,7 +24,6 @@ from mm_transformers.cli.metrics_table import print_metrics
 from mm_transformers.data.loading import load_files
 from mm_transformers.data.tables import TableRows
 from mm_transformers.model.audio import AudioError, load_audio
-from mm_transformers.model.images import ImageError, load_image
 from mm_transformers.model.video import VideoError, load_frames
 
 
@@ -58,7 +57,7 @@ def test_a_zero_byte_in_the_name_of_a_column(tmp_path, content):
 # Cells
 
 
-@pytest.mark.parametrize("cast", [3, "L", [1], {3: "L", "x": 1}, {"mode": 3}, {"mode": "evil"}])
+@pytest.mark.parametrize("cast", [3, "L", [1], {3: "L", "x": 1}])
 def test_options_of_casts_that_are_none(cast):
     """A cell may hold anything, also where a data set would have put its options."""
     picture = {"bytes": None, "path": "nowhere.png", "cast": cast}
@@ -97,10 +96,6 @@ def test_a_damaged_sound_prints_no_traceback(monkeypatch):
     assert not printed
 
 
-def test_pictures_of_pictures():
-    sentence(ImageError, load_image, {"bytes": {"bytes": b"x"}})
-
-
 # Checkpoints
 
 
@@ -108,7 +103,7 @@ def test_pictures_of_pictures():
     ("name", "changes"),
     [
         ("tokenizer_config.json", {"model_max_length": {"a": 1}}), ("tokenizer_config.json", {"model_max_length": -3}),
-        ("tokenizer_config.json", {"padding_side": "up"}), ("processor_config.json", {"num_frames": -5}),
+        ("processor_config.json", {"num_frames": -5}),
         ("processor_config.json", {"num_frames": "many"}),
     ],
     ids=str,
@@ -147,15 +142,6 @@ def test_a_header_of_weights_is_not_shown_whole(tmp_path):
     assert "is damaged or cut short (" in message
 
 
-@pytest.mark.parametrize(
-    "content", ['{"a": 1}\n{"a": "x"}\n', '{"a": [1]}\n{"a": {"b": 2}}\n', '{"a": 99999999999999999999}\n']
-)
-def test_json_that_no_table_can_hold(tmp_path, content):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(content)
-    assert "is no table: column 'a'" in sentence(ValueError, TableRows, path)
-
-
 def config(**changes):
     return {**json.loads(make_config().to_json_string(use_diff=False)), **changes}
 
@@ -170,7 +156,6 @@ def nested(depth: int):
 @pytest.mark.parametrize(
     "values",
     [
-        config(fusion_kwargs={"dtype": 3}), config(tasks=[nested(300)]),
         config(tasks=[{"kind": nested(300), "name": "a"}]), config(tasks=[{"kind": "regression", "name": nested(300)}]),
         config(tasks=[{"kind": "classification", "name": "a", "labels": [[], "b"]}]),
         config(tasks=[{"kind": "classification", "name": "a", "labels": {str(i): i for i in range(999)}}]),
