@@ -1,12 +1,17 @@
 """The commands; each imports what it needs when it is called, so that `--help` is quick."""
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+
+if TYPE_CHECKING:
+    from .predict import Reading
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -190,7 +195,41 @@ OnBadFile = Annotated[
 ]
 
 
+def _reading(
+    text_column: TextColumn = None,
+    image_column: ImageColumn = None,
+    video_column: VideoColumn = None,
+    audio_column: AudioColumn = None,
+    image_root: ImageRoot = None,
+    on_bad_file: OnBadFile = None,
+    allow_urls: AllowUrls = False,
+    allow_host: AllowHost = None,
+) -> "Reading":
+    from .predict import Reading
+
+    allowed = _allowed(allow_urls, allow_host)
+    return Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file, allowed)
+
+
+def _reads_rows(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of [`_reading`] to a command, which gets their result as `reading`."""
+    own = [part for part in inspect.signature(command).parameters.values() if part.name != "reading"]
+    options = inspect.signature(_reading).parameters
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        with _errors_as_sentences():
+            reading = _reading(**{name: given.pop(name) for name in options})
+        command(**given, reading=reading)
+
+    # Typer reads both.
+    run.__signature__ = inspect.Signature([*own, *options.values()])  # type: ignore[attr-defined]
+    run.__annotations__ = {part.name: part.annotation for part in (*own, *options.values())}
+    return run
+
+
 @app.command()
+@_reads_rows
 def evaluate(
     model: ModelArgument,
     file: DataArgument,
@@ -203,25 +242,15 @@ def evaluate(
         typer.Option("--slice", help="With --ablate: a column; scores also by its values. May be given again."),
     ] = None,
     batch_size: BatchSize = 32,
-    text_column: TextColumn = None,
-    image_column: ImageColumn = None,
-    video_column: VideoColumn = None,
-    audio_column: AudioColumn = None,
-    image_root: ImageRoot = None,
-    on_bad_file: OnBadFile = None,
-    allow_urls: AllowUrls = False,
-    allow_host: AllowHost = None,
+    *,
+    reading: "Reading",
 ) -> None:
     """Measure a model on the labelled rows of a file."""
-    from .predict import Reading, run_evaluation
+    from .predict import run_evaluation
     from .processes import join_processes, leave_processes
 
     join_processes()
     with _errors_as_sentences():
-        reading = Reading(
-            text_column, image_column, video_column, audio_column, image_root, on_bad_file,
-            _allowed(allow_urls, allow_host),
-        )  # fmt: skip
         if slices and not ablate:
             raise ValueError("--slice says by which columns --ablate scores: give both.")
         run_evaluation(model, file, output, batch_size, reading, ablate, slices or ())
@@ -229,6 +258,7 @@ def evaluate(
 
 
 @app.command()
+@_reads_rows
 def explain(
     model: ModelArgument,
     file: Annotated[
@@ -253,14 +283,8 @@ def explain(
     examples: Annotated[int, typer.Option(min=1, help="Rows of each kind on the page, at most.")] = 6,
     ablate: Annotated[bool, typer.Option("--ablate", help="Also measure what each modality is good for.")] = False,
     batch_size: BatchSize = 32,
-    text_column: TextColumn = None,
-    image_column: ImageColumn = None,
-    video_column: VideoColumn = None,
-    audio_column: AudioColumn = None,
-    image_root: ImageRoot = None,
-    on_bad_file: OnBadFile = None,
-    allow_urls: AllowUrls = False,
-    allow_host: AllowHost = None,
+    *,
+    reading: "Reading",
 ) -> None:
     """
     Show what the answers of a model rest on.
@@ -269,7 +293,6 @@ def explain(
     rows, with heat maps. Of one row: a picture.
     """
     from .explain import explain_one, explain_rows
-    from .predict import Reading
 
     with _errors_as_sentences():
         row = {"text": text, "image": image or None, "video": video, "audio": audio}
@@ -277,16 +300,13 @@ def explain(
         if (file is None) == (not row):
             raise ValueError("Give either a file of rows or one row by --text, --image, --video and --audio.")
         if file is not None:
-            reading = Reading(
-                text_column, image_column, video_column, audio_column, image_root, on_bad_file,
-                _allowed(allow_urls, allow_host),
-            )  # fmt: skip
             explain_rows(model, file, output, task, method, examples, ablate, batch_size, reading)
         else:
             explain_one(model, row, output, task, method, answer, word)
 
 
 @app.command()
+@_reads_rows
 def card(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
     data: Annotated[Path | None, typer.Option(help="CSV, JSON lines or Parquet file to measure the model on.")] = None,
@@ -300,14 +320,8 @@ def card(
     language: Annotated[list[str] | None, typer.Option(help="Code of a language; may be given again.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Tag; may be given again.")] = None,
     batch_size: BatchSize = 32,
-    text_column: TextColumn = None,
-    image_column: ImageColumn = None,
-    video_column: VideoColumn = None,
-    audio_column: AudioColumn = None,
-    image_root: ImageRoot = None,
-    on_bad_file: OnBadFile = None,
-    allow_urls: AllowUrls = False,
-    allow_host: AllowHost = None,
+    *,
+    reading: "Reading",
 ) -> None:
     """
     Write the card of a model, README.md, or renew what was generated in the one that is there.
@@ -315,15 +329,10 @@ def card(
     What you wrote, changed or removed in the card stays so.
     """
     from .card import run_card
-    from .predict import Reading
     from .processes import join_processes, leave_processes
 
     join_processes()
     with _errors_as_sentences():
-        reading = Reading(
-            text_column, image_column, video_column, audio_column, image_root, on_bad_file,
-            _allowed(allow_urls, allow_host),
-        )  # fmt: skip
         said = {"datasets": dataset, "license": license, "language": language, "tags": tag}
         run_card(model, data, split, ablation, name, said, batch_size, reading)
     leave_processes()
@@ -344,6 +353,7 @@ def export(
 
 
 @app.command()
+@_reads_rows
 def predict(
     model: ModelArgument,
     file: DataArgument,
@@ -363,14 +373,8 @@ def predict(
             help="In CSV, put ' before texts that begin like a formula (=, +, -, @), which a spreadsheet would run.",
         ),
     ] = True,
-    text_column: TextColumn = None,
-    image_column: ImageColumn = None,
-    video_column: VideoColumn = None,
-    audio_column: AudioColumn = None,
-    image_root: ImageRoot = None,
-    on_bad_file: OnBadFile = None,
-    allow_urls: AllowUrls = False,
-    allow_host: AllowHost = None,
+    *,
+    reading: "Reading",
 ) -> None:
     """
     Answer the rows of a file, of any size; labels are not needed.
@@ -379,15 +383,11 @@ def predict(
     (topic_score). Columns of the input that are called alike get _input behind their name. The file appears when it is
     complete.
     """
-    from .predict import Reading, run_prediction
+    from .predict import run_prediction
     from .processes import join_processes, leave_processes
 
     join_processes()
     with _errors_as_sentences():
-        reading = Reading(
-            text_column, image_column, video_column, audio_column, image_root, on_bad_file,
-            _allowed(allow_urls, allow_host),
-        )  # fmt: skip
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
         run_prediction(model, file, output, names, batch_size, num_workers, num_beams, reading, escape_formulas)
     leave_processes()
