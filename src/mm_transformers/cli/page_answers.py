@@ -65,8 +65,8 @@ def _read(processor: Any, row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
             if kind == "image":
                 read[kind] = load_image(content)
             else:
-                rate = processor.feature_extractor.sampling_rate
-                read[kind] = {"array": processor.load_audio(content), "sampling_rate": rate}
+                array = processor.load_audio(content)
+                read[kind] = {"array": array, "sampling_rate": processor.feature_extractor.sampling_rate}
         except ValueError as error:
             raise ValueError(f"{name}{error}") from error
     return read, note
