@@ -179,7 +179,7 @@ class MMTransformerProcessor(ProcessorMixin):
         super().__init__(**parts, **kwargs)
         if isinstance(num_frames, bool) or not isinstance(num_frames, numbers.Integral) or num_frames < 1:
             raise ValueError(f"num_frames must be a whole number above 0, but is {shortened(num_frames)}.")
-        self.num_frames = num_frames
+        self.num_frames: int = int(num_frames)
         self._warned: set[str] = set()
 
     @classmethod
