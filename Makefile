@@ -13,7 +13,7 @@ BENCH_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz test-floor coverage lint format bench bench-quick bench-gpu clean
+.PHONY: help demo test test-slow test-nightly fuzz test-floor coverage lint format bench bench-quick bench-gpu clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | while IFS='|' read -r target text; do printf '%-18s %s\n' "$$target" "$$text"; done
@@ -21,21 +21,24 @@ help: ## Show the targets.
 demo: $(VENV)/.installed ## Train and evaluate a small model on the data set that comes with the package.
 	$(VENV)/bin/mm-transformers demo
 
-test: $(VENV)/.installed ## Run the tests, without the slow ones.
+test: $(VENV)/.installed ## Run the quick tests.
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.installed ## Run the slow tests.
+test-slow: $(VENV)/.installed ## Run the tests that take seconds each.
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-nightly: $(VENV)/.installed ## Run the tests that take minutes each.
+	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m nightly $(PYTEST_ARGS)
 
 MINUTES ?= 60
 fuzz: $(VENV)/.installed ## Try random changes of files of all kinds, for MINUTES (60); stops at the first failure.
 	$(TEST_ENV) $(VENV)/bin/python tests/security/fuzz.py $(MINUTES)
 
 test-floor: $(FLOOR)/.installed ## Run the tests with the oldest transformers that is supported.
-	$(TEST_ENV) $(FLOOR)/bin/python $(PYTEST) $(PYTEST_ARGS)
+	$(TEST_ENV) $(FLOOR)/bin/python $(PYTEST) -m "not nightly" $(PYTEST_ARGS)
 
 coverage: $(VENV)/.installed ## Run the tests and show which lines they leave out.
-	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) --cov $(PYTEST_ARGS)
+	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) --cov -m "not nightly" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed ## Check style and types.
 	$(VENV)/bin/ruff check .

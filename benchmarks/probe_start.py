@@ -26,7 +26,7 @@ from mm_transformers import (
     MMTransformerForMultiTask,
     MMTransformerProcessor,
 )
-from mm_transformers.training.probe_start import start_probes
+from mm_transformers.training.linear_start.probe_start import start_probes
 
 
 WORDS = [f"w{i}" for i in range(400)]

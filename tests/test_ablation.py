@@ -34,7 +34,7 @@ from mm_transformers.analysis.ablation.tables import Table, as_markdown
 from mm_transformers.analysis.ablation.views import exchanged
 from mm_transformers.data.markdown import plain_markdown
 from mm_transformers.training.metrics import less_is_better
-from mm_transformers.training.mismatches import draw_mismatches
+from mm_transformers.training.metrics.mismatches import draw_mismatches
 
 
 NUM_ROWS = 24
@@ -475,7 +475,7 @@ def test_slices_of_cells_that_are_missing_or_formatted(model):
 
 
 def test_a_task_may_be_called_as_another_with_more_behind_it():
-    tasks = ["topic", "topic_fine"]
+    tasks = {name: Classification(name, labels=["a", "b"]) for name in ("topic", "topic_fine")}
     measured = {"topic_fine_loss": 1.0, "topic_fine_accuracy": 0.5}
     assert main_metric("topic", measured, tasks) is None
     assert main_metric("topic_fine", measured, tasks) == "topic_fine_accuracy"

@@ -10,7 +10,7 @@ from transformers.integrations import peft as peft_integration
 from transformers.utils import peft_utils
 
 from mm_transformers import Generation, MMDataCollator, MMTrainer, MMTransformerConfig, MMTransformerForMultiTask
-from mm_transformers.training.adapters import load_adapters
+from mm_transformers.training.checkpoints.adapters import load_adapters
 
 
 peft = pytest.importorskip("peft")

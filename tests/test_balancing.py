@@ -5,19 +5,18 @@ import torch
 from distributed import FSDP, NUM_ROWS, make_rows, make_tasks, train, train_in_processes
 from test_objective import differ
 from tiny import SEQ2SEQ, VISION_ENCODERS, make_model, make_processor
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from mm_transformers import (
     Classification,
     Generation,
     MMDataCollator,
-    MMTrainer,
     MMTransformerConfig,
     MMTransformerForMultiTask,
     Retrieval,
 )
-from mm_transformers.training.balancing import TaskBalancing, probe_parameters
-from mm_transformers.training.task_gradients import TaskGradientsCallback
+from mm_transformers.training.objective.balancing import own_and_shared, probe_parameters
+from mm_transformers.training.objective.task_gradients import TaskGradientsCallback
 
 
 LEARNING = ["uncertainty", "famo", "db_mtl", "gradnorm", "pcgrad"]
@@ -163,7 +162,7 @@ def test_dropout_is_the_same_when_looked_at_twice(tmp_path):
     torch.testing.assert_close(weights_of(result, 0), weights, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes(tmp_path):
     """State and gradients are those of one process, for every weighting, accumulated or not."""
     runs = []
@@ -285,7 +284,7 @@ def test_a_task_that_does_not_count_changes_nothing(tmp_path, kind):
         assert weights[counts].sum().item() == pytest.approx(4.0 if kind == "gradnorm" else 1.0)
 
 
-def test_pcgrad_leaves_the_decoder_of_a_single_task_to_it(tmp_path):
+def test_pcgrad_leaves_the_decoder_of_a_single_task_to_it():
     """It is not in the inner products; if two tasks write, they share it."""
     owned = []
     for tasks in ([Generation("german")], [Generation("german"), Generation("french")]):
@@ -295,9 +294,7 @@ def test_pcgrad_leaves_the_decoder_of_a_single_task_to_it(tmp_path):
             tasks=[*make_tasks(), *tasks], task_weighting="pcgrad",
         )  # fmt: skip
         model = MMTransformerForMultiTask(config)
-        args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
-        trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=make_rows(4))
-        own, shared = TaskBalancing(trainer)._own_and_shared()
+        own, shared = own_and_shared(model)
         assert not {id(p) for p in own} & {id(p) for p in shared}
         assert len(own) + len(shared) == sum(p.requires_grad for p in model.parameters())
         names = {id(p): name for name, p in model.named_parameters()}
@@ -306,7 +303,7 @@ def test_pcgrad_leaves_the_decoder_of_a_single_task_to_it(tmp_path):
     assert owned == [{"model.text_model"}, set()]
 
 
-@pytest.mark.parametrize("environment", [{}, pytest.param(FSDP, marks=pytest.mark.slow)], ids=["DDP", "FSDP"])
+@pytest.mark.parametrize("environment", [{}, pytest.param(FSDP, marks=pytest.mark.nightly)], ids=["DDP", "FSDP"])
 def test_famo_sees_all_pairs_in_two_processes(tmp_path, environment):
     """The losses before and after are those of training, where each row is compared with those of all processes."""
     run = {"model": {"task_weighting": "famo"}, "pairs": True, "num_rows": 8, "max_steps": 3}

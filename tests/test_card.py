@@ -16,6 +16,7 @@ from test_trainer import make_args, make_dataset
 from tiny import SEQ2SEQ, make_model, make_processor
 
 from mm_transformers import Generation, MMTrainer, MMTransformerConfig, MMTransformerForMultiTask
+from mm_transformers.training.card.card_file import write_card
 from mm_transformers.training.card.facts import CardFacts, Measurement
 from mm_transformers.training.card.merging import (
     add_memory,
@@ -25,7 +26,6 @@ from mm_transformers.training.card.merging import (
     split_sections,
     take_memory,
 )
-from mm_transformers.training.card.writing import write_card
 
 
 def train(folder: Path, **kwargs) -> MMTrainer:
@@ -154,7 +154,7 @@ LICENSES = """
 import time
 from transformers import ViTConfig
 from mm_transformers import MMTransformerConfig
-from mm_transformers.training.card.writing import licenses_of
+from mm_transformers.training.card.card_file import licenses_of
 vision = ViTConfig()
 vision._name_or_path = "google/vit-base-patch16-224-in21k"
 print(licenses_of(MMTransformerConfig(vision_config=vision)))

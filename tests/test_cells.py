@@ -49,18 +49,20 @@ from mm_transformers.analysis import explain
 from mm_transformers.cli.predict import Reading, run_prediction
 from mm_transformers.data.cells import RowReader, absolute_paths, label_of, with_root
 from mm_transformers.data.feature_keys import ItemHash
-from mm_transformers.data.labels import check_labels, complete_task, has_labels, infer_labels, prepare_labels
+from mm_transformers.data.labels import check_labels, complete_task, has_labels, prepare_labels
 from mm_transformers.data.loading import load_files
 from mm_transformers.data.row_labels import encoded_labels
 from mm_transformers.data.sources import rows_of
 from mm_transformers.data.splitting import hold_out_rows
 from mm_transformers.data.tables import table_writer
 from mm_transformers.model.audio import AudioError, audio_key, load_audio
-from mm_transformers.model.files import content_of
+from mm_transformers.model.file_contents import content_of
 from mm_transformers.model.images import ImageError, image_key, load_image
+from mm_transformers.model.label_cells import infer_labels
 from mm_transformers.model.label_lists import split_labels
+from mm_transformers.model.modalities import IMAGE
 from mm_transformers.model.video import VideoError
-from mm_transformers.training.prediction import answer_columns
+from mm_transformers.training.predictor import answer_columns
 
 
 COLLATOR = MMDataCollator(make_processor(), make_config())
@@ -944,7 +946,7 @@ class TestCasts:
         content = to_bytes(self.PICTURE)
         cells = [{"bytes": content, "path": None}, {"bytes": content, "path": None, "cast": {"mode": "L"}}]
         assert image_key(cells[0]) != image_key(cells[1])
-        assert len({ItemHash("images", load_image)(cell) for cell in cells}) == 2
+        assert len({ItemHash(IMAGE, load_image)(cell) for cell in cells}) == 2
         assert len(COLLATOR([{"text": "a", "image": cells}])["pixel_values"]) == 2
 
     @pytest.mark.parametrize(("rate", "is_heard"), [(8000, False), (None, True)])

@@ -25,8 +25,8 @@ from mm_transformers import (
     TokenClassification,
 )
 from mm_transformers.model.task_base import task_from_dict
-from mm_transformers.training.from_recipe import check_checkpoint
-from mm_transformers.training.preparing import prepare_tasks
+from mm_transformers.training.objective.task_options import prepare_tasks
+from mm_transformers.training.recipe.output_folder import check_checkpoint
 
 
 LABELS = ["red", "green", "blue"]

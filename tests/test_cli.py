@@ -1,4 +1,4 @@
-"""The command line. The demo's claims about accuracy are checked by the slow test; here it runs for a few steps."""
+"""The command line. The demo's claims about accuracy are checked by the nightly test; here it runs for a few steps."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def test_demo_trains_prints_saves_reloads_and_draws(tmp_path):
     assert model.config.fusion_type == "late"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("seed", [0, 1])
 def test_demo_shows_what_it_claims(tmp_path, seed):
     run_demo(tmp_path, "--seed", str(seed))

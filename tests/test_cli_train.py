@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from mm_transformers import MMDataCollator, MMTransformerForMultiTask, MMTransformerProcessor
 from mm_transformers.cli import app
 from mm_transformers.data.embedded import load_demo_dataset
-from mm_transformers.training.prediction import answer_columns, stream_answers
+from mm_transformers.training.predictor import Predictor, answer_columns
 
 
 def mm(*arguments, ok: bool = True) -> str:
@@ -388,7 +388,7 @@ def test_rows_are_answered_as_they_come(trained):
             taken.append(len(taken))
             yield {"text": f"the red dog {len(taken)}", "number": taken[-1]}
 
-    answers = stream_answers(model, collator, endless(), ["stars"], batch_size=4)
+    answers = Predictor(model, collator, ["stars"], batch_size=4).stream(endless())
     for batch in range(3):
         answered = next(answers)
         assert [row["number"] for row, _ in answered] == list(range(4 * batch, 4 * batch + 4))

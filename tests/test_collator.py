@@ -330,7 +330,7 @@ class TestBadImages:
         with pytest.raises(ValueError, match=r"on_bad_file must be 'raise' or 'drop', but is 'skip'\."):
             make_collator(on_bad_file="skip")
 
-    @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.nightly)])
     def test_are_counted_across_workers(self, context):
         rows = [{"text": f"a {n}", "image": b"bad" if n % 3 == 0 else None, "score": n} for n in range(20)]
         collator = make_collator(on_bad_file="drop")

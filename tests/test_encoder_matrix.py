@@ -29,7 +29,7 @@ VISION = [
 SUPPORTED = [*(("text", name) for name in TEXT), *(("vision", name) for name in VISION)]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("modality", "model_type"), SUPPORTED)
 def test_named_type_is_supported(modality, model_type):
     tried = try_type(model_type, modality)
@@ -37,7 +37,7 @@ def test_named_type_is_supported(modality, model_type):
     assert tried.faults == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_named_type_is_refused_for_its_cause(model_type):
     tried = try_type(model_type, "text" if model_type in ("reformer", "fsmt") else "vision")
@@ -45,7 +45,7 @@ def test_named_type_is_refused_for_its_cause(model_type):
     assert re.search(REFUSED[model_type], tried.refusal)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_type():
     """What is not supported is refused by `from_encoders`, in one line; nothing is accepted and then wrong."""
     all_tried = list(try_all())

@@ -41,7 +41,7 @@ def emoji_data(tmp_path):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_translate_reports_every_view(emoji_data, tmp_path):
     out = tmp_path / "results"
     options = ["--steps", 2, "--seeds", 2, "--workers", 0, "--modalities", "fused", "text"]
@@ -65,7 +65,7 @@ def test_translate_reports_every_view(emoji_data, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng (apt install espeak-ng)")
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_speech_reports_every_view(tmp_path):
     done = run(SPEECH, "--output_dir", tmp_path / "out", "--steps", 2, "--seeds", 2, cwd=tmp_path)
     report = json.loads((tmp_path / "out/results.json").read_text())
@@ -83,7 +83,7 @@ def test_speech_needs_espeak(tmp_path, monkeypatch):
     assert "espeak-ng is not installed: apt install espeak-ng" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_missing_pictures_reports_every_share(tmp_path):
     done = run(EXAMPLES / "missing_pictures.py", "--steps", 2, "--seeds", 1, cwd=tmp_path)
     report = json.loads((tmp_path / "missing_pictures/results.json").read_text())

@@ -160,7 +160,7 @@ def test_merging_knows_the_shares_of_tokens():
 
     torch.manual_seed(0)
     tokens = torch.randn(3, 17, 8)
-    merging = TokenMerging(5)
+    merging = TokenMerging(None, 5)
     shares = merging.shares(tokens)
     assert shares.shape == (3, 5, 17)
     torch.testing.assert_close(shares.sum(-1), torch.ones(3, 5))

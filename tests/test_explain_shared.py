@@ -24,13 +24,13 @@ from transformers import ViTImageProcessor
 from mm_transformers import Generation, MMTransformerProcessor
 from mm_transformers.analysis import explain
 from mm_transformers.analysis.explaining import integrated_gradients
-from mm_transformers.analysis.explaining.explanation import Explanation, ImageRelevance, TokenRelevance
+from mm_transformers.analysis.explaining.colors import heat_map
+from mm_transformers.analysis.explaining.explanation import Explanation, ImageRelevance, TokenRelevance, strengths
 from mm_transformers.analysis.explaining.html import colored_words, heat_map_url
 from mm_transformers.analysis.explaining.own_copy import own_copy
 from mm_transformers.analysis.explaining.placing import patch_grid, sums_over_parts, sums_over_patches
-from mm_transformers.analysis.explaining.plotting import heat_map, strengths
 from mm_transformers.analysis.explaining.shares import blank_text
-from mm_transformers.model.answering import answer_batch
+from mm_transformers.model.predictions import Predictions
 
 
 ROWS = [
@@ -83,13 +83,13 @@ def test_threads_get_the_answers_of_one_and_leave_no_trace(training):
     questions = [(row, method) for row in ROWS for method in ("chefer", "rollout")] * 4
     inputs = processor(text=[ROWS[0]["text"]], images=[ROWS[0]["image"]])
     expected = [explain(model, processor, row, "topic", method) for row, method in questions[:6]]
-    answer = None if training else answer_batch(model, processor, inputs, ["topic"])
+    answer = None if training else Predictions.of(model, inputs).answers(processor, ["topic"])
 
     def ask(question):
         row, method = question
         found = explain(model, processor, row, "topic", method)
         # In training mode the mode itself would be changed for others.
-        return found, None if training else answer_batch(model, processor, inputs, ["topic"])
+        return found, None if training else Predictions.of(model, inputs).answers(processor, ["topic"])
 
     with ThreadPoolExecutor(6) as threads:
         for number, (found, beside) in enumerate(threads.map(ask, questions)):

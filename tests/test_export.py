@@ -63,7 +63,7 @@ def check(model, exported, processor):
                 assert (found[name] - expected[name]).abs().max() < 1e-4, name
 
 
-@pytest.mark.parametrize("kind", [pytest.param("onnx", marks=pytest.mark.slow), "torch"])
+@pytest.mark.parametrize("kind", [pytest.param("onnx", marks=pytest.mark.nightly), "torch"])
 def test_every_kind_of_head(kind, tmp_path):
     model, processor = make_model(item_order=True), make_processor()
     torch.nn.init.normal_(model.model.vision_order.weight)
@@ -84,7 +84,7 @@ def test_every_kind_of_head(kind, tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["onnx", "torch"])
 @pytest.mark.parametrize("fusion", FUSION_KINDS)
 @pytest.mark.parametrize(("text", "vision"), [("bert", "convnextv2"), ("distilbert", "clip-vision"), ("t5", "swin")])
@@ -99,7 +99,7 @@ def test_every_fusion(fusion, text, vision, kind, tmp_path):
     [
         ("bart", "onnx"),
         *(
-            pytest.param(w, k, marks=pytest.mark.slow)
+            pytest.param(w, k, marks=pytest.mark.nightly)
             for w in ("t5", "marian", "m2m100", "mt5")
             for k in ("onnx", "torch")
         ),
@@ -114,7 +114,7 @@ def test_writing(writer, kind, tmp_path):
             assert torch.equal(exported.generate("german", **inputs, **options), model.generate(**inputs, **options))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("decoder", ["bert", "gpt2"])
 def test_a_decoder_behind_an_encoder_without_one(decoder, tmp_path):
     """Saved, loaded and exported, it writes the same."""
@@ -136,7 +136,7 @@ def test_a_decoder_behind_an_encoder_without_one(decoder, tmp_path):
             assert torch.equal(exported.generate("german", **inputs, **options), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("audio", ["wav2vec2", "whisper", "ast"])
 def test_sound(audio, tmp_path):
     model = make_model(vision=None, audio=audio, tasks=[Classification("topic", labels=["a", "b"])])
@@ -152,7 +152,7 @@ def test_sound(audio, tmp_path):
         assert (exported(**inputs).logits["topic"] - expected).abs().max() < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_integers_are_smaller_and_near(tmp_path):
     model, processor = make_model(), make_processor()
     export_model(model, processor, tmp_path / "int8", int8=True)

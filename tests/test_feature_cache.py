@@ -234,7 +234,7 @@ def test_training_with_and_without_is_the_same(freeze, tmp_path):
         assert results[2][3][modality] == []
 
 
-@pytest.mark.parametrize("workers", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", ["fork", pytest.param("spawn", marks=pytest.mark.nightly)])
 def test_workers_read_it(workers, tmp_path):
     rows = make_rows(8)
     model = make_model(freeze=["text", "vision"])
@@ -344,13 +344,13 @@ class TestKeys:
             cached(rows)
         same_answers(model, collator, cache.prepare(model, collator, rows), rows)
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     def test_hashes_are_the_same_in_every_process(self):
         code = (
             "import sys; sys.path.insert(0, 'tests'); from tiny import *; import torch;"
-            "from mm_transformers.data.feature_keys import *;"
+            "from mm_transformers.data.feature_keys import *; from mm_transformers.model.modalities import IMAGE;"
             "e = make_model(freeze=['vision']).model.vision_model;"
-            "print(hash_of_encoder(e, make_image_processor(), torch.float32), ItemHash('images', None)(b'abc').hex())"
+            "print(hash_of_encoder(e, make_image_processor(), torch.float32), ItemHash(IMAGE, None)(b'abc').hex())"
         )
         run = lambda: subprocess.run(  # noqa: E731
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],
@@ -561,7 +561,7 @@ class TestSize:
             assert len(folders(tmp_path)) == 1
             del model, cached
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     @pytest.mark.skipif(sys.platform == "win32", reason="limits of processes are those of Unix")
     def test_a_full_disk(self, tmp_path):
         """A process that may not write a file of that size is told so by the same call that a full disk would fail."""
@@ -688,7 +688,7 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
     assert not shards(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_runs_that_build_at_once(tmp_path):
     processes = [start(BUILD + "build(sys.argv[1], 60)", tmp_path) for _ in range(2)]
     for process in processes:
@@ -711,7 +711,7 @@ def in_two_processes(code: str, path: Path) -> list:
     return results
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_share_the_work(tmp_path):
     """As `torchrun` starts them: each encodes its share, both see all, and an error of one is told by both."""
     code = BUILD + (
@@ -739,7 +739,7 @@ def test_two_processes_share_the_work(tmp_path):
     assert all("row 3, column 'image'" in message for message in messages)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_train_as_without(tmp_path):
     """With DDP; in most steps one of them has no image, and so nothing for its vision encoder."""
     code = BUILD + (

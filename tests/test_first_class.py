@@ -476,7 +476,7 @@ def test_an_assistant_is_refused():
 # Slow: they compile
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("fusion", FUSION_KINDS)
 def test_compiled_in_one_graph(fusion):
     model, batch = make_model(fusion_type=fusion), make_batch(labels=False)
@@ -484,7 +484,7 @@ def test_compiled_in_one_graph(fusion):
     torch.testing.assert_close(logits_of(compiled, batch), logits_of(model, batch), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("fusion", FUSION_KINDS)
 def test_flex_attention_agrees(fusion):
     model = make_model(fusion_type=fusion, fusion_hidden_size=64)

@@ -206,7 +206,7 @@ def test_half_precision_keeps_what_is_frozen(tmp_path):
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in gates.values())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiles_without_a_graph_break():
     model, batch = make_model(freeze=["text", "vision"]), make_batch()
     torch._dynamo.reset()

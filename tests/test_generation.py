@@ -617,7 +617,7 @@ def test_adapters_on_a_model_that_writes(tmp_path):
 
 
 def test_rouge_reads_every_script():
-    from mm_transformers.training.text_metrics import RougeL
+    from mm_transformers.training.metrics.text_metrics import RougeL
 
     metric = RougeL()
     assert metric.compute(predictions=["嘿嘿 熊"], references=["嘿嘿 熊"]) == {"rouge_l": 1.0}

@@ -388,7 +388,7 @@ if told["error"] is None: make_processor().push_to_hub("ada/dogs")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_server_dies_in_the_middle_of_an_upload(tmp_path):
     """What is on the Hub stays what it was, and the next push completes."""
     hub = Hub(tmp_path / "hub", {"ada-token": "ada"}).start()

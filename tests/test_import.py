@@ -1,5 +1,7 @@
 """`import mm_transformers` costs nothing, and yet the Auto classes know the model."""
 
+import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -68,6 +70,43 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("first", [*FIRST, *(pytest.param(lines, marks=pytest.mark.slow) for lines in OTHERS)])
+@pytest.mark.parametrize("first", [*FIRST, *(pytest.param(lines, marks=pytest.mark.nightly) for lines in OTHERS)])
 def test_auto_classes_know_the_model_whatever_is_imported_first(first):
     assert run(first + KNOWN) == "known"
+
+
+def imports(file: Path) -> set[Path]:
+    """The modules of the package that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parent = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for path in (parent, *(parent / alias.name for alias in node.names)):
+                found |= {f for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()}
+    return found - {file}
+
+
+def test_no_module_imports_one_that_imports_it():
+    """Imports inside of functions and for type checkers count, too."""
+    package = Path(mm_transformers.__file__).parent
+    files = list(package.rglob("*.py"))
+    # A package imports its own modules, so what a module imports of its package's `__init__` is left to Python.
+    graph = {file: {other for other in imports(file) if other.name != "__init__.py"} for file in files}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+# From top to bottom; see docs/architecture.md.
+ROOMS = ("cli", "analysis", "sharing", "training", "data", "model")
+
+
+def test_rooms_import_downwards():
+    package = Path(mm_transformers.__file__).parent
+    upwards = [
+        (str(file.relative_to(package)), str(other.relative_to(package)))
+        for place, room in enumerate(ROOMS)
+        for file in (package / room).rglob("*.py")
+        for other in imports(file)
+        if other.relative_to(package).parts[0] in ROOMS[:place]
+    ]
+    assert upwards == []
+    assert {path.name for path in package.iterdir() if (path / "__init__.py").is_file()} == set(ROOMS)

@@ -75,7 +75,7 @@ def trained(fusion: str, item_order: bool):
 @pytest.mark.parametrize(
     "fusion",
     [
-        kind if kind in ("cross_attention", "late") else pytest.param(kind, marks=pytest.mark.slow)
+        kind if kind in ("cross_attention", "late") else pytest.param(kind, marks=pytest.mark.nightly)
         for kind in FUSION_KINDS
     ],
 )

@@ -28,12 +28,12 @@ from mm_transformers.analysis import ablate
 from mm_transformers.analysis.ablation.views import EncodedRows, pairs
 from mm_transformers.model.fusion_base import Stream
 from mm_transformers.model.linear_probe import LinearProbe, ProbedHead
-from mm_transformers.model.modeling_outputs import MMTransformerModelOutput
+from mm_transformers.model.modeling_mm_transformer import MMTransformerModelOutput
 
 
 every_fusion = pytest.mark.parametrize("fusion", FUSION_KINDS)
 one_fusion_and_slowly_all = pytest.mark.parametrize(
-    "fusion", [pytest.param(kind, marks=[pytest.mark.slow] if i else []) for i, kind in enumerate(FUSION_KINDS)]
+    "fusion", [pytest.param(kind, marks=[pytest.mark.nightly] if i else []) for i, kind in enumerate(FUSION_KINDS)]
 )
 
 
@@ -296,7 +296,7 @@ def test_pairs_that_do_not_match_are_judged():
 # Graphs
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @one_fusion_and_slowly_all
 def test_compiles_without_a_graph_break(fusion):
     model, batch = make_probed(fusion_type=fusion), make_batch()

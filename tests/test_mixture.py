@@ -290,7 +290,8 @@ class TestTraining:
         said = []
         monkeypatch.setattr(trainer.logger, "warning", said.append)
         rows = [{"text": "a dog", "score": float(i), "tone": None} for i in range(8)]
-        make_trainer(tmp_path, rows, max_steps=2).train()
+        labelled = [{**row, "tone": "bad"} for row in rows]
+        make_trainer(tmp_path, rows, max_steps=2, eval_dataset=labelled, eval_strategy="epoch").train()
         assert said == ["No training row has a label of task 'tone', so its head was not trained."]
 
     def test_labels_before_a_resume_are_remembered(self, tmp_path, monkeypatch):
@@ -642,7 +643,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes(tmp_path):
     """Disjoint rows whose union, step by step, is the global order; a resume in the second epoch; streams; logs."""
     script = tmp_path / "script.py"

@@ -15,9 +15,10 @@ from mm_transformers.analysis.report import write_report
 from mm_transformers.analysis.report.answered import answers_to
 from mm_transformers.cli.page import answers_as_html
 from mm_transformers.cli.reload import answers_of
-from mm_transformers.model.answering import answer_batch, evaluation_mode
+from mm_transformers.model.answers import evaluation_mode
+from mm_transformers.model.predictions import Predictions
 from mm_transformers.sharing import export
-from mm_transformers.training.prediction import stream_answers
+from mm_transformers.training.predictor import Predictor
 
 
 ROWS = [
@@ -69,8 +70,8 @@ FUNCTIONS = {
     "contrastive_accuracy": lambda m, p, f: contrastive_accuracy(m, _collator(m, p), ROWS, "german", ["a", "b", "sun"]),
     "answers_to": lambda m, p, f: list(answers_to(m, _collator(m, p), ROWS, 2)),
     "write_report": _report,
-    "answer_batch": lambda m, p, f: answer_batch(m, p, _inputs(p), list(m.tasks)),
-    "stream_answers": lambda m, p, f: list(stream_answers(m, _collator(m, p), ROWS, keep=lambda row: None)),
+    "predictions": lambda m, p, f: Predictions.of(m, _inputs(p)).answers(p),
+    "predictor": lambda m, p, f: Predictor(m, _collator(m, p))(ROWS),
     "pipeline": lambda m, p, f: pipeline("multimodal", model=m, processor=p, device="cpu")(PARTS),
     "demo page": _page,
     "answers_of": lambda m, p, f: {name: values.tolist() for name, values in answers_of(m, _inputs(p)).items()},

@@ -10,8 +10,8 @@ from tiny import make_feature_extractor, make_image, make_image_processor, make_
 
 from mm_transformers import MMTransformerProcessor
 from mm_transformers.cli.page import answers_as_html, demo_examples, load_page, make_page
+from mm_transformers.cli.space import write_space
 from mm_transformers.cli.uploads import Upload
-from mm_transformers.sharing.space import write_space
 
 
 KINDS = ("text", "image")

@@ -32,8 +32,8 @@ from mm_transformers import (
     MMTransformerProcessor,
     Retrieval,
 )
+from mm_transformers.model.modeling_mm_transformer import MMTransformerForSequenceClassification
 from mm_transformers.model.pipeline_mm_transformer import MultimodalPipeline
-from mm_transformers.model.sequence_classification import MMTransformerForSequenceClassification
 
 
 TEXTS = ["a red dog", "the small cat is on the desk", "", "lovely rain", "the crane over a river"]

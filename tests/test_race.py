@@ -413,7 +413,7 @@ def test_the_page_holds_the_figures_of_the_results(tmp_path):
 # The whole
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_race_from_the_command_line(stamps_dir, encoders, tmp_path):
     output = tmp_path / "race.jsonl"
     methods = {"majority", "logistic_both", "pca_boosting", *race.OURS}

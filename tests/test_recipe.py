@@ -9,9 +9,10 @@ from recipes import make_rows, recipe_values, save_encoders, write_csv
 from transformers import TrainingArguments
 
 from mm_transformers import MMTransformerConfig
-from mm_transformers.training.from_recipe import build_trainer, check_output, training_arguments
 from mm_transformers.training.recipe import Recipe, read_recipe
-from mm_transformers.training.recipe_yaml import dump_yaml, parse_yaml
+from mm_transformers.training.recipe.builders import build_trainer, training_arguments
+from mm_transformers.training.recipe.output_folder import check_output
+from mm_transformers.training.recipe.yaml_format import dump_yaml, parse_yaml
 
 
 VALUES = {

@@ -11,10 +11,10 @@ from transformers import TrainerCallback
 
 from mm_transformers import Classification, MMTrainer, MMTrainingArguments
 from mm_transformers.model.class_weights import balanced_weights
-from mm_transformers.training import refit as refit_module
 from mm_transformers.training.card.facts import measurements_of, training_of
-from mm_transformers.training.probe_start import probes_of, start_probes
-from mm_transformers.training.start_average import StartAverage
+from mm_transformers.training.linear_start import refit as refit_module
+from mm_transformers.training.linear_start.probe_start import probes_of, start_probes
+from mm_transformers.training.linear_start.start_average import StartAverage
 
 
 OPTIONS = {"num_train_epochs": 2, "early_stopping_patience": 0, "head_learning_rate": 1e-2, "refit": None}

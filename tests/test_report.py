@@ -87,17 +87,17 @@ def test_numbers_of_the_page_are_those_of_the_rows(model):
         assert one.answer == task.labels[int(logits.argmax())]
         assert one.confidence == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
         if row["topic"] is None:
-            assert one.truth is one.right is one.loss is None
+            assert one.truth is one.is_right is one.loss is None
         else:
             assert one.truth == task.labels[int(label)]
-            assert one.right == (one.truth == one.answer)
+            assert one.is_right == (one.truth == one.answer)
             assert one.loss == pytest.approx(float(loss(logits, label)), abs=1e-5)
     known = [one for one in answers if one.truth is not None]
     counts = np.array(confusion(known, task.labels))
     for i, truth in enumerate(task.labels):
         for j, answer in enumerate(task.labels):
             assert counts[i, j] == sum(one.truth == truth and one.answer == answer for one in known)
-    wrong = [one for one in known if not one.right]
+    wrong = [one for one in known if not one.is_right]
     assert most_confident_errors(answers, 3) == sorted(wrong, key=lambda one: one.confidence, reverse=True)[:3]
     assert worst(answers, 3) == sorted(wrong, key=lambda one: one.loss, reverse=True)[:3]
 

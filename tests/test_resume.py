@@ -22,8 +22,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mm_transformers import Classification, MMDataCollator, MMTrainer
 from mm_transformers.data.sources import ROW_KEY
-from mm_transformers.training import checkpoints
-from mm_transformers.training.checkpoints import (
+from mm_transformers.training.checkpoints import folders as checkpoints
+from mm_transformers.training.checkpoints.folders import (
     DELETING,
     MANIFEST_NAME,
     SAVING,
@@ -387,7 +387,7 @@ assert_equal(log_of(again.state), log_of(whole.state))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes(tmp_path):
     (tmp_path / "script.py").write_text(_TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -509,7 +509,7 @@ def test_killed_three_times(tmp_path):
     train_with_kills(tmp_path, 9, kills)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_twenty_times(tmp_path):
     rng = random.Random(1)
     kills = [(SAVING, rng.uniform(0, 0.1)) for _ in range(10)] + [(DELETING, rng.uniform(0, 0.003)) for _ in range(4)]

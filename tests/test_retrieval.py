@@ -28,8 +28,8 @@ from mm_transformers import (
     Retrieval,
 )
 from mm_transformers.model.fusion_base import Stream
-from mm_transformers.training.mismatches import draw_mismatches
-from mm_transformers.training.retrieval_metrics import RetrievalRecall
+from mm_transformers.training.metrics.mismatches import draw_mismatches
+from mm_transformers.training.metrics.retrieval_metrics import RetrievalRecall
 
 
 FIND = Retrieval("find", embedding_size=8)

@@ -8,7 +8,7 @@ from tiny import make_processor
 from transformers import TrainerCallback, TrainingArguments
 
 from mm_transformers import MMTrainer, MMTrainingArguments
-from mm_transformers.training.start_average import FILE_NAME, StartAverage, is_as_good
+from mm_transformers.training.linear_start.start_average import FILE_NAME, StartAverage, is_as_good
 
 
 class Weights(TrainerCallback):

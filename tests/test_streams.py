@@ -182,7 +182,7 @@ def merged_by_hand(tokens: torch.Tensor, num_tokens: int) -> list[torch.Tensor]:
 def test_merging_is_what_a_loop_makes(length, num_tokens, seed):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(3, length, 8, generator=generator, dtype=torch.float64)
-    merged = TokenMerging(num_tokens)(tokens)
+    merged = TokenMerging(None, num_tokens)(tokens)
     assert merged.shape == (3, min(length, num_tokens), 8)
     for image, given_back in zip(tokens, merged, strict=True):
         assert torch.allclose(given_back, torch.stack(merged_by_hand(image, num_tokens)), atol=1e-9)

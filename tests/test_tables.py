@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_transformers.data.files import check_writable
-from mm_transformers.data.labels import check_labels, infer_labels, prepare_labels
+from mm_transformers.data.labels import check_labels, prepare_labels
 from mm_transformers.data.loading import first_rows, load_files
 from mm_transformers.data.tables import TableRows
+from mm_transformers.model.label_cells import infer_labels
 from mm_transformers.model.safe_writing import write_atomically
 from mm_transformers.model.tasks import task_from_dict
 

@@ -27,17 +27,10 @@ from mm_transformers import (
     TokenClassification,
     register_task,
 )
-from mm_transformers.model.task_base import (
-    TASK_KINDS,
-    LabelContext,
-    PooledHead,
-    TaskHeads,
-    is_missing,
-    is_null,
-    task_from_dict,
-)
+from mm_transformers.model.label_cells import is_missing, is_null
+from mm_transformers.model.task_base import TASK_KINDS, LabelContext, PooledHead, TaskHeads, task_from_dict
 from mm_transformers.model.task_token_classification import index_words, split_words
-from mm_transformers.training.prediction import answer_columns, stream_answers
+from mm_transformers.training.predictor import Predictor, answer_columns
 
 
 TOPIC = Classification("topic", labels=["animals", "food", "travel"])
@@ -677,7 +670,7 @@ class TestWordsWithoutTokens:
         text, model = "cat " * 60, make_model(tasks=[ENTITIES])
         rows = [{"text": text}, {"text": "red \u200b cat"}, {"text": None, "image": make_image(0)}]
         collator = MMDataCollator(make_processor(), model.config)
-        [answered] = stream_answers(model.eval(), collator, rows)
+        [answered] = Predictor(model.eval(), collator).stream(rows)
         for (row, answers), num_words in zip(answered, (60, 3, 0), strict=True):
             labels = answer_columns(answers)["entities"]
             assert len(labels) == num_words

@@ -121,4 +121,4 @@ for name in [*ONLY, *OF_ATTENTION]:
     assert hasattr(ModelTest, name), name
 for name in dir(ModelTest):
     if re.match(SLOW, name):
-        setattr(ModelTest, name, pytest.mark.slow(getattr(ModelTest, name)))
+        setattr(ModelTest, name, pytest.mark.nightly(getattr(ModelTest, name)))

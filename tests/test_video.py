@@ -16,7 +16,7 @@ from tiny import make_config, make_image, make_model, make_processor
 from transformers import TrainingArguments, set_seed
 
 from mm_transformers import Classification, MMDataCollator, MMTrainer, MMTransformerForMultiTask
-from mm_transformers.model.streams import FrameEmbedding
+from mm_transformers.model.streams import SinusoidalFrames
 from mm_transformers.model.video import VideoError, load_frames, sample_evenly
 
 
@@ -151,7 +151,7 @@ def test_pictures_and_frames_in_one_row():
 
 
 def test_sinusoids_by_their_definition():
-    vectors = FrameEmbedding("sinusoidal", 8, 10)(torch.tensor([[0, 3, -1]]), torch.float32)[0]
+    vectors = SinusoidalFrames(8, 10)(torch.tensor([[0, 3, -1]]), torch.float32)[0]
     for i in range(5):
         for row, frame in enumerate((0, 3)):
             angle = frame / 10_000 ** (2 * i / 10)

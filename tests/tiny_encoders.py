@@ -10,13 +10,13 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from mm_transformers.model.encoder_classes import (
-    MAIN_INPUTS,
     modality_of,
     model_class,
     sub_config_of,
     without_random_skips,
 )
 from mm_transformers.model.encoder_probe import observe
+from mm_transformers.model.modalities import ENCODERS
 
 
 VOCAB_SIZE = 120
@@ -95,7 +95,7 @@ def _reads(config: PreTrainedConfig, modality: str) -> bool:
     if modality_of(config) != modality:
         return False
     parameters = inspect.signature(model_class(config).forward).parameters
-    return bool(set(MAIN_INPUTS[modality]) & set(parameters)) or config.is_encoder_decoder or "kwargs" in parameters
+    return bool(set(ENCODERS[modality].inputs) & set(parameters)) or config.is_encoder_decoder or "kwargs" in parameters
 
 
 def _shrunk(value: Any, name: str, way: str) -> Any:

@@ -47,7 +47,7 @@ from mm_transformers import (
 )
 from mm_transformers.analysis.contrastive import contrastive_accuracy
 from mm_transformers.cli.demo_model import make_processor
-from mm_transformers.training.text_metrics import Bleu
+from mm_transformers.training.metrics.text_metrics import Bleu
 
 
 LANGUAGES = ("german", "french", "chinese")

@@ -1,14 +1,14 @@
 """
 Pictures behind any Hugging Face text encoder, several tasks at once.
 
-What the package offers is imported when it is first used: `import mm_transformers` by itself needs no torch. The Auto
-classes and pipelines of transformers know the model from then on.
+Each name is imported when it is first used, so `import mm_transformers` needs no torch. From then on, the Auto classes
+and pipelines of transformers know the model.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .when_imported import register_when_imported
+from .when_imported import call_when_imported
 
 
 if TYPE_CHECKING:
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from .model.modeling_mm_transformer import (
         MMTransformerForMultiTask,
         MMTransformerModel,
+        MMTransformerModelOutput,
+        MMTransformerOutput,
         MMTransformerPreTrainedModel,
     )
-    from .model.modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
     from .model.processing_mm_transformer import MMTransformerProcessor
     from .model.tasks import (
         Classification,
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     )
     from .training.arguments import MMTrainingArguments
     from .training.metrics import MultiTaskMetrics
-    from .training.task_gradients import TaskGradientsCallback
+    from .training.objective.task_gradients import TaskGradientsCallback
+    from .training.predictor import Predictor
     from .training.trainer import MMTrainer
 
 __version__ = "0.1.0.dev0"
@@ -57,9 +59,10 @@ _MODULES = {
     "model.modeling_mm_transformer": [
         "MMTransformerForMultiTask",
         "MMTransformerModel",
+        "MMTransformerModelOutput",
+        "MMTransformerOutput",
         "MMTransformerPreTrainedModel",
     ],
-    "model.modeling_outputs": ["MMTransformerModelOutput", "MMTransformerOutput"],
     "model.processing_mm_transformer": ["MMTransformerProcessor"],
     "model.tasks": [
         "Classification",
@@ -74,12 +77,29 @@ _MODULES = {
     ],
     "training.arguments": ["MMTrainingArguments"],
     "training.metrics": ["MultiTaskMetrics"],
-    "training.task_gradients": ["TaskGradientsCallback"],
+    "training.objective.task_gradients": ["TaskGradientsCallback"],
+    "training.predictor": ["Predictor"],
     "training.trainer": ["MMTrainer"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-register_when_imported()
+
+def _register() -> None:
+    from .sharing.registration import register
+
+    register()
+
+
+# Where transformers looks models up.
+call_when_imported(
+    [
+        "transformers.models.auto.configuration_auto",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.processing_auto",
+        "transformers.pipelines",
+    ],
+    _register,
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -113,6 +133,7 @@ __all__ = [
     "Matching",
     "MultiLabel",
     "MultiTaskMetrics",
+    "Predictor",
     "Regression",
     "Retrieval",
     "Stream",

@@ -20,7 +20,7 @@ from mm_transformers import (
     MMTransformerModel,
     MMTransformerProcessor,
 )
-from mm_transformers.training.checkpoints import MANIFEST_NAME, newest_complete_checkpoint
+from mm_transformers.training.checkpoints.folders import MANIFEST_NAME, newest_complete_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from tiny import make_model, make_processor
 
 from mm_transformers import MMTransformerForMultiTask, MMTransformerProcessor
+from mm_transformers.cli.space import write_space
 from mm_transformers.data.feature_cache import _evict
 from mm_transformers.data.feature_store import Features, FeatureStore
 from mm_transformers.model import safe_writing
 from mm_transformers.model.safe_writing import saved_aside, write_atomically
-from mm_transformers.sharing.space import write_space
-from mm_transformers.training import checkpoints
+from mm_transformers.training.card.card_file import write_card
 from mm_transformers.training.card.facts import CardFacts
-from mm_transformers.training.card.writing import write_card
-from mm_transformers.training.checkpoints import (
+from mm_transformers.training.checkpoints import folders as checkpoints
+from mm_transformers.training.checkpoints.folders import (
     DELETING,
     SAVING,
     discard,
@@ -35,7 +35,7 @@ from mm_transformers.training.checkpoints import (
     rotate,
     tidy,
 )
-from mm_transformers.training.lock import LOCK_NAME, locked
+from mm_transformers.training.checkpoints.lock import LOCK_NAME, locked
 
 
 def fill(folder: Path) -> Path:
@@ -309,7 +309,7 @@ def test_the_second_training_is_refused_and_a_killed_one_is_followed(tmp_path, c
     ids=str,
 )  # fmt: skip
 def test_locks_that_others_have_left(tmp_path, change, message, monkeypatch):
-    monkeypatch.setattr("mm_transformers.training.lock._PATIENCE", 0.1)
+    monkeypatch.setattr("mm_transformers.training.checkpoints.lock._PATIENCE", 0.1)
     other = psutil.Process(os.getppid())
     holder = {"host": platform.node(), "pid": other.pid, "started": other.create_time(), **change}
     (tmp_path / LOCK_NAME).write_text(json.dumps(holder))

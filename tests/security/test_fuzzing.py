@@ -57,14 +57,15 @@ from mm_transformers import (
 from mm_transformers.analysis.task_comparison import run_comparison
 from mm_transformers.data.loading import load_files
 from mm_transformers.data.tables import TableRows
-from mm_transformers.model import tokenizing
+from mm_transformers.model import text_tokens
 from mm_transformers.model.audio import AudioError, load_audio
 from mm_transformers.model.images import ImageError, load_image
-from mm_transformers.model.tokenizing import needed_text
+from mm_transformers.model.text_tokens import needed_text
 from mm_transformers.model.video import VideoError, load_frames
-from mm_transformers.training.checkpoints import MANIFEST_NAME, newest_complete_checkpoint, what_is_missing
-from mm_transformers.training.from_recipe import read_state, training_arguments
+from mm_transformers.training.checkpoints.folders import MANIFEST_NAME, newest_complete_checkpoint, what_is_missing
 from mm_transformers.training.recipe import read_recipe
+from mm_transformers.training.recipe.builders import training_arguments
+from mm_transformers.training.recipe.output_folder import read_state
 
 
 pytest.importorskip("soundfile")
@@ -195,7 +196,7 @@ class TestTexts:
     def test_the_first_tokens_are_those_of_the_whole_text(self, monkeypatch, drawn):
         name, pieces, joint, num_tokens = drawn
         tokenizer, text = text_tokenizers()[name], joint.join(pieces) * 5
-        monkeypatch.setattr(tokenizing, "_CHARACTERS", (1, 20))  # so that these texts are long
+        monkeypatch.setattr(text_tokens, "_CHARACTERS", (1, 20))  # so that these texts are long
         with bounded(drawn):
             needed = needed_text(tokenizer, text, num_tokens)
         whole = tokenizer(text, add_special_tokens=False)["input_ids"]

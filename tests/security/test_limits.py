@@ -97,7 +97,7 @@ def test_what_is_handed_to_new_processes_carries_them(monkeypatch):
     assert limits().image_pixels == 50
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_workers_that_are_started_anew_have_them():
     """Not those that they would have by themselves: they import the package once more."""
     set_limits(image_pixels=50)
@@ -142,7 +142,7 @@ def hostile_rows(folder: Path) -> tuple[list[dict], list[str]]:
     return rows, [*refused, "frames.mp4", "cut.mp4", "169.254.169.254"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_training_and_prediction_stay_within_memory_on_a_hostile_folder(tmp_path):
     """At most 2 GB above what the same takes on honest rows; each bad file is named, and each row answered."""
     rows, refused = hostile_rows(tmp_path)

@@ -14,8 +14,9 @@ from mm_transformers import MMTrainingArguments
 from mm_transformers.analysis.task_comparison import run_comparison
 from mm_transformers.cli import app
 from mm_transformers.model.messages import one_line, shortened
-from mm_transformers.training.from_recipe import read_state, training_arguments
 from mm_transformers.training.recipe import read_recipe
+from mm_transformers.training.recipe.builders import training_arguments
+from mm_transformers.training.recipe.output_folder import read_state
 
 
 # Forward
@@ -93,7 +94,7 @@ def test_an_empty_batch(model):
         model(input_ids=IDS[:0], attention_mask=MASK[:0])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_checks_are_no_part_of_what_is_compiled(model):
     inputs = batch(labels=None)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -8,8 +8,8 @@ from tiny import make_config, make_model, make_processor, make_tokenizer
 from mm_transformers import Generation, Limits, MMDataCollator, TokenClassification
 from mm_transformers.analysis.explaining.placing import token_spans
 from mm_transformers.model.task_base import LabelContext
-from mm_transformers.model.tokenizing import needed_text
-from mm_transformers.training.prediction import stream_answers
+from mm_transformers.model.text_tokens import needed_text
+from mm_transformers.training.predictor import Predictor
 
 
 class TestPrefix:
@@ -61,7 +61,7 @@ class TestRows:
         tasks = [TokenClassification("entities", labels=["O", "NAME"])]
         model, processor = make_model(tasks=tasks), make_processor()
         collator = MMDataCollator(processor, model.config)
-        ((_, answers),) = next(iter(stream_answers(model, collator, [{"text": huge(3000)}])))
+        ((_, answers),) = next(iter(Predictor(model, collator).stream([{"text": huge(3000)}])))
         labels = [word["label"] for word in answers["entities"]]
         assert len(labels) == 3000
         assert None not in labels[:38]

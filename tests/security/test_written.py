@@ -20,8 +20,8 @@ from mm_transformers.data.cells import label_of
 from mm_transformers.data.formulas import with_formula, without_formula
 from mm_transformers.data.markdown import plain_markdown
 from mm_transformers.data.tables import table_writer
+from mm_transformers.training.card.card_file import write_card
 from mm_transformers.training.card.facts import CardFacts, Measurement
-from mm_transformers.training.card.writing import write_card
 
 
 FORMULAS = [
@@ -187,7 +187,7 @@ def test_pages_and_figures_of_hostile_names(model, tmp_path):
 
 
 def test_a_space_is_not_written_through_a_link(tmp_path):
-    from mm_transformers.sharing.space import write_space
+    from mm_transformers.cli.space import write_space
 
     (tmp_path / "space").mkdir()
     (tmp_path / "space" / "app.py").symlink_to(tmp_path / "elsewhere.py")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..model.answering import evaluation_mode
+from ..model.answers import evaluation_mode
 
 
 def contrastive_accuracy(
@@ -31,6 +31,12 @@ def contrastive_accuracy(
 
     Raises:
         ValueError: if the task does not write, there are not as many wrong texts as rows, or a right text is missing.
+
+    Example:
+
+    ```python
+    >>> accuracy = contrastive_accuracy(model, collator, translations, "german", wrong=["Der Hund ist blau."])
+    ```
     """
     kind = model.tasks.get(task)
     if kind is None or not kind.needs_decoder:

@@ -97,8 +97,8 @@ def space(
     output: Annotated[Path, typer.Option(help="Folder to write to; what is there stays.")] = Path("space"),
 ) -> None:
     """Write what the Hub needs to run the demo page of a model as a Space."""
-    from ..sharing.space import write_space
     from .processes import say
+    from .space import write_space
 
     with _errors_as_sentences():
         written = write_space(output, model)

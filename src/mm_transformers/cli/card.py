@@ -5,8 +5,8 @@ from typing import Any
 
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.safe_writing import write_atomically
+from ..training.card.card_file import CARD_NAME, licenses_of, write_card
 from ..training.card.facts import CardFacts, Measurement
-from ..training.card.writing import CARD_NAME, licenses_of, write_card
 from .metrics_table import print_ablation
 from .predict import Reading, ablation_of, evaluator
 from .processes import say

@@ -10,9 +10,9 @@ from rich.table import Table
 from ..analysis.task_comparison import as_cells, compare, draw_comparison, run_comparison, to_markdown
 from ..data.labels import has_labels
 from ..model.safe_writing import write_text_atomically
-from ..training.from_recipe import build_trainer, load_data, training_arguments
-from ..training.lock import locked
+from ..training.checkpoints.lock import locked
 from ..training.recipe import read_recipe
+from ..training.recipe.builders import build_trainer, load_data, training_arguments
 from .processes import say
 
 

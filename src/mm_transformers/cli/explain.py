@@ -8,7 +8,7 @@ from ..analysis import ablate, explain
 from ..analysis.explaining.methods import check_method
 from ..analysis.report import write_report
 from ..data.files import check_writable
-from ..model.answering import check_tasks
+from ..model.answers import check_tasks
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import write_atomically
@@ -73,9 +73,7 @@ def explain_one(
     names = check_tasks(model, tasks)
     if len(names) > 1:
         raise ValueError(f"Say which task is to be explained: --task, one of {', '.join(names)}.")
-    told: Any = answer
-    if answer is not None and model.tasks[names[0]].kind == "matching":
-        told = {"true": True, "yes": True, "false": False, "no": False}.get(answer.lower(), answer)
+    told = None if answer is None else model.tasks[names[0]].read_answer(answer)
     explanation = explain(model, processor, row, names[0], method, told, word)
     with write_atomically(output) as file:
         if output.suffix == ".json":

@@ -9,6 +9,7 @@ import torch
 
 from ..data.markdown import plain_markdown
 from ..model.limits import limits
+from ..model.modalities import PARTS
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from .gate import Gate
@@ -58,7 +59,12 @@ def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequenc
 
     kinds = [
         "text",
-        *(kind for kind, name in (("image", "vision"), ("audio", "audio")) if name in model.config.modalities),
+        # A page has no field for several pictures in one, as a video is.
+        *(
+            name
+            for name, part in PARTS.items()
+            if part.encoder.name in model.config.modalities and not part.is_sequence
+        ),
     ]
     upload_folder()  # before gradio asks for it
     kept = limits().upload_seconds
@@ -132,8 +138,8 @@ def _answering(model: Any, processor: Any, kinds: Sequence[str]) -> Callable[...
         *parts, tasks = given
         try:
             row = {
-                kind: part if kind == "text" else opened_upload(part)
-                for kind, part in zip(kinds, parts, strict=True)
+                name: part if name == "text" else opened_upload(part)
+                for name, part in zip(kinds, parts, strict=True)
                 if part is not None and part != ""
             }
         except ValueError as error:

@@ -6,19 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
-import torch
 
 from ..analysis import explain
 from ..analysis.explaining.html import colored_words, heat_map_url, picture_url, sound_colors
-from ..model.answering import answer_batch, check_tasks, evaluation_mode
-from ..model.images import load_image
+from ..model.answers import check_tasks
 from ..model.limits import limits
-from ..model.pipeline_mm_transformer import PARTS, read_rows
+from ..model.modalities import ARGUMENTS, NOUNS, PARTS, Reading
+from ..model.pipeline_mm_transformer import read_rows
+from ..model.predictions import Predictions
 from .time_limit import TimeLimitError, time_limit
 from .uploads import Upload, UploadError
 
 
-NAMES = {"image": "picture", "video": "video", "audio": "sound", "text": "text"}
 _MOST_LETTERS = 20  # of a word, on average; some languages put no spaces between words
 
 
@@ -37,7 +36,7 @@ def answers_as_html(model: Any, processor: Any, row: dict[str, Any], tasks: Any,
         if not isinstance(text, str) or not isinstance(tasks, (list, tuple)):
             raise ValueError("The text must be a text, and the tasks a list of names.")
         if not text.strip():
-            row = {kind: part for kind, part in row.items() if kind != "text"}
+            row = {name: part for name, part in row.items() if name != "text"}
         if not row:
             return render_page([], f"There is nothing to answer yet: give {either(kinds)}.", kinds)
         if not tasks:
@@ -54,22 +53,22 @@ def answers_as_html(model: Any, processor: Any, row: dict[str, Any], tasks: Any,
 def _read(processor: Any, row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The row with its files decoded, once for all that follows; and what was left out of it, in one sentence."""
     read, note = dict(row), ""
-    for kind, part in row.items():
-        if kind == "text":
-            read[kind], note = _first_words(part)
+    for part_name, part in row.items():
+        if part_name == "text":
+            read[part_name], note = _first_words(part)
             continue
         if isinstance(part, (str, bytes, Mapping)) or hasattr(part, "__fspath__"):
             raise UploadError  # a reader would take it for a path
         content, name = (part.content, f"{part.name}: ") if isinstance(part, Upload) else (part, "")
         try:
-            if kind == "image":
-                read[kind] = load_image(content)
-            else:
-                array = processor.load_audio(content)
-                read[kind] = {"array": array, "sampling_rate": processor.feature_extractor.sampling_rate}
+            read[part_name] = PARTS[part_name].reader(Reading(processor, _fetch_nothing))(content)
         except ValueError as error:
             raise ValueError(f"{name}{error}") from error
     return read, note
+
+
+def _fetch_nothing(address: str) -> bytes:
+    raise UploadError
 
 
 def _first_words(text: str) -> tuple[str, str]:
@@ -86,24 +85,25 @@ def _cards(
     model: Any, processor: Any, row: dict[str, Any], tasks: Sequence[str], check: Callable[[], None]
 ) -> list[dict[str, Any]]:
     variants = {"": row}
-    for kind in row:
-        if rest := {other: part for other, part in row.items() if other != kind}:
-            variants[f"without the {NAMES[kind]}"] = rest
+    for name in row:
+        if rest := {other: part for other, part in row.items() if other != name}:
+            variants[f"without the {NOUNS[name]}"] = rest
     # One batch, in which what the variants share is encoded once.
     wants_words = any(model.tasks[name].is_token_level for name in tasks)
-    read = read_rows(list(enumerate(variants.values())), processor, tuple(PARTS), wants_words)
+    read = read_rows(list(enumerate(variants.values())), processor, tuple(ARGUMENTS), wants_words)
     check()
     if "error" in read:
         raise ValueError(read["error"])
     inputs = {name: value.to(model.device) for name, value in read["tensors"].items()}
-    answered = answer_batch(model, processor, inputs, tasks, read["word_index"])
-    with evaluation_mode(model), torch.no_grad():
-        logits = model(**inputs).logits
+    predictions = Predictions.of(model, inputs)
+    answered = predictions.answers(processor, tasks, read["word_index"])
     cards = []
     for name in tasks:
         check()
         answers = {variant: one[name] for variant, one in zip(variants, answered, strict=True)}
-        cards.append(_card(model, processor, row, name, answers, _bars(model.tasks[name], logits.get(name))))
+        cards.append(
+            _card(model, processor, row, name, answers, _bars(model.tasks[name], predictions.logits.get(name)))
+        )
     return cards
 
 
@@ -126,7 +126,7 @@ def _card(
         raise
     except ValueError as error:
         problem = str(error)
-    shown = {name: _shown(kind, answer) for name, answer in answers.items()}
+    shown = {name: kind.show_answer(answer) for name, answer in answers.items()}
     return {
         "task": task,
         "answer": shown.pop(""),
@@ -140,26 +140,14 @@ def _card(
     }
 
 
-def _shown(kind: Any, answer: Any) -> str:
-    if isinstance(answer, list):
-        return ", ".join(one["label"] or "–" for one in answer) or "nothing"
-    if "labels" in answer:
-        return ", ".join(answer["labels"]) or "none of the labels"
-    first, score = next(iter(answer.values())), answer.get("score")
-    if isinstance(first, bool):
-        # The score is the probability of a match.
-        first, score = ("yes", score) if first else ("no", None if score is None else 1 - score)
-    told = f"{first:.3g}" if isinstance(first, float) else str(first)
-    return told if score is None else f"{told} ({100 * score:.0f}%)"
-
-
 def _bars(kind: Any, logits: Any) -> list[tuple[str, float]]:
-    """How probable each label is, the most probable first; of tasks that choose for the whole row."""
-    if kind.kind not in ("classification", "multi_label"):
+    """The probabilities of the labels, the highest first; for tasks that choose for the whole row."""
+    if logits is None or kind.is_token_level:
         return []
-    row = logits[0].float()
-    values = row.softmax(-1) if kind.kind == "classification" else row.sigmoid()
-    return sorted(zip(kind.labels, values.tolist(), strict=True), key=lambda pair: -pair[1])[:8]
+    values = kind.probabilities(logits[:1])
+    if values is None:
+        return []
+    return sorted(zip(kind.label_names, values[0].tolist(), strict=True), key=lambda pair: -pair[1])[:8]
 
 
 def render_page(cards: list[dict[str, Any]], message: str, kinds: Sequence[str], note: str = "") -> str:
@@ -180,5 +168,5 @@ def render_page(cards: list[dict[str, Any]], message: str, kinds: Sequence[str],
 
 def either(kinds: Sequence[str]) -> str:
     """ "a text or a picture"."""
-    names = [f"a {NAMES[kind]}" for kind in kinds]
+    names = [f"a {NOUNS[name]}" for name in kinds]
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -24,15 +24,15 @@ from ..data.files import check_writable
 from ..data.labels import check_labels, has_labels, prepare_labels
 from ..data.loading import load_files
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
-from ..model.answering import check_tasks
+from ..model.answers import check_tasks
 from ..model.messages import check_folder
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import write_atomically
-from ..training.from_recipe import newest_checkpoint
-from ..training.prediction import answer_columns, stream_answers
+from ..training.predictor import Predictor, answer_columns
 from ..training.recipe import RECIPE_NAME, ColumnsSection, DataSection
-from ..training.recipe_yaml import read_yaml
+from ..training.recipe.output_folder import newest_checkpoint
+from ..training.recipe.yaml_format import read_yaml
 from ..training.trainer import MMTrainer
 from .metrics_table import print_ablation, print_metrics
 from .processes import say, this_process
@@ -208,17 +208,9 @@ def run_prediction(
         {column.column: kind for kind, column in collator.media.items()},
         data.image_root or str(file.parent),
     )
-    answered = stream_answers(
-        model.to(state.device),
-        collator,
-        rows,
-        tasks,
-        batch_size,
-        num_workers,
-        prepare=reader,
-        keep=partial(plain_cells, list(types)),
-        **({} if num_beams is None else {"num_beams": num_beams}),
-    )
+    options = {} if num_beams is None else {"num_beams": num_beams}
+    predictor = Predictor(model.to(state.device), collator, tasks, batch_size, num_workers, **options)
+    answered = predictor.stream(rows, prepare=reader, keep=partial(plain_cells, list(types)))
     try:
         if state.is_main_process:
             num_rows = _write(answered, output, suffix, types, escape_formulas)
@@ -249,10 +241,10 @@ def _check_columns(
     names: list[str], collator: MMDataCollator, columns: ColumnsSection, reading: Reading, file: Path
 ) -> None:
     known = ", ".join(map(repr, names))
-    for kind, column in asdict(columns).items():
-        asked = getattr(reading, f"{kind}_column") is not None
-        if column not in names and (asked or kind == "text"):
-            raise ValueError(f"{file} has no column {column!r}; set --{kind}_column to one of {known}.")
+    for part, column in asdict(columns).items():
+        asked = getattr(reading, f"{part}_column") is not None
+        if column not in names and (asked or part == "text"):
+            raise ValueError(f"{file} has no column {column!r}; set --{part}_column to one of {known}.")
     media = {kind: column.column for kind, column in collator.media.items()}
     if media and not set(media.values()) & set(names):
         logger.warning(
@@ -308,8 +300,8 @@ def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str,
                         f"its columns {twice!r}, which is called like an answer, and '{twice}_input' would both be in "
                         f"a column '{twice}_input' of the output; rename one."
                     )
-                kinds = {names[name]: kind for name, kind in types.items()}
-                writer = table_writer(file, suffix, kinds, escape_formulas)
+                renamed = {names[name]: dtype for name, dtype in types.items()}
+                writer = table_writer(file, suffix, renamed, escape_formulas)
             writer.write([{names[n]: cell for n, cell in kept.items()} | answers for kept, answers in rows])
             num_rows += len(rows)
             bar.advance(shown, len(rows))

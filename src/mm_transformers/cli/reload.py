@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
 import mm_transformers  # noqa: F401 (registers the auto classes)
-from mm_transformers.model.answering import evaluation_mode
+from mm_transformers.model.answers import evaluation_mode
 
 
 def answers_of(model, inputs) -> dict[str, torch.Tensor]:

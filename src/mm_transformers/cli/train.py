@@ -9,19 +9,17 @@ from typing import Any
 
 from ..training.arguments import MMTrainingArguments
 from ..training.checkpoints import check_checkpoint as check_resumable
-from ..training.from_recipe import (
-    build_trainer,
+from ..training.checkpoints.lock import locked
+from ..training.recipe import Recipe, read_recipe
+from ..training.recipe.builders import build_trainer, load_data, training_arguments
+from ..training.recipe.output_folder import (
     check_checkpoint,
     check_output,
     is_finished,
-    load_data,
     newest_checkpoint,
     steps_done,
-    training_arguments,
     training_differences,
 )
-from ..training.lock import locked
-from ..training.recipe import Recipe, read_recipe
 from .metrics_table import print_metrics
 from .processes import say
 

@@ -5,9 +5,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..model.downloads import fetch, is_url
-from ..model.files import UnreadableFile, check_file, content_of
+from ..model.file_contents import UnreadableFile, check_file, content_of
+from ..model.label_cells import shorten
 from ..model.limits import limits, named
-from ..model.task_base import shorten
 
 
 # What only unpacks a file, and stores on the Internet, as the file systems of `datasets` call them.

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, Optional
 from torch.utils.data import ChainDataset, ConcatDataset, Dataset, IterableDataset, Subset
 from transformers.utils import logging
 
-from ..model.files import is_absent, is_address
-from ..model.task_base import PADDING, as_scalar, ids_are_places, is_missing
+from ..model.file_contents import is_absent, is_address
+from ..model.label_cells import PADDING, as_scalar, is_missing
+from ..model.modalities import MODALITIES
 from .formulas import with_formula
 
 
@@ -22,7 +23,6 @@ logger = logging.get_logger(__name__)
 # What stands between the labels of a text that holds several.
 LABEL_SEPARATOR = "|"
 # How deep lists of numbers are that are one item, by the argument of the processor.
-_DEPTHS = {"images": (2, 3), "videos": (3, 4), "audio": (1,)}
 
 Reader = Callable[[Any], Any]
 
@@ -127,9 +127,9 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return Source(dataset, RowReader())
     if isinstance(dataset, datasets.Dataset):
-        kind, shown = dataset.format["type"], dataset.format["columns"]
+        layout, shown = dataset.format["type"], dataset.format["columns"]
         hidden = [column for column in media if column in dataset.column_names and column not in shown]
-        if kind == "custom":
+        if layout == "custom":
             # What a transform of the user's own gives is taken as it is.
             for column in hidden if len(dataset) > 0 else ():
                 if column not in dataset[0]:
@@ -143,14 +143,14 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
                 f"The format of the data set hides its column {column!r}, which is read all the same; leave it out by "
                 f"remove_columns({column!r})."
             )
-        if kind is not None or len(shown) < len(dataset.column_names):
+        if layout is not None or len(shown) < len(dataset.column_names):
             dataset = dataset.with_format(None)
     elif getattr(dataset, "_formatting", None) is not None:
         dataset = dataset.with_format(None)
     for column in media:
         dataset = undecoded(dataset, column)
     features = dataset.features or {}
-    arrays = [name for name, kind in media.items() if name in features and _array_type(features[name], kind)]
+    arrays = [name for name in media if name in features and _array_type(features[name], media[name])]
     if isinstance(dataset, datasets.Dataset):
         arrays = [name for name in arrays if not any(map(_numpy_loses_nulls, dataset.data.column(name).chunks))]
     if arrays and isinstance(dataset, datasets.Dataset):
@@ -216,8 +216,8 @@ def as_records(dataset: Any) -> Any:
 
 def _as_lists(cell: Any) -> Any:
     """Arrays of objects, and empty ones, as the lists that other sources have; pandas makes arrays of lists."""
-    kind = getattr(getattr(cell, "dtype", None), "kind", None)
-    if kind is None or cell.ndim == 0 or (kind != "O" and cell.shape != (0,)):
+    code = getattr(getattr(cell, "dtype", None), "kind", None)
+    if code is None or cell.ndim == 0 or (code != "O" and cell.shape != (0,)):
         return cell
     return [_as_lists(item) for item in cell]
 
@@ -261,7 +261,7 @@ def warn_of_ids(reader: RowReader, dataset: Any, tasks: Iterable[Any], columns: 
 
     if isinstance(dataset, datasets.IterableDataset) and dataset.features is None:
         for task in tasks:
-            if getattr(task, "labels", None) and ids_are_places(task.labels):
+            if task.takes_ids:
                 column = columns.get(task.column, task.column)
                 reader.columns[column] = [*reader.columns.get(column, []), partial(_ids_told, task=task.name)]
 
@@ -320,7 +320,7 @@ def _media_reader(feature: Any, kind: Optional[str]) -> Optional[Reader]:
     if kind is not None and dtype is not None:
         levels = depth - _item_depth(feature, kind)
         # An empty list of videos' frames is told, as in a list of dicts.
-        read: Reader = partial(_as_item if levels <= 0 and kind != "videos" else _as_array, dtype=dtype)
+        read: Reader = partial(_as_item if levels <= 0 and not MODALITIES[kind].is_sequence else _as_array, dtype=dtype)
         for _ in range(levels):
             read = partial(_each, read=read)
         return read
@@ -335,17 +335,17 @@ def _media_reader(feature: Any, kind: Optional[str]) -> Optional[Reader]:
 def _array_type(feature: Any, kind: Optional[str]) -> Optional[tuple[int, str]]:
     """How deep the lists of a column are and the type of their numbers, if its items are arrays."""
     depth, dtype = _numbers_in(feature)
-    return (depth, dtype) if kind is not None and dtype is not None and depth >= min(_DEPTHS[kind]) else None
+    return (depth, dtype) if kind is not None and dtype is not None and depth >= min(MODALITIES[kind].axes) else None
 
 
 def _item_depth(feature: Any, kind: str) -> int:
     """How many axes an item has at most. A list of arrays is several items, except that frames are one video."""
     while hasattr(feature, "feature"):
         feature = feature.feature
-    if kind == "videos" or not hasattr(feature, "shape"):
-        return max(_DEPTHS[kind])
-    # A list of lists of samples is several clips, an array with two axes is one of several channels.
-    return min(len(feature.shape), 2 if kind == "audio" else max(_DEPTHS[kind]))
+    modality = MODALITIES[kind]
+    if modality.is_sequence or not hasattr(feature, "shape"):
+        return max(modality.axes)
+    return min(len(feature.shape), modality.most_axes)
 
 
 def _numbers_in(feature: Any) -> tuple[int, Optional[str]]:

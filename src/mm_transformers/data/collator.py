@@ -1,22 +1,20 @@
 """Rows become batches."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Collection, Mapping
 from typing import Any, Optional
 
-from ..model.audio import audio_key
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
-from ..model.images import image_key, load_image, pixels_for_each
+from ..model.label_cells import is_null, shorten_value
+from ..model.modalities import MODALITIES, OTHER_ENCODERS, Reading, modalities_of
 from ..model.pairs import fingerprint
-from ..model.processing_mm_transformer import MMTransformerProcessor, as_clips, as_list, as_one
-from ..model.task_base import LabelContext, is_null, shorten_value
-from ..model.video import load_frames, video_key
+from ..model.processing_mm_transformer import MMTransformerProcessor
+from ..model.task_base import LabelContext
 from .addresses import Addresses
 from .cells import LABEL_SEPARATOR, label_of
 from .feature_keys import digest_of, hash_of_text
-from .feature_reading import KINDS, CachedFeatures, CachedItem, unpadded_texts
+from .feature_reading import CachedFeatures, CachedItem, unpadded_texts
 from .media import MediaColumn, SharedCounter
 from .sources import ANY_SOURCE, ROW_KEY, SOURCE_KEY, count_rows, name_of_row, own_column
 
@@ -62,6 +60,15 @@ class MMDataCollator:
     Raises:
         ValueError: if the tokenizer does not fit the embeddings of the model; when called, one sentence that names
             the row whose text, image, video, sound or label cannot be used.
+
+    Example:
+
+    ```python
+    >>> collator = MMDataCollator(processor, model.config)
+    >>> batch = collator([{"text": "Lovely weather!", "image": "rain.jpg", "sentiment": "negative"}])
+    >>> batch["labels"]["sentiment"]
+    tensor([0])
+    ```
     """
 
     def __init__(
@@ -99,18 +106,17 @@ class MMDataCollator:
         rules = (on_bad_file, self._num_bad_files, addresses)
         # By the argument of the processor. A model does not read what it does not take.
         self.media: dict[str, MediaColumn] = {}
-        if self.takes_images:
-            frames_of = partial(load_frames, num_frames=processor.num_frames, fetch=addresses.fetch)
-            image_of = partial(load_image, fetch=addresses.fetch)
-            self.media["images"] = MediaColumn(image_column, as_list, image_key, image_of, *rules, pixels_for_each)
-            self.media["videos"] = MediaColumn(video_column, as_one, video_key, frames_of, *rules)
-        if config.audio_config is not None:
-            clip_of = partial(_load_clip, processor, sampling_rate=sampling_rate, fetch=addresses.fetch)
-            self.media["audio"] = MediaColumn(audio_column, as_clips, audio_key, clip_of, *rules)
+        columns = {"image": image_column, "video": video_column, "audio": audio_column}
+        reading = Reading(processor, addresses.fetch, sampling_rate)
+        for modality in MODALITIES.values():
+            if modality.encoder.name in config.modalities:
+                self.media[modality.argument] = MediaColumn(
+                    columns[modality.name], modality, modality.reader(reading), *rules
+                )
         limits = [max_length, max_text_positions(config.text_config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
         self.pad_to_multiple_of, self.label_separator = pad_to_multiple_of, label_separator
-        self.gives_references = False
+        self.gives_references = self.gives_word_index = False
         # Set by [`FeatureCache.prepare`]: what stands in for encoders that need not run.
         self.cached: Optional[CachedFeatures] = None
         self.uncached: MMDataCollator = self  # what it was copied from
@@ -129,6 +135,12 @@ class MMDataCollator:
         collator.gives_references = True
         return collator
 
+    def with_word_index(self) -> "MMDataCollator":
+        """A copy that also gives `word_index` (batch, text_len) for [`Task.decode`], if a task labels words."""
+        collator = copy.copy(self)
+        collator.gives_word_index = True
+        return collator
+
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         names = [name_of_row(row, i) for i, row in enumerate(rows)]
         media: dict[str, Any] = {}
@@ -140,13 +152,14 @@ class MMDataCollator:
         texts = [self.text_of(row, had, name) for row, had, name in zip(rows, had_any, names, strict=True)]
         # What could not be read has left nothing: such a row has nothing to teach.
         is_empty = [not text.strip() and not has for text, has in zip(texts, has_any, strict=True)]
-        if "videos" in media:
-            media["videos"] = [row[0] if row else None for row in media["videos"]]
+        for name in media:
+            if MODALITIES[name].is_sequence:  # one per row
+                media[name] = [row[0] if row else None for row in media[name]]
         batch = dict(
             self.processor(
                 text=texts,
                 **{
-                    kind: items for kind, items in media.items() if self.cached is None or kind not in self.cached.kinds
+                    name: items for name, items in media.items() if self.cached is None or name not in self.cached.kinds
                 },
                 max_length=self.max_length,
                 pad_to_multiple_of=self.pad_to_multiple_of,
@@ -161,6 +174,8 @@ class MMDataCollator:
             batch.pop("image_index")
         values = {name: self._labels(task, rows, texts, names, is_empty) for name, task in self.tasks.items()}
         batch["labels"] = {name: task.collate_labels(values[name], context) for name, task in self.tasks.items()}
+        if self.gives_word_index and context.word_index is not None:
+            batch["word_index"] = context.word_index
         if self.gives_references:
             found = {name: task.encode_references(values[name]) for name, task in self.tasks.items()}
             if any(value is not None for value in found.values()):
@@ -177,9 +192,8 @@ class MMDataCollator:
         inputs = zip(texts, unpadded_texts(batch), strict=True)
         result = {"text": [fingerprint(hash_of_text(ids)) if text.strip() and ids else None for text, ids in inputs]}
         known: dict[int, bytes] = {}  # what rows share is one object
-        for modality in ("vision", "audio"):
-            kinds = KINDS[modality]
-            columns = [media[kind] for kind in kinds if kind in media]
+        for modality in OTHER_ENCODERS:
+            columns = [media[part.argument] for part in modalities_of(modality) if part.argument in media]
             rows = [[item for cell in cells for item in cell or []] for cells in zip(*columns, strict=True)]
             for item in (item for row in rows for item in row):
                 if id(item) not in known:
@@ -237,13 +251,6 @@ class MMDataCollator:
             except ValueError as error:
                 raise ValueError(f"{name}, column {own_column(row, task.column)!r}: {error}.") from None
         return labels
-
-
-def _load_clip(
-    processor: MMTransformerProcessor, clip: Any, sampling_rate: Optional[int], fetch: Callable[[str], bytes]
-) -> dict[str, Any]:
-    waveform = processor.load_audio(clip, sampling_rate, fetch)
-    return {"array": waveform, "sampling_rate": processor.feature_extractor.sampling_rate}
 
 
 def check_tokenizer(tokenizer, config: MMTransformerConfig) -> None:

@@ -11,14 +11,11 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
+from ..model.modalities import ENCODERS, MODALITIES
 from . import feature_store
 from .feature_items import Found, Items, Read, Reader, Rows, Scanner
 from .feature_keys import ItemHash
 from .feature_store import Features, FeatureStore
-
-
-# What messages call the items of a modality.
-ITEMS = {"text": "texts", "vision": "images", "audio": "sounds"}
 
 
 class Builder:
@@ -110,12 +107,12 @@ class Builder:
     def _encode(self, modality: str, items: list[Found], dataset: Any) -> Iterator["_Encoded"]:
         encoder = self.model.encoder(modality).eval()
         for kind, group in itertools.groupby(items, key=lambda item: item.kind):
-            together = self.batch_size
-            if kind == "videos":
+            together, part = self.batch_size, MODALITIES.get(kind)
+            if part is not None and part.is_sequence:
                 together = max(1, together // self.collator.processor.num_frames)
             if getattr(encoder.config, "feat_extract_norm", None) == "group":
                 together = 1  # it normalises over the padding too
-            pairs, reader = Items(dataset, list(group)), Reader(self.collator, kind)
+            pairs, reader = Items(dataset, list(group)), Reader(self.collator, part)
             for read in self._loader(pairs, together, reader):
                 if read.items and not all(item.key in self.stores[modality] for item in read.items):
                     yield self._run(modality, read)
@@ -153,7 +150,7 @@ class Builder:
         store, dropped, count = self.stores[modality], [], 0
         waiting: list[Features] = []
         total = len(range(self.state.process_index, len(items), self.state.num_processes))
-        bar = logging.tqdm(total=total, desc=f"Encoding {ITEMS[modality]}", disable=self._is_silent)
+        bar = logging.tqdm(total=total, desc=f"Encoding {ENCODERS[modality].plural}", disable=self._is_silent)
         try:
             for batch in batches:
                 waiting += [features for features in batch.features if features.key not in store]

@@ -19,10 +19,11 @@ from transformers.utils import logging
 
 from ..model.distributed import is_sharded
 from ..model.encoders import encoder_width
+from ..model.modalities import ENCODERS, TEXT, modalities_of
 from .collator import MMDataCollator
-from .feature_build import ITEMS, Builder
+from .feature_build import Builder
 from .feature_keys import ItemHash, checksum, hash_of_encoder
-from .feature_reading import KINDS, CachedFeatures
+from .feature_reading import CachedFeatures
 from .feature_store import FeatureStore, in_use, remove_store, size_of
 
 
@@ -55,8 +56,9 @@ class FeatureCache:
     Example:
 
     ```python
-    >>> model = MMTransformerForMultiTask.from_encoders(..., freeze=["vision"])
-    >>> trainer = MMTrainer(model, args, ..., feature_cache=FeatureCache("features", max_size_gb=50))
+    >>> model = MMTransformerForMultiTask.from_encoders(**encoders, freeze=["vision"])
+    >>> cache = FeatureCache("features", max_size_gb=50)
+    >>> trainer = MMTrainer(model, args, processing_class=processor, train_dataset=rows, feature_cache=cache)
     ```"""
 
     def __init__(self, cache_dir: str | os.PathLike, max_size_gb: Optional[float] = None, dtype: Optional[str] = None):
@@ -133,9 +135,11 @@ class FeatureCache:
         dtype = {modality: self.dtype or encoder.dtype for modality, encoder in encoders.items()}
         stores = {m: self._store(m, encoders[m], collator.processor, dtype[m]) for m in modalities}
         hashes = {
-            kind: ItemHash(kind, collator.media[kind].load, str(collator.processor.num_frames) * (kind == "videos"))
+            part.argument: ItemHash(
+                part, collator.media[part.argument].load, str(collator.processor.num_frames) * part.is_sequence
+            )
             for modality in modalities
-            for kind in KINDS[modality]
+            for part in modalities_of(modality)
         }
         # What was looked through once need not be looked through before each evaluation.
         fingerprint = getattr(dataset, "fingerprint", None)
@@ -152,8 +156,8 @@ class FeatureCache:
         return cached
 
     def _store(self, modality: str, encoder: Any, processor: Any, dtype: torch.dtype) -> FeatureStore:
-        preprocessing = {"vision": "image_processor", "audio": "feature_extractor"}.get(modality)
-        preprocessing = getattr(processor, preprocessing) if preprocessing else None
+        # Texts are stored by their token ids.
+        preprocessing = None if modality == TEXT.name else getattr(processor, ENCODERS[modality].processor_part)
         options = [part.to_json_string() for part in (encoder.config, preprocessing) if part is not None]
         version = (checksum(encoder.state_dict().values()), options, dtype)
         known = self._stores.get(modality)
@@ -177,7 +181,7 @@ class FeatureCache:
             counts: modality -> how many items are to be encoded.
             needed: how many bytes they are expected to take.
         """
-        what = " and ".join(f"{count:,} {ITEMS[modality]}" for modality, count in counts.items())
+        what = " and ".join(f"{count:,} {ENCODERS[modality].plural}" for modality, count in counts.items())
         message = f"The features of {what} need about {_gigabytes(needed)} in {self.cache_dir}, but "
         advice = (
             "store them in half the space by FeatureCache(..., dtype='bfloat16'), or freeze and cache fewer encoders."

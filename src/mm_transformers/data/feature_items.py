@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..model.modalities import TEXT, Modality, modalities_of
 from .feature_keys import ItemHash, digest_of, hash_of_text
-from .feature_reading import KINDS, replace_load, unpadded_texts
+from .feature_reading import replace_load, unpadded_texts
 from .feature_store import FeatureStore
 from .media import SharedCounter
 from .sources import ROW_KEY, name_of_row, own_column
@@ -78,16 +79,18 @@ class Scanner:
     def __init__(self, collator: Any, stores: dict[str, FeatureStore], hashes: dict[str, ItemHash]):
         self.collator, self.stores = collator, stores
         self.columns = {
-            kind: replace_load(collator.media[kind], hashes[kind], num_bad_files=SharedCounter())
-            for modality in stores
-            for kind in KINDS[modality]
+            part.argument: replace_load(
+                collator.media[part.argument], hashes[part.argument], num_bad_files=SharedCounter()
+            )
+            for encoder in stores
+            for part in modalities_of(encoder)
         }
 
     def __call__(self, rows: list[tuple[int, Mapping[str, Any]]]) -> list[Found]:
         found = []
         for modality, store in self.stores.items():
-            for kind in KINDS[modality]:
-                column = self.columns[kind]
+            for part in modalities_of(modality):
+                column = self.columns[part.argument]
                 known: dict[Hashable, tuple[Any, Any]] = {}
                 for number, row in rows:
                     for place, cell in enumerate(column.split(row.get(column.column))):
@@ -97,7 +100,7 @@ class Scanner:
                             known[same] = cell, column.load_item(cell, _where(row, number, column))
                         key = known[same][1]
                         if key is not None and key not in store:
-                            found.append(Found(modality, kind, key, number, place))
+                            found.append(Found(modality, part.argument, key, number, place))
         if "text" in self.stores:
             found += self._texts(rows)
         return found
@@ -112,20 +115,26 @@ class Scanner:
         for (number, _), inputs in zip(rows, unpadded_texts(batch), strict=True):
             if inputs is not None and (key := hash_of_text(inputs)) not in self.stores["text"]:
                 ids = {name: value.numpy().astype(np.int32) for name, value in inputs.items()}  # there may be millions
-                found.append(Found("text", "text", key, number, 0, ids))
+                found.append(Found(TEXT.name, TEXT.name, key, number, 0, ids))
         return found
 
 
 class Reader:
-    """Items and their rows -> the input of the encoder."""
+    """
+    Items and their rows -> the input of the encoder.
 
-    def __init__(self, collator: Any, kind: str):
-        self.processor, self.kind = collator.processor, kind
-        self.column = None if kind == "text" else replace_load(collator.media[kind], collator.media[kind].load)
+    Args:
+        modality: that of the items; `None` for texts.
+    """
+
+    def __init__(self, collator: Any, modality: Optional[Modality]):
+        self.processor, self.modality = collator.processor, modality
+        column = None if modality is None else collator.media[modality.argument]
+        self.column = None if column is None else replace_load(column, column.load)
 
     def __call__(self, pairs: list[tuple[Found, Any]]) -> Read:
         items = [item for item, _ in pairs]
-        if self.column is None:
+        if self.column is None or self.modality is None:
             return Read(items, self._pad(items), list(range(len(items))), [item.key for item in items], [])
         column, read, dropped = self.column, [], []
         for item, row in pairs:
@@ -137,10 +146,10 @@ class Reader:
         if not read:
             return Read([], {}, [], [], dropped)
         contents = [content for _, content in read]
-        options: dict[str, Any] = {self.kind: contents}
+        options: dict[str, Any] = {self.modality.argument: contents}
         batch = self.processor(text=[""] * len(read), **options)
-        index = batch["audio_index" if self.kind == "audio" else "image_index"]
-        numbers = [row[row >= 0] if self.kind == "videos" else int(row[0]) for row in index]
+        index = batch[self.modality.encoder.index]
+        numbers = [row[row >= 0] if self.modality.is_sequence else int(row[0]) for row in index]
         names = {"pixel_values": "pixel_values", "input_values": "input_values", "input_features": "input_features",
                  "audio_attention_mask": "attention_mask"}  # fmt: skip
         inputs = {names[name]: value for name, value in batch.items() if name in names}

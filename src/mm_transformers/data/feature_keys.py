@@ -11,7 +11,8 @@ import transformers
 import xxhash
 from torch import nn
 
-from ..model.files import cast_of, content_of, read_file
+from ..model.file_contents import cast_of, content_of, read_file
+from ..model.modalities import Modality
 
 
 KEY_SIZE = 16  # bytes of a hash
@@ -81,13 +82,13 @@ class ItemHash:
     pixels or samples of what is no file.
 
     Args:
-        kind: "images", "videos" or "audio".
+        modality: the kind of item.
         load: reads it; raises `ValueError` with one sentence.
         options: what else `load` depends on.
     """
 
-    def __init__(self, kind: str, load: Callable[[Any], Any], options: str = ""):
-        self.kind, self.load, self.options = kind, load, options
+    def __init__(self, modality: Modality, load: Callable[[Any], Any], options: str = ""):
+        self.modality, self.load, self.options = modality, load, options
 
     def __call__(self, cell: Any) -> bytes:
         is_array = isinstance(cell, Mapping) and cell.get("array") is not None
@@ -99,8 +100,8 @@ class ItemHash:
             content = None  # `load` says what is wrong
         if isinstance(content, bytes):
             options = self.options + "".join(f"{name}={value};" for name, value in sorted(cast_of(cell).items()))
-            return hash_of(self.kind.encode(), options.encode(), b"file", content)
-        return hash_of(self.kind.encode(), b"read", *_read_parts(self.load(cell)))
+            return hash_of(self.modality.argument.encode(), options.encode(), b"file", content)
+        return hash_of(self.modality.argument.encode(), b"read", *_read_parts(self.load(cell)))
 
 
 def digest_of(item: Any) -> bytes:

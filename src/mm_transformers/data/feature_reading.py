@@ -6,13 +6,10 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
+from ..model.modalities import modalities_of, no_pixel_limit
 from .feature_keys import ItemHash, hash_of_text
 from .feature_store import FeatureStore
-from .media import MediaColumn, as_many_as_there_are
-
-
-# What the processor takes, by modality.
-KINDS = {"vision": ("images", "videos"), "audio": ("audio",), "text": ()}
+from .media import MediaColumn
 
 
 class CachedItem(NamedTuple):
@@ -36,7 +33,7 @@ class _Lookup:
         else:
             self.item_hash.load(cell)  # a file that cannot be read is treated as it is without a cache
             found = CachedItem(key)
-        return [found] if self.item_hash.kind == "videos" else found
+        return [found] if self.item_hash.modality.is_sequence else found
 
 
 class CachedFeatures:
@@ -61,13 +58,14 @@ class CachedFeatures:
     @property
     def kinds(self) -> list[str]:
         """What the processor is not given any more."""
-        return [kind for modality in self.stores for kind in KINDS[modality]]
+        return [modality.argument for encoder in self.stores for modality in modalities_of(encoder)]
 
     def with_lookup(self, media: dict[str, MediaColumn]) -> dict[str, MediaColumn]:
         """The columns of a collator, of which those that are stored look their items up instead of reading them."""
         columns = dict(media)
-        for modality, store in self.stores.items():
-            for kind in KINDS[modality]:
+        for encoder, store in self.stores.items():
+            for modality in modalities_of(encoder):
+                kind = modality.argument
                 columns[kind] = replace_load(media[kind], _Lookup(self.hashes[kind], store))
         return columns
 
@@ -115,7 +113,7 @@ def unpadded_texts(batch: Mapping[str, torch.Tensor]) -> list[Optional[dict[str,
 def replace_load(column: MediaColumn, load: Callable[[Any], Any], **kwargs: Any) -> MediaColumn:
     """A copy of the column that reads its items in another way."""
     column = copy.copy(column)
-    column.load, column.pixels_for_each = load, as_many_as_there_are
+    column.load, column.pixels_for_each = load, no_pixel_limit
     for name, value in kwargs.items():
         setattr(column, name, value)
     return column

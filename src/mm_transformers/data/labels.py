@@ -1,14 +1,12 @@
 """Columns of labels, as files store them, become what tasks take; labels that are not named are found in the rows."""
 
-import dataclasses
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import datasets
 from transformers.utils import logging
 
-from ..model.task_base import MAX_EXACT_FLOAT, NUMBER, is_missing, shorten_value, whole_number
+from ..model.label_cells import whole_number
 from ..model.tasks import TASK_KINDS, Task, task_from_dict
 from .cells import LABEL_SEPARATOR
 from .loading import TEXT_TYPES
@@ -98,50 +96,17 @@ def complete_task(task: dict[str, Any], rows: datasets.Dataset, label_separator:
     """
     column = task.get("column") or task["name"]
     kind = TASK_KINDS.get(task.get("kind") or "", Task)
-    takes_labels = any(field.name == "labels" for field in dataclasses.fields(kind))
-    if "labels" in task or not takes_labels or column not in rows.column_names:
+    if column not in rows.column_names:
         return task_from_dict(task)
     feature = rows.features[column]
     feature = getattr(feature, "feature", feature)
-    if isinstance(feature, datasets.ClassLabel):
-        labels = feature.names
-    else:
-        cells = (kind.read_text(cell, label_separator) if isinstance(cell, str) else cell for cell in rows[column])
-        labels = infer_labels(cells, column)
-    logger.info(f"Task {task['name']!r}: {len(labels)} labels inferred from the training rows: {', '.join(labels)}.")
-    return task_from_dict({**task, "labels": labels})
-
-
-def infer_labels(cells: Iterable[Any], column: str) -> list[str]:
-    """The sorted distinct labels of a column; whole numbers are sorted as numbers."""
-    values: set[Any] = set()
-    kinds: set[type] = set()
-    for cell in cells:
-        for label in cell if isinstance(cell, (list, tuple)) else [cell]:
-            if not isinstance(label, (str, bool, numbers.Real, type(None))):
-                raise ValueError(
-                    f"Column {column!r} holds {shorten_value(label)} of type {type(label).__name__}, which is no label."
-                )
-            if not is_missing(label):
-                kinds.add(type(label) if isinstance(label, (str, bool)) else float)
-                values.add(label.strip() if isinstance(label, str) else label)
-    if not values:
-        raise ValueError(f"Column {column!r} has no label in the training rows, so there is nothing to learn from.")
-    if len(kinds) > 1:
-        one, other = sorted({str: "texts", bool: "truth values", float: "numbers"}[kind] for kind in kinds)[::-1][:2]
-        raise ValueError(f"Column {column!r} holds {one} and {other}; labels are one or the other.")
-    if kinds == {bool}:
-        return sorted(str(value).lower() for value in values)
-    are_numbers = all(not isinstance(value, str) or NUMBER.fullmatch(value) for value in values)
-    if are_numbers and not all(float(value).is_integer() for value in values):
-        raise ValueError(
-            f"Column {column!r} holds numbers that are not whole: is its task a regression? If not, name its labels."
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    cells = (kind.read_text(cell, label_separator) if isinstance(cell, str) else cell for cell in rows[column])
+    completed = kind.infer_options(task, cells, column, names)
+    for option in completed.keys() - task.keys():
+        value = completed[option]
+        shown = (
+            f"{len(value)} {option}: {', '.join(map(str, value))}" if isinstance(value, list) else f"{option}: {value}"
         )
-    if kinds == {str}:
-        return sorted(values)
-    if any(isinstance(value, float) and abs(value) > MAX_EXACT_FLOAT for value in values):
-        raise ValueError(
-            f"Column {column!r} holds floats beyond {MAX_EXACT_FLOAT:,}, which are not exact: store it as integers or "
-            "texts."
-        )
-    return [str(int(value)) for value in sorted(values)]
+        logger.info(f"Task {task['name']!r}, inferred from the training rows: {shown}.")
+    return task_from_dict(completed)

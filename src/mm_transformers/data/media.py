@@ -7,6 +7,7 @@ import torch
 from transformers.utils import logging
 
 from ..model.limits import CarriedLimits
+from ..model.modalities import Modality
 from ..model.processing_mm_transformer import check_number
 from .addresses import NO_ADDRESSES, Addresses
 from .sources import own_column
@@ -36,41 +37,32 @@ class SharedCounter:
         self._counts.share_memory_()  # a copy is not
 
 
-def as_many_as_there_are(items: list[Any]) -> Optional[int]:
-    """How many pixels items keep that are no pictures."""
-    return None
-
-
 class MediaColumn:
     """
     One column of images, videos or sounds.
 
     Args:
         column: its name.
-        split: a cell -> the list of its items.
-        key: an item -> equal for items that surely are the same.
+        modality: the kind of its items; splits a cell into them.
         load: an item -> what the processor takes; raises `ValueError` with one sentence. It takes `most_pixels` if
-            there is `pixels_for_each`.
+            the modality limits pixels.
         on_bad_file: `"raise"`, or `"drop"` what cannot be read, and count it.
         num_bad_files: where that is counted.
         addresses: which addresses in cells may be fetched; none by default.
-        pixels_for_each: the items of a row -> how many pixels `load` may keep of each, `None` if it need not know.
     """
 
     def __init__(
         self,
         column: str,
-        split: Callable[[Any], list[Any]],
-        key: Callable[[Any], Hashable],
+        modality: Modality,
         load: Callable[[Any], Any],
         on_bad_file: str,
         num_bad_files: SharedCounter,
         addresses: Addresses = NO_ADDRESSES,
-        pixels_for_each: Callable[[list[Any]], Optional[int]] = as_many_as_there_are,
     ):
-        self.column, self.split, self.key, self.load = column, split, key, load
+        self.column, self.split, self.key, self.load = column, modality.items, modality.key, load
         self.on_bad_file, self.num_bad_files, self.addresses = on_bad_file, num_bad_files, addresses
-        self.pixels_for_each = pixels_for_each
+        self.pixels_for_each: Callable[[list[Any]], Optional[int]] = modality.pixels_for_each
         self.limits = CarriedLimits()
 
     def read(self, rows: list[Mapping[str, Any]], names: list[str]) -> tuple[list[list[Any]], list[bool]]:

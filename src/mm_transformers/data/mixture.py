@@ -49,6 +49,13 @@ class DataMixture:
     Raises:
         ValueError: one sentence, if a data set is empty or several splits, weights do not fit the data sets, or streams
             have no weights.
+
+    Example:
+
+    ```python
+    >>> mixture = DataMixture({"reviews": rows, "tweets": DataSource(tweets, columns={"text": "tweet"})})
+    >>> trainer = MMTrainer(model, MMTrainingArguments("out"), processing_class=processor, train_dataset=mixture)
+    ```
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from typing import Any
 
 import datasets
 
-from ..model.task_base import is_null
+from ..model.label_cells import is_null
 from ..model.tasks import Task
 from .cells import LABEL_SEPARATOR, label_of, opened
 from .sources import ANY_SOURCE, SOURCE_KEY, DataSource, RowsOfSource, RowSource, own_column

@@ -83,6 +83,12 @@ class DataSource:
 
     Raises:
         ValueError: if the data set is several splits, or `columns` or `tasks` are of another form.
+
+    Example:
+
+    ```python
+    >>> DataSource(tweets, columns={"text": "tweet", "sentiment": "mood"}, tasks=["sentiment"])
+    ```
     """
 
     def __init__(self, dataset: Any, columns: Optional[Mapping[str, str]] = None, tasks: Optional[list[str]] = None):

@@ -15,10 +15,10 @@ from scipy.sparse import csr_matrix
 from torch.utils.data import Subset
 from transformers.utils import logging
 
-from ..model.files import check_file, content_of
+from ..model.file_contents import check_file, content_of
+from ..model.label_cells import as_scalar, is_null
 from ..model.limits import limits
-from ..model.processing_mm_transformer import as_clips, as_list, as_one
-from ..model.task_base import as_scalar, is_null
+from ..model.modalities import as_clips, as_list, as_one
 from ..model.tasks import Task
 from .cells import LABEL_SEPARATOR, as_records
 from .mixture import DataMixture

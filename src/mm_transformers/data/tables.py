@@ -76,7 +76,7 @@ class TableRows:
     def plain_types(self) -> dict[str, pyarrow.DataType]:
         """The columns that [`plain_cells`] can keep, with their types."""
         types = {field.name: _plain_type(field.type) for field in self.schema}
-        return {name: kind for name, kind in types.items() if kind is not None}
+        return {name: dtype for name, dtype in types.items() if dtype is not None}
 
     def _find_schema(self) -> pyarrow.Schema:
         types: dict[str, pyarrow.DataType] = {}
@@ -85,7 +85,7 @@ class TableRows:
             for name in dict.fromkeys(name for row in chunk for name in row):
                 try:
                     found = pyarrow.array([row.get(name) for row in chunk]).type
-                    fields = [pyarrow.schema([(name, kind)]) for kind in (types.get(name, found), found)]
+                    fields = [pyarrow.schema([(name, dtype)]) for dtype in (types.get(name, found), found)]
                     types[name] = pyarrow.unify_schemas(fields, promote_options="permissive").field(0).type
                 except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
                     raise ValueError(

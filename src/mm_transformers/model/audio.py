@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 from .downloads import fetch, is_url
-from .files import cast_of, check_file, content_key, content_of, describe, not_there
+from .file_contents import cast_of, check_file, content_key, content_of, describe, not_there
+from .label_cells import shorten
 from .limits import limits, named
-from .task_base import shorten
 
 
 class _Bytes(io.BytesIO):

@@ -15,11 +15,12 @@ from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from .decoders import check_decoder, decoder_vocab_size
 from .encoder_classes import sub_config_of
 from .encoders import encoder_width
-from .freezing import check_freeze
+from .freeze_rules import check_freeze
 from .fusion import fusion_class
 from .hub_kernels import check_values
 from .limits import limits
 from .messages import check_folder, one_line, shortened
+from .modalities import OTHER_ENCODERS
 from .regularization import check_regularization
 from .safe_writing import drop_link
 from .tasks import Task, task_from_dict
@@ -248,7 +249,7 @@ class MMTransformerConfig(PreTrainedConfig):
     @property
     def modalities(self) -> list[str]:
         """What the model takes beside text, in the order in which fusions see it."""
-        return [name for name in ("vision", "audio") if getattr(self, f"{name}_config") is not None]
+        return [name for name in OTHER_ENCODERS if getattr(self, f"{name}_config") is not None]
 
     @property
     def modality_dropout_probabilities(self) -> dict[str, float]:

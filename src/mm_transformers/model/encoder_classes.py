@@ -8,8 +8,7 @@ import torch
 import transformers
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-
-MAIN_INPUTS = {"text": ("input_ids",), "vision": ("pixel_values",), "audio": ("input_values", "input_features")}
+from .modalities import ENCODERS
 
 
 def sub_config_of(config: PreTrainedConfig, modality: str) -> PreTrainedConfig:
@@ -47,7 +46,7 @@ def _arguments_of(cls: Any) -> frozenset[str]:
 def modality_of(config: PreTrainedConfig) -> Optional[str]:
     """What the encoder of a config reads; `None` if it is not known or none of ours."""
     name = getattr(model_class(config), "main_input_name", None)
-    return next((modality for modality, inputs in MAIN_INPUTS.items() if name in inputs), None)
+    return next((encoder.name for encoder in ENCODERS.values() if name in encoder.inputs), None)
 
 
 def check_class(config: PreTrainedConfig, modality: str) -> type[PreTrainedModel]:
@@ -58,7 +57,7 @@ def check_class(config: PreTrainedConfig, modality: str) -> type[PreTrainedModel
     Raises:
         ValueError: one sentence, if there is none, or if it does not read this modality.
     """
-    cls, wanted = model_class(config), MAIN_INPUTS[modality]
+    cls, wanted = model_class(config), ENCODERS[modality].inputs
     if cls is None:
         raise ValueError(
             f"{config.model_type!r} cannot be the {modality} encoder: transformers has no model for its config, and "
@@ -79,7 +78,7 @@ def encoder_part(model: PreTrainedModel, modality: str) -> PreTrainedModel:
         model = model.get_encoder()
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{model_type!r} cannot be the {modality} encoder: its encoder is no PreTrainedModel.")
-    wanted = MAIN_INPUTS[modality]
+    wanted = ENCODERS[modality].inputs
     if not set(wanted) & set(inspect.signature(model.forward).parameters):
         raise ValueError(
             f"{model_type!r} cannot be the {modality} encoder: its forward takes no {' or '.join(map(repr, wanted))}."

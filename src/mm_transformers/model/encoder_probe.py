@@ -33,6 +33,7 @@ from .encoder_classes import (
     takes_audio_mask,
     without_random_skips,
 )
+from .modalities import ENCODERS
 
 
 # Texts of so many tokens are padded to so many; the second pair shows what is mixed over blocks of tokens.
@@ -215,8 +216,7 @@ def _floating_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _blank(inputs: dict[str, torch.Tensor], modality: str) -> str:
-    item = {"text": "text", "vision": "image", "audio": "sound"}[modality]
-    return f"one blank {item} of shape {tuple(next(iter(inputs.values())).shape)}"
+    return f"one blank {ENCODERS[modality].noun} of shape {tuple(next(iter(inputs.values())).shape)}"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Optional
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .checkpoint_checks import is_pickle_error
 from .encoder_classes import (
     check_class,
     class_options,
@@ -18,7 +19,6 @@ from .encoder_classes import (
 )
 from .encoder_probe import observe, probe, traits_of
 from .hub_kernels import check_config
-from .loading import is_pickle_error
 from .messages import check_folder, one_line
 
 

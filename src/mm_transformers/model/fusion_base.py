@@ -7,6 +7,8 @@ from typing import Any, ClassVar, NamedTuple, Optional
 import torch
 from torch import nn
 
+from .registry import registered
+
 
 FUSION_KINDS: dict[str, type["Fusion"]] = {}
 
@@ -28,6 +30,13 @@ class Stream(NamedTuple):
         is_full: whether it is known, without a look at the tensors, that every place of every row holds a token.
         item_means (num_items, encoder width), *optional*: the mean of the encoder outputs of each item, for linear
             probes; 0 for a text that is missing.
+
+    Example:
+
+    ```python
+    >>> Stream("vision", torch.zeros(2, 5, 8)).mask.shape  # two rows with one image of five tokens each
+    torch.Size([2, 5])
+    ```
     """
 
     name: str
@@ -186,6 +195,23 @@ class Fusion(nn.Module):
     What no kind can get wrong, because it is done here: a row with nothing in any stream leaves exactly as it came,
     and the states that leave have the width of the text encoder. What each kind owes: text states must leave [`fuse`]
     unchanged at initialisation (add to them through a [`Gate`] only), and nothing that a mask hides may be seen.
+
+    Example:
+
+    ```python
+    >>> @register_fusion
+    ... class AddedMeans(Fusion):
+    ...     kind = "added_means"
+    ...
+    ...     def __init__(self, config, stream_names, text_hidden_size):
+    ...         super().__init__(config, stream_names, text_hidden_size)
+    ...         self.gate = Gate()
+    ...
+    ...     def fuse(self, text_states, text_mask, streams, record):
+    ...         for stream in streams:
+    ...             text_states = text_states + self.gate(masked_mean(stream.hidden_states, stream.mask))[:, None]
+    ...         return text_states
+    ```
     """
 
     kind: ClassVar[str]
@@ -248,15 +274,16 @@ def register_fusion(cls: type[Fusion]) -> type[Fusion]:
 
     Raises:
         ValueError: if `kind` is missing or is already taken by another class.
+
+    Example:
+
+    ```python
+    >>> @register_fusion
+    ... class MyFusion(Fusion):
+    ...     kind = "my_fusion"  # as in MMTransformerConfig(fusion_type="my_fusion")
+    ```
     """
-    kind = getattr(cls, "kind", None)
-    if not isinstance(kind, str) or not kind:
-        raise ValueError(f"{cls.__name__} needs a class attribute `kind`, a string that names the fusion kind.")
-    known = FUSION_KINDS.get(kind)
-    if known is not None and known.__qualname__ != cls.__qualname__:
-        raise ValueError(f"Fusion kind {kind!r} is already taken by {known.__name__}; choose another `kind`.")
-    FUSION_KINDS[kind] = cls
-    return cls
+    return registered(FUSION_KINDS, "fusion kind")(cls)
 
 
 def fusion_class(kind: str, options: dict[str, Any]) -> type[Fusion]:

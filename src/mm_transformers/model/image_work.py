@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-from .files import UnreadableFile
+from .file_contents import UnreadableFile
 from .limits import limits, named
 
 

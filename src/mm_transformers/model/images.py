@@ -10,10 +10,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Optional
 
 from .downloads import fetch, is_url
-from .files import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
+from .file_contents import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
 from .image_work import check_icon, check_work
+from .label_cells import shorten
 from .limits import limits, named
-from .task_base import shorten
 
 
 # What is opened, as Pillow calls it, and no other format: to read EPS, for one, is to run a program.

@@ -1,8 +1,8 @@
 """
-What is wrong with the inputs of a model, in one sentence.
+Says in one sentence what is wrong with the inputs of a model.
 
-Shapes are looked at before each forward pass, which costs nothing. Values are looked at only after it has failed, since
-a GPU would have to be waited for.
+Shapes are checked before each forward pass, which costs almost nothing. Values are checked only after it has failed,
+since that waits for a GPU.
 """
 
 import inspect
@@ -10,9 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Optional
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .encoders import encoder_width, max_text_positions
 from .messages import and_more, one_line
+from .modalities import ENCODERS
 
 
 # Input -> (its axes, whether it holds integers).
@@ -33,14 +37,14 @@ _LAYOUTS = {
 }
 _IS_INTEGER = {torch.int32: True, torch.int64: True}
 _IS_INTEGER |= dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), False)
-_WIDTHS = {"text_features": "text", "image_features": "vision", "audio_features": "audio"}
+_ENCODER_OF = {encoder.features: encoder.name for encoder in ENCODERS.values()}
 
 
-def check_layout(model: Any, inputs: Mapping[str, Any]) -> None:
+def check_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     """
     Args:
-        model ([`MMTransformerPreTrainedModel`]): That takes the inputs.
-        inputs: Those of its `forward`, by name.
+        model ([`MMTransformerPreTrainedModel`]): The model that gets the inputs.
+        inputs: The arguments of its `forward`, by name.
 
     Raises:
         ValueError: one sentence, if an input is no tensor, has the wrong number of axes, or integers where floating
@@ -74,12 +78,12 @@ def check_layout(model: Any, inputs: Mapping[str, Any]) -> None:
                 if size == 0:
                     what = "rows" if axis == "batch" else "tokens; attention_mask 0 marks a row without text"
                     raise ValueError(f"The batch is empty: {name} has the shape {shape}, so it has no {what}.")
-        if name in _WIDTHS and value.shape[0] > 0:
-            config = getattr(model.config, f"{_WIDTHS[name]}_config", None)
+        if name in _ENCODER_OF and value.shape[0] > 0:
+            config = getattr(model.config, f"{_ENCODER_OF[name]}_config", None)
             if config is not None and value.shape[2] != encoder_width(config):
                 raise ValueError(
-                    f"{name} must have the width {encoder_width(config)} of the {_WIDTHS[name]} encoder, but has the "
-                    f"shape {shape}."
+                    f"{name} must have the width {encoder_width(config)} of the {_ENCODER_OF[name]} encoder, but has "
+                    f"the shape {shape}."
                 )
     for name in ("image_index", "audio_index"):
         value = inputs.get(name)
@@ -104,9 +108,9 @@ def check_layout(model: Any, inputs: Mapping[str, Any]) -> None:
         _check_labels(model, labels)
 
 
-def _check_labels(model: Any, labels: Any) -> None:
+def _check_labels(model: PreTrainedModel, labels: Any) -> None:
     if isinstance(labels, torch.Tensor) and len(model.tasks) == 1:
-        return  # of a model with one choice to make
+        return  # of a model for sequence classification
     if not isinstance(labels, Mapping):
         raise ValueError(f"labels must be a dict from task name to tensor, but is a {type(labels).__name__}.")
     for name, value in labels.items():
@@ -114,7 +118,7 @@ def _check_labels(model: Any, labels: Any) -> None:
             raise ValueError(f"labels[{name!r}] must be a tensor, but is a {type(value).__name__}.")
 
 
-def check_finite_weights(model: Any) -> None:
+def check_finite_weights(model: nn.Module) -> None:
     """
     Raises:
         ValueError: one sentence, if a weight is NaN or infinite.
@@ -130,7 +134,7 @@ def check_finite_weights(model: Any) -> None:
         )
 
 
-def is_finite(outputs: Any) -> bool:
+def is_finite(outputs: ModelOutput) -> bool:
     """Whether the logits, or else the fused states, are all finite."""
     found = getattr(outputs, "logits", None)
     found = getattr(outputs, "last_hidden_state", None) if found is None else found
@@ -138,23 +142,25 @@ def is_finite(outputs: Any) -> bool:
     return all(bool(x.sum().isfinite()) for x in tensors if isinstance(x, torch.Tensor))
 
 
-def what_is_wrong_with_inputs(model: Any, error: Exception, args: tuple, kwargs: Mapping[str, Any]) -> Optional[str]:
+def what_is_wrong_with_inputs(
+    model: PreTrainedModel, error: Exception, args: tuple, kwargs: Mapping[str, Any]
+) -> Optional[str]:
     """
-    A sentence about the inputs with which a forward pass has failed; `None` if nothing is found.
+    A sentence about the inputs of a failed forward pass; `None` if nothing is found.
 
     Args:
-        error: With which it has failed.
+        error: The error of the forward pass.
         args, kwargs: Of `model.forward`.
     """
     try:
         inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
         inputs = {**inputs, **inputs.get("kwargs", {})}
         return next(_problems(model, inputs), None)
-    except Exception:  # a GPU that has met an error answers nothing any more
+    except Exception:  # after an error, a GPU may fail at everything
         return None
 
 
-def _problems(model: Any, inputs: Mapping[str, Any]) -> Iterator[str]:
+def _problems(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[str]:
     inner = getattr(model, "model", model)
     ids, length = inputs.get("input_ids"), None
     if ids is not None:
@@ -200,7 +206,7 @@ def _out_of_range(name: str, ids: torch.Tensor, size: int, what: str) -> Iterato
         yield f"{name} must be numbers from 0 to {size - 1}, {what}, but goes from {lowest} to {highest}."
 
 
-def _refused(inner: Any, modality: str, name: str, value: torch.Tensor) -> Iterator[str]:
+def _refused(inner: PreTrainedModel, modality: str, name: str, value: torch.Tensor) -> Iterator[str]:
     try:
         with torch.no_grad():
             inner.encode(modality, **{name: value[:1]})

@@ -51,6 +51,13 @@ class Limits:
         upload_bytes (`int`): Bytes of one upload to the demo page.
         all_uploads_bytes (`int`): Bytes of all uploads that the demo page keeps.
         upload_seconds (`int`): Seconds for which the demo page keeps an upload.
+
+    Example:
+
+    ```python
+    >>> Limits().image_pixels
+    50000000
+    ```
     """
 
     image_pixels: int = 50_000_000

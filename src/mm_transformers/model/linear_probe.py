@@ -1,6 +1,6 @@
 """A linear model of the mean encoder outputs inside each head, with which a task can start."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,25 +8,6 @@ from transformers import initialization as init
 
 from .encoders import encoder_width
 from .fusion_layers import masked_mean
-
-
-class LinearProblem(NamedTuple):
-    """
-    The linear model of a task: how labels depend on features.
-
-    Args:
-        kind: "multinomial" (labels int64, -100 where missing), "binary" (labels float 0 or 1, one column per output,
-            NaN where missing) or "ridge" (labels float, one per output, NaN where missing).
-        num_outputs: as many as the head has logits.
-        per_token: whether each token has a label of its own, or the whole row.
-        label_weights (`num_outputs` floats, *optional*):
-            How much each label counts; of a binary problem, how much its 1 counts beside its 0.
-    """
-
-    kind: Literal["multinomial", "binary", "ridge"]
-    num_outputs: int
-    per_token: bool = False
-    label_weights: tuple[float, ...] | None = None
 
 
 class LinearProbe(nn.Module):

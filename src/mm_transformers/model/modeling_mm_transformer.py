@@ -1,45 +1,368 @@
-"""The fused model: encoders, fusion, task layers."""
+"""
+The fused model, from its outputs to its heads: [`MMTransformerModel`] runs encoders and fusion,
+[`MMTransformerForMultiTask`] adds a head per task, [`MMTransformerForSequenceClassification`] has one head only.
+"""
 
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Optional
+from pathlib import Path
+from typing import Any, Optional, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.utils import can_return_tuple, logging
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .adding_tasks import load_with_tasks
+from .answers import decode_answers
+from .checkpoint_checks import check_fit, checked, is_pickle_error, what_is_wrong
 from .configuration_mm_transformer import MMTransformerConfig
+from .custom_code import reference, warn_if_not_copied, write_code
 from .decoders import build_seq2seq
-from .encoder_classes import takes_audio_mask
+from .distributed import is_sharded
+from .encoder_classes import blank_input, takes_audio_mask
+from .encoder_features import EncoderFeatures
 from .encoders import build_encoder, encoder_width
-from .encoding import Encoding
+from .freeze_rules import batch_norms, freeze_parameters, frozen_batch_norm
 from .fusion import Stream, fusion_class
-from .fusion_layers import StreamProjection, masked_mean
+from .fusion_layers import Gate, StreamProjection, masked_mean
+from .generation import AnswerDecoder, WritingTask, split_inputs, task_that_writes, writing_tasks
+from .input_checks import check_finite_weights, check_layout, is_finite, what_is_wrong_with_inputs
 from .linear_probe import with_probe
-from .modeling_base import MMTransformerPreTrainedModel
-from .modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
-from .pairs import PairReading
+from .new_heads import load_with_tasks
+from .pairs import PairTask, choose_partners, may_mismatch
+from .pretrained_encoders import default_dtype, load_encoders, split_options, with_defaults
 from .regularization import regularization_loss, take_starting_point
-from .streams import FrameEmbedding, ItemOrder, NullText, check_index, check_keywords, drop_modalities
-from .task_base import TaskHeads, check_label_shape
+from .safe_writing import saved_aside
+from .streams import FRAME_EMBEDDINGS, ItemOrder, NullText, check_index, check_keywords, drop_modalities
+from .task_base import Task, TaskHeads, check_label_shape
 from .token_reduction import build_token_reduction
-from .writing import TextWriting
 
 
 logger = logging.get_logger(__name__)
 
+# What `save_pretrained(push_to_hub=True)` hands on to `push_to_hub`.
+_PUSHING = ("repo_id", "commit_message", "private", "token", "create_pr", "max_shard_size", "revision", "tags")
 
-class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
+
+@dataclass
+class MMTransformerModelOutput(ModelOutput):
     """
-    A text encoder and encoders of images and sound, joined by a fusion in which text tokens see the tokens of the
-    others.
+    Output of [`MMTransformerModel`]: the encoder outputs, fused.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, text_len, text hidden size)`):
+            The fused states: the text tokens, after they have read the other modalities of their row.
+        pooler_output (`torch.FloatTensor` of shape `(batch, text hidden size)`):
+            Mean of `last_hidden_state` over the tokens that are not padding.
+        attention_mask (`torch.BoolTensor` of shape `(batch, text_len)`):
+            Which tokens are not padding; in rows without a text the first, whose place a learned vector takes.
+        encoded (`dict[str, Stream]`):
+            The encoder outputs before the fusion: modality -> its tokens and their mask. Modalities of which the batch
+            has nothing are absent.
+        kept (`dict[str, torch.BoolTensor]`, *optional*, in training with modality dropout):
+            Modality -> `(batch,)`, which rows have it after dropout.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*, when `output_hidden_states=True`):
+            Text tokens before and after each fusion layer, `(batch, text_len, fusion_hidden_size)`.
+        attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
+            Self-attention of each fusion layer, in the fusion kinds that have it.
+        cross_attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
+            Attention of text tokens to the tokens of images and sound in each fusion layer, `(batch, heads, text_len,
+            max_images * tokens per image + max_clips * tokens per clip)`; 0 in rows without any. Needs
+            `attn_implementation="eager"`.
+    """
+
+    last_hidden_state: Optional[torch.Tensor] = None
+    pooler_output: Optional[torch.Tensor] = None
+    attention_mask: Optional[torch.Tensor] = None
+    encoded: Optional[dict[str, Stream]] = None
+    kept: Optional[dict[str, torch.Tensor]] = None
+    hidden_states: Optional[tuple[torch.Tensor, ...]] = None
+    attentions: Optional[tuple[torch.Tensor, ...]] = None
+    cross_attentions: Optional[tuple[torch.Tensor, ...]] = None
+
+
+@dataclass
+class MMTransformerOutput(ModelOutput):
+    """
+    Output of [`MMTransformerForMultiTask`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, when `labels` is given):
+            Sum of `loss_weight * losses[task]` over the tasks, plus `losses["regularization"]`.
+        losses (`dict[str, torch.Tensor]`, *optional*, when `labels` is given):
+            Of each task the mean loss over its labels, 0 without any; and `"regularization"`, if there is one.
+        logits (`dict[str, torch.Tensor]`): Of each task, in the shape that its class gives.
+        hidden_states, attentions, cross_attentions: see [`MMTransformerModelOutput`].
+    """
+
+    loss: Optional[torch.Tensor] = None
+    losses: Optional[dict[str, torch.Tensor]] = None
+    logits: Optional[dict[str, torch.Tensor]] = None
+    hidden_states: Optional[tuple[torch.Tensor, ...]] = None
+    attentions: Optional[tuple[torch.Tensor, ...]] = None
+    cross_attentions: Optional[tuple[torch.Tensor, ...]] = None
+
+
+class MMTransformerPreTrainedModel(PreTrainedModel):
+    """Initialisation, saving and the attention implementations, for all models of this type."""
+
+    config: MMTransformerConfig
+    config_class = MMTransformerConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("text", "image", "video", "audio")
+    output_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["gate_alpha", "logit_scale"]
+    # True from loading until the first forward pass, which finds weights that are NaN.
+    _is_unproven = False
+    _no_split_modules = ["CrossAttentionLayer", "CoAttentionLayer", "SelfAttentionLayer"]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers skips `_init_weights` on parts of custom code, so gates, latents and whole encoders would keep
+        # uninitialised memory.
+        return False
+
+    def post_init(self):
+        super().post_init()
+        # The class names the layers of all fusions and encoders; FSDP and loading want only those of this model.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+        names = {part for name in self.state_dict() for part in name.split(".")}
+        self._keep_in_fp32_modules_strict -= set(type(self)._keep_in_fp32_modules_strict) - names
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, Gate):
+            init.zeros_(module.gate_alpha)
+        elif hasattr(module, "init_own_parameters"):
+            module.init_own_parameters(self.config.initializer_range)
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        # If a checkpoint lacks a weight-normed layer, the audio encoders of transformers leave its two parameters
+        # uninitialised: they initialise the product of the two.
+        for module in self.modules():
+            if is_parametrized(module, "weight") and hasattr(module.parametrizations.weight, "original1"):
+                direction = module.parametrizations.weight.original1
+                if not direction.is_meta and not getattr(direction, "_is_hf_initialized", False):
+                    # As torch does for convolutions; the layer splits it into direction and length.
+                    module.weight = nn.init.kaiming_uniform_(torch.empty_like(direction), a=5**0.5)
+        super().initialize_weights()
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        # Before memory is taken for weights that are missing or have other shapes.
+        if not getattr(load_config, "is_quantized", False):
+            check_fit(model, loading_info)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+    def __call__(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        names = list(inspect.signature(type(self).forward).parameters)[1:] if args else ()
+        check_layout(self, {**dict(zip(names, args, strict=False)), **kwargs})
+        try:
+            outputs = super().__call__(*args, **kwargs)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            problem = what_is_wrong_with_inputs(self, error, args, kwargs)
+            if problem is None:
+                raise
+            raise ValueError(problem) from error
+        if self._is_unproven:
+            self._is_unproven = False
+            if not is_finite(outputs):
+                check_finite_weights(self)
+        return outputs
+
+    def enable_input_require_grads(self):
+        """
+        As [`~transformers.PreTrainedModel.enable_input_require_grads`] does, also for encoders whose embeddings return
+        more than one tensor (Swin, Hiera, I-BERT).
+        """
+
+        def want_gradient(module, inputs, output):
+            states = output[0] if isinstance(output, (tuple, list)) else output
+            if isinstance(states, torch.Tensor) and states.is_floating_point():
+                states.requires_grad_(True)
+
+        embeddings: dict[int, nn.Module] = {}
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                try:
+                    found = module.get_input_embeddings()
+                except NotImplementedError:
+                    continue
+                if isinstance(found, nn.Module):
+                    embeddings[id(found)] = found
+        # Where `disable_input_require_grads` looks for them.
+        self._require_grads_hooks = [module.register_forward_hook(want_gradient) for module in embeddings.values()]
+        if self._require_grads_hooks:
+            self._require_grads_hook = self._require_grads_hooks[0]
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: Optional[int] = None,
+        pad_to_multiple_of: Optional[int] = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """As [`~transformers.PreTrainedModel.resize_token_embeddings`] does; with a decoder, that of both."""
+        inner = getattr(self, "model", self)
+        if not inner.has_decoder:
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        text_model, config = inner.text_model, self.config
+        if pad_to_multiple_of is not None:
+            # Rounded up here, since Marian gives its bias the number that was asked for.
+            size = new_num_tokens if new_num_tokens is not None else config.vocab_size
+            new_num_tokens = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if config.decoder_config is None:
+            # An encoder-decoder resizes all that has the size of its vocabulary.
+            return text_model.resize_token_embeddings(new_num_tokens, mean_resizing=mean_resizing)
+        # A decoder behind another encoder has a config of its own.
+        text_model.decoder.resize_token_embeddings(new_num_tokens, mean_resizing=mean_resizing)
+        embeddings = text_model.encoder.resize_token_embeddings(new_num_tokens, mean_resizing=mean_resizing)
+        config.text_config.vocab_size = config.decoder_config.vocab_size = embeddings.num_embeddings
+        return embeddings
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.save_pretrained`] does, and copies the code of the model into the folder, so
+        that it can be loaded with `trust_remote_code=True` where this package is not installed. Of a model with
+        adapters, the adapters alone are saved.
+        """
+        # In the original layout of a vision tower its keys have other names, and the Trainer, which resumes by
+        # `load_state_dict(strict=False)`, would leave them out.
+        kwargs.setdefault("save_original_format", False)
+        hub_kwargs = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs} if push_to_hub else {}
+        if not is_main_process or os.path.isfile(save_directory) or kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        else:
+            with saved_aside(save_directory) as staged:
+                super().save_pretrained(staged, is_main_process=is_main_process, **kwargs)
+                # Of a model with adapters (`add_adapter`), only these are saved, without a config.
+                if not getattr(self, "_hf_peft_config_loaded", False):
+                    write_code(staged, __file__, "config.json", self._code_entries())
+        if push_to_hub:
+            # Not by the stock method, which uploads before the code is there.
+            self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
+
+    def _code_entries(self) -> dict[str, dict[str, Any]]:
+        """What `config.json` says of the code beside the weights: entry -> name -> class."""
+        # Inside, since only saving needs it. The code of a pulled model contains a pipeline because it is named here.
+        from .pipeline_mm_transformer import MultimodalPipeline
+
+        fusion = getattr(self, "model", self).fusion
+        if fusion is not None:
+            warn_if_not_copied(type(fusion))
+        auto_map = {"AutoConfig": reference(MMTransformerConfig), "AutoModel": reference(MMTransformerModel)}
+        if not hasattr(self, "tasks"):
+            return {"auto_map": auto_map}
+        for task in self.tasks.values():
+            warn_if_not_copied(type(task))
+        auto_map["AutoModel"] = reference(MMTransformerForMultiTask)
+        if MMTransformerForSequenceClassification.takes(self.tasks):
+            cls = MMTransformerForSequenceClassification
+            auto_map["AutoModelForSequenceClassification"] = reference(cls)
+        pipeline = {"impl": reference(MultimodalPipeline), "pt": ["AutoModel"], "type": "multimodal"}
+        return {"auto_map": auto_map, "custom_pipelines": {"multimodal": pipeline}}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`] does, from safetensors only: a pickle is read if
+        `use_safetensors=False` says so. With this package installed, no code of the checkpoint is run.
+
+        Raises:
+            OSError: one sentence, if files are missing or damaged.
+            ValueError: one sentence, if the config does not fit, or the checkpoint lacks weights or has others.
+                `ignore_mismatched_sizes=True` loads what there is.
+        """
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        path = pretrained_model_name_or_path
+        try:
+            with checked(path, kwargs):
+                loaded = super().from_pretrained(path, *args, **kwargs)
+        except Exception as error:
+            wrong = what_is_wrong(path, error, **kwargs)
+            if wrong is None:
+                raise
+            # torch's message says how to load the pickle all the same.
+            raise wrong from (None if is_pickle_error(error) else error)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        # Loading replaces parameters, so `requires_grad` is set again.
+        getattr(model, "model", model).freeze()
+        model._is_unproven = True
+        return loaded
+
+    @classmethod
+    def from_encoders(cls, text: str, vision: Optional[str] = None, audio: Optional[str] = None, **kwargs):
+        """
+        A model with pretrained encoders and a new fusion. The gates of the fusion are 0 at the start, so until it is
+        trained, `last_hidden_state` is that of the text encoder.
+
+        Args:
+            text (`str`): Hub id or local folder of a text encoder; of CLIP and SigLIP the text tower is taken, of an
+                encoder-decoder the encoder, and if a task writes text the decoder too.
+            vision (`str`, *optional*): Hub id or local folder of a vision encoder; of CLIP and SigLIP the vision tower.
+            audio (`str`, *optional*): Hub id or local folder of an audio encoder; of Whisper the encoder is taken.
+            kwargs: fields of [`MMTransformerConfig`] (`tasks`, `fusion_type`, `num_fusion_layers`, ...), of which
+                `num_fusion_layers` defaults to 1 here, `linear_probe`, `freeze_batch_norm` and `item_order` to `True`,
+                `freeze` to `["vision"]` (Zhai et al. 2022, https://arxiv.org/abs/2111.07991; `[]` trains all, which
+                encoders with new weights need), and `modality_dropout` to 0.3 of each modality (of the text only if no
+                task writes); everything else (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes to
+                `AutoModel.from_pretrained`.
+
+        Raises:
+            ValueError: one sentence, if an encoder cannot be used or an option does not fit.
+
+        Example:
+
+        ```python
+        >>> model = MMTransformerForMultiTask.from_encoders(
+        ...     text="distilbert/distilbert-base-uncased",
+        ...     vision="google/vit-base-patch16-224-in21k",
+        ...     tasks=[Classification("sentiment", labels=["negative", "positive"])],
+        ... )
+        ```
+        """
+        given = {"text": text, "vision": vision, "audio": audio}
+        paths = {modality: path for modality, path in given.items() if path is not None}
+        options, kwargs = split_options(kwargs)
+        loaded = load_encoders(paths, with_defaults(options, list(paths)), **kwargs)
+        with default_dtype(loaded.models["text_model"].dtype):
+            model = cls(loaded.config, **loaded.models).eval()
+        loaded.restore_attention()
+        return model
+
+
+class MMTransformerModel(MMTransformerPreTrainedModel):
+    """
+    A text encoder, encoders of images and sound, and a fusion in which text tokens attend to the tokens of the others.
 
     Args:
         config ([`MMTransformerConfig`]): What to build.
         text_model, vision_model, audio_model (`PreTrainedModel`, *optional*):
             Encoders that exist already, with `config.text_config`, ... as their configs. By default they are built from
             the config, with new weights.
+
+    Example:
+
+    ```python
+    >>> model = MMTransformerModel(MMTransformerConfig(text_config=BertConfig(), vision_config=ViTConfig()))
+    >>> model(**processor(text=["a red dog"], images=["dog.png"])).last_hidden_state  # (1, text_len, 768)
+    ```
     """
 
     def __init__(
@@ -55,7 +378,7 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
         self.has_decoder = config.has_decoder
         if text_model is None and self.has_decoder:
             text_model = build_seq2seq(config.text_config, config.decoder_config)
-        # If a task writes text, this is a whole encoder-decoder; fused is what its encoder gives.
+        # If a task writes text, this is a whole encoder-decoder; the outputs of its encoder are fused.
         self.text_model = text_model if text_model is not None else build_encoder(config.text_config, "text")
         self.vision_model = self.audio_model = self.fusion = None
         if config.modalities:
@@ -66,7 +389,8 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             self.vision_model = vision_model or build_encoder(config.vision_config, "vision")
             self.vision_projection = StreamProjection(config, encoder_width(config.vision_config))
             self.vision_reduction = build_token_reduction(config, config.vision_token_reduction)
-            self.frame_embedding = FrameEmbedding(config.frame_embedding, config.num_frames, config.fusion_hidden_size)
+            frames = FRAME_EMBEDDINGS[config.frame_embedding]
+            self.frame_embedding = frames(config.num_frames, config.fusion_hidden_size)
         if config.audio_config is not None:
             self.audio_model = audio_model or build_encoder(config.audio_config, "audio")
             self.audio_takes_mask = takes_audio_mask(self.audio_model)
@@ -80,11 +404,45 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
     def text_encoder(self) -> PreTrainedModel:
         return self.text_model.get_encoder() if self.has_decoder else self.text_model
 
+    def encoder(self, modality: str) -> PreTrainedModel:
+        """The encoder of "text", "vision" or "audio"; of an encoder-decoder the encoder."""
+        return self.text_encoder if modality == "text" else getattr(self, f"{modality}_model")
+
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
         self.text_model.set_input_embeddings(value)
+
+    def freeze(self) -> None:
+        """
+        Sets `requires_grad=False` for all parameters that `config.freeze` names. An encoder that is frozen as a whole
+        runs as in evaluation and without gradients, so its outputs are a function of its inputs alone. Called when the
+        model is built, and after weights were loaded, since these come as new parameters.
+
+        Raises:
+            ValueError: if there are no parameters of such a name.
+        """
+        encoders = {modality: self.encoder(modality) for modality in ("text", *self.config.modalities)}
+        self._frozen_encoders = freeze_parameters(self, self.config.freeze or [], encoders)
+        self.train(self.training)
+
+    def is_frozen(self, modality: str) -> bool:
+        """Whether `config.freeze` covers the whole encoder, and nothing in it, such as an adapter, is trained."""
+        return modality in self._frozen_encoders and not any(
+            parameter.requires_grad for parameter in self.encoder(modality).parameters()
+        )
+
+    def train(self, mode: bool = True) -> "MMTransformerModel":
+        super().train(mode)
+        for modality in self._frozen_encoders:
+            if self.is_frozen(modality):
+                self.encoder(modality).eval()
+        if mode and self.config.freeze_batch_norm:
+            for modality in ("text", *self.config.modalities):
+                for layer in batch_norms(self.encoder(modality)):
+                    layer.eval()
+        return self
 
     @can_return_tuple
     def forward(
@@ -112,7 +470,7 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, text_len)`): Token ids of the text.
             attention_mask (`torch.Tensor` of shape `(batch, text_len)`, *optional*):
-                1 at tokens, 0 at padding. A row of zeros has no text; a learned vector stands in for it.
+                1 at tokens, 0 at padding. A row of zeros has no text; a learned vector takes its place.
             token_type_ids (`torch.LongTensor` of shape `(batch, text_len)`, *optional*): For encoders that take them.
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
                 The distinct images, and frames of videos, of the batch.
@@ -129,8 +487,8 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             inputs_embeds (`torch.FloatTensor` of shape `(batch, text_len, text hidden size)`, *optional*):
                 Instead of `input_ids`, for encoders that take it.
             text_features (`torch.FloatTensor` of shape `(batch, text_len, text hidden size)`, *optional*):
-                What the text encoder gives, as [`encode`] returns it; it then does not run, and `input_ids` may be left
-                out. The same holds for images and sound:
+                The features of the text encoder, as [`encode`] returns them; it then does not run, and `input_ids` may
+                be left out. The same holds for images and sound:
             image_features (`torch.FloatTensor` of shape `(num_images, tokens, vision hidden size)`, *optional*):
                 Instead of `pixel_values`.
             audio_features (`torch.FloatTensor` of shape `(num_clips, tokens, audio hidden size)`, *optional*):
@@ -185,7 +543,7 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
         audio_feature_mask: Optional[torch.Tensor] = None,
     ) -> tuple[dict[str, Stream], Optional[dict[str, torch.Tensor]]]:
         """
-        The encoders alone: what [`forward`] does before the fusion, with the same arguments.
+        The part of [`forward`] before the fusion, with the same arguments.
 
         Returns:
             The tokens of each modality, as [`fuse`] takes them, and in training with modality dropout which rows keep
@@ -209,8 +567,8 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             if len(items[name]) > 1:
                 raise ValueError(f"The {name} input is given as {' and as '.join(items[name])}; give one of them.")
         checked = {
-            "vision": self._index("vision", image_index, items["vision"], batch_size, device),
-            "audio": self._index("audio", audio_index, items["audio"], batch_size, device),
+            "vision": self._item_index("vision", image_index, items["vision"], batch_size, device),
+            "audio": self._item_index("audio", audio_index, items["audio"], batch_size, device),
         }
         index = {name: rows for name, (rows, _) in checked.items()}
         is_full = {name: full for name, (_, full) in checked.items()}
@@ -233,10 +591,10 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             is_full = dict.fromkeys(is_full, False)
 
         text_inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
-        encoded = {"text": self._encode_text(attention_mask, text_features, **text_inputs)}
+        encoded = {"text": self._text_stream(attention_mask, text_features, **text_inputs)}
         for name in self.config.modalities:
             frames = frame_index if name == "vision" else None
-            stream = self._encode_items(name, items[name], index[name], frames, is_full[name])
+            stream = self._item_stream(name, items[name], index[name], frames, is_full[name])
             if stream is not None:
                 encoded[name] = stream
         return encoded, kept
@@ -249,11 +607,11 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
         kept: Optional[dict[str, torch.Tensor]] = None,
     ) -> MMTransformerModelOutput:
         """
-        What [`forward`] does after the encoders have run.
+        The part of [`forward`] after the encoders.
 
         Args:
-            encoded: modality -> its tokens; "text" and whatever else there is.
-            kept: modality -> (batch,) bool, what modality dropout has left of each row.
+            encoded: modality -> its tokens; "text", and others if there are any.
+            kept: modality -> (batch,) bool, which rows have it after modality dropout.
         """
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -281,7 +639,122 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
             cross_attentions=fused.cross_attentions if fused is not None else None,
         )
 
-    def _index(
+    def encode(self, modality: str, **inputs: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """
+        The features that the encoder of "text", "vision" or "audio" outputs, before the fusion.
+
+        Args:
+            inputs: `input_ids`, `attention_mask`, ... of texts; `pixel_values` of images; `input_values` or
+                `input_features`, and `attention_mask` at the rate of these, of sounds.
+
+        Returns:
+            The features (items, tokens, encoder width), and for sounds which of them belong to the clip and not to its
+            padding, (items, tokens) bool, if the encoder says so.
+        """
+        run = EncoderFeatures(
+            modality,
+            self.encoder(modality),
+            getattr(self.config, f"{modality}_config"),
+            training=self.training,
+            is_frozen=self.is_frozen(modality),
+            takes_mask=modality != "audio" or self.audio_takes_mask,
+        )
+        return run(**inputs)
+
+    def _text_stream(
+        self, attention_mask: torch.Tensor, features: Optional[torch.Tensor] = None, **inputs: Optional[torch.Tensor]
+    ) -> Stream:
+        given = {name: value for name, value in inputs.items() if value is not None}
+        # A row without a text has one token, a learned vector; the outputs of the encoder are not used there.
+        present = attention_mask.bool().any(-1)
+        if features is None:
+            shown = torch.where(present[:, None], attention_mask, 1) if self.fusion is not None else attention_mask
+            states, _ = self.encode("text", attention_mask=shown, **given)
+        else:
+            if features.shape[:2] != attention_mask.shape:
+                raise ValueError(
+                    f"text_features must begin with the shape of attention_mask, {tuple(attention_mask.shape)}, but "
+                    f"have {tuple(features.shape)}."
+                )
+            states = features.to(self.text_encoder.dtype)
+        means = masked_mean(states, attention_mask.bool()) if self.config.linear_probe else None
+        if self.fusion is None:
+            return Stream("text", states, attention_mask.bool(), item_means=means)
+        first = torch.arange(states.shape[1], device=states.device) == 0
+        # Not by `torch.where`, which ONNX Runtime lacks for truth values.
+        mask = attention_mask.bool() | (~present[:, None] & first)
+        return Stream("text", self.null_text(states, present), mask, item_means=means)
+
+    def _item_stream(
+        self,
+        name: str,
+        items: dict[str, torch.Tensor],
+        index: torch.Tensor,
+        frame_index: Optional[torch.Tensor] = None,
+        is_full: bool = False,
+    ) -> Optional[Stream]:
+        """
+        The tokens of each row in one modality; `None` if no row has any and nothing is trained.
+
+        Args:
+            index, is_full: as [`check_index`] gives them.
+        """
+        if items and index.shape[1] > 0:
+            tokens, token_mask, means = self._item_tokens(name, items)
+        elif not self.training and not is_sharded(self.encoder(name)):
+            return None
+        else:
+            # Encoder and projection run in every training step, even if one rank has no item: DDP refuses unused
+            # parameters, and FSDP waits for this rank, in evaluation too. A frozen encoder that is not sharded need
+            # not run.
+            if self.is_frozen(name) and not is_sharded(self.encoder(name)):
+                blank = {"features": torch.zeros(1, 1, encoder_width(getattr(self.config, f"{name}_config")))}
+            else:
+                blank = blank_input(getattr(self.config, f"{name}_config"), name)
+            with frozen_batch_norm(getattr(self, f"{name}_model")):
+                tokens, token_mask, means = self._item_tokens(name, {k: v.to(index.device) for k, v in blank.items()})
+            # Masked, so one token is enough.
+            tokens, token_mask = tokens[:, :1], token_mask if token_mask is None else token_mask[:, :1]
+            index, frame_index = torch.full_like(index[:, :1], -1), None
+            if index.shape[1] == 0:
+                index = torch.full((index.shape[0], 1), -1, device=index.device)
+        offsets = None
+        if name == "vision":
+            if frame_index is not None:
+                if frame_index.shape != index.shape:
+                    raise ValueError(
+                        f"frame_index must have the shape of image_index, {tuple(index.shape)}, but has "
+                        f"{tuple(frame_index.shape)}."
+                    )
+                self.frame_embedding.check(frame_index)
+                offsets = self.frame_embedding(frame_index, tokens.dtype)
+            elif self.training and self.config.frame_embedding == "learned":
+                # Its parameters need a gradient in every step.
+                offsets = self.frame_embedding(torch.full_like(index, -1), tokens.dtype)
+        scales = None
+        if self.config.item_order:
+            tokens, scales, shifts = getattr(self, f"{name}_order")(index, tokens)
+            offsets = shifts if offsets is None or shifts is None else offsets + shifts
+        return Stream(name, tokens, token_mask, index, offsets, is_full and token_mask is None, means, scales)
+
+    def _item_tokens(
+        self, name: str, items: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """
+        The tokens of each item, (num_items, tokens per item, fusion_hidden_size), their mask, and for linear probes the
+        mean of the encoder outputs, (num_items, encoder width).
+        """
+        if "features" in items:
+            features, mask = items["features"].to(self.encoder(name).dtype), items.get("feature_mask")
+        else:
+            features, mask = self.encode(name, **{key: x for key, x in items.items() if key != "feature_mask"})
+        tokens = getattr(self, f"{name}_projection")(features)
+        means = None
+        if self.config.linear_probe:
+            means = features.mean(1) if mask is None else masked_mean(features, mask)
+        return (self.vision_reduction(tokens) if name == "vision" else tokens), mask, means
+
+    def _item_index(
         self, name: str, index: Optional[torch.Tensor], items: dict[str, torch.Tensor], batch_size: int, device
     ) -> tuple[torch.Tensor, bool]:
         num_items = next(iter(items.values())).shape[0] if items else 0
@@ -294,10 +767,17 @@ class MMTransformerModel(Encoding, MMTransformerPreTrainedModel):
         return check_index(index, batch_size, num_items, device, *names)
 
 
-class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTrainedModel):
+class _CanGenerate:
+    """`can_generate()`, a classmethod in transformers. Here the class can, and a model if one of its tasks writes."""
+
+    def __get__(self, model: Optional[PreTrainedModel], owner: type) -> Callable[[], bool]:
+        return lambda: model is None or model.config.has_decoder
+
+
+class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
     """
-    The fused model with a task layer for each of `config.tasks`. Its loss is the sum over the tasks of `loss_weight`
-    times the mean loss of what is labelled, plus the regularizer.
+    The fused model with a head for each of `config.tasks`. Its loss is the sum over the tasks of `loss_weight` times
+    the mean loss over the labels, plus the regularizer.
 
     Args:
         config ([`MMTransformerConfig`]): What to build; needs at least one task.
@@ -305,10 +785,20 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
 
     Raises:
         ValueError: if there is no task.
+
+    Example:
+
+    ```python
+    >>> model = MMTransformerForMultiTask.from_pretrained("my-model")
+    >>> outputs = model(**processor(text=["Lovely weather!"], images=["rain.jpg"]))
+    >>> model.decode(outputs)
+    [{'sentiment': {'label': 'positive', 'score': 0.98}}]
+    ```
     """
 
-    # Each loss is divided by the number of labels of its own task, which the Trainer cannot know.
+    # Each loss is divided by the number of labels of its own task, which the Trainer does not know.
     accepts_loss_kwargs = False
+    can_generate = _CanGenerate()
 
     def __init__(self, config: MMTransformerConfig, **encoders):
         super().__init__(config)
@@ -325,7 +815,7 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
             if not task.needs_decoder
         }
         self.heads = TaskHeads(heads)
-        # Towards which an L2-SP regularizer pulls: the weights with which training started. Not part of the weights.
+        # The weights at the start of training, for an L2-SP regularizer; not saved.
         self.starting_point: Optional[dict[str, torch.Tensor]] = None
         self.post_init()
 
@@ -336,8 +826,8 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
 
         Args:
             tasks (`list[Task]`, *optional*):
-                The tasks that the model is to have in place of the saved ones. New tasks, and those of another kind or
-                with other labels, get heads with new weights; the others keep their heads.
+                The tasks of the loaded model, in place of the saved ones. New tasks, and those of another kind or with
+                other labels, get heads with new weights; the others keep their heads.
 
         Raises:
             OSError: one sentence, if files are missing or damaged.
@@ -387,14 +877,14 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
         r"""
         Args:
             labels (`dict[str, torch.Tensor]`, *optional*):
-                Labels of the tasks, by name; -100 (integers) or NaN (floats) where a row has none. A task that is not
-                in it has no label at all.
+                Labels of the tasks, by name; -100 (integers) or NaN (floats) where a row has none. A task without an
+                entry has no labels.
             num_items_in_batch (`dict[str, torch.Tensor]`, *optional*):
-                By how much to divide the summed loss of each task, instead of the number of its labels in `labels`;
-                under `"regularization"`, by how much to divide the regularizer. This is how one optimiser step over
-                several batches gets the loss of one big batch.
+                The divisor of the summed loss of each task, instead of the number of its labels in `labels`; under
+                `"regularization"`, the divisor of the regularizer. With it, one optimiser step over several batches
+                has the loss of one big batch.
             encoder_outputs ([`MMTransformerModelOutput`], *optional*):
-                What `self.model` gave for these inputs, if that is known already.
+                The output of `self.model` for these inputs, if it is known already.
             input_ids, attention_mask, token_type_ids, pixel_values, image_index, frame_index, input_values,
             input_features, audio_attention_mask, audio_index, inputs_embeds, text_features, image_features,
             audio_features, audio_feature_mask, output_attentions, output_hidden_states:
@@ -406,9 +896,8 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
             TypeError: if there is no such argument.
         """
         check_keywords(self, kwargs)
-        outputs = encoder_outputs
-        if outputs is None:
-            outputs = self.model(
+        if encoder_outputs is None:
+            encoder_outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 token_type_ids=token_type_ids,
@@ -427,17 +916,21 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
             )
-        logits = self.heads(outputs)
+        logits = self.heads(encoder_outputs)
         loss = losses = None
         if labels is not None:
-            if outputs.kept is not None:
-                labels = {name: self.tasks[name].labels_left(value, outputs.kept) if name in self.tasks else value
-                          for name, value in labels.items()}  # fmt: skip
+            kept = encoder_outputs.kept
+            if kept is not None:
+                labels = {
+                    name: self.tasks[name].labels_left(value, kept) if name in self.tasks else value
+                    for name, value in labels.items()
+                }
+            writing = writing_tasks(self.tasks)
             for name, task in self.tasks.items():
-                if task.needs_decoder:
-                    logits[name] = self.read_written(task, outputs, labels.get(name))
+                if name in writing:
+                    logits[name] = self.read_written(writing[name], encoder_outputs, labels.get(name))
                 elif task.needs_mismatches and name in labels:
-                    mismatched = self.judge_mismatched(name, outputs, logits, labels[name])
+                    mismatched = self.judge_mismatched(name, encoder_outputs, logits, labels[name])
                     logits[name] = torch.cat([logits[name], mismatched], 1)
             losses = self._losses(logits, labels, num_items_in_batch or {})
             weights = {name: task.loss_weight for name, task in self.tasks.items()}
@@ -446,9 +939,9 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
             loss=loss,
             losses=losses,
             logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
+            hidden_states=encoder_outputs.hidden_states,
+            attentions=encoder_outputs.attentions,
+            cross_attentions=encoder_outputs.cross_attentions,
         )
 
     def _losses(
@@ -474,9 +967,8 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
     @property
     def new_modules(self) -> list[str]:
         """
-        The names of the parts that are no part of a pretrained encoder. Whoever trains adapters gives them as
-        `modules_to_save`, so that they are trained, and saved with the adapters:
-        `LoraConfig(target_modules=[...], modules_to_save=model.new_modules)`.
+        The names of all parts outside of the encoders. With adapters, give them as `modules_to_save`, so that they are
+        trained and saved: `LoraConfig(target_modules=[...], modules_to_save=model.new_modules)`.
         """
         parts = [name for name, child in self.model.named_children() if not name.endswith("_model")]
         names = [name for name in parts if any(True for _ in getattr(self.model, name).parameters())]
@@ -498,17 +990,288 @@ class MMTransformerForMultiTask(TextWriting, PairReading, MMTransformerPreTraine
             word_index (`torch.LongTensor` of shape `(batch, text_len)`, *optional*):
                 From the processor; tasks that label words then answer per word instead of per token.
         """
-        answers = {
-            name: task.decode(outputs.logits[name], word_index)
-            for name, task in self.tasks.items()
-            if not task.needs_decoder
+        return decode_answers(self.tasks, outputs.logits, word_index)
+
+    @property
+    def _answer_decoder(self) -> AnswerDecoder:
+        # Made anew, since PEFT and FSDP put other modules in the place of `text_model`.
+        return AnswerDecoder(self.model.text_model)
+
+    def read_written(
+        self, task: WritingTask, encoder_outputs: MMTransformerModelOutput, labels: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        """The decoder's logits at each place of the labels, (batch, length, vocabulary); see [`AnswerDecoder`]."""
+        return self._answer_decoder.logits(task, encoder_outputs, labels)
+
+    def decoder_start_ids(self, task: WritingTask) -> list[int]:
+        """The ids that the decoder gets before it writes the answer of this task."""
+        return self._answer_decoder.start_ids(task)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        task: Optional[str] = None,
+        encoder_outputs: Optional[MMTransformerModelOutput] = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        Writes the answers of one task: `processor.batch_decode(ids, skip_special_tokens=True)` turns them into texts.
+        Encoders and fusion run once per row, whatever the number of beams and steps.
+
+        Args:
+            task (`str`, *optional*): Name of a [`Generation`] task; may be left out if there is only one.
+            encoder_outputs ([`MMTransformerModelOutput`], *optional*):
+                The output of `self.model` for these inputs, if it is known already.
+            kwargs: the inputs of [`MMTransformerModel.forward`]; everything else (`num_beams`, `do_sample`,
+                `max_new_tokens`, `generation_config`, `return_dict_in_generate`, ...) is for
+                [`~transformers.GenerationMixin.generate`].
+
+        Returns:
+            (batch, length) int64: the ids of the tokens; the first ones are those that the decoder starts with,
+            [`decoder_start_ids`].
+
+        Raises:
+            ValueError: if there is no such task, it does not write, or `assistant_model` is given.
+
+        Example:
+
+        ```python
+        >>> ids = model.generate("german", **processor(text=["Lovely weather!"]), num_beams=4)
+        ```
+        """
+        writing = task_that_writes(self.tasks, task)
+        inputs, options = split_inputs(type(self.model).forward, kwargs)
+        if encoder_outputs is None:
+            encoder_outputs = self.model(**inputs)
+        return self._answer_decoder.generate(writing, encoder_outputs, **options)
+
+    @torch.no_grad()
+    def forward_and_write(
+        self,
+        labels: Optional[dict[str, torch.Tensor]] = None,
+        generation_kwargs: Optional[dict[str, Any]] = None,
+        **inputs: torch.Tensor,
+    ) -> tuple[MMTransformerOutput, dict[str, torch.Tensor]]:
+        """
+        The output of the model, and the answers of the tasks that write, (batch, length) int64 without the
+        [`decoder_start_ids`]. Encoders and fusion run once.
+
+        Args:
+            labels, inputs: as [`MMTransformerForMultiTask.forward`] takes them.
+            generation_kwargs (`dict`, *optional*): For [`~transformers.GenerationMixin.generate`].
+        """
+        encoder_outputs = self.model(**inputs)
+        # Not by a call of the model: under FSDP this already is one.
+        outputs = self.forward(encoder_outputs=encoder_outputs, labels=labels)
+        options = generation_kwargs or {}
+        written = {
+            name: self.write(task, encoder_outputs, **options) for name, task in writing_tasks(self.tasks).items()
         }
-        num_rows = len(next(iter(answers.values()), []))
-        return [{name: answers[name][row] for name in answers} for row in range(num_rows)]
+        return outputs, written
+
+    def write(self, task: WritingTask, encoder_outputs: MMTransformerModelOutput, **kwargs) -> torch.Tensor:
+        """
+        The answer of each row, (batch, length) int64, without the [`decoder_start_ids`].
+
+        Args:
+            task ([`Generation`]): The task to answer.
+            encoder_outputs, kwargs: as [`generate`] takes them.
+
+        Raises:
+            ValueError: if the decoder writes another number of answers than one per row.
+        """
+        ids = self.generate(task.name, encoder_outputs, **kwargs)
+        return self._answer_decoder.without_start(task, ids, len(encoder_outputs.last_hidden_state))
+
+    def adjust_generation_fn(self, *args, **kwargs) -> None:
+        """Called by `from_pretrained`, to read the saved generation config."""
+        self.model.text_model.adjust_generation_fn(*args, **kwargs)
+
+    @property
+    def generation_config(self) -> Optional[GenerationConfig]:
+        """That of the decoder."""
+        model = getattr(self, "model", None)  # there is none while the model is being built
+        return model.text_model.generation_config if model is not None and self.can_generate() else None
+
+    @generation_config.setter
+    def generation_config(self, value: Optional[GenerationConfig]):
+        if getattr(self, "model", None) is not None and self.can_generate():
+            self.model.text_model.generation_config = value
+
+    @torch.no_grad()
+    def encode_text(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: Optional[torch.Tensor] = None,
+        task: Optional[str] = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        The vectors of texts, for search: their dot products with those of [`encode_image`] are cosines. Only the text
+        encoder runs.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(num_texts, text_len)`), attention_mask (same shape, *optional*).
+            task (`str`, *optional*): Name of a [`Retrieval`] task; may be left out if there is only one.
+            kwargs: other inputs of the text encoder, such as `token_type_ids`; inputs of other encoders are ignored.
+
+        Returns:
+            (num_texts, embedding_size), of length 1.
+
+        Raises:
+            ValueError: if there is no such task.
+        """
+        name = self._retrieval_task(task, None)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        inputs = {"token_type_ids": kwargs["token_type_ids"]} if "token_type_ids" in kwargs else {}
+        stream = self.model._text_stream(attention_mask, input_ids=input_ids, **inputs)
+        return getattr(self.heads, name).embed_text(stream)
+
+    @torch.no_grad()
+    def encode_image(
+        self,
+        pixel_values: torch.Tensor,
+        image_index: Optional[torch.Tensor] = None,
+        frame_index: Optional[torch.Tensor] = None,
+        task: Optional[str] = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        The same for pictures, (num_images, channels, height, width) -> (num_images, embedding_size). Only the vision
+        encoder runs. With `image_index` (and `frame_index`, for videos) one vector per row, as in training: (batch,
+        embedding_size), 0 where a row has none.
+        """
+        return self._embed_items("vision", task, {"pixel_values": pixel_values}, image_index, frame_index)
+
+    @torch.no_grad()
+    def encode_audio(self, task: Optional[str] = None, **inputs: torch.Tensor) -> torch.Tensor:
+        """The same for sounds: `input_values` or `input_features`, `audio_attention_mask` and `audio_index`."""
+        wanted = ("input_values", "input_features")
+        items: dict[str, torch.Tensor] = {name: inputs[name] for name in wanted if name in inputs}
+        if "audio_attention_mask" in inputs:
+            items["attention_mask"] = inputs["audio_attention_mask"]
+        if not set(items) & set(wanted):
+            raise ValueError("encode_audio needs sound: input_values or input_features, as the processor gives them.")
+        return self._embed_items("audio", task, items, inputs.get("audio_index"))
+
+    def _embed_items(
+        self,
+        modality: str,
+        task: Optional[str],
+        items: dict[str, torch.Tensor],
+        index: Optional[torch.Tensor] = None,
+        frame_index: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        name = self._retrieval_task(task, modality)
+        if index is not None:
+            rows, _ = self.model._item_index(modality, index, items, index.shape[0], index.device)
+            return getattr(self.heads, name).embed_item(self.model._item_stream(modality, items, rows, frame_index))
+        return getattr(self.heads, name).embed_item(Stream(modality, *self.model._item_tokens(modality, items)[:2]))
+
+    def _retrieval_task(self, task: Optional[str], modality: Optional[str]) -> str:
+        known = [
+            name
+            for name, other in self.tasks.items()
+            if hasattr(getattr(self.heads, name, None), "embed_text")
+            and modality in (None, cast(PairTask, other).modality)
+        ]
+        if task is None and len(known) == 1:
+            return known[0]
+        if task not in known:
+            of = f" of {modality}" if modality else ""
+            raise ValueError(f"task must name a Retrieval task{of}, one of {known}, but is {task!r}.")
+        return task
+
+    def judge_mismatched(
+        self,
+        name: str,
+        encoder_outputs: MMTransformerModelOutput,
+        logits: dict[str, torch.Tensor],
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        The logits of a [`Matching`] head for pairs that do not match: each text with the item of another row, and each
+        item with the text of another row; (batch, 2), NaN where the batch holds none. See [`choose_partners`].
+
+        Similarity is that of a [`Retrieval`] task of the same modality. Without one, all are equally similar, and in
+        evaluation the first is taken.
+        """
+        encoded, head = encoder_outputs.encoded, getattr(self.heads, name)
+        modality = cast(PairTask, self.tasks[name]).modality
+        if modality not in encoded:
+            return logits[name].new_full((labels.shape[0], 2), torch.nan)
+        allowed = may_mismatch(labels)
+        similarity = torch.zeros(allowed.shape, device=labels.device)
+        for other, task in self.tasks.items():
+            found = task.pair_similarity(logits[other], modality) if other in logits else None
+            if found is not None:
+                similarity = found
+                break
+        judged = []
+        for swapped, scores, may in ((modality, similarity, allowed), ("text", similarity.T, allowed.T)):
+            chosen, is_there = choose_partners(scores, may, at_random=head.training)
+            mismatched = self.model.fuse({**encoded, swapped: encoded[swapped].of_rows(chosen)})
+            judged.append(torch.where(is_there, head(mismatched)[:, 0], torch.nan))
+        return torch.stack(judged, 1)
+
+
+class MMTransformerForSequenceClassification(MMTransformerForMultiTask):
+    """
+    A [`MMTransformerForMultiTask`] whose only task is a [`Classification`], with the inputs and outputs of other models
+    for sequence classification: `AutoModelForSequenceClassification` loads it, and `pipeline("text-classification")`
+    takes it.
+
+    Raises:
+        ValueError: if the model has other tasks.
+
+    Example:
+
+    ```python
+    >>> model = AutoModelForSequenceClassification.from_pretrained("my-model")
+    >>> model(**processor(text=["Lovely weather!"])).logits  # (1, num_labels)
+    ```
+    """
+
+    def __init__(self, config: MMTransformerConfig, **encoders):
+        super().__init__(config, **encoders)
+        if not self.takes(self.tasks):
+            found = ", ".join(f"{name} ({task.kind})" for name, task in self.tasks.items()) or "none"
+            raise ValueError(
+                f"AutoModelForSequenceClassification takes models with one task, a classification; the tasks of this "
+                f"one are: {found}. Load it by AutoModel."
+            )
+
+    @staticmethod
+    def takes(tasks: Mapping[str, Task]) -> bool:
+        """Whether a model with these tasks can be of this class."""
+        return [task.auto_class for task in tasks.values()] == ["AutoModelForSequenceClassification"]
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Optional[torch.Tensor] = None, labels: Optional[torch.Tensor] = None, **kwargs
+    ) -> SequenceClassifierOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, text_len)`): Token ids of the text.
+            labels (`torch.LongTensor` of shape `(batch,)`, *optional*): Ids of labels, -100 where missing.
+            kwargs: see [`MMTransformerForMultiTask.forward`].
+        """
+        [name] = self.tasks
+        outputs = super().forward(input_ids=input_ids, labels=None if labels is None else {name: labels}, **kwargs)
+        return SequenceClassifierOutput(
+            loss=outputs.loss,
+            logits=outputs.logits[name],
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 __all__ = [
     "MMTransformerForMultiTask",
+    "MMTransformerForSequenceClassification",
     "MMTransformerModel",
+    "MMTransformerModelOutput",
+    "MMTransformerOutput",
     "MMTransformerPreTrainedModel",
 ]

@@ -1,14 +1,14 @@
-"""What tasks that compare texts with pictures (or sounds) share: which pairs match, vectors, and mismatched pairs."""
+"""Pairs of a text and a picture (or sound): which of them match, and which mismatched ones a head is shown."""
 
 import hashlib
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Protocol
 
 import torch
 
 from .fusion_base import Stream
 from .fusion_layers import masked_mean
-from .modeling_outputs import MMTransformerModelOutput
-from .task_base import MAX_EXACT_FLOAT, LabelContext, as_scalar, is_missing, shorten_value
+from .label_cells import MAX_EXACT_FLOAT, as_scalar, is_missing, shorten_value
+from .task_base import LabelContext
 
 
 def fingerprint(content: Any) -> int:
@@ -52,11 +52,17 @@ def encode_pair(name: str, value: Any) -> Optional[int]:
 def pair_ids(groups: list[Optional[int]], context: LabelContext, modality: str) -> torch.Tensor:
     """(batch, 3) int64: fingerprints of the text, of the item and of the group, -100 in rows that are no pair."""
     rows = []
-    texts, items = ((context.fingerprints or {}).get(kind, [None] * len(groups)) for kind in ("text", modality))
+    texts, items = ((context.fingerprints or {}).get(part, [None] * len(groups)) for part in ("text", modality))
     for group, text, item in zip(groups, texts, items, strict=True):
         is_pair = group is not None and text is not None and item is not None
         rows.append([text, item, group] if is_pair else [-100] * 3)
     return torch.tensor(rows, dtype=torch.int64)
+
+
+class PairTask(Protocol):
+    """A task about pairs of a text and an item of another modality, such as [`Retrieval`] and [`Matching`]."""
+
+    modality: str
 
 
 class Pairs(NamedTuple):
@@ -123,131 +129,36 @@ def labels_of_pairs_left(labels: torch.Tensor, kept: dict[str, torch.Tensor], mo
     return labels.masked_fill(~(kept["text"] & kept[modality])[:, None], -100)
 
 
-class PairReading:
-    """The part of [`MMTransformerForMultiTask`] that compares texts with pictures (or sounds)."""
+def may_mismatch(labels: torch.Tensor) -> torch.Tensor:
+    """
+    Which texts and items of a batch may be shown together as a pair that does not match: (batch, batch) bool, the text
+    of one row and the item of another.
 
-    # `config`, `tasks`, `model`, `heads` and `device` are those of the model that this is a part of.
-    config: Any
-    tasks: dict[str, Any]
-    model: Any
-    heads: Any
+    Args:
+        labels (batch, 4) int64: those of a [`Matching`] task, 1 or 0 before what [`pair_ids`] gives.
+    """
+    ids, is_pair = labels[:, 1:], labels[:, 0] == 1
+    return ~matching_pairs(ids, ids) & is_pair[:, None] & is_pair[None]
 
-    @torch.no_grad()
-    def encode_text(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: Optional[torch.Tensor] = None,
-        task: Optional[str] = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """
-        The vectors of texts, for search: their dot products with those of [`encode_image`] are cosines. Nothing but the
-        text encoder runs.
 
-        Args:
-            input_ids (`torch.LongTensor` of shape `(num_texts, text_len)`), attention_mask (same shape, *optional*).
-            task (`str`, *optional*): Name of a [`Retrieval`] task; may be left out if there is only one.
-            kwargs: other inputs of the text encoder, such as `token_type_ids`; what is not for it is ignored.
+def choose_partners(
+    similarity: torch.Tensor, allowed: torch.Tensor, at_random: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    One hard negative for each row (ALBEF, https://arxiv.org/abs/2107.07651, section 3.2).
 
-        Returns:
-            (num_texts, embedding_size), of length 1.
+    Args:
+        similarity (batch, others): of the row to each of the others.
+        allowed (batch, others) bool: which of them may be chosen.
+        at_random: whether to draw in proportion to the softmax of the similarity, or to take the most similar one.
 
-        Raises:
-            ValueError: if there is no such task.
-        """
-        name = self._retrieval_task(task, None)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        inputs = {"token_type_ids": kwargs["token_type_ids"]} if "token_type_ids" in kwargs else {}
-        stream = self.model._encode_text(attention_mask, input_ids=input_ids, **inputs)
-        return getattr(self.heads, name).embed_text(stream)
-
-    @torch.no_grad()
-    def encode_image(
-        self,
-        pixel_values: torch.Tensor,
-        image_index: Optional[torch.Tensor] = None,
-        frame_index: Optional[torch.Tensor] = None,
-        task: Optional[str] = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """
-        The same for pictures, (num_images, channels, height, width) -> (num_images, embedding_size). Nothing but the
-        vision encoder runs. With `image_index` (and `frame_index`, for videos) one vector per row, as the model learns
-        them: (batch, embedding_size), 0 where a row has none.
-        """
-        return self._embed_items("vision", task, {"pixel_values": pixel_values}, image_index, frame_index)
-
-    @torch.no_grad()
-    def encode_audio(self, task: Optional[str] = None, **inputs: torch.Tensor) -> torch.Tensor:
-        """The same for sounds: `input_values` or `input_features`, `audio_attention_mask` and `audio_index`."""
-        wanted = ("input_values", "input_features")
-        items: dict[str, torch.Tensor] = {name: inputs[name] for name in wanted if name in inputs}
-        if "audio_attention_mask" in inputs:
-            items["attention_mask"] = inputs["audio_attention_mask"]
-        if not set(items) & set(wanted):
-            raise ValueError("encode_audio needs sound: input_values or input_features, as the processor gives them.")
-        return self._embed_items("audio", task, items, inputs.get("audio_index"))
-
-    def _embed_items(
-        self,
-        modality: str,
-        task: Optional[str],
-        items: dict[str, torch.Tensor],
-        index: Optional[torch.Tensor] = None,
-        frame_index: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:
-        name = self._retrieval_task(task, modality)
-        if index is not None:
-            rows, _ = self.model._index(modality, index, items, index.shape[0], index.device)
-            return getattr(self.heads, name).embed_item(self.model._encode_items(modality, items, rows, frame_index))
-        return getattr(self.heads, name).embed_item(Stream(modality, *self.model._tokens(modality, items)[:2]))
-
-    def _retrieval_task(self, task: Optional[str], modality: Optional[str]) -> str:
-        known = [
-            name
-            for name, kind in self.tasks.items()
-            if hasattr(getattr(self.heads, name, None), "embed_text") and modality in (None, kind.modality)
-        ]
-        if task is None and len(known) == 1:
-            return known[0]
-        if task not in known:
-            of = f" of {modality}" if modality else ""
-            raise ValueError(f"task must name a Retrieval task{of}, one of {known}, but is {task!r}.")
-        return task
-
-    def judge_mismatched(
-        self, name: str, outputs: MMTransformerModelOutput, logits: dict[str, torch.Tensor], labels: torch.Tensor
-    ) -> torch.Tensor:
-        """
-        What a [`Matching`] head says of pairs that do not match: each text with the item of another row, and each item
-        with the text of another row; (batch, 2), NaN where the batch holds none.
-
-        In training the others are drawn in proportion to the softmax of their similarity, in evaluation the most
-        similar are taken (ALBEF, https://arxiv.org/abs/2107.07651, section 3.2). Similarity is that of a [`Retrieval`]
-        task of the same modality; without one, all are equally similar (and in evaluation the first is taken).
-        """
-        modality = self.tasks[name].modality
-        if modality not in outputs.encoded:
-            return logits[name].new_full((labels.shape[0], 2), torch.nan)
-        ids, is_pair = labels[:, 1:], labels[:, 0] == 1
-        allowed = ~matching_pairs(ids, ids) & is_pair[:, None] & is_pair[None]
-        similarity = torch.zeros(allowed.shape, device=labels.device)
-        for other, task in self.tasks.items():
-            if task.kind == "retrieval" and task.modality == modality:
-                vectors = logits[other].detach().float()
-                similarity = vectors[:, 0] @ vectors[:, 1].T
-                break
-        encoded, head = outputs.encoded, getattr(self.heads, name)
-        verdicts = []
-        for swapped, scores, may in ((modality, similarity, allowed), ("text", similarity.T, allowed.T)):
-            # Where nothing may be chosen, anything is: the verdict is thrown away.
-            scores = scores.masked_fill(~may & may.any(1, keepdim=True), -torch.inf)
-            chosen = torch.multinomial(scores.softmax(1), 1)[:, 0] if head.training else scores.argmax(1)
-            theirs = {swapped: encoded[swapped].of_rows(chosen)}
-            verdict = head(self.model.fuse({**encoded, **theirs}))[:, 0]
-            verdicts.append(torch.where(may.any(1), verdict, torch.nan))
-        return torch.stack(verdicts, 1)
+    Returns:
+        The chosen ones, (batch,) int64, and whether there is one, (batch,) bool; without one, any number is chosen.
+    """
+    is_there = allowed.any(1)
+    scores = similarity.masked_fill(~allowed & is_there[:, None], -torch.inf)
+    chosen = torch.multinomial(scores.softmax(1), 1)[:, 0] if at_random else scores.argmax(1)
+    return chosen, is_there
 
 
 def pooled(stream: Stream) -> torch.Tensor:

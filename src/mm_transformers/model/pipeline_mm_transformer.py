@@ -9,17 +9,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
-from .answering import answer_batch, check_tasks, unwrapped
+from .answers import check_tasks, unwrapped
 from .downloads import is_url
-from .files import content_of, describe
+from .file_contents import content_of, describe
+from .label_cells import is_null
 from .limits import CarriedLimits
-from .processing_mm_transformer import as_list
-from .task_base import is_null
+from .modalities import ARGUMENTS, as_list
+from .predictions import Predictions
 from .task_token_classification import split_words
-
-
-# What a row may hold -> what the processor calls it.
-PARTS = {"text": "text", "image": "images", "video": "videos", "audio": "audio"}
 
 
 class MultimodalPipeline(Pipeline):
@@ -109,7 +106,7 @@ class MultimodalPipeline(Pipeline):
         read = functools.partial(
             read_rows,
             processor=self.processor,
-            known=None if is_table else (*PARTS, *(task.column for task in self.model.tasks.values())),
+            known=None if is_table else (*ARGUMENTS, *(task.column for task in self.model.tasks.values())),
             wants_words=any(self.model.tasks[name].is_token_level for name in names),
             limits=CarriedLimits(),
             is_table=is_table,
@@ -130,9 +127,8 @@ class MultimodalPipeline(Pipeline):
         if "error" in inputs:
             raise ValueError(inputs["error"])
         names, texts, word_index = tasks or list(self.model.tasks), inputs["texts"], inputs["word_index"]
-        answers = answer_batch(
-            self.model, self.processor, inputs["tensors"], names, word_index, decode_options, **(generate_kwargs or {})
-        )
+        predictions = Predictions.of(self.model, inputs["tensors"])
+        answers = predictions.answers(self.processor, names, word_index, decode_options, **(generate_kwargs or {}))
         for name in names:
             if self.model.tasks[name].is_token_level:
                 for row, text in zip(answers, texts, strict=True):
@@ -185,7 +181,7 @@ def read_rows(
 
 
 def _process(rows: list[dict[str, Any]], processor: Any, wants_words: bool) -> dict[str, Any]:
-    parts = {argument: [row.get(name) for row in rows] for name, argument in PARTS.items()}
+    parts = {argument: [row.get(name) for row in rows] for name, argument in ARGUMENTS.items()}
     given = {name: part for name, part in parts.items() if name == "text" or any(x is not None for x in part)}
     return dict(processor(**given, return_word_index=wants_words))
 
@@ -201,10 +197,10 @@ def _checked(row: Any, number: int, known: Optional[Sequence[str]]) -> dict[str,
         )
     for key in row:
         if known is not None and key not in known:
-            near = difflib.get_close_matches(str(key), PARTS, 1)
+            near = difflib.get_close_matches(str(key), ARGUMENTS, 1)
             hint = f"did you mean {near[0]!r}?" if near else "a row has any of 'text', 'image', 'video' and 'audio'."
             raise ValueError(f"Row {number} has the key {key!r}; {hint}")
-    parts = {name: row[name] for name in PARTS if name in row and not is_null(row[name])}
+    parts = {name: row[name] for name in ARGUMENTS if name in row and not is_null(row[name])}
     if isinstance(parts.get("image"), (list, tuple)):
         parts["image"] = as_list(parts["image"]) or None
     if not isinstance(parts.get("text", ""), str):

@@ -20,16 +20,17 @@ from transformers.processing_utils import AudioKwargs, ImagesKwargs, ProcessingK
 from transformers.utils import logging
 
 from .audio import AudioError, audio_key, load_audio
+from .custom_code import reference, write_code
 from .downloads import fetch
 from .encoders import encoder_config_from_pretrained, max_text_positions
-from .files import describe, is_absent
+from .file_contents import describe, is_absent
 from .images import image_key, load_image, pixels_for_each
 from .limits import limits, named
 from .messages import check_folder, one_line, shortened
+from .modalities import as_clips, as_list
 from .safe_writing import saved_aside
 from .task_token_classification import index_words
-from .tokenizing import needed_text, tokenize
-from .travelling import write_processor_code
+from .text_tokens import needed_text, tokenize
 from .video import load_frames, video_key
 
 
@@ -223,7 +224,8 @@ class MMTransformerProcessor(ProcessorMixin):
         """
         with saved_aside(save_directory) as staged:
             saved = super().save_pretrained(staged, **({} if push_to_hub else kwargs))
-            write_processor_code(staged)
+            auto_map = {"AutoProcessor": reference(MMTransformerProcessor)}
+            write_code(staged, __file__, "processor_config.json", {"auto_map": auto_map})
             saved = [os.path.join(save_directory, os.path.relpath(file, staged)) for file in saved or ()]
         if push_to_hub:
             # Not by the stock method, which uploads before the code is there.
@@ -334,7 +336,7 @@ class MMTransformerProcessor(ProcessorMixin):
         cuts sound to the `max_length` of texts, and passes over names that nobody takes.
         """
         kinds = self._option_names
-        options = {kind: dict(given.pop(kind, None) or {}) for kind in kinds}
+        options = {part: dict(given.pop(part, None) or {}) for part in kinds}
         common = given.pop("common_kwargs", None) or {}
         for kind, values in options.items():
             for name in values:
@@ -625,42 +627,6 @@ def check_number(items: list[Any], kind: str) -> None:
     """
     if len(items) > limits().row_items:
         raise ValueError(f"there are {len(items):,} {kind}, more than {named('row_items')}")
-
-
-def as_one(entry: Any) -> list[Any]:
-    """What a row has of which it has one at most."""
-    return [] if is_absent(entry) else [entry]
-
-
-def as_list(entry: Any) -> list[Any]:
-    """What a row has, whatever was given: none, one, or a list, in which empty cells count for nothing."""
-    entries = entry if isinstance(entry, (list, tuple)) and _depth(entry) not in (2, 3) else [entry]
-    return [_pixels(image) for image in entries if not is_absent(image)]
-
-
-def _pixels(image: Any) -> Any:
-    """Lists of numbers as the array that other sources have; anything else as it is."""
-    if _depth(image) not in (2, 3):
-        return image
-    import numpy as np
-
-    return np.asarray(image)
-
-
-def as_clips(entry: Any) -> list[Any]:
-    """The same for sound, where a list of numbers is one clip."""
-    entries = entry if isinstance(entry, (list, tuple)) and _depth(entry) != 1 else [entry]
-    return [clip for clip in entries if not is_absent(clip)]
-
-
-def _depth(entry: Any) -> int:
-    """How deep lists of numbers are; 0 for anything else, empty lists included. The innermost may be arrays."""
-    depth = 0
-    while isinstance(entry, (list, tuple)) and len(entry) > 0:
-        entry, depth = entry[0], depth + 1
-    if depth > 0 and getattr(entry, "ndim", None) == 1:
-        return depth + 1
-    return depth if isinstance(entry, numbers.Real) else 0
 
 
 __all__ = ["MMTransformerProcessor"]

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -10,11 +10,27 @@ import torch.distributed as dist
 from torch import nn
 
 
-# Omega of one matrix, given towards what it is pulled.
+class Omega(NamedTuple):
+    """
+    One kind of penalty.
+
+    Args:
+        measure: a matrix in float32, less its starting point -> its penalty.
+        is_from_start: whether all matrices have their starting point, or only linear probes.
+    """
+
+    measure: Callable[[torch.Tensor], torch.Tensor]
+    is_from_start: bool = False
+
+    def starts(self, name: str) -> bool:
+        """Whether the penalty of the parameter of this name is that of its distance from the starting point."""
+        return self.is_from_start or _IS_PROBE in name
+
+
 _PENALTIES = {
-    "l2": lambda parameter, start: (parameter.float() - start).square().sum(),
-    "l1": lambda parameter, start: (parameter.float() - start).abs().sum(),
-    "l2_sp": lambda parameter, start: (parameter.float() - start).square().sum(),
+    "l2": Omega(lambda difference: difference.square().sum()),
+    "l1": Omega(lambda difference: difference.abs().sum()),
+    "l2_sp": Omega(lambda difference: difference.square().sum(), is_from_start=True),
 }
 # Linear probes are pulled to where they started by each kind of penalty; other matrices by L2-SP alone.
 _IS_PROBE = ".probe.linear."
@@ -24,12 +40,12 @@ _ENCODERS = ("text_model", "vision_model", "audio_model")
 class Penalty(NamedTuple):
     """
     Args:
-        kind: "l2", "l1" or "l2_sp".
+        omega: the kind of penalty.
         weight: lambda.
         parameters: name in the model -> parameter.
     """
 
-    kind: str
+    omega: Omega
     weight: float
     parameters: dict[str, nn.Parameter]
 
@@ -67,9 +83,11 @@ def check_regularization(spec: Optional[dict[str, Any]], tasks: dict[str, Any]) 
             continue
         if not isinstance(part, dict) or (where and not set(part) <= {"kind", "weight"}):
             raise ValueError(f'The regularization{where} must hold "kind" or "weight" or both, but is {part!r}.')
-        kind, weight = part.get("kind", spec["kind"]), part.get("weight", spec["weight"])
-        if kind not in _PENALTIES:
-            raise ValueError(f"The kind of the regularization{where} must be one of l2, l1, l2_sp, but is {kind!r}.")
+        name, weight = part.get("kind", spec["kind"]), part.get("weight", spec["weight"])
+        if name not in _PENALTIES:
+            raise ValueError(
+                f"The kind of the regularization{where} must be one of {', '.join(_PENALTIES)}, but is {name!r}."
+            )
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
             raise ValueError(f"The weight of the regularization{where} must be a number >= 0, but is {weight!r}.")
 
@@ -95,7 +113,8 @@ def penalties(model, spec: Optional[dict[str, Any]]) -> Iterator[Penalty]:
     for task, parameters in groups.items():
         part = (spec.get("tasks") or {}).get(task, {}) if task is not None else spec.get("encoders")
         if part is not None and parameters:
-            yield Penalty(part.get("kind", spec["kind"]), part.get("weight", spec["weight"]), parameters)
+            omega = _PENALTIES[part.get("kind", spec["kind"])]
+            yield Penalty(omega, part.get("weight", spec["weight"]), parameters)
 
 
 def _task_of(name: str) -> str:
@@ -110,7 +129,7 @@ def take_starting_point(model, spec: Optional[dict[str, Any]]) -> dict[str, torc
         name: parameter.detach().float().clone()
         for penalty in penalties(model, spec)
         for name, parameter in penalty.parameters.items()
-        if penalty.kind == "l2_sp" or _IS_PROBE in name
+        if penalty.omega.starts(name)
     }
 
 
@@ -123,19 +142,19 @@ def regularization_loss(model, spec: dict[str, Any], starting_point: dict[str, t
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     shard = torch.zeros((), device=device)
-    for kind, weight, parameters in penalties(model, spec):
+    for omega, weight, parameters in penalties(model, spec):
         for name, parameter in parameters.items():
             start: Any = 0.0
-            if kind == "l2_sp" or _IS_PROBE in name:
+            if omega.starts(name):
                 if starting_point[name].device != parameter.device:
                     starting_point[name] = starting_point[name].to(parameter.device)
                 start = starting_point[name]
             if hasattr(parameter, "to_local"):
                 # Under FSDP, outside of the layer that it belongs to: this process has, and trains, a part of it.
                 start = _as_sharded(start, parameter) if torch.is_tensor(start) else start
-                shard = shard + weight * _PENALTIES[kind](parameter.to_local(), start)
+                shard = shard + weight * omega.measure(parameter.to_local().float() - start)
             else:
-                total = total + weight * _PENALTIES[kind](parameter, start)
+                total = total + weight * omega.measure(parameter.float() - start)
     if dist.is_available() and dist.is_initialized() and any(hasattr(p, "to_local") for p in model.parameters()):
         whole = shard.detach().clone()
         dist.all_reduce(whole)

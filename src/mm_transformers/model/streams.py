@@ -1,4 +1,4 @@
-"""From encoded items (images, clips of sound) to the tokens that each row of a batch has of them."""
+"""The tokens of each row: which encoded items (images, clips of sound) it has, in which order, and which it keeps."""
 
 import difflib
 import inspect
@@ -9,8 +9,7 @@ from torch import nn
 from transformers import initialization as init
 
 
-# What callers of any transformers model may pass, whether it means something here or not.
-# What the processor and tokenizers give beside the inputs of the model is passed over, too.
+# Ignored arguments: those that any transformers model takes, and what tokenizers return beside inputs.
 _COMMON_KEYWORDS = {
     "return_dict", "return_loss", "use_cache", "word_index", "special_tokens_mask", "length", "offset_mapping",
     "overflow_to_sample_mapping", "num_truncated_tokens", "references",
@@ -20,10 +19,10 @@ _COMMON_KEYWORDS = {
 def check_keywords(model: nn.Module, unknown: dict[str, Any]) -> None:
     """
     Args:
-        unknown: the keywords of a call that `model.forward` does not name.
+        unknown: the keywords of a call that `model.forward` lacks.
 
     Raises:
-        TypeError: if there are any, which would otherwise do nothing.
+        TypeError: if one of them is not among those that are ignored.
     """
     for name in unknown:
         if name not in _COMMON_KEYWORDS:
@@ -47,49 +46,61 @@ class NullText(nn.Module):
         return torch.where(present[:, None, None], text_states, self.weight.to(text_states.dtype))
 
 
-class FrameEmbedding(nn.Module):
+class SinusoidalFrames(nn.Module):
     """
-    Tells the frames of a video apart by their number: sinusoids (https://arxiv.org/abs/1706.03762) or learned vectors.
+    Tells the frames of a video apart by sinusoids of their number (https://arxiv.org/abs/1706.03762).
 
     Args:
-        kind: "sinusoidal" or "learned".
-        num_frames: how many frames a video has at most.
-        width: of the tokens that it is added to.
+        num_frames: the largest number of frames of a video.
+        width: the width of the tokens.
     """
 
-    def __init__(self, kind: str, num_frames: int, width: int):
+    def __init__(self, num_frames: int, width: int):
         super().__init__()
-        self.kind, self.num_frames, self.width = kind, num_frames, width
-        if kind == "learned":
-            self.weight = nn.Parameter(torch.zeros(num_frames, width))
-
-    def init_own_parameters(self, std: float):
-        if self.kind == "learned":
-            init.normal_(self.weight, mean=0.0, std=std)
+        self.num_frames, self.width = num_frames, width
 
     def check(self, frame_index: torch.Tensor) -> None:
         """
         Raises:
             ValueError: if there is no vector for one of the frames.
         """
-        if self.kind == "learned":
-            known = (frame_index < self.num_frames).all()
-            message = f"frame_index must be less than {self.num_frames}, the num_frames of the config."
-            if torch.compiler.is_compiling():
-                torch._assert_async(known, message)
-            elif not known:
-                raise ValueError(message)
+
+    def vectors(self, number: torch.Tensor) -> torch.Tensor:
+        """(...) int64 -> (..., width)"""
+        half = torch.arange(self.width // 2, device=number.device)
+        angles = number[..., None] / 10_000.0 ** (2 * half / self.width)
+        return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], -1), (0, self.width % 2))
 
     def forward(self, frame_index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """(...) int64, -1 where there is no frame but a picture -> (..., width), 0 there"""
-        number = frame_index.clamp(min=0)
-        if self.kind == "learned":
-            vectors = self.weight[number]
-        else:
-            half = torch.arange(self.width // 2, device=frame_index.device)
-            angles = number[..., None] / 10_000.0 ** (2 * half / self.width)
-            vectors = nn.functional.pad(torch.cat([angles.sin(), angles.cos()], -1), (0, self.width % 2))
+        """(...) int64, -1 at pictures that are no frames -> (..., width), 0 there"""
+        vectors = self.vectors(frame_index.clamp(min=0))
         return (vectors * (frame_index >= 0)[..., None]).to(dtype)
+
+
+class LearnedFrames(SinusoidalFrames):
+    """The same by learned vectors, one for each number."""
+
+    def __init__(self, num_frames: int, width: int):
+        super().__init__(num_frames, width)
+        self.weight = nn.Parameter(torch.zeros(num_frames, width))
+
+    def init_own_parameters(self, std: float):
+        init.normal_(self.weight, mean=0.0, std=std)
+
+    def check(self, frame_index: torch.Tensor) -> None:
+        known = (frame_index < self.num_frames).all()
+        message = f"frame_index must be less than {self.num_frames}, the num_frames of the config."
+        if torch.compiler.is_compiling():
+            torch._assert_async(known, message)
+        elif not known:
+            raise ValueError(message)
+
+    def vectors(self, number: torch.Tensor) -> torch.Tensor:
+        return self.weight[number]
+
+
+# `config.frame_embedding` -> its class.
+FRAME_EMBEDDINGS = {"sinusoidal": SinusoidalFrames, "learned": LearnedFrames}
 
 
 class ItemOrder(nn.Module):

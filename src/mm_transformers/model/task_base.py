@@ -1,12 +1,10 @@
 """What a task kind is, and the registry of task kinds."""
 
 import dataclasses
-import functools
 import math
 import numbers
 import re
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Optional
@@ -14,19 +12,14 @@ from typing import Any, ClassVar, NamedTuple, Optional
 import torch
 from torch import nn
 
-from .linear_probe import LinearProblem
+from .label_cells import ids_are_places, infer_labels
+from .linear_problem import LinearProblem
+from .registry import registered
 
 
 # Names that would collide with what the model and the Trainer report beside the tasks.
 _RESERVED_NAMES = {"loss", "regularization", "runtime", "samples_per_second", "steps_per_second", "epoch"}
 _VALID_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-
-# Floats hold all integers up to here.
-MAX_EXACT_FLOAT = 2**53
-# 007 is no whole number; 1.0 is one, since tables with empty cells store integers as floats.
-_WHOLE_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.0+)?")
-# `float` also takes 1_000.
-NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?(nan|inf(inity)?)", re.IGNORECASE)
 
 TASK_KINDS: dict[str, type["Task"]] = {}
 
@@ -39,17 +32,17 @@ def register_task(cls: type["Task"]) -> type["Task"]:
 
     Raises:
         ValueError: if `kind` is missing or is already taken by another class.
+
+    Example:
+
+    ```python
+    >>> @register_task
+    ... class Stars(Regression):
+    ...     kind = "stars"  # as in {"kind": "stars", "name": "rating"} of config.json and recipes
+    ```
     """
-    kind = getattr(cls, "kind", None)
-    if not isinstance(kind, str) or not kind:
-        raise ValueError(f"{cls.__name__} needs a class attribute `kind`, a string that names the task kind.")
-    known = TASK_KINDS.get(kind)
-    if known is not None and known.__qualname__ != cls.__qualname__:
-        raise ValueError(f"Task kind {kind!r} is already taken by {known.__name__}; choose another `kind`.")
-    if "__dataclass_fields__" not in vars(cls):
-        cls = dataclass(cls)
-    TASK_KINDS[kind] = cls
-    return cls
+    registered(TASK_KINDS, "task kind")(cls)
+    return cls if "__dataclass_fields__" in vars(cls) else dataclass(cls)
 
 
 def task_from_dict(values: dict[str, Any]) -> "Task":
@@ -102,18 +95,68 @@ class LabelContext(NamedTuple):
 NO_CONTEXT = LabelContext()
 
 
+class Judgement(NamedTuple):
+    """
+    The answer of a task to one row, compared with the label.
+
+    Args:
+        answer: the answer, as reports show it.
+        truth: the label in the same form; `None` if the row has none.
+        is_right: whether both agree; `None` without a label, and for tasks whose answers are not right or wrong.
+        confidence: the probability of the answer, 0 to 1; `None` if the task gives no probabilities.
+        label_pairs: pairs of label and answer for a confusion matrix, by name; empty for other tasks.
+    """
+
+    answer: Any = None
+    truth: Any = None
+    is_right: Optional[bool] = None
+    confidence: Optional[float] = None
+    label_pairs: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass
 class Task:
     """
     One question asked of every row: its head, its loss, how a column becomes a label and how logits become an answer.
 
     Subclass it, set `kind`, implement the methods that raise `NotImplementedError` and decorate with
-    [`register_task`].
+    [`register_task`]. No other code looks at the kind of a task: it asks the methods below. A kind that chooses among
+    labels has a field `labels` and the method [`probabilities`]; from these follow confusion matrix, calibration,
+    majority share and the bars of the demo page.
 
     Args:
         name (`str`): Key of the task in `labels`, `logits`, `losses` and metric names; letters, digits, underscores.
         loss_weight (`float`, *optional*, defaults to 1.0): Weight w_j of this task in the summed loss.
         column (`str`, *optional*): Column of the data set that holds the labels. Defaults to `name`.
+
+    Example:
+
+    ```python
+    >>> @register_task
+    ... class Length(Task):
+    ...     kind = "length"  # a number; squared error
+    ...     default_metrics = ("mae",)
+    ...
+    ...     def build_head(self, config, hidden_size):
+    ...         return PooledHead(hidden_size, 1, config.classifier_dropout)
+    ...
+    ...     def encode_label(self, value, text):
+    ...         return None if is_missing(value) else float(value)
+    ...
+    ...     def collate_labels(self, values, context=None):
+    ...         return torch.tensor([math.nan if value is None else value for value in values])
+    ...
+    ...     def loss(self, logits, labels):
+    ...         known = ~labels.isnan()
+    ...         return (logits[known, 0].float() - labels[known]).square().sum(), self.num_labelled(labels)
+    ...
+    ...     def decode(self, logits, word_index=None):
+    ...         return [{"value": value} for value in logits[:, 0].float().tolist()]
+    ...
+    ...     def predictions_and_references(self, logits, labels):
+    ...         known = ~labels.isnan()
+    ...         return logits[known, 0], labels[known]
+    ```
     """
 
     name: str
@@ -123,8 +166,14 @@ class Task:
     kind: ClassVar[str]
     # What the loss is multiplied with to be a negative log-likelihood, up to the noise: 1/2 for squared errors.
     likelihood_scale: ClassVar[float] = 1.0
-    # Names of metrics, as `mm_transformers.training.metrics` knows them.
+    # Names of metrics, as `mm_transformers.training.metrics` knows them. The first one is that of verdicts.
     default_metrics: ClassVar[tuple[str, ...]] = ()
+    # The metric of ablations and their figures; `None` stands for the first of `default_metrics`.
+    main_metric: ClassVar[Optional[str]] = None
+    # The name of the task on the Hub, for model cards.
+    hub_task: ClassVar[str] = "other"
+    # The Auto class, beside `AutoModel`, that loads a model with a single task of this kind.
+    auto_class: ClassVar[Optional[str]] = None
     # True if labels belong to words of the text; the context of labels then has the `word_index`.
     is_token_level: ClassVar[bool] = False
     # True if a column of texts that are all whole numbers holds numbers: ids of labels, or labels that are numbers.
@@ -135,9 +184,11 @@ class Task:
     default_cell: ClassVar[Any] = None
     # True if the rows of a batch are compared with each other; the context of labels then has `fingerprints`.
     compares_rows: ClassVar[bool] = False
+    # True if a row without other rows in its batch has no loss.
+    needs_other_rows: ClassVar[bool] = False
     # The options that a head depends on: a saved head is of use to a task only if these are equal.
     head_options: ClassVar[tuple[str, ...]] = ("labels", "modality", "embedding_size")
-    # True if the head is also to see pairs that do not match; see [`PairReading.judge_mismatched`].
+    # True if the head is also to see pairs that do not match; see [`MMTransformerForMultiTask.judge_mismatched`].
     needs_mismatches: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -173,18 +224,7 @@ class Task:
         not known. Called after computing with them has failed.
         """
         problem = self.linear_problem()
-        if problem is None:
-            return None
-        if problem.kind != "multinomial":
-            is_right = labels.is_floating_point() and not labels.isinf().any()
-            return None if is_right else f"finite floating-point numbers, NaN where missing, but are {labels.dtype}"
-        last = problem.num_outputs - 1
-        if labels.dtype != torch.int64:
-            return f"integers from 0 to {last}, -100 where missing, but have the type {labels.dtype}"
-        known = labels[labels != -100]
-        if known.numel() == 0 or (int(known.min()) >= 0 and int(known.max()) <= last):
-            return None
-        return f"integers from 0 to {last}, -100 where missing, but go from {known.min()} to {known.max()}"
+        return None if problem is None else problem.expected(labels)
 
     def linear_problem(self) -> Optional[LinearProblem]:
         """
@@ -192,6 +232,41 @@ class Task:
         from random weights.
         """
         return None
+
+    @property
+    def label_names(self) -> list[str]:
+        """The names of the labels, in the order of their ids; empty for tasks without labels."""
+        return list(getattr(self, "labels", None) or [])
+
+    @property
+    def takes_ids(self) -> bool:
+        """Whether a whole number in a cell is the place of a label in `label_names`."""
+        names = self.label_names
+        return bool(names) and ids_are_places(names)
+
+    @classmethod
+    def infer_options(
+        cls, options: dict[str, Any], cells: Iterable[Any], column: str, names: Optional[Sequence[str]] = None
+    ) -> dict[str, Any]:
+        """
+        Completes the options of a task by its column in the training rows, for recipes that leave them out. By default
+        finds `labels`, if the kind has such an option.
+
+        Args:
+            options: the options that are given, without `kind`.
+            cells: the cells of the column; texts have passed [`read_text`].
+            column: its name, for messages.
+            names (*optional*): the labels, if the data set names them (`datasets.ClassLabel`).
+
+        Returns:
+            The options to build the task with.
+
+        Raises:
+            ValueError: if the column holds no label, or something that cannot be one.
+        """
+        if "labels" in options or all(f.name != "labels" for f in dataclasses.fields(cls)):
+            return options
+        return {**options, "labels": list(names) if names is not None else infer_labels(cells, column)}
 
     @classmethod
     def read_text(cls, text: str, separator: str) -> Any:
@@ -311,6 +386,89 @@ class Task:
         """
         raise NotImplementedError
 
+    def show_answer(self, answer: Any) -> str:
+        """
+        One answer of [`decode`] in a few words, as pages and the terminal show it. By default its first value, and the
+        score if it has one.
+        """
+        if not isinstance(answer, dict):
+            return str(answer)
+        value, score = next(iter(answer.values()), ""), answer.get("score")
+        told = f"{value:.3g}" if isinstance(value, float) else str(value)
+        return told if score is None else f"{told} ({100 * score:.0f}%)"
+
+    def read_answer(self, text: str) -> Any:
+        """The answer that a text on the command line stands for, as [`answer_scores`] takes it; by default the text."""
+        return text
+
+    def probabilities(self, logits: torch.Tensor) -> Optional[torch.Tensor]:
+        """
+        The probability of each label, (..., num_labels) float32, in the order of `label_names`; `None`, as by default,
+        if the task does not choose among labels.
+
+        Args:
+            logits: those of this task, (batch, ...).
+        """
+        return None
+
+    def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
+        """
+        Compares the answer to one row with its label. By default the most probable label is right if it is the given
+        one; for a list of labels, if all are. Without probabilities, nothing is right or wrong.
+
+        Args:
+            logits, label: of this row, without a batch dimension.
+        """
+        probabilities = self.probabilities(logits[None])
+        if probabilities is None or label.is_floating_point() or probabilities.shape[1:-1] != label.shape:
+            return Judgement() if self.needs_decoder else Judgement(self.show_answer(self.decode(logits[None])[0]))
+        confidence, chosen = probabilities[0].max(-1)
+        names, labelled = self.label_names, label != -100
+        if label.ndim == 0:
+            answer, sure = names[int(chosen)], float(confidence)
+            if not labelled:
+                return Judgement(answer, confidence=sure)
+            truth = names[int(label)]
+            return Judgement(answer, truth, answer == truth, sure, ((truth, answer),))
+        answers = [names[i] for i in chosen[labelled].tolist()]
+        truths = [names[i] for i in label[labelled].tolist()]
+        if not truths:
+            return Judgement([])
+        pairs = tuple(zip(truths, answers, strict=True))
+        return Judgement(answers, truths, answers == truths, float(confidence[labelled].min()), pairs)
+
+    def confidences(self, logits: torch.Tensor, labels: torch.Tensor) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        The probability of each labelled answer, and whether it is right, for calibration; `None` if the task does not
+        choose one label per row (or word).
+
+        Args:
+            logits, labels: of many rows.
+        """
+        probabilities = self.probabilities(logits)
+        if probabilities is None or labels.is_floating_point() or probabilities.shape[:-1] != labels.shape:
+            return None
+        labelled = labels != -100
+        confidence, chosen = probabilities[labelled].max(-1)
+        return confidence, chosen == labels[labelled]
+
+    def majority_share(self, labels: torch.Tensor) -> Optional[float]:
+        """
+        The share of the most frequent label, which is the accuracy of a constant answer; `None` if the task does not
+        choose one label per row, or no row has a label.
+        """
+        if not self.label_names or labels.is_floating_point() or labels.ndim != 1:
+            return None
+        known = labels[labels != -100]
+        return int(known.bincount().max()) / len(known) if len(known) else None
+
+    def pair_similarity(self, logits: torch.Tensor, modality: str) -> Optional[torch.Tensor]:
+        """
+        The similarity of each text to each item of a modality, (batch, batch), by which [`Matching`] chooses pairs that
+        are hard to tell apart; `None`, as by default, if the task does not compare them.
+        """
+        return None
+
     def complete_answer(self, answer: Any, text: str) -> Any:
         """The answer of a row as it is written to a file; answers for words get one entry for each word."""
         return answer
@@ -406,145 +564,3 @@ def default_strata(labels: list[Any]) -> list[tuple[Hashable, ...]]:
         return [tuple(sorted({x for x in label if type(x) is int and x >= 0})) if yes else () for label, yes in rows]
     are_classes = all(isinstance(label, int) for label in known) and 2 * len(set(known)) <= len(known)
     return [(label,) if are_classes and label is not None else () for label in labels]
-
-
-# What stands in a list in the place of a label, such as one that fills it up to the length of others.
-PADDING = -100
-
-
-def is_null(value: Any) -> bool:
-    """True for `None`, NaN and pandas' missing values: the ways in which tables leave a cell empty."""
-    value = as_scalar(value)
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
-        return True
-    return isinstance(value, numbers.Real) and bool(value != value)
-
-
-def is_missing(value: Any) -> bool:
-    """True for what says "no label": an empty cell, or -100."""
-    value = as_scalar(value)
-    return is_null(value) or (isinstance(value, numbers.Real) and bool(value == -100))
-
-
-def as_scalar(value: Any) -> Any:
-    """The Python value of a scalar of numpy or torch, which formatted data sets hold; anything else as it is."""
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
-
-
-def check_labels(name: str, labels: list[Any]) -> list[str]:
-    """The label names as strings, checked: at least two, no duplicates."""
-    if isinstance(labels, str) or not isinstance(labels, (list, tuple)):
-        raise ValueError(f"Task {name!r}: labels must be a list of names, but is {labels!r}.")
-    wrong = [label for label in labels if isinstance(label, (list, tuple, dict))]
-    if wrong:
-        raise ValueError(f"Task {name!r}: a label must be a name, but is {shorten_value(wrong[0])}.")
-    labels = [str(label) for label in labels]
-    if len(labels) == 0:
-        raise ValueError(f"Task {name!r} needs its label names: labels=['...', '...'].")
-    if str(PADDING) in labels:
-        raise ValueError(f"Task {name!r}: no label can be called {PADDING}, which marks a missing label.")
-    duplicates = sorted(label for label, count in Counter(labels).items() if count > 1)
-    if duplicates:
-        raise ValueError(f"Task {name!r}: label {duplicates[0]!r} occurs twice in labels.")
-    return labels
-
-
-def label_scores(task: Any, logits: torch.Tensor, answers: list[Any]) -> tuple[torch.Tensor, list[str]]:
-    """Of each row the logit (batch, num_labels) of one label, by default of the highest; and the labels' names."""
-    chosen = logits.argmax(-1).tolist()
-    ids = [
-        i if answer is None else label_id(task.name, task.labels, answer)
-        for i, answer in zip(chosen, answers, strict=True)
-    ]
-    return logits[torch.arange(len(ids), device=logits.device), ids], [task.labels[i] for i in ids]
-
-
-def label_id(name: str, labels: list[str], value: Any) -> int:
-    """
-    The id of one label, given as its name or its id. A whole-number float counts as an id, since tables with
-    missing cells store integers as floats. If the names are themselves numbers ("1" to "5" stars), a number
-    is a name, not an id. A truth value is the label "True" or "False", in upper or lower case, or "1" or "0".
-    """
-    value = as_scalar(value)
-    if isinstance(value, str):
-        found = _named(labels, value)
-        if found is None and value.strip().lower() in ("true", "false"):
-            found = _truth_value(labels, value.strip().lower())
-        if found is not None:
-            return found
-        raise ValueError(f"task {name!r}: label {shorten(value)!r} is not one of: {_shown(labels)}")
-    if isinstance(value, bool):
-        found = _truth_value(labels, str(value).lower())
-        found = _named(labels, str(int(value))) if found is None else found
-        if found is not None:
-            return found
-    elif isinstance(value, numbers.Real):
-        if isinstance(value, float) and MAX_EXACT_FLOAT < abs(value) < math.inf:
-            raise ValueError(
-                f"task {name!r}: the label {value:.0f} is a float, and beyond {MAX_EXACT_FLOAT:,} these are not exact; "
-                "store the column as integers or texts"
-            )
-        names = _numbers_in(tuple(labels))
-        if not names and value in range(len(labels)):
-            return int(float(value))
-        if value in names:
-            return names[value]
-        also = "" if names else f" (or an id from 0 to {len(labels) - 1})"
-        raise ValueError(
-            f"task {name!r}: label {shorten(str(value))} is not one of: {_shown(labels)}{also}; a missing label is "
-            "None, NaN or -100"
-        )
-    raise ValueError(
-        f"task {name!r}: a label must be a name or an id (None if it is missing), but is {shorten_value(value)} of "
-        f"type {type(value).__name__}"
-    )
-
-
-def ids_are_places(labels: list[str]) -> bool:
-    """Whether a number in a cell is the place of a label, since no label is itself a number."""
-    return not _numbers_in(tuple(labels))
-
-
-def _named(labels: list[str], text: str) -> Optional[int]:
-    """The place of a name, with or without white space around it."""
-    found = text if text in labels else text.strip()
-    return labels.index(found) if found in labels else None
-
-
-def _truth_value(labels: list[str], word: str) -> Optional[int]:
-    """The place of "true" or "false", however written, if there is one."""
-    places = [i for i, label in enumerate(labels) if label.lower() == word]
-    return places[0] if len(places) == 1 else None
-
-
-def _shown(labels: list[str]) -> str:
-    return f"{', '.join(map(shorten, labels[:20]))}{', ...' if len(labels) > 20 else ''}"
-
-
-def shorten(text: str) -> str:
-    """A text as messages show it: of a long one the beginning and the length."""
-    return text if len(text) <= 120 else f"{text[:60]}... ({len(text):,} characters)"
-
-
-def shorten_value(value: Any) -> str:
-    """What a cell holds, as messages show it: in one line, also where it is an array."""
-    return shorten(repr(value)).replace("\n", " ")
-
-
-@functools.cache
-def _numbers_in(labels: tuple[str, ...]) -> dict[float, int]:
-    """The ids of the label names that are themselves numbers."""
-    ids: dict[float, int] = {}
-    for i, label in enumerate(labels):
-        if not NUMBER.fullmatch(label) or len(label) > 300:  # longer ones are no floats
-            continue
-        # Not by way of a float, which would round.
-        number = int(label) if label.lstrip("+-").isdigit() else float(label)
-        if math.isfinite(number) and (number not in ids or label == str(number)):  # of 007 and 7, the number is 7
-            ids[number] = i
-    return ids
-
-
-def whole_number(text: str) -> int | None:
-    """The number that a text is, if it is a whole one, as "7", "-7" or "7.0"; exactly, whatever its size."""
-    return int(text.partition(".")[0]) if _WHOLE_NUMBER.fullmatch(text) else None

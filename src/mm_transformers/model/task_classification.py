@@ -10,18 +10,9 @@ import torch
 from torch import nn
 
 from .class_weights import BALANCED, balanced_weights, check_weights, known_weights, weight_tensor
-from .linear_probe import LinearProblem
-from .task_base import (
-    NO_CONTEXT,
-    LabelContext,
-    PooledHead,
-    Task,
-    check_labels,
-    is_missing,
-    label_id,
-    label_scores,
-    register_task,
-)
+from .label_cells import check_labels, is_missing, label_id, label_scores
+from .linear_problem import MultinomialProblem
+from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, register_task
 
 
 # Balanced weights that a task takes by itself are at most so large.
@@ -65,6 +56,8 @@ class Classification(Task):
     kind: ClassVar[str] = "classification"
     takes_whole_numbers: ClassVar[bool] = True
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "f1_micro")
+    hub_task: ClassVar[str] = "text-classification"
+    auto_class: ClassVar[Optional[str]] = "AutoModelForSequenceClassification"
 
     def __post_init__(self):
         super().__post_init__()
@@ -77,8 +70,8 @@ class Classification(Task):
     def build_head(self, config, hidden_size: int) -> nn.Module:
         return PooledHead(hidden_size, len(self.labels), config.classifier_dropout)
 
-    def linear_problem(self) -> LinearProblem:
-        return LinearProblem("multinomial", len(self.labels), label_weights=known_weights(self, "class_weights"))
+    def linear_problem(self) -> MultinomialProblem:
+        return MultinomialProblem(len(self.labels), label_weights=known_weights(self, "class_weights"))
 
     def encode_label(self, value: Any, text: str) -> Optional[int]:
         return None if is_missing(value) else label_id(self.name, self.labels, value)
@@ -125,6 +118,9 @@ class Classification(Task):
             for row in zip(ids.tolist(), scores.tolist(), strict=True)
         ]
         return [row[0] for row in answers] if top_k is None else answers
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float().softmax(-1)
 
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None

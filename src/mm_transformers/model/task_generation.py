@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .task_base import NO_CONTEXT, LabelContext, Task, as_scalar, is_null, register_task, shorten_value
-from .tokenizing import needed_text, tokenize
+from .label_cells import as_scalar, is_null, shorten_value
+from .task_base import NO_CONTEXT, LabelContext, Task, register_task
+from .text_tokens import needed_text, tokenize
 
 
 logger = logging.get_logger(__name__)
@@ -37,6 +38,12 @@ class Generation(Task):
             pretrained model, and its `forced_bos_token_id` if it has one.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Share of the probability that is spread over the vocabulary (https://arxiv.org/abs/1512.00567).
+
+    Example:
+
+    ```python
+    >>> Generation("german", max_length=32)
+    ```
     """
 
     max_length: int = 64
@@ -45,6 +52,7 @@ class Generation(Task):
 
     kind: ClassVar[str] = "generation"
     default_metrics: ClassVar[tuple[str, ...]] = ("bleu", "chrf", "exact_match")
+    hub_task: ClassVar[str] = "translation"
     needs_decoder: ClassVar[bool] = True
 
     def __post_init__(self):

@@ -7,17 +7,9 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
+from .label_cells import as_scalar, is_missing, shorten_value
 from .pairs import encode_pair, labels_of_pairs_left, pair_ids, read_truth_value
-from .task_base import (
-    NO_CONTEXT,
-    LabelContext,
-    PooledHead,
-    Task,
-    as_scalar,
-    is_missing,
-    register_task,
-    shorten_value,
-)
+from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, register_task
 from .task_retrieval import check_modality
 
 
@@ -28,7 +20,7 @@ class Matching(Task):
     Tells whether text and picture (or sound) belong together, from the fused tokens; binary cross-entropy. Where labels
     are given, each pair that matches is also judged in two mismatched forms: its text with the picture of another row,
     and its picture with the text of another row, drawn by similarity (ALBEF, https://arxiv.org/abs/2107.07651; see
-    [`PairReading.judge_mismatched`]). Similarity is that of a [`Retrieval`] task, if there is one.
+    [`MMTransformerForMultiTask.judge_mismatched`]). Similarity is that of a [`Retrieval`] task, if there is one.
 
     Needs no column: every row with a text and a picture is a pair that matches. If there is a column, a cell is True or
     False, or `None` if it is not known. A pair that some row of the batch holds is never taken as a mismatch.
@@ -41,12 +33,19 @@ class Matching(Task):
 
     Args:
         modality (`str`, *optional*, defaults to `"vision"`): What belongs to the text or not: `"vision"` or `"audio"`.
+
+    Example:
+
+    ```python
+    >>> Matching("fits")  # every row with a text and a picture is a pair that matches
+    ```
     """
 
     modality: str = "vision"
 
     kind: ClassVar[str] = "matching"
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
+    hub_task: ClassVar[str] = "sentence-similarity"
     default_cell: ClassVar[Any] = True
     compares_rows: ClassVar[bool] = True
     needs_mismatches: ClassVar[bool] = True
@@ -99,6 +98,20 @@ class Matching(Task):
 
     def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
         return [{"match": score > 0.5, "score": score} for score in logits[:, 0].float().sigmoid().tolist()]
+
+    def show_answer(self, answer: dict[str, Any]) -> str:
+        score = answer["score"]  # the probability of a match
+        return f"yes ({100 * score:.0f}%)" if answer["match"] else f"no ({100 * (1 - score):.0f}%)"
+
+    def read_answer(self, text: str) -> Any:
+        return {"true": True, "yes": True, "false": False, "no": False}.get(text.lower(), text)
+
+    def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
+        """Of the row itself; mismatched pairs belong to no row."""
+        score = float(logits.flatten()[0].sigmoid())
+        truth = None if label[0] == -100 else bool(label[0])
+        is_right = None if truth is None else (score > 0.5) == truth
+        return Judgement(score > 0.5, truth, is_right, max(score, 1 - score))
 
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None

@@ -10,22 +10,10 @@ import torch
 from torch import nn
 
 from .class_weights import BALANCED, check_weights, known_weights, weight_tensor
+from .label_cells import PADDING, as_scalar, check_labels, is_missing, label_id, label_scores, shorten_value
 from .label_lists import split_labels
-from .linear_probe import LinearProblem
-from .task_base import (
-    NO_CONTEXT,
-    PADDING,
-    LabelContext,
-    PooledHead,
-    Task,
-    as_scalar,
-    check_labels,
-    is_missing,
-    label_id,
-    label_scores,
-    register_task,
-    shorten_value,
-)
+from .linear_problem import BinaryProblem
+from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, register_task
 
 
 @register_task
@@ -48,6 +36,12 @@ class MultiLabel(Task):
             label does not hold, divided by the number in which it does. [`MMTrainer`] replaces `"balanced"` by these
             numbers before training. A label that holds in all rows or in none has 1. The loss is weighted in training
             and evaluation; probabilities of rare labels rise, so `threshold` may need to as well.
+
+    Example:
+
+    ```python
+    >>> MultiLabel("tags", labels=["indoors", "people", "animals"], threshold=0.4)
+    ```
     """
 
     labels: list[str] = field(default_factory=list)
@@ -56,6 +50,8 @@ class MultiLabel(Task):
 
     kind: ClassVar[str] = "multi_label"
     default_metrics: ClassVar[tuple[str, ...]] = ("f1", "f1_micro", "subset_accuracy")
+    main_metric: ClassVar[Optional[str]] = "f1_micro"
+    hub_task: ClassVar[str] = "text-classification"
 
     def __post_init__(self):
         super().__post_init__()
@@ -68,8 +64,8 @@ class MultiLabel(Task):
     def build_head(self, config, hidden_size: int) -> nn.Module:
         return PooledHead(hidden_size, len(self.labels), config.classifier_dropout)
 
-    def linear_problem(self) -> LinearProblem:
-        return LinearProblem("binary", len(self.labels), label_weights=known_weights(self, "pos_weight"))
+    def linear_problem(self) -> BinaryProblem:
+        return BinaryProblem(len(self.labels), label_weights=known_weights(self, "pos_weight"))
 
     @classmethod
     def read_text(cls, text: str, separator: str) -> Optional[list[Any]]:
@@ -149,6 +145,23 @@ class MultiLabel(Task):
             scores = dict(zip(self.labels, row, strict=True))
             answers.append({"labels": [name for name, p in scores.items() if p >= threshold], "scores": scores})
         return answers
+
+    def show_answer(self, answer: dict[str, Any]) -> str:
+        return ", ".join(answer["labels"]) or "none of the labels"
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float().sigmoid()
+
+    def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
+        """All labels must be right; the confidence is the product of their probabilities."""
+        probabilities = self.probabilities(logits)
+        chosen = probabilities >= self.threshold
+        answer = [name for name, holds in zip(self.labels, chosen.tolist(), strict=True) if holds]
+        sure = float(torch.where(chosen, probabilities, 1 - probabilities).prod())
+        if label.isnan().any():
+            return Judgement(answer, confidence=sure)
+        truth = [name for name, holds in zip(self.labels, label.tolist(), strict=True) if holds == 1]
+        return Judgement(answer, truth, answer == truth, sure)
 
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None

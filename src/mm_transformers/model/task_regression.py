@@ -7,18 +7,9 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import nn
 
-from .linear_probe import LinearProblem
-from .task_base import (
-    NO_CONTEXT,
-    NUMBER,
-    LabelContext,
-    PooledHead,
-    Task,
-    as_scalar,
-    is_null,
-    register_task,
-    shorten_value,
-)
+from .label_cells import NUMBER, as_scalar, is_null, shorten_value
+from .linear_problem import RidgeProblem
+from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, register_task
 
 
 @register_task
@@ -29,17 +20,25 @@ class Regression(Task):
 
     Logits (batch,); labels (batch,) float32, NaN where missing. A cell is a number. Targets far from the range of
     about -5 to 5 are better rescaled beforehand: the loss is in their unit squared.
+
+    Example:
+
+    ```python
+    >>> Regression("rating", column="stars")
+    ```
     """
 
     kind: ClassVar[str] = "regression"
     likelihood_scale: ClassVar[float] = 0.5
     default_metrics: ClassVar[tuple[str, ...]] = ("mae", "mse", "pearson")
+    main_metric: ClassVar[Optional[str]] = "pearson"
+    hub_task: ClassVar[str] = "text-classification"
 
     def build_head(self, config, hidden_size: int) -> nn.Module:
         return RegressionHead(hidden_size, 1, config.classifier_dropout)
 
-    def linear_problem(self) -> LinearProblem:
-        return LinearProblem("ridge", 1)
+    def linear_problem(self) -> RidgeProblem:
+        return RidgeProblem(1)
 
     @classmethod
     def read_text(cls, text: str, separator: str) -> Any:
@@ -72,6 +71,9 @@ class Regression(Task):
 
     def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
         return [{"value": value} for value in logits.float().tolist()]
+
+    def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
+        return Judgement(float(logits), None if label.isnan() else float(label))
 
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None

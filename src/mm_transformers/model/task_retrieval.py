@@ -11,6 +11,7 @@ from transformers import initialization as init
 from .distributed import gather_rows
 from .encoders import encoder_width
 from .fusion_base import Stream
+from .modalities import OTHER_ENCODERS
 from .pairs import Pairs, encode_pair, labels_of_pairs_left, matching_pairs, pair_ids, pooled, read_truth_value
 from .task_base import NO_CONTEXT, LabelContext, Task, register_task
 
@@ -45,6 +46,12 @@ class Retrieval(Task):
         modality (`str`, *optional*, defaults to `"vision"`): What texts are compared with: `"vision"` or `"audio"`.
         embedding_size (`int`, *optional*, defaults to 256): Size of the vectors.
         temperature (`float`, *optional*, defaults to 0.07): Where the temperature starts; never below 0.01.
+
+    Example:
+
+    ```python
+    >>> Retrieval("captions", embedding_size=128)
+    ```
     """
 
     modality: str = "vision"
@@ -53,8 +60,10 @@ class Retrieval(Task):
 
     kind: ClassVar[str] = "retrieval"
     default_metrics: ClassVar[tuple[str, ...]] = ("retrieval_recall",)
+    hub_task: ClassVar[str] = "sentence-similarity"
     default_cell: ClassVar[Any] = True
     compares_rows: ClassVar[bool] = True
+    needs_other_rows: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -122,6 +131,12 @@ class Retrieval(Task):
         vectors = nn.functional.normalize(logits.float(), dim=-1)
         return [{"similarity": value} for value in (vectors[:, 0] * vectors[:, 1]).sum(-1).tolist()]
 
+    def pair_similarity(self, logits: torch.Tensor, modality: str) -> Optional[torch.Tensor]:
+        if modality != self.modality:
+            return None
+        vectors = logits.detach().float()
+        return vectors[:, 0] @ vectors[:, 1].T
+
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, list[Any]]:
@@ -176,5 +191,6 @@ def unit_vectors(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def check_modality(task: Any) -> None:
-    if task.modality not in ("vision", "audio"):
-        raise ValueError(f"Task {task.name!r}: modality must be 'vision' or 'audio', but is {task.modality!r}.")
+    if task.modality not in OTHER_ENCODERS:
+        known = " or ".join(map(repr, OTHER_ENCODERS))
+        raise ValueError(f"Task {task.name!r}: modality must be {known}, but is {task.modality!r}.")

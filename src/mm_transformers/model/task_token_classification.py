@@ -11,18 +11,10 @@ from torch import nn
 from transformers.utils import logging
 
 from .class_weights import BALANCED, balanced_weights, check_weights, known_weights, weight_tensor
+from .label_cells import check_labels, is_missing, label_id, shorten_value
 from .label_lists import split_labels
-from .linear_probe import LinearProblem
-from .task_base import (
-    NO_CONTEXT,
-    LabelContext,
-    Task,
-    check_labels,
-    is_missing,
-    label_id,
-    register_task,
-    shorten_value,
-)
+from .linear_problem import MultinomialProblem
+from .task_base import NO_CONTEXT, LabelContext, Task, register_task
 from .task_classification import check_label_smoothing, cross_entropy_sum
 
 
@@ -70,6 +62,12 @@ class TokenClassification(Task):
     Args:
         labels (`list[str]`): The label names; their order gives the ids.
         class_weights, label_smoothing: See [`Classification`]; words are counted, not rows.
+
+    Example:
+
+    ```python
+    >>> TokenClassification("entities", labels=["O", "PERSON", "PLACE"])
+    ```
     """
 
     labels: list[str] = field(default_factory=list)
@@ -78,6 +76,7 @@ class TokenClassification(Task):
 
     kind: ClassVar[str] = "token_classification"
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "f1_micro")
+    hub_task: ClassVar[str] = "token-classification"
     is_token_level: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -91,10 +90,9 @@ class TokenClassification(Task):
     def build_head(self, config, hidden_size: int) -> nn.Module:
         return TokenHead(hidden_size, len(self.labels), config.classifier_dropout)
 
-    def linear_problem(self) -> LinearProblem:
-        return LinearProblem(
-            "multinomial", len(self.labels), per_token=True, label_weights=known_weights(self, "class_weights")
-        )
+    def linear_problem(self) -> MultinomialProblem:
+        weights = known_weights(self, "class_weights")
+        return MultinomialProblem(len(self.labels), per_token=True, label_weights=weights)
 
     @classmethod
     def read_text(cls, text: str, separator: str) -> Optional[list[Any]]:
@@ -170,6 +168,12 @@ class TokenClassification(Task):
                     chosen[word] = {"label": self.labels[i], "score": p}
             answers.append(chosen)
         return answers
+
+    def show_answer(self, answer: Any) -> str:
+        return ", ".join(word["label"] or "–" for word in answer) or "nothing"
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float().softmax(-1)
 
     def complete_answer(self, answer: Any, text: str) -> Any:
         missing = len(split_words(text)) - len(answer)

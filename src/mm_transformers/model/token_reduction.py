@@ -1,5 +1,6 @@
 """Fewer tokens per image, for the fusion of many images or frames."""
 
+import inspect
 from typing import Any, Optional
 
 import torch
@@ -15,7 +16,7 @@ class TokenMerging(nn.Module):
     image gives depends on that image alone. (num_items, length, width) -> (num_items, at most `num_tokens`, width)
     """
 
-    def __init__(self, num_tokens: int):
+    def __init__(self, config: Any, num_tokens: int):
         super().__init__()
         self.num_tokens = num_tokens
 
@@ -98,12 +99,15 @@ def _merge(
     return joined(tokens * sizes) / new_sizes, new_sizes
 
 
+_KINDS: dict[Any, type[nn.Module]] = {"merge": TokenMerging, "resampler": Resampler}
+
+
 def build_token_reduction(config, options: Optional[dict[str, Any]]) -> nn.Module:
     """What `config.vision_token_reduction` describes."""
     if options is None:
         return nn.Identity()
-    kind, rest = options["kind"], {name: value for name, value in options.items() if name != "kind"}
-    return TokenMerging(**rest) if kind == "merge" else Resampler(config, **rest)
+    rest = {name: value for name, value in options.items() if name != "kind"}
+    return _KINDS[options["kind"]](config, **rest)
 
 
 def check_token_reduction(options: Optional[dict[str, Any]]) -> None:
@@ -113,18 +117,17 @@ def check_token_reduction(options: Optional[dict[str, Any]]) -> None:
     """
     if options is None:
         return
-    known = {"merge": ("num_tokens",), "resampler": ("num_tokens", "num_layers")}
-    kind = options.get("kind") if isinstance(options, dict) else None
-    if kind not in known:
-        raise ValueError(
-            f"vision_token_reduction must be {{'kind': 'merge' or 'resampler', 'num_tokens': ...}}, but is {options!r}."
-        )
+    cls = _KINDS.get(options.get("kind")) if isinstance(options, dict) else None
+    if cls is None:
+        known = " or ".join(map(repr, _KINDS))
+        raise ValueError(f"vision_token_reduction must be {{'kind': {known}, 'num_tokens': ...}}, but is {options!r}.")
+    taken = [name for name in inspect.signature(cls).parameters if name != "config"]
     for name, value in options.items():
         is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if name != "kind" and not (name in known[kind] and is_count):
+        if name != "kind" and not (name in taken and is_count):
             raise ValueError(
-                f"vision_token_reduction of kind {kind!r} takes {' and '.join(known[kind])}, integers >= 1, but has "
-                f"{name} = {value!r}."
+                f"vision_token_reduction of kind {options['kind']!r} takes {' and '.join(taken)}, integers >= 1, but "
+                f"has {name} = {value!r}."
             )
     if "num_tokens" not in options:
         raise ValueError(f"vision_token_reduction {options!r} does not say how many tokens are left: num_tokens.")

@@ -6,10 +6,10 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Optional
 
 from .downloads import fetch, is_url
-from .files import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
+from .file_contents import UnreadableFile, cast_of, check_file, content_key, content_of, describe, not_there
 from .images import ImageError, load_image, pixels_for_each
+from .label_cells import shorten
 from .limits import limits, named
-from .task_base import shorten
 
 
 # The containers that are opened, as FFmpeg calls them. Others, such as playlists, name further files to open.

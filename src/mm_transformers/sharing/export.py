@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..model.answering import evaluation_mode
+from ..model.answers import evaluation_mode
 from ..model.encoder_probe import traits_of
 from ..model.safe_writing import drop_link
 from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES
@@ -89,9 +89,10 @@ def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: st
     """
     check_exporters(kind)
     folder = Path(folder)
-    if kind not in SUFFIXES:
-        raise ValueError(f"The format must be one of {', '.join(SUFFIXES)}, but is {kind!r}.")
-    if int8 and kind != "onnx":
+    format = FORMATS.get(kind)
+    if format is None:
+        raise ValueError(f"The format must be one of {', '.join(FORMATS)}, but is {kind!r}.")
+    if int8 and not format.takes_int8:
         raise ValueError("int8 needs the format onnx: programs of torch.export keep the precision of the model.")
     for modality in ("text", *model.config.modalities):
         encoder_config = getattr(model.config, f"{modality}_config")
@@ -142,8 +143,7 @@ def check_exporters(kind: str) -> None:
         ImportError: one sentence, if what exports is not installed.
     """
     needed = {"transformers.exporters.quantizers": "transformers 5.23 or newer"}
-    if kind == "onnx":
-        needed |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "mm-transformers[onnx]")
+    needed |= FORMATS[kind].packages if FORMATS.get(kind) else {}
     for module, package in needed.items():
         try:
             importlib.import_module(module)
@@ -192,17 +192,44 @@ def _decoder_sample(model: Any, inputs: Mapping[str, torch.Tensor]) -> Sample:
     return Sample(values, {key: [0, 1] for key in values})
 
 
-def _export(module: nn.Module, sample: Sample, path: Path, kind: str, int8: bool) -> list[str]:
-    """Writes one graph; returns the names of what it gives."""
-    from transformers.exporters import (
-        DynamoConfig,
-        DynamoExporter,
-        OnnxConfig,
-        OnnxExporter,
-        OnnxRuntimeDynamicConfig,
-        OnnxRuntimeQuantizer,
-    )
+def _onnx(module: nn.Module, inputs: dict[str, Any], options: dict[str, Any], path: Path, int8: bool) -> None:
+    from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
+    quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig()) if int8 else None
+    program, _ = OnnxExporter().export_program(module, inputs, OnnxConfig(quantizer=quantizer, **options))
+    OnnxExporter.save_program(program, path)
+
+
+def _torch(module: nn.Module, inputs: dict[str, Any], options: dict[str, Any], path: Path, int8: bool) -> None:
+    from transformers.exporters import DynamoConfig, DynamoExporter
+
+    program, _ = DynamoExporter().export_program(module, inputs, DynamoConfig(**options))
+    DynamoExporter.save_program(program, path)
+
+
+class GraphFormat(NamedTuple):
+    """
+    A format of exported graphs.
+
+    Args:
+        write: exports a module to a file.
+        takes_int8: whether matrices may be 8-bit integers.
+        packages: modules that it needs, and how they are installed.
+    """
+
+    write: Callable[[nn.Module, dict[str, Any], dict[str, Any], Path, bool], None]
+    takes_int8: bool
+    packages: dict[str, str]
+
+
+FORMATS = {
+    "onnx": GraphFormat(_onnx, True, dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "mm-transformers[onnx]")),
+    "torch": GraphFormat(_torch, False, {}),
+}
+
+
+def _export(module: nn.Module, sample: Sample, path: Path, kind: str, int8: bool) -> list[str]:
+    """Writes one graph; returns the names of its outputs."""
     module.eval()
     with torch.no_grad():
         names = list(module(**sample.inputs))
@@ -213,13 +240,5 @@ def _export(module: nn.Module, sample: Sample, path: Path, kind: str, int8: bool
         },
         "prefer_deferred_runtime_asserts_over_guards": True,
     }
-    if kind == "onnx":
-        quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig()) if int8 else None
-        program, _ = OnnxExporter().export_program(
-            module, dict(sample.inputs), OnnxConfig(quantizer=quantizer, **options)
-        )
-        OnnxExporter.save_program(program, path)
-    else:
-        program, _ = DynamoExporter().export_program(module, dict(sample.inputs), DynamoConfig(**options))
-        DynamoExporter.save_program(program, path)
+    FORMATS[kind].write(module, dict(sample.inputs), options, path, int8)
     return names

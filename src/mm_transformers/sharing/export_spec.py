@@ -50,7 +50,7 @@ def _is_graph(graph: Mapping[str, Any]) -> bool:
     return (
         set(shapes) == set(types)
         and all(
-            isinstance(kind, str) and isinstance(getattr(torch, kind, None), torch.dtype) for kind in types.values()
+            isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype) for name in types.values()
         )
         and all(isinstance(shape, list) and _is_shape(shape) for shape in shapes.values())
         and isinstance(outputs, list)

@@ -4,17 +4,17 @@ import copy
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from ..model.answers import decode_answers
 from ..model.configuration_mm_transformer import MMTransformerConfig
-from ..model.modeling_mm_transformer import MMTransformerForMultiTask
-from ..model.modeling_outputs import MMTransformerModelOutput, MMTransformerOutput
-from ..model.task_base import shorten
-from ..model.writing import TextWriting
+from ..model.generation import AnswerDecoder, split_inputs, task_that_writes
+from ..model.label_cells import shorten
+from ..model.modeling_mm_transformer import MMTransformerOutput
 from .export import STATES, STATES_MASK
 from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES, example_shape, read_spec
 
@@ -22,7 +22,7 @@ from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES, example_shape, rea
 _Run = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
-class ExportedModel(TextWriting):
+class ExportedModel:
     """
     What [`~mm_transformers.sharing.export.export_model`] wrote, on the CPU: takes what the processor gives, and returns
     what [`MMTransformerForMultiTask`] returns, without losses. `generate` and `decode` are those of the model; the
@@ -77,18 +77,39 @@ class ExportedModel(TextWriting):
         """
         return MMTransformerOutput(logits=self.model(**inputs).logits)
 
-    decode = MMTransformerForMultiTask.decode
+    def decode(self, outputs: MMTransformerOutput, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
+        """See [`MMTransformerForMultiTask.decode`]."""
+        return decode_answers(self.tasks, outputs.logits or {}, word_index)
+
+    def can_generate(self) -> bool:
+        """Whether there is a graph of a decoder."""
+        return self.model.text_model is not None
+
+    @torch.no_grad()
+    def generate(self, task: Optional[str] = None, **kwargs: Any) -> torch.Tensor:
+        """See [`MMTransformerForMultiTask.generate`]; the decoder has no cache."""
+        writing = task_that_writes(self.tasks, task)
+        inputs, options = split_inputs(_Fused.forward, kwargs)
+        return AnswerDecoder(self.model.text_model).generate(writing, self.model(**inputs), **options)
+
+
+class _FusedOutput(NamedTuple):
+    """Outputs of the first graph; the fused states only if there is a decoder."""
+
+    logits: dict[str, torch.Tensor]
+    last_hidden_state: torch.Tensor
+    attention_mask: torch.Tensor
 
 
 class _Fused:
     """The first graph. Rows without images are given a blank one that none of them sees, for a graph takes some."""
 
-    text_model: Any = None
+    text_model: Optional[PreTrainedModel] = None
 
     def __init__(self, run: _Run, spec: Mapping[str, Any]):
         self.run, self.shapes, self.types = run, spec["inputs"], spec["types"]
 
-    def __call__(self, **inputs: Any) -> Any:
+    def __call__(self, **inputs: Any) -> _FusedOutput:
         return self.forward(**inputs)
 
     def forward(
@@ -104,7 +125,7 @@ class _Fused:
         audio_attention_mask=None,
         audio_index=None,
         word_index=None,
-    ):
+    ) -> _FusedOutput:
         given = {name: value for name, value in locals().items() if isinstance(value, torch.Tensor)}
         given.pop("word_index", None)
         if frame_index is not None and (given.pop("frame_index") >= 0).any():
@@ -115,10 +136,8 @@ class _Fused:
         feed = {name: self._value(name, given) for name in self.shapes}
         outputs = self.run(feed)
         logits = {name: value for name, value in outputs.items() if name not in (STATES, STATES_MASK)}
-        result: Any = MMTransformerModelOutput()
-        result.last_hidden_state, result.attention_mask = outputs.get(STATES), outputs.get(STATES_MASK)
-        result.logits = logits
-        return result
+        none = torch.zeros(0)
+        return _FusedOutput(logits, outputs.get(STATES, none), outputs.get(STATES_MASK, none))
 
     def _value(self, name: str, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         dtype = getattr(torch, self.types[name])

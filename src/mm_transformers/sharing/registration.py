@@ -4,10 +4,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ..model.configuration_mm_transformer import MMTransformerConfig
-from ..model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModel
+from ..model.modeling_mm_transformer import (
+    MMTransformerForMultiTask,
+    MMTransformerForSequenceClassification,
+    MMTransformerModel,
+)
 from ..model.pipeline_mm_transformer import MultimodalPipeline
 from ..model.processing_mm_transformer import MMTransformerProcessor
-from ..model.sequence_classification import MMTransformerForSequenceClassification
 
 
 def register() -> None:

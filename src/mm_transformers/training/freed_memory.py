@@ -1,4 +1,4 @@
-"""Memory that one training step frees is kept for the next one."""
+"""Keeps the memory that one training step frees for the next one."""
 
 import ctypes
 

@@ -1,12 +1,13 @@
 """How fast each parameter learns."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
+from transformers import TrainingArguments
 
+from ..model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModel
 from .arguments import DEFAULT_LEARNING_RATES, NOT_GIVEN
 
 
@@ -22,7 +23,9 @@ def never_decays(name: str) -> bool:
     return name.endswith(("gate_alpha", "logit_scale"))
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, fused, args: Any) -> None:
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, fused: MMTransformerForMultiTask, args: TrainingArguments
+) -> None:
     """
     Splits the groups of an optimizer, so that each part of the model has its rate; gates also lose their weight decay.
 
@@ -50,7 +53,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, fused, args: Any) -> No
                 optimizer.add_param_group({**options, **decay, "params": parameters, "lr": new_rate})
 
 
-def learning_rates(fused, args: Any, default: float) -> dict[int, float]:
+def learning_rates(fused: MMTransformerForMultiTask, args: TrainingArguments, default: float) -> dict[int, float]:
     """By the `id` of each parameter; the default is for parts of which the arguments say nothing."""
 
     # Unless a rate was given for all, or is tried by a search for hyperparameters.
@@ -76,7 +79,7 @@ def learning_rates(fused, args: Any, default: float) -> dict[int, float]:
     return rates
 
 
-def _stacks(model) -> Iterator[nn.Module]:
+def _stacks(model: MMTransformerModel) -> Iterator[nn.Module]:
     """What has layers of its own; of an encoder-decoder first the whole, for what its two halves do not have."""
     if model.has_decoder:
         yield model.text_model

@@ -1,9 +1,11 @@
-"""What FSDP must be told of a model that is put together from others."""
+"""FSDP for a model that is made of other models."""
 
-from typing import Any
+from accelerate import FullyShardedDataParallelPlugin
+from torch import nn
+from transformers import PreTrainedModel
 
 
-def layer_classes(model: Any) -> list[str]:
+def layer_classes(model: PreTrainedModel) -> list[str]:
     """
     The names of the classes of layers that FSDP shards one by one: those that transformers keeps on one device, except
     the ones around the input embeddings, which accelerate shards by themselves, and which must not be sharded twice.
@@ -25,7 +27,24 @@ def layer_classes(model: Any) -> list[str]:
     return sorted(set(model._no_split_modules or ()) - around)
 
 
-def gather_for_method(model: Any, name: str) -> None:
+def check_sharding(plugin: FullyShardedDataParallelPlugin, model: PreTrainedModel) -> None:
+    """
+    Tells FSDP which layers to shard, unless its config says that.
+
+    Args:
+        plugin (`FullyShardedDataParallelPlugin`): That of accelerate.
+        model (`PreTrainedModel`): The model, not wrapped.
+
+    Raises:
+        ValueError: if it is FSDP1, or as [`layer_classes`] says.
+    """
+    if plugin.fsdp_version == 1:
+        raise ValueError("MMTrainer shards by FSDP2: set fsdp_version: 2 in the config of accelerate.")
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = layer_classes(model)
+
+
+def gather_for_method(model: nn.Module, name: str) -> None:
     """Lets FSDP bring the shared-out weights together for a method as it does for `forward`."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -33,7 +52,7 @@ def gather_for_method(model: Any, name: str) -> None:
         register_fsdp_forward_method(model, name)
 
 
-def share_out_again(model: Any) -> None:
+def share_out_again(model: nn.Module) -> None:
     """
     After a forward pass without a backward pass, FSDP leaves weights together. Then the gradients of the weights that
     are shared out are out of the reach of `zero_grad`.

@@ -1,91 +1,140 @@
 """The Trainer of transformers, for models with several tasks and batches with any number of images."""
 
 import itertools
-import sys
+import os
+import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
-from operator import is_not
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
-from transformers import EarlyStoppingCallback, GenerationConfig, Seq2SeqTrainer, TrainingArguments
-from transformers.trainer_utils import HubStrategy, has_length
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import EarlyStoppingCallback, GenerationConfig, Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerControl
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, has_length
 from transformers.utils import logging
 
 from ..data.collator import MMDataCollator
 from ..data.feature_cache import FeatureCache
 from ..data.image_groups import SharedImageSampler, images_of
 from ..data.mixture import DataMixture, check_sources
-from ..data.mixture_rows import MixedStream
-from ..data.sources import StreamOfSource, is_iterable, rows_of
+from ..data.mixture_rows import MixedRows
+from ..data.sources import ROWS_PER_SOURCE, rows_of
 from ..data.splitting import Part, split_for_validation
 from ..model.input_checks import check_finite_weights
+from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.regularization import penalties, take_starting_point
-from .adapters import has_own_adapters, load_adapters
+from ..model.safe_writing import drop_link, saved_aside
 from .arguments import MMTrainingArguments
-from .balancing import TaskBalancing
-from .card.writing import write_trainer_card
-from .checkpoints import newest_complete_checkpoint
-from .checks import (
+from .card.card_file import write_trainer_card
+from .checkpoints.adapters import has_own_adapters, load_adapters
+from .checkpoints.callback_states import restore_callbacks
+from .checkpoints.folders import rotate
+from .checkpoints.links import check_links, make_room_for_metrics, prepare_push
+from .checkpoints.lock import locked_for_all
+from .checkpoints.resume_point import check_same_weights, checkpoint_to_resume
+from .checkpoints.running_losses import load_losses, save_losses
+from .checkpoints.staging import staged_checkpoint, staging_folder
+from .checkpoints.starting_point import load_starting_point, save_starting_point
+from .divergence import check_finite
+from .learning_rates import never_decays, set_learning_rates
+from .linear_start.linear_models import LinearModel
+from .linear_start.probe_start import Start, probes_of, start_probes
+from .linear_start.refit import Refit
+from .linear_start.start_average import StartAverage, TolerantEarlyStopping, is_as_good
+from .linear_start.verdict import Verdict, with_measured
+from .metrics import MultiTaskMetrics, WithLosses
+from .metrics.mismatches import Unlabelled, WithMismatches
+from .metrics.written_answers import generation_options, losses_of_rows, with_texts
+from .objective.balancing import TaskBalancing
+from .objective.step_losses import StepLosses, divisors_of
+from .objective.task_options import balance_tasks, prepare_tasks
+from .rows.kept_loaders import KeptLoaders
+from .rows.loader_inputs import LoaderInputs
+from .rows.row_order import order_of_rows, tell_changes
+from .rows.source_counts import RowCounts
+from .rows.stream_shares import IS_REPEATED, gather_once, unlabel_repeated_rows
+from .setup_checks import (
     check_adapters,
     check_arguments,
     check_best_metric,
     check_columns,
     check_direction,
     check_lengths,
+    check_parts,
     check_rows_per_image,
 )
-from .counts import RowCounts
-from .learning_rates import never_decays, set_learning_rates
-from .linear_models import LinearModel
-from .metrics import MultiTaskMetrics, WithLosses
-from .mismatches import Unlabelled, WithMismatches
-from .preparing import balance_tasks, prepare_tasks
-from .probe_start import Start, probes_of, start_probes
-from .refit import Refit
-from .resuming import ResumableTrainer, clear_errors
-from .sharding import gather_for_method, layer_classes
-from .start_average import StartAverage, TolerantEarlyStopping, is_as_good
-from .starting_point import load_starting_point, save_starting_point
-from .stream_shares import IS_REPEATED, ShareOfStream, WithoutRepeats, gather_once
-from .verdict import Verdict
+from .sharding import check_sharding, gather_for_method
+from .torch_errors import clear_errors
 
 
 logger = logging.get_logger(__name__)
 
 
-class MMTrainer(ResumableTrainer):
+@dataclass
+class Run:
     """
-    [`~transformers.Trainer`] with what a [`MMTransformerForMultiTask`] needs:
+    What is known of one run of the training loop. A training has several if it tries smaller batch sizes.
 
-    - `data_collator` and `compute_metrics` default to [`MMDataCollator`] and [`MultiTaskMetrics`];
-    - tasks whose linear probe is new start as the best linear model of the mean encoder outputs (see [`start_probes`]);
-      the start is measured and saved like a checkpoint, and takes part in the choice of the best weights;
-    - with [`MMTrainingArguments`], evaluations during such a training, and the model at its end, have the mean of the
-      weights at the start and after training (see `start_share`); checkpoints hold the weights of training;
-    - with [`MMTrainingArguments`], a grouped and stratified share of the training rows is held out if there is no
-      `eval_dataset`, the weights with the best validation loss are kept, and training stops early; if rows are few,
-      all of them are then trained on, from the start again (see `refit`);
-    - after training, `verdicts` compares each task with its linear start, a linear model of the text alone and the
-      majority, on the validation rows; one line per task is logged;
-    - the loss of each task is its mean over all the labels of an optimiser step, also under gradient accumulation, and
-      the regularizer enters once per step; what the regularizer covers has no weight decay;
-    - logs hold the loss of each task (`<task>_loss`, `regularization_loss`), its mean over the optimiser steps in which
-      the task had labels;
-    - losses of an evaluation are exact means over all its labels, and absent where nothing is labelled;
-    - the gates of the fusion learn ten times as fast and without weight decay;
-    - in evaluation, tasks that write do so, and their metrics compare texts; `generation_num_beams`,
-      `generation_max_length` and `predict_with_generate` of [`~transformers.Seq2SeqTrainingArguments`] are heeded;
-    - with a `feature_cache`, encoders that are frozen as a whole run once per distinct item, before the first batch of
-      a data set, and never again;
-    - images of a data set are read by the collator, so that messages about bad data name the row, and how many images
-      could not be read is told at the end;
-    - it may be killed at any moment: `train(resume_from_checkpoint=True)` goes on from the newest complete checkpoint,
-      or starts from scratch where there is none, and ends as if nothing had happened.
+    Args:
+        to_restore: the checkpoint whose losses are still to be restored.
+        last_step_seen: the step after which the Trainer last logged, evaluated and saved.
+        was_stopped_early: whether early stopping had ended the training that is resumed.
+        knows_all_losses: whether the losses since the beginning of a resumed training are known.
+        has_started: whether the start was measured.
+    """
+
+    to_restore: Optional[str] = None
+    last_step_seen: int = -1
+    was_stopped_early: bool = False
+    knows_all_losses: bool = False
+    has_started: bool = False
+
+
+class MMTrainer(Trainer):
+    """
+    [`~transformers.Trainer`] for a [`MMTransformerForMultiTask`], with rows of plain columns.
+
+    Rows:
+
+    - `data_collator` defaults to [`MMDataCollator`], which reads the images. So an error about bad data names the row.
+    - Without an `eval_dataset`, [`MMTrainingArguments`] hold out a grouped and stratified share of the training rows.
+    - With a `feature_cache`, encoders that are frozen as a whole run once per distinct item, before the first batch.
+
+    Start and end:
+
+    - Tasks with a new linear probe start as the best linear model of the mean encoder outputs; see [`start_probes`].
+      This start is measured and saved as a checkpoint, and may be chosen as the best weights.
+    - With [`MMTrainingArguments`], evaluations and the final model have the mean of the weights at the start and after
+      training; see `start_share`. Checkpoints hold the weights of training.
+    - With [`MMTrainingArguments`], the weights with the best validation loss are kept, and training stops early. If
+      rows are few, the model is then trained again on all of them; see `refit`.
+    - `verdicts` compares each task with its linear start, a linear model of the text alone and the majority, on the
+      validation rows. One line per task is logged.
+
+    Loss:
+
+    - The loss of a task is its mean over all of its labels in an optimiser step, also under gradient accumulation.
+    - The regularizer enters once per step. What it covers has no weight decay.
+    - The gates of the fusion have ten times the learning rate, and no weight decay.
+    - Logs hold `<task>_loss` and `regularization_loss`: the means over the optimiser steps that had labels of the task.
+
+    Evaluation:
+
+    - `compute_metrics` defaults to [`MultiTaskMetrics`]. Losses are exact means over all labels; a task without labels
+      has none.
+    - Tasks that write do so, and their metrics compare texts. `generation_num_beams`, `generation_max_length` and
+      `predict_with_generate` of [`~transformers.Seq2SeqTrainingArguments`] count.
+
+    Checkpoints: a training may be killed at any moment. `train(resume_from_checkpoint=True)` goes on from the newest
+    complete checkpoint, or starts from scratch if there is none, and has the same result as without the interruption. A
+    checkpoint is complete or not there: it is written aside and renamed, and old ones are renamed before they are
+    deleted.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, kwargs:
@@ -103,13 +152,21 @@ class MMTrainer(ResumableTrainer):
             `data_collator`, if the model has no tasks, if a data set lacks the text column or all of the tasks'
             columns (for several, as [`DataMixture`] says), or if something is asked for that would be ignored: label
             smoothing, `compute_loss_func`, `batch_eval_metrics`.
+
+    Example:
+
+    ```python
+    >>> trainer = MMTrainer(model, MMTrainingArguments("out"), processing_class=processor, train_dataset=rows)
+    >>> trainer.train()
+    ```
     """
 
+    control: TrainerControl
+    _tr_loss: torch.Tensor
     train_dataset: Any
     eval_dataset: Any
     data_collator: Any
     gather_function: Any
-    _eval_dataloaders: dict[str, Any]
     preprocess_logits_for_metrics: Any
 
     def __init__(
@@ -128,27 +185,17 @@ class MMTrainer(ResumableTrainer):
         check_arguments(args)
         if isinstance(args, MMTrainingArguments):
             args.reopen()  # another trainer may have settled them
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("MMTrainer takes no compute_loss_func: the loss of a task is its method `loss`.")
         if processing_class is None and isinstance(data_collator, MMDataCollator):
             processing_class = data_collator.processor
-        if data_collator is None and processing_class is None:
-            raise ValueError(
-                "MMTrainer needs a model and its processor: MMTrainer(model, args, processing_class=processor)."
-            )
-        if data_collator is None and not hasattr(processing_class, "tokenizer"):
-            raise ValueError(
-                f"processing_class must be an MMTransformerProcessor, but is a {type(processing_class).__name__}: make "
-                "one by MMTransformerProcessor.from_encoders(text=..., vision=...)."
-            )
-        if isinstance(train_dataset, dict) and not hasattr(train_dataset, "column_names"):
+        check_parts(data_collator, processing_class, train_dataset, kwargs.get("compute_loss_func"))
+        if isinstance(train_dataset, dict):
             train_dataset = DataMixture(train_dataset)
-        if isinstance(train_dataset, dict):  # a DatasetDict, whose splits are not all to be trained on
-            raise ValueError(f"train_dataset must be one split, not all of {', '.join(map(repr, train_dataset))}.")
         args.remove_unused_columns = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every parameter takes part in every step
         args.accelerator_config.dispatch_batches = False
+        self._is_saving = False
+        self._run = Run()
         super().__init__(
             model=model,
             args=args,
@@ -160,49 +207,23 @@ class MMTrainer(ResumableTrainer):
             **kwargs,
         )
         # Only now is there a model, if it comes from `model_init`.
-        if not hasattr(self.fused_model, "tasks"):
-            found = type(self.fused_model).__name__
-            raise ValueError(f"MMTrainer trains a model with tasks, MMTransformerForMultiTask, not {found}.")
-        if train_dataset is not None and args.train_batch_size * args.world_size == 1:
-            alone = [task.name for task in self.fused_model.tasks.values() if task.kind == "retrieval"]
-            if alone:
-                raise ValueError(
-                    f"Task {alone[0]!r} tells the pairs of a batch apart, but a batch holds one row: set "
-                    "per_device_train_batch_size to 2 or more (accumulating gradients does not help)."
-                )
-        if self.is_fsdp_enabled:
-            plugin = self.accelerator.state.fsdp_plugin
-            if plugin.fsdp_version == 1:
-                raise ValueError("MMTrainer shards by FSDP2: set fsdp_version: 2 in the config of accelerate.")
-            if plugin.transformer_cls_names_to_wrap is None:
-                plugin.transformer_cls_names_to_wrap = layer_classes(self.fused_model)
-        if train_dataset is not None and hasattr(self.model, "get_base_model"):
-            check_adapters(self.fused_model)
+        self._check_model()
         if data_collator is None:
             self.data_collator = MMDataCollator(processing_class, self.model.config)
         self._refit: Optional[Refit] = None
         self._parts: list[Part] = []  # rows that are held out here, and those that are left
         self.refitted: Optional[str] = None  # how the model was trained again on all rows
-        has_own_optimizer = self.optimizer is not None or kwargs.get("optimizer_cls_and_kwargs") is not None
-        train_dataset, eval_dataset = self._with_validation_rows(has_own_optimizer)
+        self._settle_arguments(self.optimizer is not None or kwargs.get("optimizer_cls_and_kwargs") is not None)
         self.feature_cache = FeatureCache.of(feature_cache)
         if self.feature_cache is not None:
             self.feature_cache.modalities(self.fused_model, self.data_collator)
         check_direction(args)
         if compute_metrics is None:
             self.compute_metrics: Any = MultiTaskMetrics(self.model.config, processing_class)
-            check_best_metric(args, self.fused_model.tasks.values(), eval_dataset)
-        check_sources(train_dataset, eval_dataset, self.data_collator, args)
-        if isinstance(self.data_collator, MMDataCollator):
-            for name, datasets in {"train": train_dataset, "eval": eval_dataset}.items():
-                for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
-                    check_columns(dataset, name, self.data_collator)
-            check_lengths(train_dataset, args)
-            check_rows_per_image(train_dataset, self.data_collator, args)
-        if self.train_dataset is not None and isinstance(self.data_collator, MMDataCollator):
-            prepare_tasks(
-                self.fused_model, self.train_dataset, self.data_collator, self.data_collator, self.compute_metrics
-            )
+            check_best_metric(args, self.fused_model.tasks.values(), self.eval_dataset)
+        self._check_rows()
+        if self.train_dataset is not None:
+            self._prepare_tasks()
         self._start = Start()
         self._keeps_start = False
         self._average: Optional[StartAverage] = None
@@ -210,20 +231,49 @@ class MMTrainer(ResumableTrainer):
         self.verdicts: list[Verdict] = []
         # `num_items_in_batch` holds the divisors of the whole optimiser step, so nothing is left to be divided.
         self.model_accepts_loss_kwargs = True
-        # Of each task, and of the regularizer, since the last log: losses, summed over the optimiser steps, and the
-        # number of steps that had any.
         self._has_trained = self._has_evaluated = False  # the latter before training
-        self._eval_dataloaders = {}  # of transformers: name -> the loader that is kept
-        self._loaders_read: dict[str, tuple] = {}  # name -> its rows, collator and feature cache
+        self._eval_dataloaders: dict[str, DataLoader] = {}  # those that the Trainer keeps
+        self._kept = KeptLoaders(self._eval_dataloaders)
         self._balancing: Optional[TaskBalancing] = None
         self._rows_per_epoch: Optional[int] = None
-        self._forget_losses()
-        names = list(train_dataset.sources) if isinstance(train_dataset, DataMixture) else []
-        self._counts = RowCounts(names)
-        self._num_labels = {}
+        self._losses = StepLosses()
+        self._counts = RowCounts(list(train_dataset.sources) if isinstance(train_dataset, DataMixture) else [])
+
+    def _check_model(self) -> None:
+        """
+        Raises:
+            ValueError: if it cannot be trained, or not in this way.
+        """
+        if not hasattr(self.fused_model, "tasks"):
+            found = type(self.fused_model).__name__
+            raise ValueError(f"MMTrainer trains a model with tasks, MMTransformerForMultiTask, not {found}.")
+        if self.train_dataset is not None and self.args.train_batch_size * self.args.world_size == 1:
+            alone = [task.name for task in self.fused_model.tasks.values() if task.needs_other_rows]
+            if alone:
+                raise ValueError(
+                    f"Task {alone[0]!r} tells the pairs of a batch apart, but a batch holds one row: set "
+                    "per_device_train_batch_size to 2 or more (accumulating gradients does not help)."
+                )
+        if self.is_fsdp_enabled:
+            check_sharding(self.accelerator.state.fsdp_plugin, self.fused_model)
+        if self.train_dataset is not None and hasattr(self.model, "get_base_model"):
+            check_adapters(self.fused_model)
+
+    def _check_rows(self) -> None:
+        """
+        Raises:
+            ValueError: if rows lack columns, or cannot be read in the order that the arguments ask for.
+        """
+        check_sources(self.train_dataset, self.eval_dataset, self.data_collator, self.args)
+        if isinstance(self.data_collator, MMDataCollator):
+            for name, datasets in {"train": self.train_dataset, "eval": self.eval_dataset}.items():
+                for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
+                    check_columns(dataset, name, self.data_collator)
+            check_lengths(self.train_dataset, self.args)
+            check_rows_per_image(self.train_dataset, self.data_collator, self.args)
 
     @property
-    def fused_model(self) -> Any:
+    def fused_model(self) -> MMTransformerForMultiTask:
         """The model itself, whatever wraps it, adapters included."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -233,10 +283,8 @@ class MMTrainer(ResumableTrainer):
         """Task -> the linear model with which the last training started; empty if that was resumed."""
         return self._start.models
 
-    # Data
-
-    def _with_validation_rows(self, has_own_optimizer: bool) -> tuple[Any, Any]:
-        """Training and validation rows: the latter as given, or held out if the arguments leave that to the trainer."""
+    def _settle_arguments(self, has_own_optimizer: bool) -> None:
+        """Holds out validation rows, and settles what the arguments leave open until the rows are known."""
         args = self.args
         if not isinstance(args, MMTrainingArguments):
             if probes_of(self.fused_model) and self.train_dataset is not None:
@@ -245,9 +293,9 @@ class MMTrainer(ResumableTrainer):
                     f"{args.learning_rate:g} for all parts. MMTrainingArguments has defaults for pretrained encoders, "
                     "validation rows, early stopping and the best weights."
                 )
-            return self.train_dataset, self.eval_dataset
+            return
         if self.train_dataset is None:
-            return None, self.eval_dataset
+            return
         if self.eval_dataset is None and args.wants_validation_rows and isinstance(self.data_collator, MMDataCollator):
             parts = split_for_validation(self.train_dataset, self.data_collator, args.validation_fraction, args.seed)
             if parts is not None:
@@ -266,23 +314,37 @@ class MMTrainer(ResumableTrainer):
         )
         has_one = any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
         if args.load_best_model_at_end and args.early_stopping_patience and not has_one:
-            self.add_callback(TolerantEarlyStopping(args.early_stopping_patience, trainer=self))
-        return self.train_dataset, self.eval_dataset
+            self.add_callback(TolerantEarlyStopping(args.early_stopping_patience, is_tolerant=self._is_tolerant))
+
+    def _prepare_tasks(self) -> None:
+        if isinstance(self.data_collator, MMDataCollator):
+            prepare_tasks(
+                self.fused_model, self.train_dataset, self.data_collator, self.data_collator, self.compute_metrics
+            )
+
+    # Rows and batches
 
     def rows_of(self, dataset: Any) -> tuple[Any, Any]:
         """As [`rows_of`]; held-out rows are numbered as in the data set of the user."""
         places = next((part.places for part in self._parts if part.rows is dataset), None)
         return rows_of(dataset, self.data_collator, places)
 
-    def collator_for(self, rows: Any) -> Any:
-        """The collator for these rows; with a feature cache, what frozen encoders give of them is stored first."""
-        self._store_features(rows)
+    def collator_for(self, rows: Any) -> MMDataCollator:
+        """The collator for these rows; with a feature cache, the outputs of frozen encoders are stored before."""
+        if self.feature_cache is not None:
+            batch_size, num_workers = self.args.eval_batch_size, self.args.dataloader_num_workers
+            self.data_collator = self.feature_cache.prepare(
+                self.fused_model, self.data_collator, rows, batch_size, num_workers
+            )
         return self.data_collator
 
     def _get_train_sampler(self, train_dataset=None):
-        if getattr(self.args, "rows_per_image", 1) > 1:
-            dataset = self.train_dataset if train_dataset is None else train_dataset
-            sampler: Any = self._shared_image_sampler(dataset)
+        args = self.args
+        if getattr(args, "rows_per_image", 1) > 1:
+            rows, _ = self.rows_of(self.train_dataset if train_dataset is None else train_dataset)
+            seed = args.seed if args.data_seed is None else args.data_seed
+            column = self.data_collator.media["images"]
+            sampler: Any = SharedImageSampler(images_of(rows, column), args.rows_per_image, seed)
         else:
             sampler = super()._get_train_sampler(train_dataset)
         self._rows_per_epoch = None if sampler is None else len(sampler)
@@ -294,99 +356,60 @@ class MMTrainer(ResumableTrainer):
             return None
         return SequentialSampler(eval_dataset)
 
-    def _shared_image_sampler(self, dataset: Any) -> SharedImageSampler:
-        rows, _ = self.rows_of(dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        column = self.data_collator.media["images"]
-        return SharedImageSampler(images_of(rows, column), self.args.rows_per_image, seed)
-
     def get_eval_dataloader(self, eval_dataset=None):
         """
         As [`~transformers.Trainer.get_eval_dataloader`]. With `dataloader_persistent_workers`, the loader of a data set
         is kept during a training, for its next evaluation, as long as data set, collator and feature cache are the same
         objects. Outside of a training none is kept, so whatever has changed in place is seen.
         """
+        if not self.is_in_train:
+            self._kept.forget()
         name = eval_dataset if isinstance(eval_dataset, str) else "eval"
         if isinstance(eval_dataset, str):
             rows = self.eval_dataset[name]
         else:
             rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        # transformers keeps one loader per name, and one for all data sets without a name.
-        read = (rows, getattr(self.data_collator, "uncached", self.data_collator), self.feature_cache)
-        if not self.is_in_train or any(map(is_not, self._loaders_read.get(name, (None,)), read)):
-            self._eval_dataloaders.pop(name, None)
+        self._kept.keep_if_same(
+            name, rows, getattr(self.data_collator, "uncached", self.data_collator), self.feature_cache
+        )
         loader = super().get_eval_dataloader(eval_dataset)
-        self._loaders_read[name] = read
         if not self.is_in_train:
-            self._forget_eval_dataloaders()
+            self._kept.forget()
         return loader
-
-    def _forget_eval_dataloaders(self) -> None:
-        self._eval_dataloaders.clear()
-        self._loaders_read.clear()
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
+        is_training = kwargs.get("is_training", False)
         drop_last = self.args.dataloader_drop_last
         # Training may leave out the last rows of an epoch, evaluation and `predict` may not.
-        self.args.dataloader_drop_last = drop_last and kwargs.get("is_training", False)
+        self.args.dataloader_drop_last = drop_last and is_training
         try:
-            return self._make_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
+            inputs = self._loader_inputs(dataset, batch_size, sampler_fn, is_training)
+            # The stock method takes the collator from the trainer.
+            collator, self.data_collator = self.data_collator, inputs.collator
+            try:
+                loader = super()._get_dataloader(inputs.rows, description, batch_size, inputs.sampler_fn, **kwargs)
+            finally:
+                self.data_collator = collator
         finally:
             self.args.dataloader_drop_last = drop_last
-
-    def _make_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
-        if not isinstance(self.data_collator, MMDataCollator):
-            return self._shared_dataloader(dataset, description, batch_size, sampler_fn=sampler_fn, **kwargs)
-        if isinstance(dataset, DataMixture):
-            rows = dataset.rows(self.data_collator, batch_size, self.args)
-            self._store_features(rows)
-            loader = super()._get_dataloader(rows, description, batch_size, lambda rows: rows.sampler, **kwargs)
-            if isinstance(rows, MixedStream):
-                rows.read_own_part(loader.dataset)
-            else:
-                self._rows_per_epoch = len(rows.sampler)
-            return loader
-        rows, original = self.rows_of(dataset)
-        self._store_features(rows)
-
-        def sampler_of(_: Any) -> Any:
-            sampler = sampler_fn(original)
-            if hasattr(sampler, "set_epoch"):
-                # Once batches are skipped on several processes, accelerate finds the data set, but not the sampler.
-                rows.set_epoch = sampler.set_epoch
-            return sampler
-
-        wrapped = None if sampler_fn is None else sampler_of
-        collator = self.data_collator
-        if not kwargs.get("is_training", False):
-            self.data_collator = collator.with_references()
-        try:
-            return self._shared_dataloader(rows, description, batch_size, sampler_fn=wrapped, **kwargs)
-        finally:
-            self.data_collator = collator
-
-    def _shared_dataloader(self, rows, description, batch_size, **kwargs):
-        """The stock loader; of a stream, each of several processes reads a [`ShareOfStream`]."""
-        if isinstance(rows, StreamOfSource):
-            rows.rows_per_turn = batch_size * (1 if self.accelerator.split_batches else self.args.world_size)
-        if self.args.world_size == 1 or not isinstance(rows, IterableDataset):
-            return super()._get_dataloader(rows, description, batch_size, **kwargs)
-        share, collator = ShareOfStream(rows), self.data_collator
-        self.data_collator = WithoutRepeats(collator, tells=not kwargs.get("is_training", False))
-        try:
-            loader = super()._get_dataloader(share, description, batch_size, **kwargs)
-        finally:
-            self.data_collator = collator
-        share.read_own_part(loader.dataset)
+        inputs.took(loader)
+        if isinstance(inputs.rows, MixedRows):
+            self._rows_per_epoch = len(inputs.rows.sampler)
         return loader
 
-    def _store_features(self, rows: Any) -> None:
-        """What frozen encoders say of these rows is in the cache from now on, and the collator takes it from there."""
-        if self.feature_cache is not None:
-            batch_size, num_workers = self.args.eval_batch_size, self.args.dataloader_num_workers
-            self.data_collator = self.feature_cache.prepare(
-                self.fused_model, self.data_collator, rows, batch_size, num_workers
-            )
+    def _loader_inputs(self, dataset: Any, batch_size: int, sampler_fn: Any, is_training: bool) -> LoaderInputs:
+        if isinstance(self.data_collator, MMDataCollator) and isinstance(dataset, DataMixture):
+            rows = dataset.rows(self.data_collator, batch_size, self.args)
+            return LoaderInputs.of_mixture(rows, self.collator_for(rows))
+        if isinstance(self.data_collator, MMDataCollator):
+            rows, original = self.rows_of(dataset)
+            collator = self.collator_for(rows)
+            collator = collator if is_training else collator.with_references()
+            inputs = LoaderInputs.of_rows(rows, original, collator, sampler_fn)
+        else:
+            inputs = LoaderInputs(dataset, self.data_collator, sampler_fn)
+        inputs.share(batch_size, self.args.world_size, self.accelerator.split_batches, is_training)
+        return inputs
 
     # Loss
 
@@ -399,10 +422,22 @@ class MMTrainer(ResumableTrainer):
                 "is left out, since what a step is made of must be known before it."
             )
             batches = []
+        if batches and self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
+            size = self._train_batch_size  # the one that has been found, with `auto_find_batch_size`
+            if self.accelerator.split_batches:
+                size //= self.args.world_size
+            unlabel_repeated_rows(
+                batches[-1], self._rows_per_epoch or 0, size, self.args.process_index, self.args.world_size
+            )
+        self._counts.take_rows(batches)
         divisors = self._get_num_items_in_batch(batches, device)
+        self._losses.count_labels(divisors, self.fused_model.tasks)
         if self._balancing is not None:
-            self._balancing.start_step(batches, divisors)
+            self._balancing.start_step(batches, divisors, self.state.global_step)
         return batches, divisors
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, torch.Tensor]:
+        return divisors_of(self.fused_model.tasks, batch_samples, self.accelerator, device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._balancing is not None:
@@ -410,109 +445,46 @@ class MMTrainer(ResumableTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         # In fp16 a batch may overflow: its step is left out, and training goes on.
         if not self.args.fp16 and not torch.isfinite(loss):
-            self._check_finite({"all tasks together": loss, **self._step_losses}, "loss", self.state.global_step + 1)
+            losses = {"all tasks together": loss, **self._losses.last}
+            self._check_finite(losses, "loss", self.state.global_step + 1)
         if self._balancing is not None:
             self._balancing.after_backward()
         return loss
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, torch.Tensor]:
-        tasks = self.fused_model.tasks
-        if batch_samples and self.accelerator.gradient_state.end_of_dataloader:
-            self._unlabel_repeated_rows(batch_samples[-1])
-        self._counts.take_rows(batch_samples)
-        counts = torch.zeros(len(tasks), device=device)
-        for batch in batch_samples:
-            for i, (name, task) in enumerate(tasks.items()):
-                if name in batch.get("labels", {}):
-                    counts[i] += task.num_labelled(batch["labels"][name]).to(device)
-        # Gradients are averaged over processes, so each divides by its share of the labels of all.
-        counts = self.accelerator.reduce(counts, reduction="mean")
-        divisors = dict(zip(tasks, counts, strict=True))
-        for name, count in divisors.items():
-            self._num_labels[name] = self._num_labels.get(name, 0) + count
-        divisors["regularization"] = torch.tensor(float(max(len(batch_samples), 1)), device=device)
-        return divisors
-
-    def _unlabel_repeated_rows(self, batch: dict[str, Any]) -> None:
-        """
-        Under several processes the last batches of an epoch are filled up with its first rows, so that all processes
-        have as many; these must not count twice.
-        """
-        if self.args.dataloader_drop_last:
-            return
-        size = self._train_batch_size  # the one that has been found, with `auto_find_batch_size`
-        if self.accelerator.split_batches:
-            size //= self.args.world_size
-        num_left = (self._rows_per_epoch or 0) % (size * self.args.world_size)
-        if self.args.world_size > 1 and num_left > 0:
-            num_own = min(max(num_left - size * self.args.process_index, 0), size)
-            for labels in batch.get("labels", {}).values():
-                labels[num_own:] = torch.nan if labels.is_floating_point() else -100
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
         if model.training:
-            self._step_losses = {name: value.detach() for name, value in outputs.losses.items()}
             if self._balancing is not None:
                 loss = self._balancing.loss(outputs.losses)
-            for name, value in outputs.losses.items():
-                # Each of the batches of a step is a part of it.
-                steps = (num_items_in_batch[name] > 0) / num_items_in_batch["regularization"]
-                self._losses[name] = self._losses.get(name, 0) + value.detach()
-                self._num_steps[name] = self._num_steps.get(name, 0) + steps
+            self._losses.add(outputs.losses, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
+    def _losses_of(
+        self, model: nn.Module, batch: dict[str, Any], divisors: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
+        with self.compute_loss_context_manager():
+            return model(**self._prepare_inputs(batch), num_items_in_batch=divisors).losses
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs and self._losses:
-            losses = self.accelerator.reduce(torch.stack(list(self._losses.values())), reduction="mean").tolist()
-            for name, loss in zip(self._losses, losses, strict=True):
-                if self._num_steps[name] > 0:
-                    logs[f"{name}_loss"] = loss / self._num_steps[name].item()
-            self._forget_losses()
+        if "loss" in logs:
+            logs.update(self._losses.take_logs(self.accelerator))
             if self._balancing is not None:
                 logs.update(self._balancing.logs())
-        if "loss" in logs:
             logs.update(self._counts.rows_since_last(self.accelerator))
+        if "train_loss" in logs and self._run.knows_all_losses:
+            # Releases of transformers differ in which steps they divide by after resuming.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, *args, **kwargs)
 
-    def _forget_losses(self) -> None:
-        self._losses, self._num_steps, self._step_losses = {}, {}, {}
-
-    def _check_finite(self, losses: dict[str, Any], what: str, step: Optional[int] = None) -> None:
-        """
-        Raises:
-            ValueError: if a number is NaN or infinite: nothing can be learned any more, and nothing be scored.
-        """
-        bad = [name for name, loss in losses.items() if not torch.isfinite(torch.as_tensor(loss)).all()]
-        if bad:
-            good = newest_complete_checkpoint(self._get_output_dir(getattr(self, "_trial", None)))
-            step = self.state.global_step if step is None else step
-            kept = "there is no checkpoint before it" if good is None else f"{good} is the newest checkpoint before it"
-            message = (
-                f"Training has diverged: at step {step} the {what} of {bad[-1]} is NaN or "
-                f"infinite ({kept}). Try a smaller learning rate, more warm-up, or float32 or bf16 in place of fp16."
-            )
-            if isinstance(getattr(self, "_trial", None), getattr(sys.modules.get("optuna"), "Trial", ())):
-                raise sys.modules["optuna"].TrialPruned(message)  # the search goes on
-            raise ValueError(message)
-
-    def _evaluate(self, *args, **kwargs):
-        metrics = super()._evaluate(*args, **kwargs)
-        losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
-        self._check_finite(losses, "value")
-        return metrics
-
-    def _save_checkpoint(self, model, trial) -> None:
-        self._check_weights()
-        super()._save_checkpoint(model, trial)
+    def _check_finite(self, numbers: Mapping[str, Any], what: str, step: Optional[int] = None) -> None:
+        trial = getattr(self, "_trial", None)
+        step = self.state.global_step if step is None else step
+        check_finite(numbers, what, step, lambda: self._get_output_dir(trial), trial)
 
     def _check_weights(self) -> None:
         # The last step may have broken them, after its loss was computed.
-        self._check_finite(
-            {name: parameter for name, parameter in self.fused_model.named_parameters() if parameter.requires_grad},
-            "weight",
-        )
+        self._check_finite({name: p for name, p in self.fused_model.named_parameters() if p.requires_grad}, "weight")
 
     # Optimiser
 
@@ -533,7 +505,41 @@ class MMTrainer(ResumableTrainer):
 
     # Training
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        """
+        As [`~transformers.Trainer.train`] does it.
+
+        Args:
+            resume_from_checkpoint (`str | bool`, *optional*):
+                `True` takes the newest complete checkpoint in `args.output_dir`; if there is none, training starts
+                from scratch. So the same command starts a training and continues it.
+
+        Raises:
+            ValueError: if the checkpoint that is named is not complete, or another process trains into this folder.
+            OSError: if a checkpoint cannot be written; those before stay as they are.
+        """
+        self._begin_training()
+        if self.args.push_to_hub:
+            check_links(self.args.output_dir)
+        with ExitStack() as held:
+            if self.args.save_strategy != SaveStrategy.NO:
+                held.enter_context(locked_for_all(self.args.output_dir, self.args.process_index))
+            checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, lambda: self.fused_model.tasks)
+            with clear_errors(checkpoint):
+                output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        output = output._replace(training_loss=output.metrics["train_loss"])
+        self._tell_verdicts()
+        if self._refit is not None and self._trained_from is not None and trial is None:
+            self._start.models = self._refit.run(self, self._trained_from, self._start.tasks)
+            self.refitted, self._trained_from = self._refit.how, None
+            self._losses.num_labels = {}  # the second training has told which are missing
+        for name, count in self._losses.num_labels.items():
+            if count == 0:
+                logger.warning(f"No training row has a label of task {name!r}, so its head was not trained.")
+        self._report_bad_files()
+        return output
+
+    def _begin_training(self) -> None:
         wraps = self.args.world_size > 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
         # accelerate leaves a model as it is once another trainer has prepared it for evaluation.
         has_evaluated = self._has_evaluated or (wraps and getattr(self.model, "_is_accelerate_prepared", False))
@@ -544,56 +550,42 @@ class MMTrainer(ResumableTrainer):
                 "eval_on_start=True in the training arguments."
             )
         self._has_trained = True
-        self._forget_eval_dataloaders()
+        self._kept.forget()
         self._start, self._average, self._trained_from = Start(), None, None
-        self._forget_losses()
-        self._num_labels = {}
+        self._losses.begin()
         self._counts.reset()
         if self.feature_cache is not None and self.args.eval_strategy != "no":
             # What cannot be stored is told before hours are spent, not after the first epoch.
             evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
             for dataset in evaluated.values():
-                self._store_features(self.rows_of(dataset)[0])
+                self.collator_for(self.rows_of(dataset)[0])
         if self.refitted is not None:
             logger.warning(
                 "The held-out rows were trained on before and cannot choose the best weights: give an eval_dataset."
             )
         self.refitted = None
-        output = super().train(*args, **kwargs)
-        self._tell_verdicts()
-        is_trial = kwargs.get("trial", args[1] if len(args) > 1 else None) is not None
-        if self._refit is not None and self._trained_from is not None and not is_trial:
-            self._start.models = self._refit.run(self, self._trained_from, self._start.tasks)
-            self.refitted, self._trained_from = self._refit.how, None
-            self._num_labels = {}  # the second training has told which are missing
-        for name, count in self._num_labels.items():
-            if count == 0:
-                logger.warning(f"No training row has a label of task {name!r}, so its head was not trained.")
-        self._report_bad_files()
-        return output
 
     def _inner_training_loop(self, *args, **kwargs):
         # Only here is the model surely the one that is trained: a `model_init` makes a new one for each trial.
-        fused = self.fused_model
+        fused, checkpoint = self.fused_model, kwargs.get("resume_from_checkpoint")
+        self._run = Run(to_restore=checkpoint)
         check_finite_weights(fused)
-        is_resumed = kwargs.get("resume_from_checkpoint") is not None
-        if isinstance(self.data_collator, MMDataCollator):
-            # A model of `model_init` has not seen the training rows.
-            prepare_tasks(fused, self.train_dataset, self.data_collator, self.data_collator, self.compute_metrics)
-        if not is_resumed and getattr(self.args, "probe_start", None) is not False and not self._start.models:
+        # A model of `model_init` has not seen the training rows.
+        self._prepare_tasks()
+        if checkpoint is not None:
+            self._start = Start.load(checkpoint)
+        elif getattr(self.args, "probe_start", None) is not False and not self._start.models:
             # With auto_find_batch_size a training begins several times, and has started only the first time.
-            self._start = self._started(start_probes(self))
-        elif is_resumed:
-            self._start = Start.load(kwargs["resume_from_checkpoint"])
+            self._start = start_probes(self)
         balance_tasks(fused, self._start.label_counts, self.data_collator, self.compute_metrics)
-        self._keeps_start = bool(self._start.models) and self.args.load_best_model_at_end and not is_resumed
-        self._average = self._start_average(kwargs.get("resume_from_checkpoint"))
+        self._keeps_start = bool(self._start.models) and self.args.load_best_model_at_end and checkpoint is None
+        self._begin_average(checkpoint)
         fused.starting_point = take_starting_point(fused, fused.config.regularization)
         self.stop_balancing()
-        balancing = TaskBalancing(self)
-        self._balancing = balancing if balancing.is_needed else None
-        if self._balancing is not None:
-            self.add_callback(self._balancing)
+        balancing = TaskBalancing(fused, self.args, self.accelerator, self.callback_handler, self._losses_of)
+        if balancing.is_needed:
+            self._balancing = balancing
+            self.add_callback(balancing)
         return super()._inner_training_loop(*args, **kwargs)
 
     def stop_balancing(self) -> None:
@@ -601,32 +593,60 @@ class MMTrainer(ResumableTrainer):
         self.remove_callback(TaskBalancing)
         self._balancing = None
 
-    def _start_average(self, checkpoint: Optional[str]) -> Optional[StartAverage]:
+    def _begin_average(self, checkpoint: Optional[str]) -> None:
         """For models that started as linear models, now or in the training that goes on."""
         share = getattr(self.args, "start_share", 0.0)
         if self._average is not None:  # a smaller batch size is tried
             if checkpoint is None:
                 self._average.begin_anew()
-            return self._average
-        if (share == 0 and self._refit is None) or (checkpoint is None and not self._start.models):
-            return None
-        average = StartAverage(self.accelerator.unwrap_model(self.model), share)
-        return average if checkpoint is None or average.load(checkpoint) else None
+        elif (share != 0 or self._refit is not None) and (checkpoint is not None or self._start.models):
+            self._average = StartAverage.of(self.accelerator.unwrap_model(self.model), share, checkpoint)
 
-    def _finalize_training(self, *args, **kwargs):
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step == 0 and self._run.to_restore is None and not self._run.has_started:
+            self._run.has_started = True
+            if self._keeps_start:
+                # The start counts as a checkpoint: it is kept if trained weights are worse on the validation rows.
+                trial = kwargs.get("trial")
+                metrics = self._evaluate(trial, kwargs.get("ignore_keys_for_eval"), skip_scheduler=True)
+                self._determine_best_metric(metrics, trial)
+                self._save_checkpoint(self.model, trial)
+        self._restore_losses()
+        if self.state.global_step >= self.state.max_steps or self._run.was_stopped_early:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
+        # Called after each step, and at the end of an epoch a second time. A checkpoint due at the last step of an
+        # epoch is written then, since a resumed training would leave out what else happens there.
+        is_epoch_end = self.state.global_step == self._run.last_step_seen
+        self._run.last_step_seen = self.state.global_step
+        should_save, self.control.should_save = self.control.should_save, False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        self.control.should_save |= should_save
+        ends_now = self.control.should_epoch_stop or self.control.should_training_stop
+        ends_now = ends_now or (self.state.epoch is not None and float(self.state.epoch).is_integer())
+        if self.control.should_save and (is_epoch_end or not ends_now):
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _finalize_training(self, trial, *args, **kwargs):
         # Before callbacks see the end of the training.
-        loads_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
-        if not loads_best:
+        best = self.state.best_model_checkpoint
+        if best is None or not self.args.load_best_model_at_end:
             self._check_weights()
             self._take_average()
-        return super()._finalize_training(*args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        model = self.model if model is None else model
-        if has_own_adapters(model):
-            load_adapters(model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore_losses()
+        if not (self.args.should_save and best is not None and self.args.save_total_limit == 1):
+            return super()._finalize_training(trial, *args, **kwargs)
+        # The Trainer would delete checkpoints in their place, and whatever else has a name that begins like theirs.
+        rotate(self._get_output_dir(trial), 1, {best})
+        self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(trial, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = 1
 
     def _load_best_model(self) -> None:
         if has_own_adapters(self.model):
@@ -641,19 +661,6 @@ class MMTrainer(ResumableTrainer):
             self._trained_from = self._average if self._refit is not None else None
             self._average = None
 
-    def _started(self, start: Start) -> Start:
-        if start.models and self.is_world_process_zero():
-            names = ", ".join(f"{name} ({model.num_items:,} labels)" for name, model in start.models.items())
-            logger.warning(f"Started as linear models of the mean encoder outputs: {names}.")
-        return start
-
-    def on_start(self, trial: Any, ignore_keys_for_eval: Any) -> None:
-        """The start counts as a checkpoint: it is kept if trained weights are worse on the validation rows."""
-        if self._keeps_start:
-            metrics = self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
-            self._determine_best_metric(metrics, trial)
-            self._save_checkpoint(self.model, trial)
-
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
         if self._chooses_best and self.args.load_best_model_at_end and name not in metrics:
@@ -662,7 +669,7 @@ class MMTrainer(ResumableTrainer):
             )
             return False
         lowest = self.state.best_metric
-        if self.is_tolerant and lowest is not None and is_as_good(metrics[name], lowest):
+        if self._is_tolerant() and lowest is not None and is_as_good(metrics[name], lowest):
             self.state.best_metric = min(metrics[name], lowest)
             self.state.best_global_step = self.state.global_step
             return True
@@ -672,26 +679,76 @@ class MMTrainer(ResumableTrainer):
     def _chooses_best(self) -> bool:
         return isinstance(self.args, MMTrainingArguments) and self.args.chooses_best
 
-    @property
-    def is_tolerant(self) -> bool:
+    def _is_tolerant(self) -> bool:
         """Whether of nearly equal validation losses the latest counts as the best; see [`is_as_good`]."""
         by_loss = self.args.load_best_model_at_end and self.args.metric_for_best_model in ("loss", "eval_loss")
         return self._chooses_best and by_loss and self._average is not None and self._average.share > 0
 
     def _tell_verdicts(self) -> None:
-        state, best = self.state, self.state.best_global_step
-        measured = [entry for entry in state.log_history if "eval_loss" in entry]
-        step = best if best is not None and self.args.load_best_model_at_end else state.global_step
-        values: dict[str, Any] = next((entry for entry in reversed(measured) if entry["step"] == step), {})
-        self.verdicts = []
-        for name, verdict in self._start.verdicts.items():
-            verdict = replace(verdict, model=values.get(f"eval_{name}_{verdict.metric}"), kept_start=best == 0)
-            self.verdicts.append(verdict)
-            if self.is_world_process_zero():
-                logger.warning(str(verdict))
-                if not verdict.others_help and self.fused_model.config.modalities:
-                    others = " and ".join(self.fused_model.config.modalities)
-                    logger.warning(f"{name}: {others} did not help on the validation rows; text alone is as good.")
+        self.verdicts = with_measured(self._start.verdicts, self.state, self.args.load_best_model_at_end)
+        for verdict in self.verdicts if self.is_world_process_zero() else []:
+            logger.warning(str(verdict))
+            if not verdict.others_help and self.fused_model.config.modalities:
+                others = " and ".join(self.fused_model.config.modalities)
+                logger.warning(f"{verdict.task}: {others} did not help on the validation rows; text alone is as good.")
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return staging_folder(folder) if self._is_saving else folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self._check_weights()
+        run_dir, step = self._get_output_dir(trial), self.state.global_step
+        folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        wait = self.accelerator.wait_for_everyone
+        with staged_checkpoint(run_dir, step, self.args.should_save, wait) as staged:
+            self._is_saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._is_saving = False
+            best_step = self.state.best_global_step
+            if best_step is not None:
+                # As the Trainer does it, but where the checkpoint will be.
+                best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{best_step}")
+                if best_step == step or os.path.exists(best):
+                    self.state.best_model_checkpoint = best
+            if not self.args.save_only_model:
+                self._save_losses(staged)
+            wait()  # each process writes files of its own
+            if self.args.should_save:
+                # Again, because the best checkpoint is not where it was when this was written.
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(folder)
+        if self.args.should_save:
+            rotate(run_dir, self.args.save_total_limit, {folder, self.state.best_model_checkpoint or folder})
+
+    def _save_losses(self, folder: Path) -> None:
+        losses = {"loss": self._tr_loss.detach(), **self._losses.state()}
+        # Of each process its own, since only their means are logged.
+        gathered = self.accelerator.gather({name: loss.reshape(1) for name, loss in losses.items()})
+        if self.args.should_save:
+            numbers = {
+                "last_logged_step": self._globalstep_last_logged,
+                "total_loss": self._total_loss_scalar,
+                **order_of_rows(self.train_dataset, self.args, self._train_batch_size),
+            }
+            save_losses(folder, gathered, numbers, self.fused_model.tasks.values())
+
+    def _restore_losses(self) -> None:
+        checkpoint, self._run.to_restore = self._run.to_restore, None
+        saved = None if checkpoint is None else load_losses(checkpoint, self.args)
+        if saved is None:
+            return
+        self._tr_loss = saved.losses["loss"]
+        self._losses.load(saved.losses)
+        tell_changes(saved.numbers, order_of_rows(self.train_dataset, self.args, self._train_batch_size))
+        self._globalstep_last_logged = int(saved.numbers["last_logged_step"])
+        self._total_loss_scalar = float(saved.numbers["total_loss"])
+        self._run.knows_all_losses = True
 
     def save_model(self, output_dir: Optional[str] = None, _internal_call: bool = False):
         if self.is_fsdp_enabled and not _internal_call:
@@ -709,11 +766,27 @@ class MMTrainer(ResumableTrainer):
             if self._average is not None:
                 self._average.save(output_dir)
 
-    def _load_callback_state(self) -> None:
-        super()._load_callback_state()
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TolerantEarlyStopping):
-                callback.trainer = self  # restored ones know none
+    def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        with saved_aside(folder) as staged:
+            card = folder / "README.md"
+            if card.is_file() and not card.is_symlink():  # PEFT renews the one that it finds
+                shutil.copy2(card, staged)
+            super()._save(str(staged), state_dict)
+
+    def save_metrics(self, split, metrics, combined=True) -> None:
+        if self.is_world_process_zero():
+            for name in (split, "all"):
+                make_room_for_metrics(Path(self.args.output_dir, f"{name}_results.json"))
+        super().save_metrics(split, metrics, combined)
+
+    def save_state(self) -> None:
+        if self.is_world_process_zero():
+            drop_link(os.path.join(self.args.output_dir, TRAINER_STATE_NAME))
+        super().save_state()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -729,6 +802,25 @@ class MMTrainer(ResumableTrainer):
             if self._balancing is not None:
                 self._balancing.load(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        model = self.model if model is None else model
+        if has_own_adapters(model):
+            load_adapters(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A checkpoint of other weights is no checkpoint of this model; the Trainer would only warn.
+        check_same_weights(load_result, self.accelerator.unwrap_model(self.model))
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        callbacks, is_restored = self.callback_handler.callbacks, self.args.restore_callback_states_from_checkpoint
+        self._run.was_stopped_early |= restore_callbacks(callbacks, self.state, is_restored)
+        for callback in callbacks:
+            if isinstance(callback, TolerantEarlyStopping):
+                callback.is_tolerant = self._is_tolerant  # the Trainer makes new ones
 
     # Sharing
 
@@ -755,17 +847,27 @@ class MMTrainer(ResumableTrainer):
         if not self.is_world_process_zero():
             return
         name = self.hub_model_id or model_name or self.args.hub_model_id
-        said: dict[str, Any] = {
-            "language": language,
-            "license": license,
-            "tags": tags,
-            "datasets": dataset_tags or dataset,
-        }
-        write_trainer_card(self, self.args.output_dir, name, **said)
+        write_trainer_card(
+            self, self.args.output_dir, name,
+            language=language, license=license, tags=tags, datasets=dataset_tags or dataset,
+        )  # fmt: skip
+
+    def push_to_hub(self, *args, **kwargs):
+        """
+        As [`~transformers.Trainer.push_to_hub`].
+
+        Raises:
+            ValueError: if a link in the folder would upload a file from elsewhere.
+        """
+        check_links(self.args.output_dir)
+        return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._is_saving:
+            return  # it uploads in the background, so the folder must have its place
         if self.args.hub_strategy != HubStrategy.END:
             self.create_model_card()
+        prepare_push(checkpoint_folder, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
     # Evaluation
@@ -780,6 +882,11 @@ class MMTrainer(ResumableTrainer):
             self.state.log_history[-1]["trained_on"] = True
         return metrics
 
+    def _evaluate(self, *args, **kwargs):
+        metrics = super()._evaluate(*args, **kwargs)
+        self._check_finite({name: value for name, value in metrics.items() if name.endswith("_loss")}, "value")
+        return metrics
+
     def evaluation_loop(self, dataloader, *args, **kwargs):
         if has_length(dataloader) and len(dataloader) == 0:
             raise ValueError("There is nothing to evaluate or predict: the data set has no rows.")
@@ -791,14 +898,17 @@ class MMTrainer(ResumableTrainer):
         loss_only = kwargs.get("prediction_loss_only")
         loss_only = self.args.prediction_loss_only if loss_only is None else loss_only
         prefix, tasks = kwargs.get("metric_key_prefix", "eval"), self.fused_model.tasks
-        own, own_logits = self.compute_metrics, self.preprocess_logits_for_metrics
+        own, own_logits, gather = self.compute_metrics, self.preprocess_logits_for_metrics, self.gather_function
         if loss_only:
             self.compute_metrics, self.preprocess_logits_for_metrics = WithLosses(self.fused_model.config), None
         elif not isinstance(own, MultiTaskMetrics) and own_logits is None:
             self.compute_metrics = WithLosses(self.fused_model.config, own)
         has_losses = isinstance(self.compute_metrics, (MultiTaskMetrics, WithLosses))
-        self.compute_metrics = self._with_mismatches(dataloader, self.compute_metrics)
-        gather = self.gather_function
+        of_pairs = [task for task in tasks.values() if task.needs_mismatches]
+        if of_pairs and self.preprocess_logits_for_metrics is None and isinstance(self.data_collator, MMDataCollator):
+            self.compute_metrics = WithMismatches(
+                of_pairs, dataloader.dataset, self.data_collator, self._logits_of, self.compute_metrics
+            )
         try:
             output = super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
@@ -813,19 +923,6 @@ class MMTrainer(ResumableTrainer):
             output.metrics.pop(f"{prefix}_loss", None)  # of rows without labels there is none
         self._report_bad_files()
         return output._replace(predictions=None, label_ids=None) if loss_only else output
-
-    def _with_mismatches(self, dataloader: Any, measure: Any) -> Any:
-        tasks = [task for task in self.fused_model.tasks.values() if task.needs_mismatches]
-        has_own_logits = self.preprocess_logits_for_metrics is not None
-        if not tasks or has_own_logits or not isinstance(self.data_collator, MMDataCollator):
-            return measure
-        if is_iterable(dataloader.dataset):
-            logger.warning_once(
-                f"The evaluation rows are a stream, so task {tasks[0].name!r} judges mismatched pairs of rows of one "
-                "batch: its metrics depend on the batch size."
-            )
-            return measure
-        return WithMismatches(tasks, dataloader.dataset, self.data_collator, self._logits_of, measure)
 
     def _logits_of(self, rows: Any) -> dict[str, Any]:
         """The logits of rows without labels, while an evaluation is going on."""
@@ -846,57 +943,36 @@ class MMTrainer(ResumableTrainer):
         fused = self.fused_model
         if IS_REPEATED in inputs:
             self.gather_function = gather_once(self.accelerator, inputs.pop(IS_REPEATED))
+        inputs.pop(ROWS_PER_SOURCE, None)
         references = inputs.pop("references", {})
         writes = fused.config.has_decoder and getattr(self.args, "predict_with_generate", True)
         if prediction_loss_only or not writes:
             # The loss of all rows is not the mean of the losses of batches, so it is computed from the answers.
             loss, answers, labels = super().prediction_step(model, inputs, False, ignore_keys)
             if prediction_loss_only and labels is not None:
-                long = [name for name in answers if fused.tasks[name].needs_decoder]
-                answers |= {name: {"losses": self._losses_of_rows(name, answers[name], labels[name])} for name in long}
+                for name in [name for name in answers if fused.tasks[name].needs_decoder]:
+                    answers[name] = {"losses": losses_of_rows(fused.tasks[name], answers[name], labels[name])}
             return loss, answers, labels
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels", None)
         if self.is_fsdp_enabled:
             gather_for_method(fused, "forward_and_write")
+        options = generation_options(self.args, self._generation_config, self.is_fsdp_enabled)
         # Not through the wrapped model, which is what otherwise sees to the precision.
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
-            outputs, written = fused.forward_and_write(labels, self._generation_options(), **inputs)
-            answers = dict(outputs.logits)
-            for name, ids in written.items():
-                answers[name] = {"generated_ids": ids}
-                if labels is not None:
-                    answers[name]["losses"] = self._losses_of_rows(name, outputs.logits[name], labels[name])
-                if name in references:
-                    answers[name]["references"] = references[name]
+            outputs, written = fused.forward_and_write(labels, options, **inputs)
+            answers = with_texts(outputs.logits or {}, written, fused.tasks, labels, references)
         return None if labels is None else outputs.loss.detach(), answers, labels
 
-    def _losses_of_rows(self, name: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        task = self.fused_model.tasks[name]
-        return torch.stack([task.loss(logits[i : i + 1], labels[i : i + 1])[0] for i in range(len(labels))])
-
     @cached_property
-    def _given_generation_config(self) -> Optional[GenerationConfig]:
+    def _generation_config(self) -> Optional[GenerationConfig]:
         given = getattr(self.args, "generation_config", None)
         return given if given is None else Seq2SeqTrainer.load_generation_config(given)
 
-    def _generation_options(self) -> dict[str, Any]:
-        options = {
-            "num_beams": getattr(self.args, "generation_num_beams", None),
-            "max_length": getattr(self.args, "generation_max_length", None),
-            # Where processes share layers out, all go on until the last has finished its texts.
-            "synced_gpus": True if self.is_fsdp_enabled else None,
-        }
-        options["generation_config"] = self._given_generation_config
-        return {name: value for name, value in options.items() if value is not None}
-
     def _regularization(self) -> float:
+        fused = self.fused_model
         with torch.no_grad():
-            return (
-                float(self.fused_model.regularization_loss())
-                if self.fused_model.config.regularization is not None
-                else 0.0
-            )
+            return 0.0 if fused.config.regularization is None else float(fused.regularization_loss())
 
     def _report_bad_files(self) -> None:
         count = getattr(self.data_collator, "num_bad_files", 0)

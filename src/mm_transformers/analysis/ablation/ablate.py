@@ -13,12 +13,13 @@ from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
 from ...data.sources import rows_of
-from ...model.answering import check_tasks, evaluation_mode, unwrapped
-from ...model.modeling_outputs import MMTransformerModelOutput
-from ...model.task_base import as_scalar, is_null
+from ...model.answers import check_tasks, evaluation_mode, unwrapped
+from ...model.label_cells import as_scalar, is_null
+from ...model.modeling_mm_transformer import MMTransformerModelOutput
+from ...model.predictions import Predictions
 from ...model.tasks import Task
 from ...training.metrics import MultiTaskMetrics, less_is_better
-from ...training.mismatches import Unlabelled, mismatched_rows
+from ...training.metrics.mismatches import Unlabelled, mismatched_rows
 from .calibration import Calibration, calibration
 from .contributions import additive_projection, perceptual_score, shapley_values, subsets
 from .results import Ablation, Contribution, main_metric
@@ -239,7 +240,7 @@ class _Scores:
     def _answers(
         self, outputs: MMTransformerModelOutput, labels: dict[str, torch.Tensor], references: dict[str, torch.Tensor]
     ) -> dict[str, Any]:
-        logits = self.model(encoder_outputs=outputs).logits
+        predictions = Predictions(self.model, outputs)
         answers: dict[str, Any] = {}
         for name, task in self.tasks.items():
             if task.needs_decoder and name not in self.wanted:
@@ -247,15 +248,14 @@ class _Scores:
                 answers[name] = {"generated_ids": nothing.long(), "losses": nothing[:, 0]}
             elif task.needs_decoder:
                 given = labels[name].to(outputs.attention_mask.device)
-                read = self.model.read_written(task, outputs, given)
+                read = predictions.labelled_logits(name, given)
                 losses = [task.loss(row[None], label[None])[0] for row, label in zip(read, given, strict=True)]
-                ids = self.model.generate(name, outputs, **self.generation_options)
-                written = ids[:, len(self.model.decoder_start_ids(task)) :]
+                written = self.model.write(task, outputs, **self.generation_options)
                 answers[name] = {"generated_ids": written.cpu(), "losses": torch.stack(losses).cpu()}
                 if name in references:
                     answers[name]["references"] = references[name]
             else:
-                answers[name] = logits[name].float().cpu()
+                answers[name] = predictions.logits[name].float().cpu()
         return answers
 
     def sample(self, window: EncodedRows, missing: int) -> int:
@@ -373,22 +373,17 @@ class _Scores:
     def _majority(self) -> dict[str, float]:
         shares = {}
         for name, task in self.tasks.items():
-            known = self.labels[name][self.labels[name] != -100]
-            if task.kind == "classification" and len(known):
-                shares[name] = int(known.bincount().max()) / len(known)
+            share = task.majority_share(self.labels[name])
+            if share is not None:
+                shares[name] = share
         return shares
 
     def _calibration(self, name: str, task: Task) -> Optional[Calibration]:
-        if task.kind not in ("classification", "token_classification"):
+        found = None if task.needs_decoder else task.confidences(self.answers[ALL][name], self.labels[name])
+        if found is None or len(found[0]) == 0 or not found[0].isfinite().all():
             return None
-        logits, labels = self.answers[ALL][name], self.labels[name]
-        labelled = labels != -100
-        if not labelled.any():
-            return None
-        confidences, chosen = logits[labelled].softmax(-1).max(-1)
-        if not confidences.isfinite().all():
-            return None
-        return calibration(confidences.numpy(), (chosen == labels[labelled]).numpy())
+        confidences, are_right = found
+        return calibration(confidences.numpy(), are_right.numpy())
 
 
 _SHUFFLED = "shuffled/"

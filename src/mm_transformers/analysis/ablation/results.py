@@ -1,9 +1,13 @@
 """What an ablation has found, as values, tables and a figure."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
+
+import numpy as np
+from matplotlib import color_sequences, rc_context
+from matplotlib.figure import Figure
 
 from ...model.tasks import Task
 from ...training.metrics import less_is_better, task_of_metric
@@ -12,8 +16,8 @@ from .tables import Table, as_markdown
 from .views import shown_name
 
 
-# The metric by which a task is told in a few words; otherwise its first.
-_MAIN_METRICS = ("accuracy", "f1_micro", "pearson", "bleu")
+# Metrics from 0 to 100.
+_FROM_0_TO_100 = ("bleu", "chrf")
 
 
 class Contribution(NamedTuple):
@@ -119,11 +123,10 @@ class Ablation:
             found += [self._contributions_table(), self._interactions_table()]
         return [*found, *(self._slices_table(column, values) for column, values in self.slices.items())]
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """A `matplotlib.figure.Figure`: scores, contributions, reliability."""
-        from .plotting import plot_ablation
-
-        return plot_ablation(self)
+        with rc_context({"text.parse_math": False}):  # "$" in a name is no formula
+            return _figure(self)
 
     def _scores_table(self) -> Table:
         rows = []
@@ -170,10 +173,18 @@ class Ablation:
         return Table([column, "task", *next(iter(values.values()))], rows, num_keys=2)
 
 
-def main_metric(task: str, measured: Mapping[str, float], tasks: Iterable[str]) -> Optional[str]:
-    """The name of the metric by which a task is told; its loss if there is nothing else, `None` without any."""
+def main_metric(task: str, measured: Mapping[str, float], tasks: Mapping[str, Task]) -> Optional[str]:
+    """
+    The name of a task's main metric among the measured ones; its loss if there is no other, `None` without any.
+
+    Args:
+        task: the name of the task.
+        measured: `{task}_{metric}` -> value.
+        tasks: name -> task, of the whole model.
+    """
     own = [name for name in measured if task_of_metric(name, tasks) == task]
-    preferred = [f"{task}_{metric}" for metric in _MAIN_METRICS if f"{task}_{metric}" in own]
+    wanted = [tasks[task].main_metric, *tasks[task].default_metrics]
+    preferred = [f"{task}_{metric}" for metric in wanted if f"{task}_{metric}" in own]
     others = [name for name in own if name != f"{task}_loss"]
     return next(iter([*preferred, *others, *own]), None)
 
@@ -184,3 +195,78 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _figure(ablation: Ablation) -> Figure:
+    tasks = list(ablation.contributions)
+    height = 2.6 * (1 + bool(ablation.calibration)) + 0.5
+    # Not by pyplot, which would keep the figure open.
+    figure = Figure(figsize=(max(9.0, 2.2 + 1.8 * len(tasks)), height), layout="constrained")
+    grid = figure.add_gridspec(1 + bool(ablation.calibration), 3)
+    _draw_scores(figure.add_subplot(grid[0, :2]), ablation, tasks)
+    _draw_shapley(figure.add_subplot(grid[0, 2]), ablation, tasks)
+    if ablation.calibration:
+        shown = list(ablation.calibration)[:3]
+        for column, task in enumerate(shown):
+            _draw_reliability(figure.add_subplot(grid[1, column]), ablation, task)
+    return figure
+
+
+def _scale(metric: str) -> float:
+    """What brings a metric to the scale of the others, 0 to 1."""
+    return 0.01 if metric.endswith(_FROM_0_TO_100) else 1.0
+
+
+def _label(metric: str) -> str:
+    return metric.replace("_", " ") + (" / 100" if _scale(metric) != 1 else "")
+
+
+def _draw_scores(axes: Any, ablation: Ablation, tasks: list[str]) -> None:
+    variants = list(ablation.variants)
+    width = 0.8 / max(len(variants), 1)
+    colors = color_sequences["tab10"]
+    for number, variant in enumerate(variants):
+        metrics = [ablation.contributions[task].metric for task in tasks]
+        values = [ablation.variants[variant].get(metric, np.nan) * _scale(metric) for metric in metrics]
+        spreads = [ablation.spreads.get(variant, {}).get(metric, 0.0) * _scale(metric) for metric in metrics]
+        places = np.arange(len(tasks)) + (number - (len(variants) - 1) / 2) * width
+        color = "#999999" if variant == "nothing" else colors[number % 10]
+        axes.bar(places, values, width * 0.92, yerr=spreads if any(spreads) else None, label=variant, color=color)
+    for place, task in enumerate(tasks):
+        if task in ablation.majority:
+            axes.hlines(ablation.majority[task], place - 0.45, place + 0.45, colors="black", linestyles="dotted")
+    axes.set_xticks(range(len(tasks)), [_label(ablation.contributions[task].metric) for task in tasks])
+    axes.set_title("with all inputs, with some, with those of other rows (dotted: majority class)", fontsize=9)
+    axes.set_ylim(min(0.0, axes.get_ylim()[0]), max(1.0, axes.get_ylim()[1]) * 1.22)
+    axes.legend(fontsize=7, ncols=len(variants), loc="upper center", columnspacing=1.0, handlelength=1.2)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_shapley(axes: Any, ablation: Ablation, tasks: list[str]) -> None:
+    names = list(next(iter(ablation.contributions.values())).shapley) if tasks else []
+    for number, name in enumerate(names):
+        found = [ablation.contributions[task] for task in tasks]
+        values = [one.shapley[name] * _scale(one.metric) for one in found]
+        places = np.arange(len(tasks)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
+        axes.barh(places, values, 0.74 / len(names), label=shown_name(name), color=color_sequences["Set2"][number])
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_title("Shapley value of each modality (> 0: it helps)", fontsize=9)
+    axes.legend(fontsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_reliability(axes: Any, ablation: Ablation, task: str) -> None:
+    found = ablation.calibration[task]
+    used = [i for i, count in enumerate(found.counts) if count]
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
+    sizes = [10 + 90 * found.counts[i] / max(found.counts) for i in used]
+    axes.plot([found.confidences[i] for i in used], [found.accuracies[i] for i in used], color="#1f77b4", linewidth=1)
+    axes.scatter([found.confidences[i] for i in used], [found.accuracies[i] for i in used], s=sizes, color="#1f77b4")
+    axes.set_xlim(0, 1.05)
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("confidence", fontsize=8)
+    axes.set_ylabel("share that is right", fontsize=8)
+    axes.set_title(f"{task}: calibration error {found.ece:.3f}", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import pad
 
 from ...model.fusion_base import Stream
-from ...model.modeling_outputs import MMTransformerModelOutput
+from ...model.modalities import ENCODERS
+from ...model.modeling_mm_transformer import MMTransformerModelOutput
 
 
 class EncodedRows:
@@ -155,4 +156,5 @@ def pairs(num_rows: int, chunk: int) -> Iterator[tuple[torch.Tensor, torch.Tenso
 
 
 def shown_name(modality: str) -> str:
-    return {"vision": "image", "audio": "sound"}.get(modality, modality)
+    """How tables and figures call a modality."""
+    return ENCODERS[modality].noun

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from ...data.cells import as_records
-from ...model.answering import check_tasks, unwrapped
+from ...model.answers import check_tasks, unwrapped
 from ...model.images import load_image, pixels_for_each
-from ...model.pipeline_mm_transformer import PARTS, read_rows
-from ...model.processing_mm_transformer import as_clips, as_list
-from ...model.task_base import is_null
+from ...model.label_cells import is_null
+from ...model.modalities import ARGUMENTS, as_clips, as_list
+from ...model.pipeline_mm_transformer import read_rows
 from ...model.video import load_frames
 from .explanation import Explanation, ImageRelevance, SoundRelevance, TokenRelevance
 from .methods import ATTENTION_METHODS, check_method
@@ -150,8 +150,8 @@ def _explain_batch(
 def _known_keys(model: Any, numbered: list[tuple[int, Any]]) -> list[str]:
     """Rows of a table have columns that are not looked at; but one that is called nearly as a part is a slip."""
     keys = {key for _, row in numbered if isinstance(row, Mapping) for key in row}
-    others = [key for key in keys if not difflib.get_close_matches(str(key), PARTS, 1)]
-    return [*PARTS, *(task.column for task in model.tasks.values()), *others]
+    others = [key for key in keys if not difflib.get_close_matches(str(key), ARGUMENTS, 1)]
+    return [*ARGUMENTS, *(task.column for task in model.tasks.values()), *others]
 
 
 def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

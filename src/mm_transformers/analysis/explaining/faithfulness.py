@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ...model.answering import check_tasks, evaluation_mode, unwrapped
+from ...model.answers import check_tasks, evaluation_mode, unwrapped
 from ...model.pipeline_mm_transformer import read_rows
 from .explain import apart, explain
 
@@ -69,10 +69,18 @@ def faithfulness(
 
     Raises:
         ValueError: as [`explain`], or if the task has no labels for the row.
+
+    Example:
+
+    ```python
+    >>> found = faithfulness(model, processor, [{"text": "Lovely weather!", "image": "rain.jpg"}], "sentiment")
+    >>> found.positive_auc < found.negative_auc  # the most relevant parts matter most
+    True
+    ```
     """
     model = unwrapped(model)
     kind = model.tasks[check_tasks(model, [task])[0]]
-    if kind.kind not in ("classification", "multi_label"):
+    if kind.is_token_level or not kind.label_names:
         raise ValueError(f"faithfulness needs a task that chooses among labels for the whole row; {task!r} does not.")
     explanations = explain(model, processor, list(rows), task, method, batch_size=batch_size, seed=seed)
     curves: dict[bool, list[np.ndarray]] = {True: [], False: []}
@@ -98,8 +106,8 @@ def faithfulness(
 def _probabilities(model: Any, kind: Any, inputs: dict[str, torch.Tensor], batch: list[Any]) -> np.ndarray:
     with evaluation_mode(model):
         logits = model(**inputs).logits[kind.name].float()
-    probabilities = logits.softmax(-1) if kind.kind == "classification" else logits.sigmoid()
-    ids = [kind.labels.index(explanation.answer) for explanation in batch]
+    probabilities = kind.probabilities(logits)
+    ids = [kind.label_names.index(explanation.answer) for explanation in batch]
     return probabilities[torch.arange(len(ids)), ids].cpu().numpy()
 
 

@@ -6,8 +6,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from .explanation import Explanation, ImageRelevance, SoundRelevance
-from .plotting import heat_map, strengths, text_color
+from .colors import heat_map, text_color
+from .explanation import Explanation, ImageRelevance, SoundRelevance, strengths
 
 
 _LONGEST_SIDE = 320  # pixels of a picture on a page

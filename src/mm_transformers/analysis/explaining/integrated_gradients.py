@@ -5,6 +5,7 @@ from typing import Any, Optional
 import torch
 
 from ...model.fusion_base import Stream
+from ...model.modalities import OTHER_ENCODERS
 from .placing import patch_grid, sums_over_parts, sums_over_patches
 from .questions import Asked, Question
 from .shares import blank_text
@@ -47,9 +48,9 @@ def integrated_gradients(
         raise ImportError("Integrated gradients need a package more: pip install mm-transformers[explain]") from error
     rows = [_Row(model, processor, inputs, question, asked, texts, word_index, number) for number in range(len(texts))]
     found: dict[str, torch.Tensor] = {"text": torch.zeros(inputs["input_ids"].shape)}
-    for name, index in (("vision", "image_index"), ("audio", "audio_index")):
-        if index in inputs and name in seen.num_tokens:
-            found[name] = torch.zeros(*inputs[index].shape, seen.num_tokens[name])
+    for name, encoder in OTHER_ENCODERS.items():
+        if encoder.index in inputs and name in seen.num_tokens:
+            found[name] = torch.zeros(*inputs[encoder.index].shape, seen.num_tokens[name])
     for number, row in enumerate(rows):
         starts, baselines = tuple(row.varied.values()), row.baselines()
         for steps in NUM_STEPS:

@@ -5,7 +5,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from ...model.tokenizing import needed_text, tokenize
+from ...model.text_tokens import needed_text, tokenize
 
 
 # What tokenizers without offsets put in the place of a space, or before a later piece of a word.

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
-from ...model.modeling_outputs import MMTransformerModelOutput
+from ...model.modeling_mm_transformer import MMTransformerModelOutput
 from ...model.task_base import LabelContext
 from ...model.task_token_classification import split_words
 
@@ -86,8 +86,7 @@ class Question(NamedTuple):
     ) -> Asked:
         task, tokenizer = model.tasks[self.task], processor.tokenizer
         if any(answer is None for answer in answers):
-            written = model.generate(self.task, outputs, **self.generation_options)
-            written = written[:, len(model.decoder_start_ids(task)) :]
+            written = model.write(task, outputs, **self.generation_options)
             texts = processor.batch_decode(written, skip_special_tokens=True)
             answers = [text.strip() if answer is None else answer for answer, text in zip(answers, texts, strict=True)]
         encoded = [task.encode_label(answer, "") for answer in answers]

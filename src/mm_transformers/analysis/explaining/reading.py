@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 
 from ...model.fusion_base import AttentionStep, Stream
-from ...model.modeling_outputs import MMTransformerModelOutput
+from ...model.modeling_mm_transformer import MMTransformerModelOutput
 from .methods import AttentionMethod, zeros_if_none
 from .probe_reading import ProbeReading, by_row
 from .relevance import Relevance, follow

@@ -13,13 +13,14 @@ from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
 from ...data.sources import rows_of
-from ...model.answering import unwrapped
+from ...model.answers import unwrapped
+from ...model.modalities import MODALITIES
 from ...model.safe_writing import write_atomically
 from ..ablation.results import Ablation
+from ..explaining.colors import text_color
 from ..explaining.explain import explain
 from ..explaining.explanation import Explanation
 from ..explaining.html import colored_words, heat_map_url, picture_url, sound_colors
-from ..explaining.plotting import text_color
 from .answered import Answered, answers_to, confusion, most_confident_errors, worst
 
 
@@ -87,7 +88,7 @@ def write_report(
 
 def _section(task: Any, answers: list[Answered], draw: Any, num_examples: int, seed: int) -> dict[str, Any]:
     labelled = [answered for answered in answers if answered.truth is not None]
-    judged = [answered for answered in labelled if answered.right is not None]
+    judged = [answered for answered in labelled if answered.is_right is not None]
     losses = [answered.loss for answered in labelled if answered.loss is not None]
     chosen = np.random.default_rng(seed).permutation(len(answers))[:num_examples]
     groups = {
@@ -95,17 +96,17 @@ def _section(task: Any, answers: list[Answered], draw: Any, num_examples: int, s
         "Highest loss": worst(answers, num_examples),
         "Drawn by lot": [answers[i] for i in sorted(chosen)],
     }
-    matrix = None
-    if task.kind in ("classification", "token_classification") and judged:
-        counts = confusion(judged, task.labels)
-        matrix = [(label, _shaded(row)) for label, row in zip(task.labels, counts, strict=True)]
+    matrix, found = None, {label for answered in judged for pair in answered.label_pairs for label in pair}
+    if found:
+        names = task.label_names if found <= set(task.label_names) else sorted(found)
+        matrix = [(label, _shaded(row)) for label, row in zip(names, confusion(judged, names), strict=True)]
     return {
         "name": task.name,
         "kind": task.kind.replace("_", " "),
         "num_labelled": len(labelled),
-        "accuracy": sum(bool(a.right) for a in judged) / len(judged) if judged else None,
+        "accuracy": sum(bool(a.is_right) for a in judged) / len(judged) if judged else None,
         "loss": float(np.mean(losses)) if losses else None,
-        "labels": list(getattr(task, "labels", None) or []),
+        "labels": names if matrix else task.label_names,
         "confusion": matrix,
         "groups": [(name, [draw(answered) for answered in group]) for name, group in groups.items() if group],
     }
@@ -123,11 +124,10 @@ class _Drawn:
         row, where = rows[answered.number], f"row {answered.number}"
         parts: dict[str, Any] = {"text": collator.text_of(row, True, where)}
         # As the model was given them: what cannot be read may have been dropped.
-        for kind, name in (("images", "image"), ("videos", "video"), ("audio", "audio")):
-            column = collator.media.get(kind)
-            items = column.read([row], [where])[0][0] if column is not None else []
+        for argument, column in collator.media.items():
+            items, modality = column.read([row], [where])[0][0], MODALITIES[argument]
             if items:
-                parts[name] = items[0] if kind == "videos" else items
+                parts[modality.name] = items[0] if modality.is_sequence else items
         # What cannot be explained is shown all the same.
         self.problem, self.rests_on, explanation = "", "", None
         self.pictures: list[tuple[str, Optional[str]]] = []

@@ -293,6 +293,14 @@ def load_demo_dataset(
 
     Raises:
         ValueError: a size is not positive.
+
+    Example:
+
+    ```python
+    >>> data = load_demo_dataset(train_size=8, validation_size=4, test_size=4)
+    >>> data["train"].num_rows
+    8
+    ```
     """
     sizes = {"train_size": train_size, "validation_size": validation_size, "test_size": test_size}
     for name, value in {**sizes, "image_size": image_size}.items():

@@ -5,21 +5,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ...model.modalities import ENCODERS
 from ...model.tasks import Task
 from .facts import CardFacts
 from .sections import base_model_of
 
 
-# Task kind -> the Hub's name of the task.
-_HUB_TASKS = {
-    "classification": "text-classification",
-    "multi_label": "text-classification",
-    "regression": "text-classification",
-    "token_classification": "token-classification",
-    "generation": "translation",
-    "retrieval": "sentence-similarity",
-    "matching": "sentence-similarity",
-}
 _LISTS = ("tags", "language", "datasets", "base_model", "metrics")
 _RESULT = "result "
 
@@ -27,11 +18,11 @@ _RESULT = "result "
 def entries_of(facts: CardFacts) -> dict[str, Any]:
     """Name -> value: one entry for each key, each element of a list and each result."""
     tasks = facts.config.get_tasks()
-    kinds = [task.kind for task in tasks.values()]
     entries: dict[str, Any] = {"library_name": "transformers"}
-    if kinds and kinds[0] in _HUB_TASKS:
-        entries["pipeline_tag"] = _HUB_TASKS[kinds[0]]
-    media = [{"vision": "image", "audio": "audio"}[name] for name in facts.config.modalities]
+    first = next(iter(tasks.values()), Task("none"))
+    if first.hub_task != Task.hub_task:
+        entries["pipeline_tag"] = first.hub_task
+    media = [ENCODERS[name].hub_tag for name in facts.config.modalities]
     tags = ["mm_transformers", "multimodal", "multi-task", *media]
     entries.update({f"tags {tag}": tag for tag in tags})
     configs = [getattr(facts.config, f"{name}_config", None) for name in ("text", *facts.config.modalities)]
@@ -50,7 +41,7 @@ def entries_of(facts: CardFacts) -> dict[str, Any]:
         for task in tasks.values():
             for metric, value in measured.of_task(task, tasks).items():
                 result = {
-                    "task_type": _HUB_TASKS.get(task.kind, "other"),
+                    "task_type": task.hub_task,
                     "dataset_type": measured.dataset or "unknown",
                     "dataset_name": measured.dataset or f"{measured.split} data",
                     "dataset_split": measured.split,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...data.markdown import plain_markdown
+from ...model.modalities import modalities_of
 from ...model.tasks import Task
 from .facts import CardFacts
 
@@ -41,7 +42,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _introduction(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
-    inputs = ["text", *({"vision": "pictures or video", "audio": "sound"}[name] for name in facts.config.modalities)]
+    inputs = ["text", *(" or ".join(part.nouns for part in modalities_of(name)) for name in facts.config.modalities)]
     joined = inputs[0] if len(inputs) == 1 else f"{', '.join(inputs[:-1])} and {inputs[-1]}"
     size = f", {facts.num_parameters / 1e6:,.1f} million parameters" if facts.num_parameters else ""
     return (
@@ -76,7 +77,7 @@ def _use(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
 def _tasks(tasks: Mapping[str, Task]) -> str:
     rows = []
     for task in tasks.values():
-        labels = list(getattr(task, "labels", None) or [])
+        labels = task.label_names
         more = f", ... ({len(labels)} in all)" if len(labels) > 20 else ""
         shown = ", ".join(map(plain_markdown, labels[:20])) + more
         rows.append([task.name, plain_markdown(task.kind.replace("_", " ")), shown])

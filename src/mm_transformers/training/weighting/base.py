@@ -7,6 +7,8 @@ from typing import Any, ClassVar, NamedTuple, Optional
 
 import torch
 
+from ...model.registry import registered
+
 
 WEIGHTINGS: dict[str, type["TaskWeighting"]] = {}
 
@@ -65,6 +67,8 @@ class TaskWeighting:
     # True if the weights of a step depend on the signals of that same step. With gradient accumulation, the
     # micro-batches of the step are then run forward once more, before it.
     looks_ahead: ClassVar[bool] = False
+    # True if the weights are those of the tasks, so that the model applies them by itself.
+    is_constant: ClassVar[bool] = False
     # True if the signals need the gradients at the probe block, the last layer that all tasks share.
     needs_gradients: ClassVar[bool] = False
     # True if the signals need the losses of the same batches after the step: one more forward pass.
@@ -111,14 +115,7 @@ def register_weighting(cls: type[TaskWeighting]) -> type[TaskWeighting]:
     Raises:
         ValueError: if `kind` is missing or is already taken by another class.
     """
-    kind = getattr(cls, "kind", None)
-    if not isinstance(kind, str) or not kind:
-        raise ValueError(f"{cls.__name__} needs a class attribute `kind`, a string that names the weighting.")
-    known = WEIGHTINGS.get(kind)
-    if known is not None and known.__qualname__ != cls.__qualname__:
-        raise ValueError(f"Task weighting {kind!r} is already taken by {known.__name__}; choose another `kind`.")
-    WEIGHTINGS[kind] = cls
-    return cls
+    return registered(WEIGHTINGS, "task weighting")(cls)
 
 
 def build_weighting(spec: str | dict[str, Any] | None, tasks: WeightedTasks) -> TaskWeighting:

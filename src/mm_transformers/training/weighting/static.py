@@ -13,3 +13,4 @@ class StaticWeighting(TaskWeighting):
     """
 
     kind: ClassVar[str] = "static"
+    is_constant: ClassVar[bool] = True

@@ -1,0 +1,87 @@
+"""The answers of a model: which tasks are asked, evaluation mode, and logits turned into words."""
+
+import difflib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Optional, Protocol
+
+import torch
+
+from .task_base import Task
+
+
+class HasTasks(Protocol):
+    """A model that answers tasks, or its config."""
+
+    tasks: dict[str, Task]
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of a PEFT model; its adapters stay in it. Other models as they are."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+_lock = threading.Lock()
+# Id of a model -> how many blocks are open, and the modules in training mode before the first of them.
+_open_blocks: dict[int, tuple[int, list[torch.nn.Module]]] = {}
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Within the block all modules are in evaluation mode; afterwards each has its mode from before. If several threads
+    use a model, the last to leave restores the modes.
+
+    Example:
+
+    ```python
+    >>> with evaluation_mode(model):
+    ...     outputs = model(**inputs)
+    ```
+    """
+    with _lock:
+        count, in_training = _open_blocks.get(id(model), (0, []))
+        if count == 0:
+            in_training = [module for module in model.modules() if module.training]
+        _open_blocks[id(model)] = count + 1, in_training
+        model.eval()
+    try:
+        yield
+    finally:
+        with _lock:
+            count, in_training = _open_blocks.pop(id(model))
+            if count > 1:
+                _open_blocks[id(model)] = count - 1, in_training
+            else:
+                for module in in_training:
+                    module.training = True
+
+
+def check_tasks(model: HasTasks, tasks: str | Sequence[str] | None) -> list[str]:
+    """
+    The names of the tasks that are asked, each once; by default all of the model.
+
+    Raises:
+        ValueError: if the model has no such task.
+    """
+    if isinstance(tasks, str):
+        tasks = [tasks]
+    for name in tasks or []:
+        if name not in model.tasks:
+            near = difflib.get_close_matches(name, model.tasks, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"its tasks are {', '.join(map(repr, model.tasks))}."
+            raise ValueError(f"The model has no task {name!r}; {hint}")
+    return list(dict.fromkeys(tasks)) if tasks else list(model.tasks)
+
+
+def decode_answers(
+    tasks: Mapping[str, Task], logits: Mapping[str, torch.Tensor], word_index: Optional[torch.Tensor] = None
+) -> list[dict[str, Any]]:
+    """
+    The answers of heads: for each row a dict from task name to answer, as [`Task.decode`] gives it. Tasks that write
+    are left out.
+    """
+    answers = {name: task.decode(logits[name], word_index) for name, task in tasks.items() if not task.needs_decoder}
+    num_rows = len(next(iter(answers.values()), []))
+    return [{name: answers[name][row] for name in answers} for row in range(num_rows)]

@@ -1,0 +1,53 @@
+"""The code next to saved weights: `trust_remote_code=True` loads them where this package is not installed."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import logging
+
+from .safe_writing import write_atomically, write_text_atomically
+
+
+logger = logging.get_logger(__name__)
+
+
+def write_code(folder: str | os.PathLike, source: str, file: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """
+    Copies code to a folder with a saved model or processor, and says in a JSON file there what is in it.
+
+    Args:
+        folder: Where the model or processor was saved.
+        source: The module that is copied, with all that it imports by one dot.
+        file: `config.json` or `processor_config.json`.
+        entries: What is added to that file, such as `{"auto_map": {"AutoConfig": "configuration_x.XConfig"}}`.
+    """
+    for path in map(Path, [source, *get_relative_import_files(source)]):
+        target = Path(folder, path.name)
+        if path.resolve() != target.absolute():  # a saved model may lie where this code runs
+            with write_atomically(target) as copy:
+                copy.write(path.read_bytes())
+    config = Path(folder, file)
+    saved = json.loads(config.read_text(encoding="utf-8"))
+    for name, values in entries.items():
+        saved[name] = {**saved.get(name, {}), **values}
+    write_text_atomically(config, json.dumps(saved, indent=2, sort_keys=True) + "\n")
+
+
+def reference(cls: type) -> str:
+    """How `auto_map` names a class."""
+    return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+
+
+def warn_if_not_copied(kind: type) -> None:
+    """Warns of a kind of the user's own, whose code is not in the folder."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file is None or not Path(__file__).with_name(Path(file).name).exists():
+        logger.warning_once(
+            f"{kind.__name__} of the module {kind.__module__!r} is saved by its name only: whoever loads the model "
+            "must have mm_transformers installed and import that module first."
+        )

@@ -1,0 +1,182 @@
+"""The one list of modalities: what a row may hold, which encoder reads it, and what each is called."""
+
+import numbers
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Optional
+
+from .audio import audio_key
+from .file_contents import is_absent
+from .images import image_key, load_image, pixels_for_each
+from .video import load_frames, video_key
+
+
+@dataclass(frozen=True)
+class EncoderKind:
+    """
+    What one encoder of a model reads and gives. Configs, streams, relevances and Shapley values go by its `name`.
+
+    Args:
+        name: `{name}_config` of the config, `{name}_model` of the model.
+        inputs: the names of its main input, of which a class of transformers takes one.
+        index: the tensor that says which items belong to which row; `None` for text, of which each row has one.
+        features: the tensor that may stand in for the output of the encoder.
+        processor_part: the attribute of the processor that prepares the input.
+        noun, plural: one of its inputs, and several, in messages and tables.
+        hub_tag: its tag on the Hub.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    index: Optional[str]
+    features: str
+    processor_part: str
+    noun: str
+    plural: str
+    hub_tag: str
+
+
+TEXT = EncoderKind("text", ("input_ids",), None, "text_features", "tokenizer", "text", "texts", "text")
+VISION = EncoderKind(
+    "vision", ("pixel_values",), "image_index", "image_features", "image_processor", "image", "images", "image"
+)
+AUDIO = EncoderKind(
+    "audio", ("input_values", "input_features"), "audio_index", "audio_features", "feature_extractor", "sound",
+    "sounds", "audio",
+)  # fmt: skip
+
+# By name, in the order in which fusions see their streams.
+ENCODERS = {encoder.name: encoder for encoder in (TEXT, VISION, AUDIO)}
+# All but that of the text, which every model has.
+OTHER_ENCODERS = {name: encoder for name, encoder in ENCODERS.items() if encoder is not TEXT}
+
+
+def as_one(cell: Any) -> list[Any]:
+    """The item of a cell that holds one at most."""
+    return [] if is_absent(cell) else [cell]
+
+
+def as_list(cell: Any) -> list[Any]:
+    """The images of a cell: none, one, or a list, whose empty entries do not count."""
+    items = cell if isinstance(cell, (list, tuple)) and _depth(cell) not in (2, 3) else [cell]
+    return [_pixels(image) for image in items if not is_absent(image)]
+
+
+def as_clips(cell: Any) -> list[Any]:
+    """The clips of a cell; a list of numbers is one clip."""
+    items = cell if isinstance(cell, (list, tuple)) and _depth(cell) != 1 else [cell]
+    return [clip for clip in items if not is_absent(clip)]
+
+
+def _pixels(image: Any) -> Any:
+    """Lists of numbers as an array; anything else as it is."""
+    if _depth(image) not in (2, 3):
+        return image
+    import numpy as np
+
+    return np.asarray(image)
+
+
+def _depth(cell: Any) -> int:
+    """The depth of nested lists of numbers; 0 for anything else, and for empty lists. The innermost may be arrays."""
+    depth = 0
+    while isinstance(cell, (list, tuple)) and len(cell) > 0:
+        cell, depth = cell[0], depth + 1
+    if depth > 0 and getattr(cell, "ndim", None) == 1:
+        return depth + 1
+    return depth if isinstance(cell, numbers.Real) else 0
+
+
+def no_pixel_limit(items: list[Any]) -> Optional[int]:
+    """For items that are no images."""
+    return None
+
+
+class Reading(NamedTuple):
+    """
+    How the items of a table are read.
+
+    Args:
+        processor ([`MMTransformerProcessor`]): Its number of frames and its sampling rate.
+        fetch: an address -> the bytes there.
+        sampling_rate: the rate, in Hz, of clips that are arrays without one.
+    """
+
+    processor: Any
+    fetch: Callable[[str], bytes]
+    sampling_rate: Optional[int] = None
+
+
+def _image_reader(reading: Reading) -> Callable[..., Any]:
+    return partial(load_image, fetch=reading.fetch)
+
+
+def _video_reader(reading: Reading) -> Callable[..., Any]:
+    return partial(load_frames, num_frames=reading.processor.num_frames, fetch=reading.fetch)
+
+
+def _clip_reader(reading: Reading) -> Callable[..., Any]:
+    return partial(_load_clip, reading)
+
+
+def _load_clip(reading: Reading, clip: Any) -> dict[str, Any]:
+    waveform = reading.processor.load_audio(clip, reading.sampling_rate, reading.fetch)
+    return {"array": waveform, "sampling_rate": reading.processor.feature_extractor.sampling_rate}
+
+
+@dataclass(frozen=True)
+class Modality:
+    """
+    One thing that a row may hold.
+
+    Args:
+        name: the key of a row, and by default the column of a table.
+        argument: the argument of the processor; a collator names its columns by it.
+        encoder: the encoder that reads it.
+        noun, nouns: one item, and several, in messages and on pages.
+        items: splits a cell into its items.
+        key: an item -> a value that is equal for equal items.
+        reader: makes the function that reads an item for the processor and raises `ValueError` with one sentence.
+        pixels_for_each: the items of a row -> the most pixels that the reader may keep of each; `None` for no limit.
+        axes: the numbers of axes of an item that is stored as nested lists of numbers.
+        most_axes: the largest number of axes of an item that is stored as an array with a shape.
+        is_sequence: whether an item is several inputs of the encoder, as the frames of a video are.
+    """
+
+    name: str
+    argument: str
+    encoder: EncoderKind
+    noun: str
+    nouns: str
+    items: Callable[[Any], list[Any]]
+    key: Callable[[Any], Hashable]
+    reader: Callable[[Reading], Callable[..., Any]]
+    axes: tuple[int, ...]
+    most_axes: int
+    pixels_for_each: Callable[[list[Any]], Optional[int]] = no_pixel_limit
+    is_sequence: bool = False
+
+
+IMAGE = Modality(
+    "image", "images", VISION, "picture", "pictures", as_list, image_key, _image_reader, (2, 3), 3, pixels_for_each
+)
+VIDEO = Modality(
+    "video", "videos", VISION, "video", "videos", as_one, video_key, _video_reader, (3, 4), 4, is_sequence=True
+)
+# An array with two axes is one clip with several channels; a list of lists is several clips.
+SOUND = Modality("audio", "audio", AUDIO, "sound", "sounds", as_clips, audio_key, _clip_reader, (1,), 2)
+
+# What a row may hold beside its text, by the argument of the processor.
+MODALITIES = {modality.argument: modality for modality in (IMAGE, VIDEO, SOUND)}
+# The same by the key of a row.
+PARTS = {modality.name: modality for modality in MODALITIES.values()}
+# The keys of a row, and the arguments of the processor.
+ARGUMENTS = {"text": "text", **{name: modality.argument for name, modality in PARTS.items()}}
+# The noun of each key of a row.
+NOUNS = {"text": "text", **{name: modality.noun for name, modality in PARTS.items()}}
+
+
+def modalities_of(encoder: str) -> list[Modality]:
+    """The modalities that an encoder reads; none for "text", which is not a file."""
+    return [modality for modality in MODALITIES.values() if modality.encoder.name == encoder]

@@ -1,0 +1,46 @@
+"""Registries of kinds: a class attribute `kind` names a class in configs."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+
+T = TypeVar("T", bound=type)
+
+
+def registered(kinds: dict[str, T], what: str) -> Callable[[T], T]:
+    """
+    A class decorator that adds a class to a registry under its `kind`. A class of the same qualified name replaces the
+    one before, so that a module can be loaded again.
+
+    Args:
+        kinds: the registry, changed in place.
+        what: the noun of messages, such as "task kind".
+
+    Raises:
+        ValueError: when called, if the class has no `kind`, or another class has the same one.
+
+    Example:
+
+    ```python
+    >>> SHAPES: dict[str, type] = {}
+    >>> @registered(SHAPES, "shape")
+    ... class Circle:
+    ...     kind = "circle"
+    >>> SHAPES["circle"].__name__
+    'Circle'
+    ```
+    """
+
+    def add(cls: T) -> T:
+        kind = getattr(cls, "kind", None)
+        if not isinstance(kind, str) or not kind:
+            raise ValueError(f"{cls.__name__} needs a class attribute `kind`, a string that names the {what}.")
+        known = kinds.get(kind)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(
+                f"{what.capitalize()} {kind!r} is already taken by {known.__name__}; choose another `kind`."
+            )
+        kinds[kind] = cls
+        return cls
+
+    return add

@@ -1,0 +1,62 @@
+"""Tokens of texts: one thread at a time calls a tokenizer, with no more text than is needed."""
+
+import os
+import threading
+from typing import Any
+
+from .limits import limits
+
+
+def _renew_lock() -> None:
+    # A process that forks while another thread holds the lock would never get it.
+    global _lock
+    _lock = threading.RLock()
+
+
+_lock = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def tokenize(tokenizer: Any, *texts: Any, **options: Any) -> Any:
+    """
+    `tokenizer(*texts, **options)`. A fast tokenizer keeps padding and truncation from call to call: of two threads, one
+    would tokenize with the options of the other.
+    """
+    with _lock:
+        return tokenizer(*texts, **options)
+
+
+# So many more tokens than the wanted ones are made, so that the cut changes none of these.
+_MARGIN = 16
+# A text is cut at so many characters per wanted token, plus so many.
+_CHARACTERS = (8, 1000)
+
+
+def needed_text(tokenizer: Any, text: str, num_tokens: int, key: str = "text") -> str:
+    """
+    The beginning of a long text, whose first `num_tokens` tokens are those of the whole text; a short text as it is. So
+    an endless text costs no more than one that is just too long.
+
+    The text is cut before a space, where tokenizers begin a new word. Characters beyond the limit `text_characters` are
+    left out. If the tokenizer truncates on the left, the end of the text remains.
+
+    Args:
+        tokenizer: that of transformers.
+        num_tokens: the number of tokens that the caller keeps.
+        key: the tokenizer's argument for the text; `"text_target"` for texts that a decoder writes.
+    """
+    most = limits().text_characters
+    if getattr(tokenizer, "truncation_side", "right") != "right":
+        return text[-most:]
+    text, size = text[:most], _CHARACTERS[0] * num_tokens + _CHARACTERS[1]
+    while size < len(text):
+        end = text.rfind(" ", size // 2, size)
+        while end > 0 and text[end - 1].isspace():
+            end -= 1
+        if end > 0:
+            start = tokenize(tokenizer, **{key: text[:end]}, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(start) >= num_tokens + _MARGIN:
+                return text[:end]
+        size *= 2
+    return text

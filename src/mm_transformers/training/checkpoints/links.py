@@ -1,0 +1,49 @@
+"""Links in the folder of a training, which must not lead a push, or a file that is written, to elsewhere."""
+
+import json
+import os
+from pathlib import Path
+
+from transformers.utils import logging
+
+from ...model.safe_writing import drop_link, leads_outside, write_atomically
+
+
+logger = logging.get_logger(__name__)
+
+
+def check_links(output_dir: str | os.PathLike) -> None:
+    """
+    Raises:
+        ValueError: if a link in the folder would upload a file from elsewhere.
+    """
+    folder = Path(output_dir)
+    for path in folder.rglob("*"):
+        if path.is_symlink() and leads_outside(path, folder):
+            raise ValueError(
+                f"{path} is a link to {os.readlink(path)}, which a push would upload from outside of the folder: "
+                "remove it."
+            )
+
+
+def prepare_push(checkpoint: str | os.PathLike, output_dir: str | os.PathLike) -> None:
+    """Before the Trainer copies a checkpoint into the folder to push: copies the code, which it leaves out."""
+    for code in Path(checkpoint).glob("*.py"):
+        with write_atomically(Path(output_dir, code.name)) as copy:
+            copy.write(code.read_bytes())
+    for file in os.listdir(checkpoint):
+        drop_link(os.path.join(output_dir, file))
+
+
+def make_room_for_metrics(path: Path) -> None:
+    """Removes a link; renames a file that holds no metrics."""
+    drop_link(path)
+    if path.is_file():
+        try:
+            if isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                return
+        except (ValueError, RecursionError):
+            pass
+        kept = path.with_name(f"{path.name}.damaged")
+        logger.warning(f"{path} holds no metrics as JSON; it is renamed to {kept.name}, and a new one is written.")
+        path.replace(kept)

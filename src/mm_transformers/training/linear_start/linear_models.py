@@ -1,0 +1,336 @@
+"""The best linear model of a task, from the features of a linear probe."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+
+from ...model.linear_problem import NEVER, LinearProblem, Solver
+
+
+MIXED_STRENGTHS = (1.0, 10.0, 100.0)  # whose solutions are averaged, if the problem mixes strengths
+NUM_FOLDS = 3
+# With fewer rows, cross-validation is repeated with other folds, since one says little.
+FEW_ROWS, NUM_REPEATS = 200, 3
+# How a model is fitted is chosen on at most so many rows.
+MAX_ROWS_TO_CHOOSE = 3_000
+# Weight of a copy of a row that lacks one of its modalities, beside 1 for the row as it is.
+COPY_WEIGHT = 0.3
+# What logits may be multiplied with, see [`_choose`].
+SCALES = tuple(sorted((2 ** (i / 4) for i in range(-12, 13)), key=lambda scale: max(scale, 1 / scale)))  # of equals, 1
+
+
+class Way(NamedTuple):
+    """
+    How a linear model is fitted.
+
+    Args:
+        balanced: whether all classes count alike, however many rows they have.
+        separate: whether each modality has a model of its own, fitted without the others; their logits are added
+            (product of experts: Hinton 2002, https://doi.org/10.1162/089976602760128018).
+    """
+
+    balanced: bool = False
+    separate: bool = False
+
+
+class LinearModel(NamedTuple):
+    """
+    The solution of one task.
+
+    Args:
+        weight (num_outputs, num_features), bias (num_outputs,): as `nn.Linear` has them.
+        way: how it was fitted.
+        scales: inverse strength of the penalty -> factor of the logits that were fitted with it; the solution is the
+            mean over the strengths.
+        num_items: how many rows (or words) have a label.
+        label_counts (`num_outputs` integers, *optional*): How many rows have each label, if classes were balanced.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    way: Way
+    scales: dict[float, float]
+    num_items: int
+    label_counts: list[int] | None = None
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """(num_items, num_features) -> logits (num_items, num_outputs)"""
+        return features @ self.weight.T + self.bias
+
+
+def solve(
+    problem: LinearProblem,
+    blocks: list[tuple[slice, int]],
+    features: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+) -> LinearModel | None:
+    """
+    The best linear model of some features: multinomial or binary logistic regression, or ridge regression.
+
+    Cross-validation, whose folds share no group, chooses how it is fitted.
+
+    - One label per row: the classes are balanced, each modality has a model of its own, and the answers of several
+      strengths are averaged, each scaled to be as sure as it is right. Few rows cannot choose between strengths. If one
+      unbalanced model of all modalities is clearly more accurate (by two standard errors), it is taken instead; so it
+      is if the user gave weights of labels that do not balance the classes.
+    - Otherwise: one model of all modalities, with the strength of the lowest loss.
+
+    In a model of all modalities each row also counts, with a small weight, as it would be without each of its
+    modalities, so that the model stays good where modalities are missing.
+
+    Args:
+        problem: the kind of linear model.
+        blocks: the features of each modality: its vector, and the column that is 1 where a row has the modality.
+        features (num_items, num_features), labels (num_items,) or (num_items, num_outputs): without missing labels.
+        groups (num_items,), *optional*: equal numbers stay on one side of a fold.
+
+    Returns:
+        The solution; `None` if there is nothing to learn: fewer than two rows, or one label only.
+
+    Example:
+
+    ```python
+    >>> fit = solve(MultinomialProblem(3), probe.blocks, features, labels)
+    >>> logits = features @ fit.weight.T + fit.bias
+    ```"""
+    groups = np.arange(len(labels)) if groups is None else groups
+    weights = problem.item_weights(labels)
+    if weights is not None:
+        features, labels, groups = (x[weights > 0] for x in (features, labels, groups))
+    if len(labels) < 2 or len(np.unique(labels, axis=0)) < 2:
+        return None
+    labels = problem.shaped(labels)
+    small, back = _rotated(features.astype(np.float64), blocks)
+    way, scales = _choose(problem, small, labels, groups)
+    weight, bias = _mean(_solver(problem, small, labels, way, 1e-4), scales)
+    counts = np.bincount(labels, minlength=problem.num_outputs).tolist() if way.balanced else None
+    return LinearModel((weight @ back).astype(np.float32), bias.astype(np.float32), way, scales, len(labels), counts)
+
+
+def majority(problem: LinearProblem, items: Any, num_items: int) -> np.ndarray:
+    """(num_items, num_outputs): the logits that always give the most frequent label, or the mean, of some items."""
+    return np.tile(problem.majority(items.labels), (num_items, 1))
+
+
+class _Rotated(NamedTuple):
+    """Features in fewer columns: vectors by modality, (num_items, columns), and who has it, (num_items,) bool."""
+
+    vectors: list[np.ndarray]
+    present: list[np.ndarray]
+
+    def rows(self, which: np.ndarray) -> "_Rotated":
+        return _Rotated([x[which] for x in self.vectors], [x[which] for x in self.present])
+
+    def without(self, modality: int) -> "_Rotated":
+        def cleared(arrays: list[np.ndarray]) -> list[np.ndarray]:
+            return [x * 0 if i == modality else x for i, x in enumerate(arrays)]
+
+        return _Rotated(cleared(self.vectors), cleared(self.present))
+
+    def matrix(self) -> np.ndarray:
+        parts = zip(self.vectors, self.present, strict=True)
+        return np.concatenate([np.column_stack([x, there.astype(x.dtype)]) for x, there in parts], 1)
+
+
+def _rotated(features: np.ndarray, blocks: list[tuple[slice, int]]) -> tuple[_Rotated, np.ndarray]:
+    """
+    Fewer columns than features where there are fewer rows. A ridge penalty does not see the rotation, so the solution
+    is the same; the matrix, (columns, num_features), takes its weights back.
+    """
+    vectors, present, turns = [], [], []
+    for part, indicator in blocks:
+        x = features[:, part]
+        rotation = np.eye(x.shape[1])
+        if len(x) < x.shape[1]:
+            values, basis = np.linalg.eigh(x @ x.T)
+            keep = values > 1e-10 * max(values.max(), 1e-30)
+            rotation = (x.T @ basis[:, keep] / np.sqrt(values[keep])).T
+        vectors.append(x @ rotation.T)
+        present.append(features[:, indicator] > 0)
+        turn = np.zeros((len(rotation) + 1, features.shape[1]))
+        turn[:-1, part] = rotation
+        turn[-1, indicator] = 1
+        turns.append(turn)
+    return _Rotated(vectors, present), np.concatenate(turns)
+
+
+# Fitting
+
+
+class Regressions(NamedTuple):
+    """
+    Those of scikit-learn.
+
+    Args:
+        tol: the tolerance of the optimiser.
+    """
+
+    tol: float
+
+    def logistic(self, features: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> Solver:
+        model = LogisticRegression(tol=self.tol, max_iter=1000, warm_start=True)
+
+        def solve_one(strength: float) -> tuple[np.ndarray, np.ndarray]:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                model.set_params(C=strength).fit(features, labels, counts)
+            return model.coef_.copy(), model.intercept_.copy()
+
+        return solve_one
+
+    def ridge(self, features: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> Solver:
+        def solve_one(strength: float) -> tuple[np.ndarray, np.ndarray]:
+            model = Ridge(alpha=1 / strength).fit(features, labels, counts)
+            return model.coef_.reshape(labels.shape[1], -1), np.atleast_1d(model.intercept_)
+
+        return solve_one
+
+
+def _solver(problem: LinearProblem, small: _Rotated, labels: np.ndarray, way: Way, tol: float) -> Solver:
+    regressions = Regressions(tol)
+    counts = _row_weights(problem, labels, way.balanced)
+    if not way.separate:
+        return problem.solver(*_with_copies(small, labels, counts), regressions)
+    parts = []
+    for x, there in zip(small.vectors, small.present, strict=True):
+        known = np.bincount(labels[there], minlength=problem.num_outputs) > 0
+        solver = problem.solver(x[there], labels[there], counts[there], regressions) if known.sum() > 1 else None
+        parts.append((solver, known, x.shape[1]))
+    is_somewhere = np.bincount(labels, minlength=problem.num_outputs) > 0
+
+    def solve_all(strength: float) -> tuple[np.ndarray, np.ndarray]:
+        weights = []
+        for solver, known, width in parts:
+            weight, own = np.zeros((problem.num_outputs, width)), np.zeros(problem.num_outputs)
+            if solver is not None:
+                weight, own = solver(strength)
+                # A class whose rows all lack this modality is neither likely nor out of the question.
+                own[~known] = np.where(is_somewhere, own[known].min(), 0.0)[~known]
+            weights += [weight, own[:, None]]
+        return np.concatenate(weights, 1), np.where(is_somewhere, 0.0, NEVER)
+
+    return solve_all
+
+
+def _row_weights(problem: LinearProblem, labels: np.ndarray, balanced: bool) -> np.ndarray:
+    """(num_items,): how much each row counts; the mean is 1."""
+    weights = problem.item_weights(labels)
+    if weights is None:
+        weights = 1 / np.bincount(labels)[labels] if balanced else np.ones(len(labels))
+    return weights * len(weights) / weights.sum()
+
+
+def _with_copies(small: _Rotated, labels: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, labels and weights: the rows as they are, and without each modality if another is left."""
+    num_there = np.sum(small.present, 0)
+    matrices, targets, weights = [small.matrix()], [labels], [counts]
+    for i, there in enumerate(small.present):
+        rows = np.flatnonzero(there & (num_there > 1))
+        if len(rows) and COPY_WEIGHT:
+            matrices.append(small.rows(rows).without(i).matrix())
+            targets.append(labels[rows])
+            weights.append(COPY_WEIGHT * counts[rows])
+    weight = np.concatenate(weights)
+    return np.concatenate(matrices), np.concatenate(targets), weight * len(labels) / weight.sum()
+
+
+def _mean(solver: Solver, scales: dict[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of the solutions of some strengths, each with a scale."""
+    solutions = [(scale, *solver(strength)) for strength, scale in scales.items()]
+    weight = np.mean([scale * weight for scale, weight, _ in solutions], 0)
+    bias = np.mean([scale * bias for scale, _, bias in solutions], 0)
+    return weight, np.where(solutions[0][2] == NEVER, NEVER, bias)
+
+
+# Choosing
+
+
+def _choose(
+    problem: LinearProblem, small: _Rotated, labels: np.ndarray, groups: np.ndarray
+) -> tuple[Way, dict[float, float]]:
+    """How to fit, and by which strengths with which scales."""
+    problem, labels = problem.reduced(labels)
+    if len(labels) > MAX_ROWS_TO_CHOOSE:
+        some = np.sort(np.random.default_rng(0).permutation(len(labels))[:MAX_ROWS_TO_CHOOSE])
+        small, labels, groups = small.rows(some), labels[some], groups[some]
+    folds = list(_folds(problem, labels, groups))
+    if not problem.mixes_strengths:
+        answers, truth = _answers(problem, small, labels, folds, Way(), problem.strengths)
+        losses = {strength: problem.losses(logits, truth).sum() for strength, logits in answers.items()}
+        return Way(), {min(losses, key=lambda strength: losses[strength]): 1.0}
+    # No scale makes a label likelier that the training rows of the fold lack.
+    is_known = np.concatenate([np.zeros(0, bool), *(np.isin(labels[test], labels[train]) for train, test in folds)])
+
+    def assessed(way: Way) -> tuple[dict[float, float], np.ndarray]:
+        """The best scale of each strength, and which rows their mean answers rightly."""
+        answers, truth = _answers(problem, small, labels, folds, way, MIXED_STRENGTHS)
+        if len(np.unique(truth[is_known])) < 2:  # which says nothing about scales
+            return dict.fromkeys(answers, 1.0), np.zeros(len(truth), bool)
+        counts = _row_weights(problem, truth, way.balanced) * is_known
+        scales = {
+            strength: min(SCALES, key=lambda scale: (counts * problem.losses(scale * logits, truth)).sum())
+            for strength, logits in answers.items()
+        }
+        logits = np.sum([scales[strength] * logits for strength, logits in answers.items()], 0)
+        return scales, logits.argmax(1) == truth
+
+    if problem.label_weights is not None and not _is_balanced(problem.label_weights, labels):
+        return Way(), assessed(Way())[0]
+    first, second = Way(balanced=True, separate=True), Way()
+    scales, is_right = assessed(first)
+    if problem.label_weights is not None:
+        return first, scales
+    other_scales, is_also_right = assessed(second)
+    gain = is_also_right.astype(float) - is_right
+    # Repeated folds ask about the same rows again, which tells nothing new.
+    is_clear = len(gain) > 0 and gain.mean() > 2 * gain.std() / np.sqrt(len(labels))
+    return (second, other_scales) if is_clear else (first, scales)
+
+
+def _is_balanced(label_weights: Sequence[float], labels: np.ndarray) -> bool:
+    """Whether these weights make all classes count alike."""
+    counts = np.bincount(labels, minlength=len(label_weights))
+    shares = (counts * label_weights)[counts > 0]
+    return bool(np.allclose(shares, shares[0], rtol=0.01))
+
+
+def _answers(
+    problem: LinearProblem,
+    small: _Rotated,
+    labels: np.ndarray,
+    folds: list[tuple[np.ndarray, np.ndarray]],
+    way: Way,
+    strengths: Sequence[float],
+) -> tuple[dict[float, np.ndarray], np.ndarray]:
+    """By strength the logits of all rows that were held out; and their labels."""
+    found: dict[float, list[np.ndarray]] = {strength: [] for strength in strengths}
+    for train, held_out in folds:
+        solver = _solver(problem, small.rows(train), labels[train], way, 1e-3)
+        seen = small.rows(held_out).matrix()
+        for strength, parts in found.items():
+            weight, bias = solver(strength)
+            parts.append(seen @ weight.T + bias)
+    empty = np.zeros((0, problem.num_outputs))
+    logits = {strength: np.concatenate([empty, *parts]) for strength, parts in found.items()}
+    return logits, np.concatenate([labels[:0], *(labels[held_out] for _, held_out in folds)])
+
+
+def _folds(problem: LinearProblem, labels: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    num_folds = min(NUM_FOLDS, len(np.unique(groups)))
+    if num_folds < 2:
+        return
+    classes = problem.classes(labels)
+    is_stratified = classes is not None and np.bincount(classes).max() >= num_folds
+    for repeat in range(NUM_REPEATS if len(labels) < FEW_ROWS else 1):
+        splitter = (StratifiedGroupKFold if is_stratified else GroupKFold)(num_folds, shuffle=True, random_state=repeat)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a class with fewer rows than folds
+            for train, held_out in splitter.split(np.zeros((len(labels), 0)), classes, groups):
+                if len(train) and len(held_out):
+                    yield train, held_out

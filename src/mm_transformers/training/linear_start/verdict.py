@@ -1,0 +1,105 @@
+"""Compares a trained model with simple models on the validation rows: one line per task."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Optional
+
+import torch
+from transformers import TrainerState
+
+from ...model.task_base import Task
+from ..metrics import LESS_IS_BETTER, headline
+
+
+@dataclass
+class Verdict:
+    """
+    Of one task, on the validation rows.
+
+    Args:
+        task: its name.
+        metric: the name of its first metric; all numbers below are of this metric.
+        linear: the linear model with which the task started.
+        text_alone: a linear model of the text alone.
+        majority: always the same answer, the most frequent label or the mean of the training rows.
+        num_rows: how many validation rows (or words) have a label.
+        model: the trained model, with the weights that are kept. `None` if it was not measured.
+        kept_start: whether no trained weights were better than the start, so that the start is kept.
+    """
+
+    task: str
+    metric: str
+    linear: float
+    text_alone: float
+    majority: float
+    num_rows: int
+    model: Optional[float] = None
+    kept_start: bool = False
+
+    @property
+    def less_is_better(self) -> bool:
+        return self.metric.endswith(LESS_IS_BETTER)
+
+    @property
+    def gain(self) -> float:
+        """By how much the model is better than the linear start; negative if it is worse."""
+        assert self.model is not None
+        return (self.linear - self.model) if self.less_is_better else (self.model - self.linear)
+
+    @property
+    def others_help(self) -> bool:
+        """Whether model or start is better than a linear model of the text alone."""
+        known = [self.linear, *([] if self.model is None else [self.model])]
+        return min(known) < self.text_alone if self.less_is_better else max(known) > self.text_alone
+
+    def __str__(self) -> str:
+        def shown(value: Optional[float]) -> str:
+            if value is None:
+                return "not measured"
+            return f"{value:.4g}" if self.less_is_better or self.metric == "pearson" else f"{100 * value:.1f}"
+
+        line = (
+            f"{self.task}: {shown(self.model)} {self.metric} on {self.num_rows:,} validation labels (linear start "
+            f"{shown(self.linear)}, text alone {shown(self.text_alone)}, majority {shown(self.majority)})"
+        )
+        if self.kept_start:
+            line += "; no trained weights were better than the linear start, so the start is kept"
+        elif self.model is not None and self.gain < 0:
+            line += "; this task ended below its linear start"
+        return line
+
+
+def verdict_of(
+    task: Task, labels: torch.Tensor, linear: torch.Tensor, text_alone: torch.Tensor, majority: torch.Tensor
+) -> Optional[Verdict]:
+    """
+    Args:
+        labels: of the validation rows (or words), none missing.
+        linear, text_alone, majority: the logits of the simple models for them.
+
+    Returns:
+        `None` if the task has no metric, or no label.
+    """
+    if len(labels) == 0 or not task.default_metrics:
+        return None
+    values = [headline(task, logits, labels)[1] for logits in (linear, text_alone, majority)]
+    return Verdict(task.name, task.default_metrics[0], values[0], values[1], values[2], len(labels))
+
+
+def with_measured(verdicts: Mapping[str, Verdict], state: TrainerState, has_best: bool) -> list[Verdict]:
+    """
+    The verdicts with what was measured of the trained model.
+
+    Args:
+        verdicts: task -> what was measured at the start.
+        state: of the training that has ended.
+        has_best: whether the weights of the best step are kept, not those of the last one.
+    """
+    best = state.best_global_step
+    step = best if best is not None and has_best else state.global_step
+    measured = [entry for entry in state.log_history if "eval_loss" in entry]
+    values: dict[str, float] = next((entry for entry in reversed(measured) if entry["step"] == step), {})
+    return [
+        replace(verdict, model=values.get(f"eval_{name}_{verdict.metric}"), kept_start=best == 0)
+        for name, verdict in verdicts.items()
+    ]

@@ -1,0 +1,1 @@
+"""The loss of an optimiser step, and the gradients of its tasks."""

@@ -1,0 +1,89 @@
+"""Options of tasks that the training rows decide, such as balanced class weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.utils import logging
+
+from ...data.collator import MMDataCollator
+from ...data.mixture import DataMixture
+from ...data.row_labels import encoded_labels
+from ...data.sources import DataSource, is_iterable
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+from ...model.tasks import Task
+
+
+logger = logging.get_logger(__name__)
+
+
+def prepare_tasks(
+    model: MMTransformerForMultiTask, dataset: Any, collator: MMDataCollator, *holders: Any
+) -> list[Task]:
+    """
+    Calls [`Task.prepare_for`] with the training labels for each task with `unresolved` options, and writes the result
+    into the config, so that a saved model has the same loss. Reads the columns of these labels only.
+
+    Each process gets the same result. A second call does nothing.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): Whose tasks and config are changed.
+        dataset: the training rows, without those that are held out; of a [`DataMixture`] each row counts once, whatever
+            its `sampling` is.
+        collator ([`MMDataCollator`]): Knows the column of texts.
+        holders: objects with tasks of their own in a dict `tasks`, such as [`MultiTaskMetrics`], which get the same.
+
+    Returns:
+        The tasks that have changed.
+
+    Raises:
+        ValueError: if the rows are a stream, or a cell is not a label.
+
+    Example:
+
+    ```python
+    >>> prepare_tasks(trainer.fused_model, rows, trainer.data_collator, trainer.compute_metrics)
+    ```
+    """
+    waiting = [task for task in model.tasks.values() if task.unresolved]
+    if not waiting:
+        return []
+    sources = list(dataset.sources.values()) if isinstance(dataset, DataMixture) else [dataset]
+    for source in sources:
+        if is_iterable(source.dataset if isinstance(source, DataSource) else source):
+            raise ValueError(
+                f"Task {waiting[0].name!r}: {waiting[0].unresolved[0]} depends on all training rows, but these are a "
+                "stream: give its numbers, as a dict from label to weight."
+            )
+    labels: dict[str, list[Any]] = {task.name: [] for task in waiting}
+    for source in sources:
+        encoded = encoded_labels(source, waiting, collator.text_column, collator.label_separator)
+        for name, found in encoded.items():
+            labels[name] += found
+    for task in waiting:
+        options = task.unresolved
+        task.prepare_for(labels[task.name])
+        for option in options:
+            logger.info(f"Task {task.name!r}: {option} found in the training rows: {getattr(task, option)}.")
+    _take(model, waiting, holders)
+    return waiting
+
+
+def balance_tasks(model: MMTransformerForMultiTask, counts: Mapping[str, Sequence[int]], *holders: Any) -> None:
+    """
+    Calls [`Task.balance`] for the tasks that started with balanced classes, so that training goes on with the loss with
+    which the linear model was fitted, and writes the result into the config.
+
+    Args:
+        counts: task -> how many training rows have each of its labels.
+        model, holders: as [`prepare_tasks`] has them.
+    """
+    for name, numbers in counts.items():
+        model.tasks[name].balance(numbers)
+    _take(model, list(model.tasks.values()), holders)
+
+
+def _take(model: MMTransformerForMultiTask, tasks: list[Task], holders: tuple[Any, ...]) -> None:
+    model.config.tasks = [task.to_dict() for task in model.tasks.values()]
+    for holder in holders:
+        if isinstance(getattr(holder, "tasks", None), dict):
+            holder.tasks.update({task.name: task for task in tasks if task.name in holder.tasks})

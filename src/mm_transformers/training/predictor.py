@@ -1,0 +1,205 @@
+"""From the rows of a table, a list or a stream to answers, in one process or several."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count, islice
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, send_to_device
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ..data.collator import ROW_KEY, MMDataCollator
+from ..model.answers import check_tasks, unwrapped
+from ..model.label_cells import is_null
+from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+from ..model.predictions import Predictions
+from ..model.processing_mm_transformer import MMTransformerProcessor
+
+
+class Predictor:
+    """
+    Answers the rows of a table, a list or a stream, in their order, a few batches at a time. Of several processes,
+    each answers every n-th batch and all get all answers.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): On the device of this process.
+        collator ([`MMDataCollator`]): Names the columns of texts, pictures and sounds. Columns of labels are not read.
+        tasks (`list[str]`, *optional*): The tasks to answer; all by default. A decoder runs only for these.
+        batch_size (`int`, *optional*, defaults to 32): Rows per batch.
+        num_workers (`int`, *optional*, defaults to 0): Processes that read files in the background.
+        generation_options: for `model.generate`, where a task writes.
+
+    Raises:
+        ValueError: if the model has no such task; when called, one sentence that names the row that cannot be read.
+
+    Example:
+
+    ```python
+    >>> predictor = Predictor.from_pretrained("my-model", image_column="photo")  # a folder or a Hub id
+
+    >>> table = load_dataset("csv", data_files="rows.csv")["train"]
+    >>> predictor(table)[0]
+    {'sentiment': {'label': 'negative', 'score': 0.87}}
+
+    >>> stream = load_dataset("csv", data_files="rows.csv", streaming=True)["train"]
+    >>> for batch in predictor.stream(stream):  # holds a few batches at a time
+    ...     for row, answers in batch:
+    ...         print(row["id"], answers["sentiment"]["label"])
+    ```
+    """
+
+    def __init__(
+        self,
+        model: MMTransformerForMultiTask,
+        collator: MMDataCollator,
+        tasks: Sequence[str] | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        **generation_options: Any,
+    ):
+        self.model: Any = unwrapped(model)
+        self.collator, self.tasks = collator, check_tasks(self.model, tasks)
+        self.batch_size, self.num_workers, self.generation_options = batch_size, num_workers, generation_options
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike, tasks: Sequence[str] | None = None, **options: Any
+    ) -> "Predictor":
+        """
+        Loads a model and its processor.
+
+        Args:
+            name: a folder or a Hub id.
+            tasks: the tasks to answer; all by default.
+            options: `batch_size`, `num_workers`, and the options of [`MMDataCollator`], such as `image_column`.
+        """
+        model = MMTransformerForMultiTask.from_pretrained(name)
+        own = {key: options.pop(key) for key in ("batch_size", "num_workers") if key in options}
+        collator = MMDataCollator(MMTransformerProcessor.from_pretrained(name), model.config, **options)
+        return cls(model.to(PartialState().device), collator, tasks, **own)
+
+    def __call__(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """
+        The answers to all rows, a dict from task to answer each, as [`Task.decode`] gives it; for tasks that write,
+        `{"text": ...}`.
+
+        Args:
+            rows: a list, a data set, or anything else that gives dicts.
+        """
+        return [answers for batch in self.stream(rows, keep=_nothing) for _, answers in batch]
+
+    def stream(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        prepare: Callable[[Any], Mapping[str, Any]] = dict,
+        keep: Callable[[Any], Any] = dict,
+    ) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+        """
+        The same batch by batch.
+
+        Args:
+            rows: each process, and each worker, reads them on its own: they must be the same for all.
+            prepare: a row -> the row that the collator reads.
+            keep: a row -> the part of it to give back with its answers; by default all of it.
+
+        Yields:
+            For each batch a list of pairs: the part that is kept, and the answers.
+        """
+        model, state = self.model, PartialState()
+        share = _Share(rows, self.collator, self.batch_size, state.process_index, state.num_processes, prepare, keep)
+        batches = iter(DataLoader(share, batch_size=None, num_workers=self.num_workers))
+        while True:
+            batch = next(batches, None)
+            done: list[Any] = []
+            if isinstance(batch, ValueError):
+                done = [batch]
+            elif batch is not None:
+                kept, inputs, word_index, texts = batch
+                predictions = Predictions.of(model, send_to_device(inputs, model.device))
+                answers = predictions.answers(
+                    self.collator.processor, self.tasks, word_index, **self.generation_options
+                )
+                for answer, text in zip(answers, texts, strict=True):
+                    answer.update({n: model.tasks[n].complete_answer(answer[n], text) for n in self.tasks})
+                done = [list(zip(kept, answers, strict=True))]
+            if state.num_processes > 1:
+                done = gather_object(done)
+            if not done:
+                return
+            for answered in done:
+                if isinstance(answered, ValueError):
+                    raise answered  # in all processes, so that none waits for the others
+                yield answered
+
+
+def _nothing(row: Any) -> None:
+    return None
+
+
+def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The answers of a row as columns: under the name of the task what it says first (a label, a number, a text), and the
+    rest behind its name, as in `topic_score`. Of a list, as tasks that label words give it, each is a list.
+
+    Raises:
+        ValueError: if two tasks would have a column alike, as tasks `topic` and `topic_score` do.
+    """
+    columns: dict[str, Any] = {}
+    for name, answer in answers.items():
+        if isinstance(answer, list) and all(isinstance(item, dict) for item in answer):
+            keys = list(dict.fromkeys(key for item in answer for key in item)) or ["label", "score"]
+            answer = {key: [item[key] for item in answer] for key in keys}
+        if not isinstance(answer, dict):
+            answer = {"": answer}
+        for i, (key, value) in enumerate(answer.items()):
+            column = name if i == 0 else f"{name}_{key}"
+            if column in columns:
+                raise ValueError(
+                    f"The answers of task {name!r} and of another task would both be in a column {column!r}; choose "
+                    "the tasks to answer, one of the two at a time."
+                )
+            columns[column] = value
+    return columns
+
+
+class _Share(IterableDataset):
+    """The batches of one process, or of one of its workers: what was kept of the rows, and what the model takes."""
+
+    def __init__(self, rows, collator: MMDataCollator, batch_size: int, rank: int, num_processes: int, prepare, keep):
+        self.rows, self.collator, self.batch_size = rows, collator.with_word_index(), batch_size
+        self.rank, self.num_processes = rank, num_processes
+        self.prepare, self.keep = prepare, keep
+        self.columns = [collator.text_column, *(column.column for column in collator.media.values())]
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        worker_id, num_workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        # The loader takes from its workers in turn, so what each process gives has the order of the rows.
+        mine, period = self.rank + self.num_processes * worker_id, self.num_processes * num_workers
+        rows = iter(self.rows)
+        for number in count():
+            try:
+                batch = list(islice(rows, self.batch_size))
+                if number % period == mine and batch:
+                    yield self._read(batch, number * self.batch_size)
+            except ValueError as error:
+                # Not raised here: a loader would put the traceback of its worker into the message.
+                yield ValueError(str(error))
+                return
+            if not batch:
+                return
+
+    def _read(
+        self, rows: list[Mapping[str, Any]], first: int
+    ) -> tuple[list[Any], dict[str, Any], torch.Tensor | None, list[str]]:
+        # Without the columns of labels, which need not be labels, if there are any.
+        prepared = [self.prepare(row) for row in rows]
+        known: list[Mapping[str, Any]]
+        known = [{c: row[c] for c in self.columns if c in row} | {ROW_KEY: first + i} for i, row in enumerate(prepared)]
+        inputs = self.collator(known)
+        inputs.pop("labels")
+        texts = [row[self.collator.text_column] for row in known]
+        texts = ["" if is_null(t) else " ".join(t) if isinstance(t, (list, tuple)) else t for t in texts]
+        return [self.keep(row) for row in rows], inputs, inputs.pop("word_index", None), texts

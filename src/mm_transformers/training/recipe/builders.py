@@ -1,0 +1,145 @@
+"""What a recipe describes: arguments, data, trainer."""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from transformers import TrainerCallback, set_seed
+
+from ...data.collator import MMDataCollator
+from ...data.labels import check_labels, complete_task, prepare_labels
+from ...data.loading import check_columns, first_rows, hold_out, load_files, load_named
+from ...model.encoders import HUB_KWARGS
+from ...model.messages import one_line
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+from ...model.processing_mm_transformer import MMTransformerProcessor
+from ...model.tasks import Task
+from ..arguments import MMTrainingArguments
+from ..trainer import MMTrainer
+from .recipe import Recipe
+
+
+class RecipeData(NamedTuple):
+    """The rows of "train", and of "validation" and "test" if there are any, and the tasks with all of their labels."""
+
+    splits: dict[str, datasets.Dataset]
+    tasks: list[Task]
+
+
+def training_arguments(recipe: Recipe) -> MMTrainingArguments:
+    """
+    Raises:
+        ValueError: as transformers does, if values do not fit each other.
+    """
+    try:
+        return MMTrainingArguments(**recipe.training)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"The training options do not fit: {one_line(error, 1000)}") from error
+
+
+def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
+    """
+    The rows of a recipe. One process prepares them in the cache of `datasets`, the others read them there.
+
+    Raises:
+        ValueError: one sentence, if a file or column is missing, or a column cannot be that of its task.
+    """
+    data, columns, cache_dir = recipe.data, recipe.columns, recipe.model.get("cache_dir")
+    with args.main_process_first(desc="reading the data"):
+        if data.dataset_name is not None:
+            splits = load_named(data.dataset_name, data.dataset_config_name, cache_dir)
+        else:
+            media = (columns.image, columns.video, columns.audio)
+            splits = load_files(data.files, media, data.image_root, cache_dir, option="data.{split}")
+        wanted: dict[str, tuple[str, ...]] = {"columns.text": (columns.text,)}
+        if recipe.model.get("vision") is not None:
+            wanted["columns.image (or columns.video)"] = (columns.image, columns.video)
+        if recipe.model.get("audio") is not None:
+            wanted["columns.audio"] = (columns.audio,)
+        check_columns(splits, wanted)
+        splits = prepare_labels(splits, recipe.tasks)
+    # Before any row is put aside: a rare label may be in those rows only.
+    tasks = [complete_task(task, splits["train"], data.label_separator) for task in recipe.tasks]
+    check_labels(splits, tasks, columns.text, data.label_separator)
+    if data.validation_fraction is not None:
+        options = {**columns.collator_options, "label_separator": data.label_separator}
+        hold_out(splits, data.validation_fraction, options, tasks)
+    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_eval_samples}
+    return RecipeData({split: first_rows(rows, limits[split]) for split, rows in splits.items()}, tasks)
+
+
+def build_trainer(
+    recipe: Recipe,
+    args: MMTrainingArguments | None = None,
+    data: RecipeData | None = None,
+    saved: str | os.PathLike | None = None,
+    allow_urls: bool | Collection[str] = False,
+    **kwargs: Any,
+) -> MMTrainer:
+    """
+    The trainer of a recipe, with a new model of pretrained encoders.
+
+    Args:
+        recipe: says everything; `dataclasses.replace` makes another of it.
+        args, data: those of the recipe, if they are there already.
+        saved: folder of a model to take instead.
+        allow_urls: as [`MMDataCollator`] takes it. A recipe cannot say it.
+        kwargs: for [`MMTrainer`].
+
+    Raises:
+        ValueError: one sentence, if something does not fit.
+
+    Example:
+
+    ```python
+    >>> from mm_transformers.training.recipe.builders import build_trainer
+    >>> from mm_transformers.training.recipe import read_recipe
+
+    >>> trainer = build_trainer(read_recipe("recipe.yaml", ["training.max_steps=100"]))
+    >>> trainer.train()
+    ```"""
+    args = training_arguments(recipe) if args is None else args
+    data = load_data(recipe, args) if data is None else data
+    set_seed(args.seed)
+    if saved is not None:
+        processor = MMTransformerProcessor.from_pretrained(saved)
+        model = MMTransformerForMultiTask.from_pretrained(saved)
+    else:
+        encoders: dict[str, Any] = {name: recipe.model.get(name) for name in ("text", "vision", "audio")}
+        # Without a word of the person, transformers would ask one at the keyboard.
+        options: dict[str, Any] = {"trust_remote_code": False}
+        options |= {name: value for name, value in recipe.model.items() if name not in encoders}
+        known: dict[str, Any] = {name: options[name] for name in (*HUB_KWARGS, "num_frames") if name in options}
+        processor = MMTransformerProcessor.from_encoders(**encoders, backend=options.pop("backend", None), **known)
+        model = MMTransformerForMultiTask.from_encoders(**encoders, tasks=data.tasks, **options)
+    reading: dict[str, Any] = {**recipe.columns.collator_options, **recipe.data.collator_options}
+    collator = MMDataCollator(processor, model.config, allow_urls=allow_urls, **reading)
+    return MMTrainer(
+        model,
+        args,
+        data_collator=collator,
+        train_dataset=data.splits["train"],
+        eval_dataset=data.splits.get("validation"),
+        processing_class=processor,
+        feature_cache=recipe.data.feature_cache,
+        callbacks=[RecipeCallback(recipe), *kwargs.pop("callbacks", [])],
+        **kwargs,
+    )
+
+
+class RecipeCallback(TrainerCallback):
+    """Writes the recipe beside the model and beside each checkpoint."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.recipe.save(Path(args.output_dir))
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            self.recipe.save(folder)

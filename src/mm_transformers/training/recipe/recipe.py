@@ -1,0 +1,370 @@
+"""A recipe: everything that one training depends on, in one file."""
+
+import dataclasses
+import difflib
+import os
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+
+from huggingface_hub.dataclasses import type_validator
+from transformers import TrainingArguments
+
+from ...model.configuration_mm_transformer import MMTransformerConfig
+from ...model.encoders import HUB_KWARGS
+from ...model.messages import shortened
+from ...model.safe_writing import write_atomically
+from ...model.tasks import TASK_KINDS
+from ..arguments import MMTrainingArguments
+from .trust import check_powers
+from .yaml_format import dump_yaml, parse_yaml, read_yaml
+
+
+RECIPE_NAME = "recipe.yaml"
+SECTIONS = ("data", "columns", "model", "tasks", "training")
+
+
+@dataclass
+class DataSection:
+    """
+    Which rows there are, and how they are read; see [`MMDataCollator`] for the last four. `feature_cache` is the folder
+    of a [`FeatureCache`].
+    """
+
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    validation_fraction: float | None = None
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    image_root: str | None = None
+    feature_cache: str | None = None
+    label_separator: str = "|"
+    on_bad_file: str = "raise"
+    sampling_rate: int | None = None
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+
+    @property
+    def files(self) -> dict[str, str]:
+        files = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {split: path for split, path in files.items() if path is not None}
+
+    @property
+    def collator_options(self) -> dict[str, Any]:
+        names = ("on_bad_file", "sampling_rate", "max_length", "pad_to_multiple_of", "label_separator")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class ColumnsSection:
+    """What the columns of the data are called."""
+
+    text: str = "text"
+    image: str = "image"
+    video: str = "video"
+    audio: str = "audio"
+
+    @property
+    def collator_options(self) -> dict[str, str]:
+        return {f"{name}_column": column for name, column in dataclasses.asdict(self).items()}
+
+
+def _model_hints() -> dict[str, Any]:
+    """Encoders, the fields of the config that are not made of them, and what loading an encoder takes."""
+    made = ("text_config", "vision_config", "audio_config", "tasks")
+    config = {
+        name: hint
+        for name, hint in MMTransformerConfig.__annotations__.items()
+        if name not in made and get_origin(hint) is not ClassVar
+    }
+    loading: dict[str, type] = dict.fromkeys(HUB_KWARGS, bool)
+    loading |= dict.fromkeys(("revision", "cache_dir", "token", "dtype", "attn_implementation", "backend"), str)
+    return {"text": str, "vision": str | None, "audio": str | None, **config, **loading}
+
+
+def _training_hints() -> dict[str, Any]:
+    """Of [`MMTrainingArguments`], the fields that [`MMTrainer`] heeds."""
+    hints = get_type_hints(MMTrainingArguments)
+    names = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    names += [name for name in vars(MMTrainingArguments)["__annotations__"] if name not in names]
+    return {name: hints[name] for name in [*names, "generation_max_length", "generation_num_beams"]}
+
+
+# What a path may be relative to the recipe. Of the latter, only if there is such a file: they may be names of the Hub.
+_PATHS = {"data": ("train", "validation", "test", "image_root", "feature_cache"), "training": ("output_dir",)}
+_PERHAPS_PATHS = {
+    "data": ("dataset_name",),
+    "model": ("text", "vision", "audio", "cache_dir"),
+    "training": ("resume_from_checkpoint", "deepspeed", "fsdp_config"),
+}
+# What makes no difference to the weights, so that a training may go on with another value.
+_NO_MATTER = {
+    "data": ("test", "max_eval_samples", "feature_cache"),
+    "model": ("cache_dir", "token", "local_files_only", "force_download", "trust_remote_code"),
+}
+SECRETS = ("token", "hub_token", "push_to_hub_token")
+
+
+@dataclass
+class Recipe:
+    """
+    What a recipe file says, checked.
+
+    Args:
+        data, columns: see there.
+        model: `text`, `vision` and `audio`, ids of the Hub or folders; fields of [`MMTransformerConfig`]; and options
+            of `from_encoders`.
+        tasks: the tasks as `config.json` stores them; labels may be missing.
+        training: fields of `TrainingArguments`.
+    """
+
+    data: DataSection
+    columns: ColumnsSection
+    model: dict[str, Any]
+    tasks: list[dict[str, Any]]
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """
+        Raises:
+            ValueError: one sentence that names the key by all of its path, if it is unknown, missing, or its value
+                does not fit.
+        """
+        _check_keys(values, SECTIONS, "")
+        for name in SECTIONS:
+            kind: type = list if name == "tasks" else dict
+            value = kind() if values.get(name) is None else values[name]
+            if not isinstance(value, kind):
+                what = "a list of tasks" if name == "tasks" else "a section with keys"
+                raise ValueError(f"{name} must be {what}, but is {shortened(value)}.")
+            values = {**values, name: value}
+        data = DataSection(**_checked(values["data"], get_type_hints(DataSection), "data"))
+        columns = ColumnsSection(**_checked(values["columns"], get_type_hints(ColumnsSection), "columns"))
+        model = _checked(values["model"], _model_hints(), "model")
+        training = _checked(values["training"], _training_hints(), "training")
+        tasks = [_checked_task(task, f"tasks.{i}") for i, task in enumerate(values["tasks"])]
+        for section, key, known in (("model", "text", model), ("training", "output_dir", training)):
+            if known.get(key) is None:
+                raise ValueError(f"The recipe needs {section}.{key}.")
+        if not tasks:
+            raise ValueError("The recipe needs tasks, for example tasks: [{name: topic, kind: classification}].")
+        if (data.dataset_name is None) == (data.train is None):
+            raise ValueError("The recipe needs either data.train, a file, or data.dataset_name.")
+        if data.dataset_name is not None and (data.files or data.image_root is not None):
+            other = "image_root" if data.image_root is not None else next(iter(data.files))
+            raise ValueError(f"data.{other} goes with data.train; a data set that data.dataset_name names has its own.")
+        if data.validation_fraction is not None and not 0 < data.validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction must lie between 0 and 1, but is {data.validation_fraction}.")
+        for name in ("max_train_samples", "max_eval_samples", "sampling_rate", "max_length", "pad_to_multiple_of"):
+            if (number := getattr(data, name)) is not None and number < 1:
+                raise ValueError(f"data.{name} must be at least 1, but is {number}.")
+        return cls(data, columns, model, tasks, training)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it can be read again; without defaults, and without secrets."""
+        values: dict[str, Any] = {
+            "data": _not_default(self.data),
+            "columns": _not_default(self.columns),
+            "model": self.model,
+            "tasks": self.tasks,
+            "training": self.training,
+        }
+        for name in ("model", "training"):
+            values[name] = {key: value for key, value in values[name].items() if key not in SECRETS}
+        return {name: value for name, value in values.items() if value}
+
+    def save(self, folder: Path) -> None:
+        """Writes `recipe.yaml`, wholly or not at all."""
+        with write_atomically(folder / RECIPE_NAME) as file:
+            file.write(dump_yaml(self.to_dict()).encode())
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """Where the two would give different weights even for equal training: sentences without a full stop."""
+        mine, others = self._matters(), other._matters()
+        return [
+            f"{key} is {shortened(others.get(key))} there and {shortened(mine.get(key))} here"
+            for key in dict.fromkeys([*mine, *others])
+            if mine.get(key) != others.get(key)
+        ]
+
+    def _matters(self) -> dict[str, Any]:
+        defaults = {name: getattr(MMTransformerConfig, name, None) for name in _model_hints()}
+        sections = {
+            "data": dataclasses.asdict(self.data),
+            "columns": dataclasses.asdict(self.columns),
+            "model": {**defaults, **self.model},
+        }
+        flat = {
+            f"{name}.{key}": value
+            for name, section in sections.items()
+            for key, value in section.items()
+            if key not in _NO_MATTER.get(name, ())
+        }
+        flat["the order of the tasks"] = [task["name"] for task in self.tasks]
+        for task in self.tasks:
+            for key, value in {"column": task["name"], **_task_defaults(task), **task}.items():
+                flat[f"{key} of task {task['name']!r}"] = value
+        return flat
+
+
+def read_recipe(path: str | os.PathLike, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """
+    The recipe of a YAML or JSON file.
+
+    Args:
+        path: the file. Relative paths in it start at its folder.
+        overrides: `section.key=value`, as on a command line: values are YAML, and relative paths start at the current
+            folder. Places in lists are numbers: `tasks.0.loss_weight=2`. What runs code or sends data away can only be
+            asked for here, as by `model.trust_remote_code=true`; see [`check_powers`].
+
+    Raises:
+        ValueError: one sentence that names the key, or the file.
+    """
+    path = Path(path)
+    values = _with_root(read_yaml(path), path.absolute().parent)
+    asked = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{override!r} must read section.key=value, such as training.learning_rate=1e-4.")
+        try:
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise ValueError(f"The value of {key} cannot be read as YAML: {error}") from error
+        parts = key.split(".")
+        if len(parts) <= 2:
+            nested = _with_root({parts[0]: value if len(parts) == 1 else {parts[1]: value}}, Path.cwd())
+            value = nested[parts[0]] if len(parts) == 1 else nested[parts[0]][parts[1]]
+        _override(values, parts, value, key)
+    try:
+        check_powers(asked, values, overrides)
+        return Recipe.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _override(values: Any, parts: list[str], value: Any, whole: str) -> None:
+    first, *rest = parts
+    here = whole.split(".")[: -len(rest) or None]
+    if isinstance(values, list):
+        if not first.isdigit() or int(first) >= len(values):
+            raise ValueError(
+                f"{whole}: there is no {'.'.join(here)}; the places of this list are 0 to {len(values) - 1}."
+            )
+        key: Any = int(first)
+    elif isinstance(values, dict):
+        key = first
+    else:
+        raise ValueError(f"{whole}: {'.'.join(here[:-1])} is {shortened(values)}, which has no keys.")
+    if not rest:
+        values[key] = value
+        return
+    if isinstance(values, dict) and values.get(key) is None:
+        values[key] = {}
+    _override(values[key], rest, value, whole)
+
+
+def _with_root(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A copy in which paths are absolute."""
+    values = dict(values)
+    for name, section in values.items():
+        if not isinstance(section, dict):
+            continue
+        values[name] = section = dict(section)
+        for key, value in section.items():
+            if not isinstance(value, str):
+                continue
+            path = os.path.abspath(folder / os.path.expanduser(value))
+            means_path = value.startswith(("./", "../", "~")) or os.path.exists(path)
+            if key in _PATHS.get(name, ()) or (key in _PERHAPS_PATHS.get(name, ()) and means_path):
+                section[key] = path
+    return values
+
+
+def _short_key(key: str) -> str:
+    return key if len(key) <= 100 else f"{key[:100]}..."
+
+
+def _keys_of_sections() -> dict[str, Any]:
+    """Section -> the keys that are known there; without tasks, each of which has its own."""
+    return {
+        "data": get_type_hints(DataSection),
+        "columns": get_type_hints(ColumnsSection),
+        "model": _model_hints(),
+        "training": _training_hints(),
+    }
+
+
+def _check_keys(values: dict[str, Any], known: typing.Iterable[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            dotted = _short_key(f"{where}.{key}" if where else str(key))
+            other = next(
+                (name for name, keys in _keys_of_sections().items() if where in SECTIONS and key in keys), None
+            )
+            if other is not None:
+                raise ValueError(f"{dotted} is unknown; did you mean {other}.{key}?")
+            near = difflib.get_close_matches(str(key)[:100], known, 1) or sorted(known)
+            hint = f"did you mean {f'{where}.' if where else ''}{near[0]}?"
+            if len(near) > 1:
+                hint = f"known are {', '.join(near)}." if len(near) < 20 else "see mm-transformers train --help."
+            raise ValueError(f"{dotted} is unknown; {hint}")
+
+
+def _checked(values: dict[str, Any], hints: dict[str, Any], where: str) -> dict[str, Any]:
+    _check_keys(values, hints, where)
+    return {key: _checked_value(value, hints[key], f"{where}.{key}") for key, value in values.items()}
+
+
+def _checked_value(value: Any, hint: Any, where: str) -> Any:
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
+        value = float(value)
+    try:
+        type_validator(where, value, hint)
+    except TypeError as error:
+        wanted = " or ".join(_name_of(kind) for kind in kinds)
+        raise ValueError(f"{where} must be {wanted}, but is {shortened(value)}.") from error
+    return value
+
+
+def _name_of(hint: Any) -> str:
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    names |= {dict: "a mapping", list: "a list"}
+    if get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return names.get(get_origin(hint) or hint, getattr(hint, "__name__", str(hint)))
+
+
+def _checked_task(task: Any, where: str) -> dict[str, Any]:
+    if not isinstance(task, dict) or not isinstance(task.get("name"), str):
+        raise ValueError(f"{where} must be a task with a name and a kind, but is {shortened(task)}.")
+    kind = task.get("kind")
+    if not isinstance(kind, str) or kind not in TASK_KINDS:
+        near = difflib.get_close_matches(str(kind)[:100], TASK_KINDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(TASK_KINDS))}."
+        raise ValueError(f"{where}.kind is {shortened(kind)}, which is unknown; {hint}")
+    hints = get_type_hints(TASK_KINDS[kind])
+    options = {f.name: hints[f.name] for f in dataclasses.fields(TASK_KINDS[kind])}
+    # What its values may be, a task says itself, and better, by its name.
+    _check_keys(task, {"kind": str, **options}, where)
+    for key in ("loss_weight", "column"):
+        if key in task:
+            task = {**task, key: _checked_value(task[key], options[key], f"{where}.{key}")}
+    return task
+
+
+def _task_defaults(task: dict[str, Any]) -> dict[str, Any]:
+    known = dataclasses.fields(TASK_KINDS[task["kind"]])
+    return {f.name: f.default for f in known if f.default is not dataclasses.MISSING and f.default is not None}
+
+
+def _not_default(section: Any) -> dict[str, Any]:
+    return {
+        f.name: getattr(section, f.name) for f in dataclasses.fields(section) if getattr(section, f.name) != f.default
+    }

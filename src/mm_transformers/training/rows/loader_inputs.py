@@ -1,0 +1,70 @@
+"""What the Trainer's own data loader reads, in place of the data set that it was given."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+from ...data.mixture_rows import MixedRows, MixedStream
+from ...data.sources import StreamOfSource
+from .stream_shares import ShareOfStream, WithoutRepeats
+
+
+SamplerFn = Callable[[Any], Optional[Sampler[int]]]
+
+
+@dataclass
+class LoaderInputs:
+    """
+    Args:
+        rows: what the loader reads.
+        collator: makes a batch of them.
+        sampler_fn: gives the order of the rows, given `rows`; `None` for streams.
+    """
+
+    rows: Any
+    collator: Any
+    sampler_fn: Optional[SamplerFn] = None
+
+    @classmethod
+    def of_mixture(cls, rows: MixedRows | MixedStream, collator: Any) -> "LoaderInputs":
+        return cls(rows, collator, lambda rows: rows.sampler)
+
+    @classmethod
+    def of_rows(cls, rows: Any, original: Any, collator: Any, sampler_fn: Optional[SamplerFn]) -> "LoaderInputs":
+        """
+        Args:
+            rows: as the collator takes them.
+            original: the data set that they are made of, which the sampler may look at.
+            sampler_fn: gives a sampler for `original`.
+        """
+        if sampler_fn is None:
+            return cls(rows, collator)
+
+        def sampler_of(_: Any) -> Optional[Sampler[int]]:
+            sampler = sampler_fn(original)
+            if hasattr(sampler, "set_epoch"):
+                # Once batches are skipped on several processes, accelerate finds the data set, but not the sampler.
+                rows.set_epoch = sampler.set_epoch
+            return sampler
+
+        return cls(rows, collator, sampler_of)
+
+    def share(self, batch_size: int, num_processes: int, split_batches: bool, is_training: bool) -> None:
+        """
+        Of a stream, each of several processes reads a [`ShareOfStream`].
+
+        Args:
+            batch_size: of one process, or of all if `split_batches`.
+        """
+        if isinstance(self.rows, StreamOfSource):
+            self.rows.rows_per_turn = batch_size * (1 if split_batches else num_processes)
+        if num_processes > 1 and isinstance(self.rows, IterableDataset):
+            self.rows = ShareOfStream(self.rows)
+            self.collator = WithoutRepeats(self.collator, tells=not is_training)
+
+    def took(self, loader: DataLoader[Any]) -> None:
+        """After accelerate has put its own data set around the rows: they read the part of this process themselves."""
+        if isinstance(self.rows, (MixedStream, ShareOfStream)):
+            self.rows.read_own_part(loader.dataset)

@@ -1,0 +1,36 @@
+"""Counts the training rows of each data set of a mixture."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ...data.sources import ROWS_PER_SOURCE
+
+
+class RowCounts:
+    """
+    Args:
+        sources: the names of the data sets of the mixture; none if there is no mixture.
+    """
+
+    def __init__(self, sources: list[str]):
+        self.sources = sources
+        self.reset()
+
+    def reset(self) -> None:
+        self._rows: Any = 0
+
+    def take_rows(self, batches: list[dict[str, Any]]) -> None:
+        """Takes the counts of the collator out of the batches; a model does not take them."""
+        for batch in batches:
+            if ROWS_PER_SOURCE in batch:
+                self._rows = self._rows + batch.pop(ROWS_PER_SOURCE)
+
+    def rows_since_last(self, accelerator: Accelerator) -> dict[str, int]:
+        """How many rows of each data set all processes have seen since the last call."""
+        if not torch.is_tensor(self._rows):
+            return {}
+        rows = accelerator.reduce(self._rows, reduction="sum").tolist()
+        self._rows = 0
+        return {f"rows_{name}": count for name, count in zip(self.sources, rows, strict=True)}

@@ -1,0 +1,116 @@
+"""Rows under several processes: each reads its share of a stream, and rows that are repeated count once."""
+
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import recursively_apply
+from torch.utils.data import IterableDataset
+
+
+# In a batch of an evaluation: which of its rows are repeated. [`MMTrainer`] takes it out before the model sees it.
+IS_REPEATED = "is_repeated"
+
+
+class Repeated(NamedTuple):
+    """A row that fills up the last batch."""
+
+    row: Any
+
+
+class ShareOfStream(IterableDataset):
+    """
+    The rows of one process: of so many batches as there are processes, its own. The last batches are filled up with the
+    first rows of the stream, so that all processes have as many; those rows are [`Repeated`].
+
+    Args:
+        dataset: the stream, of which every process reads all rows.
+    """
+
+    def __init__(self, dataset: Any):
+        self.dataset, self.batch_size, self.rank, self.num_processes = dataset, 1, 0, 1
+
+    def read_own_part(self, dataset: Any) -> None:
+        """
+        Args:
+            dataset: the `IterableDatasetShard` of accelerate around this. It then hands on what it gets.
+        """
+        if dataset is self:
+            return
+        self.rank, self.num_processes = dataset.process_index, dataset.num_processes
+        self.batch_size = dataset.batch_size // (self.num_processes if dataset.split_batches else 1)
+        dataset.process_index, dataset.num_processes, dataset.batch_size, dataset.split_batches = 0, 1, 1, False
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        elif isinstance(getattr(self.dataset, "generator", None), torch.Generator):
+            self.dataset.generator.manual_seed(epoch)  # as accelerate does, so that all processes draw the same
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // (self.batch_size * self.num_processes)) * self.batch_size
+
+    def __iter__(self) -> Iterator[Any]:
+        size = self.batch_size * self.num_processes
+        rows, first = iter(self.dataset), list[Any]()
+        while batch := list(islice(rows, size)):
+            first = first or batch
+            repeated = [Repeated(row) for row in islice(cycle(first), size - len(batch))]
+            yield from [*batch, *repeated][self.rank * self.batch_size :][: self.batch_size]
+
+
+class WithoutRepeats:
+    """
+    A collator that takes the labels from rows that are [`Repeated`].
+
+    Args:
+        collator: makes a batch of rows, with `labels`, a dict from task to tensor.
+        tells: whether batches have `is_repeated`, (batch,) int64: 1 for these rows.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]], tells: bool):
+        self.collator, self.tells = collator, tells
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        repeated = torch.tensor([isinstance(row, Repeated) for row in rows])
+        batch = self.collator([row.row if isinstance(row, Repeated) else row for row in rows])
+        _unlabel(batch, repeated)
+        return {**batch, IS_REPEATED: repeated.long()} if self.tells else batch
+
+
+def unlabel_repeated_rows(batch: dict[str, Any], num_rows: int, batch_size: int, rank: int, num_processes: int) -> None:
+    """
+    Takes the labels from repeated rows in the last batch of an epoch. accelerate fills up the last batches with the
+    first rows of the epoch, so that all processes have as many; these must not count twice.
+
+    Args:
+        num_rows: of the epoch, in all processes together; 0 if it is not known.
+        batch_size: of one process.
+    """
+    num_left = num_rows % (batch_size * num_processes)
+    if num_processes > 1 and num_left > 0:
+        num_own = min(max(num_left - batch_size * rank, 0), batch_size)
+        _unlabel(batch, slice(num_own, None))
+
+
+def _unlabel(batch: dict[str, Any], rows: torch.Tensor | slice) -> None:
+    for labels in batch.get("labels", {}).values():
+        labels[rows] = torch.nan if labels.is_floating_point() else -100
+
+
+def gather_once(accelerator: Accelerator, is_repeated: torch.Tensor) -> Callable[[Any], Any]:
+    """
+    What gathers tensors of all processes, without those of repeated rows.
+
+    Args:
+        is_repeated (batch,): of this process.
+    """
+    kept = accelerator.gather(is_repeated) == 0
+
+    def gather(values: Any) -> Any:
+        # What has another length is not of these rows.
+        return recursively_apply(lambda x: x[kept] if len(x) == len(kept) else x, accelerator.gather(values))
+
+    return gather

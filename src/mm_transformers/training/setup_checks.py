@@ -1,0 +1,227 @@
+"""Checks of arguments and data before a training begins."""
+
+import difflib
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from ..data.collator import MMDataCollator
+from ..data.mixture import DataMixture
+from ..data.row_labels import rows_with_columns
+from ..data.sources import ANY_SOURCE, SOURCE_KEY, DataSource, columns_of, is_iterable
+from ..model.label_cells import is_missing
+from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+from ..model.task_base import Task
+from .metrics import LESS_IS_BETTER
+
+
+logger = logging.get_logger(__name__)
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: if something is asked for that would be ignored, or that cannot work.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs, and nn.DataParallel cannot split a batch of images: start one "
+            "process per GPU by `accelerate launch`, or show it one GPU by CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.label_smoothing_factor != 0:
+        raise ValueError(
+            "MMTrainer takes no label_smoothing_factor: smoothing is an option of the task, as in "
+            "Classification(..., label_smoothing=0.1)."
+        )
+    if getattr(args, "sortish_sampler", False):
+        raise ValueError(
+            "sortish_sampler is not taken; train_sampling_strategy='group_by_length' groups rows by length."
+        )
+    if args.batch_eval_metrics:
+        raise ValueError("MMTrainer computes metrics over all rows at once; leave out batch_eval_metrics.")
+    if args.label_names not in (None, ["labels"]):
+        raise ValueError(
+            f"label_names={args.label_names!r} is not taken: a batch holds the labels of all tasks under 'labels', and "
+            "tasks name their columns themselves. Leave it out."
+        )
+    num_started = int(os.environ.get("WORLD_SIZE", 1))
+    if num_started != args.world_size:
+        raise ValueError(
+            f"{num_started} processes were started, but each would train by itself, since torch sees no GPU; on "
+            "CPUs pass use_cpu=True to the training arguments (--use_cpu)."
+        )
+
+
+def check_parts(data_collator: Any, processing_class: Any, train_dataset: Any, compute_loss_func: Any) -> None:
+    """
+    Raises:
+        ValueError: if [`MMTrainer`] cannot be made of these.
+    """
+    if compute_loss_func is not None:
+        raise ValueError("MMTrainer takes no compute_loss_func: the loss of a task is its method `loss`.")
+    if data_collator is None and processing_class is None:
+        raise ValueError(
+            "MMTrainer needs a model and its processor: MMTrainer(model, args, processing_class=processor)."
+        )
+    if data_collator is None and not hasattr(processing_class, "tokenizer"):
+        raise ValueError(
+            f"processing_class must be an MMTransformerProcessor, but is a {type(processing_class).__name__}: make "
+            "one by MMTransformerProcessor.from_encoders(text=..., vision=...)."
+        )
+    if isinstance(train_dataset, dict) and hasattr(train_dataset, "column_names"):
+        # A DatasetDict, whose splits are not all to be trained on.
+        raise ValueError(f"train_dataset must be one split, not all of {', '.join(map(repr, train_dataset))}.")
+
+
+def check_best_metric(args: TrainingArguments, tasks: Iterable[Task], eval_dataset: Any) -> None:
+    """
+    Raises:
+        ValueError: if `metric_for_best_model` is none of what is measured.
+    """
+    wanted = args.metric_for_best_model
+    if wanted is None or eval_dataset is None:
+        return
+    name = wanted.removeprefix("eval_")
+    if isinstance(eval_dataset, dict):
+        of_one = [dataset for dataset in eval_dataset if name.startswith(f"{dataset}_")]
+        name = name.removeprefix(f"{max(of_one, key=len)}_") if of_one else name
+    tasks = list(tasks)
+    known = ["loss", *(f"{task.name}_{metric}" for task in tasks for metric in ("loss", *task.default_metrics))]
+    # How many the hits of retrieval are counted among is a part of the name.
+    of_retrieval = [task.name for task in tasks if "retrieval_recall" in task.default_metrics]
+    if name not in known and not any(name.startswith(f"{task}_") for task in of_retrieval):
+        near = difflib.get_close_matches(name, known, 1) or known
+        raise ValueError(
+            f"metric_for_best_model is {wanted!r}, which is not measured; "
+            + (f"did you mean 'eval_{near[0]}'?" if len(near) == 1 else f"known are {', '.join(near)}.")
+        )
+    columns = None if isinstance(eval_dataset, (dict, DataSource)) else getattr(eval_dataset, "column_names", None)
+    for task in tasks:
+        is_this = name == f"{task.name}_loss" or name in [f"{task.name}_{metric}" for metric in task.default_metrics]
+        if is_this and columns and task.default_cell is None and task.column not in columns:
+            raise ValueError(
+                f"metric_for_best_model is {wanted!r}, but the eval data set has no column {task.column!r} (its "
+                f"columns are {', '.join(map(repr, columns))}), so task {task.name!r} is not measured there."
+            )
+
+
+def check_direction(args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: if the best weights would be the worst.
+    """
+    wanted = args.metric_for_best_model
+    if wanted is not None and wanted.endswith(LESS_IS_BETTER) and args.greater_is_better:
+        raise ValueError(f"metric_for_best_model is {wanted!r}, the less the better: set greater_is_better to False.")
+
+
+def check_adapters(fused: MMTransformerForMultiTask) -> None:
+    """Says so if adapters are trained and what is new is not."""
+    idle = []
+    for name in fused.new_modules:
+        module = getattr(fused.model, name, None) or getattr(fused, name)
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            idle.append(name)
+    if idle:
+        logger.warning(
+            f"{', '.join(idle)} will not be trained, nor saved with the adapters: unless that is meant, give the "
+            "config of the adapters modules_to_save=model.new_modules."
+        )
+
+
+def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
+    """
+    Args:
+        name: "train" or "eval".
+
+    Raises:
+        ValueError: if the column of texts is missing, or all columns of labels are, or are empty.
+    """
+    columns = columns_of(dataset)
+    if isinstance(dataset, DataMixture):
+        return
+    if not columns or isinstance(dataset, DataSource):
+        if name == "train":
+            check_any_label(dataset, collator)
+        return
+    shown = ", ".join(repr(column) for column in columns)
+    if collator.text_column not in columns:
+        raise ValueError(
+            f"The {name} data set has no column {collator.text_column!r} (its columns are {shown}); name the column of "
+            "your texts by data_collator=MMDataCollator(processor, model.config, text_column=...)."
+        )
+    media = {kind: column.column for kind, column in collator.media.items()}
+    if media and not set(media.values()) & set(columns):
+        logger.warning(
+            f"The {name} data set has no column {' or '.join(map(repr, media.values()))} (its columns are {shown}), so "
+            f"its rows have no {' or '.join(media)}; if they do, name the column by "
+            "data_collator=MMDataCollator(..., image_column=...)."
+        )
+    tasks = collator.tasks.values()
+    missing = [task for task in tasks if task.default_cell is None and task.column not in columns]
+    if missing and len(missing) == len(tasks):
+        raise ValueError(f"The {name} data set has a column for none of the tasks (its columns are {shown}).")
+    if name == "train":
+        check_any_label(dataset, collator)
+    for task in missing:
+        logger.warning(f"The {name} data set has no column {task.column!r}: task {task.name!r} has no labels there.")
+
+
+def check_any_label(dataset: Any, collator: MMDataCollator) -> None:
+    """
+    Args:
+        dataset: the training rows.
+
+    Raises:
+        ValueError: if no row has a label of any task.
+    """
+    tasks = list(collator.tasks.values())
+    source = dataset.dataset if isinstance(dataset, DataSource) else dataset
+    if source is None or is_iterable(source) or not len(source) or any(t.default_cell is not None for t in tasks):
+        return
+    columns = [task.column or task.name for task in tasks]
+    # Mostly the first row has one.
+    for row in rows_with_columns(dataset, columns):
+        labels = row.get(SOURCE_KEY, ANY_SOURCE).labels
+        if any(labels(t.name) and not is_missing(row.get(c)) for t, c in zip(tasks, columns, strict=True)):
+            return
+    raise ValueError(
+        f"No row of the train data set has a label of any task: the columns {', '.join(map(repr, columns))} are empty "
+        "or not there. A task reads the column of its name, or the one that its column= names."
+    )
+
+
+def check_lengths(dataset: Any, args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: if rows are to be grouped by a length that they do not have.
+    """
+    columns = getattr(dataset, "column_names", None)
+    wanted = args.length_column_name
+    if getattr(args, "train_sampling_strategy", None) == "group_by_length" and columns and wanted not in columns:
+        raise ValueError(
+            f"Grouping by length needs a column {wanted!r} with the length of each text, for example by "
+            f"data.map(lambda row: {{{wanted!r}: len(row['text'])}})."
+        )
+
+
+def check_rows_per_image(dataset: Any, collator: MMDataCollator, args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: if rows of one image are to come together where their order is not ours to choose.
+    """
+    wanted = getattr(args, "rows_per_image", 1)
+    if wanted == 1 or dataset is None:
+        return
+    why = None
+    if isinstance(dataset, DataMixture):
+        why = "a mixture has an order of its own"
+    elif is_iterable(dataset.dataset if isinstance(dataset, DataSource) else dataset):
+        why = "a stream is read in its own order"
+    elif "images" not in collator.media:
+        why = "the model takes no images"
+    if why is not None:
+        raise ValueError(f"rows_per_image={wanted} cannot be heeded: {why}; leave it out.")

@@ -1,0 +1,130 @@
+"""One way from rows to answers: encoders run once, texts are tokenized once, and the answers are those of the model."""
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import make_image, make_model, make_processor, make_tasks
+
+from mm_transformers import MMDataCollator, Predictor
+from mm_transformers.cli.page_answers import answers_as_html
+from mm_transformers.model.predictions import Predictions
+
+
+ROWS = [
+    {"text": "a red dog", "image": make_image(1), "id": 7},
+    {"text": "the big cat is in the river", "image": None, "id": 8},
+    {"text": "", "image": make_image(2), "id": 9},
+]
+
+
+@pytest.fixture
+def model():
+    return make_model(tasks=make_tasks())
+
+
+@pytest.fixture
+def predictor(model):
+    return Predictor(model, MMDataCollator(make_processor(), model.config), batch_size=2)
+
+
+def alone(model, row):
+    """The answers to one row, by the processor and the model only."""
+    inputs = make_processor()(text=[row["text"]], images=[row["image"]], return_word_index=True)
+    word_index = inputs.pop("word_index")
+    with torch.no_grad():
+        return model.eval().decode(model(**inputs), word_index)[0]
+
+
+def assert_alike(found, expected):
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_alike(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_alike(one, other)
+    else:
+        assert found == (pytest.approx(expected, abs=1e-5) if isinstance(expected, float) else expected)
+
+
+def counted(module, monkeypatch, calls):
+    forward = module.forward
+    monkeypatch.setattr(module, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+
+
+@pytest.mark.parametrize("form", [list, iter, lambda rows: Dataset.from_list([dict(r, image=None) for r in rows[:2]])])
+def test_answers_are_those_of_the_model_row_by_row(model, predictor, form):
+    rows = form(ROWS)
+    expected = list(ROWS) if form in (list, iter) else [dict(r, image=None) for r in ROWS[:2]]
+    found = predictor(rows)
+    assert len(found) == len(expected)
+    for answers, row in zip(found, expected, strict=True):
+        assert_alike(answers, alone(model, row))
+
+
+def test_a_stream_is_answered_batch_by_batch(model, predictor):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield ROWS[len(taken) % 3]
+
+    batches = predictor.stream(endless(), keep=lambda row: row["id"])
+    first, second = next(batches), next(batches)
+    assert [row for row, _ in [*first, *second]] == [8, 9, 7, 8]
+    assert len(taken) <= 6
+    assert_alike(first[0][1], alone(model, ROWS[1]))
+
+
+def test_from_a_folder(model, predictor, tmp_path):
+    model.save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    rows = [{"words": row["text"], "photo": row["image"]} for row in ROWS]
+    loaded = Predictor.from_pretrained(tmp_path, ["topic"], text_column="words", image_column="photo", batch_size=3)
+    for answers, expected in zip(loaded(rows), predictor(ROWS), strict=True):
+        assert list(answers) == ["topic"]
+        assert_alike(answers["topic"], expected["topic"])
+
+
+def test_an_unknown_task_is_told(model):
+    with pytest.raises(ValueError, match="did you mean 'topic'"):
+        Predictor(model, MMDataCollator(make_processor(), model.config), ["topics"])
+
+
+def test_texts_are_tokenized_once(model, predictor, monkeypatch):
+    calls = []
+    tokenizer = type(predictor.collator.processor.tokenizer)
+    encode = tokenizer._encode_plus
+    monkeypatch.setattr(tokenizer, "_encode_plus", lambda *args, **kw: calls.append(1) or encode(*args, **kw))
+    predictor(ROWS[:2])
+    assert len(calls) == 1
+
+
+def test_logits_and_answers_come_from_one_pass(model, monkeypatch):
+    calls = []
+    counted(model.model.text_model, monkeypatch, calls)
+    inputs = make_processor()(text=["a red dog", "the cat"])
+    predictions = Predictions.of(model.train(), inputs)
+    answers = predictions.answers(make_processor())
+    assert len(calls) == 1
+    assert model.training
+    assert [row["topic"]["label"] for row in answers] == [
+        model.tasks["topic"].labels[i] for i in predictions.logits["topic"].argmax(-1)
+    ]
+    with torch.no_grad():
+        assert torch.equal(predictions.logits["topic"], model.eval()(**inputs).logits["topic"])
+
+
+def test_the_page_runs_the_encoders_once_for_answers_and_bars(model, monkeypatch):
+    calls = []
+    counted(model.model.text_model, monkeypatch, calls)
+    monkeypatch.setattr("mm_transformers.cli.page_answers.explain", raise_no_explanation)
+    page = answers_as_html(model, make_processor(), {"text": "a red dog"}, ["topic"], ("text",))
+    assert "no explanation" in page
+    assert len(calls) == 1
+
+
+def raise_no_explanation(*args, **kwargs):
+    raise ValueError("no explanation")
