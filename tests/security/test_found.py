@@ -134,6 +134,13 @@ def test_an_unknown_image_processor_is_told_without_all_that_are_known(tmp_path)
     sentence((ValueError, OSError), MMTransformerProcessor.from_pretrained, tmp_path)
 
 
+def test_a_processor_that_lacks_what_its_model_takes():
+    collator = MMDataCollator(make_processor(), make_config(audio="wav2vec2"))
+    message = sentence(ValueError, collator, [{"text": "a", "audio": wav()}])
+    assert "column 'audio': This processor has no feature extractor, but got sound" in message
+    assert collator([{"text": "a"}])
+
+
 def test_a_header_of_weights_is_not_shown_whole(tmp_path):
     header = json.dumps({"a": {"dtype": "F32" * 3000, "shape": [1], "data_offsets": [0, 4]}}).encode()
     make_model().save_pretrained(tmp_path)

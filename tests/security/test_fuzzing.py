@@ -70,7 +70,7 @@ from mm_transformers.training.recipe.output_folder import read_state
 
 pytest.importorskip("soundfile")
 pytest.importorskip("av")
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "6"))  # of each kind
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "4"))  # of each kind
 # The most that one example may take: bytes above the state before, and CPU seconds.
 MOST_BYTES = 500 * 2**20
 MOST_SECONDS = 10
@@ -165,17 +165,17 @@ class TestBound:
 
 
 class TestMedia:
-    @fuzz(changed_bytes(pictures()), 8)
+    @fuzz(changed_bytes(pictures()), 20)
     def test_images(self, drawn):
         with bounded(drawn, ImageError):
             assert load_image(drawn[1]).mode == "RGB"
 
-    @fuzz(changed_bytes(sounds()), 4)
+    @fuzz(changed_bytes(sounds()), 12)
     def test_sounds(self, drawn):
         with bounded(drawn, AudioError):
             assert load_audio(drawn[1], RATE).dtype == np.float32
 
-    @fuzz(changed_bytes(videos()), 2)
+    @fuzz(changed_bytes(videos()), 6)
     def test_videos(self, drawn):
         with bounded(drawn, VideoError):
             assert len(load_frames(drawn[1], 2)) <= 2
@@ -378,7 +378,7 @@ CONFIG = json.loads(
 
 
 class TestCheckpoints:
-    @fuzz(changed_values(CONFIG), 4)
+    @fuzz(changed_values(CONFIG), 2)
     def test_config(self, values):
         with bounded(values, ValueError, ImportError):
             config = MMTransformerConfig.from_dict(values)
@@ -455,7 +455,7 @@ STATE = {
 
 
 class TestStates:
-    @fuzz(changed_json(STATE), 8)
+    @fuzz(changed_json(STATE), 4)
     def test_results(self, folder, content):
         from mm_transformers.analysis.task_comparison import compare
         from mm_transformers.cli.metrics_table import print_metrics

@@ -300,7 +300,7 @@ def test_requests_are_bounded(client, monkeypatch):
 def test_a_slow_request_does_not_stop_the_others(client, monkeypatch):
     """Those that wait are counted; whoever comes too late is told so at once."""
     may_end = threading.Event()
-    monkeypatch.setattr("mm_transformers.cli.page_answers.load_image", lambda _: may_end.wait(60) and 1 / 0)
+    monkeypatch.setattr("mm_transformers.cli.page_answers._read", lambda *_: may_end.wait(60) and 1 / 0)
     data = {"data": ["a", client.uploaded(png(make_image(1))), None, TASKS]}
     answers = [client.http.post(f"{API}/call/answer", json=data) for _ in range(limits().waiting_requests + 8)]
     codes = [answer.status_code for answer in answers]

@@ -473,9 +473,7 @@ class MMTransformerProcessor(ProcessorMixin):
         extractor = self.feature_extractor
         if extractor is None:
             if any(as_clips(entry) for entry in audio):
-                raise ValueError(
-                    "This processor has no feature extractor, but got sound; it belongs to a model without sound."
-                )
+                raise ValueError(_NO_EXTRACTOR)
             return {}
         distinct = _Distinct()
         for entry in audio:
@@ -512,7 +510,10 @@ class MMTransformerProcessor(ProcessorMixin):
 
         Raises:
             AudioError: also if it is too short for the audio encoder.
+            ValueError: if there is no feature extractor.
         """
+        if self.feature_extractor is None:
+            raise ValueError(_NO_EXTRACTOR)
         rate, name = self.feature_extractor.sampling_rate, describe(clip, "sound")
         waveform = load_audio(clip, rate, sampling_rate, fetch)
         if len(waveform) < SHORTEST_CLIP * rate:
@@ -550,6 +551,9 @@ class MMTransformerProcessor(ProcessorMixin):
         if self.feature_extractor is not None:
             names += [*self.feature_extractor.model_input_names, "audio_attention_mask", "audio_index"]
         return list(dict.fromkeys(names))
+
+
+_NO_EXTRACTOR = "This processor has no feature extractor, but got sound; it belongs to a model without sound."
 
 
 @contextlib.contextmanager
