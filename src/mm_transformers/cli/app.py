@@ -126,7 +126,7 @@ def train(
     allow_host: AllowHost = None,
 ) -> None:
     """
-    Train a model as a recipe says, or go on where that stopped.
+    Train a model by a recipe, or resume its training.
 
     A recipe has these sections (a commented one is examples/recipe.yaml of the repository):
 
@@ -136,23 +136,23 @@ def train(
               validation_fraction, max_train_samples, max_eval_samples,
               image_root, label_separator, on_bad_file, sampling_rate,
               max_length, pad_to_multiple_of,
-              feature_cache: folder for what frozen encoders say
-    columns   text, image, video, audio: what these columns are called
+              feature_cache: folder for the outputs of frozen encoders.
+    columns   text, image, video, audio: the names of these columns.
     model     text, vision, audio: encoders, by Hub id or folder;
               all fields of MMTransformerConfig (fusion_type, ...);
               revision, dtype, attn_implementation, backend, ...
     tasks     a list; each task has a name, a kind and the options of its
-              kind; labels not given are those of the training rows
+              kind. By default, labels are those of the training rows.
     training  output_dir, and all fields of transformers.TrainingArguments;
               encoder_learning_rate, fusion_learning_rate,
               head_learning_rate, layerwise_lr_decay;
               predict_with_generate, generation_num_beams,
-              generation_max_length
+              generation_max_length.
 
     Relative paths in a recipe start at its folder, those on the command line at the current one. A recipe may come from
-    a stranger: what runs code or sends data away (model.trust_remote_code, training.push_to_hub, training.report_to,
-    training.deepspeed) counts only on the command line. On several GPUs:
-    accelerate launch -m mm_transformers.cli train recipe.yaml
+    a stranger. So options that run code or send data away count only on the command line: model.trust_remote_code,
+    training.push_to_hub, training.report_to, training.deepspeed. On several GPUs: accelerate launch -m
+    mm_transformers.cli train recipe.yaml
     """
     from .processes import join_processes, leave_processes
     from .train import run_training

@@ -1,6 +1,8 @@
 """
-The one place that says what a cell is: on one side the data set, its features and its folder; on the other the task or
-the modality that takes it.
+The one definition of a cell.
+
+One part depends on the data set: its features and its folder. The other part depends on the task or modality that reads
+the cell.
 """
 
 import dataclasses

@@ -255,9 +255,11 @@ class MMDataCollator:
 
 def check_tokenizer(tokenizer, config: MMTransformerConfig) -> None:
     """
+    Checks that the tokenizer fits the text encoder.
+
     Raises:
-        ValueError: if the tokenizer can give ids for which the text encoder has no embedding, or pads with another id
-            than the one from which the text encoder counts positions.
+        ValueError: if the tokenizer can give ids that are outside the embedding of the text encoder. Or if its padding
+            id differs from the one from which the text encoder counts positions.
     """
     vocab_size = config.vocab_size
     if config.has_decoder and len(tokenizer) > config.decoder_vocab_size:

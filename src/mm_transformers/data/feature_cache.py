@@ -36,22 +36,23 @@ _FOLDER = re.compile(r"(text|vision|audio|removed)-[0-9a-f]{32}")
 
 class FeatureCache:
     """
-    Keeps on disk what frozen encoders give: the token features of each distinct image, video, text and sound, found by
-    the hash of its content. Epochs, runs and searches for hyperparameters share them.
+    Stores the token features of frozen encoders on disk: one entry per distinct image, video, text and sound.
 
-    Each encoder has a folder of its own, named by a hash of its weights, its config, the options of its preprocessing,
-    the dtype that is stored and the release of transformers, so that nothing out of date is ever read. Features are in
-    the precision of the encoder, without autocast. A build may be interrupted at any time, and then goes on from where
-    it was; several processes share the work.
+    An entry is found by the hash of its content. Epochs, runs and hyperparameter searches share the entries.
+
+    Each encoder has its own folder. The name of the folder is a hash of the weights, the config, the preprocessing
+    options, the stored dtype and the release of transformers. So outdated features are never read. Features have the
+    precision of the encoder, without autocast. An interrupted build resumes where it stopped; several processes share
+    the work.
 
     Args:
-        cache_dir (`str` or `Path`): Where to keep them; made if it does not exist.
+        cache_dir (`str` or `Path`): The folder of the cache; created if it does not exist.
         max_size_gb (`float`, *optional*):
-            How many GB (10^9 bytes) the folder may take. Where a build needs more, the features of the encoders that
-            were used longest ago are removed, but none that a living process uses.
+            The largest size of the folder, in GB (10^9 bytes). If a build needs more, the least recently used encoders
+            lose their features, but none that a living process uses.
         dtype (`str`, *optional*):
-            `"bfloat16"` or `"float16"` to store half as much as `"float32"`. By default as the encoder gives them,
-            which changes nothing.
+            `"bfloat16"` or `"float16"` to store half as much as `"float32"`. By default the dtype of the encoder
+            outputs, which changes nothing.
 
     Example:
 
@@ -59,7 +60,8 @@ class FeatureCache:
     >>> model = MMTransformerForMultiTask.from_encoders(**encoders, freeze=["vision"])
     >>> cache = FeatureCache("features", max_size_gb=50)
     >>> trainer = MMTrainer(model, args, processing_class=processor, train_dataset=rows, feature_cache=cache)
-    ```"""
+    ```
+    """
 
     def __init__(self, cache_dir: str | os.PathLike, max_size_gb: Optional[float] = None, dtype: Optional[str] = None):
         if dtype not in (None, "float32", "bfloat16", "float16"):

@@ -41,9 +41,10 @@ def hash_of(*parts: bytes) -> bytes:
 
 def hash_of_encoder(encoder: nn.Module, preprocessing: Any, dtype: torch.dtype) -> str:
     """
-    Changes with the weights of an encoder, its config, what prepares its input (an image processor, a feature
-    extractor, or `None`), the dtype that its features are stored in, and the release of transformers, of whose code all
-    of these are the options.
+    A hash of everything that decides the features of an encoder.
+
+    It covers the weights, the config, the preprocessor (an image processor, a feature extractor, or `None`) and the
+    stored dtype. It also covers the release of transformers, whose code computes the features.
     """
     about = {
         "transformers": transformers.__version__,
@@ -78,13 +79,14 @@ def hash_of_text(inputs: dict[str, torch.Tensor]) -> bytes:
 
 class ItemHash:
     """
-    An image, a video or a sound as a table holds it -> the hash of its content: of the bytes of the file, or of the
-    pixels or samples of what is no file.
+    An image, a video or a sound from a table -> the hash of its content.
+
+    The content is the bytes of the file. Without a file, it is the pixels or samples.
 
     Args:
         modality: the kind of item.
         load: reads it; raises `ValueError` with one sentence.
-        options: what else `load` depends on.
+        options: the options of `load`.
     """
 
     def __init__(self, modality: Modality, load: Callable[[Any], Any], options: str = ""):

@@ -9,12 +9,13 @@ from torch.utils.data import Sampler
 
 class SharedImageSampler(Sampler[int]):
     """
-    Indices in a random order in which rows that share an image come up to `rows_per_image` at a time, so that a batch
-    reads and encodes an image once for all of them. A function of the seed and the epoch alone.
+    Row indices in a random order in which rows with the same image come together, up to `rows_per_image` at a time.
+
+    A batch then reads and encodes an image once for all of its rows. The order depends on the seed and the epoch alone.
 
     Args:
-        images: for each row something that is equal for equal images, `None` for a row without any.
-        rows_per_image: how many rows of an image come together at most; 1 is the usual random order.
+        images: a value per row, equal for equal images; `None` for a row without an image.
+        rows_per_image: the largest number of rows of an image that come together; 1 is the usual random order.
         seed: of the order.
     """
 

@@ -18,8 +18,10 @@ logger = logging.get_logger(__name__)
 
 def prepare_labels(data: datasets.DatasetDict, tasks: list[dict[str, Any]]) -> datasets.DatasetDict:
     """
-    Settles what a whole column says about its cells, and no single one: where all texts are whole numbers, they are
-    numbers, if the task takes some; and a column of a task that writes holds texts, also those that look like numbers.
+    Sets the types of label columns, from whole columns and not from single cells.
+
+    A column of whole numbers written as texts becomes numbers, if the task takes numbers. A column of a task that
+    writes becomes texts, even if they look like numbers.
 
     Args:
         data: split -> rows; changed in place.

@@ -17,17 +17,16 @@ _ORDER, _DRAWS = 0, 1
 
 class MixtureSampler(Sampler[int]):
     """
-    Indices into the concatenated data sets; a function of the seed and the epoch alone.
+    Indices into the concatenated data sets; they depend on the seed and the epoch alone.
 
-    An epoch draws the same number of rows of a data set each time, and goes on where the last one stopped in the
-    permutations of that data set, each shuffled anew; so the rows of a data set are used evenly.
+    Each epoch draws the same number of rows of a data set. It continues in the permutation of that data set where the
+    last epoch stopped. Each permutation is shuffled anew, so all rows are used evenly.
 
     Args:
         sizes: the number of rows of each data set.
-        shares: the part of an epoch that is each data set's; `None` for each row once.
+        shares: the share of each data set in an epoch; `None` for each row once.
         seed: of the order.
-        batch_size: if given, every batch of that size is from one data set; where rows are lacking for that, indices
-            are -1.
+        batch_size: if given, every batch of that size is from one data set; -1 stands for missing rows.
         drop_last: leave out the batches that would have -1.
     """
 

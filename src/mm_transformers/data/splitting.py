@@ -48,28 +48,29 @@ def hold_out_rows(
     """
     Splits rows into training rows and held-out rows, without leakage between the two.
 
-    - **Groups.** Rows with the same image, video or sound are on the same side, whether it is given by path, bytes,
-      array or object; so are rows with the same cell of `group_column`. Rows with an equal text (white space and case
-      aside) are too, as long as their group has at most a quarter of the rows to hold out (or four rows, if that is
-      more). A text that occurs more often is rather a keyword or a prompt than the content of a row, and chains of such
-      texts would join nearly all rows into one group. Rarer texts come first.
-    - **Strata.** Both sides have nearly the same shares of each class, each label of a label set, five quantile bins
-      of numbers, and missing labels, for all tasks at once. A class with two or more groups has at least one on
-      each side if the held-out part is large enough. The only group of a class stays in the training rows.
+    - **Groups.** Rows with the same image, video or sound are on the same side, whether it is a path, bytes, an array
+      or an object. So are rows with the same cell of `group_column`. Rows with an equal text (white space and case
+      aside) stay together in groups of limited size. The limit is a quarter of the rows to hold out, or four rows if
+      that is more. Rarer texts come first. Texts above the limit are more likely keywords or prompts, and would join
+      nearly all rows into one group.
+    - **Strata.** Both sides have nearly the same shares of each class and each label of a label set. The same holds for
+      five quantile bins of numbers, and for missing labels, for all tasks at once. A class with two or more groups has
+      at least one on each side if the held-out part is large enough. The only group of a class stays in the training
+      rows.
 
-    Same rows and same seed, same split. Both parts come in random order. A file is read only if another has the same
-    size; nothing is decoded, except an image that is given as an object.
+    The same rows and seed give the same split. Both parts come in random order. A file is read only if another has the
+    same size. Nothing is decoded, except an image that is given as an object.
 
     Args:
         dataset: a `datasets.Dataset`, a list of dicts, a pandas `DataFrame`, another map-style data set whose rows are
             dicts, or a [`DataSource`] of one of these.
         fraction (`float`): The share of the rows to hold out, between 0 and 1.
         text_column, image_column, video_column, audio_column (`str`, *optional*):
-            As [`MMDataCollator`] takes them; a column that the data set lacks is ignored.
+            As in [`MMDataCollator`]; a column that the data set lacks is ignored.
         tasks (`Iterable[Task]`, *optional*): The tasks whose labels are to be distributed equally.
         group_column (`str`, *optional*): A column whose equal cells belong together, such as an author or a scene.
-        seed (`int`, *optional*, defaults to 0): Of all that is random.
-        label_separator (`str`, *optional*, defaults to `"|"`): As [`MMDataCollator`] takes it.
+        seed (`int`, *optional*, defaults to 0): The seed of all random choices.
+        label_separator (`str`, *optional*, defaults to `"|"`): As in [`MMDataCollator`].
 
     Returns:
         The training rows and the held-out rows: of the type of `dataset`, or `torch.utils.data.Subset`s of it.
@@ -340,20 +341,22 @@ def allocate(
     groups: np.ndarray, strata: list[list[Hashable]], fraction: float, seed: int, size_weight: float = 1.0
 ) -> np.ndarray:
     """
-    Which rows to hold out, (num_rows,) bool.
+    The rows to hold out, (num_rows,) bool.
 
-    Iterative stratification (Sechidis et al. 2011, https://doi.org/10.1007/978-3-642-23808-6_10), of groups instead of
-    rows: from the rarest stratum to the most frequent, each group goes to the side that leaves the smaller sum of
-    squared deviations from the wanted numbers of rows, over its strata and over all rows. scikit-learn's
-    `StratifiedGroupKFold` takes one class per row and fractions of 1 / k only, and may hold out the only group of a
-    class.
+    This is iterative stratification (Sechidis et al. 2011, https://doi.org/10.1007/978-3-642-23808-6_10), of groups
+    instead of rows. It goes from the rarest stratum to the most frequent. Each group goes to the side with the smaller
+    sum of squared deviations from the wanted numbers of rows. The sum is over the strata of the group and over all
+    rows.
+
+    scikit-learn's `StratifiedGroupKFold` takes one class per row and fractions of 1 / k only. It may also hold out the
+    only group of a class.
 
     Args:
         groups (num_rows,) int64: the number of the group of each row; at least two groups.
         strata: the strata of each row, or an empty list.
         fraction: the share of the rows to hold out.
         seed: of the order of groups.
-        size_weight: how much the number of rows counts beside one stratum.
+        size_weight: the weight of the number of rows relative to one stratum.
     """
     counts = _count(groups, strata)
     num_groups = len(counts.strata)

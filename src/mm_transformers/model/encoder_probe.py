@@ -1,10 +1,11 @@
 """
-What an encoder does, seen by running it once: how wide its tokens are, which of its parameters serve nothing that the
-fusion reads, and whether its output for a row depends on padding.
+Properties of an encoder, measured by running it once.
 
-An encoder that `from_encoders` has loaded is run as it is ([`probe`]), and what was seen is stored in its config as
-`encoder_traits`. Where these are missing, as in configs without weights, the encoder is built once more on the meta
-device ([`observe`]), which needs no memory but cannot tell about padding.
+They are the width of its tokens, the parameters that do not affect the fusion, and whether padding changes its output.
+
+[`probe`] runs an encoder that `from_encoders` has loaded, and the result is stored in its config as `encoder_traits`.
+Configs without weights lack these traits. For them, [`observe`] builds the encoder again on the meta device, which
+needs no memory but cannot measure the effect of padding.
 """
 
 import copy
@@ -58,9 +59,11 @@ class Observation(NamedTuple):
 
 def traits_of(config: PreTrainedConfig) -> dict[str, Any]:
     """
-    What was stored of an encoder: the "width" of its tokens; its "unused" parameters; whether it is "routed", so that
-    some parameters are used by some tokens only; if padding changes its output, that it runs "by_length", on texts of
-    at least "shortest" tokens; and if it makes one sequence of all images, that it runs "one_by_one".
+    The stored traits of an encoder.
+
+    "width": the width of its tokens. "unused": its unused parameters. "routed": some parameters are used by some tokens
+    only. "by_length": padding changes its output, so it runs on texts of equal length, of at least "shortest" tokens.
+    "one_by_one": it makes one sequence of all images, so they run one by one.
     """
     return getattr(config, "encoder_traits", None) or {}
 

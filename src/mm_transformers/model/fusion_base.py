@@ -187,14 +187,14 @@ class FusionRecord:
 
 class Fusion(nn.Module):
     """
-    Lets text tokens see the tokens of other modalities.
+    The base class of fusions, in which text tokens attend to the tokens of other modalities.
 
     A kind subclasses it, sets `kind`, implements [`fuse`] and is decorated with [`register_fusion`]. Keyword arguments
     of its `__init__` after `stream_names` are its options, given by `config.fusion_kwargs`.
 
-    What no kind can get wrong, because it is done here: a row with nothing in any stream leaves exactly as it came,
-    and the states that leave have the width of the text encoder. What each kind owes: text states must leave [`fuse`]
-    unchanged at initialisation (add to them through a [`Gate`] only), and nothing that a mask hides may be seen.
+    This class guarantees two properties. A row without any stream stays exactly unchanged, and the fused states have
+    the width of the text encoder. Each kind must guarantee two more. [`fuse`] leaves the text states unchanged at
+    initialisation (add to them through a [`Gate`] only), and masked tokens have no effect.
 
     Example:
 

@@ -1191,11 +1191,13 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         labels: torch.Tensor,
     ) -> torch.Tensor:
         """
-        The logits of a [`Matching`] head for pairs that do not match: each text with the item of another row, and each
-        item with the text of another row; (batch, 2), NaN where the batch holds none. See [`choose_partners`].
+        The logits of a [`Matching`] head for mismatched pairs, (batch, 2); NaN if the batch holds no mismatch.
 
-        Similarity is that of a [`Retrieval`] task of the same modality. Without one, all are equally similar, and in
-        evaluation the first is taken.
+        The first pairs each text with the item of another row, the second each item with the text of another row. See
+        [`choose_partners`].
+
+        The choice uses the similarity of a [`Retrieval`] task of the same modality. Without one, all are equally
+        similar, and evaluation takes the first.
         """
         encoded, head = encoder_outputs.encoded, getattr(self.heads, name)
         modality = cast(PairTask, self.tasks[name]).modality

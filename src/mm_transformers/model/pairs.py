@@ -131,11 +131,11 @@ def labels_of_pairs_left(labels: torch.Tensor, kept: dict[str, torch.Tensor], mo
 
 def may_mismatch(labels: torch.Tensor) -> torch.Tensor:
     """
-    Which texts and items of a batch may be shown together as a pair that does not match: (batch, batch) bool, the text
-    of one row and the item of another.
+    The texts and items of a batch that may form a mismatched pair: (batch, batch) bool, text of one row by item of
+    another.
 
     Args:
-        labels (batch, 4) int64: those of a [`Matching`] task, 1 or 0 before what [`pair_ids`] gives.
+        labels (batch, 4) int64: those of a [`Matching`] task: 1 or 0, then the columns of [`pair_ids`].
     """
     ids, is_pair = labels[:, 1:], labels[:, 0] == 1
     return ~matching_pairs(ids, ids) & is_pair[:, None] & is_pair[None]

@@ -49,38 +49,39 @@ def ablate(
     **generation_options: Any,
 ) -> Ablation:
     """
-    Scores a model on rows as they are, with each modality alone and each missing, with nothing, and with each modality
-    that of another row; and what follows from that: how much each contributes, how much is owed to their interaction,
-    and whether answers are as sure as they are right.
+    Scores a model on the rows as they are, with one modality alone, with one missing, with none, and with one
+    exchanged.
 
-    Encoders run once per row: all else needs the fusion and the heads only. What a row does not have it does not have
-    in any variant; without anything left, the model answers from what it expects. Rows are taken in a random order, and
-    exchange what they have with others of the same 256 rows. Answers that belong to words of the text are not scored
-    where the text is missing or that of another row.
+    The result shows what each modality contributes, what the interaction of modalities contributes, and whether the
+    model is calibrated.
 
-    [`Matching`] judges each pair and its mismatched pairs, drawn from all rows as [`MMTrainer`] draws them; these are
-    encoded too. It has no score where the text or the picture that it compares is that of another row: such pairs are
-    mismatches already, so their labels say nothing.
+    The encoders run once per row; the variants run the fusion and the heads only. A missing modality stays missing in
+    all variants. Without any input, the model answers from its priors. Rows are taken in a random order, and exchange
+    modalities with others of the same 256 rows. Labels of words are not scored where the text is missing or exchanged.
 
-    Contributions are gains: more than 0 where a modality makes the answers better, also where a metric is the better
-    the smaller it is (losses, errors).
+    [`Matching`] judges each pair and its mismatched pairs. Mismatched pairs are drawn from all rows, as [`MMTrainer`]
+    draws them, and are encoded too. Rows with an exchanged text or picture have no score: such pairs are already
+    mismatched, so their labels are meaningless.
+
+    Contributions are gains: a positive value means that the modality improves the answers. This also holds for metrics
+    that are better when smaller (losses, errors).
 
     Args:
-        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
-        processor ([`MMTransformerProcessor`]): That of the model.
-        rows: with the columns that the collator reads: a `datasets.Dataset`, or a list of dicts.
-        tasks (`list[str]`, *optional*): Which tasks to score; all by default.
-        collator ([`MMDataCollator`], *optional*): Where the columns are called otherwise.
-        num_permutations (`int`, *optional*, defaults to 5): How often modalities are exchanged; for mean and spread.
+        model ([`MMTransformerForMultiTask`]): Runs in evaluation mode, whatever its mode.
+        processor ([`MMTransformerProcessor`]): The processor of the model.
+        rows: a `datasets.Dataset` or a list of dicts, with the columns that the collator reads.
+        tasks (`list[str]`, *optional*): The tasks to score; all by default.
+        collator ([`MMDataCollator`], *optional*): Needed if the columns have other names.
+        num_permutations (`int`, *optional*, defaults to 5): How often modalities are exchanged, for mean and spread.
         num_additive_rows (`int`, *optional*, defaults to 256):
-            On how many rows, a random sample of all, the nearest sum of a function of the text and one of the rest is
-            worked out (EMAP). It pairs each text with what each other row has: the number squared passes of the fusion.
-            0 for none.
-        slices (`list[str]`, *optional*): Columns; scores are also given for the rows of each of their values.
+            Number of rows in the random sample for EMAP, the nearest sum of a function of the text and one of the rest.
+            Each text is paired with the other inputs of each row, so the fusion runs this number squared times. 0 turns
+            EMAP off.
+        slices (`list[str]`, *optional*): Columns; the rows of each of their values get scores of their own.
         batch_size (`int`, *optional*, defaults to 64): Rows at once; no result depends on it.
-        seed (`int`, *optional*, defaults to 0): Of the order, the exchanges and the sample.
+        seed (`int`, *optional*, defaults to 0): The seed of the order, the exchanges and the sample.
         compute_metrics (*optional*): Defaults to [`MultiTaskMetrics`].
-        generation_options: for `model.generate`, where a task writes.
+        generation_options: for `model.generate`, if a task writes texts.
 
     Raises:
         ValueError: if there are no rows, or the model reads text alone; as the collator, if a row cannot be read.

@@ -140,8 +140,10 @@ def of_rows(stream: Stream, rows: torch.Tensor) -> Optional[Stream]:
 
 def exchanged(present: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """
-    For each row the row whose modality it gets: one cycle through those that have it, so that none keeps its own
-    (but where it is the only one); rows without it stay without.
+    For each row, the row whose modality it gets.
+
+    The rows that have the modality form one cycle, so none keeps its own, unless it is the only one. Rows without the
+    modality stay without it.
     """
     cycle = rng.permutation(np.flatnonzero(present))
     rows = np.arange(len(present))

@@ -107,8 +107,10 @@ class Explanation:
     @property
     def scales(self) -> dict[str, float]:
         """
-        Modality -> what its relevances (of words, pixels, steps) are multiplied with to be strengths of colour: 1 at
-        the most relevant part of the modality on which most rests, and pale in a modality on which little rests.
+        Modality -> the factor that turns its relevances (of words, pixels, steps) into strengths of colour.
+
+        The strength is 1 at the most relevant part of the modality with the largest share. Modalities with a small
+        share are pale.
         """
         relevances = {
             "text": [word.relevance for word in self.words],

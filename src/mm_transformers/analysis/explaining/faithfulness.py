@@ -55,17 +55,20 @@ def faithfulness(
     seed: int = 0,
 ) -> Faithfulness:
     """
-    Positive and negative perturbation (Samek et al. 2017, https://arxiv.org/abs/1509.06321; Chefer et al. 2021): tokens
-    of the text are taken out of the attention mask, patches of pictures become the mean colour of the picture, each
-    modality for itself by its own relevances, both at once; and how probable the answer to the whole row then is.
+    Measures how probable an answer stays while its most, or its least, relevant parts are removed.
+
+    This is positive and negative perturbation (Samek et al. 2017, https://arxiv.org/abs/1509.06321; Chefer et al.
+    2021). Removed text tokens leave the attention mask; removed patches take the mean colour of the picture. Each
+    modality is ranked by its own relevances, and both are perturbed at once. The measured probability is that of the
+    answer to the unchanged row.
 
     Args:
-        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
-        processor ([`MMTransformerProcessor`]): That of the model.
+        model ([`MMTransformerForMultiTask`]): Runs in evaluation mode, whatever its mode.
+        processor ([`MMTransformerProcessor`]): The processor of the model.
         rows: each with a text, a picture, or both.
         task: one that chooses among labels for the whole row.
         method: one of those of [`explain`].
-        modalities: what is taken away: "text", "vision", or both.
+        modalities: what is perturbed: "text", "vision", or both.
 
     Raises:
         ValueError: as [`explain`], or if the task has no labels for the row.

@@ -13,14 +13,16 @@ from .watching import Seen
 
 class ProbeReading(NamedTuple):
     """
-    A probe is linear, so each encoder output adds a part of its own to the score: its product with the weights of the
-    answer, divided by the number of tokens and the length of their mean. The length counts as a constant. The parts of
-    all tokens, the indicators and the bias sum to what the probe says.
+    The relevance of each encoder output for the score of a linear probe.
+
+    A probe is linear, so each encoder output adds its own part to the score. The part is the product of the output with
+    the weights of the answer, divided by the number of tokens and the length of their mean. The length counts as a
+    constant. The parts of all tokens, the indicators and the bias sum to the score.
 
     Args:
-        probe: that of the head that answers.
-        features: what it read.
-        gradient: of the answers' scores, of the shape of the features: the weights of each row's answer.
+        probe: the probe of the head that answers.
+        features: the input of the probe.
+        gradient: that of the answers' scores by the features, in their shape: the weights of each row's answer.
     """
 
     probe: LinearProbe

@@ -123,14 +123,16 @@ class Rule:
 
 class Chefer(Rule):
     """
-    The bi-modal rules of Chefer et al. 2021 (https://arxiv.org/abs/2103.15679, equations 6 to 11). With s the tokens
-    that read and q those that are read, a self-attention adds A R_ss and A R_sq; a cross-attention adds
-    norm(R_ss)^T A norm(R_qq) to R_sq and A R_qs to R_ss, where norm makes the rows of what was added to the identity
-    sum to 1. Rows to which nothing was added stay those of the identity (the published code makes NaN of them).
+    The bi-modal rules of Chefer et al. 2021 (https://arxiv.org/abs/2103.15679, equations 6 to 11).
 
-    The same norm is taken when an encoder is left, which changes nothing for a cross-attention. Without it a
-    self-attention over text and pictures together would see each patch as itself only: what gradients add is small
-    beside the identity.
+    Let s be the tokens that attend, and q those attended to. A self-attention adds A R_ss and A R_sq. A cross-attention
+    adds norm(R_ss)^T A norm(R_qq) to R_sq and A R_qs to R_ss. Here norm scales the rows of what was added to the
+    identity to a sum of 1. Rows to which nothing was added stay rows of the identity (the published code turns them
+    into NaN).
+
+    The same norm is applied at the end of an encoder; for a cross-attention this changes nothing. A self-attention over
+    text and pictures together needs it: gradients add little beside the identity, so otherwise each patch would depend
+    on itself only.
     """
 
     def within(self, own: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

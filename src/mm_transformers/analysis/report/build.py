@@ -39,20 +39,22 @@ def write_report(
     seed: int = 0,
 ) -> None:
     """
-    One HTML page, with its pictures in it: per task how often which label was taken for which, the worst and the most
-    confident errors and some rows drawn by lot, with what the answers rest on; and what each modality is good for, if
-    that was measured. For a phone as for a wide screen.
+    Writes one HTML page, pictures included, about the answers and errors of a model.
+
+    Per task the page shows the confusion matrix, the worst and the most confident errors, and some random rows with
+    their explanations. If an [`Ablation`] is given, it also shows the contribution of each modality. The page suits
+    phones and wide screens.
 
     Args:
-        path: of the file; it appears when it is finished.
-        model ([`MMTransformerForMultiTask`]), processor ([`MMTransformerProcessor`]): What is looked at.
+        path: the file to write; it appears when it is finished.
+        model ([`MMTransformerForMultiTask`]), processor ([`MMTransformerProcessor`]): The model and its processor.
         rows: with the columns that the collator reads; labels may be missing.
-        tasks (`list[str]`, *optional*): Which tasks; all by default.
+        tasks (`list[str]`, *optional*): The tasks to show; all by default.
         method (`str`, *optional*, defaults to `"chefer"`): See [`explain`].
         num_examples (`int`, *optional*, defaults to 6): Rows of each kind, at most.
-        title (`str`, *optional*): What the page is called.
+        title (`str`, *optional*): The title of the page.
         ablation ([`Ablation`], *optional*): Of the same rows.
-        collator ([`MMDataCollator`], *optional*): Where the columns are called otherwise.
+        collator ([`MMDataCollator`], *optional*): Needed if the columns have other names.
 
     Raises:
         ValueError: if there are no rows, or one cannot be read.

@@ -1,24 +1,23 @@
 """The embedded data set: short English messages with a picture, drawn on the spot, nothing downloaded.
 
-A row is drawn from five factors. The text shows `word`, `remark` and `intent`; the picture shows `place` and `state`.
+Each row has five factors. The text shows `word`, `remark` and `intent`; the picture shows `place` and `state`.
 
-- **topic** needs both parts: the message names an ambiguous word, the place decides its sense (a *crane* is a bird out
-  in nature and a machine in town), and each place gives the words two topics, half of them one and half the other.
-- **sentiment** needs both parts: the picture turns the remark. A cheerful remark over a fine picture is positive, over
-  a ruined one it is sarcasm, hence negative. A gloomy remark over a ruined picture is negative; over a fine one it is
-  mere grumbling that the picture takes back, hence neutral. A factual remark is neutral, whatever the picture.
+- **topic** needs both parts. The message names an ambiguous word, and the place decides its sense: a *crane* is a bird
+  in nature and a machine in town. In each place half of the words have one topic, half another.
+- **sentiment** needs both parts. A cheerful remark is positive over a fine picture, and negative (sarcasm) over a
+  ruined one. A gloomy remark is negative over a ruined picture, and neutral (mere grumbling) over a fine one. A factual
+  remark is always neutral.
 - **intent** needs the text alone: statement, question or request.
-- **german** and **french** are translations of the gist of the message: the text tells what to say and of which word,
-  the place decides by which noun (*crane*: "Das ist der Kranich." or "Das ist der Kran.").
+- **german** and **french** are translations of the gist of the message. The text gives the sentence and the word, and
+  the place decides the noun (*crane*: "Das ist der Kranich." or "Das ist der Kran.").
 
-`GRID` lists every combination of factors with its multiplicity; rows are drawn by cycling through it in shuffled order,
-and `best_possible_accuracy` counts over the same list, so the limits of text alone and of image alone are exact.
+`GRID` lists every combination of factors with its multiplicity, and rows cycle through it in shuffled order.
+`best_possible_accuracy` counts over the same list, so the limits of text alone and of image alone are exact.
 
-The validation and test splits are made of minimal pairs: within one pass over the grid, each message appears once with
-each kind of picture (nature and town, fine and ruined), and each drawing appears with four words, two of each topic
-that its place gives, and with all four remarks. No model that sees one part only can beat its limit there, not even by
-chance (on whole passes, for sentiment and topic). The test split also uses wordings and drawings that training never
-shows.
+The validation and test splits are made of minimal pairs. One pass over the grid shows each message once with each kind
+of picture: nature and town, fine and ruined. It shows each drawing with all four remarks and with four words, two of
+each topic of its place. So no model that sees one part only can beat its limit, not even by chance (on whole passes,
+for sentiment and topic). The test split also has wordings and drawings that never appear in training.
 """
 
 from __future__ import annotations

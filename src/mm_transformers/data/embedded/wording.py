@@ -1,12 +1,12 @@
 """The messages of the embedded data set: how word, remark and intent become an English text.
 
-A message is a *core* (names the ambiguous word and carries the intent) and a *remark* (carries the polarity), in either
-order, between an optional opener and an optional closing that carry nothing. A wording is drawn from the text factors
-alone, so it can tell nothing about the picture.
+A message has a *core* (the word and the intent) and a *remark* (the polarity), in either order. An optional opener and
+an optional closing carry no information. A wording depends on the text factors alone, so it tells nothing about the
+picture.
 
-Held-out wordings (the test split) use remarks and arrangements that training never shows, all composed of words that
-training does show: every held-out remark pairs a frame with a filling that training only shows apart, or uses a frame
-of its own.
+The held-out wordings of the test split use remarks and arrangements that never appear in training. All of their words
+do appear in training. A held-out remark pairs a frame with a filling that training shows only apart, or uses a frame of
+its own.
 """
 
 from __future__ import annotations
