@@ -48,11 +48,11 @@ def hold_out_rows(
     """
     Splits rows into training rows and held-out rows, without leakage between the two.
 
-    - **Groups.** Rows with the same image, video or sound are on the same side, whether it is a path, bytes, an array
-      or an object. So are rows with the same cell of `group_column`. Rows with an equal text (white space and case
-      aside) stay together in groups of limited size. The limit is a quarter of the rows to hold out, or four rows if
-      that is more. Rarer texts come first. Texts above the limit are more likely keywords or prompts, and would join
-      nearly all rows into one group.
+    - **Groups.** Rows with the same image, video or sound are on the same side: as a path, bytes, an array or an
+      object. So are rows with the same cell of `group_column`. Rows with an equal text (white space and case aside)
+      stay together in groups of limited size. The limit is a quarter of the rows to hold out, or four rows if that is
+      more. Rarer texts come first. More frequent texts are likely keywords or prompts, and would join nearly all rows
+      into one group.
     - **Strata.** Both sides have nearly the same shares of each class and each label of a label set. The same holds for
       five quantile bins of numbers, and for missing labels, for all tasks at once. A class with two or more groups has
       at least one on each side if the held-out part is large enough. The only group of a class stays in the training

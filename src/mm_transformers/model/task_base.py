@@ -212,9 +212,10 @@ class Task:
 
     def build_head(self, config, hidden_size: int) -> nn.Module:
         """
-        The task layer: a module called with the [`MMTransformerModelOutput`], of which most need `last_hidden_state`,
-        the fused text tokens (batch, text_len, hidden_size), or `pooler_output`, their masked mean (batch,
-        hidden_size); returns the logits.
+        Builds the task layer: a module from the [`MMTransformerModelOutput`] to the logits.
+
+        Most heads need `last_hidden_state`, the fused text tokens (batch, text_len, hidden_size). Others need
+        `pooler_output`, their masked mean (batch, hidden_size).
         """
         raise NotImplementedError
 
@@ -355,9 +356,9 @@ class Task:
         """
         The strata of each row: both parts of a split should hold the same share of each stratum.
 
-        By default that follows from the encoded labels: integers and truth values are classes, a list is in the stratum
-        of each of its integers, and numbers fall into five quantile bins. Other labels, and integers of which more than
-        half are distinct (ids), have no strata.
+        By default the encoded labels decide. Integers and truth values are classes, a list is in the stratum of each of
+        its integers, and numbers fall into five quantile bins. Other labels have no strata. Integers of which more than
+        half are distinct (ids) have none either.
 
         Args:
             labels: the encoded label of each row, `None` where it is missing.
@@ -454,8 +455,9 @@ class Task:
 
     def majority_share(self, labels: torch.Tensor) -> Optional[float]:
         """
-        The share of the most frequent label, which is the accuracy of a constant answer; `None` if the task does not
-        choose one label per row, or no row has a label.
+        The share of the most frequent label, which is the accuracy of a constant answer.
+
+        `None` if the task does not choose one label per row, or no row has a label.
         """
         if not self.label_names or labels.is_floating_point() or labels.ndim != 1:
             return None
@@ -464,8 +466,9 @@ class Task:
 
     def pair_similarity(self, logits: torch.Tensor, modality: str) -> Optional[torch.Tensor]:
         """
-        The similarity of each text to each item of a modality, (batch, batch), by which [`Matching`] chooses pairs that
-        are hard to tell apart; `None`, as by default, if the task does not compare them.
+        The similarity of each text to each item of a modality, (batch, batch), or `None` if the task compares no pairs.
+
+        [`Matching`] uses it to choose mismatched pairs that are hard to tell apart. The default is `None`.
         """
         return None
 

@@ -153,9 +153,10 @@ class TokenClassification(Task):
 
     def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[list[dict[str, Any]]]:
         """
-        A list per row of what was chosen for each word, or for each token if `word_index` is not given. A word without
-        a token, such as one of characters that the tokenizer drops, gets the label `None` and the score 0.0, so that
-        answers stay in line with the words; those beyond `max_length` are left out.
+        The label and the score of each word, or of each token if `word_index` is not given: one list per row.
+
+        A word without a token has the label `None` and the score 0.0, so that answers stay aligned with the words. An
+        example is a word of characters that the tokenizer drops. Words beyond `max_length` are left out.
         """
         scores, ids = logits.float().softmax(-1).max(-1)
         if word_index is None:
@@ -183,8 +184,10 @@ class TokenClassification(Task):
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, list[Any]]:
         """
-        The sum over the tokens of the logit of a label, the same for all, or of those of a list with one for each; by
-        default of the highest of each.
+        The sum over the tokens of the logit of a label.
+
+        `answers` gives one label for all tokens, or a list with one for each. The default is the label with the highest
+        logit.
         """
         tokens = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if places is None else places
         ids = logits.argmax(-1)

@@ -11,9 +11,12 @@ from .fusion_layers import FusionAttention, FusionMLP, Latents, key_mask
 
 class TokenMerging(nn.Module):
     """
-    Merges the tokens that are most alike, two by two, until `num_tokens` are left: the bipartite soft matching of ToMe
-    (https://arxiv.org/abs/2210.09461), once after the encoder and not in each of its layers. Has no parameters; what an
-    image gives depends on that image alone. (num_items, length, width) -> (num_items, at most `num_tokens`, width)
+    Merges the most similar tokens, two by two, until `num_tokens` are left.
+
+    This is the bipartite soft matching of ToMe (https://arxiv.org/abs/2210.09461), applied once after the encoder and
+    not in each layer. It has no parameters, and the result for an image depends on that image alone.
+
+    (num_items, length, width) -> (num_items, at most `num_tokens`, width)
     """
 
     def __init__(self, config: Any, num_tokens: int):

@@ -91,9 +91,10 @@ def _stacks(model: MMTransformerModel) -> Iterator[nn.Module]:
 
 def layer_numbers(encoder: nn.Module) -> dict[int, int]:
     """
-    By the `id` of each parameter of an encoder, the number of its layer, from below: 0 for what comes before the first
-    layer (embeddings), then 1, 2, ...; what comes after a layer (norms) counts to it. Layers are the members of lists
-    of modules; of encoders with stages, the layers of the stages.
+    The number of the layer of each parameter of an encoder, by the `id` of the parameter.
+
+    Parameters before the first layer (embeddings) have 0, the layers 1, 2, ... Parameters after a layer (norms) count
+    to it. Layers are the members of module lists. In encoders with stages, they are the layers of the stages.
     """
     numbers: dict[int, int] = {}
     current = 0

@@ -140,11 +140,13 @@ def _nothing(row: Any) -> None:
 
 def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:
     """
-    The answers of a row as columns: under the name of the task what it says first (a label, a number, a text), and the
-    rest behind its name, as in `topic_score`. Of a list, as tasks that label words give it, each is a list.
+    The answers of a row as columns.
+
+    The column with the name of the task holds the first part of its answer (a label, a number, a text). The other parts
+    have columns such as `topic_score`. Answers of tasks that label words are lists, so each of their columns is a list.
 
     Raises:
-        ValueError: if two tasks would have a column alike, as tasks `topic` and `topic_score` do.
+        ValueError: if two tasks would have the same column, as tasks `topic` and `topic_score` do.
     """
     columns: dict[str, Any] = {}
     for name, answer in answers.items():

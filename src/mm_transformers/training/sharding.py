@@ -7,15 +7,17 @@ from transformers import PreTrainedModel
 
 def layer_classes(model: PreTrainedModel) -> list[str]:
     """
-    The names of the classes of layers that FSDP shards one by one: those that transformers keeps on one device, except
-    the ones around the input embeddings, which accelerate shards by themselves, and which must not be sharded twice.
+    The names of the layer classes that FSDP shards one by one.
+
+    These are the classes that transformers keeps on one device, except those around the input embeddings. accelerate
+    shards the embeddings by themselves, and they must not be sharded twice.
 
     Args:
         model (`PreTrainedModel`).
 
     Raises:
-        ValueError: if other modules share the input embeddings, as in most encoder-decoders: FSDP must have all that
-            share a weight in one group, and accelerate puts the embeddings in one of their own.
+        ValueError: if other modules share the input embeddings, as in most encoder-decoders. FSDP needs all modules
+            that share a weight in one group, and accelerate puts the embeddings in a separate group.
     """
     embeddings = model.get_input_embeddings()
     if sum(getattr(module, "weight", None) is embeddings.weight for module in model.modules()) > 1:

@@ -1,9 +1,9 @@
 """
-How a card is renewed without loss of what a person wrote.
+Renews a model card and keeps the text that a person wrote.
 
-Sections and entries of metadata are merged alike. Each was generated with a fingerprint, which a comment at the end of
-the card remembers: what still has it is renewed, what differs is a person's and stays, what is gone was removed by a
-person and stays away.
+Sections and entries of metadata are merged alike. Each is generated with a fingerprint, stored in a comment at the end
+of the card. An entry that still has its fingerprint is renewed. A changed entry is a person's text and stays. An entry
+that a person removed stays away.
 """
 
 import hashlib

@@ -1,13 +1,15 @@
 """
-Which checkpoints are complete, and how one comes to be, and goes, in one instant.
+Finds complete checkpoints, and creates and deletes checkpoints atomically.
 
-A checkpoint is written in the folder `_saving` and renamed to its place when all of its files are on the disk; it is
-renamed away, into `_deleting`, before it is deleted. So a folder `checkpoint-<step>` is whole whenever a process is
-killed. Its manifest, the last file to be written, lists the others with their sizes: what a crash of the machine, an
-interrupted copy or another program has left of it is recognised. The manifest also holds a checksum of each file, which
-is compared before training goes on.
+A checkpoint is written to the folder `_saving`, and renamed to its place when all of its files are on the disk. Before
+it is deleted, it is renamed to `_deleting`. So a folder `checkpoint-<step>` is always whole, even if the process is
+killed.
 
-Only what carries a mark of this package is deleted: `_saving` and `_deleting` hold the file `.mm_transformers`, and a
+The manifest is the last file to be written. It lists the other files with their sizes, which reveals damage by a crash
+of the machine, an interrupted copy or another program. It also holds a checksum of each file, which is checked before
+training resumes.
+
+Only folders with a mark of this package are deleted. `_saving` and `_deleting` hold the file `.mm_transformers`, and a
 checkpoint holds files that a Trainer writes. A folder of the user with one of these names stays as it is.
 """
 
@@ -52,13 +54,14 @@ _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike, verify: bool = False) -> Optional[str]:
     """
-    The complete checkpoint of the highest step in `output_dir`, or `None` if there is none. What is newer but not
-    complete is named in a warning. With `verify`, contents are compared with their checksums.
+    The complete checkpoint of the highest step in `output_dir`, or `None`.
 
-    A checkpoint with a manifest is complete if all of its files are there and have their sizes. One without, as the
-    plain `Trainer` writes it, is complete if weights, optimiser, scheduler, state of the random number generators and
-    `trainer_state.json` are there and can be read; so one that was saved by `save_only_model` is taken only with a
-    manifest, or if it is given by its path.
+    A warning names newer checkpoints that are not complete. With `verify`, contents are compared with their checksums.
+
+    A checkpoint with a manifest is complete if all of its files exist and have their sizes. The plain `Trainer` writes
+    no manifest. Such a checkpoint is complete if these exist and can be read: weights, optimiser, scheduler, state of
+    the random number generators and `trainer_state.json`. So a checkpoint of `save_only_model` needs a manifest, or
+    must be given by its path.
     """
     folders = {}
     if os.path.isdir(output_dir):

@@ -71,34 +71,35 @@ def solve(
     groups: np.ndarray | None = None,
 ) -> LinearModel | None:
     """
-    The best linear model of some features: multinomial or binary logistic regression, or ridge regression.
+    The best linear model of the features: multinomial or binary logistic regression, or ridge regression.
 
-    Cross-validation, whose folds share no group, chooses how it is fitted.
+    Cross-validation chooses how it is fitted. Its folds share no group.
 
-    - One label per row: the classes are balanced, each modality has a model of its own, and the answers of several
-      strengths are averaged, each scaled to be as sure as it is right. Few rows cannot choose between strengths. If one
-      unbalanced model of all modalities is clearly more accurate (by two standard errors), it is taken instead; so it
-      is if the user gave weights of labels that do not balance the classes.
+    - One label per row: the classes are balanced, and each modality has its own model. Few rows cannot choose a
+      strength, so the answers of several strengths are averaged, each calibrated first. One unbalanced model of all
+      modalities replaces them if it is clearly more accurate (by two standard errors). It also does if the user gave
+      label weights that do not balance the classes.
     - Otherwise: one model of all modalities, with the strength of the lowest loss.
 
-    In a model of all modalities each row also counts, with a small weight, as it would be without each of its
-    modalities, so that the model stays good where modalities are missing.
+    A model of all modalities also sees each row without each of its modalities, with a small weight. So it stays good
+    for rows with missing modalities.
 
     Args:
         problem: the kind of linear model.
-        blocks: the features of each modality: its vector, and the column that is 1 where a row has the modality.
+        blocks: the features of each modality: its vector, and a column that is 1 if the row has the modality.
         features (num_items, num_features), labels (num_items,) or (num_items, num_outputs): without missing labels.
         groups (num_items,), *optional*: equal numbers stay on one side of a fold.
 
     Returns:
-        The solution; `None` if there is nothing to learn: fewer than two rows, or one label only.
+        The solution; `None` if nothing can be learned: fewer than two rows, or one label only.
 
     Example:
 
     ```python
     >>> fit = solve(MultinomialProblem(3), probe.blocks, features, labels)
     >>> logits = features @ fit.weight.T + fit.bias
-    ```"""
+    ```
+    """
     groups = np.arange(len(labels)) if groups is None else groups
     weights = problem.item_weights(labels)
     if weights is not None:

@@ -25,14 +25,15 @@ _KEPT = 1000
 
 def draw_mismatches(labels: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """
-    Draws, for each row that is a pair, another pair whose item does not belong to its text, and one whose text does not
-    belong to its item; all that qualify are equally likely.
+    Draws mismatched pairs for each row with a pair: its text with another item, and its item with another text.
+
+    All rows that qualify are equally likely.
 
     Args:
         labels (rows, 4): those of a [`Matching`] task for the whole evaluation set.
 
     Returns:
-        (rows, 2) int64: numbers of rows; -1 where there is none.
+        (rows, 2) int64: row numbers; -1 if no row qualifies.
     """
     generator = torch.Generator().manual_seed(seed)
     pairs = torch.nonzero(labels[:, 0] == 1)[:, 0]

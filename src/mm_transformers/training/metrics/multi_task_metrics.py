@@ -203,21 +203,21 @@ class MultiTaskMetrics:
     """
     The `compute_metrics` of a multi-task model: `Trainer(..., compute_metrics=MultiTaskMetrics(model.config))`.
 
-    Called with an [`~transformers.EvalPrediction`] whose `predictions` and `label_ids` are dicts task -> array, it
-    returns a flat dict of floats:
+    The input is an [`~transformers.EvalPrediction`] whose `predictions` and `label_ids` are dicts task -> array. The
+    result is a flat dict of floats:
 
-    - `{task}_loss`: the exact mean over the rows (or tokens) that have a label, whatever the batches were;
+    - `{task}_loss`: the exact mean over the rows (or tokens) with a label, however the batches were formed;
     - `{task}_{metric}` for each of the task's metrics, over the same rows.
 
-    A task without any label contributes nothing. Trainer gathers the rows of all ranks beforehand and adds `eval_`.
+    A task without any label contributes nothing. Trainer gathers the rows of all ranks first, and adds `eval_`
+    afterwards.
 
     Args:
-        config ([`MMTransformerConfig`]): Says which tasks there are.
-        processor ([`MMTransformerProcessor`], *optional*): For metrics that compare texts, to decode token ids.
+        config ([`MMTransformerConfig`]): The config with the tasks.
+        processor ([`MMTransformerProcessor`], *optional*): Decodes token ids, for metrics that compare texts.
         metrics (`dict[str, list[str | evaluate.Metric]]`, *optional*):
-            By task name, names from [`METRICS`] or objects of your own that replace the task's default metrics; an
-            empty list leaves the loss only. Of what an object of your own computes, the numbers are kept, each under
-            its own name.
+            By task name, names from [`METRICS`] or your own objects, which replace the task's default metrics. An empty
+            list leaves the loss only. Of the results of your own object, the numbers are kept, each under its own name.
 
     Raises:
         ValueError: if a task or a metric is unknown.

@@ -9,10 +9,12 @@ import numpy as np
 
 class RetrievalRecall(evaluate.Metric):
     """
-    Recall at 1, 5 and 10 of a [`Retrieval`] task, over all the rows at once: the share of queries for which something
-    that matches is among the k most similar, of all different candidates. `from_text_recall_at_k` looks for pictures by
-    texts, `to_text_recall_at_k` for texts by pictures, `mean_recall` is the mean of the six. Among equally similar
-    candidates those that match count as the last, so that a constant finds nothing.
+    Recall at 1, 5 and 10 of a [`Retrieval`] task, over all rows at once.
+
+    Recall at k is the share of queries with a match among the k most similar candidates. The candidates are all
+    different. `from_text_recall_at_k` searches pictures by texts, `to_text_recall_at_k` texts by pictures.
+    `mean_recall` is the mean of the six. Among equally similar candidates, matches count as the last, so a constant
+    finds nothing.
     """
 
     key: ClassVar[str] = "retrieval_recall"

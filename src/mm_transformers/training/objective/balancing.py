@@ -320,8 +320,9 @@ def own_and_shared(fused: MMTransformerForMultiTask) -> tuple[list[nn.Parameter]
 
 def probe_parameters(fused: MMTransformerForMultiTask) -> list[nn.Parameter]:
     """
-    The parameters at which gradients of tasks are compared: those of the last layer that all tasks share, which is the
-    last of the fusion, or of the text encoder in a model of text alone.
+    The parameters of the last layer that all tasks share, where the gradients of tasks are compared.
+
+    This is the last layer of the fusion, or of the text encoder in a text-only model.
     """
     root: nn.Module = fused.model.fusion if fused.model.fusion is not None else fused.model.text_encoder
     lists = [module for module in root.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]

@@ -37,8 +37,9 @@ def divisors_of(
 
 class StepLosses:
     """
-    The loss of each task and of the regularizer, summed over the optimiser steps since the last line of the log; and
-    how many labels each task has had since the training began. All values are scalar tensors of this process.
+    The loss of each task and of the regularizer, summed over the optimiser steps since the last log line.
+
+    It also counts the labels of each task since the start of training. All values are scalar tensors of this process.
     """
 
     def __init__(self) -> None:

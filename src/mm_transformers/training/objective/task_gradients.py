@@ -6,16 +6,17 @@ from transformers import TrainerCallback
 
 class TaskGradientsCallback(TrainerCallback):
     """
-    Logs how the gradients of the tasks compare, every so many steps of [`MMTrainer`]:
+    Logs the norms and similarities of the tasks' gradients, every so many steps of [`MMTrainer`].
 
     - `gradient_norm_<a>`: the norm of the gradient of the mean loss of task a;
     - `gradient_cosine_<a>_<b>`: 1 if two tasks have the same direction, -1 if they have opposite ones;
-    - `gradient_similarity_<a>_<b>`: `2 |a| |b| / (|a|^2 + |b|^2)`, 1 if both norms are equal (Yu et al. 2020,
-      https://arxiv.org/abs/2001.06782).
+    - `gradient_similarity_<a>_<b>`: `2 |a| |b| / (|a|^2 + |b|^2)`, 1 if both norms are equal.
 
-    Gradients are those of the whole optimiser step, at the last layer that all tasks share (with PCGrad: of all that
-    they share), without `loss_weight`; a step in which they are taken costs a short backward pass per task, the others
-    nothing. A task without a label in the step is left out. The values are in the next line of the log.
+    The last one is from Yu et al. 2020 (https://arxiv.org/abs/2001.06782).
+
+    Gradients are those of the whole optimiser step, at the last layer that all tasks share, without `loss_weight`. With
+    PCGrad they cover all parameters that the tasks share. A measured step costs a short backward pass per task; other
+    steps cost nothing. Tasks without a label in the step are left out. The values are in the next line of the log.
 
     Args:
         every (`int`, *optional*, defaults to 100): Number of optimiser steps between two measurements.

@@ -70,12 +70,13 @@ def prepare_tasks(
 
 def balance_tasks(model: MMTransformerForMultiTask, counts: Mapping[str, Sequence[int]], *holders: Any) -> None:
     """
-    Calls [`Task.balance`] for the tasks that started with balanced classes, so that training goes on with the loss with
-    which the linear model was fitted, and writes the result into the config.
+    Calls [`Task.balance`] for the tasks that started with balanced classes, and writes the result into the config.
+
+    So training continues with the loss of the fitted linear model.
 
     Args:
-        counts: task -> how many training rows have each of its labels.
-        model, holders: as [`prepare_tasks`] has them.
+        counts: task -> the number of training rows with each of its labels.
+        model, holders: as in [`prepare_tasks`].
     """
     for name, numbers in counts.items():
         model.tasks[name].balance(numbers)

@@ -10,17 +10,19 @@ from .base import SMALLEST_LOSS, StepSignals, TaskWeighting, WeightedTasks, chec
 @register_weighting
 class DBMTLWeighting(TaskWeighting):
     """
-    DB-MTL (Lin et al. 2023, https://arxiv.org/abs/2308.12029): takes the logarithm of each loss, and scales the
-    gradient of each task to the norm of the largest, where norms are those of moving averages,
-    `g_k <- beta g_k + (1 - beta) grad log L_k`.
+    DB-MTL (Lin et al. 2023, https://arxiv.org/abs/2308.12029): balances the logarithms of the losses and the gradient
+    norms.
 
-    An approximation: the paper averages and scales the gradients of all shared parameters; here norms are taken at the
-    probe block, the last layer that all tasks share, and they become weights, `max_j |g_j| / (|g_k| L_k)`, of one
+    It takes the logarithm of each loss, and scales the gradient of each task to the largest norm. Norms are those of
+    moving averages, `g_k <- beta g_k + (1 - beta) grad log L_k`.
+
+    This is an approximation. The paper averages and scales the gradients of all shared parameters. Here norms are taken
+    at the probe block, the last layer that all tasks share. They become weights `max_j |g_j| / (|g_k| L_k)` of one
     ordinary backward pass.
 
     Args:
         beta (`float`, *optional*, defaults to 0.9):
-            How long the average remembers. With 0 nothing of the size of the probe block is kept (and saved) per task.
+            The decay of the average. With 0, no gradient of the size of the probe block is kept (and saved) per task.
     """
 
     kind: ClassVar[str] = "db_mtl"
