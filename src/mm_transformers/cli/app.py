@@ -128,11 +128,11 @@ def train(
     """
     Train a model by a recipe, or resume its training.
 
-    A recipe has these sections (a commented one is examples/recipe.yaml of the repository):
+    A recipe has these sections. A commented one is examples/recipe.yaml of the repository.
 
     \b
     data      train, validation, test: CSV, JSON lines or Parquet files;
-              or dataset_name (of the Hub, or a folder);
+              or dataset_name (of the Hub, or a folder).
               validation_fraction, max_train_samples, max_eval_samples,
               image_root, label_separator, on_bad_file, sampling_rate,
               max_length, pad_to_multiple_of,

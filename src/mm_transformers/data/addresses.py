@@ -17,13 +17,15 @@ _STORES = {"hf", "s3", "gs", "gcs", "abfs", "abfss", "az"}
 
 class Addresses:
     """
-    Reads what is named by an address in a cell: an http(s) address, a file in a store (`hf://...`, `s3://...`) or in an
-    archive (`zip://a.png::b.zip`). Members of local archives are local files; all else needs permission.
+    Reads the content of addresses in cells, as far as the user permits it.
+
+    An address is an http(s) address, a file in a store (`hf://...`, `s3://...`) or in an archive
+    (`zip://a.png::b.zip`). Members of local archives count as local files; all others need permission.
 
     Args:
         allow_urls (`bool` or `list[str]`):
-            `False` for none. `True` for http(s) addresses of the public Internet and for stores. A list allows only
-            what it names: hosts (`"example.org"`), which may then have a private address, and stores (`"hf://"`).
+            `False` for none. `True` for http(s) addresses of the public Internet and for stores. A list allows only its
+            hosts (`"example.org"`), which may have a private address, and its stores (`"hf://"`).
 
     Raises:
         ValueError: if `allow_urls` is something else.
@@ -45,7 +47,7 @@ class Addresses:
 
     def fetch(self, url: str) -> bytes:
         """
-        What an http(s) address holds.
+        The content of an http(s) address.
 
         Raises:
             OSError, ValueError: if it is not allowed, or cannot be fetched.
@@ -56,7 +58,7 @@ class Addresses:
 
     def at_hand(self, cell: Any) -> Any:
         """
-        A cell with the bytes of what its address names; any other cell as it is.
+        The cell with the bytes of its address; a cell without an address is unchanged.
 
         Raises:
             ValueError: one sentence, if the address is not allowed or cannot be opened.

@@ -63,12 +63,15 @@ def label_of(task: Any, cell: Any, text: str = "", separator: str = LABEL_SEPARA
 
 class RowReader:
     """
-    Reads the rows of one data set. Ids of `ClassLabel` become names, since the order of the names is the data set's
-    own, and -1 becomes `None`, in lists -100. Lists of numbers in columns of pictures, videos and sounds become arrays
-    of the declared type. Cells of `Image`, `Audio` and `Video` keep the options of that feature, under "cast".
+    Reads the rows of one data set.
+
+    - Ids of `ClassLabel` become names, since each data set has its own order of names. -1 becomes `None`, in lists
+      -100.
+    - Lists of numbers in columns of pictures, videos and sounds become arrays of the declared type.
+    - Cells of `Image`, `Audio` and `Video` keep the options of that feature, under "cast".
 
     Args:
-        features (`dict`, *optional*): Column -> feature of `datasets`; without it, rows stay as they are.
+        features (`dict`, *optional*): Column -> feature of `datasets`; without it, rows are unchanged.
         media (`dict[str, str]`, *optional*):
             Columns of pictures, videos and sounds -> the argument of the processor, or `None` if lists stay lists.
         root (`str`, *optional*): The folder where relative paths in these columns start.
@@ -111,10 +114,12 @@ class Source(NamedTuple):
 
 def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
     """
+    The cells of a data set as they are stored, with the reader of its rows.
+
     Args:
         dataset: a `datasets.Dataset` or `IterableDataset`, in any format; a list of dicts; a pandas `DataFrame` or
             another table; or `Subset`s and `ConcatDataset`s of torch of these. A format hides no column.
-        media: as [`RowReader`] takes it.
+        media: as in [`RowReader`].
     """
     import datasets
 
@@ -162,8 +167,9 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
 
 def _numpy_loses_nulls(column: Any, is_cell: bool = True) -> bool:
     """
-    Whether a column of pyarrow has missing values that the format "numpy" of `datasets` gives as NaN: missing arrays,
-    and what is missing inside lists. Missing lists it gives as `None`.
+    Whether the format "numpy" of `datasets` turns missing values of a pyarrow column into NaN.
+
+    This happens to missing arrays and to missing items inside lists. Missing lists become `None`.
     """
     import pyarrow
 
@@ -199,8 +205,9 @@ class _ReadStream(IterableDataset):
 
 def as_records(dataset: Any) -> Any:
     """
-    A table of pandas, polars or pyarrow as a list of dicts; anything else as it is. A table with the features of a data
-    set becomes one, since these know the names of labels.
+    A table of pandas, polars or pyarrow as a list of dicts; anything else unchanged.
+
+    A table with the features of a data set becomes a data set, since features hold the names of labels.
     """
     if b"huggingface" in (getattr(getattr(dataset, "schema", None), "metadata", None) or {}):
         import datasets
@@ -253,11 +260,12 @@ def _name_of(cell: Any, names: Sequence[str], missing: Optional[int]) -> Any:
 
 def warn_of_ids(reader: RowReader, dataset: Any, tasks: Iterable[Any], columns: Mapping[str, str] = {}) -> None:
     """
-    Lets the reader of a stream without features warn of whole numbers where labels have names: an order of names that
-    the data set had is not known.
+    Makes the reader of a stream without features warn of whole numbers in columns of named labels.
+
+    Without features, the order of the label names in the data set is unknown.
 
     Args:
-        columns: as [`DataSource`] takes them.
+        columns: as in [`DataSource`].
     """
     import datasets
 
@@ -288,8 +296,9 @@ def _each(cell: Any, read: Reader) -> Any:
 
 def undecoded(dataset: Any, column: str) -> Any:
     """
-    Cells of `datasets.Image`, `Video` and `Audio` as bytes or path: what is shared is then seen, and what is broken has
-    its row named.
+    The cells of `datasets.Image`, `Video` and `Audio` as bytes or path, without decoding.
+
+    Then shared items can be found, and a broken item can be named with its row.
     """
     import datasets
 
@@ -393,8 +402,10 @@ def _with_cast(cell: Any, options: Mapping[str, Any]) -> Any:
 
 def absolute_paths(cell: Any, root: str) -> Any:
     """
-    What one cell holds, of relative paths those that start at `root`: of a path, a dict with "path" and no bytes, or a
-    list of these. Addresses, files in base64, empty texts and what is no path stay as they are.
+    A cell whose relative paths start at `root`.
+
+    The cell is a path, a dict with "path" and no bytes, or a list of these. Addresses, files in base64, empty texts and
+    other values stay unchanged.
     """
     if isinstance(cell, (list, tuple)):
         return [absolute_paths(item, root) for item in cell]

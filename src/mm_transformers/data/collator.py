@@ -24,14 +24,14 @@ class MMDataCollator:
     Makes a batch of rows with plain columns: a text, images, a video, sound, and one column per task.
 
     Files are read here, in the workers of the data loader if there are any. An image that several rows of the batch
-    share, by object, path or bytes, becomes one entry of `pixel_values`; sounds likewise. Every task gets labels in
-    every batch; rows that lack one get -100 or NaN.
+    share, by object, path or bytes, becomes one entry of `pixel_values`. Sounds are shared in the same way. Every task
+    gets labels in every batch; missing labels are -100 or NaN.
 
     Args:
         processor ([`MMTransformerProcessor`]): The processor of the model.
-        config ([`MMTransformerConfig`]): The config of the model; says which tasks there are.
+        config ([`MMTransformerConfig`]): The config of the model, with its tasks.
         text_column (`str`, *optional*, defaults to `"text"`):
-            Column of strings (or lists of words). `None` and "" are fine in rows that have something else.
+            Column of strings (or lists of words). `None` and "" are allowed in rows with another input.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of images: PIL, path, bytes, array, a cell of `datasets.Image`, a list of those, or `None`.
         video_column (`str`, *optional*, defaults to `"video"`):
@@ -40,26 +40,25 @@ class MMDataCollator:
             Column of sounds: path, bytes, array, a cell of `datasets.Audio`, a list of those, or `None`.
         sampling_rate (`int`, *optional*): The rate, in Hz, of sounds that are arrays without one.
         on_bad_file (`str`, *optional*, defaults to `"raise"`):
-            What to do with an image, a video or a sound that cannot be read: `"raise"`, or `"drop"` it as if the row
-            had none. How often that happened is in `num_bad_files`. A row that is left with nothing loses its labels
-            too.
-        max_length (`int`, *optional*): Longest text in tokens; at most, and by default, what the text encoder takes.
+            The reaction to an image, a video or a sound that cannot be read: `"raise"` an error, or `"drop"` the item.
+            `num_bad_files` counts dropped items. A row without any remaining input loses its labels too.
+        max_length (`int`, *optional*): Longest text in tokens; at most, and by default, the limit of the text encoder.
         pad_to_multiple_of (`int`, *optional*): Pads texts to a multiple of this length.
         label_separator (`str`, *optional*, defaults to `"|"`):
-            What stands between the labels of a cell that is a text but holds several, and no list such as `["a", "b"]`.
+            The text between the labels of a cell that holds several as one text, and not as a list (`["a", "b"]`).
         allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
-            Whether addresses in cells are fetched: `True` for http(s) addresses of the public Internet and for stores
-            such as `hf://`; a list of hosts, which may be private, and stores (`"hf://"`) for these only. Without it, a
-            cell with an address is a bad file.
+            Whether addresses in cells are fetched. `True` allows http(s) addresses of the public Internet and stores
+            such as `hf://`. A list allows only its hosts, which may be private, and its stores (`"hf://"`). Without
+            permission, a cell with an address is a bad file.
 
-    How large a picture, a sound, a video or a text may be, the [`~mm_transformers.set_limits`] say.
+    [`~mm_transformers.set_limits`] sets how large a picture, a sound, a video or a text may be.
 
-    [`MMTrainer`] reads the features of a `datasets.Dataset`: ids of a `ClassLabel` become its names. Rows that come
-    without their data set, as those of the plain `Trainer`, have no features: a number there is an id of the task.
+    [`MMTrainer`] reads the features of a `datasets.Dataset`: ids of a `ClassLabel` become its names. Rows without their
+    data set, as from the plain `Trainer`, have no features: there a number is an id of the task.
 
     Raises:
-        ValueError: if the tokenizer does not fit the embeddings of the model; when called, one sentence that names
-            the row whose text, image, video, sound or label cannot be used.
+        ValueError: if the tokenizer does not fit the embeddings of the model. When called, one sentence that names the
+            row whose text, image, video, sound or label cannot be used.
 
     Example:
 
@@ -128,8 +127,9 @@ class MMDataCollator:
 
     def with_references(self) -> "MMDataCollator":
         """
-        One that also gives `references`, from task to what metrics compare with, where labels do not hold it: the texts
-        that tasks are to write. A model does not take them.
+        A copy that also gives `references`: from task to what metrics compare with, if the labels do not hold it.
+
+        These are the reference texts of tasks that write. They are no input of the model.
         """
         collator = copy.copy(self)
         collator.gives_references = True

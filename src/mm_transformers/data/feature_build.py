@@ -20,14 +20,16 @@ from .feature_store import Features, FeatureStore
 
 class Builder:
     """
+    Encodes the missing items of a data set and writes their features to the stores.
+
     Args:
         model: the [`MMTransformerModel`].
         collator: of rows, as it is without a cache.
-        stores: modality -> where its features go.
+        stores: modality -> the store of its features.
         hashes: "images", "videos" or "audio" -> the hash of an item.
-        dtype: modality -> what features are stored in.
-        make_room: called with the modality, how many items there are and the bytes that they need; raises
-            `ValueError` if there is no room for them.
+        dtype: modality -> the dtype of its stored features.
+        make_room: called with the modality, the number of items and the bytes that they need; raises `ValueError` if
+            there is no room for them.
         batch_size, num_workers: of reading and encoding.
     """
 
@@ -48,8 +50,9 @@ class Builder:
 
     def build(self, dataset: Any) -> None:
         """
-        Encodes what the stores lack of the items of a data set. Each process takes its share, and returns when all
-        have done theirs.
+        Encodes the items of a data set that the stores lack.
+
+        Each process takes its share, and returns when all have finished theirs.
 
         Raises:
             ValueError, OSError: one sentence, in all processes, if an item cannot be read or there is no room.

@@ -83,7 +83,7 @@ class FeatureCache:
 
     def modalities(self, model: Any, collator: Any) -> list[str]:
         """
-        What can be cached for a [`MMTransformerForMultiTask`]: the modalities whose encoder is frozen as a whole.
+        The modalities that can be cached for a [`MMTransformerForMultiTask`]: those with a completely frozen encoder.
 
         Raises:
             ValueError: if there is none, or the collator is not an [`MMDataCollator`].
@@ -110,8 +110,9 @@ class FeatureCache:
         self, model: Any, collator: MMDataCollator, dataset: Any, batch_size: int = 32, num_workers: int = 0
     ) -> MMDataCollator:
         """
-        Encodes what is missing of a data set, and returns the collator whose batches hold features. All processes must
-        call it.
+        Encodes the missing items of a data set, and returns the collator whose batches hold features.
+
+        All processes must call it.
 
         Args:
             model: a [`MMTransformerForMultiTask`].

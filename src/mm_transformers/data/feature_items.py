@@ -17,10 +17,10 @@ from .sources import ROW_KEY, name_of_row, own_column
 
 class Found(NamedTuple):
     """
-    An item of a data set: where it is first met, and for a text its tokens.
+    An item of a data set, with its first row; for a text, with its tokens.
 
     Args:
-        place: which of the cell's items it is.
+        place: the number of the item within its cell.
     """
 
     modality: str

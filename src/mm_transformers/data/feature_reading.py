@@ -38,12 +38,12 @@ class _Lookup:
 
 class CachedFeatures:
     """
-    What a collator has in place of encoders whose features are stored.
+    The stored features that a collator reads instead of the inputs of frozen encoders.
 
     Args:
-        stores: "text", "vision" or "audio" -> where its features are.
+        stores: "text", "vision" or "audio" -> the store of its features.
         hashes: "images", "videos" or "audio" -> the hash by which an item is found.
-        text_width, text_dtype: of the features of texts, of which a batch may have none.
+        text_width, text_dtype: of the features of texts, needed for a batch without any text.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class CachedFeatures:
         Adds `image_features`, `audio_features`, `audio_feature_mask`, `text_features` and the indexes to a batch.
 
         Args:
-            media: what the columns gave for each row.
-            names: how messages call the rows.
+            media: the items of the columns for each row.
+            names: the names of the rows in messages.
 
         Raises:
             ValueError: if something is not stored, or images have different numbers of tokens.

@@ -36,10 +36,12 @@ _LONGEST_SILENCE = 24 * 3600
 
 class Features(NamedTuple):
     """
+    The features of one item.
+
     Args:
         key: hash of the item.
         tokens: (tokens, width) of a text, an image or a clip; (frames, tokens, width) of a video.
-        digest: hash of the item as it was read, so that equal pictures in different files are known to be equal.
+        digest: hash of the item as it was read, so that equal pictures in different files are recognised.
     """
 
     key: bytes
@@ -49,11 +51,11 @@ class Features(NamedTuple):
 
 class FeatureStore:
     """
-    A folder of shards. A copy that is sent to another process finds its shards anew.
+    A folder of shards. A copy in another process finds its shards again.
 
     Args:
-        folder: made if it does not exist.
-        about: what `about.json` in the folder says, for people.
+        folder: created if it does not exist.
+        about: the content of `about.json` in the folder, for people.
         width: that of the features; by default that of the first shard.
     """
 
@@ -95,7 +97,7 @@ class FeatureStore:
 
     def refresh(self, verify: bool = True) -> None:
         """
-        Reads the index of shards that are new, whoever has written them.
+        Reads the index of new shards, from any process.
 
         Args:
             verify: whether to compare their contents with their checksums.
@@ -163,7 +165,9 @@ class FeatureStore:
 
     def write(self, items: list[Features]) -> None:
         """
-        Adds a shard: under another name first, so that it is there as a whole or not at all.
+        Adds a shard.
+
+        It is written under another name first, so that it exists completely or not at all.
 
         Raises:
             OSError: if there is no space left, or the folder cannot be written to.

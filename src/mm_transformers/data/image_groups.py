@@ -51,8 +51,10 @@ class SharedImageSampler(Sampler[int]):
 
 def images_of(rows: Any, column: Any) -> Iterator[Hashable]:
     """
-    What [`SharedImageSampler`] takes, of rows as the collator sees them. Images are equal by path or by the bytes of
-    their files; what is neither, such as an array, is taken for an image of its own.
+    The images of [`SharedImageSampler`], from rows as the collator sees them.
+
+    Images are equal by path or by the bytes of their files. Any other image, such as an array, counts as different from
+    all others.
 
     Args:
         column: the [`MediaColumn`] of the images.

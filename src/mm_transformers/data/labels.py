@@ -70,7 +70,7 @@ def check_labels(
     label_separator: str = LABEL_SEPARATOR,
 ) -> None:
     """
-    Finds labels that a task does not know, in all splits, before hours are spent.
+    Checks that the task knows the labels of all splits, before a long training.
 
     Raises:
         ValueError: one sentence that names split, row and column.
@@ -91,10 +91,10 @@ def has_labels(rows: datasets.Dataset, task: Task, text_column: str, label_separ
 
 def complete_task(task: dict[str, Any], rows: datasets.Dataset, label_separator: str = LABEL_SEPARATOR) -> Task:
     """
-    The task that a dict describes; labels that it does not give are those of the training rows.
+    The task of a dict; by default its labels are those of the training rows.
 
     Raises:
-        ValueError: if the column holds no label, or what cannot be a label.
+        ValueError: if the column holds no label, or a cell that cannot be a label.
     """
     column = task.get("column") or task["name"]
     kind = TASK_KINDS.get(task.get("kind") or "", Task)

@@ -44,11 +44,11 @@ class MediaColumn:
     Args:
         column: its name.
         modality: the kind of its items; splits a cell into them.
-        load: an item -> what the processor takes; raises `ValueError` with one sentence. It takes `most_pixels` if
+        load: an item -> the input of the processor; raises `ValueError` with one sentence. It takes `most_pixels` if
             the modality limits pixels.
-        on_bad_file: `"raise"`, or `"drop"` what cannot be read, and count it.
-        num_bad_files: where that is counted.
-        addresses: which addresses in cells may be fetched; none by default.
+        on_bad_file: `"raise"`, or `"drop"` to count and drop items that cannot be read.
+        num_bad_files: the counter of dropped items.
+        addresses: the addresses in cells that may be fetched; none by default.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class MediaColumn:
 
     def read(self, rows: list[Mapping[str, Any]], names: list[str]) -> tuple[list[list[Any]], list[bool]]:
         """
-        The items of each row, read, and whether it had any; what several rows share is one object.
+        The items of each row, read, and whether the row had any. Shared items are one object.
 
         Args:
-            names: how messages call the rows.
+            names: the names of the rows in messages.
         """
         loaded: dict[Hashable, Any] = {}
         kept = []  # a key may be the id of an object, which is given again once the object is gone
@@ -95,11 +95,11 @@ class MediaColumn:
 
     def load_item(self, cell: Any, where: str, most_pixels: Optional[int] = None) -> Any:
         """
-        One item, read; `None` if it cannot be and is to be dropped, which is not counted here.
+        One item, read; `None` if it cannot be read and is dropped. The drop is not counted here.
 
         Args:
-            where: how messages call the row and the column.
-            most_pixels: how many it may keep.
+            where: the name of row and column in messages.
+            most_pixels: the number of pixels that the item may keep.
         """
         options = {} if most_pixels is None else {"most_pixels": most_pixels}
         try:

@@ -98,7 +98,7 @@ class DataMixture:
 
     def check(self, collator: Any, args: Any) -> None:
         """
-        What depends on the model and the arguments of training.
+        Checks that the data sets fit the model and the training arguments.
 
         Raises:
             ValueError: one sentence.
@@ -151,7 +151,7 @@ class DataMixture:
 
 def check_sources(train_dataset: Any, eval_dataset: Any, collator: Any, args: Any) -> None:
     """
-    The checks of mixtures and [`DataSource`] objects among the data sets of a trainer.
+    Checks the mixtures and [`DataSource`] objects among the data sets of a trainer.
 
     Raises:
         ValueError: one sentence.

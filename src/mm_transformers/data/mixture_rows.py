@@ -127,14 +127,15 @@ class MixedRows(Dataset):
 
 class MixedStream(IterableDataset):
     """
-    An endless stream of rows of streams and map-style data sets, drawn by the shares. Each process, and each worker of
-    its data loader, reads a part of every data set that is its own, again and again.
+    An endless stream of rows from streams and map-style data sets, drawn by the shares.
+
+    Each process and each worker of its data loader reads its own part of every data set, again and again.
 
     Args:
         parts: the data sets.
         shares: the probability of each.
         seed: of draws, and of the order of map-style data sets.
-        batch_size: if given, so many rows in a row are from one data set.
+        batch_size: if given, this number of consecutive rows is from one data set.
     """
 
     def __init__(self, parts: list[Any], shares: list[float], seed: int, batch_size: Optional[int] = None):
@@ -144,9 +145,11 @@ class MixedStream(IterableDataset):
 
     def read_own_part(self, dataset: Any) -> None:
         """
+        Makes this process read its own part only.
+
         Args:
-            dataset: this, as accelerate has put it into the data loader of a process: with several, inside an
-                `IterableDatasetShard`, for which every process would read all and keep its share.
+            dataset: this stream, as accelerate has put it into the data loader of a process. With several processes, it
+                is inside an `IterableDatasetShard`, for which every process would read all rows and keep its share.
         """
         if dataset is not self:
             self.rank, self.num_processes = dataset.process_index, dataset.num_processes

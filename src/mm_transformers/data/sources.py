@@ -26,13 +26,13 @@ ROWS_PER_SOURCE = "rows_per_source"
 
 class RowSource(NamedTuple):
     """
-    What a row says of its data set.
+    The data set of a row.
 
     Args:
-        name: how messages call the data set; `None` if there is only one.
+        name: its name in messages; `None` if there is only one data set.
         columns: name that the collator looks for -> name in the data set.
-        tasks: the tasks that have labels there; `None` for all whose column is there.
-        place: which of how many data sets of a mixture it is, for counting; `None` outside of mixtures.
+        tasks: the tasks that have labels there; `None` for all tasks with a column there.
+        place: its number, and the number of data sets in the mixture, for counting; `None` outside of mixtures.
     """
 
     name: Optional[str] = None
@@ -69,20 +69,20 @@ def count_rows(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
 class DataSource:
     """
-    A data set with columns and tasks of its own, for [`DataMixture`], or for [`MMTrainer`] in place of a data set.
+    A data set with its own columns and tasks, for [`DataMixture`], or for [`MMTrainer`] in place of a data set.
 
     Args:
-        dataset: a `datasets.Dataset` or `IterableDataset`, a list of dicts, a pandas `DataFrame`, or what else
-            [`~transformers.Trainer`] takes.
+        dataset: a `datasets.Dataset` or `IterableDataset`, a list of dicts, a pandas `DataFrame`, or another data set
+            that [`~transformers.Trainer`] takes.
         columns (`dict[str, str]`, *optional*):
             Names that the collator and the tasks look for ("text", "image", the columns of tasks) -> names in this data
-            set. A column that is named here answers to its new names only; several may be given to one column.
+            set. A column that is named here has its new names only; one column may have several.
         tasks (`list[str]`, *optional*):
-            The tasks that have labels in this data set. Defaults to all whose column is there, and those that need no
-            column. In its rows the others have no label, whatever columns there are.
+            The tasks that have labels in this data set. Defaults to all tasks with a column in it, and those that need
+            no column. Other tasks have no label in its rows, even if a column has their name.
 
     Raises:
-        ValueError: if the data set is several splits, or `columns` or `tasks` are of another form.
+        ValueError: if the data set is several splits, or `columns` or `tasks` have another form.
 
     Example:
 
@@ -121,13 +121,15 @@ class DataSource:
 
     def check(self, collator: Any, name: str) -> None:
         """
+        Checks columns and tasks against the data set.
+
         Args:
             collator: the [`MMDataCollator`].
-            name: how messages call the data set.
+            name: the name of the data set in messages.
 
         Raises:
-            ValueError: if a task is unknown, a mapped column is not there or is one that nothing reads, the text column
-                is missing, or no task has labels.
+            ValueError: if a task is unknown, a mapped column does not exist or has no use, the text column is missing,
+                or no task has labels.
         """
         for task in self.tasks or []:
             if task not in collator.tasks:
@@ -183,7 +185,7 @@ class DataSource:
         The data set as a map-style or iterable data set of torch whose rows the collator understands.
 
         Args:
-            numbers: how messages number the rows; by default by their places.
+            numbers: the numbers of the rows in messages; by default their places.
         """
         dataset, reader = opened(self.dataset, media_of(collator, self.columns))
         warn_of_ids(reader, dataset, collator.tasks.values(), self.columns)

@@ -105,7 +105,7 @@ def split_for_validation(
 
     Args:
         dataset: the training rows.
-        collator ([`MMDataCollator`]): Knows the columns and the tasks.
+        collator ([`MMDataCollator`]): The columns and the tasks.
         fraction, seed, group_column: See [`hold_out_rows`].
 
     Returns:
@@ -476,8 +476,9 @@ def _distribute(
 
 def _exchange(side: _Sides, counts: _Counts, wanted: np.ndarray, seed: int) -> None:
     """
-    Exchanges held-out groups for others, drawn at random, where that lowers the sum of squared deviations, which
-    matters where a group has several classes.
+    Exchanges held-out groups for random others, if that lowers the sum of squared deviations.
+
+    This matters if a group has several classes.
     """
     rng = np.random.default_rng([seed, 2])
     held_out = np.flatnonzero(side.held_out)

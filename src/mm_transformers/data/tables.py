@@ -27,8 +27,10 @@ _MOST_COMPRESSED = 200
 
 def check_suffix(path: Path) -> str:
     """
+    Checks that the name ends like a known kind of table.
+
     Raises:
-        ValueError: if the name says no kind of table that is known.
+        ValueError: if it does not.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}.")
@@ -37,16 +39,16 @@ def check_suffix(path: Path) -> str:
 
 class TableRows:
     """
-    The rows of a file, as dicts that all have the columns of `schema`; read anew by each iteration, a part at a time.
+    The rows of a file, as dicts that all have the columns of `schema`. Each iteration reads the file again, in parts.
 
-    Cells of CSV are texts as they are written, so that 007 stays 007; an empty one is `None`. CSV and JSON lines are
-    read once beforehand, to know their columns and to find what cannot be read.
+    Cells of CSV are texts as written, so 007 stays 007; an empty cell is `None`. CSV and JSON lines are read once
+    beforehand, to find their columns and unreadable rows.
 
     Args:
         path: CSV, JSON lines or Parquet; a .json file may also hold one list of objects, which is read at once.
 
     Raises:
-        ValueError: if there is no such file, if it has no rows, or one sentence that names what cannot be read.
+        ValueError: if the file does not exist or has no rows, or one sentence that names an unreadable row.
     """
 
     def __init__(self, path: Path):
@@ -154,6 +156,8 @@ class TableRows:
 
     def _check_pages(self, metadata: pyarrow.parquet.FileMetaData) -> None:
         """
+        Checks the sizes of the columns.
+
         Raises:
             ValueError: if a column is far larger than the file, so that one cell, or one page, may fill the memory.
         """
@@ -247,11 +251,13 @@ def table_writer(
     file: IO[bytes], suffix: str, types: dict[str, pyarrow.DataType], escape_formulas: bool = True
 ) -> "TableWriter":
     """
+    A writer for rows.
+
     Args:
         file: open for writing, empty.
-        suffix: says what kind of table.
-        types: column -> type, where it is known; Parquet takes the others from the first rows.
-        escape_formulas: whether texts that begin like a formula get an apostrophe before them, in CSV.
+        suffix: the kind of table.
+        types: column -> type, if known; Parquet takes the others from the first rows.
+        escape_formulas: in CSV, puts an apostrophe before texts that begin like a formula.
     """
     if suffix == ".parquet":
         return _ParquetWriter(file, types)

@@ -39,7 +39,7 @@ class MultimodalPipeline(Pipeline):
 
     Raises:
         ValueError: one sentence, if a row is empty, has an unknown key, or has an input that cannot be read or has no
-            encoder; if the model has no such task, or an option does not fit.
+            encoder. Also if the model has no such task, or an option does not fit.
 
     Example:
 

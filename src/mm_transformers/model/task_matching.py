@@ -19,8 +19,8 @@ class Matching(Task):
     """
     Predicts whether text and picture (or sound) belong together, from the fused tokens.
 
-    The loss is binary cross-entropy. If labels are given, each matching pair is also judged in two mismatched forms:
-    its text with the picture of another row, and its picture with the text of another row. These are drawn by
+    The loss is binary cross-entropy. If labels are given, each matching pair is also judged in two mismatched forms.
+    They are its text with the picture of another row, and its picture with the text of another row. These are drawn by
     similarity (ALBEF, https://arxiv.org/abs/2107.07651; see [`MMTransformerForMultiTask.judge_mismatched`]). The
     similarity is that of a [`Retrieval`] task, if the model has one.
 

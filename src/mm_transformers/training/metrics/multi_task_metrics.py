@@ -206,7 +206,7 @@ class MultiTaskMetrics:
     The input is an [`~transformers.EvalPrediction`] whose `predictions` and `label_ids` are dicts task -> array. The
     result is a flat dict of floats:
 
-    - `{task}_loss`: the exact mean over the rows (or tokens) with a label, however the batches were formed;
+    - `{task}_loss`: the exact mean over the rows (or tokens) with a label, however the batches were formed.
     - `{task}_{metric}` for each of the task's metrics, over the same rows.
 
     A task without any label contributes nothing. Trainer gathers the rows of all ranks first, and adds `eval_`

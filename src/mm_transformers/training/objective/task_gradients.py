@@ -8,8 +8,8 @@ class TaskGradientsCallback(TrainerCallback):
     """
     Logs the norms and similarities of the tasks' gradients, every so many steps of [`MMTrainer`].
 
-    - `gradient_norm_<a>`: the norm of the gradient of the mean loss of task a;
-    - `gradient_cosine_<a>_<b>`: 1 if two tasks have the same direction, -1 if they have opposite ones;
+    - `gradient_norm_<a>`: the norm of the gradient of the mean loss of task a.
+    - `gradient_cosine_<a>_<b>`: 1 if two tasks have the same direction, -1 if they have opposite ones.
     - `gradient_similarity_<a>_<b>`: `2 |a| |b| / (|a|^2 + |b|^2)`, 1 if both norms are equal.
 
     The last one is from Yu et al. 2020 (https://arxiv.org/abs/2001.06782).
