@@ -1,4 +1,4 @@
-"""Addresses in the cells of tables: fetched only as far as the person at the keyboard allows it."""
+"""Fetches addresses in the cells of tables, as far as the user permits it."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from ..model.label_cells import shorten
 from ..model.limits import limits, named
 
 
-# What only unpacks a file, and stores on the Internet, as the file systems of `datasets` call them.
+# Protocols that only unpack a file, and stores on the Internet, by the names of the file systems of `datasets`.
 _ARCHIVES = {"zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4", "file"}
 _STORES = {"hf", "s3", "gs", "gcs", "abfs", "abfss", "az"}
 
@@ -64,12 +64,12 @@ class Addresses:
             ValueError: one sentence, if the address is not allowed or cannot be opened.
         """
         path = None if isinstance(cell, Mapping) and cell.get("array") is not None else content_of(cell)
-        # What `file://` addresses name begins with "/". Texts of damaged data are named by the reader.
+        # The rest of a `file://` address begins with "/". The reader names texts of damaged data.
         if not isinstance(path, str) or "://" not in path[:100] or path.startswith(("/", "data:")):
             return cell
         try:
             content = self.fetch(path) if is_url(path) else self._open(path)
-        except Exception as error:  # of file systems: OSError, ImportError, KeyError for members of archives, ...
+        except Exception as error:  # from file systems: OSError, ImportError, KeyError for members of archives, ...
             is_whole = isinstance(error, UnreadableFile)
             reason = str(error) if is_whole else shorten(" ".join(str(error).split()))
             raise ValueError(f"{shorten(path)!r} cannot be opened ({reason or type(error).__name__})") from error
@@ -91,7 +91,7 @@ class Addresses:
         return content
 
     def _check(self, part: str, is_last: bool) -> None:
-        """One address of a chain, as in `zip://a.png::hf://...`. Only the last names a file of the machine."""
+        """Checks one address of a chain, as in `zip://a.png::hf://...`. Only the last may be a local file."""
         scheme, separator, _ = part.partition("://")
         scheme = scheme.lower()
         if not separator or (scheme == "file" and not is_last):
@@ -105,7 +105,7 @@ class Addresses:
             if not self.allows_all and f"{scheme}://" not in self.names:
                 raise UnreadableFile(_refused(part))
         elif is_url(part):
-            # Here `datasets` asks the host, and no address is checked: so the host must be named.
+            # Here `datasets` connects without a check of the IP address, so the user must name the host.
             if urlsplit(part).hostname not in self.names:
                 raise UnreadableFile(f"{_refused(part)}; an archive there is opened only if allow_urls names its host")
         else:

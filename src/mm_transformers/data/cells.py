@@ -22,9 +22,9 @@ from .formulas import with_formula
 
 logger = logging.get_logger(__name__)
 
-# What stands between the labels of a text that holds several.
+# The separator in texts with several labels.
 LABEL_SEPARATOR = "|"
-# How deep lists of numbers are that are one item, by the argument of the processor.
+# The depth of nested lists of numbers that form one item, by the argument of the processor.
 
 Reader = Callable[[Any], Any]
 
@@ -34,10 +34,10 @@ def label_of(task: Any, cell: Any, text: str = "", separator: str = LABEL_SEPARA
     The encoded label of a cell, `None` if it is missing.
 
     Args:
-        task ([`Task`]): Says what a text, and what a value, means for it.
-        cell: as [`RowReader`] gives it.
+        task ([`Task`]): Defines the meaning of texts and values.
+        cell: from a [`RowReader`].
         text: the text of the row.
-        separator: what stands between the labels of a text that holds several.
+        separator: the separator in texts with several labels.
 
     Raises:
         ValueError: one sentence without the name of the row, if the cell is neither a label nor missing.
@@ -55,7 +55,7 @@ def label_of(task: Any, cell: Any, text: str = "", separator: str = LABEL_SEPARA
     try:
         return task.encode_label(task.read_known_text(cell, separator), text)
     except ValueError:
-        written = with_formula(cell)  # as `predict` was given it
+        written = with_formula(cell)  # the text before `predict` escaped it
         if written == cell:
             raise
         return task.encode_label(task.read_known_text(written, separator), text)
@@ -106,7 +106,7 @@ class RowReader:
 
 
 class Source(NamedTuple):
-    """A data set that gives cells as they are stored, and what reads its rows."""
+    """A data set with undecoded cells, and the reader of its rows."""
 
     dataset: Any
     reader: RowReader
@@ -137,7 +137,7 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
         layout, shown = dataset.format["type"], dataset.format["columns"]
         hidden = [column for column in media if column in dataset.column_names and column not in shown]
         if layout == "custom":
-            # What a transform of the user's own gives is taken as it is.
+            # The output of the user's own transform stays unchanged.
             for column in hidden if len(dataset) > 0 else ():
                 if column not in dataset[0]:
                     logger.warning_once(
@@ -224,7 +224,7 @@ def as_records(dataset: Any) -> Any:
 
 
 def _as_lists(cell: Any) -> Any:
-    """Arrays of objects, and empty ones, as the lists that other sources have; pandas makes arrays of lists."""
+    """Arrays of objects, and empty arrays, as lists, as in other sources; pandas turns lists into arrays."""
     code = getattr(getattr(cell, "dtype", None), "kind", None)
     if code is None or cell.ndim == 0 or (code != "O" and cell.shape != (0,)):
         return cell
@@ -239,7 +239,7 @@ def _name_reader(feature: Any, missing: Optional[int] = None) -> Optional[Reader
 
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names or [])
-        # Names that only repeat the ids, as `ClassLabel(num_classes=3)` has them, say nothing.
+        # Names that only repeat the ids, as in `ClassLabel(num_classes=3)`, carry no information.
         names = [] if names == [str(i) for i in range(len(names))] else names
         return partial(_name_of, names=names, missing=missing)
     inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
@@ -311,7 +311,7 @@ def undecoded(dataset: Any, column: str) -> Any:
 
 
 def _stored(feature: Any) -> Any:
-    """The feature that does not decode; `None` for what is none of images, videos and sounds."""
+    """The feature without decoding; `None` if it holds no images, videos or sounds."""
     import datasets
 
     if isinstance(feature, (datasets.Image, datasets.Video, datasets.Audio)):
@@ -330,7 +330,7 @@ def _media_reader(feature: Any, kind: Optional[str]) -> Optional[Reader]:
     depth, dtype = _array_type(feature, kind) or (0, None)
     if kind is not None and dtype is not None:
         levels = depth - _item_depth(feature, kind)
-        # An empty list of videos' frames is told, as in a list of dicts.
+        # An empty list of video frames is an error, as in a list of dicts.
         read: Reader = partial(_as_item if levels <= 0 and not MODALITIES[kind].is_sequence else _as_array, dtype=dtype)
         for _ in range(levels):
             read = partial(_each, read=read)
@@ -344,13 +344,13 @@ def _media_reader(feature: Any, kind: Optional[str]) -> Optional[Reader]:
 
 
 def _array_type(feature: Any, kind: Optional[str]) -> Optional[tuple[int, str]]:
-    """How deep the lists of a column are and the type of their numbers, if its items are arrays."""
+    """The depth of the lists of a column and the type of their numbers, if its items are arrays."""
     depth, dtype = _numbers_in(feature)
     return (depth, dtype) if kind is not None and dtype is not None and depth >= min(MODALITIES[kind].axes) else None
 
 
 def _item_depth(feature: Any, kind: str) -> int:
-    """How many axes an item has at most. A list of arrays is several items, except that frames are one video."""
+    """The largest number of axes of an item. A list of arrays is several items, but frames are one video."""
     while hasattr(feature, "feature"):
         feature = feature.feature
     modality = MODALITIES[kind]
@@ -360,7 +360,7 @@ def _item_depth(feature: Any, kind: str) -> int:
 
 
 def _numbers_in(feature: Any) -> tuple[int, Optional[str]]:
-    """How deep the lists of a feature are, and the type of the numbers in them, if there are any."""
+    """The depth of the lists of a feature, and the type of the numbers in them, if any."""
     import datasets
 
     if hasattr(feature, "shape") and hasattr(feature, "dtype"):  # Array2D, ...
@@ -381,7 +381,7 @@ def _as_array(cell: Any, dtype: str) -> Any:
         return None
     try:
         return np.asarray(cell, dtype=dtype)
-    except (ValueError, TypeError):  # rows of several lengths, or holes
+    except (ValueError, TypeError):  # rows of several lengths, or missing values
         return cell
 
 
@@ -423,7 +423,7 @@ def with_root(rows: Any, column: str, root: str) -> Any:
     tables = rows.with_format("arrow").select_columns([column]).iter(1000)
     paths = (path for table in tables for path in _paths_in(table.column(0).combine_chunks()))
     if all(absolute_paths(path, root) == path for path in paths):
-        return rows  # so that files in the cells are not written once more
+        return rows  # files in the cells need not be written again
     return rows.map(
         lambda cell: {column: absolute_paths(cell, root)},
         input_columns=column,

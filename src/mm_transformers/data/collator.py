@@ -1,4 +1,4 @@
-"""Rows become batches."""
+"""Makes batches of rows."""
 
 import copy
 from collections.abc import Collection, Mapping
@@ -103,7 +103,7 @@ class MMDataCollator:
         self._num_bad_files = SharedCounter()
         addresses = Addresses(allow_urls)
         rules = (on_bad_file, self._num_bad_files, addresses)
-        # By the argument of the processor. A model does not read what it does not take.
+        # By the argument of the processor. Inputs that the model does not take are not read.
         self.media: dict[str, MediaColumn] = {}
         columns = {"image": image_column, "video": video_column, "audio": audio_column}
         reading = Reading(processor, addresses.fetch, sampling_rate)
@@ -116,9 +116,9 @@ class MMDataCollator:
         self.max_length = min(limit for limit in limits if limit is not None)
         self.pad_to_multiple_of, self.label_separator = pad_to_multiple_of, label_separator
         self.gives_references = self.gives_word_index = False
-        # Set by [`FeatureCache.prepare`]: what stands in for encoders that need not run.
+        # Set by [`FeatureCache.prepare`]: the stored features of frozen encoders.
         self.cached: Optional[CachedFeatures] = None
-        self.uncached: MMDataCollator = self  # what it was copied from
+        self.uncached: MMDataCollator = self  # the original of this copy
 
     @property
     def num_bad_files(self) -> int:
@@ -150,7 +150,7 @@ class MMDataCollator:
             had_any = [a or b for a, b in zip(had_any, were_there, strict=True)]
             has_any = [a or bool(b) for a, b in zip(has_any, media[name], strict=True)]
         texts = [self.text_of(row, had, name) for row, had, name in zip(rows, had_any, names, strict=True)]
-        # What could not be read has left nothing: such a row has nothing to teach.
+        # A row whose only inputs could not be read has nothing to learn from.
         is_empty = [not text.strip() and not has for text, has in zip(texts, has_any, strict=True)]
         for name in media:
             if MODALITIES[name].is_sequence:  # one per row
@@ -186,12 +186,12 @@ class MMDataCollator:
     def _fingerprints(
         self, texts: list[str], batch: dict[str, Any], media: dict[str, Any]
     ) -> Optional[dict[str, list[Optional[int]]]]:
-        """By what the model sees: the ids of tokens; pixels and their size; samples."""
+        """Hashes of the model inputs: the ids of tokens; pixels and their size; samples."""
         if not any(task.compares_rows for task in self.tasks.values()):
             return None
         inputs = zip(texts, unpadded_texts(batch), strict=True)
         result = {"text": [fingerprint(hash_of_text(ids)) if text.strip() and ids else None for text, ids in inputs]}
-        known: dict[int, bytes] = {}  # what rows share is one object
+        known: dict[int, bytes] = {}  # shared items are one object
         for modality in OTHER_ENCODERS:
             columns = [media[part.argument] for part in modalities_of(modality) if part.argument in media]
             rows = [[item for cell in cells for item in cell or []] for cells in zip(*columns, strict=True)]
@@ -206,8 +206,8 @@ class MMDataCollator:
         The text of a row, "" if it has none.
 
         Args:
-            had_other: whether it has something else.
-            name: how messages call the row.
+            had_other: whether the row has another input.
+            name: the name of the row in messages.
         """
         if self.text_column not in row:
             columns = ", ".join(repr(column) for column in row if column not in (ROW_KEY, SOURCE_KEY))
@@ -229,7 +229,7 @@ class MMDataCollator:
             )
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # tokenizers would only say that it is no string
+        except UnicodeEncodeError as error:  # the error of tokenizers would only be "no string"
             raise ValueError(
                 f"{name}, column {own_column(row, self.text_column)!r}: the text is not valid Unicode ({error})."
             ) from error

@@ -1,4 +1,4 @@
-"""Encoders that are not trained run once per image, text or sound, not once per epoch."""
+"""Runs frozen encoders once per image, text or sound, not once per epoch."""
 
 import contextlib
 import copy
@@ -30,7 +30,7 @@ from .feature_store import FeatureStore, in_use, remove_store, size_of
 logger = logging.get_logger(__name__)
 
 GIGABYTE = 10**9
-# Nothing else is ever removed, whatever else is in the same place.
+# Only folders with such names are ever removed.
 _FOLDER = re.compile(r"(text|vision|audio|removed)-[0-9a-f]{32}")
 
 
@@ -144,7 +144,7 @@ class FeatureCache:
             for modality in modalities
             for part in modalities_of(modality)
         }
-        # What was looked through once need not be looked through before each evaluation.
+        # A data set is scanned once, not before each evaluation.
         fingerprint = getattr(dataset, "fingerprint", None)
         if fingerprint is None or not all((fingerprint, collator) in store.searched for store in stores.values()):
             builder = Builder(model.model, collator, stores, hashes, dtype, self._make_room, batch_size, num_workers)
@@ -181,7 +181,7 @@ class FeatureCache:
     def _make_room(self, counts: dict[str, int], needed: int) -> None:
         """
         Args:
-            counts: modality -> how many items are to be encoded.
+            counts: modality -> the number of items to encode.
             needed: how many bytes they are expected to take.
         """
         what = " and ".join(f"{count:,} {ENCODERS[modality].plural}" for modality, count in counts.items())
@@ -208,12 +208,12 @@ class FeatureCache:
 
 def _evict(folder: Path) -> Path:
     logger.warning(f"{folder} was used longest ago, and is removed from the feature cache to make room.")
-    # Under another name first, so that nobody finds half of it.
+    # Renamed first, so that no process finds a half-deleted store.
     doomed = folder.with_name(f"removed-{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):  # another process was faster
         folder.rename(doomed)
         remove_store(doomed)
-        if doomed.exists():  # somebody keeps files of his own there
+        if doomed.exists():  # a user keeps other files there
             doomed.rename(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""Rows in random order, those that share an image side by side."""
+"""Rows in random order, with rows of the same image side by side."""
 
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
@@ -20,7 +20,7 @@ class SharedImageSampler(Sampler[int]):
     """
 
     def __init__(self, images: Iterable[Hashable], rows_per_image: int, seed: int = 0):
-        # Numbered as they come, and not by a hash, so that every process has the same order.
+        # Numbered in order of appearance, and not by a hash, so that every process has the same order.
         numbers: dict[Hashable, int] = {}
         groups = [
             numbers.setdefault(("row", row) if key is None else key, len(numbers)) for row, key in enumerate(images)
@@ -44,7 +44,7 @@ class SharedImageSampler(Sampler[int]):
         groups = self.groups[rows]
         starts = np.flatnonzero(np.diff(groups, prepend=-1))
         place = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
-        chunks = np.cumsum((place % self.rows_per_image) == 0) - 1  # the number of the chunk that each row is in
+        chunks = np.cumsum((place % self.rows_per_image) == 0) - 1  # the number of the chunk of each row
         positions = generator.permutation(chunks[-1] + 1 if len(rows) else 0)
         return rows[np.argsort(positions[chunks], kind="stable")]
 

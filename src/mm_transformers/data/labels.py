@@ -1,4 +1,4 @@
-"""Columns of labels, as files store them, become what tasks take; labels that are not named are found in the rows."""
+"""Converts label columns of files for their tasks, and finds unnamed labels in the rows."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -43,7 +43,7 @@ def prepare_labels(data: datasets.DatasetDict, tasks: list[dict[str, Any]]) -> d
                 is_plain = isinstance(rows.features[column], datasets.Value)
                 data[split] = rows.cast_column(column, datasets.Value("string")) if is_plain else rows
         elif kind.takes_whole_numbers and held and all(rows.features[column] in TEXT_TYPES for rows in held.values()):
-            # In all splits alike: a split with the labels 0 and 1 only may be one of texts all the same.
+            # Alike in all splits: a split with the labels 0 and 1 only may still belong to a column of texts.
             texts = {text for rows in held.values() for text in rows.unique(column) if not _is_blank(text)}
             if texts and all(whole_number(text.strip()) is not None for text in texts):
                 data.update({split: _with_numbers(rows, column) for split, rows in held.items()})
@@ -84,7 +84,7 @@ def check_labels(
 
 
 def has_labels(rows: datasets.Dataset, task: Task, text_column: str, label_separator: str = LABEL_SEPARATOR) -> bool:
-    """Whether any row has one."""
+    """Whether any row has a label of the task."""
     labels = encoded_labels(rows, [task], text_column, label_separator)[task.name]
     return any(label is not None for label in labels)
 

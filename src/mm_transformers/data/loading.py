@@ -1,4 +1,4 @@
-"""Files and data sets of the Hub become splits of rows."""
+"""Loads files and data sets of the Hub as splits of rows."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -65,9 +65,9 @@ def load_files(
 
 def _read(path: str, split: str, cache_dir: str | None) -> datasets.Dataset:
     table = TableRows(Path(path))
-    if table.path.suffix == ".parquet":  # may say more of its columns than their types, as that they are images
+    if table.path.suffix == ".parquet":  # may store features, such as images, beside the types of its columns
         return datasets.load_dataset("parquet", data_files={split: path}, split=split, cache_dir=cache_dir)
-    # The loaders of `datasets` guess types from the first rows of each part of a file, which later rows may belie.
+    # The loaders of `datasets` guess types from the first rows of each part of a file; later rows may differ.
     stat = table.path.stat()
     return datasets.Dataset.from_generator(
         _rows_of,

@@ -1,4 +1,4 @@
-"""Reads the images, videos and sounds of a batch, once each, and says of which row one cannot be read."""
+"""Reads the images, videos and sounds of a batch, once each; errors name the row."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Optional
@@ -15,12 +15,12 @@ from .sources import own_column
 
 logger = logging.get_logger(__name__)
 
-# How many bad files are named, each in a warning of its own.
+# The number of bad files that are named, each in a separate warning.
 MOST_NAMED = 100
 
 
 class SharedCounter:
-    """A count to which the workers of a data loader add, each in a place of its own, so that none waits."""
+    """A counter for the workers of a data loader. Each has a separate place, so that none waits."""
 
     def __init__(self):
         self._counts = torch.zeros(256, dtype=torch.int64).share_memory_()
@@ -73,7 +73,7 @@ class MediaColumn:
             names: the names of the rows in messages.
         """
         loaded: dict[Hashable, Any] = {}
-        kept = []  # a key may be the id of an object, which is given again once the object is gone
+        kept = []  # a key may be the id of an object, which is reused after its deletion
         result, were_there = [], []
         for row, name in zip(rows, names, strict=True):
             cells = self.split(row.get(self.column))
@@ -109,7 +109,7 @@ class MediaColumn:
             return None
 
     def _are_few(self, cells: list[Any], row: Mapping[str, Any], name: str) -> bool:
-        """Whether a row has no more items than are allowed; otherwise they are treated as one that cannot be read."""
+        """Whether the number of items of a row is within the limit; otherwise they count as one unreadable item."""
         try:
             check_number(cells, "items")
         except ValueError as error:

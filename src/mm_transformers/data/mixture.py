@@ -1,4 +1,4 @@
-"""Several data sets, each with its own columns and tasks, as one to train on."""
+"""Several data sets, each with its own columns and tasks, as one training set."""
 
 import math
 import numbers
@@ -134,7 +134,7 @@ class DataMixture:
                 logger.warning(f"None of the data sets has labels of task {task!r}.")
 
     def rows(self, collator: MMDataCollator, batch_size: int, args: Any) -> MixedRows | MixedStream:
-        """What the data loader of one process reads; `batch_size` is that of a process."""
+        """The rows for the data loader of one process; `batch_size` is that of a process."""
         parts = [
             source.rows(collator, name, place=(i, len(self.sources)))
             for i, (name, source) in enumerate(self.sources.items())
@@ -188,7 +188,7 @@ def _size(source: DataSource) -> Optional[int]:
 
 
 def _shares(sampling: Any, temperature: Optional[float], sizes: dict[str, Optional[int]]) -> Optional[dict[str, float]]:
-    """The share of each data set that has one above 0; `None` for proportional."""
+    """The share of each data set with a positive share; `None` for proportional."""
     if temperature is not None and sampling != "temperature":
         raise ValueError("temperature is for sampling='temperature'; leave it out, or choose that.")
     if isinstance(sampling, Mapping):

@@ -9,9 +9,9 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from .sources import StreamOfSource
 
 
-# Indices of a place in a batch where there is no row.
+# The index of a missing row in a batch.
 NO_ROW = -1
-# What random numbers are for; so the order within a data set does not depend on that of the draws.
+# The uses of random numbers. Each has its own, so the order within a data set does not depend on the draws.
 _ORDER, _DRAWS = 0, 1
 
 
@@ -46,7 +46,7 @@ class MixtureSampler(Sampler[int]):
             self.steps = self.counts
         else:
             self.counts = [n - n % unit if drop_last else n for n in sizes]
-            self.steps = sizes  # what is left out of one epoch is not what is left out of the next
+            self.steps = sizes  # each epoch leaves out other rows
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -57,7 +57,7 @@ class MixtureSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = self.order(self.epoch)
-        for start in range(0, len(order), 10_000):  # numbers of Python's own take four times the memory
+        for start in range(0, len(order), 10_000):  # Python integers take four times the memory
             yield from order[start : start + 10_000].tolist()
 
     def order(self, epoch: int) -> np.ndarray:
@@ -86,7 +86,7 @@ def permutation(seed: int, i: int, n: int, size: int) -> np.ndarray:
 
 
 def apportion(total: int, shares: list[float]) -> list[int]:
-    """Whole numbers that add up to the total, by largest remainder; at least 1 each, for which the largest gives."""
+    """Integers that sum to the total, by largest remainder; at least 1 each, at the cost of the largest."""
     exact = np.array(shares) / sum(shares) * total
     counts = np.floor(exact).astype(np.int64)
     for i in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
@@ -98,14 +98,14 @@ def apportion(total: int, shares: list[float]) -> list[int]:
 
 
 class MixedRows(Dataset):
-    """The concatenated rows of map-style data sets, with the sampler that knows their order."""
+    """The concatenated rows of map-style data sets, with their sampler."""
 
     def __init__(self, parts: list[Any], sampler: MixtureSampler):
         self.parts, self.sampler = parts, sampler
         self.offsets = np.cumsum([0, *map(len, parts)])
 
     def set_epoch(self, epoch: int) -> None:
-        # Once batches are skipped on several processes, accelerate does not find the sampler, but it finds this.
+        # If batches are skipped on several processes, accelerate finds this, but not the sampler.
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The labels of a whole data set, and single columns of it, without reading an image, a video or a sound."""
+"""Reads the labels and single columns of a whole data set, without images, videos and sounds."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -72,7 +72,7 @@ def encoded_labels(
 
 
 def text_of(cell: Any) -> str:
-    """The text of a cell: that of a list of words is joined, that of an empty cell is ""."""
+    """The text of a cell: a list of words is joined, an empty cell is ""."""
     if isinstance(cell, (list, tuple)):
         return " ".join(map(str, cell))
     return "" if is_null(cell) else str(cell)

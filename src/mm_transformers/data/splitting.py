@@ -1,4 +1,4 @@
-"""Holds out rows for validation: rows of one picture stay together, and both parts have the same shares of labels."""
+"""Holds out rows for validation: rows of one picture stay together, and both parts have equal shares of labels."""
 
 import contextlib
 import hashlib
@@ -166,7 +166,7 @@ def _split(
 
 
 def _with_records(dataset: Any) -> Any:
-    """A table as a list of dicts, which is made once; anything else as it is."""
+    """A table as a list of dicts, built once; anything else unchanged."""
     if isinstance(dataset, DataSource):
         return DataSource(_with_records(dataset.dataset), dataset.columns, dataset.tasks)
     return as_records(dataset)
@@ -197,7 +197,7 @@ def find_groups(
         ValueError: if no row has the `group_column`.
     """
     contents = _Contents()
-    members: list[tuple[int, Hashable]] = []  # row, and what it shares with other rows
+    members: list[tuple[int, Hashable]] = []  # row, and the key that it shares with other rows
     texts: dict[str, list[int]] = {}
     has_group_column = group_column is None
     num_rows = 0
@@ -221,7 +221,7 @@ def find_groups(
     for number, key in members:
         joined.merge(number, first.setdefault(contents.resolve(key), number))
     _join_texts(joined, texts, fraction * num_rows)
-    numbers: dict[int, int] = {}  # in the order of the rows, so that every process has the same
+    numbers: dict[int, int] = {}  # in the order of the rows, so equal in every process
     return np.array([numbers.setdefault(joined[row], len(numbers)) for row in range(num_rows)], dtype=np.int64)
 
 
@@ -239,13 +239,13 @@ class _Contents:
     """Keys of images, videos and sounds that are equal for equal content."""
 
     def __init__(self) -> None:
-        self._decoders: list[Any] = []  # kept, so that their ids stay their own
-        self._sizes: dict[int, set[tuple[str, Any]]] = {}  # number of bytes -> the keys that have as many
+        self._decoders: list[Any] = []  # kept, so that their ids are not reused
+        self._sizes: dict[int, set[tuple[str, Any]]] = {}  # number of bytes -> the keys of this size
         self._seen: set[Hashable] = set()
         self._resolved: dict[Hashable, Hashable] | None = None
 
     def keys(self, item: Any) -> list[Hashable]:
-        """One key, or none for an empty cell. [`resolve`] is to be applied to it once all items have been seen."""
+        """One key, or none for an empty cell. Apply [`resolve`] to it after all items have been seen."""
         is_array = isinstance(item, Mapping) and item.get("array") is not None
         content = item["array"] if is_array else item if hasattr(item, "get_all_samples") else content_of(item)
         return [] if is_null(content) else [self._key(content)]
@@ -280,7 +280,7 @@ class _Contents:
             for keys in self._sizes.values():
                 paths = [key[1] for key in keys if key[0] == "path"]
                 if len(paths) == len(keys):
-                    # The first bytes tell nearly all files apart, such as sounds of the same length.
+                    # The first bytes differ in nearly all files, even for sounds of the same length.
                     starts = [_hash_of_file(path, 2**14) for path in paths] if len(paths) > 1 else []
                     times = Counter(starts)
                     paths = [path for path, start in zip(paths, starts, strict=False) if times[start] > 1]
@@ -289,7 +289,7 @@ class _Contents:
 
 
 def _hash_of_file(path: str, num_bytes: int | None = None) -> Hashable:
-    """Of its first bytes, by default of all; the path if the file cannot be read, or is larger than the limit."""
+    """The hash of the first bytes, by default of all; the path if the file is unreadable or above the limit."""
     try:
         check_file(path)
         with open(path, "rb") as file:
@@ -304,7 +304,7 @@ def _hash_of_file(path: str, num_bytes: int | None = None) -> Hashable:
 def strata_of(
     dataset: Any, tasks: Sequence[Task], text_column: str, label_separator: str = LABEL_SEPARATOR
 ) -> list[list[Hashable]]:
-    """The strata of each row: for each task the values of [`Task.strata`], or that its label is missing."""
+    """The strata of each row: for each task the values of [`Task.strata`], or a stratum of missing labels."""
     strata: list[list[Hashable]] = []
     for name, labels in encoded_labels(dataset, tasks, text_column, label_separator).items():
         rows = next(task for task in tasks if task.name == name).strata(labels)
@@ -316,7 +316,7 @@ def strata_of(
 
 
 class _Counts(NamedTuple):
-    """Which strata the rows of each group have, and how many of its rows have them; the last stratum is "all rows"."""
+    """The strata of each group, and the number of its rows in each; the last stratum is "all rows"."""
 
     strata: list[list[int]]
     rows: list[list[int]]
@@ -379,14 +379,14 @@ def allocate(
     _distribute(side, counts, order, members, fraction * totals, size_weight)
     _exchange(side, counts, fraction * totals, seed)
     if not any(side.held_out):
-        # Every group is too large, or the only one of a class: the smallest one, if possible one that is not the only.
+        # Every group is too large, or the only one of a class: take the smallest, if possible not an only one.
         only = [any(len(members[stratum]) == 1 for stratum in of_group) for of_group in counts.strata]
         side.held_out[min(range(num_groups), key=lambda group: (only[group], sizes[group], rank[group]))] = True
     return np.array(side.held_out)[groups]
 
 
 class _Sides:
-    """On which side each group is, and how many groups of each stratum are not held out."""
+    """The side of each group, and the number of groups of each stratum that are not held out."""
 
     def __init__(self, counts: _Counts, num_groups: list[int]):
         self.strata = counts.strata
@@ -426,7 +426,7 @@ class _Sides:
 def _cover(
     side: _Sides, counts: _Counts, order: list[int], members: list[np.ndarray], sizes: np.ndarray, limit: int
 ) -> None:
-    """Holds out one group of each stratum, as far as there is room, from the rarest stratum on."""
+    """Holds out one group of each stratum, if there is room, from the rarest stratum on."""
     covered: set[int] = set()
     used = 0
     for stratum in order:
@@ -450,12 +450,12 @@ def _distribute(
     wanted: np.ndarray,
     size_weight: float,
 ) -> None:
-    """Holds out groups, stratum by stratum, such that the wanted number of rows of each stratum is held out."""
+    """Holds out groups, stratum by stratum, up to the wanted number of rows of each stratum."""
     is_open, held_out = np.array(side.is_open), np.array(side.held_out)
     num_open = is_open @ counts.matrix
     rates = np.clip(wanted - held_out @ counts.matrix, 0, num_open) / np.maximum(num_open, 1)
     rate = rates.tolist()
-    # Of each stratum, how many rows more than wanted are held out, of those that have a side.
+    # For each stratum, the held-out rows minus the wanted rows, over the groups with a side.
     excess = [0.0] * len(rate)
     weight = [1.0] * (len(rate) - 1) + [size_weight]
     for stratum in order:

@@ -1,4 +1,4 @@
-"""Tables of any size, read row by row and written as rows come: CSV, JSON lines, Parquet."""
+"""Reads and writes tables of any size, row by row: CSV, JSON lines, Parquet."""
 
 import csv
 import io
@@ -19,9 +19,9 @@ from .formulas import without_formula
 
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
-# How many rows are read, or written, at a time.
+# The number of rows that are read, or written, at a time.
 CHUNK_SIZE = 1024
-# How much smaller a large column of Parquet may be in the file than in memory; that of a data set is rarely a tenth.
+# The largest compression of a large Parquet column. In a data set the file is rarely under a tenth.
 _MOST_COMPRESSED = 200
 
 
@@ -65,7 +65,7 @@ class TableRows:
             self._check_names(self.schema.names)
         elif suffix == ".csv":
             self.schema = pyarrow.schema([(name, pyarrow.string()) for name in first])
-            for _ in self._read():  # what is wrong in the last row is told before hours are spent on the others
+            for _ in self._read():  # an error in the last row is found before a long run
                 pass
         else:
             self.schema = self._find_schema()
@@ -103,7 +103,7 @@ class TableRows:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
                 names: list[str] = []
                 number = 0
-                lines = csv.reader(file, strict=True)  # otherwise an open quote takes in all that follows
+                lines = csv.reader(file, strict=True)  # otherwise an open quote includes the rest of the file
                 for cells in lines:
                     line, start = start, lines.line_num + 1
                     if not cells or (len(cells) == 1 < len(names) and not cells[0].strip()):
@@ -143,7 +143,7 @@ class TableRows:
 
     def _read_parquet(self) -> Iterator[dict[str, Any]]:
         try:
-            # Cells that are stored once for many rows stay so, and a few rows at a time are unpacked: otherwise a file
+            # Cells that are stored once for many rows stay so, and few rows at a time are unpacked. Otherwise a file
             # of a few kilobytes could fill the memory.
             names = [name for field in pyarrow.parquet.read_schema(self.path) for name in _texts_in(field)]
             with pyarrow.parquet.ParquetFile(self.path, read_dictionary=names) as file:
@@ -207,12 +207,12 @@ def _whole_number(text: str) -> int:
 
 
 def _constant(name: str) -> float | None:
-    """What JSON has no word for, but Python writes: NaN is an empty cell."""
+    """Constants that Python writes, but JSON lacks: NaN is an empty cell."""
     return None if name == "NaN" else float(name)
 
 
 def plain_cells(names: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:
-    """The cells of a row that any table can hold, of pictures and the like the path; `None` where there is none."""
+    """The cells of a row that any table can hold; for pictures and the like the path, or `None`."""
     cells = {name: row.get(name) for name in names}
     for name, cell in cells.items():
         if isinstance(cell, dict):
@@ -223,7 +223,7 @@ def plain_cells(names: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_type(kind: pyarrow.DataType) -> pyarrow.DataType | None:
-    """The type of what [`plain_cells`] makes of such cells; `None` for what it cannot be asked to keep."""
+    """The type of the result of [`plain_cells`] for such cells; `None` if it does not keep them."""
     types = pyarrow.types
     if types.is_dictionary(kind):
         kind = kind.value_type
@@ -239,7 +239,7 @@ def _plain_type(kind: pyarrow.DataType) -> pyarrow.DataType | None:
 
 
 def _texts_in(field: pyarrow.Field) -> list[str]:
-    """The names by which Parquet knows the texts and bytes of a column."""
+    """The Parquet names of the texts and bytes of a column."""
     types = pyarrow.types
     if types.is_struct(field.type):
         return [f"{field.name}.{name}" for inner in field.type for name in _texts_in(inner)]
@@ -265,7 +265,7 @@ def table_writer(
 
 
 class TableWriter:
-    """Takes rows, which all have the columns of the first."""
+    """Writes rows, which all have the columns of the first."""
 
     def __init__(self, file: IO[bytes]):
         self.file = file
@@ -274,7 +274,7 @@ class TableWriter:
         raise NotImplementedError
 
     def close(self) -> None:
-        """To be called when all rows are written."""
+        """Call it after the last row."""
 
 
 class _JsonWriter(TableWriter):
@@ -301,7 +301,7 @@ class _CsvWriter(TableWriter):
 
 def _csv_line(cells: Iterable[Any]) -> bytes:
     text = io.StringIO(newline="")
-    # With this end of a line, cells with either of its characters are put in quotes.
+    # With this line end, cells with either of its characters are quoted.
     csv.writer(text, lineterminator="\r\n").writerow(cells)
     return text.getvalue()[:-2].encode() + b"\n"
 
@@ -341,7 +341,7 @@ class _ParquetWriter(TableWriter):
 
 
 def _settled(kind: pyarrow.DataType) -> pyarrow.DataType:
-    """Where there were empty cells only, texts may come."""
+    """A type for the writer: for a column of empty cells, text."""
     if pyarrow.types.is_null(kind):
         return pyarrow.string()
     return pyarrow.list_(_settled(kind.value_type)) if pyarrow.types.is_list(kind) else kind
