@@ -51,7 +51,7 @@ class GradNormWeighting(TaskWeighting):
         gradients = torch.zeros_like(before)
         gradients[seen] = (scaled - target).sign() * norms[seen]  # of sum |G_k - target|, the target held fixed
         self.task_weights.step(gradients, seen)
-        # A weight that Adam would take below 0 would turn the task around.
+        # A negative weight would maximise the loss of the task.
         after = self.task_weights.values.clamp(min=1e-3)
         self.task_weights.values = torch.where(seen, after * before[seen].sum() / after[seen].sum(), before)
 

@@ -35,6 +35,8 @@ class TaskNumbers:
 
     def step(self, gradients: torch.Tensor, seen: torch.Tensor) -> None:
         """
+        One step of Adam.
+
         Args:
             gradients (num_tasks,) float32: by the numbers.
             seen (num_tasks,) bool: the tasks that take the step.

@@ -1,4 +1,4 @@
-"""Weights by how uncertain each task is."""
+"""Weights by the uncertainty of each task."""
 
 from typing import ClassVar, Optional
 
