@@ -1,4 +1,4 @@
-"""`ablate`: what each modality is good for."""
+"""`ablate`: measures the contribution of each modality."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
@@ -27,8 +27,8 @@ from .views import EncodedRows, exchanged, pairs, shown_name
 
 
 ALL, NOTHING = "all", "nothing"
-# Modalities are exchanged among so many rows: their encoder outputs are held at once. Not `batch_size`, on which no
-# score may depend.
+# Modalities are exchanged among this number of rows, with all encoder outputs in memory. Not `batch_size`, since no
+# score may depend on it.
 _WINDOW = 256
 _PAIRS_AT_ONCE = 256
 
@@ -109,7 +109,7 @@ def ablate(
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(rows))
     scores = _Scores(model, modalities, check_tasks(model, tasks), batch_size, generation_options)
-    # Of nearly the same size, since one row alone has no other to exchange anything with.
+    # Windows of nearly equal size, since a single row has no other row for an exchange.
     windows = np.array_split(order, -(-len(rows) // _WINDOW))
     held = 0
     for numbers in logging.tqdm(windows, desc="ablate", disable=len(windows) <= 1):
@@ -146,9 +146,9 @@ class _Scores:
         self.sampled: list[EncodedRows] = []
         self.additive: dict[str, torch.Tensor] = {}
         self.num_additive = 0
-        # What is missing or exchanged in a variant; words have no answer where that is the text.
+        # Missing or exchanged modalities of a variant; words have no answer if the text is one of them.
         self.without_words: set[str] = set()
-        self.unscored: dict[str, set[str]] = {}  # task -> variants in which its labels say nothing
+        self.unscored: dict[str, set[str]] = {}  # task -> variants in which its labels are meaningless
 
     def encode(self, rows: Sequence[Mapping[str, Any]], collator: Callable[[Any], dict[str, Any]]) -> EncodedRows:
         """The rows after the encoders; their labels are kept."""
@@ -184,14 +184,14 @@ class _Scores:
         Judges, in each variant, the mismatched pairs with which [`MMTrainer`] evaluates tasks that need them.
 
         Args:
-            rows: all of them.
+            rows: all rows.
             order: the numbers of the rows, in the order in which they were added.
         """
         places = np.argsort(order)
         for name in (name for name in self.wanted if self.tasks[name].needs_mismatches):
             task: Any = self.tasks[name]
             compared = {shuffle_name(m, n) for m in ("text", task.modality) for n in range(num_permutations)}
-            self.unscored[name] = compared  # of these pairs nobody knows whether they match
+            self.unscored[name] = compared  # it is unknown whether these pairs match
             scored = [variant for variant in self.answers if variant not in compared]
             for variant in scored:
                 self.answers[variant][name] = pad(self.answers[variant][name][:, :1], (0, 2), value=torch.nan)
@@ -217,9 +217,9 @@ class _Scores:
     def _views(
         self, window: EncodedRows, rng: np.random.Generator, num_permutations: int
     ) -> dict[str, tuple[frozenset[str], dict[str, np.ndarray]]]:
-        """Variant -> the modalities that are kept, and of each whose it is, (num_rows,)."""
+        """Variant -> the kept modalities, and for each modality the rows that it comes from, (num_rows,)."""
         own = np.arange(window.num_rows)
-        # In the order in which they are shown: all first, nothing last.
+        # In the order of the tables: all first, nothing last.
         views: dict[str, tuple[frozenset[str], dict[str, np.ndarray]]] = {}
         for kept in sorted(subsets(self.modalities), key=lambda kept: -len(kept)):
             views[subset_name(kept, self.modalities)] = kept, dict.fromkeys(self.modalities, own)
@@ -261,13 +261,13 @@ class _Scores:
 
     def sample(self, window: EncodedRows, missing: int) -> int:
         """
-        Holds the first rows of the window until the sample is complete, then works out the nearest sum.
+        Holds the first rows of the window until the sample is complete, then computes the nearest sum.
 
         Args:
-            missing: how many rows the sample lacks.
+            missing: the number of rows that the sample lacks.
 
         Returns:
-            How many rows it has got.
+            The number of rows that were added.
         """
         taken = min(missing, window.num_rows)
         if taken > 0:
@@ -362,7 +362,7 @@ class _Scores:
             result.contributions[name] = Contribution(metric, values, lost, own, summed, num_rows, less)
 
     def _additive_metrics(self, compute_metrics) -> Optional[tuple[dict[str, float], dict[str, float]]]:
-        """Of the model and of the nearest sum, on the rows for which that was worked out."""
+        """The metrics of the model and of the nearest sum, on the rows of the sample."""
         if not self.additive:
             return None
         rows = np.arange(self.num_additive)

@@ -1,4 +1,4 @@
-"""`explain`: which words, patches and sounds an answer rests on."""
+"""`explain`: the words, patches and sounds that an answer depends on."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -150,7 +150,7 @@ def _explain_batch(
 
 
 def _known_keys(model: Any, numbered: list[tuple[int, Any]]) -> list[str]:
-    """Rows of a table have columns that are not looked at; but one that is called nearly as a part is a slip."""
+    """The known keys of rows. Other columns of a table are ignored, but a name close to a key is an error."""
     keys = {key for _, row in numbered if isinstance(row, Mapping) for key in row}
     others = [key for key in keys if not difflib.get_close_matches(str(key), ARGUMENTS, 1)]
     return [*ARGUMENTS, *(task.column for task in model.tasks.values()), *others]
@@ -158,8 +158,9 @@ def _known_keys(model: Any, numbered: list[tuple[int, Any]]) -> list[str]:
 
 def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    The same inputs with nothing shared between rows, so that the gradient of an item is that of one row. Within a row,
-    an item that it has twice is there twice.
+    The same inputs with nothing shared between rows, so that the gradient of an item belongs to one row.
+
+    An item that occurs twice in a row is there twice.
     """
     result = dict(tensors)
     for index, parts in (
@@ -187,7 +188,7 @@ def _random(outputs: Any, num_tokens: Mapping[str, int], seed: int) -> dict[str,
 
 
 class _Placing:
-    """Puts the relevance of tokens where these come from."""
+    """Assigns the relevance of tokens to their places in the row."""
 
     def __init__(self, model, processor, inputs, outputs, relevance: dict[str, torch.Tensor], maps, shares):
         self.shares = shares

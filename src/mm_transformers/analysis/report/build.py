@@ -119,18 +119,18 @@ def _shaded(counts: list[int]) -> list[tuple[int, str, str]]:
 
 
 class _Drawn:
-    """An answered row as the page shows it."""
+    """An answered row on the page."""
 
     def __init__(self, model, processor, collator: MMDataCollator, rows, method: str, answered: Answered):
         self.answered = answered
         row, where = rows[answered.number], f"row {answered.number}"
         parts: dict[str, Any] = {"text": collator.text_of(row, True, where)}
-        # As the model was given them: what cannot be read may have been dropped.
+        # The inputs of the model: unreadable items may have been dropped.
         for argument, column in collator.media.items():
             items, modality = column.read([row], [where])[0][0], MODALITIES[argument]
             if items:
                 parts[modality.name] = items[0] if modality.is_sequence else items
-        # What cannot be explained is shown all the same.
+        # Rows that cannot be explained are shown too.
         self.problem, self.rests_on, explanation = "", "", None
         self.pictures: list[tuple[str, Optional[str]]] = []
         self.sounds: list[tuple[float, list[str]]] = []
