@@ -1,4 +1,4 @@
-"""The commands; each imports what it needs when it is called, so that `--help` is quick."""
+"""The commands. Each imports its modules when it is called, so that `--help` is quick."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ def _limit(text: str) -> tuple[str, float]:
         raise ValueError(f"--limit takes a name and a number, as in image_pixels=2e8, but got {text!r}.") from None
 
 
-# No file can say this, neither a recipe nor a model: only who starts the command.
+# No file can set this, neither a recipe nor a model: only the user of the command.
 AllowUrls = Annotated[
     bool,
     typer.Option(
@@ -54,7 +54,7 @@ AllowHost = Annotated[
 
 
 def _allowed(allow_urls: bool, hosts: list[str] | None) -> bool | list[str]:
-    """What `MMDataCollator` takes as `allow_urls`."""
+    """The `allow_urls` of `MMDataCollator`."""
     if allow_urls and hosts:
         raise ValueError("Give either --allow-urls or --allow-host.")
     return hosts or allow_urls
@@ -79,7 +79,7 @@ def demo(
         typer.Option(min=1, max=65535, help="With --ui: the port; by default the first free one from 7860."),
     ] = None,
 ) -> None:
-    """Train a small model on the data set that comes with the package, and show what the pictures are good for."""
+    """Train a small model on the data set of the package, and show what the pictures contribute."""
     from .demo import run_demo
 
     with _errors_as_sentences():
@@ -96,7 +96,7 @@ def space(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id of a model.")],
     output: Annotated[Path, typer.Option(help="Folder to write to; what is there stays.")] = Path("space"),
 ) -> None:
-    """Write what the Hub needs to run the demo page of a model as a Space."""
+    """Write the files with which the Hub runs the demo page of a model as a Space."""
     from .processes import say
     from .space import write_space
 
@@ -263,10 +263,10 @@ def explain(
     allow_host: AllowHost = None,
 ) -> None:
     """
-    Show what the answers of a model rest on.
+    Explain the answers of a model.
 
-    Of a file of rows: a page with what is confused with what, the worst and the most confident errors and some other
-    rows, with heat maps. Of one row: a picture.
+    For a file of rows, write a page with heat maps: the confusion of labels, the worst and the most confident errors,
+    and some other rows. For one row, draw a picture.
     """
     from .explain import explain_one, explain_rows
     from .predict import Reading
@@ -310,7 +310,7 @@ def card(
     allow_host: AllowHost = None,
 ) -> None:
     """
-    Write the card of a model, README.md, or renew what was generated in the one that is there.
+    Write the model card README.md, or renew the generated parts of an existing one.
 
     What you wrote, changed or removed in the card stays so.
     """
@@ -375,9 +375,9 @@ def predict(
     """
     Answer the rows of a file, of any size; labels are not needed.
 
-    The output has the rows in their order, with a column for each task (topic) and for what else its answer says
-    (topic_score). Columns of the input that are called alike get _input behind their name. The file appears when it is
-    complete.
+    The output has the rows in their order. Each task has a column for its answer (topic), and columns for further parts
+    of the answer (topic_score). If a column of the input has one of these names, it gets the suffix _input. The file
+    appears when it is complete.
     """
     from .predict import Reading, run_prediction
     from .processes import join_processes, leave_processes
@@ -411,8 +411,8 @@ def compare_tasks(
     """
     Train each task of a recipe alone and all of them jointly, and show what the tasks gained.
 
-    All trainings have the same steps, rows and seeds; a task alone is trained without the labels of the others. What is
-    measured is kept after each training, so a comparison that was stopped goes on.
+    All trainings have the same steps, rows and seeds; a task alone is trained without the labels of the others. Results
+    are saved after each training, so a stopped comparison can be resumed.
     """
     from .compare_tasks import run_compare_tasks
     from .processes import join_processes, leave_processes
@@ -429,7 +429,7 @@ def _errors_as_sentences() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        # Packages that are missing are told by transformers as the one or the other; the rest are faults.
+        # transformers reports missing packages as one or the other; other errors are bugs.
         known = ("to be installed", "A process that reads rows was killed", "DataLoader worker (pid")
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in known):
             raise
