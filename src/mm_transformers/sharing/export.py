@@ -1,8 +1,8 @@
 """
-A model as graphs that need no code of this package's model: ONNX, or programs of `torch.export`.
+A model as graphs that need no model code of this package: ONNX, or programs of `torch.export`.
 
-There is one graph of encoders, fusion and heads, and if a task writes one of the decoder. They are made by the
-exporters of transformers; what they take and give is in `export.json` beside them.
+One graph has encoders, fusion and heads. If a task writes, another one has the decoder. The exporters of transformers
+create them; `export.json` beside them lists their inputs and outputs.
 """
 
 import importlib
@@ -65,7 +65,7 @@ class DecoderGraph(nn.Module):
 
 
 class Sample(NamedTuple):
-    """Inputs to trace with, and which of their dimensions are not always the same."""
+    """Inputs for tracing, and their dynamic dimensions."""
 
     inputs: dict[str, torch.Tensor]
     dynamic: dict[str, list[int]]
@@ -73,19 +73,19 @@ class Sample(NamedTuple):
 
 def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: str = "onnx", int8: bool = False) -> None:
     """
-    Writes the graphs, the processor and the config into a folder, which is whole or not there.
+    Writes the graphs, the processor and the config into a folder, atomically.
 
     Args:
-        model ([`MMTransformerForMultiTask`]): Stays as it is. Exported with its own precision.
-        processor ([`MMTransformerProcessor`]): That of the model; says what the graphs take.
-        folder (`str` or `Path`): Must not be there, or be empty.
+        model ([`MMTransformerForMultiTask`]): Stays unchanged. Exported with its own precision.
+        processor ([`MMTransformerProcessor`]): The processor of the model; it determines the inputs of the graphs.
+        folder (`str` or `Path`): Must not exist, or be empty.
         kind (`str`, *optional*, defaults to `"onnx"`): `"onnx"` or `"torch"`.
         int8 (`bool`, *optional*, defaults to `False`): Matrices as 8-bit integers, for ONNX.
 
     Raises:
-        ValueError: if the folder is not empty, if int8 is asked for another kind than ONNX, or if an encoder runs on
-            few rows at a time.
-        ImportError: if what exports is not installed.
+        ValueError: if the folder is not empty, if int8 is requested for another kind than ONNX, or if an encoder runs
+            on few rows at a time.
+        ImportError: if the export package is not installed.
     """
     check_exporters(kind)
     folder = Path(folder)
@@ -139,8 +139,10 @@ def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: st
 
 def check_exporters(kind: str) -> None:
     """
+    Checks that the export packages are installed.
+
     Raises:
-        ImportError: one sentence, if what exports is not installed.
+        ImportError: one sentence, if one is not.
     """
     needed = {"transformers.exporters.quantizers": "transformers 5.23 or newer"}
     needed |= FORMATS[kind].packages if FORMATS.get(kind) else {}

@@ -24,20 +24,22 @@ _Run = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 class ExportedModel:
     """
-    What [`~mm_transformers.sharing.export.export_model`] wrote, on the CPU: takes what the processor gives, and returns
-    what [`MMTransformerForMultiTask`] returns, without losses. `generate` and `decode` are those of the model; the
-    decoder reads what it has written anew at each step, for its graph has no cache.
+    The graphs from [`~mm_transformers.sharing.export.export_model`], on the CPU, as a model.
+
+    It takes the outputs of the processor, and returns the outputs of [`MMTransformerForMultiTask`], without losses.
+    `generate` and `decode` are those of the model. The graph of the decoder has no cache, so each step reads the whole
+    written text again.
 
     Args:
-        folder (`str` or `Path`): Where the graphs are.
+        folder (`str` or `Path`): The folder of the graphs.
         trust_pickle (`bool`, *optional*, defaults to `False`):
             Whether to load programs of `torch.export` (`.pt2`): torch reads them by pickle, so they can run any code.
             ONNX graphs need no trust.
 
     Raises:
         OSError: if there are none, or they cannot be loaded.
-        ValueError: one sentence, if there are programs of `torch.export` without `trust_pickle`, or what the folder
-            says of its graphs is not what `export_model` writes.
+        ValueError: one sentence, if there are programs of `torch.export` without `trust_pickle`, or the description of
+            the graphs is not one of `export_model`.
 
     Example:
 
@@ -72,8 +74,10 @@ class ExportedModel:
 
     def __call__(self, **inputs: torch.Tensor) -> MMTransformerOutput:
         """
+        The outputs of the heads.
+
         Args:
-            inputs: what the processor gives; images and sounds may be absent.
+            inputs: the outputs of the processor; images and sounds may be absent.
         """
         return MMTransformerOutput(logits=self.model(**inputs).logits)
 

@@ -20,16 +20,17 @@ from ..model.processing_mm_transformer import MMTransformerProcessor
 
 class Predictor:
     """
-    Answers the rows of a table, a list or a stream, in their order, a few batches at a time. Of several processes,
-    each answers every n-th batch and all get all answers.
+    Answers the rows of a table, a list or a stream, in their order, a few batches at a time.
+
+    With n processes, each answers every n-th batch, and all get all answers.
 
     Args:
         model ([`MMTransformerForMultiTask`]): On the device of this process.
-        collator ([`MMDataCollator`]): Names the columns of texts, pictures and sounds. Columns of labels are not read.
+        collator ([`MMDataCollator`]): The columns of texts, pictures and sounds. Columns of labels are not read.
         tasks (`list[str]`, *optional*): The tasks to answer; all by default. A decoder runs only for these.
         batch_size (`int`, *optional*, defaults to 32): Rows per batch.
         num_workers (`int`, *optional*, defaults to 0): Processes that read files in the background.
-        generation_options: for `model.generate`, where a task writes.
+        generation_options: for `model.generate`, if a task writes texts.
 
     Raises:
         ValueError: if the model has no such task; when called, one sentence that names the row that cannot be read.
@@ -82,11 +83,12 @@ class Predictor:
 
     def __call__(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """
-        The answers to all rows, a dict from task to answer each, as [`Task.decode`] gives it; for tasks that write,
-        `{"text": ...}`.
+        The answers to all rows: for each row a dict from task to answer, from [`Task.decode`].
+
+        Tasks that write answer `{"text": ...}`.
 
         Args:
-            rows: a list, a data set, or anything else that gives dicts.
+            rows: a list, a data set, or another iterable of dicts.
         """
         return [answers for batch in self.stream(rows, keep=_nothing) for _, answers in batch]
 
@@ -100,9 +102,9 @@ class Predictor:
         The same batch by batch.
 
         Args:
-            rows: each process, and each worker, reads them on its own: they must be the same for all.
-            prepare: a row -> the row that the collator reads.
-            keep: a row -> the part of it to give back with its answers; by default all of it.
+            rows: each process, and each worker, reads them on its own: they must be equal for all.
+            prepare: a row -> the row for the collator.
+            keep: a row -> the part of it to return with its answers; by default all of it.
 
         Yields:
             For each batch a list of pairs: the part that is kept, and the answers.

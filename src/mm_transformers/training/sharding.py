@@ -31,14 +31,14 @@ def layer_classes(model: PreTrainedModel) -> list[str]:
 
 def check_sharding(plugin: FullyShardedDataParallelPlugin, model: PreTrainedModel) -> None:
     """
-    Tells FSDP which layers to shard, unless its config says that.
+    Sets the layers for FSDP to shard, unless its config has them.
 
     Args:
         plugin (`FullyShardedDataParallelPlugin`): That of accelerate.
         model (`PreTrainedModel`): The model, not wrapped.
 
     Raises:
-        ValueError: if it is FSDP1, or as [`layer_classes`] says.
+        ValueError: if it is FSDP1; or as in [`layer_classes`].
     """
     if plugin.fsdp_version == 1:
         raise ValueError("MMTrainer shards by FSDP2: set fsdp_version: 2 in the config of accelerate.")
@@ -56,8 +56,9 @@ def gather_for_method(model: nn.Module, name: str) -> None:
 
 def share_out_again(model: nn.Module) -> None:
     """
-    After a forward pass without a backward pass, FSDP leaves weights together. Then the gradients of the weights that
-    are shared out are out of the reach of `zero_grad`.
+    Shards the weights again after a forward pass without a backward pass, which FSDP leaves unsharded.
+
+    Otherwise `zero_grad` cannot reach the gradients of the sharded weights.
     """
     from torch.distributed.fsdp import FSDPModule
 

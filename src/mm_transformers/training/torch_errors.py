@@ -11,8 +11,10 @@ from ..model.checkpoint_checks import is_pickle_error
 @contextmanager
 def clear_errors(checkpoint: Optional[str] = None) -> Iterator[None]:
     """
+    Replaces unclear errors of torch within the block.
+
     Args:
-        checkpoint: that is loaded in the block.
+        checkpoint: the checkpoint that is loaded in the block.
 
     Raises:
         ValueError: if a file of the checkpoint is a pickle that holds more than tensors.

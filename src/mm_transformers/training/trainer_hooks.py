@@ -1,8 +1,8 @@
 """
-What [`MMTrainer`] relies on inside of [`~transformers.Trainer`]: methods that it overrides or calls, and attributes.
+The internals of [`~transformers.Trainer`] that [`MMTrainer`] needs: methods that it overrides or calls, and attributes.
 
 A release of transformers may change any of these without notice. `tests/test_trainer_hooks.py` compares this table with
-the release that is installed.
+the installed release.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,8 @@ class Hook(NamedTuple):
     A method of the Trainer.
 
     Args:
-        parameters: the names that it has, in their order; later ones may be added.
-        callers: the method of the Trainer that calls it -> in how many places.
+        parameters: its parameter names, in order; later ones may be added.
+        callers: the method of the Trainer that calls it -> the number of places.
     """
 
     parameters: tuple[str, ...]

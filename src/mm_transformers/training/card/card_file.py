@@ -22,15 +22,15 @@ CARD_NAME = "README.md"
 
 def write_card(folder: str | os.PathLike, facts: CardFacts) -> ModelCard:
     """
-    Writes `README.md`, or renews what was generated in the one that is there.
+    Writes `README.md`, or renews the generated parts of an existing one.
 
     Args:
         folder (`str` or `Path`): That of the model.
-        facts ([`CardFacts`]): What is known. Sections that are not known now stay as they are, unless another training
-            has taken the place of the one that they tell of.
+        facts ([`CardFacts`]): The known facts. Sections without known facts stay unchanged, unless they describe an
+            earlier training.
 
     Raises:
-        ValueError: if the front matter of the card that is there is no YAML.
+        ValueError: if the front matter of the existing card is no YAML.
     """
     path = Path(folder, CARD_NAME)
     memory: dict[str, Any] = {}
@@ -70,11 +70,11 @@ def write_trainer_card(
     trainer: Any, folder: str | os.PathLike, name: Optional[str] = None, ablation: Optional[str] = None, **said: Any
 ) -> ModelCard:
     """
-    The card of what a trainer has trained and measured.
+    The card of a trainer's training and measurements.
 
     Args:
         trainer ([`MMTrainer`]): After training.
-        said: `license`, `language`, `datasets`, `tags`; what is `None` is not said.
+        said: `license`, `language`, `datasets`, `tags`; `None` values are left out.
     """
     model = trainer.fused_model
     said = {key: value for key, value in said.items() if value is not None}

@@ -46,15 +46,15 @@ class Training:
 @dataclass
 class CardFacts:
     """
-    Everything that a card tells.
+    All facts of a card.
 
     Args:
         name (`str`): Hub id, or name of the folder.
         config ([`MMTransformerConfig`]): That of the model.
-        measurements: what was measured on the weights that are saved.
-        training: `None` if it is not known.
+        measurements: the metrics of the saved weights.
+        training: `None` if unknown.
         ablation (`str`, *optional*): Markdown of [`~mm_transformers.analysis.ablation.Ablation`].
-        said: license, language, datasets, tags, as a person says them; they are never guessed.
+        said: license, language, datasets, tags, from a person; they are never guessed.
         encoder_licenses: Hub id -> license, of pretrained encoders.
         num_parameters: of the whole model.
         is_adapter: whether adapters alone are saved, which the example of the card could not load.

@@ -27,14 +27,16 @@ def merge(
     old: Mapping[str, Any], new: Mapping[str, Any], remembered: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """
+    The merged entries of an old and a new card.
+
     Args:
-        old: name -> what the card has.
-        new: name -> what would be generated now.
-        remembered: name -> fingerprint of what was generated before.
+        old: name -> the entry of the card.
+        new: name -> the entry that would be generated now.
+        remembered: name -> fingerprint of the entry that was generated before.
 
     Returns:
-        What the card shall have, in the order of `old`, each new entry behind the one that it follows in `new`; and
-        what is to be remembered.
+        The entries of the card, in the order of `old`, with each new entry behind its predecessor in `new`; and the
+            fingerprints to store.
     """
     merged: dict[str, Any] = {}
     for name, value in old.items():
@@ -57,8 +59,9 @@ def merge(
 
 def split_sections(text: str) -> dict[str, str]:
     """
-    The text of a card by its headings of the second level, "" for what is before them. Of headings that are there twice
-    the later ones are a part of the first one's text.
+    The text of a card by its headings of the second level, "" for the text before them.
+
+    If a heading occurs twice, the later part belongs to the text of the first one.
     """
     sections, name, start = {}, "", 0
     for match in _HEADING.finditer(text):

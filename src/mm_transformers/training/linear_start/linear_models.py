@@ -26,12 +26,12 @@ SCALES = tuple(sorted((2 ** (i / 4) for i in range(-12, 13)), key=lambda scale: 
 
 class Way(NamedTuple):
     """
-    How a linear model is fitted.
+    The way in which a linear model is fitted.
 
     Args:
         balanced: whether all classes count alike, however many rows they have.
-        separate: whether each modality has a model of its own, fitted without the others; their logits are added
-            (product of experts: Hinton 2002, https://doi.org/10.1162/089976602760128018).
+        separate: whether each modality has its own model, fitted without the others. Their logits are added (product of
+            experts: Hinton 2002, https://doi.org/10.1162/089976602760128018).
     """
 
     balanced: bool = False
@@ -43,12 +43,11 @@ class LinearModel(NamedTuple):
     The solution of one task.
 
     Args:
-        weight (num_outputs, num_features), bias (num_outputs,): as `nn.Linear` has them.
+        weight (num_outputs, num_features), bias (num_outputs,): as in `nn.Linear`.
         way: how it was fitted.
-        scales: inverse strength of the penalty -> factor of the logits that were fitted with it; the solution is the
-            mean over the strengths.
-        num_items: how many rows (or words) have a label.
-        label_counts (`num_outputs` integers, *optional*): How many rows have each label, if classes were balanced.
+        scales: inverse strength of the penalty -> factor of its logits; the solution is the mean over the strengths.
+        num_items: the number of labelled rows (or words).
+        label_counts (`num_outputs` integers, *optional*): The number of rows of each label, if classes were balanced.
     """
 
     weight: np.ndarray
@@ -141,8 +140,10 @@ class _Rotated(NamedTuple):
 
 def _rotated(features: np.ndarray, blocks: list[tuple[slice, int]]) -> tuple[_Rotated, np.ndarray]:
     """
-    Fewer columns than features where there are fewer rows. A ridge penalty does not see the rotation, so the solution
-    is the same; the matrix, (columns, num_features), takes its weights back.
+    Features in fewer columns, if there are fewer rows than features.
+
+    A ridge penalty is invariant to the rotation, so the solution is the same. The matrix, (columns, num_features),
+    rotates its weights back.
     """
     vectors, present, turns = [], [], []
     for part, indicator in blocks:
@@ -166,7 +167,7 @@ def _rotated(features: np.ndarray, blocks: list[tuple[slice, int]]) -> tuple[_Ro
 
 class Regressions(NamedTuple):
     """
-    Those of scikit-learn.
+    The regressions of scikit-learn.
 
     Args:
         tol: the tolerance of the optimiser.

@@ -58,13 +58,13 @@ FILE_NAME = "linear_start.json"
 @dataclass
 class Start:
     """
-    How the tasks started.
+    The start of the tasks.
 
     Args:
-        tasks: names of those that started as linear models.
-        models: task -> its linear model; empty in a training that is resumed.
+        tasks: names of the tasks that started as linear models.
+        models: task -> its linear model; empty in a resumed training.
         verdicts: task -> the linear model beside simpler ones on the validation rows; empty without such rows.
-        label_counts: task whose classes were balanced -> how many training rows have each label.
+        label_counts: task with balanced classes -> the number of training rows of each label.
     """
 
     tasks: list[str] = field(default_factory=list)
@@ -112,14 +112,15 @@ class StartedTrainer(Protocol):
 
 def start_probes(trainer: StartedTrainer) -> Start:
     """
-    Solves the linear problem of each task whose probe is new, and puts the solution into the probe: after that the
-    model answers exactly as the linear model.
+    Solves the linear problem of each task with a new probe, and copies the solution into the probe.
+
+    After that the model answers exactly as the linear model.
 
     Args:
-        trainer ([`MMTrainer`]): Whose model is not yet wrapped for training. All processes must call this.
+        trainer ([`MMTrainer`]): Its model is not yet wrapped for training. All processes must call this.
 
     Returns:
-        What was found, the same in all processes.
+        The start, equal in all processes.
     """
     fused, dataset = trainer.fused_model, trainer.train_dataset
     if dataset is None or not probes_of(fused):

@@ -28,9 +28,11 @@ INTEGRATIONS = "transformers.integrations"
 
 class Refit:
     """
+    The second training, on all rows.
+
     Args:
         rows: all training rows, before some were held out.
-        tasks: the tasks as they were given; training decides some of their options.
+        tasks: the tasks as given; training determines some of their options.
     """
 
     def __init__(self, rows: Any, tasks: dict[str, Any]):
@@ -43,15 +45,15 @@ class Refit:
     @classmethod
     def of(cls, trainer: Any, stock: type, has_own_optimizer: bool) -> Optional["Refit"]:
         """
-        `None` if there is to be no second training.
+        The second training of a trainer; `None` if there is none.
 
         Args:
-            trainer: that of the first training, which is about to hold rows out.
+            trainer: that of the first training, before it holds rows out.
             stock: the class [`MMTrainer`], of which the trainer may be a subclass.
             has_own_optimizer: whether the user gave the optimizer.
 
         Raises:
-            ValueError: if this is asked for and not possible.
+            ValueError: if a second training is requested and not possible.
         """
         wanted, kind = trainer.args.refit, type(trainer)
         why_not = None
@@ -72,13 +74,14 @@ class Refit:
 
     def run(self, trainer: Any, start: StartAverage, tasks: list[str]) -> dict[str, LinearModel]:
         """
-        Takes the model back to its start, and trains it on all rows for as many epochs as its best weights had (as many
-        steps, if `max_steps` is given).
+        Resets the model to its start, and trains it on all rows.
+
+        The number of epochs is that of the best weights (the number of steps, if `max_steps` is given).
 
         Args:
-            trainer ([`MMTrainer`]): Whose training has ended.
+            trainer ([`MMTrainer`]): Its training has ended.
             start: the start of that training.
-            tasks: those that started as linear models.
+            tasks: the tasks that started as linear models.
 
         Returns:
             Task -> the linear model of all rows.

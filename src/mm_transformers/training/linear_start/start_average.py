@@ -33,8 +33,8 @@ class TolerantEarlyStopping(EarlyStoppingCallback):
     [`~transformers.EarlyStoppingCallback`] that is as tolerant as the choice of the best weights.
 
     Args:
-        early_stopping_patience, early_stopping_threshold: as [`~transformers.EarlyStoppingCallback`] has them.
-        is_tolerant (`Callable`, *optional*): Says whether it is tolerant now; without it, it is not.
+        early_stopping_patience, early_stopping_threshold: as in [`~transformers.EarlyStoppingCallback`].
+        is_tolerant (`Callable`, *optional*): Returns whether it is tolerant now; by default it is not.
     """
 
     def __init__(
@@ -57,14 +57,13 @@ class TolerantEarlyStopping(EarlyStoppingCallback):
 
 class StartAverage:
     """
-    Keeps the trainable weights of a model, and its buffers, as they are now, on the CPU.
+    Stores a copy of the current trainable weights and buffers of a model on the CPU.
 
-    Buffers are not averaged: an unfrozen batch norm has the running statistics of the trained weights. Of a LoRA
-    adapter both factors are averaged, so what it adds is between `(1 - share) ** 2` and `1 - share` of what it has
-    learnt.
+    Buffers are not averaged: an unfrozen batch norm has the running statistics of the trained weights. Both factors of
+    a LoRA adapter are averaged. So their product is between `(1 - share) ** 2` and `1 - share` of the learnt one.
 
     Args:
-        model: not wrapped, and not cut into pieces.
+        model: not wrapped, and not sharded.
         share (`float`): of the start in the mean, from 0 to 1.
     """
 

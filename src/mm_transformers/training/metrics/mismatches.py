@@ -79,11 +79,11 @@ class MismatchedRows(Dataset):
     Rows with some cells of other rows, without labels.
 
     Args:
-        rows: of a data set, as the collator takes them.
+        rows: of a data set, as in the collator.
         numbers: the rows.
-        others: for each of them, whose cells it gets.
-        columns: the columns that it gets from there.
-        kept: the columns that it keeps; what is neither is left out.
+        others: for each of them, the row of its new cells.
+        columns: the columns that come from there.
+        kept: the columns that it keeps; all others are left out.
     """
 
     def __init__(self, rows: Any, numbers: Sequence[int], others: Sequence[int], columns: list[str], kept: list[str]):
@@ -108,17 +108,18 @@ def mismatched_rows(
     task: Any, rows: Any, labels: np.ndarray | torch.Tensor, collator: MMDataCollator
 ) -> Iterator[tuple[int, np.ndarray, MismatchedRows]]:
     """
-    The mismatched pairs with which a task is evaluated: first those with the item of another row, then those with the
-    text of another row.
+    The mismatched pairs with which a task is evaluated.
+
+    First come pairs with the item of another row, then pairs with the text of another row.
 
     Args:
         task: a task that needs mismatched pairs.
-        rows: of the evaluation set, as the collator takes them.
+        rows: of the evaluation set, as in the collator.
         labels (rows, 4): of the task.
-        collator ([`MMDataCollator`]): Knows the columns.
+        collator ([`MMDataCollator`]): The columns.
 
     Yields:
-        The column of the logits that is theirs; the numbers of the rows they are made of; the pairs.
+        The column of their logits; the numbers of their rows; the pairs.
     """
     text, media = collator.text_column, collator.media
     drawn = draw_mismatches(torch.as_tensor(labels)).numpy()
@@ -154,14 +155,16 @@ class Unlabelled:
 
 class WithMismatches:
     """
-    A `compute_metrics` that first judges mismatched pairs for the tasks that need them. The pairs are drawn from the
-    whole evaluation set, so metrics depend neither on the batch size nor on the number of processes.
+    A `compute_metrics` that first judges mismatched pairs for the tasks that need them.
+
+    The pairs are drawn from the whole evaluation set, so metrics depend neither on the batch size nor on the number of
+    processes.
 
     Args:
-        tasks: the tasks that need mismatched pairs. Of a stream none can be drawn, which a warning says.
-        rows: of the evaluation set, in its order, as the collator takes them.
-        collator ([`MMDataCollator`]): Knows the columns.
-        answer: gives the logits of a data set of rows, a dict from task to array.
+        tasks: the tasks that need mismatched pairs. Streams have none, which is a warning.
+        rows: of the evaluation set, in its order, as in the collator.
+        collator ([`MMDataCollator`]): The columns.
+        answer: returns the logits of a data set of rows, a dict from task to array.
         own: the `compute_metrics` that follows.
     """
 

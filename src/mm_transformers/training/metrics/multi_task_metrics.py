@@ -28,11 +28,11 @@ logger = logging.get_logger(__name__)
 
 class ArrayMetric(evaluate.Metric):
     """
-    A metric whose code comes with the package: `evaluate.load` would fetch it from the Hub.
+    A metric whose code is in the package: `evaluate.load` would fetch it from the Hub.
 
-    Subclasses set `key`, the name of the metric and of its result, say what they can compare and implement [`score`].
-    Where a metric is not defined (F1 without any positive, correlation with a constant) it is 0.0: never NaN, and never
-    absent, since `metric_for_best_model` may name it.
+    Subclasses set `key`, the name of the metric and of its result, define the values that they compare, and implement
+    [`score`]. An undefined metric (F1 without any positive, correlation with a constant) is 0.0. It is never NaN, and
+    never absent, since `metric_for_best_model` may name it.
     """
 
     key: ClassVar[str]
@@ -95,8 +95,9 @@ class SubsetAccuracy(ArrayMetric):
 
 class MacroF1(ArrayMetric):
     """
-    Mean of the labels' F1, every label counting the same. A label that occurs neither among the references nor among
-    the predictions has no F1 and is left out of the mean.
+    Mean of the labels' F1, with equal weights.
+
+    A label that occurs neither in the references nor in the predictions has no F1 and is left out of the mean.
     """
 
     key, value_type, ndims = "f1", "int64", (1, 2)
@@ -141,8 +142,9 @@ class MeanSquaredError(ArrayMetric):
 
 class Pearson(ArrayMetric):
     """
-    Pearson's correlation, -1 to 1; of vectors, the mean over their values. It is 0.0 where one side is constant (so
-    also for a single row): a constant explains nothing.
+    Pearson's correlation, -1 to 1; of vectors, the mean over their values.
+
+    It is 0.0 if one side is constant (so also for a single row): a constant explains nothing.
     """
 
     key, value_type, ndims = "pearson", "float64", (1, 2)
@@ -258,16 +260,18 @@ class MultiTaskMetrics:
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """
+        The losses and metrics of all tasks.
+
         Args:
-            prediction: `predictions[task]` are the task's logits and `label_ids[task]` its labels, with rows along
-                axis 0 and -100 (integers) or NaN (floats) where a label is missing. For tasks that write,
-                `predictions[task]` may be a dict with `losses` (rows), summed over tokens, `generated_ids` (rows,
-                length) and `references` (rows, bytes), the true texts, as [`MMTrainer`] makes it. Without `references`
-                the labels are decoded; of logits there is the loss only.
+            prediction: `predictions[task]` are the task's logits and `label_ids[task]` its labels, with rows along axis
+                0. Missing labels are -100 (integers) or NaN (floats). For tasks that write, `predictions[task]` may be
+                a dict, as from [`MMTrainer`]: `losses` (rows), summed over tokens, `generated_ids` (rows, length) and
+                `references` (rows, bytes), the true texts. Without `references` the labels are decoded. Logits of such
+                tasks give the loss only.
 
         Raises:
-            ValueError: if an array of a task is not there, if a metric cannot compare what the task answers, or if
-                two metrics have the same name.
+            ValueError: if the array of a task is missing, if a metric cannot compare the answers of the task, or if two
+                metrics have the same name.
         """
         results: dict[str, float] = {}
         for name, task in self.tasks.items():
@@ -346,10 +350,10 @@ class MultiTaskMetrics:
 
 class WithLosses:
     """
-    A `compute_metrics` that gives the exact losses of all rows, and what another one gives.
+    A `compute_metrics` with the exact losses of all rows, and the results of another one.
 
     Args:
-        config ([`MMTransformerConfig`]): Says which tasks there are.
+        config ([`MMTransformerConfig`]): The config with the tasks.
         own (*optional*): The other one.
     """
 

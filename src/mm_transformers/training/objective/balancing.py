@@ -28,20 +28,22 @@ STATE_NAME = "task_weighting.safetensors"
 
 class TaskBalancing(TrainerCallback):
     """
-    Collects, over the micro-batches and processes of an optimiser step, the signals that a [`TaskWeighting`] needs, and
-    applies its weights. [`MMTrainer`] calls [`start_step`], then [`before_forward`], [`loss`] and [`after_backward`]
-    for each micro-batch; the rest follows as a callback after the step of the optimiser.
+    Collects the signals of a [`TaskWeighting`] in each optimiser step, and applies its weights.
+
+    The signals cover all micro-batches and processes. [`MMTrainer`] calls [`start_step`], then [`before_forward`],
+    [`loss`] and [`after_backward`] for each micro-batch. The rest follows as a callback after the step of the
+    optimiser.
 
     Args:
         fused ([`MMTransformerForMultiTask`]): The model, not wrapped.
         args (`TrainingArguments`): Those of the training.
-        accelerator (`Accelerator`): The one that runs the backward passes.
-        handler (`CallbackHandler`): Its callbacks of the class [`TaskGradientsCallback`] are told the gradients.
-        losses_of: gives the losses of a wrapped model for one micro-batch and the divisors of its step, a dict from
+        accelerator (`Accelerator`): Runs the backward passes.
+        handler (`CallbackHandler`): Its callbacks of the class [`TaskGradientsCallback`] get the gradients.
+        losses_of: returns the losses of a wrapped model for one micro-batch and the divisors of its step, a dict from
             task to scalar tensor.
 
     Raises:
-        ValueError: if the weighting is unknown, or cannot work in the way in which the model is trained.
+        ValueError: if the weighting is unknown, or does not work with the way of training.
     """
 
     def __init__(
@@ -98,9 +100,11 @@ class TaskBalancing(TrainerCallback):
 
     def start_step(self, batches: list[dict[str, Any]], divisors: dict[str, torch.Tensor], step: int) -> None:
         """
+        Starts an optimiser step.
+
         Args:
             batches: all micro-batches of this process.
-            divisors: task -> its number of labels in the step, as [`MMTrainer`] gives it to the model.
+            divisors: task -> its number of labels in the step, as for the model.
             step: number of the optimiser steps before.
         """
         self.batches, self.divisors, self.step = batches, divisors, step
@@ -219,8 +223,9 @@ class TaskBalancing(TrainerCallback):
 
     def _gradients_of(self, stack: torch.Tensor, parameters: list[nn.Parameter]) -> list[list[torch.Tensor]]:
         """
-        For each task, the gradients of its loss by the parameters, float32; 0 where it does not depend on them. The
-        graph is kept.
+        For each task, the gradients of its loss by the parameters, float32; 0 if it does not depend on them.
+
+        The graph is kept.
         """
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler is not None else 1.0
@@ -289,6 +294,8 @@ class TaskBalancing(TrainerCallback):
 
     def load(self, folder: str) -> None:
         """
+        Loads the state of the weighting from a checkpoint.
+
         Raises:
             ValueError: if the checkpoint holds the state of another weighting, or of other tasks.
         """

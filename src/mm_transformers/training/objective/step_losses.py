@@ -13,7 +13,7 @@ def divisors_of(
     tasks: Mapping[str, Task], batches: Sequence[Mapping[str, Any]], accelerator: Accelerator, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """
-    What the model divides the losses of these batches by.
+    The divisors of the losses of these batches.
 
     Args:
         tasks: name -> task.
@@ -23,7 +23,7 @@ def divisors_of(
 
     Returns:
         Task -> number of its labels, and "regularization" -> number of batches; scalar tensors. Gradients are averaged
-        over the processes, so each process divides by its share of the labels of all.
+            over the processes, so each process divides by its share of the labels of all.
     """
     counts = torch.zeros(len(tasks), device=device)
     for batch in batches:

@@ -40,6 +40,8 @@ class TaskGradientsCallback(TrainerCallback):
 
     def record(self, names: list[str], products: torch.Tensor) -> None:
         """
+        Records the gradients of one step.
+
         Args:
             names: of the tasks that have labels.
             products (num_tasks, num_tasks) float64: inner products of their gradients.

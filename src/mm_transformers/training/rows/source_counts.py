@@ -10,8 +10,10 @@ from ...data.sources import ROWS_PER_SOURCE
 
 class RowCounts:
     """
+    Counts the training rows of each data set of a mixture.
+
     Args:
-        sources: the names of the data sets of the mixture; none if there is no mixture.
+        sources: the names of the data sets of the mixture; empty without a mixture.
     """
 
     def __init__(self, sources: list[str]):
