@@ -27,12 +27,12 @@ from ..model.safe_writing import drop_link
 from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES
 
 
-# What the graph of a model with a decoder gives beside the logits of its heads.
+# The output of the graph of a model with a decoder beside the logits of its heads.
 STATES, STATES_MASK = "fused_states", "fused_mask"
 
 
 class FusedGraph(nn.Module):
-    """What the first graph computes: the logits of the heads and, for the decoder, the fused states."""
+    """The first graph: the logits of the heads and, for the decoder, the fused states."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -48,7 +48,7 @@ class FusedGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """What the second graph computes: how likely each token is to be the next one, (batch, 1, vocabulary)."""
+    """The second graph: the logits of the next token, (batch, 1, vocabulary)."""
 
     def __init__(self, text_model: Any):
         super().__init__()
@@ -156,7 +156,7 @@ def check_exporters(kind: str) -> None:
 
 
 def sample_inputs(model: Any, processor: Any, size: int) -> dict[str, torch.Tensor]:
-    """Inputs of `size` rows, with texts, images and sounds whose numbers and lengths also depend on `size`."""
+    """Inputs of `size` rows; the numbers and lengths of texts, images and sounds also depend on `size`."""
     modalities: dict[str, Any] = {}
     if model.config.vision_config is not None:
         image = Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8))
@@ -164,7 +164,7 @@ def sample_inputs(model: Any, processor: Any, size: int) -> dict[str, torch.Tens
     if model.config.audio_config is not None:
         rate = processor.feature_extractor.sampling_rate
         modalities["sampling_rate"] = rate
-        # Each an array of its own, for equal ones would be encoded as one.
+        # Separate arrays, since equal ones would be encoded as one.
         longer = [np.zeros(rate // 4 * size, np.float32) for _ in range(size)]
         modalities["audio"] = [longer, *([np.zeros(rate // 4, np.float32)] for _ in range(size - 1))]
     texts = ["a longer text " * size, *["a text"] * (size - 1)]

@@ -1,4 +1,4 @@
-"""What is written beside exported graphs: which there are, and what they take and give."""
+"""The description file of exported graphs: the graphs, their inputs and outputs."""
 
 import json
 import math

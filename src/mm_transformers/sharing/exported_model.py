@@ -1,4 +1,4 @@
-"""Exported graphs, used as the model that they were made of."""
+"""Exported graphs, used like the original model."""
 
 import copy
 import os
@@ -68,7 +68,7 @@ class ExportedModel:
         self.model = _Fused(graphs[FUSED], spec["graphs"][FUSED])
         if DECODER in graphs:
             decoder_config = copy.deepcopy(self.config.decoder_config or self.config.text_config)
-            decoder_config.is_encoder_decoder = True  # also one that was put behind an encoder
+            decoder_config.is_encoder_decoder = True  # also for a decoder that was added to an encoder
             self.model.text_model = _Decoder(decoder_config, graphs[DECODER])
             self.model.text_model.generation_config = GenerationConfig.from_pretrained(folder)
 
@@ -106,7 +106,7 @@ class _FusedOutput(NamedTuple):
 
 
 class _Fused:
-    """The first graph. Rows without images are given a blank one that none of them sees, for a graph takes some."""
+    """The first graph. It needs images, so rows without images get a blank one that is masked."""
 
     text_model: Optional[PreTrainedModel] = None
 
@@ -163,7 +163,7 @@ class _Fused:
 
 
 class _Decoder(PreTrainedModel, GenerationMixin):
-    """The second graph, as transformers' generation wants a model to be."""
+    """The second graph, with the interface of transformers' generation."""
 
     main_input_name = "input_ids"
     _supports_cache_class = False
@@ -199,7 +199,7 @@ def _onnx_graph(path: Path, spec: Mapping[str, Any]) -> _Run:
 
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # of onnxruntime: no file, no graph, weights in files outside of its folder
+    except Exception as error:  # from onnxruntime: no file, no graph, weights in files outside of its folder
         raise OSError(f"{path} cannot be loaded ({shorten(' '.join(str(error).split()))}).") from error
     taken = [node.name for node in session.get_inputs()]
 

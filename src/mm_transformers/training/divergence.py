@@ -1,4 +1,4 @@
-"""A loss or a weight that is NaN or infinite ends a training, which can learn nothing more."""
+"""Ends a training with a NaN or infinite loss or weight, since it cannot learn any more."""
 
 import sys
 from collections.abc import Callable, Mapping

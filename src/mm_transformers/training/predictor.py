@@ -1,4 +1,4 @@
-"""From the rows of a table, a list or a stream to answers, in one process or several."""
+"""Answers the rows of a table, a list or a stream, in one process or several."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -169,7 +169,7 @@ def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Share(IterableDataset):
-    """The batches of one process, or of one of its workers: what was kept of the rows, and what the model takes."""
+    """The batches of one process, or of one of its workers: the kept parts of the rows, and the model inputs."""
 
     def __init__(self, rows, collator: MMDataCollator, batch_size: int, rank: int, num_processes: int, prepare, keep):
         self.rows, self.collator, self.batch_size = rows, collator.with_word_index(), batch_size
@@ -180,7 +180,7 @@ class _Share(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        # The loader takes from its workers in turn, so what each process gives has the order of the rows.
+        # The loader reads its workers in turn, so the outputs of each process have the order of the rows.
         mine, period = self.rank + self.num_processes * worker_id, self.num_processes * num_workers
         rows = iter(self.rows)
         for number in count():

@@ -1,4 +1,4 @@
-"""FSDP for a model that is made of other models."""
+"""FSDP for a model that consists of other models."""
 
 from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
@@ -47,7 +47,7 @@ def check_sharding(plugin: FullyShardedDataParallelPlugin, model: PreTrainedMode
 
 
 def gather_for_method(model: nn.Module, name: str) -> None:
-    """Lets FSDP bring the shared-out weights together for a method as it does for `forward`."""
+    """Makes FSDP gather the sharded weights for a method, as it does for `forward`."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     if name not in vars(model):

@@ -1,4 +1,4 @@
-"""Errors of torch whose messages do not help, in one sentence."""
+"""Replaces unhelpful errors of torch by one sentence."""
 
 import re
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def clear_errors(checkpoint: Optional[str] = None) -> Iterator[None]:
         yield
     except Exception as error:
         if checkpoint is not None and is_pickle_error(error):
-            # The message of torch says how to load it all the same.
+            # The message of torch tells how to load it anyway.
             raise ValueError(
                 f"A file of {checkpoint} is a pickle that holds more than tensors, and might run code; it was not "
                 "loaded. Train from another checkpoint."

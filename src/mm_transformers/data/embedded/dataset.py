@@ -44,7 +44,7 @@ TASK_LABELS: dict[str, list[str]] = {
 }
 
 
-# The gist of a message in other languages: intent -> what becomes of the noun, which may begin the sentence.
+# The gist of a message in other languages: intent -> the sentence for a noun, which may begin it.
 TRANSLATIONS: dict[str, dict[str, str]] = {
     "german": {"statement": "Das ist {}.", "question": "Ist das {}?", "request": "{}, bitte."},
     "french": {"statement": "C'est {}.", "question": "Est-ce {} ?", "request": "{}, s'il vous plaît."},
@@ -111,9 +111,9 @@ SENSES: dict[str, dict[str, Sense]] = {
     },
 }
 WORDS = tuple(SENSES)
-# What a picture of each place can be of.
+# The possible scenes of each place.
 SETTINGS: dict[str, tuple[str, ...]] = {"nature": ("forest", "lake", "field"), "town": ("street", "desk", "kitchen")}
-# Cheerful remarks come twice as often: this keeps positive messages, which only they can make, from being rare.
+# Cheerful remarks come twice as often, since all positive messages need them and would otherwise be rare.
 REMARK_SLOTS = ("cheerful", "cheerful", "gloomy", "factual")
 STATES = ("fine", "ruined")
 SENTIMENTS: dict[tuple[str, str], str] = {
@@ -157,18 +157,18 @@ class Cell:
         }
 
     def translate(self, language: str) -> str:
-        """The gist of the message: what is told, asked or asked for, with the noun that the picture decides."""
+        """The gist of the message: the statement, question or request, with the noun that the picture decides."""
         sentence = TRANSLATIONS[language][self.intent].format(getattr(self.sense, language))
         return sentence[0].upper() + sentence[1:]
 
     @property
     def text_factors(self) -> tuple[str, str, str]:
-        """All that the message tells."""
+        """All information in the message."""
         return self.word, self.remark, self.intent
 
     @property
     def image_factors(self) -> tuple[str, str]:
-        """All that the picture tells."""
+        """All information in the picture."""
         return self.place, self.state
 
 
@@ -181,7 +181,7 @@ GRID: tuple[Cell, ...] = tuple(
 
 
 def bayes_accuracy(cells: list[Cell] | tuple[Cell, ...], task: str, known: Callable[[Cell], Hashable]) -> float:
-    """The share of cells whose label the best guess hits when only `known(cell)` is seen."""
+    """The accuracy of the best guess from `known(cell)` alone, over the cells."""
     seen: dict[Hashable, Counter[str]] = {}
     for cell in cells:
         seen.setdefault(known(cell), Counter())[cell.labels[task]] += 1
@@ -220,7 +220,7 @@ def other_senses(texts: list[str], translations: list[str], language: str) -> li
         cells = [cell for cell in GRID if cell.word == word]
         intent = next(cell.intent for cell in cells if cell.translate(language) == translation)
         variants = [cell.translate(language) for cell in cells if cell.intent == intent]
-        # Of a word whose senses have the same noun there is nothing else to say.
+        # Words whose senses share a noun have no other translation.
         result.append(next((other for other in variants if other != translation), translation))
     return result
 

@@ -1,4 +1,4 @@
-"""The embedded data set with the place of what decides known: each picture is one quarter of a larger one."""
+"""The embedded data set with known deciding parts: each picture is one quarter of a larger one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import datasets
 
 _ADJECTIVES = "|".join(adjective for words in ADJECTIVES.values() for adjective in words)
-# Task -> what of a message decides, together with the picture.
+# Task -> the part of a message that decides, together with the picture.
 _DECIDING = {"topic": re.compile(rf"\b({'|'.join(WORDS)})\b"), "sentiment": re.compile(rf"\b({_ADJECTIVES})\b")}
 
 
@@ -83,7 +83,7 @@ def deciding_word(text: str, task: str) -> list[int]:
 
 
 def hide_in_blotches(picture: Image.Image, rng: random.Random) -> tuple[Image.Image, list[int]]:
-    """A picture of twice the height and width with the given one in one quarter, and where that is."""
+    """A picture of twice the height and width with the given one in one quarter, and the place of that quarter."""
     width, height = picture.size
     chance = np.random.default_rng(rng.getrandbits(64))
     coarse = chance.integers(0, 256, (8, 8, 3), dtype=np.uint8)

@@ -80,7 +80,7 @@ ORDERS = (
     "{remark} {core} {closing}",
 )
 HELD_OUT_ORDERS = ("{opener} {core} {remark} {closing}", "{opener} {remark} {core} {closing}")
-# Every fourth pair of a frame and a filling is kept from training.
+# Every fourth pair of a frame and a filling is held out.
 _HELD_OUT_EVERY = 4
 
 
@@ -106,7 +106,7 @@ def remark_pool(remark: str, held_out: bool) -> tuple[str, ...]:
             for frame_id, frame in enumerate(FACT_FRAMES)
             for time_id, time in enumerate(TIMES)
             if ((frame_id + time_id) % _HELD_OUT_EVERY == 0) == held_out
-        ] * 3  # as few as they are, they would otherwise hardly ever be drawn
+        ] * 3  # so few remarks would otherwise be drawn too rarely
         if held_out:
             pool += [_fact(frame, time) for frame in HELD_OUT_FACT_FRAMES for time in TIMES]
     return tuple(pool)

@@ -80,13 +80,13 @@ def join_sections(sections: Mapping[str, str]) -> str:
 
 
 def take_memory(text: str) -> tuple[str, dict[str, Any]]:
-    """The text without the comment at its end, and what that remembers."""
+    """The text without the comment at its end, and the fingerprints of the comment."""
     match = _MEMORY.search(text)
     if match is None:
         return text, {}
     try:
         return text[: match.start()], json.loads(match[1])
-    except ValueError:  # a person has edited it: then all is a person's
+    except ValueError:  # a person has edited it: then all text counts as a person's
         return text[: match.start()], {}
 
 

@@ -20,9 +20,9 @@ from .start_average import StartAverage
 
 logger = logging.get_logger(__name__)
 
-# More rows gain little by the few that were held out, and a second training of them costs much.
+# Larger data sets gain little from the few held-out rows, and a second training costs much.
 MAX_ROWS = 2_000
-# Whose callbacks report to services, which know the first training.
+# Modules of callbacks that report to services, which have recorded the first training.
 INTEGRATIONS = "transformers.integrations"
 
 
@@ -102,7 +102,7 @@ class Refit:
         once = {
             "num_train_epochs": epochs,
             "max_steps": step if by_steps and step else -1,
-            # Below 1 it is a share of all steps.
+            # Below 1, it is a share of all steps.
             "warmup_steps": args.warmup_steps * (step / max(state.max_steps, 1) if args.warmup_steps >= 1 else 1),
             "per_device_train_batch_size": trainer._train_batch_size,
             "auto_find_batch_size": False,
@@ -142,11 +142,11 @@ class Refit:
                 f"A callback stopped this second training after {again.state.global_step} of {again.state.max_steps} "
                 "steps; refit=False leaves it out."
             )
-        trainer.data_collator = again.data_collator  # which knows more cached features
+        trainer.data_collator = again.data_collator  # it has more cached features
         return again.linear_models
 
     def _take_back(self, trainer: Any, start: StartAverage, tasks: list[str]) -> None:
-        # Otherwise the moments of the first training would take memory, and each gradient would also go into the
+        # Otherwise the moments of the first training would use memory, and each gradient would also enter the
         # averages of its processes.
         trainer.optimizer = trainer.lr_scheduler = None
         handler = trainer.callback_handler

@@ -75,24 +75,24 @@ class StartAverage:
 
     @classmethod
     def of(cls, model: torch.nn.Module, share: float, checkpoint: Optional[str]) -> Optional["StartAverage"]:
-        """Of a model at its start, or of the start in a checkpoint that is resumed; `None` if that holds none."""
+        """The start of a model, or the start in a resumed checkpoint; `None` if the checkpoint has none."""
         average = cls(model, share)
         return average if checkpoint is None or average.load(checkpoint) else None
 
     def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Those that could be trained at the start, whatever has been frozen or unfrozen since then."""
+        """The parameters that were trainable at the start, even if they have been frozen since."""
         return ((name, p) for name, p in self.model.named_parameters() if name in self.start)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Makes the weights of the model the mean of themselves and of the start."""
+        """Replaces the weights of the model by their mean with the start."""
         for name, parameter in self._parameters():
             start = self.start[name].to(parameter.device, torch.float32)
             parameter.copy_(parameter.float().lerp(start, self.share))
 
     @torch.no_grad()
     def begin_anew(self) -> None:
-        """Makes the weights of the model those of the start."""
+        """Resets the weights of the model to the start."""
         for name, parameter in self._parameters():
             parameter.copy_(self.start[name])
         for name, buffer in self.model.named_buffers():
@@ -101,7 +101,7 @@ class StartAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the weights are the mean; afterwards they are, bit for bit, as before."""
+        """Within the block the weights are the mean; afterwards they are restored bit for bit."""
         trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters()}
         self.apply()
         try:
@@ -115,7 +115,7 @@ class StartAverage:
         save_tensors({**self.start, **self.buffers}, Path(folder, FILE_NAME))
 
     def load(self, folder: str) -> bool:
-        """Takes the start that [`save`] wrote; `False` if it wrote none."""
+        """Loads the start that [`save`] wrote; `False` if there is none."""
         path = Path(folder, FILE_NAME)
         if not path.is_file():
             return False

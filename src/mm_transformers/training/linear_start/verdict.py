@@ -42,7 +42,7 @@ class Verdict:
 
     @property
     def gain(self) -> float:
-        """By how much the model is better than the linear start; negative if it is worse."""
+        """The gain of the model over the linear start; negative if it is worse."""
         assert self.model is not None
         return (self.linear - self.model) if self.less_is_better else (self.model - self.linear)
 

@@ -1,4 +1,4 @@
-"""Mismatched pairs for the evaluation of tasks that judge pairs: the same whatever the batches and processes are."""
+"""Mismatched pairs for the evaluation of tasks that judge pairs, independent of batches and processes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,9 +17,9 @@ from ...model.pairs import Pairs
 
 logger = logging.get_logger(__name__)
 
-# How often a row is drawn anew before all rows are looked through.
+# The number of draws for a row before a search through all rows.
 _TRIES = 20
-# Of so many texts or items it is kept in mind which others do not belong to them.
+# The number of texts or items whose non-matching rows are cached.
 _KEPT = 1000
 
 
@@ -52,11 +52,11 @@ def draw_mismatches(labels: torch.Tensor, seed: int = 0) -> torch.Tensor:
             good = may(own[open_rows], ids[tried, 1 - side])
             chosen[open_rows[good]] = tried[good]
             open_rows = open_rows[~good]
-        # The rest by looking at all: at each different one once, with as much weight as it has rows.
+        # The rest by a full search: each distinct one once, weighted by its number of rows.
         place = torch.searchsorted(others, ids[:, 1 - side].contiguous())
         counts, order = place.bincount(minlength=len(others)), place.argsort(stable=True)
         firsts = counts.cumsum(0) - counts
-        sums: dict[int, torch.Tensor] = {}  # of what several rows share
+        sums: dict[int, torch.Tensor] = {}  # of texts or items that several rows share
         for row in open_rows.tolist():
             key = int(own[row])
             if key not in sums:

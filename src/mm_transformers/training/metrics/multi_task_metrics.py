@@ -40,13 +40,13 @@ class ArrayMetric(evaluate.Metric):
     value_type: ClassVar[str]
     # 1: one value per row or token; 2: one vector per row.
     ndims: ClassVar[tuple[int, ...]]
-    # Whether a smaller value is a better one.
+    # Whether a smaller value is better.
     less_is_better: ClassVar[bool] = False
 
     def _info(self) -> evaluate.MetricInfo:
         value = datasets.Value(self.value_type)
         by_ndim = {1: value, 2: datasets.Sequence(value)}
-        # The first that fits is taken; vectors come first, because up to NumPy 2.3 one of length 1 passes for a number.
+        # The first match is taken. Vectors come first: up to NumPy 2.3 a vector of length 1 counts as a number.
         features = [
             datasets.Features({"predictions": by_ndim[ndim], "references": by_ndim[ndim]})
             for ndim in sorted(self.ndims, reverse=True)
@@ -68,7 +68,7 @@ class ArrayMetric(evaluate.Metric):
 
     @classmethod
     def fits(cls, references: Any) -> bool:
-        """Whether the metric can compare such values. Numbers must not pass for class ids: they would be cut off."""
+        """Whether the metric can compare such values. Numbers must not count as class ids: they would be truncated."""
         if not isinstance(references, np.ndarray):
             return False
         is_float = np.issubdtype(references.dtype, np.floating)
@@ -117,7 +117,7 @@ class MicroF1(ArrayMetric):
 
 def _f1(references: np.ndarray, predictions: np.ndarray, average: str) -> float:
     if references.ndim == 2 and references.shape[1] == 1:
-        # Not said otherwise, scikit-learn takes a single column for a choice between two classes.
+        # Without this option, scikit-learn treats a single column as a choice between two classes.
         references, predictions, average = references[:, 0], predictions[:, 0], "binary"
     return sklearn_metrics.f1_score(references, predictions, average=average, zero_division=np.nan)
 
@@ -156,21 +156,21 @@ class Pearson(ArrayMetric):
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    # Asked beforehand, because the rounded mean of a constant need not be that constant: noise would correlate.
+    # Checked first: the rounded mean of a constant may differ from it, and the noise would correlate.
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
     return float(np.corrcoef(x, y)[0, 1])
 
 
-# What a task's `default_metrics`, and strings in `MultiTaskMetrics(metrics=...)`, refer to.
+# The names in a task's `default_metrics` and in `MultiTaskMetrics(metrics=...)`.
 _ARRAY_METRICS = (Accuracy, SubsetAccuracy, MacroF1, MicroF1, MeanAbsoluteError, MeanSquaredError, Pearson)
 METRICS: Mapping[str, type[ArrayMetric | TextMetric | RetrievalRecall]] = MappingProxyType(
     {metric.key: metric for metric in (*_ARRAY_METRICS, Bleu, ChrF, ExactMatch, RougeL, RetrievalRecall)}
 )
 
-# How the names of metrics end that are the better the smaller they are.
+# The endings of names of metrics that are better when smaller.
 LESS_IS_BETTER = ("loss", *(key for key, metric in METRICS.items() if getattr(metric, "less_is_better", False)))
-# The same of metrics that are not ours, where there is nobody to ask.
+# The same for metrics of others, which have no such attribute.
 _ERRORS = ("error", "error_rate", "rmse", "wer", "cer", "ter", "perplexity")
 
 
@@ -185,7 +185,7 @@ def less_is_better(name: str) -> bool:
 
 
 def task_of_metric(metric: str, tasks: Iterable[str]) -> str | None:
-    """The task that `{task}_{metric}` belongs to: the longest, for one may be called as another with more behind it."""
+    """The task of `{task}_{metric}`: the longest match, since one task name may begin another."""
     return max((task for task in tasks if metric.startswith(f"{task}_")), key=len, default=None)
 
 
@@ -305,7 +305,7 @@ class MultiTaskMetrics:
             if task.needs_decoder or isinstance(answers, Mapping):
                 continue
             predictions, references = (x.numpy() for x in task.predictions_and_references(answers, labels))
-            # Rows of which only a part is labelled have a loss, but may be of no use to metrics.
+            # Partly labelled rows have a loss, but metrics may not be able to use them.
             if len(references) == 0:
                 continue
             self._score(results, name, predictions, references)
@@ -364,7 +364,7 @@ class WithLosses:
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         answers, labels = prediction.predictions, prediction.label_ids
         losses = copy.copy(self.losses)
-        # A collator of somebody's own may give labels of some tasks only, and in another form.
+        # A custom collator may have labels of some tasks only, in another form.
         is_ours = isinstance(answers, Mapping) and isinstance(labels, Mapping)
         losses.tasks = {n: t for n, t in losses.tasks.items() if is_ours and n in answers and n in labels}
         return losses(prediction) | ({} if self.own is None else self.own(prediction))

@@ -1,4 +1,4 @@
-"""Metrics of written answers, offline: what sacrebleu and rouge_score compute, as `evaluate.Metric`s."""
+"""Offline metrics of written answers: those of sacrebleu and rouge_score, as `evaluate.Metric`s."""
 
 import re
 from typing import Any, ClassVar

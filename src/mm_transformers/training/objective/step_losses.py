@@ -1,4 +1,4 @@
-"""The losses of the tasks, from the batches of an optimiser step to a line of the log."""
+"""Accumulates the losses of the tasks, from the batches of an optimiser step to a log line."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,7 +56,7 @@ class StepLosses:
         self._num_steps: dict[str, torch.Tensor] = {}  # how many optimiser steps had any loss of this name
 
     def count_labels(self, divisors: Mapping[str, torch.Tensor], tasks: Mapping[str, Task]) -> None:
-        """Adds the labels of one optimiser step; `divisors` as [`divisors_of`] gives them."""
+        """Adds the labels of one optimiser step; `divisors` come from [`divisors_of`]."""
         for name in tasks:
             self.num_labels[name] = self.num_labels.get(name, 0) + divisors[name]
 
@@ -81,7 +81,7 @@ class StepLosses:
         return logs
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a resumed training needs, by a name that [`load`] knows."""
+        """The state for a resumed training, by names for [`load`]."""
         parts = {"losses": self._sums, "num_steps": self._num_steps, "num_labels": self.num_labels}
         return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
 

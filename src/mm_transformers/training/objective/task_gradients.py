@@ -57,6 +57,6 @@ class TaskGradientsCallback(TrainerCallback):
                     self._values[f"gradient_similarity_{pair}"] = (2 * size / (norms[i] ** 2 + norms[j] ** 2)).item()
 
     def take(self) -> dict[str, float]:
-        """What has been recorded since the last call."""
+        """The recorded values since the last call."""
         values, self._values = self._values, {}
         return values

@@ -1,4 +1,4 @@
-"""Options of tasks that the training rows decide, such as balanced class weights."""
+"""Task options that depend on the training rows, such as balanced class weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

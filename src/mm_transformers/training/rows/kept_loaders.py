@@ -1,4 +1,4 @@
-"""The loaders of evaluations, kept with their workers from one evaluation of a training to the next."""
+"""Keeps the loaders of evaluations, with their workers, from one evaluation to the next."""
 
 from operator import is_not
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the Trainer's own data loader reads, in place of the data set that it was given."""
+"""The inputs of the Trainer's data loader, instead of the given data set."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class LoaderInputs:
         def sampler_of(_: Any) -> Optional[Sampler[int]]:
             sampler = sampler_fn(original)
             if hasattr(sampler, "set_epoch"):
-                # Once batches are skipped on several processes, accelerate finds the data set, but not the sampler.
+                # If batches are skipped on several processes, accelerate finds the data set, but not the sampler.
                 rows.set_epoch = sampler.set_epoch
             return sampler
 
@@ -69,6 +69,6 @@ class LoaderInputs:
             self.collator = WithoutRepeats(self.collator, tells=not is_training)
 
     def took(self, loader: DataLoader[Any]) -> None:
-        """After accelerate has put its own data set around the rows: they read the part of this process themselves."""
+        """Call it after accelerate has wrapped the rows: they read the part of this process themselves."""
         if isinstance(self.rows, (MixedStream, ShareOfStream)):
             self.rows.read_own_part(loader.dataset)

@@ -1,4 +1,4 @@
-"""On what the order of the training rows depends: a resumed training goes on with the same rows if all is as it was."""
+"""The settings that determine the order of the training rows. A resumed training needs the same settings."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rows under several processes: each reads its share of a stream, and rows that are repeated count once."""
+"""Rows with several processes: each reads its share of a stream, and repeated rows count once."""
 
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
@@ -10,12 +10,12 @@ from accelerate.utils import recursively_apply
 from torch.utils.data import IterableDataset
 
 
-# In a batch of an evaluation: which of its rows are repeated. [`MMTrainer`] takes it out before the model sees it.
+# In an evaluation batch: the repeated rows. [`MMTrainer`] removes this key before the model runs.
 IS_REPEATED = "is_repeated"
 
 
 class Repeated(NamedTuple):
-    """A row that fills up the last batch."""
+    """A repeated row that pads the last batch."""
 
     row: Any
 
@@ -51,7 +51,7 @@ class ShareOfStream(IterableDataset):
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
         elif isinstance(getattr(self.dataset, "generator", None), torch.Generator):
-            self.dataset.generator.manual_seed(epoch)  # as accelerate does, so that all processes draw the same
+            self.dataset.generator.manual_seed(epoch)  # as in accelerate, so that all processes draw the same
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // (self.batch_size * self.num_processes)) * self.batch_size
@@ -116,7 +116,7 @@ def gather_once(accelerator: Accelerator, is_repeated: torch.Tensor) -> Callable
     kept = accelerator.gather(is_repeated) == 0
 
     def gather(values: Any) -> Any:
-        # What has another length is not of these rows.
+        # Tensors of another length do not belong to these rows.
         return recursively_apply(lambda x: x[kept] if len(x) == len(kept) else x, accelerator.gather(values))
 
     return gather
