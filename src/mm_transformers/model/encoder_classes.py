@@ -51,8 +51,7 @@ def modality_of(config: PreTrainedConfig) -> Optional[str]:
 
 def check_class(config: PreTrainedConfig, modality: str) -> type[PreTrainedModel]:
     """
-    Returns:
-        [`model_class`] of the config.
+    The class of the encoder of a config; see [`model_class`].
 
     Raises:
         ValueError: one sentence, if there is none, or if it does not read this modality.

@@ -33,11 +33,12 @@ def image_key(image: Any) -> Hashable:
 
 def pixels_for_each(images: Sequence[Any]) -> Optional[int]:
     """
-    How many pixels each of the images of one row may keep, so that the row fits into the limit `row_pixels`; `None` if
-    it fits already. Of large files only the headers are read.
+    The most pixels that each image of a row may keep, so that the row fits into the limit `row_pixels`.
+
+    `None` if it fits already. Of large files only the headers are read.
 
     Args:
-        images: as [`load_image`] takes them.
+        images: as in [`load_image`].
     """
     most, kept = limits().row_pixels, limits().kept_image_pixels
     if len(images) * kept <= most or sum(min(_declared_pixels(image, kept), kept) for image in images) <= most:

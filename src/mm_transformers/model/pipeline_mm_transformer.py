@@ -150,13 +150,14 @@ def read_rows(
     is_table: bool = False,
 ) -> dict[str, Any]:
     """
-    What the model takes for some rows, each with its number: `tensors`, `texts` and, for tasks that label words,
-    `word_index`; or the `error`, in one sentence. It is not raised here, since the loader would put the traceback of
-    its worker into the message.
+    The model inputs of some rows with their numbers: `tensors`, `texts` and, for tasks that label words, `word_index`.
+
+    If a row cannot be read, the result is the `error`, in one sentence. It is not raised here, since the loader would
+    put the traceback of its worker into the message.
 
     Args:
-        limits: hands the limits to the workers that are started with this.
-        is_table: whether the rows are those of a data set, whose addresses the caller has not typed: none is fetched.
+        limits: passes the limits on to the workers that are started with this.
+        is_table: whether the rows come from a data set, whose addresses the user has not typed. These are not fetched.
     """
     try:
         rows = [_checked(row, number, known) for number, row in numbered]

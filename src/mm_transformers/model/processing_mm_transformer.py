@@ -147,14 +147,15 @@ def _check_size(image_processor: Any, path: Any) -> None:
 
 class MMTransformerProcessor(ProcessorMixin):
     r"""
-    A tokenizer, an image processor and a feature extractor, for texts with any number of images, a video and any number
-    of clips of sound each.
+    Prepares texts with any number of images, a video and any number of clips of sound each.
+
+    It consists of a tokenizer, an image processor and a feature extractor.
 
     Args:
-        image_processor (`BaseImageProcessor`, *optional*): That of the vision encoder; `None` where there is none.
+        image_processor (`BaseImageProcessor`, *optional*): That of the vision encoder; `None` without one.
         tokenizer (`PreTrainedTokenizerBase`): That of the text encoder.
         feature_extractor (`SequenceFeatureExtractor`, *optional*): That of the audio encoder.
-        num_frames (`int`, *optional*, defaults to 8): How many frames are taken of a video, at most.
+        num_frames (`int`, *optional*, defaults to 8): The largest number of frames of a video.
 
     Example:
 
@@ -166,7 +167,8 @@ class MMTransformerProcessor(ProcessorMixin):
     >>> inputs["image_index"]
     tensor([[ 0],
             [-1]])
-    ```"""
+    ```
+    """
 
     image_processor: Any = None
     feature_extractor: Any = None
@@ -219,8 +221,9 @@ class MMTransformerProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
-        As [`~transformers.ProcessorMixin.save_pretrained`] does, and copies the code of the processor into the folder,
-        so that it can be loaded with `trust_remote_code=True` where this package is not installed.
+        As [`~transformers.ProcessorMixin.save_pretrained`], and copies the code of the processor into the folder.
+
+        So it can be loaded with `trust_remote_code=True` without this package.
         """
         with saved_aside(save_directory) as staged:
             saved = super().save_pretrained(staged, **({} if push_to_hub else kwargs))

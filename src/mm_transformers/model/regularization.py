@@ -135,9 +135,11 @@ def take_starting_point(model, spec: Optional[dict[str, Any]]) -> dict[str, torc
 
 def regularization_loss(model, spec: dict[str, Any], starting_point: dict[str, torch.Tensor]) -> torch.Tensor:
     """
-    Sum over the tasks (and the encoders) of lambda times the squares (l2), absolute values (l1) or squared distances
-    from the starting point (l2_sp, Li et al. 2018, https://arxiv.org/abs/1802.01483) of their matrices, in float32. Of
-    linear probes, l2 and l1 also take the distance from the starting point.
+    The sum over the tasks (and the encoders) of lambda times the penalty of their matrices, in float32.
+
+    The penalty is the squares (l2), the absolute values (l1), or the squared distances from the starting point (l2_sp,
+    Li et al. 2018, https://arxiv.org/abs/1802.01483). For linear probes, l2 and l1 also use the distance from the
+    starting point.
     """
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
