@@ -335,8 +335,10 @@ class MMTransformerProcessor(ProcessorMixin):
 
     def _options(self, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """
-        The options of a call by modality, as `text_kwargs` and the like. Not by `ProcessorMixin._merge_kwargs`, which
-        cuts sound to the `max_length` of texts, and passes over names that nobody takes.
+        The options of a call by modality, as `text_kwargs` and the like.
+
+        `ProcessorMixin._merge_kwargs` is not used: it cuts sound to the `max_length` of texts, and ignores unknown
+        names.
         """
         kinds = self._option_names
         options = {part: dict(given.pop(part, None) or {}) for part in kinds}
@@ -506,12 +508,12 @@ class MMTransformerProcessor(ProcessorMixin):
 
     def load_audio(self, clip: Any, sampling_rate: Optional[int] = None, fetch: Callable[[str], bytes] = fetch):
         """
-        The waveform of a clip at the rate of the audio encoder, as [`mm_transformers.model.audio.load_audio`] gives it.
+        The waveform of a clip at the rate of the audio encoder, from [`mm_transformers.model.audio.load_audio`].
 
         Args:
-            clip: what [`mm_transformers.model.audio.load_audio`] takes.
+            clip: as in [`mm_transformers.model.audio.load_audio`].
             sampling_rate (`int`, *optional*): The rate, in Hz, of arrays that come without one.
-            fetch: what turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
+            fetch: turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
 
         Raises:
             AudioError: also if it is too short for the audio encoder.
@@ -621,6 +623,8 @@ def _one_per_row(name: str, entries: Any, num_rows: int) -> list[Any]:
 
 def check_number(items: list[Any], kind: str) -> None:
     """
+    Checks the number of items of a row.
+
     Raises:
         ValueError: if a row has more items than are allowed.
     """

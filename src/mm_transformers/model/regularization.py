@@ -39,6 +39,8 @@ _ENCODERS = ("text_model", "vision_model", "audio_model")
 
 class Penalty(NamedTuple):
     """
+    The penalty of some parameters.
+
     Args:
         omega: the kind of penalty.
         weight: lambda.
@@ -52,13 +54,15 @@ class Penalty(NamedTuple):
 
 def check_regularization(spec: Optional[dict[str, Any]], tasks: dict[str, Any]) -> None:
     """
+    Checks `config.regularization`.
+
     Args:
         spec: `config.regularization`.
         tasks: name -> [`Task`].
 
     Raises:
         ValueError: if `spec` is neither `None` nor `{"kind": ..., "weight": ..., "tasks": {...}, "encoders": {...}}`,
-            or names a task that there is not, or one that has no layers of its own.
+            or names an unknown task, or one without its own layers.
     """
     if spec is None:
         return
@@ -94,11 +98,10 @@ def check_regularization(spec: Optional[dict[str, Any]], tasks: dict[str, Any]) 
 
 def penalties(model, spec: Optional[dict[str, Any]]) -> Iterator[Penalty]:
     """
-    What is penalised, and how: of each task, and of the encoders, the matrices that are trained. Biases are left out,
-    as in weight decay.
+    The penalties: the trained matrices of each task, and of the encoders. Biases are left out, as in weight decay.
 
     Args:
-        model ([`MMTransformerForMultiTask`]).
+        model ([`MMTransformerForMultiTask`]): The model.
     """
     if spec is None:
         return

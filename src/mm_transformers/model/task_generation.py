@@ -103,8 +103,9 @@ class Generation(Task):
 
     def _target_ids(self, texts: list[str], tokenizer) -> list[list[int]]:
         """
-        What the decoder has to say: each text and the end of it. Whatever else a tokenizer would put around (a language
-        code, [CLS]) belongs to what the decoder starts with.
+        The target of the decoder: each text and its end token.
+
+        Other special tokens of the tokenizer (a language code, [CLS]) belong to the start of the decoder.
         """
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if end is None:
@@ -127,8 +128,9 @@ class Generation(Task):
 
     def encode_references(self, values: list[Any]) -> torch.Tensor:
         """
-        The bytes of the texts in UTF-8: a tokenizer may not be able to write all of them. At most 64 for each token
-        that may be written, since all rows of an evaluation are padded to the longest.
+        The bytes of the texts in UTF-8, since a tokenizer may not be able to write all of them.
+
+        At most 64 bytes for each allowed token, since all rows of an evaluation are padded to the longest.
         """
         most = 64 * self.max_length
         texts = [None if value is None else list(value[:most].encode()[:most]) for value in values]

@@ -28,12 +28,13 @@ def split_words(text: str) -> list[tuple[int, int]]:
 
 def index_words(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     """
-    The number of the word that starts at each token, -1 at tokens that start none (later pieces of a word, special
-    tokens, padding).
+    The number of the word that starts at each token.
+
+    It is -1 at tokens that start no word (later pieces of a word, special tokens, padding).
 
     Args:
-        text: the text that was tokenized.
-        offsets: start and end of each token in the text, as fast tokenizers give them; (0, 0) for special tokens.
+        text: the tokenized text.
+        offsets: start and end of each token in the text, from a fast tokenizer; (0, 0) for special tokens.
     """
     words, index, word = split_words(text), [], 0
     for start, end in offsets:
@@ -52,12 +53,13 @@ def index_words(text: str, offsets: list[tuple[int, int]]) -> list[int]:
 @dataclass
 class TokenClassification(Task):
     """
-    Chooses one of `labels` for each word; cross-entropy, averaged over the labelled words. Named entities, parts of
-    speech, which words the picture shows, ...
+    Chooses one of `labels` for each word: named entities, parts of speech, words that the picture shows, ...
 
-    Logits (batch, text_len, num_labels); labels (batch, text_len) int64, at the first token of each labelled word,
-    -100 elsewhere. A cell is a list with a label name, an id or `None` for each word; words are what white space
-    separates. In a text, labels stand in a list (`["O", "NAME"]`) or between white space. Needs a fast tokenizer.
+    The loss is cross-entropy, averaged over the labelled words.
+
+    Logits (batch, text_len, num_labels); labels (batch, text_len) int64, at the first token of each labelled word, -100
+    elsewhere. A cell is a list with a label name, an id or `None` for each word; words are separated by white space. In
+    a text, labels stand in a list (`["O", "NAME"]`) or between white space. Needs a fast tokenizer.
 
     Args:
         labels (`list[str]`): The label names; their order gives the ids.

@@ -24,7 +24,7 @@ def heat_map(image: Any, relevance: np.ndarray) -> np.ndarray:
 
 
 def text_color(strength: float) -> tuple[str, str]:
-    """Background and foreground for a word of this relevance, from 0 to 1, with enough contrast."""
+    """Background and foreground of a word with this relevance, from 0 to 1; their contrast is readable."""
     background = colormaps["Reds"](0.75 * min(max(strength, 0.0), 1.0))
     # Relative luminance of WCAG 2.2; at 0.179 black and white have the same contrast, 4.6 to 1.
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background[:3])

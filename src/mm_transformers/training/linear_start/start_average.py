@@ -1,8 +1,8 @@
 """
 The mean of the weights at the start and after training.
 
-It is about as good as the trained weights where new rows are like the training rows, and better where they are not
-(WiSE-FT: Wortsman et al. 2022, https://arxiv.org/abs/2109.01903).
+It is about as good as the trained weights on new rows that are like the training rows, and better on others. See
+WiSE-FT (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903).
 """
 
 from collections.abc import Callable, Iterator
