@@ -1,8 +1,8 @@
 """
 Pictures behind any Hugging Face text encoder, several tasks at once.
 
-Each name is imported when it is first used, so `import mm_transformers` needs no torch. From then on, the Auto classes
-and pipelines of transformers know the model.
+Each name is imported at its first use, so `import mm_transformers` needs no torch. The first use also registers the
+model with the Auto classes and pipelines of transformers.
 """
 
 import importlib

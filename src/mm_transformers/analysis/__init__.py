@@ -1,4 +1,4 @@
-"""What a model looks at, and what its inputs are good for; imported when it is first used."""
+"""Explains answers and measures the contribution of modalities; imported at first use."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

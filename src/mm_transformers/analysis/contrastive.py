@@ -1,4 +1,4 @@
-"""Does the picture make the right text likelier than a wrong one?"""
+"""Measures whether the picture makes the right text more probable than a wrong one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,12 +17,13 @@ def contrastive_accuracy(
     batch_size: int = 32,
 ) -> float:
     """
-    The share of rows in which the right text has a lower perplexity than the wrong one, given what the row has: the
-    measure of CoMMuTE (https://arxiv.org/abs/2212.10140). Where both are right for some picture, a model that does not
-    look at the picture has 0.5 by construction. Equal ones count half.
+    The share of rows in which the right text has a lower perplexity than the wrong one: the measure of CoMMuTE.
+
+    See https://arxiv.org/abs/2212.10140. If both texts are right for some picture, a model that ignores the picture has
+    0.5 by construction. Equal perplexities count half.
 
     Args:
-        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
+        model ([`MMTransformerForMultiTask`]): Runs in evaluation mode, whatever its mode.
         collator ([`MMDataCollator`]): Makes batches of the rows.
         rows: a data set with the columns that the collator reads; the column of the task holds the right texts.
         task (`str`): Name of a [`Generation`] task.
@@ -30,7 +31,8 @@ def contrastive_accuracy(
         batch_size (`int`, *optional*, defaults to 32): Rows per batch.
 
     Raises:
-        ValueError: if the task does not write, there are not as many wrong texts as rows, or a right text is missing.
+        ValueError: if the task does not write, the number of wrong texts differs from that of rows, or a right text is
+            missing.
 
     Example:
 
@@ -60,7 +62,7 @@ def contrastive_accuracy(
 
 @torch.no_grad()
 def _perplexities(model, batch: dict[str, Any], task: str) -> torch.Tensor:
-    """(rows,): log-perplexity of each row's text, NaN where there is none."""
+    """(rows,): log-perplexity of each row's text, NaN without a text."""
     labels = batch.pop("labels")[task].to(model.device)
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     with evaluation_mode(model):

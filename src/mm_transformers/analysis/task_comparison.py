@@ -1,4 +1,4 @@
-"""What joint training gave: each task alone against all of them together, with the same budget."""
+"""The gain from joint training: each task alone against all of them together, with the same budget."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from ..model.safe_writing import write_atomically
 from ..training.metrics import less_is_better
 
 
-# Name of the training on all tasks; no task can be called so.
+# Name of the training on all tasks; no task can have this name.
 JOINTLY = "<jointly>"
 
 # Training -> seed -> task -> metric -> value.
@@ -39,8 +39,10 @@ class Comparison(NamedTuple):
     @property
     def verdict(self) -> str:
         """
-        Better, worse, or no clear difference: of one seed, or a gain of which Student's paired t test would say at
-        level 0.05 that chance may have given it.
+        Better, worse, or no clear difference.
+
+        No clear difference: the comparison has one seed, or the gain is not significant at level 0.05 by Student's
+        paired t test.
         """
         from scipy.stats import t
 
@@ -59,12 +61,13 @@ def run_comparison(
     writes: bool = True,
 ) -> Runs:
     """
-    Trains on each task alone and on all tasks, once per seed. What has been measured is written to `path` after each
-    training; started again, only what is missing is trained.
+    Trains on each task alone and on all tasks, once per seed.
+
+    After each training the results are written to `path`. A second call trains only what is missing.
 
     Args:
         train_and_measure: names of the tasks to train on, seed -> task -> metric -> value.
-        settings: what the trainings depend on, to be written into the file.
+        settings: the settings of the trainings, to be written into the file.
         writes: whether this process writes the file; one of several does.
 
     Raises:
@@ -95,7 +98,7 @@ def run_comparison(
 
 
 def _is_runs(value: Any, levels: int = 4) -> bool:
-    """Whether what a file holds has the form of `Runs`."""
+    """Whether the content of a file has the form of `Runs`."""
     if levels == 0:
         return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
     return isinstance(value, dict) and all(_is_runs(inner, levels - 1) for inner in value.values())
@@ -128,7 +131,7 @@ def draw_comparison(path: Path, comparisons: Sequence[Comparison]) -> None:
 
     columns = min(len(comparisons), 4)
     rows = math.ceil(len(comparisons) / columns)
-    matplotlib.rcParams["text.parse_math"] = False  # "$" in a name is no formula
+    matplotlib.rcParams["text.parse_math"] = False  # "$" in a name must not begin a formula
     figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.8 * rows), layout="constrained", squeeze=False)
     colors = {"better": "#2e7d32", "worse": "#c62828", "no clear difference": "#757575"}
     for axis, comparison in zip(axes.flat, comparisons, strict=False):

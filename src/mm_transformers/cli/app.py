@@ -1,4 +1,4 @@
-"""The commands; each imports what it needs when it is called, so that `--help` is quick."""
+"""The commands. Each imports its modules when it is called, so that `--help` is quick."""
 
 import functools
 import inspect
@@ -42,7 +42,7 @@ def _limit(text: str) -> tuple[str, float]:
         raise ValueError(f"--limit takes a name and a number, as in image_pixels=2e8, but got {text!r}.") from None
 
 
-# No file can say this, neither a recipe nor a model: only who starts the command.
+# No file can set this, neither a recipe nor a model: only the user of the command.
 AllowUrls = Annotated[
     bool,
     typer.Option(
@@ -59,7 +59,7 @@ AllowHost = Annotated[
 
 
 def _allowed(allow_urls: bool, hosts: list[str] | None) -> bool | list[str]:
-    """What `MMDataCollator` takes as `allow_urls`."""
+    """The `allow_urls` of `MMDataCollator`."""
     if allow_urls and hosts:
         raise ValueError("Give either --allow-urls or --allow-host.")
     return hosts or allow_urls
@@ -84,7 +84,7 @@ def demo(
         typer.Option(min=1, max=65535, help="With --ui: the port; by default the first free one from 7860."),
     ] = None,
 ) -> None:
-    """Train a small model on the data set that comes with the package, and show what the pictures are good for."""
+    """Train a small model on the data set of the package, and show what the pictures contribute."""
     from .demo import run_demo
 
     with _errors_as_sentences():
@@ -101,7 +101,7 @@ def space(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id of a model.")],
     output: Annotated[Path, typer.Option(help="Folder to write to; what is there stays.")] = Path("space"),
 ) -> None:
-    """Write what the Hub needs to run the demo page of a model as a Space."""
+    """Write the files with which the Hub runs the demo page of a model as a Space."""
     from .processes import say
     from .space import write_space
 
@@ -131,33 +131,33 @@ def train(
     allow_host: AllowHost = None,
 ) -> None:
     """
-    Train a model as a recipe says, or go on where that stopped.
+    Train a model by a recipe, or resume its training.
 
-    A recipe has these sections (a commented one is examples/recipe.yaml of the repository):
+    A recipe has these sections. A commented one is examples/recipe.yaml of the repository.
 
     \b
     data      train, validation, test: CSV, JSON lines or Parquet files;
-              or dataset_name (of the Hub, or a folder);
+              or dataset_name (of the Hub, or a folder).
               validation_fraction, max_train_samples, max_eval_samples,
               image_root, label_separator, on_bad_file, sampling_rate,
               max_length, pad_to_multiple_of,
-              feature_cache: folder for what frozen encoders say
-    columns   text, image, video, audio: what these columns are called
+              feature_cache: folder for the outputs of frozen encoders.
+    columns   text, image, video, audio: the names of these columns.
     model     text, vision, audio: encoders, by Hub id or folder;
               all fields of MMTransformerConfig (fusion_type, ...);
               revision, dtype, attn_implementation, backend, ...
     tasks     a list; each task has a name, a kind and the options of its
-              kind; labels not given are those of the training rows
+              kind. By default, labels are those of the training rows.
     training  output_dir, and all fields of transformers.TrainingArguments;
               encoder_learning_rate, fusion_learning_rate,
               head_learning_rate, layerwise_lr_decay;
               predict_with_generate, generation_num_beams,
-              generation_max_length
+              generation_max_length.
 
     Relative paths in a recipe start at its folder, those on the command line at the current one. A recipe may come from
-    a stranger: what runs code or sends data away (model.trust_remote_code, training.push_to_hub, training.report_to,
-    training.deepspeed) counts only on the command line. On several GPUs:
-    accelerate launch -m mm_transformers.cli train recipe.yaml
+    a stranger. So options that run code or send data away count only on the command line: model.trust_remote_code,
+    training.push_to_hub, training.report_to, training.deepspeed. On several GPUs: accelerate launch -m
+    mm_transformers.cli train recipe.yaml
     """
     from .processes import join_processes, leave_processes
     from .train import run_training
@@ -287,10 +287,10 @@ def explain(
     reading: "Reading",
 ) -> None:
     """
-    Show what the answers of a model rest on.
+    Explain the answers of a model.
 
-    Of a file of rows: a page with what is confused with what, the worst and the most confident errors and some other
-    rows, with heat maps. Of one row: a picture.
+    For a file of rows, write a page with heat maps: the confusion of labels, the worst and the most confident errors,
+    and some other rows. For one row, draw a picture.
     """
     from .explain import explain_one, explain_rows
 
@@ -324,7 +324,7 @@ def card(
     reading: "Reading",
 ) -> None:
     """
-    Write the card of a model, README.md, or renew what was generated in the one that is there.
+    Write the model card README.md, or renew the generated parts of an existing one.
 
     What you wrote, changed or removed in the card stays so.
     """
@@ -379,9 +379,9 @@ def predict(
     """
     Answer the rows of a file, of any size; labels are not needed.
 
-    The output has the rows in their order, with a column for each task (topic) and for what else its answer says
-    (topic_score). Columns of the input that are called alike get _input behind their name. The file appears when it is
-    complete.
+    The output has the rows in their order. Each task has a column for its answer (topic), and columns for further parts
+    of the answer (topic_score). If a column of the input has one of these names, it gets the suffix _input. The file
+    appears when it is complete.
     """
     from .predict import run_prediction
     from .processes import join_processes, leave_processes
@@ -411,8 +411,8 @@ def compare_tasks(
     """
     Train each task of a recipe alone and all of them jointly, and show what the tasks gained.
 
-    All trainings have the same steps, rows and seeds; a task alone is trained without the labels of the others. What is
-    measured is kept after each training, so a comparison that was stopped goes on.
+    All trainings have the same steps, rows and seeds; a task alone is trained without the labels of the others. Results
+    are saved after each training, so a stopped comparison can be resumed.
     """
     from .compare_tasks import run_compare_tasks
     from .processes import join_processes, leave_processes
@@ -429,7 +429,7 @@ def _errors_as_sentences() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        # Packages that are missing are told by transformers as the one or the other; the rest are faults.
+        # transformers reports missing packages as one or the other; other errors are bugs.
         known = ("to be installed", "A process that reads rows was killed", "DataLoader worker (pid")
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in known):
             raise

@@ -1,4 +1,4 @@
-"""`mm-transformers card`: the model card of a saved model, with what a file of rows says of it."""
+"""`mm-transformers card`: the card of a saved model, with its metrics on a file of rows."""
 
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ def run_card(
     reading: Reading,
 ) -> None:
     """
+    Writes the card of a model.
+
     Args:
         folder: that of the model.
         file: labelled rows to measure it on; `None` to measure nothing.
-        split: what the card calls these rows.
-        with_ablation: whether to measure what each modality is good for.
-        name: the Hub id that the example of the card loads.
+        split: the name of these rows in the card.
+        with_ablation: whether to measure the contribution of each modality.
+        name: the Hub id in the example of the card.
         said: license, language, datasets, tags.
 
     Raises:

@@ -20,8 +20,10 @@ def run_compare_tasks(
     path: Path, overrides: list[str], output_dir: Path, num_seeds: int, allow_urls: bool | list[str] = False
 ) -> None:
     """
+    Compares joint training with each task alone.
+
     Args:
-        allow_urls: as [`MMDataCollator`] takes it.
+        allow_urls: as in [`MMDataCollator`].
 
     Raises:
         ValueError, OSError: one sentence.
@@ -43,14 +45,14 @@ def run_compare_tasks(
         alone = len(tasks) == 1
         say(f"Seed {seed}: {tasks[0] if alone else 'all tasks jointly'}")
         training = {
-            # Nothing is kept of these models, and all train for the same number of steps.
+            # These models are not saved, and all train for the same number of steps.
             **recipe.training, "seed": seed, "output_dir": str(output_dir / "training"), "save_strategy": "no",
             "eval_strategy": "no", "load_best_model_at_end": False, "resume_from_checkpoint": None,
             "push_to_hub": False,
         }  # fmt: skip
         model = dict(recipe.model)
         if alone:
-            model["task_weighting"] = "static"  # one task cannot be weighed against itself
+            model["task_weighting"] = "static"  # one task needs no weighting
             if model.get("regularization"):
                 of_tasks = model["regularization"].get("tasks") or {}
                 of_this = {name: part for name, part in of_tasks.items() if name in tasks}

@@ -40,7 +40,7 @@ MODELS = {"fused": "both parts", "text only": "the text", "image only": "the pic
 NUM_CARDS = 6
 NUM_ABLATED = len(GRID)  # a whole pass, on which the limits of each part are exact
 NUM_ADDITIVE = 192  # each of their texts with each of their pictures
-# The model saw 64 pixels; what is shown are the same drawings, in finer detail.
+# The model gets 64 pixels; the figures show the same drawings in finer detail.
 CARD_SIZE = 256
 CHANGING = ("sentiment", "topic")
 TASKS = (*TASK_LABELS, *TRANSLATIONS)
@@ -48,13 +48,16 @@ TASKS = (*TASK_LABELS, *TRANSLATIONS)
 
 def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[str, dict[str, float]]:
     """
-    Trains a fused model, one of text alone and one of pictures alone, with equal care; prints their test accuracy
-    beside what is possible from one part alone, and whether the picture makes the right translation likelier than the
-    wrong one; saves the fused model and checks that it answers alike in a fresh process; draws results (`demo.png`),
-    what each modality is good for (`ablation.png`), and what an answer rests on (`explanation.png`).
+    Trains a fused model, a text-only and a picture-only model on the embedded data set, and compares them.
+
+    The training effort is equal for all three. The demo prints their test accuracy beside the best possible accuracy
+    from one part alone. It also prints whether the picture makes the right translation more probable than the wrong
+    one. It saves the fused model and checks that a fresh process gives the same answers. It draws the results
+    (`demo.png`), the contribution of each modality (`ablation.png`), and an explanation of an answer
+    (`explanation.png`).
 
     Returns:
-        Task -> column of the table -> test accuracy; of translations, the share that is right to the letter.
+        Task -> column of the table -> test accuracy; for translations, the share of exact matches.
 
     Raises:
         ValueError: if the fusion kind is unknown.
@@ -65,7 +68,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
-    fusion_class(fusion_type, {})  # a wrong kind is told at once
+    fusion_class(fusion_type, {})  # a wrong kind is an error at once
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("demo.png", "results.json", "ablation.png", "explanation.png", "examples"):
         drop_link(output_dir / name)
@@ -81,7 +84,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
         trainers[name] = train(
             name, _only(name, data), processor, config, steps, seed, output_dir / "training", console
         )
-    # Taken now: what follows logs evaluations of other rows.
+    # Copied now: later evaluations of other rows are logged too.
     histories = {name: list(trainer.state.log_history) for name, trainer in trainers.items()}
     test, fused = data["test"], trainers["fused"]
     views = {
@@ -146,7 +149,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
 
 
 def _only(name: str, data: DatasetDict) -> DatasetDict:
-    """The data as one of the models sees it."""
+    """The data for one of the models."""
     if name == "text only":
         return data.remove_columns("image")
     if name == "image only":
@@ -191,7 +194,7 @@ def _table(results: dict[str, dict[str, float]], num_rows: int) -> Table:
 
 
 def _check_in_fresh_process(trainer: MMTrainer, processor, rows: Dataset, output_dir: Path) -> float:
-    """The largest difference between the logits here and those of the saved model in a process of its own."""
+    """The largest difference between the logits here and those of the saved model in a fresh process."""
     folder = output_dir / "examples"
     folder.mkdir(exist_ok=True)
     lines = []
@@ -226,7 +229,7 @@ def _check_in_fresh_process(trainer: MMTrainer, processor, rows: Dataset, output
 
 
 def _cards(trainer: MMTrainer, processor, rows: Dataset, seed: int) -> list[dict]:
-    """Some test rows with what the model answers, in pairs: the same message, another picture, another truth."""
+    """Some test rows with their answers, in pairs: the same message, another picture, another truth."""
     texts = list(rows["text"])
     pairs: list[int] = []
     for first in np.random.default_rng(seed).permutation(len(rows)):

@@ -35,10 +35,11 @@ def make_processor(
     texts: list[str], languages: Sequence[str] = tuple(TRANSLATIONS), image_size: int = IMAGE_SIZE
 ) -> MMTransformerProcessor:
     """
-    A tokenizer trained on the texts, with a token "[language]" for each language, and an image processor that scales
-    pixels to -1..1.
+    A tokenizer trained on the texts, and an image processor that scales pixels to -1..1.
+
+    The tokenizer has a token "[language]" for each language.
     """
-    # Of bytes, and so that every text can be had back to the letter.
+    # Byte-level, so that decoding restores every text exactly.
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = decoders.ByteLevel()
@@ -60,13 +61,13 @@ def make_processor(
         model_max_length=64,
         model_input_names=["input_ids", "attention_mask"],
     )
-    # By Pillow, so that what the demo prints does not depend on whether torchvision is installed.
+    # By Pillow, so that the results of the demo do not depend on an installed torchvision.
     image_processor = ViTImageProcessorPil(size={"height": image_size, "width": image_size})
     return MMTransformerProcessor(image_processor=image_processor, tokenizer=tokenizer)
 
 
 def make_tasks(tokenizer: PreTrainedTokenizerFast) -> list[Task]:
-    """A choice for each of the labels, and two translations, by one decoder that is told the language."""
+    """A classification for each of the labels, and two translations by one decoder with a language token."""
     choices = [Classification(name, labels=labels) for name, labels in TASK_LABELS.items()]
     starts = {language: tokenizer.convert_tokens_to_ids(f"[{language}]") for language in TRANSLATIONS}
     return choices + [
@@ -80,9 +81,9 @@ def make_config(
     """
     A BERT of 1 layer, a ResNet of 3, 1 layer of fusion and a decoder of 1, each of width 64.
 
-    In so few epochs so small a model learns nothing by heart: with `dropout=0.0` it learns the same in fewer steps.
+    So small a model cannot overfit in so few epochs: with `dropout=0.0` it learns the same in fewer steps.
     """
-    # The usual 0.02 is made for widths of 768; in so narrow a layer the pictures would be whispered.
+    # The usual 0.02 is meant for widths of 768; in so narrow a layer the signal of pictures would be too weak.
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -122,7 +123,7 @@ def train(
     output_dir: Path,
     console: Optional[Console] = None,
 ) -> MMTrainer:
-    """Trains a new model, with some looks at the validation split on the way."""
+    """Trains a new model, with some evaluations on the validation split."""
     set_seed(seed)
     # A worker reads the pictures of the next batch while the model trains. Only a forked one starts at once.
     num_workers = int(multiprocessing.get_start_method() == "fork")

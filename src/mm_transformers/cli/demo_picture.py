@@ -1,4 +1,4 @@
-"""The picture of the demo: how accuracy grew, where it ended, and some test rows with their answers."""
+"""The picture of the demo: accuracy during training, final accuracy, and some test rows with their answers."""
 
 import textwrap
 from pathlib import Path
@@ -19,8 +19,10 @@ def draw_results(
     cards: list[dict[str, Any]],
 ) -> None:
     """
+    Draws the results of the demo.
+
     Args:
-        path: where the PNG goes.
+        path: of the PNG.
         results: task -> column -> accuracy.
         histories: model -> `trainer.state.log_history`.
         cards: "text", "image" (PIL) and "answers", task -> (answer, truth).

@@ -1,4 +1,4 @@
-"""`mm-transformers explain`: what the answers of a saved model rest on."""
+"""`mm-transformers explain`: explanations of the answers of a saved model."""
 
 import json
 from pathlib import Path
@@ -32,6 +32,8 @@ def explain_rows(
     reading: Reading,
 ) -> None:
     """
+    Writes the page of explanations for a file of rows.
+
     Raises:
         ValueError, OSError: one sentence.
     """
@@ -62,6 +64,8 @@ def explain_one(
     word: int | None,
 ) -> None:
     """
+    Draws the explanation of one row.
+
     Raises:
         ValueError, OSError: one sentence.
     """

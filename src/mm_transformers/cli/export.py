@@ -20,6 +20,8 @@ TOLERANCE = 1e-4
 
 def run_export(model_name: str, output: Path, kind: str, dtype: str) -> None:
     """
+    Exports a model and compares the export with it.
+
     Raises:
         ValueError, OSError, ImportError: one sentence.
     """
@@ -46,11 +48,12 @@ def run_export(model_name: str, output: Path, kind: str, dtype: str) -> None:
 @torch.no_grad()
 def compare(model: Any, processor: Any, folder: str | os.PathLike) -> dict[str, float]:
     """
-    Task -> the largest difference between the logits of a model and of what was exported, for rows of other numbers and
-    lengths than those that were traced, with and without images and sound. Of a task that writes, the share of the
-    answers that differ.
+    Task -> the largest difference between the logits of a model and those of its export.
+
+    The rows differ from the traced ones in number and length, and come with and without images and sound. For a task
+    that writes, the value is the share of answers that differ.
     """
-    # Made by this very process.
+    # Created by this process.
     exported, differences = ExportedModel(folder, trust_pickle=True), dict.fromkeys(model.tasks, 0.0)
     full: dict[str, Any] = sample_inputs(model, processor, 4)
     text: dict[str, Any] = {

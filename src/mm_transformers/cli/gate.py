@@ -1,4 +1,4 @@
-"""What stands between the demo page and the network: only the routes that the page needs, and bounded bodies."""
+"""Filters requests to the demo page: only the routes that the page needs, and limited bodies."""
 
 import re
 import time
@@ -53,7 +53,7 @@ class Gate:
             message = await receive()
             received += len(message.get("body") or b"")
             if received > most:
-                raise HTTPException(413, _too_large(most))  # the application answers with it
+                raise HTTPException(413, _too_large(most))  # the application turns it into the answer
             return message
 
         size = _upload_bytes(scope)
@@ -65,20 +65,20 @@ class Gate:
 
 
 def _route(scope: MutableMapping[str, Any]) -> Optional[str]:
-    """What follows gradio's prefix, wherever the page is mounted."""
+    """The route after gradio's prefix, wherever the page is mounted."""
     _, found, route = unquote(scope["path"]).partition(_PREFIX)
     return route if found else None
 
 
 def _refusal(scope: MutableMapping[str, Any], running: int) -> Optional[tuple[int, str]]:
     """
-    Status and sentence, if the request does not get through.
+    Status and sentence, if the request is refused.
 
     Args:
         running: bytes of other uploads that are being received.
     """
     route = _route(scope)
-    # Of files on this machine, gradio serves only its own.
+    # gradio may serve only its own files of this machine.
     if route is not None and not _LOCAL_FILE.match(route) and route.partition("/")[0] not in _ROUTES:
         return 404, "This page has nothing of this name."
     most = _most_bytes(scope)
@@ -99,7 +99,7 @@ def _is_upload(scope: MutableMapping[str, Any]) -> bool:
 
 
 def _upload_bytes(scope: MutableMapping[str, Any]) -> int:
-    """How many bytes a request may add to the uploads: as many as it declares, or the most that it may have."""
+    """The bytes that a request may add to the uploads: its declared size, or else the limit."""
     if not _is_upload(scope):
         return 0
     declared = dict(scope["headers"]).get(b"content-length", b"")
@@ -112,10 +112,10 @@ def _too_large(most: int) -> str:
 
 def _has_room(running: int) -> bool:
     """
-    Whether one more upload may come. Uploads that broke off are removed here: gradio does not know of them.
+    Whether one more upload is allowed. Broken-off uploads are removed here: gradio does not know of them.
 
     Args:
-        running: bytes of uploads that are being received. What of them is in the folder already counts twice.
+        running: bytes of uploads that are being received. Their parts in the folder count twice.
     """
     folder, now, total = upload_folder(), time.time(), 0
     for path in folder.rglob("*") if folder.is_dir() else ():

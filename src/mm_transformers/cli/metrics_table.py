@@ -1,4 +1,4 @@
-"""Metrics for reading; the files have all of them."""
+"""Prints metrics for reading; the files have all of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,12 +14,13 @@ def print_metrics(
     metrics: Mapping[str, Mapping[str, float]], prefixes: Mapping[str, str], tasks: Sequence[str]
 ) -> None:
     """
-    One row per task and metric, one column per split.
+    Prints a table with one row per task and metric, and one column per split.
 
     Args:
-        metrics: split -> what `Trainer.evaluate` returned.
-        prefixes: split -> what its metrics begin with.
-        tasks: the names of the tasks; what belongs to none is left out, but for the loss. So is what is no number.
+        metrics: split -> the result of `Trainer.evaluate`.
+        prefixes: split -> the prefix of its metrics.
+        tasks: the names of the tasks. Other metrics are left out, except the loss, and so are values that are no
+            numbers.
     """
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for split, values in metrics.items():
@@ -50,10 +51,10 @@ def print_metrics(
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value of a file, which may be anything, can be shown; integers may be too large for a float."""
+    """Whether a value from a file can be shown as a number; integers may be too large for a float."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def print_ablation(ablation: Ablation) -> None:
-    """What each modality is good for, as tables; on a terminal as in a file, nothing is cut."""
+    """Prints the tables of an ablation, uncut on a terminal and in a file."""
     Console().print(ablation.to_markdown(), markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The demo page: type a text, give a picture or a sound, see the answers and what they rest on."""
+"""The demo page: type a text, add a picture or a sound, see the answers and their explanations."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from .uploads import REFUSAL, UploadError, check_inputs, opened_upload, upload_f
 
 _AT_ONCE = 2  # requests
 _SESSIONS = 64  # whose last inputs and answers gradio keeps in memory
-_EXAMPLE_SIZE = 256  # pixels; the demo's own 64 are too few to look at
+_EXAMPLE_SIZE = 256  # pixels; the 64 pixels of the demo are too few for viewers
 _WITHOUT_FONTS_FROM_ELSEWHERE = ["system-ui", "sans-serif"]
 
 
@@ -27,12 +27,12 @@ def load_page(model: str, examples: Sequence[Sequence[Any]] = ()) -> Any:
     """
     The page of a saved model, a `gradio.Blocks`: `load_page("my-model").launch()`. Needs the extra `demo`.
 
-    Clients are strangers: of files the page reads what they uploaded to it, and nothing else. It fetches no address.
-    What a request may cost is in [`~mm_transformers.model.limits.Limits`].
+    Clients are strangers: the page reads only the files that they uploaded to it, and fetches no address.
+    [`~mm_transformers.model.limits.Limits`] bound the cost of a request.
 
     Args:
         model: folder or Hub id.
-        examples: rows to begin with: each a text, and a picture and a sound where the model takes them.
+        examples: example rows: each a text, then a picture and a sound if the model takes them.
 
     Raises:
         ImportError: if gradio is not installed.
@@ -46,11 +46,11 @@ def load_page(model: str, examples: Sequence[Sequence[Any]] = ()) -> Any:
 
 def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequence[Any]] = ()) -> Any:
     """
-    The same for a model that is there already.
+    The page of a loaded model; see [`load_page`].
 
     Args:
-        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
-        processor ([`MMTransformerProcessor`]): That of the model.
+        model ([`MMTransformerForMultiTask`]): Runs in evaluation mode, whatever its mode.
+        processor ([`MMTransformerProcessor`]): The processor of the model.
     """
     try:
         import gradio as gr
@@ -59,7 +59,7 @@ def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequenc
 
     kinds = [
         "text",
-        # A page has no field for several pictures in one, as a video is.
+        # A page has no field for the frames of a video.
         *(
             name
             for name, part in PARTS.items()
@@ -84,7 +84,7 @@ def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequenc
             with gr.Column(scale=2):
                 answers = gr.HTML(label="Answers", value=render_page([], "", kinds))
         answer = _answering(model, processor, kinds)
-        # As the client sent it: gradio's own readers of files only say "Error", and know addresses.
+        # The raw value from the client: gradio's own file readers only report "Error", and fetch addresses.
         options: dict[str, Any] = {"preprocess": False, "concurrency_limit": _AT_ONCE}
         button.click(answer, [*inputs, tasks], answers, api_name="answer", **options)
         inputs[0].submit(answer, [*inputs, tasks], answers, api_visibility="private", **options)
@@ -98,7 +98,7 @@ def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequenc
 
 
 def _guard(page: Any) -> None:
-    """Refuses what is no upload before gradio looks at it, and launches the page with [`launch_options`]."""
+    """Refuses values that are no uploads before gradio reads them, and launches with [`launch_options`]."""
     import gradio as gr
 
     validate, launch = page.validate_inputs, page.launch
@@ -115,7 +115,7 @@ def _guard(page: Any) -> None:
 
 
 def launch_options() -> dict[str, Any]:
-    """How the page of [`make_page`] is launched: it fetches nothing from elsewhere, and bounds what clients send."""
+    """The launch options of [`make_page`]: no fetching from elsewhere, and limits for clients."""
     import gradio as gr
     from starlette.middleware import Middleware
 
@@ -154,7 +154,7 @@ def run_page(model: str, is_default: bool, port: Optional[int]) -> None:
     Serves the page of a saved model until it is interrupted.
 
     Args:
-        is_default: whether nobody has named the model.
+        is_default: whether the user has not named the model.
 
     Raises:
         ValueError, OSError: one sentence.
@@ -170,7 +170,7 @@ def run_page(model: str, is_default: bool, port: Optional[int]) -> None:
             raise ValueError(str(error)) from error
         try:
             page.launch(server_port=port)
-        except OSError as error:  # of gradio, about its own options
+        except OSError as error:  # from gradio, about its own options
             wanted = f"port {port} is" if port is not None else "all ports from 7860 are"
             raise ValueError(
                 f"The page cannot be served: {wanted} in use, or not allowed; give another --port."
@@ -179,8 +179,9 @@ def run_page(model: str, is_default: bool, port: Optional[int]) -> None:
 
 def demo_examples(folder: Path, num_texts: int = 3) -> list[list[str]]:
     """
-    Rows of the embedded data set's test split, for the model that knows nothing else: texts, each with two pictures
-    that turn its sentiment. The pictures become files in `folder`.
+    Rows of the test split of the embedded data set, for the demo model: texts, each with two pictures.
+
+    The two pictures give the text different sentiments. They become files in `folder`.
     """
     from ..data.embedded.dataset import GRID, load_demo_dataset
 

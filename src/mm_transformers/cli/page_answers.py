@@ -1,4 +1,4 @@
-"""What the demo page says about one row: answers, what they rest on, or one sentence."""
+"""The answers of the demo page to one row, with explanations, or one error sentence."""
 
 import itertools
 import re
@@ -23,13 +23,13 @@ _MOST_LETTERS = 20  # of a word, on average; some languages put no spaces betwee
 
 def answers_as_html(model: Any, processor: Any, row: dict[str, Any], tasks: Any, kinds: Sequence[str]) -> str:
     """
-    What the page shows for a row; a sentence, if it cannot be answered within `limits().request_seconds`.
+    The answers of the page to a row; an error sentence, if they take longer than `limits().request_seconds`.
 
     Args:
-        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
-        processor ([`MMTransformerProcessor`]): That of the model.
-        row: what was given, of `kinds`: a text; of files, an [`Upload`], or what is in memory. Never a path.
-        tasks: names of the tasks that are ticked.
+        model ([`MMTransformerForMultiTask`]): Runs in evaluation mode, whatever its mode.
+        processor ([`MMTransformerProcessor`]): The processor of the model.
+        row: the given inputs, of `kinds`: a text; a file as an [`Upload`], or as an object in memory. Never a path.
+        tasks: names of the selected tasks.
     """
     try:
         text = row.get("text") or ""
@@ -51,14 +51,14 @@ def answers_as_html(model: Any, processor: Any, row: dict[str, Any], tasks: Any,
 
 
 def _read(processor: Any, row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The row with its files decoded, once for all that follows; and what was left out of it, in one sentence."""
+    """The row with its files decoded once, and a sentence about what was left out."""
     read, note = dict(row), ""
     for part_name, part in row.items():
         if part_name == "text":
             read[part_name], note = _first_words(part)
             continue
         if isinstance(part, (str, bytes, Mapping)) or hasattr(part, "__fspath__"):
-            raise UploadError  # a reader would take it for a path
+            raise UploadError  # a reader would read it as a path
         content, name = (part.content, f"{part.name}: ") if isinstance(part, Upload) else (part, "")
         try:
             read[part_name] = PARTS[part_name].reader(Reading(processor, _fetch_nothing))(content)
@@ -72,7 +72,7 @@ def _fetch_nothing(address: str) -> bytes:
 
 
 def _first_words(text: str) -> tuple[str, str]:
-    """As much of a text as one request may hold, cut before anything tokenises it."""
+    """The part of a text that one request may hold, cut before tokenisation."""
     most = limits().request_words
     ends = [found.end() for found in itertools.islice(re.finditer(r"\S+", text), most)]
     kept = text[: ends[-1] if ends else 0][: _MOST_LETTERS * most]
@@ -88,7 +88,7 @@ def _cards(
     for name in row:
         if rest := {other: part for other, part in row.items() if other != name}:
             variants[f"without the {NOUNS[name]}"] = rest
-    # One batch, in which what the variants share is encoded once.
+    # One batch: shared inputs of the variants are encoded once.
     wants_words = any(model.tasks[name].is_token_level for name in tasks)
     read = read_rows(list(enumerate(variants.values())), processor, tuple(ARGUMENTS), wants_words)
     check()
@@ -115,7 +115,7 @@ def _card(
     answers: dict[str, Any],
     bars: list[tuple[str, float]],
 ) -> dict[str, Any]:
-    """One task: the answers to the row and to what is left without a part, and the heat maps of the first."""
+    """One task: the answers to the row and to the row without each part, and the heat maps of the first."""
     kind, problem, rests_on, words, pictures, sounds = model.tasks[task], "", "", [], [], []
     try:
         explanation = explain(model, processor, row, task)
@@ -152,11 +152,13 @@ def _bars(kind: Any, logits: Any) -> list[tuple[str, float]]:
 
 def render_page(cards: list[dict[str, Any]], message: str, kinds: Sequence[str], note: str = "") -> str:
     """
+    The HTML of the answers.
+
     Args:
         cards: of the tasks; names, labels and texts in them are escaped.
-        message: what is wrong; then there are no cards.
-        kinds: what a row may hold.
-        note: what was left out.
+        message: the error; then there are no cards.
+        kinds: the possible inputs of a row.
+        note: a sentence about what was left out.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True

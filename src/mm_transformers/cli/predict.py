@@ -44,7 +44,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Reading:
-    """How rows are read; what is `None` is as the recipe beside the model has it, or its default."""
+    """Options for reading rows; `None` stands for the value of the recipe beside the model, or the default."""
 
     text_column: str | None = None
     image_column: str | None = None
@@ -52,18 +52,20 @@ class Reading:
     audio_column: str | None = None
     image_root: str | None = None
     on_bad_file: str | None = None
-    # Only from the command line: the recipe beside a model is a stranger's.
+    # Only from the command line: the recipe beside a model may come from a stranger.
     allow_urls: bool | list[str] = False
 
     def options(self, model: str) -> tuple[ColumnsSection, DataSection]:
         """
+        The columns and the data section.
+
         Raises:
             ValueError: if the recipe is no YAML.
         """
         columns, data = ColumnsSection(), DataSection()
         check_folder(model)
         path = cached_file(model, RECIPE_NAME, _raise_exceptions_for_missing_entries=False)
-        # Only what says how rows are read; the rest may be from another release.
+        # Only the options for reading rows; others may be from another release.
         recipe = read_yaml(Path(path)) if path is not None else {}
         for section, name in ((columns, "columns"), (data, "data")):
             said = recipe.get(name)
@@ -88,6 +90,8 @@ def run_evaluation(
     slices: Sequence[str] = (),
 ) -> None:
     """
+    Measures a model on the labelled rows of a file.
+
     Raises:
         ValueError, OSError: one sentence.
     """
@@ -114,7 +118,7 @@ def run_evaluation(
 
 
 def ablation_of(trainer: MMTrainer, rows: datasets.Dataset, batch_size: int, slices: Sequence[str] = ()) -> Ablation:
-    """What each modality is good for, as the trainer measures."""
+    """The contribution of each modality, by the metrics of the trainer."""
     return ablate(
         trainer.fused_model,
         trainer.data_collator.processor,
@@ -153,7 +157,7 @@ def load_with_rows(
     model_name: str, file: Path, reading: Reading
 ) -> tuple[MMTransformerForMultiTask, MMDataCollator, datasets.Dataset]:
     """
-    A saved model, and the rows of a file, of which some may have labels.
+    A saved model, and the rows of a file, with or without labels.
 
     Raises:
         ValueError, OSError: one sentence.
@@ -185,8 +189,10 @@ def run_prediction(
     escape_formulas: bool = True,
 ) -> None:
     """
+    Answers the rows of a file.
+
     Args:
-        escape_formulas: as [`table_writer`] takes it.
+        escape_formulas: as in [`table_writer`].
 
     Raises:
         ValueError, OSError: one sentence.
@@ -216,7 +222,7 @@ def run_prediction(
             num_rows = _write(answered, output, suffix, types, escape_formulas)
             say(f"Wrote the answers to {num_rows:,} rows to {output}.")
         else:
-            for _ in answered:  # takes its share
+            for _ in answered:  # processes its share
                 pass
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
@@ -255,6 +261,8 @@ def _check_columns(
 
 def _check_labelled(rows: datasets.Dataset, collator: MMDataCollator, file: Path) -> None:
     """
+    Checks that the rows have labels.
+
     Raises:
         ValueError: if there is nothing to measure.
     """
@@ -273,7 +281,8 @@ def _check_labelled(rows: datasets.Dataset, collator: MMDataCollator, file: Path
 
 def _features(schema: pyarrow.Schema, columns: Collection[str]) -> dict[str, Any]:
     """
-    The features of these columns: those that a Parquet file was written with; of another file, those of its types.
+    The features of these columns: those of the data set in a Parquet file, or those of the types of another file.
+
     Other columns may have types that `datasets` does not know.
     """
     fields = [field for field in schema if field.name in columns]
@@ -281,7 +290,7 @@ def _features(schema: pyarrow.Schema, columns: Collection[str]) -> dict[str, Any
 
 
 def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str, Any], escape_formulas: bool) -> int:
-    """How many rows there were."""
+    """Writes the answers, and returns the number of rows."""
     writer, num_rows, names = None, 0, {}
     bar = Progress(
         TextColumn("answering"), SpinnerColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn(),
@@ -292,7 +301,7 @@ def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str,
         for batch in answered:
             rows = [(kept, answer_columns(answers)) for kept, answers in batch]
             if writer is None:
-                # What the input says stays beside the answer, under another name.
+                # The input column stays beside the answer, under another name.
                 names = {name: f"{name}_input" if name in rows[0][1] else name for name in types}
                 twice = next((name for name in names if f"{name}_input" in types and names[name] != name), None)
                 if twice is not None:

@@ -1,4 +1,4 @@
-"""Several processes, as `accelerate launch` and `torchrun` start them: how they begin, speak and end."""
+"""Starts, prints from and ends several processes of `accelerate launch` and `torchrun`."""
 
 import atexit
 import os
@@ -10,8 +10,10 @@ from accelerate.utils import parse_flag_from_env
 
 def join_processes() -> None:
     """
-    To be called first. Without an accelerator, accelerate must be told so: otherwise each process takes itself for the
-    only one, and all would do everything and write the same files.
+    Prepares accelerate for the processes of a launch. Call it first.
+
+    Without an accelerator, accelerate must be told to use the CPU. Otherwise each process counts as the only one: all
+    do everything and write the same files.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -22,11 +24,11 @@ def this_process() -> PartialState:
 
 
 def say(text: str) -> None:
-    """One line, from the first of several processes."""
+    """Prints a line from the first of several processes."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
 
 def leave_processes() -> None:
-    """At the end of this process; torch complains of processes that end without it."""
+    """Call it at the end of the process; otherwise torch warns."""
     atexit.register(this_process().destroy_process_group)

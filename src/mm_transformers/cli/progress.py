@@ -1,4 +1,4 @@
-"""Training progress as a bar, in place of a line per log."""
+"""Training progress as a bar instead of a line per log."""
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -37,7 +37,7 @@ class RichProgressCallback(TrainerCallback):
 
 
 def use_rich_progress(trainer: Trainer, description: str, console: Console) -> None:
-    """Puts the bar in the place of whatever the Trainer would print."""
+    """Replaces the output of the Trainer by the bar."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(RichProgressCallback(description, console))

@@ -1,4 +1,4 @@
-"""Answers of a saved model in a process of its own: `python -m mm_transformers.cli.reload MODEL ROWS OUTPUT`."""
+"""The answers of a saved model in a fresh process: `python -m mm_transformers.cli.reload MODEL ROWS OUTPUT`."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from mm_transformers.model.answers import evaluation_mode
 
 
 def answers_of(model, inputs) -> dict[str, torch.Tensor]:
-    """For each task the logits, or the ids of the tokens that it writes."""
+    """For each task the logits, or the written token ids."""
     inputs = inputs.to(model.device)
     with evaluation_mode(model), torch.no_grad():
         answers = dict(model(**inputs).logits)
@@ -23,10 +23,12 @@ def answers_of(model, inputs) -> dict[str, torch.Tensor]:
 
 def main(model_dir: str, rows_file: str, output_file: str) -> None:
     """
+    Writes the answers of a saved model to a file.
+
     Args:
         model_dir: folder with a model and its processor.
         rows_file: JSON lines with "text" and "image", a path relative to the file.
-        output_file: where the answers go, as safetensors.
+        output_file: the file of the answers, as safetensors.
     """
     rows = [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
     processor, model = AutoProcessor.from_pretrained(model_dir), AutoModel.from_pretrained(model_dir)

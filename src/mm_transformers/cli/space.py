@@ -1,4 +1,4 @@
-"""A folder that the Hub runs as a Space: the page of a model, as [`load_page`] makes it."""
+"""A folder that the Hub runs as a Space: the page of a model, from [`load_page`]."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Ends what takes too long, between the layers of a model."""
+"""Stops a model that takes too long, between its layers."""
 
 import threading
 import time
@@ -10,17 +10,18 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 class TimeLimitError(ValueError):
-    """Something took longer than it may."""
+    """The time limit is exceeded."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[Callable[..., None]]:
     """
-    Within the block, a model that this thread runs stops before its next layer once the time is over. Code between two
-    layers is not interrupted: it calls what the block is given.
+    Stops a model of this thread before its next layer once the time is over.
+
+    Code between two layers is not interrupted. Such code must call the function that the block yields.
 
     Args:
-        seconds: how long the block may take.
+        seconds: the longest time of the block.
 
     Raises:
         TimeLimitError: one sentence.

@@ -1,4 +1,4 @@
-"""`mm-transformers train`: a training by a recipe, from its beginning or from where it stopped."""
+"""`mm-transformers train`: a training by a recipe, from its start or resumed."""
 
 import json
 import logging
@@ -24,14 +24,16 @@ from .metrics_table import print_metrics
 from .processes import say
 
 
-# As the Trainer calls them in file names and metrics.
+# Names of the Trainer, in file names and metrics.
 PREFIXES = {"validation": "eval", "test": "test"}
 
 
 def run_training(path: Path, overrides: list[str], allow_urls: bool | list[str] = False) -> None:
     """
+    Trains by a recipe, or resumes the training.
+
     Args:
-        allow_urls: as [`MMDataCollator`] takes it.
+        allow_urls: as in [`MMDataCollator`].
 
     Raises:
         ValueError, OSError: one sentence.
@@ -69,14 +71,14 @@ def _run(recipe: Recipe, args: MMTrainingArguments, allow_urls: bool | list[str]
         # Training comes first: a Trainer that has evaluated before no longer trains on several processes.
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()
-        if trainer.state.global_step > start:  # a loss of no steps would take the place of the true one
+        if trainer.state.global_step > start:  # a loss over no steps would replace the true one
             trainer.save_metrics("train", {**metrics, "train_samples": len(data.splits["train"])})
     for split, prefix in measured.items():
         metrics = trainer.evaluate(data.splits[split], metric_key_prefix=prefix)
         trainer.save_metrics(prefix, {**metrics, f"{prefix}_samples": len(data.splits[split])})
     if not finished:
         trainer.create_model_card()
-        trainer.save_state()  # last: it says that all the rest is there
+        trainer.save_state()  # last: its file marks the training as complete
     if args.should_save:
         metrics_of = {split: _read_metrics(file) for split, file in results.items()}
         print_metrics(metrics_of, PREFIXES, [task.name for task in data.tasks])
@@ -93,6 +95,8 @@ def _has_metrics(file: Path) -> bool:
 
 def _read_metrics(file: Path) -> dict[str, Any]:
     """
+    The metrics in a file.
+
     Raises:
         ValueError: one sentence, if the file holds no metrics.
     """

@@ -1,4 +1,4 @@
-"""What a client may hand to the demo page: files that it uploaded, and no path or address of its own."""
+"""The inputs of the demo page that clients may send: uploaded files, and no paths or addresses."""
 
 import os
 import stat
@@ -10,13 +10,13 @@ from typing import Any, NamedTuple, Optional
 from ..model.limits import limits
 
 
-# One sentence, whatever was wrong: another one would say which files this machine has.
+# The same sentence for all errors: details would reveal the files of this machine.
 REFUSAL = "Upload the file to this page: it reads no paths and no addresses, and forgets files after a while."
 _META = {"_type": "gradio.FileData"}
 
 
 class UploadError(ValueError):
-    """What a client sent is no file that it uploaded."""
+    """A client sent a value that is no uploaded file."""
 
     def __init__(self) -> None:
         super().__init__(REFUSAL)
@@ -27,7 +27,7 @@ class Upload(NamedTuple):
     An uploaded file.
 
     Args:
-        name (`str`): What the client calls it; only shown.
+        name (`str`): Its name from the client; only shown.
         content (`bytes`): All of it.
     """
 
@@ -37,8 +37,9 @@ class Upload(NamedTuple):
 
 def upload_folder() -> Path:
     """
-    The folder of uploads, which gradio reads from the environment. If nobody has chosen one, this process makes its own
-    and removes it at its end.
+    The folder of uploads, which gradio reads from the environment.
+
+    If it is not set, this process creates a folder and removes it at its end.
     """
     if not os.environ.get("GRADIO_TEMP_DIR"):
         os.environ["GRADIO_TEMP_DIR"] = _own_folder().name
@@ -56,7 +57,8 @@ def _own_folder() -> tempfile.TemporaryDirectory:
 
 def check_inputs(values: Any) -> None:
     """
-    Before gradio looks at what a client sent: gradio fetches addresses, and passes over what it takes for no file.
+    Checks the inputs of a client before gradio reads them: gradio fetches addresses, and ignores objects that are no
+    files.
 
     Args:
         values: JSON, such as the list of the inputs of an event.
@@ -75,11 +77,13 @@ def check_inputs(values: Any) -> None:
 
 def opened_upload(given: Any) -> Optional[Upload]:
     """
+    The file that a client uploaded.
+
     Args:
-        given: what a client sent in the place of a file; `None` for no file.
+        given: the client's value of a file input; `None` for no file.
 
     Raises:
-        UploadError: if it is anything but a file that was uploaded.
+        UploadError: if it is anything but an uploaded file.
         ValueError: if the file is larger than `limits().upload_bytes`.
     """
     if given is None:

@@ -1,4 +1,4 @@
-"""Addresses in the cells of tables: fetched only as far as the person at the keyboard allows it."""
+"""Fetches addresses in the cells of tables, as far as the user permits it."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -10,20 +10,22 @@ from ..model.label_cells import shorten
 from ..model.limits import limits, named
 
 
-# What only unpacks a file, and stores on the Internet, as the file systems of `datasets` call them.
+# Protocols that only unpack a file, and stores on the Internet, by the names of the file systems of `datasets`.
 _ARCHIVES = {"zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4", "file"}
 _STORES = {"hf", "s3", "gs", "gcs", "abfs", "abfss", "az"}
 
 
 class Addresses:
     """
-    Reads what is named by an address in a cell: an http(s) address, a file in a store (`hf://...`, `s3://...`) or in an
-    archive (`zip://a.png::b.zip`). Members of local archives are local files; all else needs permission.
+    Reads the content of addresses in cells, as far as the user permits it.
+
+    An address is an http(s) address, a file in a store (`hf://...`, `s3://...`) or in an archive
+    (`zip://a.png::b.zip`). Members of local archives count as local files; all others need permission.
 
     Args:
         allow_urls (`bool` or `list[str]`):
-            `False` for none. `True` for http(s) addresses of the public Internet and for stores. A list allows only
-            what it names: hosts (`"example.org"`), which may then have a private address, and stores (`"hf://"`).
+            `False` for none. `True` for http(s) addresses of the public Internet and for stores. A list allows only its
+            hosts (`"example.org"`), which may have a private address, and its stores (`"hf://"`).
 
     Raises:
         ValueError: if `allow_urls` is something else.
@@ -45,7 +47,7 @@ class Addresses:
 
     def fetch(self, url: str) -> bytes:
         """
-        What an http(s) address holds.
+        The content of an http(s) address.
 
         Raises:
             OSError, ValueError: if it is not allowed, or cannot be fetched.
@@ -56,18 +58,18 @@ class Addresses:
 
     def at_hand(self, cell: Any) -> Any:
         """
-        A cell with the bytes of what its address names; any other cell as it is.
+        The cell with the bytes of its address; a cell without an address is unchanged.
 
         Raises:
             ValueError: one sentence, if the address is not allowed or cannot be opened.
         """
         path = None if isinstance(cell, Mapping) and cell.get("array") is not None else content_of(cell)
-        # What `file://` addresses name begins with "/". Texts of damaged data are named by the reader.
+        # The rest of a `file://` address begins with "/". The reader names texts of damaged data.
         if not isinstance(path, str) or "://" not in path[:100] or path.startswith(("/", "data:")):
             return cell
         try:
             content = self.fetch(path) if is_url(path) else self._open(path)
-        except Exception as error:  # of file systems: OSError, ImportError, KeyError for members of archives, ...
+        except Exception as error:  # from file systems: OSError, ImportError, KeyError for members of archives, ...
             is_whole = isinstance(error, UnreadableFile)
             reason = str(error) if is_whole else shorten(" ".join(str(error).split()))
             raise ValueError(f"{shorten(path)!r} cannot be opened ({reason or type(error).__name__})") from error
@@ -89,7 +91,7 @@ class Addresses:
         return content
 
     def _check(self, part: str, is_last: bool) -> None:
-        """One address of a chain, as in `zip://a.png::hf://...`. Only the last names a file of the machine."""
+        """Checks one address of a chain, as in `zip://a.png::hf://...`. Only the last may be a local file."""
         scheme, separator, _ = part.partition("://")
         scheme = scheme.lower()
         if not separator or (scheme == "file" and not is_last):
@@ -103,7 +105,7 @@ class Addresses:
             if not self.allows_all and f"{scheme}://" not in self.names:
                 raise UnreadableFile(_refused(part))
         elif is_url(part):
-            # Here `datasets` asks the host, and no address is checked: so the host must be named.
+            # Here `datasets` connects without a check of the IP address, so the user must name the host.
             if urlsplit(part).hostname not in self.names:
                 raise UnreadableFile(f"{_refused(part)}; an archive there is opened only if allow_urls names its host")
         else:

@@ -1,6 +1,8 @@
 """
-The one place that says what a cell is: on one side the data set, its features and its folder; on the other the task or
-the modality that takes it.
+The one definition of a cell.
+
+One part depends on the data set: its features and its folder. The other part depends on the task or modality that reads
+the cell.
 """
 
 import dataclasses
@@ -20,9 +22,9 @@ from .formulas import with_formula
 
 logger = logging.get_logger(__name__)
 
-# What stands between the labels of a text that holds several.
+# The separator in texts with several labels.
 LABEL_SEPARATOR = "|"
-# How deep lists of numbers are that are one item, by the argument of the processor.
+# The depth of nested lists of numbers that form one item, by the argument of the processor.
 
 Reader = Callable[[Any], Any]
 
@@ -32,10 +34,10 @@ def label_of(task: Any, cell: Any, text: str = "", separator: str = LABEL_SEPARA
     The encoded label of a cell, `None` if it is missing.
 
     Args:
-        task ([`Task`]): Says what a text, and what a value, means for it.
-        cell: as [`RowReader`] gives it.
+        task ([`Task`]): Defines the meaning of texts and values.
+        cell: from a [`RowReader`].
         text: the text of the row.
-        separator: what stands between the labels of a text that holds several.
+        separator: the separator in texts with several labels.
 
     Raises:
         ValueError: one sentence without the name of the row, if the cell is neither a label nor missing.
@@ -53,7 +55,7 @@ def label_of(task: Any, cell: Any, text: str = "", separator: str = LABEL_SEPARA
     try:
         return task.encode_label(task.read_known_text(cell, separator), text)
     except ValueError:
-        written = with_formula(cell)  # as `predict` was given it
+        written = with_formula(cell)  # the text before `predict` escaped it
         if written == cell:
             raise
         return task.encode_label(task.read_known_text(written, separator), text)
@@ -61,12 +63,15 @@ def label_of(task: Any, cell: Any, text: str = "", separator: str = LABEL_SEPARA
 
 class RowReader:
     """
-    Reads the rows of one data set. Ids of `ClassLabel` become names, since the order of the names is the data set's
-    own, and -1 becomes `None`, in lists -100. Lists of numbers in columns of pictures, videos and sounds become arrays
-    of the declared type. Cells of `Image`, `Audio` and `Video` keep the options of that feature, under "cast".
+    Reads the rows of one data set.
+
+    - Ids of `ClassLabel` become names, since each data set has its own order of names. -1 becomes `None`, in lists
+      -100.
+    - Lists of numbers in columns of pictures, videos and sounds become arrays of the declared type.
+    - Cells of `Image`, `Audio` and `Video` keep the options of that feature, under "cast".
 
     Args:
-        features (`dict`, *optional*): Column -> feature of `datasets`; without it, rows stay as they are.
+        features (`dict`, *optional*): Column -> feature of `datasets`; without it, rows are unchanged.
         media (`dict[str, str]`, *optional*):
             Columns of pictures, videos and sounds -> the argument of the processor, or `None` if lists stay lists.
         root (`str`, *optional*): The folder where relative paths in these columns start.
@@ -101,7 +106,7 @@ class RowReader:
 
 
 class Source(NamedTuple):
-    """A data set that gives cells as they are stored, and what reads its rows."""
+    """A data set with undecoded cells, and the reader of its rows."""
 
     dataset: Any
     reader: RowReader
@@ -109,10 +114,12 @@ class Source(NamedTuple):
 
 def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
     """
+    The cells of a data set as they are stored, with the reader of its rows.
+
     Args:
         dataset: a `datasets.Dataset` or `IterableDataset`, in any format; a list of dicts; a pandas `DataFrame` or
             another table; or `Subset`s and `ConcatDataset`s of torch of these. A format hides no column.
-        media: as [`RowReader`] takes it.
+        media: as in [`RowReader`].
     """
     import datasets
 
@@ -130,7 +137,7 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
         layout, shown = dataset.format["type"], dataset.format["columns"]
         hidden = [column for column in media if column in dataset.column_names and column not in shown]
         if layout == "custom":
-            # What a transform of the user's own gives is taken as it is.
+            # The output of the user's own transform stays unchanged.
             for column in hidden if len(dataset) > 0 else ():
                 if column not in dataset[0]:
                     logger.warning_once(
@@ -160,8 +167,9 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
 
 def _numpy_loses_nulls(column: Any, is_cell: bool = True) -> bool:
     """
-    Whether a column of pyarrow has missing values that the format "numpy" of `datasets` gives as NaN: missing arrays,
-    and what is missing inside lists. Missing lists it gives as `None`.
+    Whether the format "numpy" of `datasets` turns missing values of a pyarrow column into NaN.
+
+    This happens to missing arrays and to missing items inside lists. Missing lists become `None`.
     """
     import pyarrow
 
@@ -197,8 +205,9 @@ class _ReadStream(IterableDataset):
 
 def as_records(dataset: Any) -> Any:
     """
-    A table of pandas, polars or pyarrow as a list of dicts; anything else as it is. A table with the features of a data
-    set becomes one, since these know the names of labels.
+    A table of pandas, polars or pyarrow as a list of dicts; anything else unchanged.
+
+    A table with the features of a data set becomes a data set, since features hold the names of labels.
     """
     if b"huggingface" in (getattr(getattr(dataset, "schema", None), "metadata", None) or {}):
         import datasets
@@ -215,7 +224,7 @@ def as_records(dataset: Any) -> Any:
 
 
 def _as_lists(cell: Any) -> Any:
-    """Arrays of objects, and empty ones, as the lists that other sources have; pandas makes arrays of lists."""
+    """Arrays of objects, and empty arrays, as lists, as in other sources; pandas turns lists into arrays."""
     code = getattr(getattr(cell, "dtype", None), "kind", None)
     if code is None or cell.ndim == 0 or (code != "O" and cell.shape != (0,)):
         return cell
@@ -230,7 +239,7 @@ def _name_reader(feature: Any, missing: Optional[int] = None) -> Optional[Reader
 
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names or [])
-        # Names that only repeat the ids, as `ClassLabel(num_classes=3)` has them, say nothing.
+        # Names that only repeat the ids, as in `ClassLabel(num_classes=3)`, carry no information.
         names = [] if names == [str(i) for i in range(len(names))] else names
         return partial(_name_of, names=names, missing=missing)
     inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
@@ -251,11 +260,12 @@ def _name_of(cell: Any, names: Sequence[str], missing: Optional[int]) -> Any:
 
 def warn_of_ids(reader: RowReader, dataset: Any, tasks: Iterable[Any], columns: Mapping[str, str] = {}) -> None:
     """
-    Lets the reader of a stream without features warn of whole numbers where labels have names: an order of names that
-    the data set had is not known.
+    Makes the reader of a stream without features warn of whole numbers in columns of named labels.
+
+    Without features, the order of the label names in the data set is unknown.
 
     Args:
-        columns: as [`DataSource`] takes them.
+        columns: as in [`DataSource`].
     """
     import datasets
 
@@ -286,8 +296,9 @@ def _each(cell: Any, read: Reader) -> Any:
 
 def undecoded(dataset: Any, column: str) -> Any:
     """
-    Cells of `datasets.Image`, `Video` and `Audio` as bytes or path: what is shared is then seen, and what is broken has
-    its row named.
+    The cells of `datasets.Image`, `Video` and `Audio` as bytes or path, without decoding.
+
+    Then shared items can be found, and a broken item can be named with its row.
     """
     import datasets
 
@@ -300,7 +311,7 @@ def undecoded(dataset: Any, column: str) -> Any:
 
 
 def _stored(feature: Any) -> Any:
-    """The feature that does not decode; `None` for what is none of images, videos and sounds."""
+    """The feature without decoding; `None` if it holds no images, videos or sounds."""
     import datasets
 
     if isinstance(feature, (datasets.Image, datasets.Video, datasets.Audio)):
@@ -319,7 +330,7 @@ def _media_reader(feature: Any, kind: Optional[str]) -> Optional[Reader]:
     depth, dtype = _array_type(feature, kind) or (0, None)
     if kind is not None and dtype is not None:
         levels = depth - _item_depth(feature, kind)
-        # An empty list of videos' frames is told, as in a list of dicts.
+        # An empty list of video frames is an error, as in a list of dicts.
         read: Reader = partial(_as_item if levels <= 0 and not MODALITIES[kind].is_sequence else _as_array, dtype=dtype)
         for _ in range(levels):
             read = partial(_each, read=read)
@@ -333,13 +344,13 @@ def _media_reader(feature: Any, kind: Optional[str]) -> Optional[Reader]:
 
 
 def _array_type(feature: Any, kind: Optional[str]) -> Optional[tuple[int, str]]:
-    """How deep the lists of a column are and the type of their numbers, if its items are arrays."""
+    """The depth of the lists of a column and the type of their numbers, if its items are arrays."""
     depth, dtype = _numbers_in(feature)
     return (depth, dtype) if kind is not None and dtype is not None and depth >= min(MODALITIES[kind].axes) else None
 
 
 def _item_depth(feature: Any, kind: str) -> int:
-    """How many axes an item has at most. A list of arrays is several items, except that frames are one video."""
+    """The largest number of axes of an item. A list of arrays is several items, but frames are one video."""
     while hasattr(feature, "feature"):
         feature = feature.feature
     modality = MODALITIES[kind]
@@ -349,7 +360,7 @@ def _item_depth(feature: Any, kind: str) -> int:
 
 
 def _numbers_in(feature: Any) -> tuple[int, Optional[str]]:
-    """How deep the lists of a feature are, and the type of the numbers in them, if there are any."""
+    """The depth of the lists of a feature, and the type of the numbers in them, if any."""
     import datasets
 
     if hasattr(feature, "shape") and hasattr(feature, "dtype"):  # Array2D, ...
@@ -370,7 +381,7 @@ def _as_array(cell: Any, dtype: str) -> Any:
         return None
     try:
         return np.asarray(cell, dtype=dtype)
-    except (ValueError, TypeError):  # rows of several lengths, or holes
+    except (ValueError, TypeError):  # rows of several lengths, or missing values
         return cell
 
 
@@ -391,8 +402,10 @@ def _with_cast(cell: Any, options: Mapping[str, Any]) -> Any:
 
 def absolute_paths(cell: Any, root: str) -> Any:
     """
-    What one cell holds, of relative paths those that start at `root`: of a path, a dict with "path" and no bytes, or a
-    list of these. Addresses, files in base64, empty texts and what is no path stay as they are.
+    A cell whose relative paths start at `root`.
+
+    The cell is a path, a dict with "path" and no bytes, or a list of these. Addresses, files in base64, empty texts and
+    other values stay unchanged.
     """
     if isinstance(cell, (list, tuple)):
         return [absolute_paths(item, root) for item in cell]
@@ -410,7 +423,7 @@ def with_root(rows: Any, column: str, root: str) -> Any:
     tables = rows.with_format("arrow").select_columns([column]).iter(1000)
     paths = (path for table in tables for path in _paths_in(table.column(0).combine_chunks()))
     if all(absolute_paths(path, root) == path for path in paths):
-        return rows  # so that files in the cells are not written once more
+        return rows  # files in the cells need not be written again
     return rows.map(
         lambda cell: {column: absolute_paths(cell, root)},
         input_columns=column,

@@ -1,4 +1,4 @@
-"""Rows become batches."""
+"""Makes batches of rows."""
 
 import copy
 from collections.abc import Collection, Mapping
@@ -24,14 +24,14 @@ class MMDataCollator:
     Makes a batch of rows with plain columns: a text, images, a video, sound, and one column per task.
 
     Files are read here, in the workers of the data loader if there are any. An image that several rows of the batch
-    share, by object, path or bytes, becomes one entry of `pixel_values`; sounds likewise. Every task gets labels in
-    every batch; rows that lack one get -100 or NaN.
+    share, by object, path or bytes, becomes one entry of `pixel_values`. Sounds are shared in the same way. Every task
+    gets labels in every batch; missing labels are -100 or NaN.
 
     Args:
         processor ([`MMTransformerProcessor`]): The processor of the model.
-        config ([`MMTransformerConfig`]): The config of the model; says which tasks there are.
+        config ([`MMTransformerConfig`]): The config of the model, with its tasks.
         text_column (`str`, *optional*, defaults to `"text"`):
-            Column of strings (or lists of words). `None` and "" are fine in rows that have something else.
+            Column of strings (or lists of words). `None` and "" are allowed in rows with another input.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of images: PIL, path, bytes, array, a cell of `datasets.Image`, a list of those, or `None`.
         video_column (`str`, *optional*, defaults to `"video"`):
@@ -40,26 +40,25 @@ class MMDataCollator:
             Column of sounds: path, bytes, array, a cell of `datasets.Audio`, a list of those, or `None`.
         sampling_rate (`int`, *optional*): The rate, in Hz, of sounds that are arrays without one.
         on_bad_file (`str`, *optional*, defaults to `"raise"`):
-            What to do with an image, a video or a sound that cannot be read: `"raise"`, or `"drop"` it as if the row
-            had none. How often that happened is in `num_bad_files`. A row that is left with nothing loses its labels
-            too.
-        max_length (`int`, *optional*): Longest text in tokens; at most, and by default, what the text encoder takes.
+            The reaction to an image, a video or a sound that cannot be read: `"raise"` an error, or `"drop"` the item.
+            `num_bad_files` counts dropped items. A row without any remaining input loses its labels too.
+        max_length (`int`, *optional*): Longest text in tokens; at most, and by default, the limit of the text encoder.
         pad_to_multiple_of (`int`, *optional*): Pads texts to a multiple of this length.
         label_separator (`str`, *optional*, defaults to `"|"`):
-            What stands between the labels of a cell that is a text but holds several, and no list such as `["a", "b"]`.
+            The text between the labels of a cell that holds several as one text, and not as a list (`["a", "b"]`).
         allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
-            Whether addresses in cells are fetched: `True` for http(s) addresses of the public Internet and for stores
-            such as `hf://`; a list of hosts, which may be private, and stores (`"hf://"`) for these only. Without it, a
-            cell with an address is a bad file.
+            Whether addresses in cells are fetched. `True` allows http(s) addresses of the public Internet and stores
+            such as `hf://`. A list allows only its hosts, which may be private, and its stores (`"hf://"`). Without
+            permission, a cell with an address is a bad file.
 
-    How large a picture, a sound, a video or a text may be, the [`~mm_transformers.set_limits`] say.
+    [`~mm_transformers.set_limits`] sets how large a picture, a sound, a video or a text may be.
 
-    [`MMTrainer`] reads the features of a `datasets.Dataset`: ids of a `ClassLabel` become its names. Rows that come
-    without their data set, as those of the plain `Trainer`, have no features: a number there is an id of the task.
+    [`MMTrainer`] reads the features of a `datasets.Dataset`: ids of a `ClassLabel` become its names. Rows without their
+    data set, as from the plain `Trainer`, have no features: there a number is an id of the task.
 
     Raises:
-        ValueError: if the tokenizer does not fit the embeddings of the model; when called, one sentence that names
-            the row whose text, image, video, sound or label cannot be used.
+        ValueError: if the tokenizer does not fit the embeddings of the model. When called, one sentence that names the
+            row whose text, image, video, sound or label cannot be used.
 
     Example:
 
@@ -104,7 +103,7 @@ class MMDataCollator:
         self._num_bad_files = SharedCounter()
         addresses = Addresses(allow_urls)
         rules = (on_bad_file, self._num_bad_files, addresses)
-        # By the argument of the processor. A model does not read what it does not take.
+        # By the argument of the processor. Inputs that the model does not take are not read.
         self.media: dict[str, MediaColumn] = {}
         columns = {"image": image_column, "video": video_column, "audio": audio_column}
         reading = Reading(processor, addresses.fetch, sampling_rate)
@@ -117,9 +116,9 @@ class MMDataCollator:
         self.max_length = min(limit for limit in limits if limit is not None)
         self.pad_to_multiple_of, self.label_separator = pad_to_multiple_of, label_separator
         self.gives_references = self.gives_word_index = False
-        # Set by [`FeatureCache.prepare`]: what stands in for encoders that need not run.
+        # Set by [`FeatureCache.prepare`]: the stored features of frozen encoders.
         self.cached: Optional[CachedFeatures] = None
-        self.uncached: MMDataCollator = self  # what it was copied from
+        self.uncached: MMDataCollator = self  # the original of this copy
 
     @property
     def num_bad_files(self) -> int:
@@ -128,8 +127,9 @@ class MMDataCollator:
 
     def with_references(self) -> "MMDataCollator":
         """
-        One that also gives `references`, from task to what metrics compare with, where labels do not hold it: the texts
-        that tasks are to write. A model does not take them.
+        A copy that also gives `references`: from task to what metrics compare with, if the labels do not hold it.
+
+        These are the reference texts of tasks that write. They are no input of the model.
         """
         collator = copy.copy(self)
         collator.gives_references = True
@@ -150,7 +150,7 @@ class MMDataCollator:
             had_any = [a or b for a, b in zip(had_any, were_there, strict=True)]
             has_any = [a or bool(b) for a, b in zip(has_any, media[name], strict=True)]
         texts = [self.text_of(row, had, name) for row, had, name in zip(rows, had_any, names, strict=True)]
-        # What could not be read has left nothing: such a row has nothing to teach.
+        # A row whose only inputs could not be read has nothing to learn from.
         is_empty = [not text.strip() and not has for text, has in zip(texts, has_any, strict=True)]
         for name in media:
             if MODALITIES[name].is_sequence:  # one per row
@@ -186,12 +186,12 @@ class MMDataCollator:
     def _fingerprints(
         self, texts: list[str], batch: dict[str, Any], media: dict[str, Any]
     ) -> Optional[dict[str, list[Optional[int]]]]:
-        """By what the model sees: the ids of tokens; pixels and their size; samples."""
+        """Hashes of the model inputs: the ids of tokens; pixels and their size; samples."""
         if not any(task.compares_rows for task in self.tasks.values()):
             return None
         inputs = zip(texts, unpadded_texts(batch), strict=True)
         result = {"text": [fingerprint(hash_of_text(ids)) if text.strip() and ids else None for text, ids in inputs]}
-        known: dict[int, bytes] = {}  # what rows share is one object
+        known: dict[int, bytes] = {}  # shared items are one object
         for modality in OTHER_ENCODERS:
             columns = [media[part.argument] for part in modalities_of(modality) if part.argument in media]
             rows = [[item for cell in cells for item in cell or []] for cells in zip(*columns, strict=True)]
@@ -206,8 +206,8 @@ class MMDataCollator:
         The text of a row, "" if it has none.
 
         Args:
-            had_other: whether it has something else.
-            name: how messages call the row.
+            had_other: whether the row has another input.
+            name: the name of the row in messages.
         """
         if self.text_column not in row:
             columns = ", ".join(repr(column) for column in row if column not in (ROW_KEY, SOURCE_KEY))
@@ -229,7 +229,7 @@ class MMDataCollator:
             )
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # tokenizers would only say that it is no string
+        except UnicodeEncodeError as error:  # the error of tokenizers would only be "no string"
             raise ValueError(
                 f"{name}, column {own_column(row, self.text_column)!r}: the text is not valid Unicode ({error})."
             ) from error
@@ -255,9 +255,11 @@ class MMDataCollator:
 
 def check_tokenizer(tokenizer, config: MMTransformerConfig) -> None:
     """
+    Checks that the tokenizer fits the text encoder.
+
     Raises:
-        ValueError: if the tokenizer can give ids for which the text encoder has no embedding, or pads with another id
-            than the one from which the text encoder counts positions.
+        ValueError: if the tokenizer can give ids that are outside the embedding of the text encoder. Or if its padding
+            id differs from the one from which the text encoder counts positions.
     """
     vocab_size = config.vocab_size
     if config.has_decoder and len(tokenizer) > config.decoder_vocab_size:

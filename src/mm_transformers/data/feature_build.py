@@ -1,4 +1,4 @@
-"""Fills feature stores: finds the distinct items of a data set, and lets the encoders run on those that are missing."""
+"""Fills feature stores: finds the distinct items of a data set, and runs the encoders on the missing ones."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -20,14 +20,16 @@ from .feature_store import Features, FeatureStore
 
 class Builder:
     """
+    Encodes the missing items of a data set and writes their features to the stores.
+
     Args:
         model: the [`MMTransformerModel`].
         collator: of rows, as it is without a cache.
-        stores: modality -> where its features go.
+        stores: modality -> the store of its features.
         hashes: "images", "videos" or "audio" -> the hash of an item.
-        dtype: modality -> what features are stored in.
-        make_room: called with the modality, how many items there are and the bytes that they need; raises
-            `ValueError` if there is no room for them.
+        dtype: modality -> the dtype of its stored features.
+        make_room: called with the modality, the number of items and the bytes that they need; raises `ValueError` if
+            there is no room for them.
         batch_size, num_workers: of reading and encoding.
     """
 
@@ -48,8 +50,9 @@ class Builder:
 
     def build(self, dataset: Any) -> None:
         """
-        Encodes what the stores lack of the items of a data set. Each process takes its share, and returns when all
-        have done theirs.
+        Encodes the items of a data set that the stores lack.
+
+        Each process takes its share, and returns when all have finished theirs.
 
         Raises:
             ValueError, OSError: one sentence, in all processes, if an item cannot be read or there is no room.
@@ -68,7 +71,7 @@ class Builder:
             for modality, items in missing.items():
                 if not items:
                     continue
-                # Texts of one length need no padding; neighbours in a data set are read together.
+                # Texts of one length need no padding; neighbouring rows are read together.
                 items.sort(key=lambda item: (item.kind, item.length, item.row, item.place))
                 if modality == "text":
                     self._check_padding(items[0])
@@ -95,7 +98,7 @@ class Builder:
                     )
 
     def _scan(self, dataset: Any) -> list[Found]:
-        """The items of this process's share of the rows that are not stored yet, each once."""
+        """The items in this process's share of the rows that are not stored yet, each once."""
         numbers = range(self.state.process_index, len(dataset), self.state.num_processes)
         rows = self._loader(Rows(dataset, numbers), 64, Scanner(self.collator, self.stores, self.hashes))
         found: dict[bytes, Found] = {}
@@ -146,7 +149,7 @@ class Builder:
         return _Encoded(result, read.dropped, len(read.items) + len(read.dropped))
 
     def _write(self, modality: str, batches: Iterator["_Encoded"], items: list[Found]) -> list[bytes]:
-        """Returns the keys of what could not be read."""
+        """Returns the keys of the items that could not be read."""
         store, dropped, count = self.stores[modality], [], 0
         waiting: list[Features] = []
         total = len(range(self.state.process_index, len(items), self.state.num_processes))
@@ -162,7 +165,7 @@ class Builder:
                     self.make_room({modality: total - count}, size)
                     written, waiting = waiting, []
                     store.write(written)
-        finally:  # also if something went wrong, or the user has had enough: the next build goes on from here
+        finally:  # also after an error or an interrupt: the next build resumes here
             bar.close()
             if waiting:
                 store.write(waiting)
@@ -178,7 +181,7 @@ class Builder:
 
     @torch.no_grad()
     def _check_padding(self, shortest: Found) -> None:
-        """What is stored is what the encoder says of a text without padding, so padding must change nothing."""
+        """Stored features are those of texts without padding, so padding must not change the encoder outputs."""
         tokenizer, inputs = self.collator.processor.tokenizer, shortest.inputs
         if inputs is None or shortest.length + 3 > self.collator.max_length:
             return
@@ -205,7 +208,7 @@ class Builder:
             )
 
     def _loader(self, rows: Dataset, batch_size: int, collate: Callable[[list[Any]], Any]) -> DataLoader:
-        # A generator of its own: training draws the same dropout and the same order as without a cache.
+        # A separate generator: training has the same dropout and row order as without a cache.
         return DataLoader(
             rows,
             batch_size=batch_size,
@@ -221,13 +224,13 @@ class Builder:
 
 class _Encoded(NamedTuple):
     features: list[Features]
-    dropped: list[bytes]  # keys of what could not be read
+    dropped: list[bytes]  # keys of the items that could not be read
     num_items: int
 
 
 @contextmanager
 def _all_or_none() -> Iterator[None]:
-    """If one process fails, all do: those that wait for it would wait for ever."""
+    """If one process fails, all fail: otherwise the others would wait for it forever."""
     error: Optional[Exception] = None
     try:
         yield

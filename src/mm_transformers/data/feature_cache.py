@@ -1,4 +1,4 @@
-"""Encoders that are not trained run once per image, text or sound, not once per epoch."""
+"""Runs frozen encoders once per image, text or sound, not once per epoch."""
 
 import contextlib
 import copy
@@ -30,28 +30,29 @@ from .feature_store import FeatureStore, in_use, remove_store, size_of
 logger = logging.get_logger(__name__)
 
 GIGABYTE = 10**9
-# Nothing else is ever removed, whatever else is in the same place.
+# Only folders with such names are ever removed.
 _FOLDER = re.compile(r"(text|vision|audio|removed)-[0-9a-f]{32}")
 
 
 class FeatureCache:
     """
-    Keeps on disk what frozen encoders give: the token features of each distinct image, video, text and sound, found by
-    the hash of its content. Epochs, runs and searches for hyperparameters share them.
+    Stores the token features of frozen encoders on disk: one entry per distinct image, video, text and sound.
 
-    Each encoder has a folder of its own, named by a hash of its weights, its config, the options of its preprocessing,
-    the dtype that is stored and the release of transformers, so that nothing out of date is ever read. Features are in
-    the precision of the encoder, without autocast. A build may be interrupted at any time, and then goes on from where
-    it was; several processes share the work.
+    An entry is found by the hash of its content. Epochs, runs and hyperparameter searches share the entries.
+
+    Each encoder has its own folder. The name of the folder is a hash of the weights, the config, the preprocessing
+    options, the stored dtype and the release of transformers. So outdated features are never read. Features have the
+    precision of the encoder, without autocast. An interrupted build resumes where it stopped; several processes share
+    the work.
 
     Args:
-        cache_dir (`str` or `Path`): Where to keep them; made if it does not exist.
+        cache_dir (`str` or `Path`): The folder of the cache; created if it does not exist.
         max_size_gb (`float`, *optional*):
-            How many GB (10^9 bytes) the folder may take. Where a build needs more, the features of the encoders that
-            were used longest ago are removed, but none that a living process uses.
+            The largest size of the folder, in GB (10^9 bytes). If a build needs more, the least recently used encoders
+            lose their features, but none that a living process uses.
         dtype (`str`, *optional*):
-            `"bfloat16"` or `"float16"` to store half as much as `"float32"`. By default as the encoder gives them,
-            which changes nothing.
+            `"bfloat16"` or `"float16"` to store half as much as `"float32"`. By default the dtype of the encoder
+            outputs, which changes nothing.
 
     Example:
 
@@ -59,7 +60,8 @@ class FeatureCache:
     >>> model = MMTransformerForMultiTask.from_encoders(**encoders, freeze=["vision"])
     >>> cache = FeatureCache("features", max_size_gb=50)
     >>> trainer = MMTrainer(model, args, processing_class=processor, train_dataset=rows, feature_cache=cache)
-    ```"""
+    ```
+    """
 
     def __init__(self, cache_dir: str | os.PathLike, max_size_gb: Optional[float] = None, dtype: Optional[str] = None):
         if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -81,7 +83,7 @@ class FeatureCache:
 
     def modalities(self, model: Any, collator: Any) -> list[str]:
         """
-        What can be cached for a [`MMTransformerForMultiTask`]: the modalities whose encoder is frozen as a whole.
+        The modalities that can be cached for a [`MMTransformerForMultiTask`]: those with a completely frozen encoder.
 
         Raises:
             ValueError: if there is none, or the collator is not an [`MMDataCollator`].
@@ -108,8 +110,9 @@ class FeatureCache:
         self, model: Any, collator: MMDataCollator, dataset: Any, batch_size: int = 32, num_workers: int = 0
     ) -> MMDataCollator:
         """
-        Encodes what is missing of a data set, and returns the collator whose batches hold features. All processes must
-        call it.
+        Encodes the missing items of a data set, and returns the collator whose batches hold features.
+
+        All processes must call it.
 
         Args:
             model: a [`MMTransformerForMultiTask`].
@@ -141,7 +144,7 @@ class FeatureCache:
             for modality in modalities
             for part in modalities_of(modality)
         }
-        # What was looked through once need not be looked through before each evaluation.
+        # A data set is scanned once, not before each evaluation.
         fingerprint = getattr(dataset, "fingerprint", None)
         if fingerprint is None or not all((fingerprint, collator) in store.searched for store in stores.values()):
             builder = Builder(model.model, collator, stores, hashes, dtype, self._make_room, batch_size, num_workers)
@@ -178,7 +181,7 @@ class FeatureCache:
     def _make_room(self, counts: dict[str, int], needed: int) -> None:
         """
         Args:
-            counts: modality -> how many items are to be encoded.
+            counts: modality -> the number of items to encode.
             needed: how many bytes they are expected to take.
         """
         what = " and ".join(f"{count:,} {ENCODERS[modality].plural}" for modality, count in counts.items())
@@ -205,12 +208,12 @@ class FeatureCache:
 
 def _evict(folder: Path) -> Path:
     logger.warning(f"{folder} was used longest ago, and is removed from the feature cache to make room.")
-    # Under another name first, so that nobody finds half of it.
+    # Renamed first, so that no process finds a half-deleted store.
     doomed = folder.with_name(f"removed-{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):  # another process was faster
         folder.rename(doomed)
         remove_store(doomed)
-        if doomed.exists():  # somebody keeps files of his own there
+        if doomed.exists():  # a user keeps other files there
             doomed.rename(folder)
     return folder
 

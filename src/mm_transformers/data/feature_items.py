@@ -17,10 +17,10 @@ from .sources import ROW_KEY, name_of_row, own_column
 
 class Found(NamedTuple):
     """
-    An item of a data set: where it is first met, and for a text its tokens.
+    An item of a data set, with its first row; for a text, with its tokens.
 
     Args:
-        place: which of the cell's items it is.
+        place: the number of the item within its cell.
     """
 
     modality: str
@@ -36,7 +36,7 @@ class Found(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Items, the input of the encoder, which entries of it are whose, and hashes of the items as they were read."""
+    """Items, the encoder input, the entries of each item in it, and hashes of the items as they were read."""
 
     items: list[Found]
     inputs: dict[str, torch.Tensor]
@@ -60,7 +60,7 @@ class Rows(Dataset):
 
 
 class Items(Dataset):
-    """Items, each with the row that it is in."""
+    """Items, each with its row."""
 
     def __init__(self, dataset: Any, items: list[Found]):
         self.dataset, self.items = dataset, items
@@ -74,7 +74,7 @@ class Items(Dataset):
 
 
 class Scanner:
-    """Rows -> the items in them that are not stored."""
+    """Rows -> their items that are not stored yet."""
 
     def __init__(self, collator: Any, stores: dict[str, FeatureStore], hashes: dict[str, ItemHash]):
         self.collator, self.stores = collator, stores
@@ -96,7 +96,7 @@ class Scanner:
                     for place, cell in enumerate(column.split(row.get(column.column))):
                         same = column.key(cell)
                         if same not in known:
-                            # The cell is kept, for its id is given again once it is gone.
+                            # The cell is kept: after its deletion another object could get its id.
                             known[same] = cell, column.load_item(cell, _where(row, number, column))
                         key = known[same][1]
                         if key is not None and key not in store:

@@ -1,4 +1,4 @@
-"""Hashes: of encoders and what prepares their input, of items, and of texts."""
+"""Hashes of encoders and their preprocessors, of items, and of texts."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from ..model.modalities import Modality
 KEY_SIZE = 16  # bytes of a hash
 
 
-# What a config says that has no part in what an encoder gives.
+# Fields of a config that do not affect the encoder outputs.
 _NOT_PART_OF_IT = {
     "transformers_version",
     "architectures",
@@ -31,7 +31,7 @@ _NOT_PART_OF_IT = {
 
 
 def hash_of(*parts: bytes) -> bytes:
-    """The same in every process: 16 bytes of BLAKE2b over the parts and their lengths."""
+    """16 bytes of BLAKE2b over the parts and their lengths, equal in every process."""
     state = hashlib.blake2b(digest_size=KEY_SIZE)
     for part in parts:
         state.update(len(part).to_bytes(8, "big"))
@@ -41,9 +41,10 @@ def hash_of(*parts: bytes) -> bytes:
 
 def hash_of_encoder(encoder: nn.Module, preprocessing: Any, dtype: torch.dtype) -> str:
     """
-    Changes with the weights of an encoder, its config, what prepares its input (an image processor, a feature
-    extractor, or `None`), the dtype that its features are stored in, and the release of transformers, of whose code all
-    of these are the options.
+    A hash of everything that decides the features of an encoder.
+
+    It covers the weights, the config, the preprocessor (an image processor, a feature extractor, or `None`) and the
+    stored dtype. It also covers the release of transformers, whose code computes the features.
     """
     about = {
         "transformers": transformers.__version__,
@@ -60,7 +61,7 @@ def hash_of_encoder(encoder: nn.Module, preprocessing: Any, dtype: torch.dtype) 
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> str:
-    """XXH3 of the contents: far cheaper than [`hash_of`], and enough to notice that values have changed."""
+    """XXH3 of the contents: far cheaper than [`hash_of`], and enough to detect changed values."""
     state = xxhash.xxh3_128()
     for tensor in tensors:
         state.update(_bytes_of(tensor))
@@ -72,19 +73,20 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def hash_of_text(inputs: dict[str, torch.Tensor]) -> bytes:
-    """Of the ids of the tokens of one text, without padding."""
+    """The hash of the token ids of one text, without padding."""
     return hash_of(*(f"{name}{value.tolist()}".encode() for name, value in sorted(inputs.items())))
 
 
 class ItemHash:
     """
-    An image, a video or a sound as a table holds it -> the hash of its content: of the bytes of the file, or of the
-    pixels or samples of what is no file.
+    An image, a video or a sound from a table -> the hash of its content.
+
+    The content is the bytes of the file. Without a file, it is the pixels or samples.
 
     Args:
         modality: the kind of item.
         load: reads it; raises `ValueError` with one sentence.
-        options: what else `load` depends on.
+        options: the options of `load`.
     """
 
     def __init__(self, modality: Modality, load: Callable[[Any], Any], options: str = ""):
@@ -97,7 +99,7 @@ class ItemHash:
             if isinstance(content, (str, os.PathLike)):
                 content = read_file(content)
         except (OSError, ValueError):
-            content = None  # `load` says what is wrong
+            content = None  # `load` raises the error
         if isinstance(content, bytes):
             options = self.options + "".join(f"{name}={value};" for name, value in sorted(cast_of(cell).items()))
             return hash_of(self.modality.argument.encode(), options.encode(), b"file", content)
@@ -105,7 +107,7 @@ class ItemHash:
 
 
 def digest_of(item: Any) -> bytes:
-    """The hash of an image, the frames of a video or a sound, as it was read."""
+    """The hash of an image, the frames of a video or a sound, after reading."""
     return hash_of(*_read_parts(item))
 
 

@@ -1,4 +1,4 @@
-"""Batches that carry stored features instead of images, sounds or texts to be encoded."""
+"""Batches of stored features instead of images, sounds or texts."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from .media import MediaColumn
 
 
 class CachedItem(NamedTuple):
-    """An image, a video or a sound of which only the features are read; `tokens` is `None` if there are none."""
+    """The features of an image, a video or a sound; `tokens` is `None` if there are none."""
 
     key: bytes
     tokens: Optional[torch.Tensor] = None
@@ -21,7 +21,7 @@ class CachedItem(NamedTuple):
 
 
 class _Lookup:
-    """Takes the place of what reads an item: gives its features; reads it only to say what is wrong with it."""
+    """Replaces the reader of an item: returns its features, and reads the item only to raise its error."""
 
     def __init__(self, item_hash: ItemHash, store: FeatureStore):
         self.item_hash, self.store = item_hash, store
@@ -38,12 +38,12 @@ class _Lookup:
 
 class CachedFeatures:
     """
-    What a collator has in place of encoders whose features are stored.
+    The stored features that a collator reads instead of the inputs of frozen encoders.
 
     Args:
-        stores: "text", "vision" or "audio" -> where its features are.
+        stores: "text", "vision" or "audio" -> the store of its features.
         hashes: "images", "videos" or "audio" -> the hash by which an item is found.
-        text_width, text_dtype: of the features of texts, of which a batch may have none.
+        text_width, text_dtype: of the features of texts, needed for a batch without any text.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class CachedFeatures:
 
     @property
     def kinds(self) -> list[str]:
-        """What the processor is not given any more."""
+        """The inputs that the processor no longer gets."""
         return [modality.argument for encoder in self.stores for modality in modalities_of(encoder)]
 
     def with_lookup(self, media: dict[str, MediaColumn]) -> dict[str, MediaColumn]:
-        """The columns of a collator, of which those that are stored look their items up instead of reading them."""
+        """The columns of a collator; stored columns look their items up instead of reading them."""
         columns = dict(media)
         for encoder, store in self.stores.items():
             for modality in modalities_of(encoder):
@@ -74,8 +74,8 @@ class CachedFeatures:
         Adds `image_features`, `audio_features`, `audio_feature_mask`, `text_features` and the indexes to a batch.
 
         Args:
-            media: what the columns gave for each row.
-            names: how messages call the rows.
+            media: the items of the columns for each row.
+            names: the names of the rows in messages.
 
         Raises:
             ValueError: if something is not stored, or images have different numbers of tokens.
@@ -111,7 +111,7 @@ def unpadded_texts(batch: Mapping[str, torch.Tensor]) -> list[Optional[dict[str,
 
 
 def replace_load(column: MediaColumn, load: Callable[[Any], Any], **kwargs: Any) -> MediaColumn:
-    """A copy of the column that reads its items in another way."""
+    """A copy of the column with another reader."""
     column = copy.copy(column)
     column.load, column.pixels_for_each = load, no_pixel_limit
     for name, value in kwargs.items():
@@ -120,7 +120,7 @@ def replace_load(column: MediaColumn, load: Callable[[Any], Any], **kwargs: Any)
 
 
 def _images(rows: list[list[CachedItem]], names: list[str]) -> dict[str, torch.Tensor]:
-    """Images, and frames of videos behind them, as the processor numbers them."""
+    """Images, then frames of videos, in the order of the processor."""
     numbers: dict[tuple[bytes, int], int] = {}
     distinct: list[torch.Tensor] = []
     index: list[list[int]] = []

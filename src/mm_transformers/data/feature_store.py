@@ -1,4 +1,4 @@
-"""The features that one encoder gives, on disk: shards that are written once, in one go, and read without copying."""
+"""The features of one encoder on disk: shards that are written once, atomically, and read without copying."""
 
 import json
 import os
@@ -23,23 +23,25 @@ from .feature_keys import KEY_SIZE, checksum
 
 logger = logging.get_logger(__name__)
 
-# The files of a store; whatever else is in its folder is not touched.
+# The files of a store; other files in its folder are not touched.
 _SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
 _OF_PROCESSES = re.compile(r".*~\d+~[0-9a-f]{32}\.(tmp|use)")
 _OWN_NAMES = {"about.json", "last_used"}
 _TENSORS = ("features", "keys", "digests", "shapes")
-# A build that is interrupted loses at most so much of its work.
+# The most work that an interrupted build loses.
 SHARD_BYTES = 64 * 2**20
-# Whether a process of another machine still runs cannot be known; after a day it counts as gone.
+# Whether a process of another machine still runs is unknown; after a day it counts as ended.
 _LONGEST_SILENCE = 24 * 3600
 
 
 class Features(NamedTuple):
     """
+    The features of one item.
+
     Args:
         key: hash of the item.
         tokens: (tokens, width) of a text, an image or a clip; (frames, tokens, width) of a video.
-        digest: hash of the item as it was read, so that equal pictures in different files are known to be equal.
+        digest: hash of the item as it was read, so that equal pictures in different files are recognised.
     """
 
     key: bytes
@@ -49,11 +51,11 @@ class Features(NamedTuple):
 
 class FeatureStore:
     """
-    A folder of shards. A copy that is sent to another process finds its shards anew.
+    A folder of shards. A copy in another process finds its shards again.
 
     Args:
-        folder: made if it does not exist.
-        about: what `about.json` in the folder says, for people.
+        folder: created if it does not exist.
+        about: the content of `about.json` in the folder, for people.
         width: that of the features; by default that of the first shard.
     """
 
@@ -61,7 +63,7 @@ class FeatureStore:
         self.folder, self.width = folder, width
         self._forget()
         folder.mkdir(parents=True, exist_ok=True)
-        # Others do not evict it while this process lives; what dead processes have left is removed.
+        # Others do not evict it while this process lives. Files of dead processes are removed.
         self._mark = folder / _own_name(".use")
         self._mark.touch()
         self._release = weakref.finalize(self, _remove_own, self._mark, os.getpid())
@@ -74,7 +76,7 @@ class FeatureStore:
         self.refresh()
 
     def _forget(self) -> None:
-        self.searched: set[Any] = set()  # data sets all of whose items are known to be here
+        self.searched: set[Any] = set()  # data sets whose items are all stored
         self._shards: list[torch.Tensor] = []
         self._known: set[str] = set()
         self._index: dict[bytes, tuple[int, int, int, int, bytes]] = {}
@@ -85,17 +87,17 @@ class FeatureStore:
     def __setstate__(self, state: dict[str, Any]):
         self.folder, self.width = state["folder"], state["width"]
         self._forget()
-        self.refresh(verify=False)  # the process that sent it has looked
+        self.refresh(verify=False)  # the sending process has verified it
 
     def touch(self) -> None:
-        """Notes that it is used now."""
+        """Records the time of this use."""
         self._mark.touch()
         drop_link(self.folder / "last_used")
         (self.folder / "last_used").touch()
 
     def refresh(self, verify: bool = True) -> None:
         """
-        Reads the index of shards that are new, whoever has written them.
+        Reads the index of new shards, from any process.
 
         Args:
             verify: whether to compare their contents with their checksums.
@@ -118,7 +120,7 @@ class FeatureStore:
         except FileNotFoundError:
             return
         except (SafetensorError, OSError) as error:
-            # After a loss of power, a file may have its name but not its content; disks and memory can flip bits.
+            # After a power failure a file may lack its content; disks and memory can flip bits.
             logger.warning(f"{path} cannot be used ({error}); it is removed, and its features are computed anew.")
             path.unlink(missing_ok=True)
             return
@@ -135,7 +137,7 @@ class FeatureStore:
             start += max(frames, 1) * tokens
 
     def _fits(self, tensors: dict[str, torch.Tensor]) -> bool:
-        """Whether the tensors of a shard belong together, and are as wide as those before it."""
+        """Whether the tensors of a shard fit each other, and have the width of earlier shards."""
         features, shapes = tensors["features"], tensors["shapes"]
         if features.ndim != 2 or shapes.ndim != 2 or shapes.shape[1] != 2 or shapes.dtype != torch.int64:
             return False
@@ -163,7 +165,9 @@ class FeatureStore:
 
     def write(self, items: list[Features]) -> None:
         """
-        Adds a shard: under another name first, so that it is there as a whole or not at all.
+        Adds a shard.
+
+        It is written under another name first, so that it exists completely or not at all.
 
         Raises:
             OSError: if there is no space left, or the folder cannot be written to.
@@ -192,7 +196,7 @@ class FeatureStore:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder, which others may write to or remove meanwhile."""
+    """The total size of the files in a folder, in bytes; others may change them meanwhile."""
     total = 0
     for path in folder.rglob("*"):
         try:
@@ -203,12 +207,12 @@ def size_of(folder: Path) -> int:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a living process, this one included, has the folder as its store."""
+    """Whether a living process, this one included, uses the folder as its store."""
     return any(_is_alive(path) for path in folder.glob("*.use") if _OF_PROCESSES.fullmatch(path.name))
 
 
 def remove_store(folder: Path) -> None:
-    """Removes what stores have written, and the folder if nothing else is in it."""
+    """Removes the files of stores, and the folder if it holds nothing else."""
     for path in folder.iterdir():
         is_own = path.name in _OWN_NAMES or _OF_PROCESSES.fullmatch(path.name) or _is_own_shard(path)
         if is_own and not path.is_dir():
@@ -218,7 +222,7 @@ def remove_store(folder: Path) -> None:
 
 
 def _is_own_shard(path: Path) -> bool:
-    """By its name, and by what it says of itself if it can be read."""
+    """Whether a file is a shard: by its name, and by its metadata if it can be read."""
     if not _SHARD.fullmatch(path.name):
         return False
     try:
@@ -233,7 +237,7 @@ def _as_tensor(hashes: Iterable[bytes]) -> torch.Tensor:
 
 
 def _own_name(suffix: str) -> str:
-    """A name that nobody else has, and that says which process it belongs to."""
+    """A unique file name that contains the id of the process."""
     return f"{platform.node()}~{os.getpid()}~{uuid.uuid4().hex}{suffix}"
 
 
@@ -249,5 +253,5 @@ def _is_alive(path: Path) -> bool:
 
 
 def _remove_own(path: Path, pid: int) -> None:
-    if os.getpid() == pid:  # a worker of a data loader has a copy of the store, which is not the store
+    if os.getpid() == pid:  # in a worker of a data loader, this is only a copy of the store
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Rows in random order, those that share an image side by side."""
+"""Rows in random order, with rows of the same image side by side."""
 
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
@@ -9,17 +9,18 @@ from torch.utils.data import Sampler
 
 class SharedImageSampler(Sampler[int]):
     """
-    Indices in a random order in which rows that share an image come up to `rows_per_image` at a time, so that a batch
-    reads and encodes an image once for all of them. A function of the seed and the epoch alone.
+    Row indices in a random order in which rows with the same image come together, up to `rows_per_image` at a time.
+
+    A batch then reads and encodes an image once for all of its rows. The order depends on the seed and the epoch alone.
 
     Args:
-        images: for each row something that is equal for equal images, `None` for a row without any.
-        rows_per_image: how many rows of an image come together at most; 1 is the usual random order.
+        images: a value per row, equal for equal images; `None` for a row without an image.
+        rows_per_image: the largest number of rows of an image that come together; 1 is the usual random order.
         seed: of the order.
     """
 
     def __init__(self, images: Iterable[Hashable], rows_per_image: int, seed: int = 0):
-        # Numbered as they come, and not by a hash, so that every process has the same order.
+        # Numbered in order of appearance, and not by a hash, so that every process has the same order.
         numbers: dict[Hashable, int] = {}
         groups = [
             numbers.setdefault(("row", row) if key is None else key, len(numbers)) for row, key in enumerate(images)
@@ -43,15 +44,17 @@ class SharedImageSampler(Sampler[int]):
         groups = self.groups[rows]
         starts = np.flatnonzero(np.diff(groups, prepend=-1))
         place = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
-        chunks = np.cumsum((place % self.rows_per_image) == 0) - 1  # the number of the chunk that each row is in
+        chunks = np.cumsum((place % self.rows_per_image) == 0) - 1  # the number of the chunk of each row
         positions = generator.permutation(chunks[-1] + 1 if len(rows) else 0)
         return rows[np.argsort(positions[chunks], kind="stable")]
 
 
 def images_of(rows: Any, column: Any) -> Iterator[Hashable]:
     """
-    What [`SharedImageSampler`] takes, of rows as the collator sees them. Images are equal by path or by the bytes of
-    their files; what is neither, such as an array, is taken for an image of its own.
+    The images of [`SharedImageSampler`], from rows as the collator sees them.
+
+    Images are equal by path or by the bytes of their files. Any other image, such as an array, counts as different from
+    all others.
 
     Args:
         column: the [`MediaColumn`] of the images.

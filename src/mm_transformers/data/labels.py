@@ -1,4 +1,4 @@
-"""Columns of labels, as files store them, become what tasks take; labels that are not named are found in the rows."""
+"""Converts label columns of files for their tasks, and finds unnamed labels in the rows."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,8 +18,10 @@ logger = logging.get_logger(__name__)
 
 def prepare_labels(data: datasets.DatasetDict, tasks: list[dict[str, Any]]) -> datasets.DatasetDict:
     """
-    Settles what a whole column says about its cells, and no single one: where all texts are whole numbers, they are
-    numbers, if the task takes some; and a column of a task that writes holds texts, also those that look like numbers.
+    Sets the types of label columns, from whole columns and not from single cells.
+
+    A column of whole numbers written as texts becomes numbers, if the task takes numbers. A column of a task that
+    writes becomes texts, even if they look like numbers.
 
     Args:
         data: split -> rows; changed in place.
@@ -41,7 +43,7 @@ def prepare_labels(data: datasets.DatasetDict, tasks: list[dict[str, Any]]) -> d
                 is_plain = isinstance(rows.features[column], datasets.Value)
                 data[split] = rows.cast_column(column, datasets.Value("string")) if is_plain else rows
         elif kind.takes_whole_numbers and held and all(rows.features[column] in TEXT_TYPES for rows in held.values()):
-            # In all splits alike: a split with the labels 0 and 1 only may be one of texts all the same.
+            # Alike in all splits: a split with the labels 0 and 1 only may still belong to a column of texts.
             texts = {text for rows in held.values() for text in rows.unique(column) if not _is_blank(text)}
             if texts and all(whole_number(text.strip()) is not None for text in texts):
                 data.update({split: _with_numbers(rows, column) for split, rows in held.items()})
@@ -68,7 +70,7 @@ def check_labels(
     label_separator: str = LABEL_SEPARATOR,
 ) -> None:
     """
-    Finds labels that a task does not know, in all splits, before hours are spent.
+    Checks that the task knows the labels of all splits, before a long training.
 
     Raises:
         ValueError: one sentence that names split, row and column.
@@ -82,17 +84,17 @@ def check_labels(
 
 
 def has_labels(rows: datasets.Dataset, task: Task, text_column: str, label_separator: str = LABEL_SEPARATOR) -> bool:
-    """Whether any row has one."""
+    """Whether any row has a label of the task."""
     labels = encoded_labels(rows, [task], text_column, label_separator)[task.name]
     return any(label is not None for label in labels)
 
 
 def complete_task(task: dict[str, Any], rows: datasets.Dataset, label_separator: str = LABEL_SEPARATOR) -> Task:
     """
-    The task that a dict describes; labels that it does not give are those of the training rows.
+    The task of a dict; by default its labels are those of the training rows.
 
     Raises:
-        ValueError: if the column holds no label, or what cannot be a label.
+        ValueError: if the column holds no label, or a cell that cannot be a label.
     """
     column = task.get("column") or task["name"]
     kind = TASK_KINDS.get(task.get("kind") or "", Task)

@@ -1,4 +1,4 @@
-"""Files and data sets of the Hub become splits of rows."""
+"""Loads files and data sets of the Hub as splits of rows."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,8 +38,8 @@ def load_files(
         files: split -> path.
         media_columns: columns of images, videos and sounds; relative paths in them become absolute.
         root: where these paths start; defaults to the folder of each file.
-        cache_dir: where `datasets` keeps what it has read.
-        option: how messages call what named the file of a split.
+        cache_dir: the cache folder of `datasets`.
+        option: the name in messages of the option that gave the file of a split.
 
     Raises:
         ValueError: if a file does not exist, is of another kind, has no rows, or cannot be read.
@@ -65,9 +65,9 @@ def load_files(
 
 def _read(path: str, split: str, cache_dir: str | None) -> datasets.Dataset:
     table = TableRows(Path(path))
-    if table.path.suffix == ".parquet":  # may say more of its columns than their types, as that they are images
+    if table.path.suffix == ".parquet":  # may store features, such as images, beside the types of its columns
         return datasets.load_dataset("parquet", data_files={split: path}, split=split, cache_dir=cache_dir)
-    # The loaders of `datasets` guess types from the first rows of each part of a file, which later rows may belie.
+    # The loaders of `datasets` guess types from the first rows of each part of a file; later rows may differ.
     stat = table.path.stat()
     return datasets.Dataset.from_generator(
         _rows_of,
@@ -88,7 +88,7 @@ def _rows_of(table: TableRows, version: Any) -> Iterator[dict[str, Any]]:
 
 def load_named(name: str, config_name: str | None = None, cache_dir: str | None = None) -> datasets.DatasetDict:
     """
-    Train, validation and test splits, as far as there are any, of a data set of the Hub or a folder.
+    The train, validation and test splits of a data set of the Hub or a folder; missing splits are left out.
 
     Raises:
         ValueError: if there are no training rows, or a folder names files elsewhere.
@@ -126,12 +126,12 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 def hold_out(data: datasets.DatasetDict, fraction: float, columns: Mapping[str, Any], tasks: Iterable[Task]) -> None:
     """
-    Takes a part of the training rows as validation split, if there is none, by [`hold_out_rows`].
+    Takes a part of the training rows as validation split, by [`hold_out_rows`]; an existing split is kept.
 
     Args:
-        columns: `text_column`, `image_column`, `video_column`, `audio_column` and `label_separator`, as
-            [`hold_out_rows`] takes them.
-        tasks: whose labels are to be distributed equally.
+        columns: `text_column`, `image_column`, `video_column`, `audio_column` and `label_separator`, as in
+            [`hold_out_rows`].
+        tasks: the tasks whose labels are to be distributed equally.
 
     Raises:
         ValueError: if the rows cannot be split.
@@ -154,6 +154,8 @@ def first_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
 
 def check_columns(data: Mapping[str, datasets.Dataset], wanted: Mapping[str, tuple[str, ...]]) -> None:
     """
+    Checks that each split has one of the columns of each option.
+
     Args:
         data: split -> rows.
         wanted: the option that names the columns -> columns, of which each split needs one.

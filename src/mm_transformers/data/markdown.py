@@ -1,4 +1,4 @@
-"""Names, labels and texts of strangers as plain text in Markdown."""
+"""Names, labels and texts from untrusted sources as plain text in Markdown."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ _SPECIAL = re.compile(r"([\\`*<>\[\]|~&$]|(?<=www)\.|:(?=//))", re.IGNORECASE)
 
 def plain_markdown(text: Any) -> str:
     """
-    A text that Markdown shows as it is, in one line: neither link, HTML, code nor another cell of a table.
+    A text that Markdown shows unchanged, in one line: without links, HTML, code or new cells of a table.
 
     Example:
 

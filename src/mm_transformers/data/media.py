@@ -1,4 +1,4 @@
-"""Reads the images, videos and sounds of a batch, once each, and says of which row one cannot be read."""
+"""Reads the images, videos and sounds of a batch, once each; errors name the row."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Optional
@@ -15,12 +15,12 @@ from .sources import own_column
 
 logger = logging.get_logger(__name__)
 
-# How many bad files are named, each in a warning of its own.
+# The number of bad files that are named, each in a separate warning.
 MOST_NAMED = 100
 
 
 class SharedCounter:
-    """A count to which the workers of a data loader add, each in a place of its own, so that none waits."""
+    """A counter for the workers of a data loader. Each has a separate place, so that none waits."""
 
     def __init__(self):
         self._counts = torch.zeros(256, dtype=torch.int64).share_memory_()
@@ -44,11 +44,11 @@ class MediaColumn:
     Args:
         column: its name.
         modality: the kind of its items; splits a cell into them.
-        load: an item -> what the processor takes; raises `ValueError` with one sentence. It takes `most_pixels` if
+        load: an item -> the input of the processor; raises `ValueError` with one sentence. It takes `most_pixels` if
             the modality limits pixels.
-        on_bad_file: `"raise"`, or `"drop"` what cannot be read, and count it.
-        num_bad_files: where that is counted.
-        addresses: which addresses in cells may be fetched; none by default.
+        on_bad_file: `"raise"`, or `"drop"` to count and drop items that cannot be read.
+        num_bad_files: the counter of dropped items.
+        addresses: the addresses in cells that may be fetched; none by default.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class MediaColumn:
 
     def read(self, rows: list[Mapping[str, Any]], names: list[str]) -> tuple[list[list[Any]], list[bool]]:
         """
-        The items of each row, read, and whether it had any; what several rows share is one object.
+        The items of each row, read, and whether the row had any. Shared items are one object.
 
         Args:
-            names: how messages call the rows.
+            names: the names of the rows in messages.
         """
         loaded: dict[Hashable, Any] = {}
-        kept = []  # a key may be the id of an object, which is given again once the object is gone
+        kept = []  # a key may be the id of an object, which is reused after its deletion
         result, were_there = [], []
         for row, name in zip(rows, names, strict=True):
             cells = self.split(row.get(self.column))
@@ -95,11 +95,11 @@ class MediaColumn:
 
     def load_item(self, cell: Any, where: str, most_pixels: Optional[int] = None) -> Any:
         """
-        One item, read; `None` if it cannot be and is to be dropped, which is not counted here.
+        One item, read; `None` if it cannot be read and is dropped. The drop is not counted here.
 
         Args:
-            where: how messages call the row and the column.
-            most_pixels: how many it may keep.
+            where: the name of row and column in messages.
+            most_pixels: the number of pixels that the item may keep.
         """
         options = {} if most_pixels is None else {"most_pixels": most_pixels}
         try:
@@ -109,7 +109,7 @@ class MediaColumn:
             return None
 
     def _are_few(self, cells: list[Any], row: Mapping[str, Any], name: str) -> bool:
-        """Whether a row has no more items than are allowed; otherwise they are treated as one that cannot be read."""
+        """Whether the number of items of a row is within the limit; otherwise they count as one unreadable item."""
         try:
             check_number(cells, "items")
         except ValueError as error:

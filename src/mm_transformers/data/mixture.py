@@ -1,4 +1,4 @@
-"""Several data sets, each with its own columns and tasks, as one to train on."""
+"""Several data sets, each with its own columns and tasks, as one training set."""
 
 import math
 import numbers
@@ -18,33 +18,34 @@ logger = logging.get_logger(__name__)
 
 class DataMixture:
     """
-    Data sets to train on together, as the `train_dataset` of [`MMTrainer`]. A task without labels in a data set learns
-    nothing from its rows.
+    Several data sets to train on together: a `train_dataset` for [`MMTrainer`].
 
-    An epoch is as many rows as all the data sets have together (where their shares are not those of their sizes, small
-    ones are then repeated, and large ones not read to the end; the next epoch goes on there). The order is a function
-    of `data_seed` (or `seed`) and the epoch alone.
+    A task without labels in a data set learns nothing from its rows.
 
-    If one of the data sets is a stream (`datasets.IterableDataset` or any iterable), there is one endless stream, in
-    which each row is from a data set drawn by the shares; `max_steps` says when to stop. Map-style data sets are
-    shuffled; streams are read in their own order: shuffle them by their own `shuffle`. Each process, and each worker of
-    its data loader, reads rows of its own in each pass through a data set, so every data set needs at least as many
-    rows as there are of those.
+    An epoch has as many rows as all the data sets together. If the shares differ from the sizes, small data sets
+    repeat, and large ones are read in part; the next epoch continues there. The order depends on `data_seed` (or
+    `seed`) and the epoch alone.
+
+    If a data set is a stream (`datasets.IterableDataset` or any iterable), the mixture is one endless stream. Each row
+    then comes from a data set drawn by the shares, and `max_steps` ends the training. Map-style data sets are shuffled.
+    Streams keep their own order: shuffle them by their own `shuffle`. In each pass through a data set, each process and
+    each worker of its data loader reads different rows. So every data set needs at least as many rows as there are
+    readers.
 
     Args:
-        datasets (`dict[str, Any]`): Names, for messages and logs -> data sets, or [`DataSource`] objects that say their
-            columns and tasks.
+        datasets (`dict[str, Any]`):
+            Names, for messages and logs -> data sets, or [`DataSource`] objects with columns and tasks.
         sampling (`str` or `dict[str, float]`, *optional*, defaults to `"proportional"`):
-            `"proportional"`: every row once per epoch. `"temperature"`: data sets by N^(1 / temperature), N their
-            number of rows (https://arxiv.org/abs/1910.10683). Or the weight of each; 0 leaves it out. What is above 0
-            gets at least one row (with separate batches, one batch) in each epoch. Streams need weights. A data set
-            that is repeated is shuffled anew each time, so that its rows are used evenly.
-        temperature (`float`, *optional*, defaults to 2.0): More than 0. 1 is by size, infinity the same for all.
+            `"proportional"`: every row once per epoch. `"temperature"`: each data set by N^(1 / temperature), where N
+            is its number of rows (https://arxiv.org/abs/1910.10683). Or a dict with the weight of each; 0 leaves a data
+            set out. A positive weight gives at least one row (with separate batches, one batch) in each epoch. Streams
+            need weights. A repeated data set is shuffled anew each time, so that its rows are used evenly.
+        temperature (`float`, *optional*, defaults to 2.0): More than 0. 1 is by size, infinity is equal shares.
         batches (`str`, *optional*, defaults to `"mixed"`):
-            `"mixed"`, or `"separate"`: each batch of a process is from one data set; with `"proportional"`, the last
-            batch of a data set then has the rows that are left, and `dataloader_drop_last` leaves it out; otherwise
-            all are full, and what is left of a data set is for the next epoch. Processes may have batches from
-            different data sets in the same step.
+            `"mixed"`, or `"separate"`: each batch of a process is from one data set. With `"proportional"`, the last
+            batch of a data set then has the remaining rows, and `dataloader_drop_last` leaves it out. Otherwise all
+            batches are full, and the remaining rows are for the next epoch. Processes may have batches from different
+            data sets in the same step.
 
     Raises:
         ValueError: one sentence, if a data set is empty or several splits, weights do not fit the data sets, or streams
@@ -97,7 +98,7 @@ class DataMixture:
 
     def check(self, collator: Any, args: Any) -> None:
         """
-        What depends on the model and the arguments of training.
+        Checks that the data sets fit the model and the training arguments.
 
         Raises:
             ValueError: one sentence.
@@ -133,7 +134,7 @@ class DataMixture:
                 logger.warning(f"None of the data sets has labels of task {task!r}.")
 
     def rows(self, collator: MMDataCollator, batch_size: int, args: Any) -> MixedRows | MixedStream:
-        """What the data loader of one process reads; `batch_size` is that of a process."""
+        """The rows for the data loader of one process; `batch_size` is that of a process."""
         parts = [
             source.rows(collator, name, place=(i, len(self.sources)))
             for i, (name, source) in enumerate(self.sources.items())
@@ -150,7 +151,7 @@ class DataMixture:
 
 def check_sources(train_dataset: Any, eval_dataset: Any, collator: Any, args: Any) -> None:
     """
-    The checks of mixtures and [`DataSource`] objects among the data sets of a trainer.
+    Checks the mixtures and [`DataSource`] objects among the data sets of a trainer.
 
     Raises:
         ValueError: one sentence.
@@ -187,7 +188,7 @@ def _size(source: DataSource) -> Optional[int]:
 
 
 def _shares(sampling: Any, temperature: Optional[float], sizes: dict[str, Optional[int]]) -> Optional[dict[str, float]]:
-    """The share of each data set that has one above 0; `None` for proportional."""
+    """The share of each data set with a positive share; `None` for proportional."""
     if temperature is not None and sampling != "temperature":
         raise ValueError("temperature is for sampling='temperature'; leave it out, or choose that.")
     if isinstance(sampling, Mapping):

@@ -9,25 +9,24 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from .sources import StreamOfSource
 
 
-# Indices of a place in a batch where there is no row.
+# The index of a missing row in a batch.
 NO_ROW = -1
-# What random numbers are for; so the order within a data set does not depend on that of the draws.
+# The uses of random numbers. Each has its own, so the order within a data set does not depend on the draws.
 _ORDER, _DRAWS = 0, 1
 
 
 class MixtureSampler(Sampler[int]):
     """
-    Indices into the concatenated data sets; a function of the seed and the epoch alone.
+    Indices into the concatenated data sets; they depend on the seed and the epoch alone.
 
-    An epoch draws the same number of rows of a data set each time, and goes on where the last one stopped in the
-    permutations of that data set, each shuffled anew; so the rows of a data set are used evenly.
+    Each epoch draws the same number of rows of a data set. It continues in the permutation of that data set where the
+    last epoch stopped. Each permutation is shuffled anew, so all rows are used evenly.
 
     Args:
         sizes: the number of rows of each data set.
-        shares: the part of an epoch that is each data set's; `None` for each row once.
+        shares: the share of each data set in an epoch; `None` for each row once.
         seed: of the order.
-        batch_size: if given, every batch of that size is from one data set; where rows are lacking for that, indices
-            are -1.
+        batch_size: if given, every batch of that size is from one data set; -1 stands for missing rows.
         drop_last: leave out the batches that would have -1.
     """
 
@@ -47,7 +46,7 @@ class MixtureSampler(Sampler[int]):
             self.steps = self.counts
         else:
             self.counts = [n - n % unit if drop_last else n for n in sizes]
-            self.steps = sizes  # what is left out of one epoch is not what is left out of the next
+            self.steps = sizes  # each epoch leaves out other rows
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -58,7 +57,7 @@ class MixtureSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = self.order(self.epoch)
-        for start in range(0, len(order), 10_000):  # numbers of Python's own take four times the memory
+        for start in range(0, len(order), 10_000):  # Python integers take four times the memory
             yield from order[start : start + 10_000].tolist()
 
     def order(self, epoch: int) -> np.ndarray:
@@ -87,7 +86,7 @@ def permutation(seed: int, i: int, n: int, size: int) -> np.ndarray:
 
 
 def apportion(total: int, shares: list[float]) -> list[int]:
-    """Whole numbers that add up to the total, by largest remainder; at least 1 each, for which the largest gives."""
+    """Integers that sum to the total, by largest remainder; at least 1 each, at the cost of the largest."""
     exact = np.array(shares) / sum(shares) * total
     counts = np.floor(exact).astype(np.int64)
     for i in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
@@ -99,14 +98,14 @@ def apportion(total: int, shares: list[float]) -> list[int]:
 
 
 class MixedRows(Dataset):
-    """The concatenated rows of map-style data sets, with the sampler that knows their order."""
+    """The concatenated rows of map-style data sets, with their sampler."""
 
     def __init__(self, parts: list[Any], sampler: MixtureSampler):
         self.parts, self.sampler = parts, sampler
         self.offsets = np.cumsum([0, *map(len, parts)])
 
     def set_epoch(self, epoch: int) -> None:
-        # Once batches are skipped on several processes, accelerate does not find the sampler, but it finds this.
+        # If batches are skipped on several processes, accelerate finds this, but not the sampler.
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
@@ -128,14 +127,15 @@ class MixedRows(Dataset):
 
 class MixedStream(IterableDataset):
     """
-    An endless stream of rows of streams and map-style data sets, drawn by the shares. Each process, and each worker of
-    its data loader, reads a part of every data set that is its own, again and again.
+    An endless stream of rows from streams and map-style data sets, drawn by the shares.
+
+    Each process and each worker of its data loader reads its own part of every data set, again and again.
 
     Args:
         parts: the data sets.
         shares: the probability of each.
         seed: of draws, and of the order of map-style data sets.
-        batch_size: if given, so many rows in a row are from one data set.
+        batch_size: if given, this number of consecutive rows is from one data set.
     """
 
     def __init__(self, parts: list[Any], shares: list[float], seed: int, batch_size: Optional[int] = None):
@@ -145,9 +145,11 @@ class MixedStream(IterableDataset):
 
     def read_own_part(self, dataset: Any) -> None:
         """
+        Makes this process read its own part only.
+
         Args:
-            dataset: this, as accelerate has put it into the data loader of a process: with several, inside an
-                `IterableDatasetShard`, for which every process would read all and keep its share.
+            dataset: this stream, as accelerate has put it into the data loader of a process. With several processes, it
+                is inside an `IterableDatasetShard`, for which every process would read all rows and keep its share.
         """
         if dataset is not self:
             self.rank, self.num_processes = dataset.process_index, dataset.num_processes

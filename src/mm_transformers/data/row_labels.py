@@ -1,4 +1,4 @@
-"""The labels of a whole data set, and single columns of it, without reading an image, a video or a sound."""
+"""Reads the labels and single columns of a whole data set, without images, videos and sounds."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,13 +13,14 @@ from .sources import ANY_SOURCE, SOURCE_KEY, DataSource, RowsOfSource, RowSource
 
 def rows_with_columns(dataset: Any, columns: Iterable[str]) -> Iterator[Mapping[str, Any]]:
     """
-    The rows of a data set, in order, with these columns where they exist (and perhaps more). Of a `datasets.Dataset` no
-    other column is read, and images, videos and sounds come as bytes or path.
+    The rows of a data set, in order, with these columns if they exist (and perhaps more).
+
+    Of a `datasets.Dataset` no other column is read, and images, videos and sounds come as bytes or path.
 
     Args:
         dataset: a `datasets.Dataset`, a list of dicts, another map-style data set whose rows are dicts, or a
-            [`DataSource`] of one, whose own names of columns are translated.
-        columns: as the collator calls them.
+            [`DataSource`] of one, whose column names are translated.
+        columns: the names that the collator uses.
     """
     source = dataset if isinstance(dataset, DataSource) else DataSource(dataset)
     inner, wanted = source.dataset, list(columns)
@@ -44,10 +45,10 @@ def encoded_labels(
     Task name -> the encoded label of each row, `None` where it is missing.
 
     Args:
-        dataset: as [`rows_with_columns`] takes it.
-        tasks: whose labels to encode.
+        dataset: as in [`rows_with_columns`].
+        tasks: the tasks whose labels to encode.
         text_column: the column of texts; read only for tasks that label words.
-        label_separator: what stands between the labels of a text that holds several.
+        label_separator: the separator in texts with several labels.
 
     Raises:
         ValueError: one sentence that names the row and the column, if a cell is not a label.
@@ -71,7 +72,7 @@ def encoded_labels(
 
 
 def text_of(cell: Any) -> str:
-    """The text of a cell: that of a list of words is joined, that of an empty cell is ""."""
+    """The text of a cell: a list of words is joined, an empty cell is ""."""
     if isinstance(cell, (list, tuple)):
         return " ".join(map(str, cell))
     return "" if is_null(cell) else str(cell)

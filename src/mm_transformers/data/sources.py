@@ -1,4 +1,4 @@
-"""Data sets as the collator is to see them: columns as it calls them, rows that know where they are from."""
+"""Data sets for the collator: with its column names, and with the origin of each row."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
@@ -11,28 +11,28 @@ from .cells import RowReader, opened, warn_of_ids
 
 
 class RowKey(Enum):
-    """Keys of a row that are no columns, whatever columns are called."""
+    """Keys of a row that are no columns and cannot clash with column names."""
 
     ROW = "its number in the data set"
     SOURCE = "its data set"
 
 
-# Under these keys [`MMTrainer`] writes into each row its number in the data set, and which data set that is.
+# Under these keys [`MMTrainer`] adds to each row its number in the data set, and the data set.
 ROW_KEY: Any = RowKey.ROW
 SOURCE_KEY: Any = RowKey.SOURCE
-# In a batch of a mixture: how many rows are from each data set. [`MMTrainer`] takes it out before the model sees it.
+# In a batch of a mixture: the number of rows from each data set. [`MMTrainer`] removes it before the model runs.
 ROWS_PER_SOURCE = "rows_per_source"
 
 
 class RowSource(NamedTuple):
     """
-    What a row says of its data set.
+    The data set of a row.
 
     Args:
-        name: how messages call the data set; `None` if there is only one.
+        name: its name in messages; `None` if there is only one data set.
         columns: name that the collator looks for -> name in the data set.
-        tasks: the tasks that have labels there; `None` for all whose column is there.
-        place: which of how many data sets of a mixture it is, for counting; `None` outside of mixtures.
+        tasks: the tasks that have labels there; `None` for all tasks with a column there.
+        place: its number, and the number of data sets in the mixture, for counting; `None` outside of mixtures.
     """
 
     name: Optional[str] = None
@@ -48,19 +48,19 @@ ANY_SOURCE = RowSource()
 
 
 def name_of_row(row: Mapping[str, Any], i: int) -> str:
-    """How messages call the i-th row of a batch."""
+    """The name of the i-th row of a batch in messages."""
     name = f"row {row[ROW_KEY]:,}" if ROW_KEY in row else f"row {i} of the batch"
     source = row.get(SOURCE_KEY, ANY_SOURCE).name
     return name if source is None else f"{name} of {source!r}" if ROW_KEY in row else f"{name}, from {source!r}"
 
 
 def own_column(row: Mapping[str, Any], column: str) -> str:
-    """What the data set of the row itself calls a column."""
+    """The name of a column in the data set of the row."""
     return row.get(SOURCE_KEY, ANY_SOURCE).columns.get(column, column)
 
 
 def count_rows(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """How many rows of the batch are from each data set of a mixture, (num_datasets,) int64; nothing for others."""
+    """The number of rows from each data set of a mixture, (num_datasets,) int64; empty without a mixture."""
     places = [row[SOURCE_KEY].place for row in rows if SOURCE_KEY in row]
     if not places or places[0] is None:
         return {}
@@ -69,20 +69,20 @@ def count_rows(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
 class DataSource:
     """
-    A data set with columns and tasks of its own, for [`DataMixture`], or for [`MMTrainer`] in place of a data set.
+    A data set with its own columns and tasks, for [`DataMixture`], or for [`MMTrainer`] in place of a data set.
 
     Args:
-        dataset: a `datasets.Dataset` or `IterableDataset`, a list of dicts, a pandas `DataFrame`, or what else
-            [`~transformers.Trainer`] takes.
+        dataset: a `datasets.Dataset` or `IterableDataset`, a list of dicts, a pandas `DataFrame`, or another data set
+            that [`~transformers.Trainer`] takes.
         columns (`dict[str, str]`, *optional*):
             Names that the collator and the tasks look for ("text", "image", the columns of tasks) -> names in this data
-            set. A column that is named here answers to its new names only; several may be given to one column.
+            set. A column that is named here has its new names only; one column may have several.
         tasks (`list[str]`, *optional*):
-            The tasks that have labels in this data set. Defaults to all whose column is there, and those that need no
-            column. In its rows the others have no label, whatever columns there are.
+            The tasks that have labels in this data set. Defaults to all tasks with a column in it, and those that need
+            no column. Other tasks have no label in its rows, even if a column has their name.
 
     Raises:
-        ValueError: if the data set is several splits, or `columns` or `tasks` are of another form.
+        ValueError: if the data set is several splits, or `columns` or `tasks` have another form.
 
     Example:
 
@@ -109,7 +109,7 @@ class DataSource:
 
     @property
     def column_names(self) -> Optional[list[str]]:
-        """The columns by the names that the collator looks for; `None` if the data set does not say."""
+        """The columns by the names that the collator looks for; `None` if the data set does not list them."""
         own = columns_of(self.dataset)
         if not own:
             return None
@@ -121,13 +121,15 @@ class DataSource:
 
     def check(self, collator: Any, name: str) -> None:
         """
+        Checks columns and tasks against the data set.
+
         Args:
             collator: the [`MMDataCollator`].
-            name: how messages call the data set.
+            name: the name of the data set in messages.
 
         Raises:
-            ValueError: if a task is unknown, a mapped column is not there or is one that nothing reads, the text column
-                is missing, or no task has labels.
+            ValueError: if a task is unknown, a mapped column does not exist or has no use, the text column is missing,
+                or no task has labels.
         """
         for task in self.tasks or []:
             if task not in collator.tasks:
@@ -167,7 +169,7 @@ class DataSource:
             )
 
     def labelled_tasks(self, collator: Any) -> set[str]:
-        """The tasks that may have labels in this data set, as far as its columns tell."""
+        """The tasks that may have labels in this data set, by its columns."""
         tasks = collator.tasks.values() if self.tasks is None else [collator.tasks[name] for name in self.tasks]
         columns = self.column_names
         return {t.name for t in tasks if columns is None or t.default_cell is not None or t.column in columns}
@@ -183,7 +185,7 @@ class DataSource:
         The data set as a map-style or iterable data set of torch whose rows the collator understands.
 
         Args:
-            numbers: how messages number the rows; by default by their places.
+            numbers: the numbers of the rows in messages; by default their places.
         """
         dataset, reader = opened(self.dataset, media_of(collator, self.columns))
         warn_of_ids(reader, dataset, collator.tasks.values(), self.columns)
@@ -195,19 +197,19 @@ class DataSource:
 
 
 def rows_of(dataset: Any, collator: Any, numbers: Optional[Sequence[int]] = None) -> tuple[Any, Any]:
-    """Of a data set or a [`DataSource`]: what the data loader is to read, and the data set that samplers look at."""
+    """The rows for the data loader and the data set for samplers, of a data set or a [`DataSource`]."""
     source = dataset if isinstance(dataset, DataSource) else DataSource(dataset)
     if source.is_stream and source is not dataset:
         dataset, reader = opened(dataset, media_of(collator))
         warn_of_ids(reader, dataset, collator.tasks.values())
         if reader.columns:
             dataset = dataset.map(reader)
-        return dataset, dataset  # as it is, accelerate knows how to share it out among processes
+        return dataset, dataset  # unchanged, accelerate can shard it over processes
     return source.rows(collator, numbers=numbers), source.dataset
 
 
 def media_of(collator: Any, columns: Mapping[str, str] = {}) -> dict[str, str]:
-    """The columns of pictures, videos and sounds, by their own names -> the argument of the processor."""
+    """The columns of pictures, videos and sounds, by their names in the data set -> the argument of the processor."""
     return {columns.get(media.column, media.column): kind for kind, media in collator.media.items()}
 
 
@@ -224,7 +226,7 @@ class RowsOfSource(Dataset):
 
     @property
     def fingerprint(self) -> Optional[tuple[str, str]]:
-        """Equal for equal rows; `None` where the data set does not tell, or changes its rows as they are read."""
+        """Equal for equal rows; `None` if the data set has no fingerprint, or changes its rows at reading."""
         fingerprint = getattr(self.dataset, "_fingerprint", None)
         if fingerprint is None or self.dataset.format["type"] == "custom":
             return None
@@ -249,19 +251,19 @@ class RowsOfSource(Dataset):
 class StreamOfSource(IterableDataset):
     def __init__(self, dataset: Any, source: RowSource, reader: RowReader):
         self.dataset, self.source, self.reader = dataset, source, reader
-        # How many rows in a row one worker of a data loader takes; those of a batch, so that batches keep their order.
+        # The number of consecutive rows for one worker of a data loader: one batch, so that batches keep their order.
         self.rows_per_turn = 1
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
-        # Streams of `datasets` and of torch share their rows out among workers themselves; other iterables do not.
+        # Streams of `datasets` and of torch split their rows over workers themselves; other iterables do not.
         shares = worker is not None and not isinstance(self.dataset, IterableDataset)
         for i, row in enumerate(self.dataset):
             if not shares or i // self.rows_per_turn % worker.num_workers == worker.id:
                 yield _view(row, self.source, self.reader)
 
     def part(self, consumer: int, num_consumers: int, epoch: int) -> Iterator[dict[str, Any]]:
-        """The rows of one of several consumers, each a process or a worker of one; no two have a row in common."""
+        """The rows of one of several consumers (processes, or workers of one); no two share a row."""
         import datasets
         from datasets.distributed import split_dataset_by_node
 
@@ -269,7 +271,7 @@ class StreamOfSource(IterableDataset):
         if isinstance(dataset, datasets.IterableDataset):
             dataset = split_dataset_by_node(dataset, consumer, num_consumers)
             dataset.set_epoch(epoch)
-            # Not `iter(dataset)`, which in a worker of a data loader would split its rows once more.
+            # Not `iter(dataset)`, which would split the rows again in a worker of a data loader.
             for batch in dataset.iter(batch_size=1):
                 yield _view({column: cells[0] for column, cells in batch.items()}, self.source, self.reader)
             return
@@ -309,7 +311,7 @@ def is_iterable(dataset: Any) -> bool:
 
 
 def columns_of(dataset: Any) -> Optional[list[str]]:
-    """The columns of a data set, if it says so."""
+    """The columns of a data set, if it lists them."""
     names = getattr(dataset, "column_names", None)
     if names is None and hasattr(dataset, "iloc"):
         names = [str(name) for name in dataset.columns]

@@ -1,4 +1,4 @@
-"""Holds out rows for validation: rows of one picture stay together, and both parts have the same shares of labels."""
+"""Holds out rows for validation: rows of one picture stay together, and both parts have equal shares of labels."""
 
 import contextlib
 import hashlib
@@ -48,28 +48,29 @@ def hold_out_rows(
     """
     Splits rows into training rows and held-out rows, without leakage between the two.
 
-    - **Groups.** Rows with the same image, video or sound are on the same side, whether it is given by path, bytes,
-      array or object; so are rows with the same cell of `group_column`. Rows with an equal text (white space and case
-      aside) are too, as long as their group has at most a quarter of the rows to hold out (or four rows, if that is
-      more). A text that occurs more often is rather a keyword or a prompt than the content of a row, and chains of such
-      texts would join nearly all rows into one group. Rarer texts come first.
-    - **Strata.** Both sides have nearly the same shares of each class, each label of a label set, five quantile bins
-      of numbers, and missing labels, for all tasks at once. A class with two or more groups has at least one on
-      each side if the held-out part is large enough. The only group of a class stays in the training rows.
+    - **Groups.** Rows with the same image, video or sound are on the same side: as a path, bytes, an array or an
+      object. So are rows with the same cell of `group_column`. Rows with an equal text (white space and case aside)
+      stay together in groups of limited size. The limit is a quarter of the rows to hold out, or four rows if that is
+      more. Rarer texts come first. More frequent texts are likely keywords or prompts, and would join nearly all rows
+      into one group.
+    - **Strata.** Both sides have nearly the same shares of each class and each label of a label set. The same holds for
+      five quantile bins of numbers, and for missing labels, for all tasks at once. A class with two or more groups has
+      at least one on each side if the held-out part is large enough. The only group of a class stays in the training
+      rows.
 
-    Same rows and same seed, same split. Both parts come in random order. A file is read only if another has the same
-    size; nothing is decoded, except an image that is given as an object.
+    The same rows and seed give the same split. Both parts come in random order. A file is read only if another has the
+    same size. Nothing is decoded, except an image that is given as an object.
 
     Args:
         dataset: a `datasets.Dataset`, a list of dicts, a pandas `DataFrame`, another map-style data set whose rows are
             dicts, or a [`DataSource`] of one of these.
         fraction (`float`): The share of the rows to hold out, between 0 and 1.
         text_column, image_column, video_column, audio_column (`str`, *optional*):
-            As [`MMDataCollator`] takes them; a column that the data set lacks is ignored.
+            As in [`MMDataCollator`]; a column that the data set lacks is ignored.
         tasks (`Iterable[Task]`, *optional*): The tasks whose labels are to be distributed equally.
         group_column (`str`, *optional*): A column whose equal cells belong together, such as an author or a scene.
-        seed (`int`, *optional*, defaults to 0): Of all that is random.
-        label_separator (`str`, *optional*, defaults to `"|"`): As [`MMDataCollator`] takes it.
+        seed (`int`, *optional*, defaults to 0): The seed of all random choices.
+        label_separator (`str`, *optional*, defaults to `"|"`): As in [`MMDataCollator`].
 
     Returns:
         The training rows and the held-out rows: of the type of `dataset`, or `torch.utils.data.Subset`s of it.
@@ -104,7 +105,7 @@ def split_for_validation(
 
     Args:
         dataset: the training rows.
-        collator ([`MMDataCollator`]): Knows the columns and the tasks.
+        collator ([`MMDataCollator`]): The columns and the tasks.
         fraction, seed, group_column: See [`hold_out_rows`].
 
     Returns:
@@ -165,7 +166,7 @@ def _split(
 
 
 def _with_records(dataset: Any) -> Any:
-    """A table as a list of dicts, which is made once; anything else as it is."""
+    """A table as a list of dicts, built once; anything else unchanged."""
     if isinstance(dataset, DataSource):
         return DataSource(_with_records(dataset.dataset), dataset.columns, dataset.tasks)
     return as_records(dataset)
@@ -196,7 +197,7 @@ def find_groups(
         ValueError: if no row has the `group_column`.
     """
     contents = _Contents()
-    members: list[tuple[int, Hashable]] = []  # row, and what it shares with other rows
+    members: list[tuple[int, Hashable]] = []  # row, and the key that it shares with other rows
     texts: dict[str, list[int]] = {}
     has_group_column = group_column is None
     num_rows = 0
@@ -220,7 +221,7 @@ def find_groups(
     for number, key in members:
         joined.merge(number, first.setdefault(contents.resolve(key), number))
     _join_texts(joined, texts, fraction * num_rows)
-    numbers: dict[int, int] = {}  # in the order of the rows, so that every process has the same
+    numbers: dict[int, int] = {}  # in the order of the rows, so equal in every process
     return np.array([numbers.setdefault(joined[row], len(numbers)) for row in range(num_rows)], dtype=np.int64)
 
 
@@ -238,13 +239,13 @@ class _Contents:
     """Keys of images, videos and sounds that are equal for equal content."""
 
     def __init__(self) -> None:
-        self._decoders: list[Any] = []  # kept, so that their ids stay their own
-        self._sizes: dict[int, set[tuple[str, Any]]] = {}  # number of bytes -> the keys that have as many
+        self._decoders: list[Any] = []  # kept, so that their ids are not reused
+        self._sizes: dict[int, set[tuple[str, Any]]] = {}  # number of bytes -> the keys of this size
         self._seen: set[Hashable] = set()
         self._resolved: dict[Hashable, Hashable] | None = None
 
     def keys(self, item: Any) -> list[Hashable]:
-        """One key, or none for an empty cell. [`resolve`] is to be applied to it once all items have been seen."""
+        """One key, or none for an empty cell. Apply [`resolve`] to it after all items have been seen."""
         is_array = isinstance(item, Mapping) and item.get("array") is not None
         content = item["array"] if is_array else item if hasattr(item, "get_all_samples") else content_of(item)
         return [] if is_null(content) else [self._key(content)]
@@ -279,7 +280,7 @@ class _Contents:
             for keys in self._sizes.values():
                 paths = [key[1] for key in keys if key[0] == "path"]
                 if len(paths) == len(keys):
-                    # The first bytes tell nearly all files apart, such as sounds of the same length.
+                    # The first bytes differ in nearly all files, even for sounds of the same length.
                     starts = [_hash_of_file(path, 2**14) for path in paths] if len(paths) > 1 else []
                     times = Counter(starts)
                     paths = [path for path, start in zip(paths, starts, strict=False) if times[start] > 1]
@@ -288,7 +289,7 @@ class _Contents:
 
 
 def _hash_of_file(path: str, num_bytes: int | None = None) -> Hashable:
-    """Of its first bytes, by default of all; the path if the file cannot be read, or is larger than the limit."""
+    """The hash of the first bytes, by default of all; the path if the file is unreadable or above the limit."""
     try:
         check_file(path)
         with open(path, "rb") as file:
@@ -303,7 +304,7 @@ def _hash_of_file(path: str, num_bytes: int | None = None) -> Hashable:
 def strata_of(
     dataset: Any, tasks: Sequence[Task], text_column: str, label_separator: str = LABEL_SEPARATOR
 ) -> list[list[Hashable]]:
-    """The strata of each row: for each task the values of [`Task.strata`], or that its label is missing."""
+    """The strata of each row: for each task the values of [`Task.strata`], or a stratum of missing labels."""
     strata: list[list[Hashable]] = []
     for name, labels in encoded_labels(dataset, tasks, text_column, label_separator).items():
         rows = next(task for task in tasks if task.name == name).strata(labels)
@@ -315,7 +316,7 @@ def strata_of(
 
 
 class _Counts(NamedTuple):
-    """Which strata the rows of each group have, and how many of its rows have them; the last stratum is "all rows"."""
+    """The strata of each group, and the number of its rows in each; the last stratum is "all rows"."""
 
     strata: list[list[int]]
     rows: list[list[int]]
@@ -340,20 +341,22 @@ def allocate(
     groups: np.ndarray, strata: list[list[Hashable]], fraction: float, seed: int, size_weight: float = 1.0
 ) -> np.ndarray:
     """
-    Which rows to hold out, (num_rows,) bool.
+    The rows to hold out, (num_rows,) bool.
 
-    Iterative stratification (Sechidis et al. 2011, https://doi.org/10.1007/978-3-642-23808-6_10), of groups instead of
-    rows: from the rarest stratum to the most frequent, each group goes to the side that leaves the smaller sum of
-    squared deviations from the wanted numbers of rows, over its strata and over all rows. scikit-learn's
-    `StratifiedGroupKFold` takes one class per row and fractions of 1 / k only, and may hold out the only group of a
-    class.
+    This is iterative stratification (Sechidis et al. 2011, https://doi.org/10.1007/978-3-642-23808-6_10), of groups
+    instead of rows. It goes from the rarest stratum to the most frequent. Each group goes to the side with the smaller
+    sum of squared deviations from the wanted numbers of rows. The sum is over the strata of the group and over all
+    rows.
+
+    scikit-learn's `StratifiedGroupKFold` takes one class per row and fractions of 1 / k only. It may also hold out the
+    only group of a class.
 
     Args:
         groups (num_rows,) int64: the number of the group of each row; at least two groups.
         strata: the strata of each row, or an empty list.
         fraction: the share of the rows to hold out.
         seed: of the order of groups.
-        size_weight: how much the number of rows counts beside one stratum.
+        size_weight: the weight of the number of rows relative to one stratum.
     """
     counts = _count(groups, strata)
     num_groups = len(counts.strata)
@@ -376,14 +379,14 @@ def allocate(
     _distribute(side, counts, order, members, fraction * totals, size_weight)
     _exchange(side, counts, fraction * totals, seed)
     if not any(side.held_out):
-        # Every group is too large, or the only one of a class: the smallest one, if possible one that is not the only.
+        # Every group is too large, or the only one of a class: take the smallest, if possible not an only one.
         only = [any(len(members[stratum]) == 1 for stratum in of_group) for of_group in counts.strata]
         side.held_out[min(range(num_groups), key=lambda group: (only[group], sizes[group], rank[group]))] = True
     return np.array(side.held_out)[groups]
 
 
 class _Sides:
-    """On which side each group is, and how many groups of each stratum are not held out."""
+    """The side of each group, and the number of groups of each stratum that are not held out."""
 
     def __init__(self, counts: _Counts, num_groups: list[int]):
         self.strata = counts.strata
@@ -423,7 +426,7 @@ class _Sides:
 def _cover(
     side: _Sides, counts: _Counts, order: list[int], members: list[np.ndarray], sizes: np.ndarray, limit: int
 ) -> None:
-    """Holds out one group of each stratum, as far as there is room, from the rarest stratum on."""
+    """Holds out one group of each stratum, if there is room, from the rarest stratum on."""
     covered: set[int] = set()
     used = 0
     for stratum in order:
@@ -447,12 +450,12 @@ def _distribute(
     wanted: np.ndarray,
     size_weight: float,
 ) -> None:
-    """Holds out groups, stratum by stratum, such that the wanted number of rows of each stratum is held out."""
+    """Holds out groups, stratum by stratum, up to the wanted number of rows of each stratum."""
     is_open, held_out = np.array(side.is_open), np.array(side.held_out)
     num_open = is_open @ counts.matrix
     rates = np.clip(wanted - held_out @ counts.matrix, 0, num_open) / np.maximum(num_open, 1)
     rate = rates.tolist()
-    # Of each stratum, how many rows more than wanted are held out, of those that have a side.
+    # For each stratum, the held-out rows minus the wanted rows, over the groups with a side.
     excess = [0.0] * len(rate)
     weight = [1.0] * (len(rate) - 1) + [size_weight]
     for stratum in order:
@@ -473,8 +476,9 @@ def _distribute(
 
 def _exchange(side: _Sides, counts: _Counts, wanted: np.ndarray, seed: int) -> None:
     """
-    Exchanges held-out groups for others, drawn at random, where that lowers the sum of squared deviations, which
-    matters where a group has several classes.
+    Exchanges held-out groups for random others, if that lowers the sum of squared deviations.
+
+    This matters if a group has several classes.
     """
     rng = np.random.default_rng([seed, 2])
     held_out = np.flatnonzero(side.held_out)

@@ -1,4 +1,4 @@
-"""Tables of any size, read row by row and written as rows come: CSV, JSON lines, Parquet."""
+"""Reads and writes tables of any size, row by row: CSV, JSON lines, Parquet."""
 
 import csv
 import io
@@ -19,16 +19,18 @@ from .formulas import without_formula
 
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
-# How many rows are read, or written, at a time.
+# The number of rows that are read, or written, at a time.
 CHUNK_SIZE = 1024
-# How much smaller a large column of Parquet may be in the file than in memory; that of a data set is rarely a tenth.
+# The largest compression of a large Parquet column. In a data set the file is rarely under a tenth.
 _MOST_COMPRESSED = 200
 
 
 def check_suffix(path: Path) -> str:
     """
+    Checks that the name ends like a known kind of table.
+
     Raises:
-        ValueError: if the name says no kind of table that is known.
+        ValueError: if it does not.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}.")
@@ -37,16 +39,16 @@ def check_suffix(path: Path) -> str:
 
 class TableRows:
     """
-    The rows of a file, as dicts that all have the columns of `schema`; read anew by each iteration, a part at a time.
+    The rows of a file, as dicts that all have the columns of `schema`. Each iteration reads the file again, in parts.
 
-    Cells of CSV are texts as they are written, so that 007 stays 007; an empty one is `None`. CSV and JSON lines are
-    read once beforehand, to know their columns and to find what cannot be read.
+    Cells of CSV are texts as written, so 007 stays 007; an empty cell is `None`. CSV and JSON lines are read once
+    beforehand, to find their columns and unreadable rows.
 
     Args:
         path: CSV, JSON lines or Parquet; a .json file may also hold one list of objects, which is read at once.
 
     Raises:
-        ValueError: if there is no such file, if it has no rows, or one sentence that names what cannot be read.
+        ValueError: if the file does not exist or has no rows, or one sentence that names an unreadable row.
     """
 
     def __init__(self, path: Path):
@@ -63,7 +65,7 @@ class TableRows:
             self._check_names(self.schema.names)
         elif suffix == ".csv":
             self.schema = pyarrow.schema([(name, pyarrow.string()) for name in first])
-            for _ in self._read():  # what is wrong in the last row is told before hours are spent on the others
+            for _ in self._read():  # an error in the last row is found before a long run
                 pass
         else:
             self.schema = self._find_schema()
@@ -101,7 +103,7 @@ class TableRows:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
                 names: list[str] = []
                 number = 0
-                lines = csv.reader(file, strict=True)  # otherwise an open quote takes in all that follows
+                lines = csv.reader(file, strict=True)  # otherwise an open quote includes the rest of the file
                 for cells in lines:
                     line, start = start, lines.line_num + 1
                     if not cells or (len(cells) == 1 < len(names) and not cells[0].strip()):
@@ -141,7 +143,7 @@ class TableRows:
 
     def _read_parquet(self) -> Iterator[dict[str, Any]]:
         try:
-            # Cells that are stored once for many rows stay so, and a few rows at a time are unpacked: otherwise a file
+            # Cells that are stored once for many rows stay so, and few rows at a time are unpacked. Otherwise a file
             # of a few kilobytes could fill the memory.
             names = [name for field in pyarrow.parquet.read_schema(self.path) for name in _texts_in(field)]
             with pyarrow.parquet.ParquetFile(self.path, read_dictionary=names) as file:
@@ -154,6 +156,8 @@ class TableRows:
 
     def _check_pages(self, metadata: pyarrow.parquet.FileMetaData) -> None:
         """
+        Checks the sizes of the columns.
+
         Raises:
             ValueError: if a column is far larger than the file, so that one cell, or one page, may fill the memory.
         """
@@ -203,12 +207,12 @@ def _whole_number(text: str) -> int:
 
 
 def _constant(name: str) -> float | None:
-    """What JSON has no word for, but Python writes: NaN is an empty cell."""
+    """Constants that Python writes, but JSON lacks: NaN is an empty cell."""
     return None if name == "NaN" else float(name)
 
 
 def plain_cells(names: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:
-    """The cells of a row that any table can hold, of pictures and the like the path; `None` where there is none."""
+    """The cells of a row that any table can hold; for pictures and the like the path, or `None`."""
     cells = {name: row.get(name) for name in names}
     for name, cell in cells.items():
         if isinstance(cell, dict):
@@ -219,7 +223,7 @@ def plain_cells(names: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_type(kind: pyarrow.DataType) -> pyarrow.DataType | None:
-    """The type of what [`plain_cells`] makes of such cells; `None` for what it cannot be asked to keep."""
+    """The type of the result of [`plain_cells`] for such cells; `None` if it does not keep them."""
     types = pyarrow.types
     if types.is_dictionary(kind):
         kind = kind.value_type
@@ -235,7 +239,7 @@ def _plain_type(kind: pyarrow.DataType) -> pyarrow.DataType | None:
 
 
 def _texts_in(field: pyarrow.Field) -> list[str]:
-    """The names by which Parquet knows the texts and bytes of a column."""
+    """The Parquet names of the texts and bytes of a column."""
     types = pyarrow.types
     if types.is_struct(field.type):
         return [f"{field.name}.{name}" for inner in field.type for name in _texts_in(inner)]
@@ -247,11 +251,13 @@ def table_writer(
     file: IO[bytes], suffix: str, types: dict[str, pyarrow.DataType], escape_formulas: bool = True
 ) -> "TableWriter":
     """
+    A writer for rows.
+
     Args:
         file: open for writing, empty.
-        suffix: says what kind of table.
-        types: column -> type, where it is known; Parquet takes the others from the first rows.
-        escape_formulas: whether texts that begin like a formula get an apostrophe before them, in CSV.
+        suffix: the kind of table.
+        types: column -> type, if known; Parquet takes the others from the first rows.
+        escape_formulas: in CSV, puts an apostrophe before texts that begin like a formula.
     """
     if suffix == ".parquet":
         return _ParquetWriter(file, types)
@@ -259,7 +265,7 @@ def table_writer(
 
 
 class TableWriter:
-    """Takes rows, which all have the columns of the first."""
+    """Writes rows, which all have the columns of the first."""
 
     def __init__(self, file: IO[bytes]):
         self.file = file
@@ -268,7 +274,7 @@ class TableWriter:
         raise NotImplementedError
 
     def close(self) -> None:
-        """To be called when all rows are written."""
+        """Call it after the last row."""
 
 
 class _JsonWriter(TableWriter):
@@ -295,7 +301,7 @@ class _CsvWriter(TableWriter):
 
 def _csv_line(cells: Iterable[Any]) -> bytes:
     text = io.StringIO(newline="")
-    # With this end of a line, cells with either of its characters are put in quotes.
+    # With this line end, cells with either of its characters are quoted.
     csv.writer(text, lineterminator="\r\n").writerow(cells)
     return text.getvalue()[:-2].encode() + b"\n"
 
@@ -335,7 +341,7 @@ class _ParquetWriter(TableWriter):
 
 
 def _settled(kind: pyarrow.DataType) -> pyarrow.DataType:
-    """Where there were empty cells only, texts may come."""
+    """A type for the writer: for a column of empty cells, text."""
     if pyarrow.types.is_null(kind):
         return pyarrow.string()
     return pyarrow.list_(_settled(kind.value_type)) if pyarrow.types.is_list(kind) else kind

@@ -60,7 +60,7 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def check_tasks(model: HasTasks, tasks: str | Sequence[str] | None) -> list[str]:
     """
-    The names of the tasks that are asked, each once; by default all of the model.
+    The names of the tasks to answer, each once; by default all tasks of the model.
 
     Raises:
         ValueError: if the model has no such task.
@@ -79,8 +79,9 @@ def decode_answers(
     tasks: Mapping[str, Task], logits: Mapping[str, torch.Tensor], word_index: Optional[torch.Tensor] = None
 ) -> list[dict[str, Any]]:
     """
-    The answers of heads: for each row a dict from task name to answer, as [`Task.decode`] gives it. Tasks that write
-    are left out.
+    The answers of heads: for each row a dict from task name to answer, from [`Task.decode`].
+
+    Tasks that write are left out.
     """
     answers = {name: task.decode(logits[name], word_index) for name, task in tasks.items() if not task.needs_decoder}
     num_rows = len(next(iter(answers.values()), []))

@@ -42,21 +42,21 @@ def load_audio(
     """
     A waveform of one channel, resampled: a float32 NumPy array (samples,), mostly between -1 and 1.
 
-    Channels are averaged. Integers are scaled by the largest that their type can hold. Of int64 and the like, which no
-    recorder writes, the values must show whether they have 16 or 32 bits.
+    Channels are averaged. Integers are scaled by the largest value of their type. Wider types such as int64 come from
+    no recorder, so their values must show whether they have 16 or 32 bits.
 
     Args:
-        clip: a path, `file://` or http(s) address; the bytes of an audio file, also as base64 or `data:` address; what
-            `datasets.Audio` gives, decoded or not, perhaps with `"cast": {"sampling_rate": 8000}` for the options of
+        clip: a path, `file://` or http(s) address; the bytes of an audio file, also as base64 or `data:` address; a
+            cell of `datasets.Audio`, decoded or not, perhaps with `"cast": {"sampling_rate": 8000}` for the options of
             that feature; a dict with "array" and "sampling_rate"; or an array or tensor, (samples,), (samples,
             channels) or (channels, samples).
         sampling_rate (`int`): The wanted rate, in Hz.
         source_rate (`int`, *optional*): The rate, in Hz, of arrays that come without one.
-        fetch: what turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
+        fetch: turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
 
     Raises:
-        AudioError: if there is no such file, it is no sound that can be read, it is empty, it holds NaN or infinity,
-            its values do not say what is loud, its sampling rate is not known, or it exceeds one of the [`Limits`].
+        AudioError: if there is no such file, or it is no readable sound, is empty, or holds NaN or infinity. Also if
+            the scale of its values is unclear, its sampling rate is unknown, or it exceeds one of the [`Limits`].
         ImportError: if a library of the extra `audio` is needed and not installed.
     """
     name, cast = describe(clip, "sound"), cast_of(clip)

@@ -1,7 +1,7 @@
 """
-Checks that a checkpoint has the weights of its model, and says in one sentence why one cannot be loaded.
+Checks that a checkpoint has the weights of its model; errors are one sentence.
 
-Names, shapes and types are compared before memory for new weights is taken. Files are read only after loading has
+Names, shapes and types are compared before memory for new weights is used. Files are read only after loading has
 failed, and then only their headers.
 """
 
@@ -67,8 +67,9 @@ def with_new_heads(names: list[str]) -> Iterator[None]:
 @contextmanager
 def checked(path: str | os.PathLike | None, options: Mapping[str, Any]) -> Iterator[None]:
     """
-    While the block runs, [`check_fit`] compares the weights; not if the caller passes `state_dict` or
-    `ignore_mismatched_sizes=True`.
+    Within the block, [`check_fit`] compares the weights.
+
+    It does not if the caller passes `state_dict` or `ignore_mismatched_sizes=True`.
     """
     names = _new_heads.get()
     takes_what_fits = options.get("state_dict") is not None or options.get("ignore_mismatched_sizes")
@@ -216,7 +217,7 @@ def _check_types(model: PreTrainedModel, files: list[str], where: str) -> None:
 
 def what_is_wrong(path: str | os.PathLike | None, error: Exception, **kwargs: Any) -> Optional[Exception]:
     """
-    An error that says what is wrong with a checkpoint, or `None` if the error of loading says it already.
+    A clear error for a checkpoint that cannot be loaded, or `None` if the error of loading is clear.
 
     Args:
         path: Hub id or local folder of the checkpoint.

@@ -12,8 +12,9 @@ BALANCED = "balanced"
 
 def check_weights(task: Any, option: str) -> Any:
     """
-    The value of an option of weights: `None`, `"balanced"`, or a dict from each label to a float; labels that the given
-    dict leaves out have the weight 1.
+    The value of an option of weights: `None`, `"balanced"`, or a dict from each label to a float.
+
+    Labels that the given dict leaves out have the weight 1.
 
     Raises:
         ValueError: if it is something else, names an unknown label, or holds a weight that is negative or not finite.
@@ -66,8 +67,9 @@ def known_weights(task: Any, option: str) -> Optional[tuple[float, ...]]:
 
 def balanced_weights(labels: list[str], counts: list[float]) -> dict[str, float]:
     """
-    n / (k * n_c) for each label: n labels in all, of k different ones, n_c of label c. Their mean over the n labels is
-    1. A label that does not occur has the weight 1.
+    n / (k * n_c) for each label: n labels in total, of k different ones, n_c of label c.
+
+    Their mean over the n labels is 1. A label that does not occur has the weight 1.
     """
     num_labels, num_known = sum(counts), sum(count > 0 for count in counts)
     return {

@@ -18,13 +18,13 @@ logger = logging.get_logger(__name__)
 
 def write_code(folder: str | os.PathLike, source: str, file: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """
-    Copies code to a folder with a saved model or processor, and says in a JSON file there what is in it.
+    Copies code to a folder with a saved model or processor, and adds its entries to a JSON file there.
 
     Args:
-        folder: Where the model or processor was saved.
-        source: The module that is copied, with all that it imports by one dot.
+        folder: The folder of the saved model or processor.
+        source: The module to copy, with all modules that it imports by one dot.
         file: `config.json` or `processor_config.json`.
-        entries: What is added to that file, such as `{"auto_map": {"AutoConfig": "configuration_x.XConfig"}}`.
+        entries: The new entries of that file, such as `{"auto_map": {"AutoConfig": "configuration_x.XConfig"}}`.
     """
     for path in map(Path, [source, *get_relative_import_files(source)]):
         target = Path(folder, path.name)

@@ -27,7 +27,7 @@ from .encoders import (
 
 def build_seq2seq(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig]) -> PreTrainedModel:
     """
-    The encoder-decoder that the configs describe, with new weights.
+    The encoder-decoder of the configs, with new weights.
 
     Args:
         text_config: of an encoder-decoder, or of an encoder.
@@ -82,12 +82,14 @@ def _join(encoder: PreTrainedModel, decoder_config: PreTrainedConfig) -> PreTrai
 
 def check_decoder(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig], tasks: list[Any]) -> None:
     """
+    Checks that there is exactly one decoder if tasks need one.
+
     Args:
         tasks: those that write text.
 
     Raises:
-        ValueError: one sentence, if there is no decoder for them, one too many, one that nobody uses, or one that
-            cannot write that much.
+        ValueError: one sentence, if there is no decoder for them, one too many, an unused one, or one with too few
+            positions.
     """
     if decoder_config is not None and text_config.is_encoder_decoder:
         raise ValueError(

@@ -7,8 +7,9 @@ from torch import nn
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """
-    The rows of all processes, in order of rank; gradients flow back to where each row came from. Processes may have
-    different numbers of rows. The rows themselves if there is one process.
+    The rows of all processes, in order of rank; gradients flow back to the process of each row.
+
+    Processes may have different numbers of rows. With one process, the rows are returned unchanged.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows

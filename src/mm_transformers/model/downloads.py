@@ -27,16 +27,16 @@ def is_url(content: Any) -> bool:
 
 def fetch(url: str, hosts: Optional[Collection[str]] = None, public_only: bool = False) -> bytes:
     """
-    What an http(s) address holds.
+    The content of an http(s) address.
 
     Args:
-        url: the address; the defaults are for one that the person at the keyboard has typed.
+        url: the address; the defaults are for one that the user has typed.
         hosts: the only hosts that may be asked, also after redirects; `None` for all.
-        public_only: whether to refuse hosts whose address is not one of the public Internet. What is checked is the
-            address that is connected to, so a name that changes its address gains nothing. Proxies are not used.
+        public_only: whether to refuse hosts outside the public Internet. The connected address is checked, so a name
+            that changes its address is refused too. Proxies are not used.
 
     Raises:
-        OSError: if the address is not allowed, there is no whole answer within the limits, or it is an error.
+        OSError: if the address is not allowed, there is no complete answer within the limits, or it is an error.
     """
     deadline = _Deadline(limits().download_seconds)
     rule = _Rule(hosts, public_only)
@@ -161,7 +161,7 @@ class _Rule:
 
 def _looked_up(host: str, port: int, seconds: float) -> list[Any]:
     """
-    The addresses of a host. Looking them up cannot be ended, so a thread does it, which nobody waits for.
+    The addresses of a host. A lookup cannot be interrupted, so a separate thread does it, without a join.
 
     Raises:
         OSError: if there are none, or it takes longer.

@@ -51,8 +51,7 @@ def modality_of(config: PreTrainedConfig) -> Optional[str]:
 
 def check_class(config: PreTrainedConfig, modality: str) -> type[PreTrainedModel]:
     """
-    Returns:
-        [`model_class`] of the config.
+    The class of the encoder of a config; see [`model_class`].
 
     Raises:
         ValueError: one sentence, if there is none, or if it does not read this modality.
@@ -88,10 +87,12 @@ def encoder_part(model: PreTrainedModel, modality: str) -> PreTrainedModel:
 
 def without_random_skips(config: PreTrainedConfig) -> PreTrainedConfig:
     """
-    The config, changed so that training neither skips a whole layer, whose weights would get no gradient in that step,
-    for which DDP waits for ever, nor masks stretches of sound, which fails for clips shorter than such a stretch. No
-    patches of an image are left out at random, as masked autoencoders do even in evaluation, and all words of a text
-    attend to all, not to random blocks.
+    The config with random skips turned off, changed in place.
+
+    - No layer is skipped in training: its weights would have no gradient in that step, and DDP would wait forever.
+    - No stretches of sound are masked: this fails for clips shorter than a stretch.
+    - No image patches are left out at random, as masked autoencoders do even in evaluation.
+    - All words of a text attend to all others, not to random blocks.
     """
     for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "mask_ratio"):
         if getattr(config, name, 0):
@@ -169,11 +170,13 @@ def audio_token_mask(
     model: PreTrainedModel, num_tokens: int, attention_mask: Optional[torch.Tensor]
 ) -> Optional[torch.Tensor]:
     """
-    Which tokens of an audio encoder belong to the clip and not to its padding: (num_clips, num_tokens) bool, or `None`
-    if the encoder does not tell (AST, whose tokens are patches of a spectrogram of fixed length).
+    The tokens of an audio encoder that belong to the clip and not to its padding: (num_clips, num_tokens) bool.
+
+    `None` if the encoder does not compute it (AST, whose tokens are patches of a spectrogram of fixed length).
 
     Args:
-        attention_mask (num_clips, samples or frames): 1 where the clip is, at the rate of the encoder's input.
+        attention_mask (num_clips, samples or frames): 1 for the clip, 0 for padding, at the rate of the encoder's
+            input.
     """
     if attention_mask is None:
         return None

@@ -74,8 +74,9 @@ class EncoderFeatures:
 
     def _of_texts(self, inputs: dict[str, torch.Tensor], attention_mask: Optional[torch.Tensor]) -> torch.Tensor:
         """
-        The encoder gets the padding on the right, wherever it is in the batch: absolute positions are counted from the
-        left, padding or not.
+        The features of texts. The encoder gets the padding on the right, wherever it is in the batch.
+
+        Absolute positions are counted from the left, with or without padding.
         """
         if attention_mask is None:
             return self._run(inputs)

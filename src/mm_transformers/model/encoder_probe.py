@@ -1,10 +1,11 @@
 """
-What an encoder does, seen by running it once: how wide its tokens are, which of its parameters serve nothing that the
-fusion reads, and whether its output for a row depends on padding.
+Properties of an encoder, measured by running it once.
 
-An encoder that `from_encoders` has loaded is run as it is ([`probe`]), and what was seen is stored in its config as
-`encoder_traits`. Where these are missing, as in configs without weights, the encoder is built once more on the meta
-device ([`observe`]), which needs no memory but cannot tell about padding.
+They are the width of its tokens, the parameters that do not affect the fusion, and whether padding changes its output.
+
+[`probe`] runs an encoder that `from_encoders` has loaded, and the result is stored in its config as `encoder_traits`.
+Configs without weights lack these traits. For them, [`observe`] builds the encoder again on the meta device, which
+needs no memory but cannot measure the effect of padding.
 """
 
 import copy
@@ -36,31 +37,33 @@ from .encoder_classes import (
 from .modalities import ENCODERS
 
 
-# Texts of so many tokens are padded to so many; the second pair shows what is mixed over blocks of tokens.
+# Numbers of tokens before and after padding. The second pair reveals mixing over blocks of tokens.
 _TEXT_LENGTHS = ((9, 12), (40, 72))
-# Encoders of more parameters are not built with values, to see what the meta device does not show.
+# Larger encoders (in parameters) are run on the meta device only, not with values.
 _MOST_TO_BUILD = 100_000_000
-# The fewest tokens that a text may need without being refused.
+# The largest minimum length of texts, in tokens, that an encoder may need.
 _SHORT_TEXT = 16
-# How far the same row may differ in two batches, as a share of the spread of its states.
+# The tolerated difference of a row in two batches, as a share of the spread of its states.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.2
 
 
 class Observation(NamedTuple):
-    """What an encoder shows without weights."""
+    """The properties of an encoder without weights."""
 
     width: int
     unused: frozenset[str]
-    positions: Optional[int]  # the longest text that its table of positions allows
-    counts_from_padding: bool  # whether that table begins after the place of the padding token
+    positions: Optional[int]  # the longest text for its table of positions
+    counts_from_padding: bool  # whether that table begins after the index of the padding token
 
 
 def traits_of(config: PreTrainedConfig) -> dict[str, Any]:
     """
-    What was stored of an encoder: the "width" of its tokens; its "unused" parameters; whether it is "routed", so that
-    some parameters are used by some tokens only; if padding changes its output, that it runs "by_length", on texts of
-    at least "shortest" tokens; and if it makes one sequence of all images, that it runs "one_by_one".
+    The stored traits of an encoder.
+
+    "width": the width of its tokens. "unused": its unused parameters. "routed": some parameters are used by some tokens
+    only. "by_length": padding changes its output, so it runs on texts of equal length, of at least "shortest" tokens.
+    "one_by_one": it makes one sequence of all images, so they run one by one.
     """
     return getattr(config, "encoder_traits", None) or {}
 
@@ -68,13 +71,13 @@ def traits_of(config: PreTrainedConfig) -> dict[str, Any]:
 # --- On the meta device ---
 
 _OBSERVATIONS: dict[tuple[type, str, str], Observation] = {}
-# Fields that differ before and after loading, and change nothing of what is observed.
+# Fields that differ before and after loading, and do not affect the properties.
 _BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "transformers_version", "encoder_traits")
 
 
 def observe(config: PreTrainedConfig, modality: str) -> Observation:
     """
-    What the encoder of a config shows; once per config.
+    The properties of the encoder of a config; computed once per config.
 
     Raises:
         ValueError: one sentence, if the encoder cannot be used.
@@ -90,11 +93,11 @@ def observe(config: PreTrainedConfig, modality: str) -> Observation:
 
 
 class _NeedsValues(Exception):
-    """The forward pass fails on the meta device, perhaps since its tensors have no values."""
+    """The forward pass fails on the meta device, perhaps because its tensors have no values."""
 
 
 def _forward_blank(config: PreTrainedConfig, modality: str, device: str) -> Observation:
-    # The encoder that is kept shares its config with the whole model; building sets some of its fields.
+    # The final encoder shares its config with the whole model, and building sets some of its fields.
     config = without_random_skips(copy.deepcopy(config))
     config._attn_implementation = "eager"
     cls, name = check_class(config, modality), f"{config.model_type!r} cannot be the {modality} encoder"
@@ -114,7 +117,7 @@ def _forward_blank(config: PreTrainedConfig, modality: str, device: str) -> Obse
         else:
             with one_sentence(f"{name}: it takes no blank input"):
                 inputs = {key: x.to(model.dtype) for key, x in blank_input(config, modality).items()}
-        # Loading makes parameters want gradients that did not when they were built, as tables of sinusoids.
+        # Loading sets `requires_grad` on parameters that were built without it, such as tables of sinusoids.
         parameters = _floating_parameters(model)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -135,7 +138,7 @@ def _forward_blank(config: PreTrainedConfig, modality: str, device: str) -> Obse
             if sum(p.numel() for p in parameters.values()) > _MOST_TO_BUILD:
                 if not isinstance(width, int):
                     raise
-                # It is seen when the weights are loaded.
+                # The loaded encoder will show it.
                 return Observation(width, frozenset(), *positions)
             raise _NeedsValues from error
     unused = {key for key, gradient in zip(parameters, gradients, strict=True) if gradient is None}
@@ -154,7 +157,7 @@ def _takes_videos(model: PreTrainedModel, pixel_values: torch.Tensor) -> bool:
 
 
 def training_mode(model: PreTrainedModel) -> PreTrainedModel:
-    """As in training, but running statistics stay as they are, and need not be taken of one item."""
+    """Training mode, but with fixed running statistics, since they cannot be computed from one item."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -163,7 +166,7 @@ def training_mode(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def is_expert(name: str) -> bool:
-    """Whether a parameter without gradient may get one with other tokens, since a router chooses who is used."""
+    """Whether a parameter without gradient may get one with other tokens, since a router chooses the experts."""
     return _EXPERT.search(name) is not None
 
 
@@ -172,9 +175,11 @@ _EXPERT = re.compile(r"experts\.\w*\d")
 
 def check_layout(output: Any, name: str, num_tokens: Optional[int]) -> None:
     """
+    Checks the tokens of an encoder output.
+
     Args:
-        name: how messages begin.
-        num_tokens: how many tokens there must be, if that is known.
+        name: the beginning of messages.
+        num_tokens: the expected number of tokens, if known.
 
     Raises:
         ValueError: one sentence, if the output holds no tokens.
@@ -192,19 +197,19 @@ def check_layout(output: Any, name: str, num_tokens: Optional[int]) -> None:
         raise ValueError(f"{name}: it outputs {states.shape[1]} tokens for a text of {num_tokens}.")
 
 
-# The tables that text encoders number their tokens by; not those of places on a page, of entities or of pictures.
+# The tables of token positions of text encoders; not those of places on a page, of entities or of pictures.
 _POSITIONS = re.compile(r"(^|\.)(char_)?(embed_positions|position_embeddings?|positions_embed|wpe)\.weight$")
 _NO_TEXT_POSITIONS = re.compile(r"entity|visual|image|vision|bias")
 
 
 def table_of_positions(model: nn.Module) -> tuple[Optional[int], bool]:
-    """How many tokens the table of positions of a text encoder or decoder has room for, and where they begin."""
+    """The number of tokens in the table of positions of a text encoder or decoder, and where they begin."""
     for name, table in [*model.named_parameters(), *model.named_buffers()]:
         if table.ndim == 2 and _POSITIONS.search(name) and not _NO_TEXT_POSITIONS.search(name):
             owner = model.get_submodule(name.rpartition(".")[0])
             after_padding = getattr(owner, "padding_idx", None)
             taken = after_padding + 1 if after_padding is not None else getattr(owner, "offset", 0) or 0
-            # Some tables have rows that are never reached.
+            # Some tables have unused rows.
             said = getattr(getattr(model, "config", None), "max_position_embeddings", None)
             most = said if isinstance(said, int) and said > 0 else table.shape[0]
             return min(table.shape[0] - taken, most), after_padding is not None
@@ -221,7 +226,7 @@ def _blank(inputs: dict[str, torch.Tensor], modality: str) -> str:
 
 @contextmanager
 def one_sentence(what: str):
-    """Errors become one sentence, but for those that are one, and those that name a missing library."""
+    """Turns errors into one sentence, except those that are one, and those that name a missing library."""
     try:
         yield
     except ImportError:
@@ -237,11 +242,11 @@ def one_sentence(what: str):
 
 @contextmanager
 def _unpartitioned():
-    """DeepSpeed ZeRO-3 makes each new parameter a part of itself, spread over the processes; not in here."""
+    """Turns off DeepSpeed ZeRO-3, which would split each new parameter over the processes."""
     if not is_deepspeed_zero3_enabled():
         yield
         return
-    # By name: code next to a checkpoint must not seem to need it.
+    # Imported by name: otherwise transformers would list it as a requirement of the code next to a checkpoint.
     partition_parameters = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
 
     partition_parameters.shutdown_init_context()
@@ -251,23 +256,23 @@ def _unpartitioned():
         partition_parameters.restore_init_context()
 
 
-# --- As it was loaded ---
+# --- The loaded encoder ---
 
 
 def probe(model: PreTrainedModel, modality: str) -> dict[str, Any]:
     """
-    Runs an encoder on a few small inputs, and its backward pass once.
+    The traits of an encoder, from a few small inputs and one backward pass.
 
     Args:
-        model: of an encoder-decoder the encoder.
+        model: the encoder; for an encoder-decoder, its encoder.
 
     Returns:
-        What [`traits_of`] gives.
+        The traits; see [`traits_of`].
 
     Raises:
         ValueError: one sentence, if the encoder cannot be used.
     """
-    if is_deepspeed_zero3_enabled():  # each process has a part of each parameter
+    if is_deepspeed_zero3_enabled():  # each process has only a part of each parameter
         return {}
     was_training, seen = model.training, _Probe(model, modality)
     devices = [model.device] if model.device.type == "cuda" else []
@@ -288,14 +293,14 @@ def unused_parameters(model: PreTrainedModel, run: Any) -> list[str]:
     """
     parameters, hooks = _floating_parameters(model), []
     if any(parameter.is_inference() for parameter in parameters.values()):
-        return []  # loaded under `torch.inference_mode`, it cannot be trained
+        return []  # a model that is loaded under `torch.inference_mode` cannot be trained
     reached: set[str] = set()
     wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
 
         def note(reached_parameter, name=name):
             reached.add(name)
-            reached_parameter.grad = None  # one gradient at a time is kept
+            reached_parameter.grad = None  # keep one gradient at a time
 
         parameter.requires_grad_(True)
         hooks.append(parameter.register_post_accumulate_grad_hook(note))
@@ -308,7 +313,7 @@ def unused_parameters(model: PreTrainedModel, run: Any) -> list[str]:
         for name, parameter in parameters.items():
             parameter.grad = None
             parameter.requires_grad_(wanted[name])
-    # Within `from_pretrained` weights are not tied yet: what one of them gets, both will get.
+    # Within `from_pretrained` weights are not tied yet: a gradient of one counts for both.
     for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if reached & set(pair):
             reached |= set(pair)
@@ -316,7 +321,7 @@ def unused_parameters(model: PreTrainedModel, run: Any) -> list[str]:
 
 
 class _Probe:
-    """One encoder, as it was loaded."""
+    """One loaded encoder."""
 
     def __init__(self, model: PreTrainedModel, modality: str):
         self.model, self.modality = model, modality
@@ -396,7 +401,7 @@ class _Probe:
             raise ValueError(f"{self.name}: in evaluation it outputs other tokens each time for the same input.")
 
     def _mixes_items(self, items: list[dict[str, torch.Tensor]], alone: torch.Tensor) -> bool:
-        """Whether an item gives other tokens beside another one."""
+        """Whether another item in the batch changes the tokens of an item."""
         try:
             both = self._run({key: torch.cat([item[key] for item in items]) for key in items[0]})
         except ValueError:  # alone, it has just run
@@ -404,7 +409,7 @@ class _Probe:
         return both.shape != (2, *alone.shape[1:]) or self._differ(both[:1], alone)
 
     def _takes_padding(self) -> bool:
-        """Whether items of several lengths come into one batch, with a mask."""
+        """Whether a batch may hold items of several lengths, with a mask."""
         if self.modality == "audio":
             # Not spectrograms of one fixed length, (1, bands, frames).
             values = next(iter(blank_input(self.model.config, "audio").values()))
@@ -426,7 +431,7 @@ class _Probe:
         return {key: values.to(self.model.device, self.model.dtype)}
 
     def _mixes_padding(self) -> bool:
-        """Whether a row gives other tokens beside a longer one, whose length it is padded to on the right."""
+        """Whether padding on the right, to the length of a longer row, changes the tokens of a row."""
         pad: Optional[int] = getattr(self.model.config, "pad_token_id", None)
         for short, long in self._lengths():
             (key, whole), places = next(iter(self._item_of(long).items())), torch.arange(long, device=self.model.device)
@@ -445,7 +450,7 @@ class _Probe:
         return False
 
     def _shortest(self) -> int:
-        """The fewest tokens of a text that the encoder takes."""
+        """The shortest text that the encoder takes, in tokens."""
         if self.modality != "text":
             return 1
         failing = 0
@@ -464,7 +469,7 @@ def probe_seq2seq(model: PreTrainedModel) -> list[str]:
     ids = torch.ones(1, 4, dtype=torch.int64, device=model.device)
 
     def run() -> torch.Tensor:
-        # As a fused model writes: the decoder is given states, not what else the encoder outputs.
+        # As in a fused model, the decoder gets the states and no further encoder outputs.
         with one_sentence(f"{model.config.model_type!r} cannot write: its decoder fails on one blank text"):
             states = model.get_encoder()(input_ids=ids).last_hidden_state
             encoded = BaseModelOutput(last_hidden_state=states)
@@ -476,7 +481,7 @@ def probe_seq2seq(model: PreTrainedModel) -> list[str]:
 
 
 def observe_seq2seq(build: Callable[[], PreTrainedModel]) -> list[str]:
-    """The same of an encoder-decoder that is built once more, on the meta device."""
+    """The same for an encoder-decoder, built again on the meta device."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"), _unpartitioned():
         try:
             return probe_seq2seq(build().eval())

@@ -59,10 +59,10 @@ def read_encoder_config(path: str, modality: str, **kwargs) -> PreTrainedConfig:
 
 def build_encoder(config: PreTrainedConfig, modality: str) -> PreTrainedModel:
     """
-    The encoder that a config describes, with new weights.
+    The encoder of a config, with new weights.
 
     Raises:
-        ValueError: one sentence that says why it cannot be the encoder of this modality.
+        ValueError: one sentence with the reason why it cannot be the encoder of this modality.
     """
     cls = check_class(without_random_skips(config), modality)
     traits = traits_of(config)
@@ -73,15 +73,15 @@ def build_encoder(config: PreTrainedConfig, modality: str) -> PreTrainedModel:
 
 def load_encoder(path: str, modality: str, **kwargs) -> tuple[PreTrainedModel, PreTrainedConfig]:
     """
-    The encoder of a Hub repository or local folder, with its weights, and the config that [`build_encoder`] needs.
+    The encoder of a Hub repository or local folder, with its weights, and the config for [`build_encoder`].
 
-    What a run of the encoder shows is stored in the config as `encoder_traits`.
+    The traits of the encoder are stored in the config as `encoder_traits`.
 
     Args:
         kwargs: for `AutoModel.from_pretrained`.
 
     Raises:
-        ValueError: one sentence that says why it cannot be the encoder of this modality.
+        ValueError: one sentence with the reason why it cannot be the encoder of this modality.
     """
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
     config = encoder_config_from_pretrained(path, modality, **hub_kwargs)
@@ -100,7 +100,9 @@ def load_encoder(path: str, modality: str, **kwargs) -> tuple[PreTrainedModel, P
 @contextmanager
 def without_pickles(path: str) -> Iterator[None]:
     """
-    torch reads `pytorch_model.bin` without running anything, and tells at length how to run it.
+    Turns torch's error about a pickle into one sentence.
+
+    torch reads `pytorch_model.bin` without running its code, but its long message tells how to run it.
 
     Raises:
         ValueError: one sentence instead.
@@ -158,8 +160,10 @@ def pad_token_matters(config: PreTrainedConfig) -> bool:
 
 def parameters_to_buffers(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
     """
-    The model, with these parameters as buffers: they stay in the checkpoint and in `_init_weights`, and nothing waits
-    for their gradient, as DDP would. `requires_grad=False` would not survive `from_pretrained`.
+    The model with these parameters as buffers.
+
+    They stay in the checkpoint and in `_init_weights`, and DDP does not wait for their gradient. `requires_grad=False`
+    would not survive `from_pretrained`.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     unused = {id(parameters[name]) for name in names if name in parameters}

@@ -31,8 +31,9 @@ class UnreadableFile(ValueError):
 
 def content_of(cell: Any) -> Any:
     """
-    The bytes or the path in a cell; anything else as it is. A dict with both gives the bytes. Texts in base64 and
-    `data:` addresses are bytes, `file://` addresses are paths.
+    The bytes or the path in a cell; anything else unchanged.
+
+    A dict with both gives the bytes. Texts in base64 and `data:` addresses are bytes, `file://` addresses are paths.
     """
     if isinstance(cell, Mapping):
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")

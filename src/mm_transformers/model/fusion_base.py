@@ -15,21 +15,23 @@ FUSION_KINDS: dict[str, type["Fusion"]] = {}
 
 class Stream(NamedTuple):
     """
-    The tokens of one modality beside the text, as a fusion sees them: [`hidden_states`] and [`mask`], row by row. They
-    are kept item by item (image, clip of sound), so that what is done to single tokens is done once for an item that
+    The tokens of one modality beside the text: [`hidden_states`] and [`mask`], row by row.
+
+    They are stored item by item (image, clip of sound). So operations on single tokens run once for an item that
     several rows share; see [`each`].
 
     Args:
         name: "vision".
         tokens (num_items, item_length, fusion_hidden_size): the tokens of the distinct items.
-        token_mask (num_items, item_length) bool, *optional*: True where there is a token; by default everywhere.
-        item_index (batch, max_items) int64, *optional*: which items belong to each row, -1 for none; by default row
-            i has item i, so that `Stream(name, hidden_states, mask)` holds rows as they are.
+        token_mask (num_items, item_length) bool, *optional*: True at tokens, False at padding; by default True
+            everywhere.
+        item_index (batch, max_items) int64, *optional*: the items of each row, -1 for none. By default row i has item
+            i, so `Stream(name, hidden_states, mask)` holds rows unchanged.
         offsets (batch, max_items, fusion_hidden_size), *optional*: added to the tokens of each item in each row.
-        scales (batch, max_items, fusion_hidden_size), *optional*: the tokens are multiplied by 1 plus these before.
-        is_full: whether it is known, without a look at the tensors, that every place of every row holds a token.
+        scales (batch, max_items, fusion_hidden_size), *optional*: the tokens are first multiplied by 1 plus these.
+        is_full: whether every place of every row is known to hold a token, without reading the tensors.
         item_means (num_items, encoder width), *optional*: the mean of the encoder outputs of each item, for linear
-            probes; 0 for a text that is missing.
+            probes; 0 for a missing text.
 
     Example:
 
@@ -93,8 +95,9 @@ class Stream(NamedTuple):
 
     def each(self, layer: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """
-        The same as `layer(self.hidden_states)`, for a layer that treats every token on its own, such as a linear one;
-        where nothing hides them only. (batch, length, width of what the layer gives)
+        `layer(self.hidden_states)`, for a layer that treats every token on its own, such as a linear one.
+
+        Masked places may have other values. (batch, length, output width of the layer)
         """
         if self.differs_by_row:
             return layer(self.hidden_states)
@@ -118,11 +121,11 @@ class Stream(NamedTuple):
 
 class AttentionStep(NamedTuple):
     """
-    One attention of a fusion: which tokens read which.
+    One attention of a fusion, with its queries and keys.
 
     Args:
-        queries, keys: what lies side by side there: "text", names of streams, or what a kind has of its own, such as
-            "latents". Equal ones are a self-attention; otherwise the keys are as they were when the layer began.
+        queries, keys: the groups of tokens side by side: "text", names of streams, or further groups of a kind, such as
+            "latents". Equal ones are a self-attention; otherwise the keys are those at the start of the layer.
         weights (batch, heads, length of the queries, length of the keys): the attention.
     """
 
@@ -133,10 +136,12 @@ class AttentionStep(NamedTuple):
 
 class FusionOutput(NamedTuple):
     """
+    The output of a fusion.
+
     Args:
-        hidden_states (batch, text_len, hidden_size): the text tokens, having seen the other streams.
-        all_hidden_states: the text states before and after each layer, if asked for; `None` for layers that were not.
-        layers: the attentions of each layer, in the order in which they happen, if asked for.
+        hidden_states (batch, text_len, hidden_size): the fused states of the text tokens.
+        all_hidden_states: the text states before and after each layer, if requested; `None` for layers that were not.
+        layers: the attentions of each layer, in order, if requested.
     """
 
     hidden_states: torch.Tensor
@@ -167,10 +172,12 @@ class FusionRecord:
 
     def add(self, hidden_states: torch.Tensor, *steps: tuple[Sequence[str], Sequence[str], Optional[torch.Tensor]]):
         """
+        Records a layer.
+
         Args:
             hidden_states: the text tokens after a layer, or before the first.
-            steps: queries, keys and weights of each attention of the layer, in the order in which they happen; see
-                [`AttentionStep`]. The weights are `None` where the implementation of attention shows none.
+            steps: queries, keys and weights of each attention of the layer, in order; see [`AttentionStep`]. The
+                weights are `None` if the implementation of attention does not return them.
         """
         if self.keep_hidden_states:
             self.hidden_states.append(hidden_states)
@@ -187,14 +194,14 @@ class FusionRecord:
 
 class Fusion(nn.Module):
     """
-    Lets text tokens see the tokens of other modalities.
+    The base class of fusions, in which text tokens attend to the tokens of other modalities.
 
     A kind subclasses it, sets `kind`, implements [`fuse`] and is decorated with [`register_fusion`]. Keyword arguments
     of its `__init__` after `stream_names` are its options, given by `config.fusion_kwargs`.
 
-    What no kind can get wrong, because it is done here: a row with nothing in any stream leaves exactly as it came,
-    and the states that leave have the width of the text encoder. What each kind owes: text states must leave [`fuse`]
-    unchanged at initialisation (add to them through a [`Gate`] only), and nothing that a mask hides may be seen.
+    This class guarantees two properties. A row without any stream stays exactly unchanged, and the fused states have
+    the width of the text encoder. Each kind must guarantee two more. [`fuse`] leaves the text states unchanged at
+    initialisation (add to them through a [`Gate`] only), and masked tokens have no effect.
 
     Example:
 
@@ -230,10 +237,12 @@ class Fusion(nn.Module):
         self, text_states: torch.Tensor, text_mask: torch.Tensor, streams: list[Stream], record: FusionRecord
     ) -> torch.Tensor:
         """
+        The fused text states.
+
         Args:
             text_states (batch, text_len, fusion_hidden_size), text_mask (batch, text_len) bool.
             streams: at least one; in some rows all of their tokens may be masked.
-            record: takes what is shown when asked; see [`FusionRecord.add`].
+            record: records requested outputs; see [`FusionRecord.add`].
 
         Returns:
             (batch, text_len, fusion_hidden_size)

@@ -22,10 +22,11 @@ class BottleneckLayer(nn.Module):
 @register_fusion
 class BottleneckFusion(Fusion):
     """
-    Every stream attends to itself and to `num_latents` shared latents; the latents that come out of the streams a row
-    has are averaged (MBT, https://arxiv.org/abs/2107.00135). Attention costs (length of stream)^2 per stream, not
-    (sum of lengths)^2. Within a layer the text comes last, where MBT updates all streams at once. Its attention maps
-    are those of the text side, (batch, heads, text_len + num_latents, text_len + num_latents).
+    Every stream attends to itself and to `num_latents` shared latents (MBT, https://arxiv.org/abs/2107.00135).
+
+    The output latents of the streams of a row are averaged. Attention costs (length of stream)^2 per stream, not (sum
+    of lengths)^2. Within a layer the text comes last, while MBT updates all streams at once. Its attention maps are
+    those of the text side, (batch, heads, text_len + num_latents, text_len + num_latents).
 
     Args:
         num_latents (`int`, *optional*, defaults to 4): Number of shared latents.

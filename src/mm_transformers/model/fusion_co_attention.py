@@ -63,9 +63,10 @@ class CoAttentionLayer(GradientCheckpointingLayer):
 @register_fusion
 class CoAttentionFusion(Fusion):
     """
-    Layers in which both sides attend to themselves and to each other (LXMERT, https://arxiv.org/abs/1908.07490; METER,
-    https://arxiv.org/abs/2111.02387). Several other streams make up one side. The last layer has no other side: nothing
-    would read it.
+    Layers in which both sides attend to themselves and to each other.
+
+    See LXMERT (https://arxiv.org/abs/1908.07490) and METER (https://arxiv.org/abs/2111.02387). All streams beside text
+    form one side. The last layer updates only the text side, since nothing reads the other one afterwards.
     """
 
     kind: ClassVar[str] = "co_attention"

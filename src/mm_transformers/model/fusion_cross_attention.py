@@ -34,8 +34,9 @@ class CrossAttentionLayer(GradientCheckpointingLayer):
 @register_fusion
 class CrossAttentionFusion(Fusion):
     """
-    Gated cross-attention and gated feed-forward layers on the text tokens, which attend to the tokens of all streams
-    (Flamingo, https://arxiv.org/abs/2204.14198). Costs the least of the token-level kinds.
+    Gated cross-attention and gated feed-forward layers on the text tokens (Flamingo, https://arxiv.org/abs/2204.14198).
+
+    The text tokens attend to the tokens of all streams. This is the cheapest of the token-level kinds.
     """
 
     kind: ClassVar[str] = "cross_attention"
@@ -76,8 +77,10 @@ class CrossAttentionFusion(Fusion):
 
     def _can_pack(self, text_states: torch.Tensor, record: FusionRecord) -> bool:
         """
-        In training nobody reads the states of padding; elsewhere they are the same in every implementation. On a GPU
-        the number of tokens would have to be waited for.
+        Whether padding can be left out of the computation.
+
+        In training, the states of padding are never used; otherwise they are equal in every implementation. On a GPU,
+        the number of tokens would need a synchronisation.
         """
         shows = record.keep_attentions or record.keep_hidden_states
         on_cpu = text_states.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -86,8 +89,9 @@ class CrossAttentionFusion(Fusion):
 
 def _simplified(stream: Stream) -> Stream:
     """
-    The same with fewer tensors, after a look at them: no index where each row has its own item, in order, and no mask
-    where every place holds a token.
+    The same stream with fewer tensors, after reading their values.
+
+    It has no index if each row has its own item, in order, and no mask if every place holds a token.
     """
     if stream.item_index is None or stream.differs_by_row:
         return stream

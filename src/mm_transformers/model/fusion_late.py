@@ -13,9 +13,10 @@ from .fusion_layers import Gate, masked_mean
 @register_fusion
 class LateFusion(Fusion):
     """
-    The mean of the text tokens and the mean of each stream (0 where a row lacks it), concatenated, through an MLP of
-    two layers; the result is added to every text token. No token ever meets a token: the baseline that the other kinds
-    must beat. `num_fusion_layers` and `num_fusion_attention_heads` mean nothing here.
+    Adds the output of an MLP of two layers to every text token: the baseline that the other kinds must beat.
+
+    The MLP reads the mean of the text tokens and the mean of each stream (0 if a row lacks it), concatenated. No token
+    attends to another token. `num_fusion_layers` and `num_fusion_attention_heads` have no effect.
     """
 
     kind: ClassVar[str] = "late"

@@ -16,9 +16,11 @@ from .fusion_base import Stream
 
 class Gate(nn.Module):
     """
-    Multiplies by tanh(alpha), with a scalar alpha that starts at 0: a branch added through a gate adds nothing until
-    training opens it (Flamingo, https://arxiv.org/abs/2204.14198). alpha stays float32: in bfloat16 its first small
-    steps would be lost.
+    Multiplies by tanh(alpha), with a learned scalar alpha that starts at 0 (Flamingo,
+    https://arxiv.org/abs/2204.14198).
+
+    So a gated branch adds nothing at the start of training. alpha stays float32: bfloat16 would lose its first small
+    steps.
     """
 
     def __init__(self):
@@ -31,13 +33,14 @@ class Gate(nn.Module):
 
 class PackedKeys(NamedTuple):
     """
-    The keys that may be seen, of all rows end to end, as FlashAttention takes sequences of different lengths
-    (https://arxiv.org/abs/2307.08691). From a mask, transformers packs them only if queries and keys are the same
-    tokens; in a cross-attention it would drop queries by the mask of keys.
+    The visible keys of all rows, packed for FlashAttention (https://arxiv.org/abs/2307.08691).
+
+    FlashAttention takes sequences of different lengths end to end. transformers packs by a mask only if queries and
+    keys are the same tokens. In a cross-attention it would drop queries by the mask of keys.
 
     Args:
-        places (num_seen,): where they are among all keys.
-        lengths: the arguments that say where each row begins and ends.
+        places (num_seen,): the indices of the visible keys among all keys.
+        lengths: the arguments with the bounds of each row.
     """
 
     places: torch.Tensor
@@ -63,11 +66,12 @@ class PackedKeys(NamedTuple):
 
 class PackedQueries(NamedTuple):
     """
-    The tokens of some rows end to end, without padding, so that layers which treat every token on its own compute
-    nothing of the padding.
+    The tokens of some rows end to end, without padding.
+
+    So layers that treat every token on its own do not compute padding.
 
     Args:
-        places (num_tokens,): where they are among all places of the rows.
+        places (num_tokens,): the indices of the tokens among all places of the rows.
         num_rows, length: of the rows.
     """
 
@@ -95,15 +99,15 @@ class PackedQueries(NamedTuple):
 
 class KeyMask(NamedTuple):
     """
-    Which keys a query may see.
+    The keys that are visible to a query.
 
     Args:
-        attention_mask: what the attention implementation takes; it never hides all the keys of a row, because
-            implementations differ in what they then return (0, the mean of the values, or NaN).
+        attention_mask: the mask for the attention implementation. It never hides all the keys of a row, because
+            implementations then return different values (0, the mean of the values, or NaN).
         present (batch, 1, 1) bool: False for the rows whose keys are all hidden; their attention output is set to 0.
             `None` if there are no such rows.
-        packed: in the place of `attention_mask`, for FlashAttention.
-        packed_queries: if queries, and what the attention returns, are (1, num_tokens, width) without padding.
+        packed: replaces `attention_mask` for FlashAttention.
+        packed_queries: if queries and attention output are (1, num_tokens, width), without padding.
     """
 
     attention_mask: Optional[torch.Tensor]
@@ -243,8 +247,10 @@ class Latents(nn.Module):
 
 class StreamProjection(nn.Module):
     """
-    Brings the tokens of an encoder to the width of the fusion: layer norm and a linear layer, whose bias also is the
-    embedding of the modality. (..., encoder width) -> (..., fusion_hidden_size).
+    Projects the tokens of an encoder to the width of the fusion, by layer norm and a linear layer.
+
+    The bias of the linear layer is also the embedding of the modality. (..., encoder width) -> (...,
+    fusion_hidden_size).
     """
 
     def __init__(self, config, input_size: int):

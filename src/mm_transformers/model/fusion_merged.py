@@ -37,9 +37,11 @@ class SelfAttentionLayer(GradientCheckpointingLayer):
 @register_fusion
 class MergedFusion(Fusion):
     """
-    Transformer layers over the text tokens and those of all streams, side by side ("merged attention" of METER,
-    https://arxiv.org/abs/2111.02387; VisualBERT, https://arxiv.org/abs/1908.03557). Its attention maps are
-    (batch, heads, text_len + stream_len, text_len + stream_len).
+    Transformer layers over the text tokens and those of all streams, side by side.
+
+    This is the "merged attention" of METER (https://arxiv.org/abs/2111.02387) and VisualBERT
+    (https://arxiv.org/abs/1908.03557). Its attention maps are (batch, heads, text_len + stream_len, text_len +
+    stream_len).
     """
 
     kind: ClassVar[str] = "merged"

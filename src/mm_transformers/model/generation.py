@@ -34,8 +34,9 @@ class WritingTask(Protocol):
 
 class AnswerDecoder:
     """
-    Lets an encoder-decoder read fused states in the place of its own encoder outputs. Beams, caches, tied weights and
-    special tokens are those of the pretrained model.
+    Makes the decoder of an encoder-decoder read fused states instead of its encoder outputs.
+
+    Beams, caches, tied weights and special tokens are those of the pretrained model.
 
     Args:
         text_model (`PreTrainedModel`): An encoder-decoder of transformers. Only its decoder runs.

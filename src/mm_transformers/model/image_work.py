@@ -22,10 +22,11 @@ _RUN_LENGTHS = (1, 2)  # as the header of a BMP calls them
 
 def check_work(picture: Any) -> None:
     """
-    For a `PIL.Image.Image` that was opened and is not decoded yet.
+    Checks the work for decoding an opened `PIL.Image.Image` before it is decoded.
 
     Raises:
-        UnreadableFile: if the file codes the picture more often than the limits say, or needs slow code for too much.
+        UnreadableFile: if the file codes the picture more often than the limits allow, or too much of it needs slow
+            code.
     """
     file, tiles = getattr(picture, "fp", None), getattr(picture, "tile", None) or []
     if file is None or getattr(file, "closed", False):
@@ -71,11 +72,11 @@ def _check_slowness(picture: Any, tiles: Any, file: Any) -> None:
 
 def check_icon(content: Any) -> None:
     """
-    For the bytes or the path of a picture: Pillow decodes icons while it opens them, of whatever size and kind.
+    Checks the bytes or the path of a picture: Pillow decodes icons of any size and kind while it opens them.
 
     Raises:
         OSError: if the file cannot be opened.
-        UnreadableFile: if it is an icon that holds a BMP with run lengths, which no icon may hold.
+        UnreadableFile: if it is an icon that holds a BMP with run lengths, which icons must not hold.
     """
     with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
         header = file.read(6)

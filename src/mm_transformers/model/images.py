@@ -33,11 +33,12 @@ def image_key(image: Any) -> Hashable:
 
 def pixels_for_each(images: Sequence[Any]) -> Optional[int]:
     """
-    How many pixels each of the images of one row may keep, so that the row fits into the limit `row_pixels`; `None` if
-    it fits already. Of large files only the headers are read.
+    The most pixels that each image of a row may keep, so that the row fits into the limit `row_pixels`.
+
+    `None` if it fits already. Of large files only the headers are read.
 
     Args:
-        images: as [`load_image`] takes them.
+        images: as in [`load_image`].
     """
     most, kept = limits().row_pixels, limits().kept_image_pixels
     if len(images) * kept <= most or sum(min(_declared_pixels(image, kept), kept) for image in images) <= most:
@@ -72,22 +73,22 @@ def load_image(image: Any, fetch: Callable[[str], bytes] = fetch, most_pixels: O
     """
     An RGB `PIL.Image.Image`.
 
-    Transparent pixels are laid on white, 16-bit grey is scaled to 8 bits, of animations the first frame is taken, and
-    pictures are turned as their EXIF orientation, if it can be read, says. Pictures of more than `kept_image_pixels` of
-    the [`Limits`] are shrunk to as many.
+    Transparent pixels are laid on white, and 16-bit grey is scaled to 8 bits. Of an animation, the first frame is
+    taken. Pictures are turned by their EXIF orientation, if it can be read. Pictures of more than `kept_image_pixels`
+    of the [`Limits`] are shrunk to that size.
 
     Args:
         image: a `PIL.Image.Image`; a path, `file://` or http(s) address; the bytes of an image file, also as base64 or
-            `data:` address; a dict with "bytes" or "path" (what `datasets.Image(decode=False)` gives), and perhaps
+            `data:` address; a dict with "bytes" or "path" (as from `datasets.Image(decode=False)`), and perhaps
             `"cast": {"mode": "L"}` for the mode of that feature; or an array or tensor, (height, width), (height,
-            width, channels) or (channels, height, width), of truth values, uint8, uint16, other integers from 0 to
-            255, or floats from 0 to 1. Channels are grey, grey and alpha, RGB, or RGBA.
-        fetch: what turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
-        most_pixels (`int`, *optional*): Fewer than `kept_image_pixels`, as [`pixels_for_each`] gives it.
+            width, channels) or (channels, height, width), of truth values, uint8, uint16, other integers from 0 to 255,
+            or floats from 0 to 1. Channels are grey, grey and alpha, RGB, or RGBA.
+        fetch: turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
+        most_pixels (`int`, *optional*): Fewer than `kept_image_pixels`, as from [`pixels_for_each`].
 
     Raises:
-        ImageError: if there is no such file, it is no image, it is cut short, it is empty, its values do not say what
-            is white, or it is so large that it looks like an attack (more than `PIL.Image.MAX_IMAGE_PIXELS` pixels).
+        ImageError: if there is no such file, it is no image, it is cut short or empty, or the value of white is
+            unclear. Also if it has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, which looks like an attack.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 

@@ -1,5 +1,5 @@
 """
-Says in one sentence what is wrong with the inputs of a model.
+Describes wrong inputs of a model in one sentence.
 
 Shapes are checked before each forward pass, which costs almost nothing. Values are checked only after it has failed,
 since that waits for a GPU.

@@ -106,9 +106,11 @@ def label_scores(task: Any, logits: torch.Tensor, answers: list[Any]) -> tuple[t
 
 def label_id(name: str, labels: list[str], value: Any) -> int:
     """
-    The id of one label, given as its name or its id. A whole-number float counts as an id, since tables with
-    missing cells store integers as floats. If the names are themselves numbers ("1" to "5" stars), a number
-    is a name, not an id. A truth value is the label "True" or "False", in upper or lower case, or "1" or "0".
+    The id of one label, given as its name or its id.
+
+    A whole-number float counts as an id, since tables with missing cells store integers as floats. If the names
+    themselves are numbers ("1" to "5" stars), a number is a name, not an id. A truth value is the label "True" or
+    "False", in upper or lower case, or "1" or "0".
     """
     value = as_scalar(value)
     if isinstance(value, str):

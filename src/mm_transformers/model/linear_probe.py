@@ -1,4 +1,4 @@
-"""A linear model of the mean encoder outputs inside each head, with which a task can start."""
+"""A linear model of the mean encoder outputs inside each head, as the start of a task."""
 
 from typing import Any
 
@@ -12,11 +12,13 @@ from .fusion_layers import masked_mean
 
 class LinearProbe(nn.Module):
     """
-    A linear layer on the mean encoder outputs of a row, without any fusion (linear probing, then fine-tuning: Kumar et
-    al. 2022, https://arxiv.org/abs/2202.10054). All weights are 0 until [`start_probes`] or training sets them.
+    A linear layer on the mean encoder outputs of a row, without any fusion.
+
+    It is for linear probing, then fine-tuning (Kumar et al. 2022, https://arxiv.org/abs/2202.10054). All weights are 0
+    until [`start_probes`] or training sets them.
 
     The features are, for text and each other modality: the mean of the encoder outputs, scaled to length 1, and 1. Both
-    are 0 where a row lacks the modality. With `per_token`, the text part is the encoder output of each token instead.
+    are 0 if a row lacks the modality. With `per_token`, the text part is the encoder output of each token instead.
 
     Args:
         widths: modality -> width of its encoder, "text" first.
@@ -34,7 +36,7 @@ class LinearProbe(nn.Module):
 
     @property
     def blocks(self) -> list[tuple[slice, int]]:
-        """Of each modality the columns of its vector, and the column that is 1 where a row has it."""
+        """For each modality, the columns of its vector, and the column that is 1 if a row has it."""
         found, start = [], 0
         for width in self.widths.values():
             found.append((slice(start, start + width), start + width))
@@ -43,8 +45,10 @@ class LinearProbe(nn.Module):
 
     def features(self, outputs: Any) -> torch.Tensor:
         """
+        The features of the probe.
+
         Args:
-            outputs ([`MMTransformerModelOutput`]).
+            outputs ([`MMTransformerModelOutput`]): the outputs of the model.
 
         Returns:
             (batch, number of features), or (batch, text_len, number of features) with `per_token`.
@@ -60,7 +64,7 @@ class LinearProbe(nn.Module):
             is_there = (means != 0).any(-1, keepdim=True)
             if self.per_token and name == "text":
                 means, is_there = torch.where(is_there[:, None], text.hidden_states, 0), is_there[:, None]
-            # Of zeros the gradient would be too large for half precision.
+            # For zeros the gradient would be too large for half precision.
             vectors = nn.functional.normalize(torch.where(is_there, means.float(), 1), dim=-1) * is_there
             part = torch.cat([vectors, is_there.float().expand(*vectors.shape[:-1], 1)], -1)
             if self.per_token and name != "text":
@@ -74,14 +78,15 @@ class LinearProbe(nn.Module):
 
 class ProbedHead(nn.Module):
     """
-    The sum of a linear probe and a head. The head sees only what the fusion changed: fused minus unfused text states.
-    This is 0 while the gates are closed, so at the start the probe alone answers, and gates get gradients at once.
+    The sum of a linear probe and a head. The head sees only the change by the fusion: fused minus unfused text states.
 
-    A model without a fusion changes nothing; there the head sees the text states, and its last layer starts at 0.
+    This change is 0 while the gates are zero. So the probe alone answers at the start, and gates get gradients at once.
+
+    In a model without a fusion there is no change. There the head sees the text states, and its last layer starts at 0.
 
     Args:
-        head: as [`Task.build_head`] gives it; of an input of zeros it must make zeros at its initialisation.
-        probe: gives as many outputs as the head.
+        head: from [`Task.build_head`]; at its initialisation, an input of zeros must give zeros.
+        probe: has as many outputs as the head.
         has_fusion: whether the model has a fusion.
     """
 
@@ -113,8 +118,9 @@ def probe_widths(config: Any) -> dict[str, int]:
 
 def with_probe(head: nn.Module, task: Any, config: Any) -> nn.Module:
     """
-    The head of a task, with a linear probe if the config asks for it and the task has a linear problem. A kind that
-    inherits its linear problem but has a head of its own gets none: what fits the one need not fit the other.
+    The head of a task, with a linear probe if the config enables it and the task has a linear problem.
+
+    A kind that inherits its linear problem but has another head gets no probe, since the two may not fit.
     """
     problem = task.linear_problem() if config.linear_probe else None
     if problem is None or _owner(task, "build_head") is not _owner(task, "linear_problem"):

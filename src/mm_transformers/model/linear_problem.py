@@ -24,8 +24,9 @@ Solver = Callable[[float], tuple[Array, Array]]
 
 class Regressions(Protocol):
     """
-    The regressions that a problem is made of, which training gives. A pulled checkpoint must not need scikit-learn, so
-    no module here imports it.
+    The regressions that a problem needs, passed in by training.
+
+    A pulled checkpoint must not need scikit-learn, so no module here imports it.
     """
 
     def logistic(self, features: Array, labels: Array, counts: Array) -> Solver:
@@ -65,8 +66,9 @@ class LinearProblem(ABC):
     @abstractmethod
     def known(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Labels of a batch, (num_items,) or (num_items, num_outputs), or with a token dimension behind the first; and
-        which of the items have one, bool.
+        Labels of a batch, and a bool tensor of the labelled items.
+
+        Labels are (num_items,) or (num_items, num_outputs), or have a token dimension behind the first.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Parts of messages: errors of other libraries in one line, values cut short, and folders that are not there."""
+"""Parts of messages: errors of other libraries in one line, shortened values, and missing folders."""
 
 import os
 import reprlib
@@ -23,13 +23,13 @@ def one_line(error: Any, longest: int = 400) -> str:
 
 
 def and_more(names: Sized) -> str:
-    """What follows the first of several names in a message."""
+    """The text after the first of several names in a message."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def shortened(value: Any) -> str:
     """
-    As `repr` shows it, but short whatever its size: a few kilobytes of YAML can stand for gigabytes.
+    The `repr` of a value, but always short: a few kilobytes of YAML can hold gigabytes.
 
     Example:
 
@@ -42,9 +42,11 @@ def shortened(value: Any) -> str:
 
 def check_folder(path: Any, what: str = "a saved model") -> None:
     """
+    Checks that a folder exists, unless the path can be a Hub id.
+
     Args:
-        path: What was given as a folder or a Hub id.
-        what: What it should hold.
+        path: The given folder or Hub id.
+        what: The expected content.
 
     Raises:
         OSError: one sentence, if it can be no Hub id, and there is no such folder.

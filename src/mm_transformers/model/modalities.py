@@ -15,13 +15,13 @@ from .video import load_frames, video_key
 @dataclass(frozen=True)
 class EncoderKind:
     """
-    What one encoder of a model reads and gives. Configs, streams, relevances and Shapley values go by its `name`.
+    The inputs and outputs of one encoder of a model. Configs, streams, relevances and Shapley values use its `name`.
 
     Args:
         name: `{name}_config` of the config, `{name}_model` of the model.
-        inputs: the names of its main input, of which a class of transformers takes one.
-        index: the tensor that says which items belong to which row; `None` for text, of which each row has one.
-        features: the tensor that may stand in for the output of the encoder.
+        inputs: the names of its main input; a class of transformers takes one of them.
+        index: the tensor with the items of each row; `None` for text, since each row has one.
+        features: the tensor that may replace the output of the encoder.
         processor_part: the attribute of the processor that prepares the input.
         noun, plural: one of its inputs, and several, in messages and tables.
         hub_tag: its tag on the Hub.
@@ -128,7 +128,7 @@ def _load_clip(reading: Reading, clip: Any) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Modality:
     """
-    One thing that a row may hold.
+    One kind of input of a row.
 
     Args:
         name: the key of a row, and by default the column of a table.
@@ -141,7 +141,7 @@ class Modality:
         pixels_for_each: the items of a row -> the most pixels that the reader may keep of each; `None` for no limit.
         axes: the numbers of axes of an item that is stored as nested lists of numbers.
         most_axes: the largest number of axes of an item that is stored as an array with a shape.
-        is_sequence: whether an item is several inputs of the encoder, as the frames of a video are.
+        is_sequence: whether an item is several inputs of the encoder, such as the frames of a video.
     """
 
     name: str

@@ -1,6 +1,8 @@
 """
-The fused model, from its outputs to its heads: [`MMTransformerModel`] runs encoders and fusion,
-[`MMTransformerForMultiTask`] adds a head per task, [`MMTransformerForSequenceClassification`] has one head only.
+The fused model, from its outputs to its heads.
+
+[`MMTransformerModel`] runs encoders and fusion, [`MMTransformerForMultiTask`] adds a head per task,
+[`MMTransformerForSequenceClassification`] has one head only.
 """
 
 import inspect
@@ -237,9 +239,10 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs):
         """
-        As [`~transformers.PreTrainedModel.save_pretrained`] does, and copies the code of the model into the folder, so
-        that it can be loaded with `trust_remote_code=True` where this package is not installed. Of a model with
-        adapters, the adapters alone are saved.
+        As [`~transformers.PreTrainedModel.save_pretrained`], and copies the code of the model into the folder.
+
+        So it can be loaded with `trust_remote_code=True` without this package. For a model with adapters, the adapters
+        alone are saved.
         """
         # In the original layout of a vision tower its keys have other names, and the Trainer, which resumes by
         # `load_state_dict(strict=False)`, would leave them out.
@@ -280,13 +283,15 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """
-        As [`~transformers.PreTrainedModel.from_pretrained`] does, from safetensors only: a pickle is read if
-        `use_safetensors=False` says so. With this package installed, no code of the checkpoint is run.
+        As [`~transformers.PreTrainedModel.from_pretrained`], but from safetensors only.
+
+        A pickle is read only with `use_safetensors=False`. With this package installed, no code of the checkpoint is
+        run.
 
         Raises:
             OSError: one sentence, if files are missing or damaged.
             ValueError: one sentence, if the config does not fit, or the checkpoint lacks weights or has others.
-                `ignore_mismatched_sizes=True` loads what there is.
+                `ignore_mismatched_sizes=True` loads the weights that fit.
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
@@ -309,20 +314,22 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_encoders(cls, text: str, vision: Optional[str] = None, audio: Optional[str] = None, **kwargs):
         """
-        A model with pretrained encoders and a new fusion. The gates of the fusion are 0 at the start, so until it is
-        trained, `last_hidden_state` is that of the text encoder.
+        A model with pretrained encoders and a new fusion.
+
+        The gates of the fusion are 0 at the start, so `last_hidden_state` is that of the text encoder until training.
 
         Args:
-            text (`str`): Hub id or local folder of a text encoder; of CLIP and SigLIP the text tower is taken, of an
-                encoder-decoder the encoder, and if a task writes text the decoder too.
-            vision (`str`, *optional*): Hub id or local folder of a vision encoder; of CLIP and SigLIP the vision tower.
-            audio (`str`, *optional*): Hub id or local folder of an audio encoder; of Whisper the encoder is taken.
-            kwargs: fields of [`MMTransformerConfig`] (`tasks`, `fusion_type`, `num_fusion_layers`, ...), of which
-                `num_fusion_layers` defaults to 1 here, `linear_probe`, `freeze_batch_norm` and `item_order` to `True`,
-                `freeze` to `["vision"]` (Zhai et al. 2022, https://arxiv.org/abs/2111.07991; `[]` trains all, which
-                encoders with new weights need), and `modality_dropout` to 0.3 of each modality (of the text only if no
-                task writes); everything else (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes to
-                `AutoModel.from_pretrained`.
+            text (`str`): Hub id or local folder of a text encoder. For CLIP and SigLIP this is the text tower. For an
+                encoder-decoder it is the encoder, and also the decoder if a task writes text.
+            vision (`str`, *optional*): Hub id or local folder of a vision encoder; for CLIP and SigLIP the vision
+                tower.
+            audio (`str`, *optional*): Hub id or local folder of an audio encoder; for Whisper its encoder.
+            kwargs: fields of [`MMTransformerConfig`] (`tasks`, `fusion_type`, `num_fusion_layers`, ...). Some have
+                other defaults here: `num_fusion_layers` 1, `linear_probe`, `freeze_batch_norm` and `item_order` `True`.
+                `freeze` defaults to `["vision"]` (Zhai et al. 2022, https://arxiv.org/abs/2111.07991); `[]` trains all,
+                which encoders with new weights need. `modality_dropout` defaults to 0.3 of each modality (of the text
+                only if no task writes). Everything else (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes
+                to `AutoModel.from_pretrained`.
 
         Raises:
             ValueError: one sentence, if an encoder cannot be used or an option does not fit.
@@ -416,9 +423,10 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
 
     def freeze(self) -> None:
         """
-        Sets `requires_grad=False` for all parameters that `config.freeze` names. An encoder that is frozen as a whole
-        runs as in evaluation and without gradients, so its outputs are a function of its inputs alone. Called when the
-        model is built, and after weights were loaded, since these come as new parameters.
+        Sets `requires_grad=False` for all parameters that `config.freeze` names.
+
+        A completely frozen encoder runs in evaluation mode and without gradients, so its outputs depend on its inputs
+        alone. Called when the model is built, and after weights were loaded, since these are new parameters.
 
         Raises:
             ValueError: if there are no parameters of such a name.
@@ -546,8 +554,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         The part of [`forward`] before the fusion, with the same arguments.
 
         Returns:
-            The tokens of each modality, as [`fuse`] takes them, and in training with modality dropout which rows keep
-            which modality.
+            The tokens of each modality, for [`fuse`]; in training with modality dropout also the modalities that each
+                row keeps.
         """
         text = next((x for x in (input_ids, inputs_embeds, text_features) if x is not None), None)
         if text is None:
@@ -967,8 +975,10 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
     @property
     def new_modules(self) -> list[str]:
         """
-        The names of all parts outside of the encoders. With adapters, give them as `modules_to_save`, so that they are
-        trained and saved: `LoraConfig(target_modules=[...], modules_to_save=model.new_modules)`.
+        The names of all parts outside of the encoders.
+
+        With adapters, pass them as `modules_to_save`, so that they are trained and saved:
+        `LoraConfig(target_modules=[...], modules_to_save=model.new_modules)`.
         """
         parts = [name for name, child in self.model.named_children() if not name.endswith("_model")]
         names = [name for name in parts if any(True for _ in getattr(self.model, name).parameters())]
@@ -1107,8 +1117,9 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         **kwargs,
     ) -> torch.Tensor:
         """
-        The vectors of texts, for search: their dot products with those of [`encode_image`] are cosines. Only the text
-        encoder runs.
+        The vectors of texts, for search: their dot products with those of [`encode_image`] are cosines.
+
+        Only the text encoder runs.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(num_texts, text_len)`), attention_mask (same shape, *optional*).
@@ -1138,9 +1149,10 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         **kwargs,
     ) -> torch.Tensor:
         """
-        The same for pictures, (num_images, channels, height, width) -> (num_images, embedding_size). Only the vision
-        encoder runs. With `image_index` (and `frame_index`, for videos) one vector per row, as in training: (batch,
-        embedding_size), 0 where a row has none.
+        The same for pictures, (num_images, channels, height, width) -> (num_images, embedding_size).
+
+        Only the vision encoder runs. With `image_index` (and `frame_index`, for videos) there is one vector per row, as
+        in training: (batch, embedding_size), 0 if a row has no picture.
         """
         return self._embed_items("vision", task, {"pixel_values": pixel_values}, image_index, frame_index)
 
@@ -1191,11 +1203,13 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         labels: torch.Tensor,
     ) -> torch.Tensor:
         """
-        The logits of a [`Matching`] head for pairs that do not match: each text with the item of another row, and each
-        item with the text of another row; (batch, 2), NaN where the batch holds none. See [`choose_partners`].
+        The logits of a [`Matching`] head for mismatched pairs, (batch, 2); NaN if the batch holds no mismatch.
 
-        Similarity is that of a [`Retrieval`] task of the same modality. Without one, all are equally similar, and in
-        evaluation the first is taken.
+        The first pairs each text with the item of another row, the second each item with the text of another row. See
+        [`choose_partners`].
+
+        The choice uses the similarity of a [`Retrieval`] task of the same modality. Without one, all are equally
+        similar, and evaluation takes the first.
         """
         encoded, head = encoder_outputs.encoded, getattr(self.heads, name)
         modality = cast(PairTask, self.tasks[name]).modality
@@ -1218,9 +1232,10 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
 
 class MMTransformerForSequenceClassification(MMTransformerForMultiTask):
     """
-    A [`MMTransformerForMultiTask`] whose only task is a [`Classification`], with the inputs and outputs of other models
-    for sequence classification: `AutoModelForSequenceClassification` loads it, and `pipeline("text-classification")`
-    takes it.
+    A [`MMTransformerForMultiTask`] whose only task is a [`Classification`].
+
+    It has the inputs and outputs of other models for sequence classification. So `AutoModelForSequenceClassification`
+    loads it, and `pipeline("text-classification")` runs it.
 
     Raises:
         ValueError: if the model has other tasks.

@@ -14,8 +14,9 @@ def leading_padding(attention_mask: torch.Tensor) -> torch.Tensor:
 
 def roll_rows(x: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
     """
-    Moves each row of (batch, length, ...) to the left, by its own number of places (batch,), fewer than the length;
-    what leaves on the left comes in on the right. Not by `torch.roll`, which moves all rows by the same number.
+    Rotates each row of (batch, length, ...) to the left, by its own number of places (batch,), fewer than the length.
+
+    `torch.roll` would move all rows by the same number.
     """
     places = torch.arange(x.shape[1], device=x.device) + shifts[:, None]
     # Not by `%`, which the ONNX exporter does not know for lengths that vary.

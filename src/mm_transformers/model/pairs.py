@@ -27,7 +27,7 @@ def read_truth_value(text: str, default: Any) -> Any:
 
 def encode_pair(name: str, value: Any) -> Optional[int]:
     """
-    The cell of a column of pairs: the group that it names, -1 if it is a pair without a group, `None` if it is none.
+    The cell of a column of pairs: its group, -1 for a pair without a group, `None` for no pair.
 
     Raises:
         ValueError: if it is neither truth value nor id.
@@ -67,11 +67,11 @@ class PairTask(Protocol):
 
 class Pairs(NamedTuple):
     """
-    Which texts and items of some rows belong together.
+    The matching texts and items of some rows.
 
     Args:
-        texts, items: the different ones, sorted.
-        numbers: of each pair, the place of its text times the number of items, plus the place of its item; sorted.
+        texts, items: the distinct ones, sorted.
+        numbers: for each pair, the place of its text times the number of items, plus the place of its item; sorted.
     """
 
     texts: torch.Tensor
@@ -81,12 +81,13 @@ class Pairs(NamedTuple):
     @classmethod
     def of(cls, ids: torch.Tensor) -> "Pairs":
         """
-        A text belongs to an item if some row holds both, or if a row with this text and a row with this item name the
-        same group. Nothing more follows: of the rows (a, 1), (a, 2) and (b, 2), the text b does not belong to the
-        item 1.
+        The matching pairs of rows.
+
+        A text matches an item if some row holds both, or if their rows name the same group. This is not transitive:
+        with the rows (a, 1), (a, 2) and (b, 2), the text b does not match the item 1.
 
         Args:
-            ids (rows, 3): as [`pair_ids`] gives them.
+            ids (rows, 3): from [`pair_ids`].
         """
         rows = ids[ids[:, 0] != -100]
         texts, text = rows[:, 0].unique(return_inverse=True)
@@ -131,11 +132,11 @@ def labels_of_pairs_left(labels: torch.Tensor, kept: dict[str, torch.Tensor], mo
 
 def may_mismatch(labels: torch.Tensor) -> torch.Tensor:
     """
-    Which texts and items of a batch may be shown together as a pair that does not match: (batch, batch) bool, the text
-    of one row and the item of another.
+    The texts and items of a batch that may form a mismatched pair: (batch, batch) bool, text of one row by item of
+    another.
 
     Args:
-        labels (batch, 4) int64: those of a [`Matching`] task, 1 or 0 before what [`pair_ids`] gives.
+        labels (batch, 4) int64: those of a [`Matching`] task: 1 or 0, then the columns of [`pair_ids`].
     """
     ids, is_pair = labels[:, 1:], labels[:, 0] == 1
     return ~matching_pairs(ids, ids) & is_pair[:, None] & is_pair[None]

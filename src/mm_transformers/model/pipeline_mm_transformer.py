@@ -23,22 +23,23 @@ class MultimodalPipeline(Pipeline):
     """
     Answers the tasks of a [`MMTransformerForMultiTask`] for rows of text, images, video and sound.
 
-    A row is a dict with any of `"text"`, `"image"` (or a list of images), `"video"` and `"audio"`, each as
-    [`MMTransformerProcessor`] takes it (a path, a URL, a PIL image, bytes, an array); a string is a text. Columns of
-    labels, and other columns of a `datasets` data set, are not looked at; addresses in its cells are not fetched. Given
-    one row, the pipeline returns a dict from task to answer; given a list of rows, a list; given a generator or a data
-    set, an iterator, which holds one batch at a time. With `batch_size`, rows are answered together; what several of
-    them share is encoded once.
+    A row is a dict with any of `"text"`, `"image"` (or a list of images), `"video"` and `"audio"`. Each is as
+    [`MMTransformerProcessor`] takes it: a path, a URL, a PIL image, bytes, an array. A string is a text. In a
+    `datasets` data set, label columns and other columns are ignored, and addresses in cells are not fetched.
+
+    For one row the pipeline returns a dict from task to answer; for a list of rows, a list. For a generator or a data
+    set it returns an iterator, which holds one batch at a time. `batch_size` answers several rows together, and encodes
+    their shared images once.
 
     Options, of the pipeline or of a call:
         tasks (`list[str]`): Names of the tasks to answer; all by default. A decoder only runs for those.
-        top_k (`int`): For tasks that choose one label: that many of them, the most probable first.
-        threshold (`float`): For tasks with any number of labels: the probability from which on one is in the answer.
+        top_k (`int`): For tasks that choose one label: the number of labels in the answer, the most probable first.
+        threshold (`float`): For tasks with any number of labels: the lowest probability of a label in the answer.
         generate_kwargs (`dict`): For tasks that write: `num_beams`, `max_new_tokens`, ...
 
     Raises:
-        ValueError: one sentence, if a row holds nothing, a key that a row cannot have, or something that cannot be
-            read or that the model has no encoder for; if the model has no such task, or an option does not fit.
+        ValueError: one sentence, if a row is empty, has an unknown key, or has an input that cannot be read or has no
+            encoder. Also if the model has no such task, or an option does not fit.
 
     Example:
 
@@ -149,13 +150,14 @@ def read_rows(
     is_table: bool = False,
 ) -> dict[str, Any]:
     """
-    What the model takes for some rows, each with its number: `tensors`, `texts` and, for tasks that label words,
-    `word_index`; or the `error`, in one sentence. It is not raised here, since the loader would put the traceback of
-    its worker into the message.
+    The model inputs of some rows with their numbers: `tensors`, `texts` and, for tasks that label words, `word_index`.
+
+    If a row cannot be read, the result is the `error`, in one sentence. It is not raised here, since the loader would
+    put the traceback of its worker into the message.
 
     Args:
-        limits: hands the limits to the workers that are started with this.
-        is_table: whether the rows are those of a data set, whose addresses the caller has not typed: none is fetched.
+        limits: passes the limits on to the workers that are started with this.
+        is_table: whether the rows come from a data set, whose addresses the user has not typed. These are not fetched.
     """
     try:
         rows = [_checked(row, number, known) for number, row in numbered]

@@ -13,11 +13,11 @@ from .generation import FusedText, writing_tasks
 
 class Predictions:
     """
-    One batch behind encoders and fusion, which run once. Logits and answers need the heads only, and a decoder for
-    tasks that write.
+    One batch after encoders and fusion, which run once. Logits and answers need the heads only, and a decoder for tasks
+    that write.
 
     Args:
-        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
+        model ([`MMTransformerForMultiTask`]): Runs in evaluation mode, whatever its mode.
         outputs ([`MMTransformerModelOutput`]): The output of `model.model` for the batch.
 
     Example:
@@ -53,8 +53,9 @@ class Predictions:
 
     def labelled_logits(self, task: str, labels: torch.Tensor) -> torch.Tensor:
         """
-        The logits that the loss of a task takes. For a task that writes, those of each token, given the tokens of the
-        label before it.
+        The logits for the loss of a task.
+
+        For a task that writes, these are the logits of each token, given the tokens of the label before it.
 
         Args:
             labels: of this task, on the device of the model.

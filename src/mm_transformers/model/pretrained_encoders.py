@@ -84,6 +84,8 @@ def with_defaults(options: Mapping[str, Any], modalities: Collection[str]) -> di
 
 def load_encoders(paths: Mapping[str, str], options: Mapping[str, Any], **kwargs: Any) -> PretrainedEncoders:
     """
+    The encoders and the config of a new model.
+
     Args:
         paths: modality -> Hub id or local folder of its encoder; "text" among them.
         options: fields of the config.

@@ -147,14 +147,15 @@ def _check_size(image_processor: Any, path: Any) -> None:
 
 class MMTransformerProcessor(ProcessorMixin):
     r"""
-    A tokenizer, an image processor and a feature extractor, for texts with any number of images, a video and any number
-    of clips of sound each.
+    Prepares texts with any number of images, a video and any number of clips of sound each.
+
+    It consists of a tokenizer, an image processor and a feature extractor.
 
     Args:
-        image_processor (`BaseImageProcessor`, *optional*): That of the vision encoder; `None` where there is none.
+        image_processor (`BaseImageProcessor`, *optional*): That of the vision encoder; `None` without one.
         tokenizer (`PreTrainedTokenizerBase`): That of the text encoder.
         feature_extractor (`SequenceFeatureExtractor`, *optional*): That of the audio encoder.
-        num_frames (`int`, *optional*, defaults to 8): How many frames are taken of a video, at most.
+        num_frames (`int`, *optional*, defaults to 8): The largest number of frames of a video.
 
     Example:
 
@@ -166,7 +167,8 @@ class MMTransformerProcessor(ProcessorMixin):
     >>> inputs["image_index"]
     tensor([[ 0],
             [-1]])
-    ```"""
+    ```
+    """
 
     image_processor: Any = None
     feature_extractor: Any = None
@@ -219,8 +221,9 @@ class MMTransformerProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
-        As [`~transformers.ProcessorMixin.save_pretrained`] does, and copies the code of the processor into the folder,
-        so that it can be loaded with `trust_remote_code=True` where this package is not installed.
+        As [`~transformers.ProcessorMixin.save_pretrained`], and copies the code of the processor into the folder.
+
+        So it can be loaded with `trust_remote_code=True` without this package.
         """
         with saved_aside(save_directory) as staged:
             saved = super().save_pretrained(staged, **({} if push_to_hub else kwargs))
@@ -332,8 +335,10 @@ class MMTransformerProcessor(ProcessorMixin):
 
     def _options(self, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """
-        The options of a call by modality, as `text_kwargs` and the like. Not by `ProcessorMixin._merge_kwargs`, which
-        cuts sound to the `max_length` of texts, and passes over names that nobody takes.
+        The options of a call by modality, as `text_kwargs` and the like.
+
+        `ProcessorMixin._merge_kwargs` is not used: it cuts sound to the `max_length` of texts, and ignores unknown
+        names.
         """
         kinds = self._option_names
         options = {part: dict(given.pop(part, None) or {}) for part in kinds}
@@ -501,12 +506,12 @@ class MMTransformerProcessor(ProcessorMixin):
 
     def load_audio(self, clip: Any, sampling_rate: Optional[int] = None, fetch: Callable[[str], bytes] = fetch):
         """
-        The waveform of a clip at the rate of the audio encoder, as [`mm_transformers.model.audio.load_audio`] gives it.
+        The waveform of a clip at the rate of the audio encoder, from [`mm_transformers.model.audio.load_audio`].
 
         Args:
-            clip: what [`mm_transformers.model.audio.load_audio`] takes.
+            clip: as in [`mm_transformers.model.audio.load_audio`].
             sampling_rate (`int`, *optional*): The rate, in Hz, of arrays that come without one.
-            fetch: what turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
+            fetch: turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
 
         Raises:
             AudioError: also if it is too short for the audio encoder.
@@ -622,6 +627,8 @@ def _one_per_row(name: str, entries: Any, num_rows: int) -> list[Any]:
 
 def check_number(items: list[Any], kind: str) -> None:
     """
+    Checks the number of items of a row.
+
     Raises:
         ValueError: if a row has more items than are allowed.
     """

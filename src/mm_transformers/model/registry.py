@@ -9,12 +9,13 @@ T = TypeVar("T", bound=type)
 
 def registered(kinds: dict[str, T], what: str) -> Callable[[T], T]:
     """
-    A class decorator that adds a class to a registry under its `kind`. A class of the same qualified name replaces the
-    one before, so that a module can be loaded again.
+    A class decorator that adds a class to a registry under its `kind`.
+
+    A class of the same qualified name replaces the earlier one, so that a module can be loaded again.
 
     Args:
         kinds: the registry, changed in place.
-        what: the noun of messages, such as "task kind".
+        what: the noun in messages, such as "task kind".
 
     Raises:
         ValueError: when called, if the class has no `kind`, or another class has the same one.

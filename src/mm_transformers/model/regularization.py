@@ -39,6 +39,8 @@ _ENCODERS = ("text_model", "vision_model", "audio_model")
 
 class Penalty(NamedTuple):
     """
+    The penalty of some parameters.
+
     Args:
         omega: the kind of penalty.
         weight: lambda.
@@ -52,13 +54,15 @@ class Penalty(NamedTuple):
 
 def check_regularization(spec: Optional[dict[str, Any]], tasks: dict[str, Any]) -> None:
     """
+    Checks `config.regularization`.
+
     Args:
         spec: `config.regularization`.
         tasks: name -> [`Task`].
 
     Raises:
         ValueError: if `spec` is neither `None` nor `{"kind": ..., "weight": ..., "tasks": {...}, "encoders": {...}}`,
-            or names a task that there is not, or one that has no layers of its own.
+            or names an unknown task, or one without its own layers.
     """
     if spec is None:
         return
@@ -94,11 +98,10 @@ def check_regularization(spec: Optional[dict[str, Any]], tasks: dict[str, Any]) 
 
 def penalties(model, spec: Optional[dict[str, Any]]) -> Iterator[Penalty]:
     """
-    What is penalised, and how: of each task, and of the encoders, the matrices that are trained. Biases are left out,
-    as in weight decay.
+    The penalties: the trained matrices of each task, and of the encoders. Biases are left out, as in weight decay.
 
     Args:
-        model ([`MMTransformerForMultiTask`]).
+        model ([`MMTransformerForMultiTask`]): The model.
     """
     if spec is None:
         return
@@ -135,9 +138,11 @@ def take_starting_point(model, spec: Optional[dict[str, Any]]) -> dict[str, torc
 
 def regularization_loss(model, spec: dict[str, Any], starting_point: dict[str, torch.Tensor]) -> torch.Tensor:
     """
-    Sum over the tasks (and the encoders) of lambda times the squares (l2), absolute values (l1) or squared distances
-    from the starting point (l2_sp, Li et al. 2018, https://arxiv.org/abs/1802.01483) of their matrices, in float32. Of
-    linear probes, l2 and l1 also take the distance from the starting point.
+    The sum over the tasks (and the encoders) of lambda times the penalty of their matrices, in float32.
+
+    The penalty is the squares (l2), the absolute values (l1), or the squared distances from the starting point (l2_sp,
+    Li et al. 2018, https://arxiv.org/abs/1802.01483). For linear probes, l2 and l1 also use the distance from the
+    starting point.
     """
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)

@@ -1,7 +1,7 @@
 """
-Writing beside what is there, then renaming: a file is whole or not there, and nothing is written through a link.
+Writes to a temporary file, then renames it: a file is complete or absent, and nothing is written through a link.
 
-A link in the way of a file is replaced by the file; what it points to stays as it is.
+A link with the name of a file is replaced by the file; its target stays unchanged.
 """
 
 import errno
@@ -30,13 +30,13 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 @contextmanager
 def write_atomically(path: Path) -> Iterator[IO[bytes]]:
     """
-    A file to write to, which takes the place of `path` when the block ends, and is gone if it ends by an exception.
+    A file to write to, which replaces `path` at the end of the block, and is removed after an exception.
 
     Args:
-        path (`Path`): Its folder is made if it does not exist. A link with this name is replaced, not followed.
+        path (`Path`): Its folder is created if it does not exist. A link with this name is replaced, not followed.
 
     Raises:
-        OSError: as writing does.
+        OSError: from writing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since only within a file system a file is renamed in one step.
@@ -100,8 +100,9 @@ def saved_aside(folder: Any) -> Iterator[Path]:
 
 def leads_outside(path: Path, folder: Path) -> bool:
     """
-    Whether a path in a folder is a link to somewhere else, so that reading it would show another file of this machine.
-    Links of the cache of huggingface_hub, from a snapshot to its blobs, are as good as files.
+    Whether a path in a folder is a link to another place, so that reading it would reveal another file of this machine.
+
+    Links of the cache of huggingface_hub, from a snapshot to its blobs, count as files.
     """
     target, folder = path.resolve(), folder.resolve()
     is_blob = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"

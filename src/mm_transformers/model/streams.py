@@ -1,4 +1,4 @@
-"""The tokens of each row: which encoded items (images, clips of sound) it has, in which order, and which it keeps."""
+"""The tokens of each row: its encoded items (images, clips of sound), their order, and modality dropout."""
 
 import difflib
 import inspect
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import initialization as init
 
 
-# Ignored arguments: those that any transformers model takes, and what tokenizers return beside inputs.
+# Ignored arguments: those of all transformers models, and further outputs of tokenizers.
 _COMMON_KEYWORDS = {
     "return_dict", "return_loss", "use_cache", "word_index", "special_tokens_mask", "length", "offset_mapping",
     "overflow_to_sample_mapping", "num_truncated_tokens", "references",
@@ -18,11 +18,13 @@ _COMMON_KEYWORDS = {
 
 def check_keywords(model: nn.Module, unknown: dict[str, Any]) -> None:
     """
+    Checks the unknown keywords of a call.
+
     Args:
         unknown: the keywords of a call that `model.forward` lacks.
 
     Raises:
-        TypeError: if one of them is not among those that are ignored.
+        TypeError: if one of them is not among the ignored ones.
     """
     for name in unknown:
         if name not in _COMMON_KEYWORDS:
@@ -32,7 +34,7 @@ def check_keywords(model: nn.Module, unknown: dict[str, Any]) -> None:
 
 
 class NullText(nn.Module):
-    """A learned vector (text hidden size) in the place of the text of rows that have none."""
+    """A learned vector (text hidden size) for rows without a text."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -48,7 +50,7 @@ class NullText(nn.Module):
 
 class SinusoidalFrames(nn.Module):
     """
-    Tells the frames of a video apart by sinusoids of their number (https://arxiv.org/abs/1706.03762).
+    Encodes the number of a video frame by sinusoids (https://arxiv.org/abs/1706.03762).
 
     Args:
         num_frames: the largest number of frames of a video.
@@ -61,6 +63,8 @@ class SinusoidalFrames(nn.Module):
 
     def check(self, frame_index: torch.Tensor) -> None:
         """
+        Checks the numbers of frames.
+
         Raises:
             ValueError: if there is no vector for one of the frames.
         """
@@ -72,13 +76,13 @@ class SinusoidalFrames(nn.Module):
         return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], -1), (0, self.width % 2))
 
     def forward(self, frame_index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """(...) int64, -1 at pictures that are no frames -> (..., width), 0 there"""
+        """(...) int64, -1 for pictures that are no frames -> (..., width), 0 there"""
         vectors = self.vectors(frame_index.clamp(min=0))
         return (vectors * (frame_index >= 0)[..., None]).to(dtype)
 
 
 class LearnedFrames(SinusoidalFrames):
-    """The same by learned vectors, one for each number."""
+    """Encodes the number of a video frame by a learned vector."""
 
     def __init__(self, num_frames: int, width: int):
         super().__init__(num_frames, width)
@@ -105,9 +109,11 @@ FRAME_EMBEDDINGS = {"sinusoidal": SinusoidalFrames, "learned": LearnedFrames}
 
 class ItemOrder(nn.Module):
     """
-    Tells the items of a row apart by their place: "the left one", "before and after". The tokens of the first stay as
-    they are; those of others are scaled and shifted, which an average of tokens shows too. Sinusoids of the place, of
-    which there may be any number, pass through a linear layer that starts at zero.
+    Encodes the places of the items of a row: "the left one", "before and after".
+
+    The tokens of the first item stay unchanged. Those of other items are scaled and shifted, which is visible in an
+    average of tokens too. Sinusoids of the place pass through a linear layer that starts at zero, so the number of
+    places is unlimited.
 
     Args:
         width: of the tokens.
@@ -127,16 +133,18 @@ class ItemOrder(nn.Module):
         self, item_index: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
         """
+        The tokens, scales and offsets of the items.
+
         Args:
             item_index (batch, max_items) int64: -1 where there is no item.
             tokens (num_items, item_length, width): of the distinct items.
 
         Returns:
-            The tokens, scales and offsets, as [`Stream`] takes them. The latter two are (batch, max_items, width), 0
-            for the first item of each row; `None` where no row has two.
+            The tokens, scales and offsets, as in [`Stream`]. The latter two are (batch, max_items, width), 0 for the
+                first item of each row; `None` if no row has two items.
         """
         if item_index.shape[1] < 2 and not torch.compiler.is_compiling():  # an exported model takes any number of items
-            # It takes part in every training step, as DDP wants.
+            # It takes part in every training step, for DDP.
             return (tokens + self.weight.sum() * 0.0 if self.training else tokens), None, None
         place = ((item_index >= 0).to(torch.int64).cumsum(1) - 1).clamp(min=0)
         rates = 256.0 ** (-torch.arange(self.NUM_WAVES, device=place.device) / (self.NUM_WAVES - 1))
@@ -150,11 +158,12 @@ def check_index(
     index: Optional[torch.Tensor], batch_size: int, num_items: int, device: torch.device, name: str, items: str
 ) -> tuple[torch.Tensor, bool]:
     """
-    Which items belong to each row, (batch, max_items) int64, -1 for none; by default row i has item i. And whether it
-    is known that none is -1, so that no mask is needed.
+    The items of each row, (batch, max_items) int64, -1 for none; by default row i has item i.
+
+    The second value tells whether the index is known to have no -1, so that no mask is needed.
 
     Args:
-        name, items: how messages call the index and the items: "image_index", "images".
+        name, items: the names of index and items in messages: "image_index", "images".
 
     Raises:
         ValueError: if the items do not fit the rows.
@@ -173,10 +182,10 @@ def check_index(
         )
     in_range = ((index >= -1) & (index < num_items)).all()
     if torch.compiler.is_compiling():
-        # Anything that looks at a value would break the graph, and a count in the message would become a constant.
+        # Reading a value would break the graph, and a count in the message would become a constant.
         torch._assert_async(in_range, f"{name} must hold numbers from -1 (none) to the number of {items} less 1.")
         return index, False
-    # Before an encoder runs, when a GPU has nothing to do: a question that waits for it later leaves it idle.
+    # Before an encoder runs: reading a value later would make the GPU wait.
     is_right, is_full = torch.stack([in_range, (index >= 0).all()]).tolist()
     if not is_right:
         raise ValueError(f"{name} must hold numbers from -1 (none) to {num_items - 1} (there are {num_items} {items}).")
@@ -185,11 +194,11 @@ def check_index(
 
 def drop_modalities(present: dict[str, torch.Tensor], probabilities: dict[str, float]) -> dict[str, torch.Tensor]:
     """
-    Modality dropout, row by row: which modalities each row keeps. A row never loses all that it has.
+    Modality dropout, row by row: the modalities that each row keeps. A row always keeps at least one.
 
     Args:
         present: modality -> (batch,) bool, whether the row has it.
-        probabilities: modality -> probability of losing it.
+        probabilities: modality -> the probability of dropping it.
     """
     kept = {
         name: there & (torch.rand(there.shape, device=there.device) >= probabilities.get(name, 0.0))

@@ -26,9 +26,9 @@ TASK_KINDS: dict[str, type["Task"]] = {}
 
 def register_task(cls: type["Task"]) -> type["Task"]:
     """
-    Class decorator that makes a task kind known, so that it can be written to and read from `config.json`.
+    Class decorator that registers a task kind, so that `config.json` can store it.
 
-    The class becomes a dataclass; its fields are what `config.json` stores, so they must be JSON values.
+    The class becomes a dataclass; `config.json` stores its fields, so they must be JSON values.
 
     Raises:
         ValueError: if `kind` is missing or is already taken by another class.
@@ -47,10 +47,10 @@ def register_task(cls: type["Task"]) -> type["Task"]:
 
 def task_from_dict(values: dict[str, Any]) -> "Task":
     """
-    Builds the task that one entry of `config.tasks` describes.
+    The task of one entry of `config.tasks`.
 
     Raises:
-        ValueError: if the kind is unknown, one of its options is, or one that it needs is missing.
+        ValueError: if the kind or one of its options is unknown, or a required option is missing.
     """
     if not isinstance(values, dict):
         raise ValueError(f"A task is a Task object or a dict with a 'kind' and a 'name', but got {values!r}.")
@@ -77,14 +77,14 @@ def task_from_dict(values: dict[str, Any]) -> "Task":
 
 class LabelContext(NamedTuple):
     """
-    What some kinds of labels need beside the cells.
+    The inputs that some kinds of labels need beside the cells.
 
     Args:
         word_index (batch, text_len) int64: the number of the word that starts at each token, -1 elsewhere; for tasks
             that label words.
         tokenizer: that of the processor; for tasks whose labels are texts.
-        fingerprints: "text" or modality -> a number per row that is equal for equal content, `None` where the row has
-            none; for tasks that compare rows.
+        fingerprints: "text" or modality -> a number per row that is equal for equal content, `None` without content;
+            for tasks that compare rows.
     """
 
     word_index: Optional[torch.Tensor] = None
@@ -100,10 +100,10 @@ class Judgement(NamedTuple):
     The answer of a task to one row, compared with the label.
 
     Args:
-        answer: the answer, as reports show it.
+        answer: the answer, in the form of reports.
         truth: the label in the same form; `None` if the row has none.
         is_right: whether both agree; `None` without a label, and for tasks whose answers are not right or wrong.
-        confidence: the probability of the answer, 0 to 1; `None` if the task gives no probabilities.
+        confidence: the probability of the answer, 0 to 1; `None` if the task has no probabilities.
         label_pairs: pairs of label and answer for a confusion matrix, by name; empty for other tasks.
     """
 
@@ -212,24 +212,27 @@ class Task:
 
     def build_head(self, config, hidden_size: int) -> nn.Module:
         """
-        The task layer: a module called with the [`MMTransformerModelOutput`], of which most need `last_hidden_state`,
-        the fused text tokens (batch, text_len, hidden_size), or `pooler_output`, their masked mean (batch,
-        hidden_size); returns the logits.
+        Builds the task layer: a module from the [`MMTransformerModelOutput`] to the logits.
+
+        Most heads need `last_hidden_state`, the fused text tokens (batch, text_len, hidden_size). Others need
+        `pooler_output`, their masked mean (batch, hidden_size).
         """
         raise NotImplementedError
 
     def wrong_labels(self, labels: torch.Tensor) -> Optional[str]:
         """
-        What labels must be, as the end of a sentence, if these are something else; `None` if they are right, or it is
-        not known. Called after computing with them has failed.
+        The requirement that labels violate, as the end of a sentence; `None` if they are right, or it is unknown.
+
+        Called after a computation with them has failed.
         """
         problem = self.linear_problem()
         return None if problem is None else problem.expected(labels)
 
     def linear_problem(self) -> Optional[LinearProblem]:
         """
-        The linear model with which the task can start (see [`LinearProbe`]); by default none, so that the head starts
-        from random weights.
+        The linear model with which the task can start (see [`LinearProbe`]).
+
+        By default there is none, and the head starts from random weights.
         """
         return None
 
@@ -249,11 +252,12 @@ class Task:
         cls, options: dict[str, Any], cells: Iterable[Any], column: str, names: Optional[Sequence[str]] = None
     ) -> dict[str, Any]:
         """
-        Completes the options of a task by its column in the training rows, for recipes that leave them out. By default
-        finds `labels`, if the kind has such an option.
+        Completes the options of a task by its column in the training rows, for recipes that leave them out.
+
+        By default it finds `labels`, if the kind has such an option.
 
         Args:
-            options: the options that are given, without `kind`.
+            options: the given options, without `kind`.
             cells: the cells of the column; texts have passed [`read_text`].
             column: its name, for messages.
             names (*optional*): the labels, if the data set names them (`datasets.ClassLabel`).
@@ -271,12 +275,13 @@ class Task:
     @classmethod
     def read_text(cls, text: str, separator: str) -> Any:
         """
-        What a cell of this kind stands for if it is a text, as all cells of a CSV file are; `None` if it is missing.
-        The result goes to [`encode_label`]. By default the text itself, and a blank one is missing.
+        The value of a cell that is a text, as in a CSV file; `None` if it is missing.
+
+        The result goes to [`encode_label`]. By default it is the text itself, and a blank text is missing.
 
         Args:
             text: the cell.
-            separator: what stands between the labels of a cell that holds several.
+            separator: the separator in cells with several labels.
         """
         return text if text.strip() else None
 
@@ -286,10 +291,10 @@ class Task:
 
     def encode_label(self, value: Any, text: str) -> Any:
         """
-        Turns the cell of a row into what [`collate_labels`] takes; `None` if it is missing.
+        The encoded label of a cell, for [`collate_labels`]; `None` if it is missing.
 
         Raises:
-            ValueError: one sentence that says what was expected, if the cell is neither a label nor missing.
+            ValueError: one sentence with the expected cells, if the cell is neither a label nor missing.
         """
         raise NotImplementedError
 
@@ -301,8 +306,9 @@ class Task:
 
     def encode_references(self, values: list[Any]) -> Optional[torch.Tensor]:
         """
-        What metrics compare with, as a tensor with one row each, if labels do not hold all of the cells; `None` if they
-        do, as by default. A missing label is a row of -100.
+        The references of metrics, as a tensor with one row each; `None`, as by default, if the labels hold all of them.
+
+        A missing label is a row of -100.
 
         Args:
             values: encoded labels, one or `None` per row.
@@ -315,8 +321,9 @@ class Task:
 
     def labels_left(self, labels: torch.Tensor, kept: dict[str, torch.Tensor]) -> torch.Tensor:
         """
-        The labels that modality dropout leaves: of rows that have lost their text, none for words. The mean of the loss
-        is still that over all labels of the step, so it falls by the share that has been taken away.
+        The labels after modality dropout: rows without their text have no labels of words.
+
+        The mean of the loss is still over all labels of the step, so it falls by the dropped share.
 
         Args:
             kept: "text" or modality -> (batch,) bool, whether the row has it.
@@ -335,8 +342,9 @@ class Task:
 
     def prepare_for(self, labels: Iterable[Any]) -> None:
         """
-        Sets the options that depend on the training labels, such as balanced class weights. [`MMTrainer`] calls it once
-        before training if any option is `unresolved`; by default it does nothing.
+        Sets the options that depend on the training labels, such as balanced class weights.
+
+        [`MMTrainer`] calls it once before training if any option is `unresolved`. By default it does nothing.
 
         Args:
             labels: the encoded label of each training row, `None` where it is missing.
@@ -344,20 +352,22 @@ class Task:
 
     def balance(self, counts: Sequence[float]) -> None:
         """
-        Makes all labels count alike in the loss, unless the user has said how they count. [`MMTrainer`] calls it if the
-        task has started as a linear model with balanced classes; by default it does nothing.
+        Gives all labels the same total weight in the loss, unless the user has set weights.
+
+        [`MMTrainer`] calls it if the task has started as a linear model with balanced classes. By default it does
+        nothing.
 
         Args:
-            counts: how many training rows have each label.
+            counts: the number of training rows of each label.
         """
 
     def strata(self, labels: list[Any]) -> list[tuple[Hashable, ...]]:
         """
         The strata of each row: both parts of a split should hold the same share of each stratum.
 
-        By default that follows from the encoded labels: integers and truth values are classes, a list is in the stratum
-        of each of its integers, and numbers fall into five quantile bins. Other labels, and integers of which more than
-        half are distinct (ids), have no strata.
+        By default the encoded labels decide. Integers and truth values are classes, a list is in the stratum of each of
+        its integers, and numbers fall into five quantile bins. Other labels have no strata. Integers of which more than
+        half are distinct (ids) have none either.
 
         Args:
             labels: the encoded label of each row, `None` where it is missing.
@@ -381,15 +391,18 @@ class Task:
 
     def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[Any]:
         """
-        One answer per row, made of JSON values. A kind may take more options by keyword, such as `top_k`: whoever asks
-        the pipeline for them has them handed on to the kinds that know them.
+        One answer per row, made of JSON values.
+
+        A kind may take more options by keyword, such as `top_k`. The pipeline passes options on to the kinds that take
+        them.
         """
         raise NotImplementedError
 
     def show_answer(self, answer: Any) -> str:
         """
-        One answer of [`decode`] in a few words, as pages and the terminal show it. By default its first value, and the
-        score if it has one.
+        One answer of [`decode`] in a few words, for pages and the terminal.
+
+        By default its first value, and the score if it has one.
         """
         if not isinstance(answer, dict):
             return str(answer)
@@ -403,8 +416,9 @@ class Task:
 
     def probabilities(self, logits: torch.Tensor) -> Optional[torch.Tensor]:
         """
-        The probability of each label, (..., num_labels) float32, in the order of `label_names`; `None`, as by default,
-        if the task does not choose among labels.
+        The probability of each label, (..., num_labels) float32, in the order of `label_names`.
+
+        `None`, as by default, if the task does not choose among labels.
 
         Args:
             logits: those of this task, (batch, ...).
@@ -413,8 +427,10 @@ class Task:
 
     def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
         """
-        Compares the answer to one row with its label. By default the most probable label is right if it is the given
-        one; for a list of labels, if all are. Without probabilities, nothing is right or wrong.
+        Compares the answer to one row with its label.
+
+        By default the most probable label is right if it is the given one; for a list of labels, if all are. Without
+        probabilities, nothing is right or wrong.
 
         Args:
             logits, label: of this row, without a batch dimension.
@@ -439,8 +455,9 @@ class Task:
 
     def confidences(self, logits: torch.Tensor, labels: torch.Tensor) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
         """
-        The probability of each labelled answer, and whether it is right, for calibration; `None` if the task does not
-        choose one label per row (or word).
+        The probability of each labelled answer, and whether it is right, for calibration.
+
+        `None` if the task does not choose one label per row (or word).
 
         Args:
             logits, labels: of many rows.
@@ -454,8 +471,9 @@ class Task:
 
     def majority_share(self, labels: torch.Tensor) -> Optional[float]:
         """
-        The share of the most frequent label, which is the accuracy of a constant answer; `None` if the task does not
-        choose one label per row, or no row has a label.
+        The share of the most frequent label, which is the accuracy of a constant answer.
+
+        `None` if the task does not choose one label per row, or no row has a label.
         """
         if not self.label_names or labels.is_floating_point() or labels.ndim != 1:
             return None
@@ -464,8 +482,9 @@ class Task:
 
     def pair_similarity(self, logits: torch.Tensor, modality: str) -> Optional[torch.Tensor]:
         """
-        The similarity of each text to each item of a modality, (batch, batch), by which [`Matching`] chooses pairs that
-        are hard to tell apart; `None`, as by default, if the task does not compare them.
+        The similarity of each text to each item of a modality, (batch, batch), or `None` if the task compares no pairs.
+
+        [`Matching`] uses it to choose mismatched pairs that are hard to tell apart. The default is `None`.
         """
         return None
 
@@ -477,19 +496,19 @@ class Task:
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, list[Any]]:
         """
-        How much the logits speak for an answer, before any softmax: what an explanation follows back to the inputs.
+        The scores of answers, before any softmax. An explanation follows them back to the inputs.
 
         Args:
             logits: those of this task.
-            answers: one per row, such as the name of a label; `None` for the answer that the model gives.
+            answers: one per row, such as the name of a label; `None` for the answer of the model.
             places (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
-                For answers that have a part for each token: of which tokens; by default of all.
+                For answers with a part for each token: the tokens to score; by default all.
 
         Returns:
             (batch,) scores, and the answers.
 
         Raises:
-            ValueError: if an answer is none that this task can give.
+            ValueError: if this task cannot give an answer.
         """
         raise ValueError(f"Task {self.name!r}: tasks of kind {self.kind!r} do not say how to explain their answers.")
 
@@ -502,8 +521,10 @@ class Task:
 
 def check_label_shape(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> None:
     """
+    Checks the shape of labels against the logits.
+
     Raises:
-        ValueError: if labels of another shape would be spread over the logits.
+        ValueError: if labels of another shape would be broadcast over the logits.
     """
     shape = task.label_shape(logits)
     if shape is not None and tuple(labels.shape) != tuple(shape):
@@ -519,8 +540,10 @@ def check_label_shape(task: Task, logits: torch.Tensor, labels: torch.Tensor) ->
 
 class TaskHeads(nn.Module):
     """
-    The task layers, by name. Not an `nn.ModuleDict`, which has no `forward` that PEFT could wrap: heads are new, so
-    whoever trains adapters puts "heads" among the `modules_to_save`.
+    The task layers, by name.
+
+    It is not an `nn.ModuleDict`, which has no `forward` for PEFT to wrap. Heads are new, so trained adapters need
+    "heads" among the `modules_to_save`.
     """
 
     def __init__(self, heads: dict[str, nn.Module]):
@@ -536,8 +559,10 @@ class TaskHeads(nn.Module):
 
 class PooledHead(nn.Module):
     """
-    Dropout, dense, tanh, dropout, projection, on the pooled fused states: the sentence head of RoBERTa
-    (https://arxiv.org/abs/1907.11692). (batch, hidden_size) -> (batch, num_outputs).
+    Dropout, dense, tanh, dropout, projection, on the pooled fused states.
+
+    This is the sentence head of RoBERTa (https://arxiv.org/abs/1907.11692). (batch, hidden_size) -> (batch,
+    num_outputs).
     """
 
     def __init__(self, hidden_size: int, num_outputs: int, dropout: float):

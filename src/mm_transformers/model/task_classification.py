@@ -150,6 +150,8 @@ def cross_entropy_sum(
 
 def check_label_smoothing(task: Any) -> float:
     """
+    The value of the option `label_smoothing`.
+
     Raises:
         ValueError: if it is not a number of at least 0 and below 1.
     """

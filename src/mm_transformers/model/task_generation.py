@@ -20,20 +20,21 @@ logger = logging.get_logger(__name__)
 @dataclass
 class Generation(Task):
     """
-    Writes a text; cross-entropy, averaged over the tokens of the labelled rows. Translation, captioning, answers in
-    words, turns of a dialogue, ...
+    Writes a text: translation, captioning, answers in words, turns of a dialogue, ...
 
-    A decoder reads the fused text tokens: that of the text encoder, if it is an encoder-decoder (Marian, BART, T5,
-    NLLB, ...), or one built from `config.decoder_config`. Several tasks share it; each says by `decoder_start_ids`
-    which it is. The answers come from [`MMTransformerForMultiTask.generate`].
+    The loss is cross-entropy, averaged over the tokens of the labelled rows.
 
-    Logits (batch, target_len, vocab_size), only where labels are given; labels (batch, target_len) int64, the ids of
-    the tokens up to the end of the text, -100 behind it and in rows without a label. A cell is a string.
+    A decoder reads the fused text tokens. It is that of the text encoder, if this is an encoder-decoder (Marian, BART,
+    T5, NLLB, ...). Otherwise it is built from `config.decoder_config`. Several tasks share it, and `decoder_start_ids`
+    tells them apart. [`MMTransformerForMultiTask.generate`] writes the answers.
+
+    Logits (batch, target_len, vocab_size), only if labels are given. Labels (batch, target_len) int64: the token ids up
+    to the end of the text, then -100; -100 in rows without a label. A cell is a string.
 
     Args:
         max_length (`int`, *optional*, defaults to 64): Longest answer in tokens; longer labels are cut.
         decoder_start_ids (`list[int]`, *optional*):
-            The ids with which the decoder starts: given and not predicted. A language code (mBART, M2M100, NLLB: the
+            The ids with which the decoder starts; they are not predicted. A language code (mBART, M2M100, NLLB: the
             start token and the code) or the tokens of a prompt. Defaults to the `decoder_start_token_id` of the
             pretrained model, and its `forced_bos_token_id` if it has one.
         label_smoothing (`float`, *optional*, defaults to 0.0):
@@ -102,8 +103,9 @@ class Generation(Task):
 
     def _target_ids(self, texts: list[str], tokenizer) -> list[list[int]]:
         """
-        What the decoder has to say: each text and the end of it. Whatever else a tokenizer would put around (a language
-        code, [CLS]) belongs to what the decoder starts with.
+        The target of the decoder: each text and its end token.
+
+        Other special tokens of the tokenizer (a language code, [CLS]) belong to the start of the decoder.
         """
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if end is None:
@@ -126,8 +128,9 @@ class Generation(Task):
 
     def encode_references(self, values: list[Any]) -> torch.Tensor:
         """
-        The bytes of the texts in UTF-8: a tokenizer may not be able to write all of them. At most 64 for each token
-        that may be written, since all rows of an evaluation are padded to the longest.
+        The bytes of the texts in UTF-8, since a tokenizer may not be able to write all of them.
+
+        At most 64 bytes for each allowed token, since all rows of an evaluation are padded to the longest.
         """
         most = 64 * self.max_length
         texts = [None if value is None else list(value[:most].encode()[:most]) for value in values]

@@ -17,22 +17,25 @@ from .task_retrieval import check_modality
 @dataclass
 class Matching(Task):
     """
-    Tells whether text and picture (or sound) belong together, from the fused tokens; binary cross-entropy. Where labels
-    are given, each pair that matches is also judged in two mismatched forms: its text with the picture of another row,
-    and its picture with the text of another row, drawn by similarity (ALBEF, https://arxiv.org/abs/2107.07651; see
-    [`MMTransformerForMultiTask.judge_mismatched`]). Similarity is that of a [`Retrieval`] task, if there is one.
+    Predicts whether text and picture (or sound) belong together, from the fused tokens.
 
-    Needs no column: every row with a text and a picture is a pair that matches. If there is a column, a cell is True or
-    False, or `None` if it is not known. A pair that some row of the batch holds is never taken as a mismatch.
-    [`MMTrainer`] evaluates mismatched pairs of the whole evaluation set, drawn at random with a fixed seed, so metrics
-    do not depend on batches and processes. Own loops get those of a batch.
+    The loss is binary cross-entropy. If labels are given, each matching pair is also judged in two mismatched forms.
+    They are its text with the picture of another row, and its picture with the text of another row. These are drawn by
+    similarity (ALBEF, https://arxiv.org/abs/2107.07651; see [`MMTransformerForMultiTask.judge_mismatched`]). The
+    similarity is that of a [`Retrieval`] task, if the model has one.
 
-    Logits (batch, 1), or with labels (batch, 3): of the row itself, of its text with another picture, of its picture
-    with another text; NaN where the batch holds no other. Labels (batch, 4) int64: 1 or 0, and fingerprints; -100 where
+    No column is needed: every row with a text and a picture is a matching pair. In a column, a cell is True, False, or
+    `None` if it is not known. A pair from any row of the batch is never a mismatch. [`MMTrainer`] evaluates mismatched
+    pairs of the whole evaluation set, drawn at random with a fixed seed. So metrics do not depend on batches and
+    processes. In your own loops, mismatched pairs come from the batch.
+
+    Logits (batch, 1), or with labels (batch, 3): the row itself, its text with another picture, its picture with
+    another text. NaN if the batch holds no mismatch. Labels (batch, 4) int64: 1 or 0, and fingerprints; -100 where
     missing.
 
     Args:
-        modality (`str`, *optional*, defaults to `"vision"`): What belongs to the text or not: `"vision"` or `"audio"`.
+        modality (`str`, *optional*, defaults to `"vision"`): The modality to compare with the text: `"vision"` or
+            `"audio"`.
 
     Example:
 

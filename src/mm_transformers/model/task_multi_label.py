@@ -20,22 +20,24 @@ from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, re
 @dataclass
 class MultiLabel(Task):
     """
-    Says of each of `labels` whether it holds for the row; binary cross-entropy, averaged over the labels of a row.
+    Predicts for each of `labels` whether the row has it.
+
+    The loss is binary cross-entropy, averaged over the labels of a row.
 
     Logits (batch, num_labels); labels (batch, num_labels) float32 of 0 and 1, NaN where missing. A cell is a list of
-    label names or ids, or a list with a truth value for each label; an empty list means that none holds, `None` that it
-    is not known. In a text, labels stand in a list (`["red", "blue"]`) or between separators (`red|blue`); a blank text
-    is the same as `None`. In a list, -100 counts for nothing.
+    label names or ids, or a list with a truth value for each label. An empty list means no label, and `None` means not
+    known. In a text, labels stand in a list (`["red", "blue"]`) or between separators (`red|blue`). A blank text is the
+    same as `None`. In a list, -100 is ignored.
 
     Args:
         labels (`list[str]`): The label names; their order gives the ids.
-        threshold (`float`, *optional*, defaults to 0.5): Probability from which on a label is part of the answer.
+        threshold (`float`, *optional*, defaults to 0.5): The lowest probability of a label in the answer.
         pos_weight (`str` or `dict[str, float]`, *optional*):
-            Factors of the loss of each label in rows where it holds, those of `torch.nn.BCEWithLogitsLoss`: `None` for
-            1, a dict (1 for labels that it leaves out), or `"balanced"` for the number of training rows in which the
-            label does not hold, divided by the number in which it does. [`MMTrainer`] replaces `"balanced"` by these
-            numbers before training. A label that holds in all rows or in none has 1. The loss is weighted in training
-            and evaluation; probabilities of rare labels rise, so `threshold` may need to as well.
+            Factors of the loss of each label in rows that have it, as in `torch.nn.BCEWithLogitsLoss`. `None` for 1, a
+            dict (1 for labels that it leaves out), or `"balanced"`: the number of training rows without the label,
+            divided by the number with it. [`MMTrainer`] replaces `"balanced"` by these numbers before training. A label
+            that all rows have, or none, gets 1. The loss is weighted in training and evaluation. Probabilities of rare
+            labels rise, so `threshold` may need to rise as well.
 
     Example:
 

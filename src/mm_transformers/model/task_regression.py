@@ -16,10 +16,10 @@ from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, re
 @dataclass
 class Regression(Task):
     """
-    Predicts one number per row; squared error. Polarity, similarity, a rating, ...
+    Predicts one number per row: polarity, similarity, a rating, ... The loss is the squared error.
 
-    Logits (batch,); labels (batch,) float32, NaN where missing. A cell is a number. Targets far from the range of
-    about -5 to 5 are better rescaled beforehand: the loss is in their unit squared.
+    Logits (batch,); labels (batch,) float32, NaN where missing. A cell is a number. Rescale targets far from the range
+    of about -5 to 5 beforehand: the loss is in their unit squared.
 
     Example:
 

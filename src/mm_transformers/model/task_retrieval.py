@@ -25,27 +25,29 @@ MAX_LOG_SCALE = math.log(1 / MIN_TEMPERATURE)
 @dataclass
 class Retrieval(Task):
     """
-    Brings texts near to the pictures (or sounds) that belong to them and away from the others of the batch, of all
-    processes: symmetric InfoNCE with a learned temperature (CLIP, https://arxiv.org/abs/2103.00020). It compares what
-    the encoders say before the fusion, so that texts and pictures can be encoded, stored and searched apart: see
-    [`MMTransformerForMultiTask.encode_text`].
+    Embeds texts and pictures (or sounds) so that matching pairs are similar and other pairs are not.
 
-    Needs no column: every row with a text and a picture is a pair. A text matches all pictures that some row holds
-    together with it, and a picture all such texts; the probability is then to be shared by all that match
-    (https://arxiv.org/abs/2204.03610). If there is a column, a cell is an id, and all rows with the same id match each
-    other; or True for a pair of its own, and False or `None` for none.
+    The loss is symmetric InfoNCE with a learned temperature (CLIP, https://arxiv.org/abs/2103.00020), over the batch of
+    all processes. The task compares the encoder outputs before the fusion. So texts and pictures can be encoded, stored
+    and searched separately: see [`MMTransformerForMultiTask.encode_text`].
 
-    Logits (batch, 2, embedding_size): the vectors of text and item, each of the length sqrt(1 / temperature), so that
-    their dot products are what the softmax is taken of; 0 where a row has no item. Labels (batch, 3) int64:
-    fingerprints of text, item and id (-1: none), -100 in rows that are no pair.
+    No column is needed: every row with a text and a picture is a pair. A text matches all pictures that some row pairs
+    with it, and a picture all such texts. The target probability is shared by all that match
+    (https://arxiv.org/abs/2204.03610). In a column, a cell is an id, and all rows with the same id match each other. Or
+    it is True for a separate pair, and False or `None` for no pair.
 
-    The other rows of a batch are the wrong answers, so it must not be small, and accumulating gradients over several
-    batches is not the same as one big batch.
+    Logits (batch, 2, embedding_size): the vectors of text and item, each of the length sqrt(1 / temperature). So their
+    dot products are the logits of the softmax. Rows without an item have 0. Labels (batch, 3) int64: fingerprints of
+    text, item and id (-1: no id); -100 in rows without a pair.
+
+    The other rows of a batch are the negatives, so the batch must not be small. Gradient accumulation over several
+    batches is not equal to one big batch.
 
     Args:
-        modality (`str`, *optional*, defaults to `"vision"`): What texts are compared with: `"vision"` or `"audio"`.
+        modality (`str`, *optional*, defaults to `"vision"`): The modality to compare with texts: `"vision"` or
+            `"audio"`.
         embedding_size (`int`, *optional*, defaults to 256): Size of the vectors.
-        temperature (`float`, *optional*, defaults to 0.07): Where the temperature starts; never below 0.01.
+        temperature (`float`, *optional*, defaults to 0.07): The initial temperature; never below 0.01.
 
     Example:
 

@@ -28,12 +28,13 @@ def split_words(text: str) -> list[tuple[int, int]]:
 
 def index_words(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     """
-    The number of the word that starts at each token, -1 at tokens that start none (later pieces of a word, special
-    tokens, padding).
+    The number of the word that starts at each token.
+
+    It is -1 at tokens that start no word (later pieces of a word, special tokens, padding).
 
     Args:
-        text: the text that was tokenized.
-        offsets: start and end of each token in the text, as fast tokenizers give them; (0, 0) for special tokens.
+        text: the tokenized text.
+        offsets: start and end of each token in the text, from a fast tokenizer; (0, 0) for special tokens.
     """
     words, index, word = split_words(text), [], 0
     for start, end in offsets:
@@ -52,12 +53,13 @@ def index_words(text: str, offsets: list[tuple[int, int]]) -> list[int]:
 @dataclass
 class TokenClassification(Task):
     """
-    Chooses one of `labels` for each word; cross-entropy, averaged over the labelled words. Named entities, parts of
-    speech, which words the picture shows, ...
+    Chooses one of `labels` for each word: named entities, parts of speech, words that the picture shows, ...
 
-    Logits (batch, text_len, num_labels); labels (batch, text_len) int64, at the first token of each labelled word,
-    -100 elsewhere. A cell is a list with a label name, an id or `None` for each word; words are what white space
-    separates. In a text, labels stand in a list (`["O", "NAME"]`) or between white space. Needs a fast tokenizer.
+    The loss is cross-entropy, averaged over the labelled words.
+
+    Logits (batch, text_len, num_labels); labels (batch, text_len) int64, at the first token of each labelled word, -100
+    elsewhere. A cell is a list with a label name, an id or `None` for each word; words are separated by white space. In
+    a text, labels stand in a list (`["O", "NAME"]`) or between white space. Needs a fast tokenizer.
 
     Args:
         labels (`list[str]`): The label names; their order gives the ids.
@@ -153,9 +155,10 @@ class TokenClassification(Task):
 
     def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[list[dict[str, Any]]]:
         """
-        A list per row of what was chosen for each word, or for each token if `word_index` is not given. A word without
-        a token, such as one of characters that the tokenizer drops, gets the label `None` and the score 0.0, so that
-        answers stay in line with the words; those beyond `max_length` are left out.
+        The label and the score of each word, or of each token if `word_index` is not given: one list per row.
+
+        A word without a token has the label `None` and the score 0.0, so that answers stay aligned with the words. An
+        example is a word of characters that the tokenizer drops. Words beyond `max_length` are left out.
         """
         scores, ids = logits.float().softmax(-1).max(-1)
         if word_index is None:
@@ -183,8 +186,10 @@ class TokenClassification(Task):
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, list[Any]]:
         """
-        The sum over the tokens of the logit of a label, the same for all, or of those of a list with one for each; by
-        default of the highest of each.
+        The sum over the tokens of the logit of a label.
+
+        `answers` gives one label for all tokens, or a list with one for each. The default is the label with the highest
+        logit.
         """
         tokens = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if places is None else places
         ids = logits.argmax(-1)

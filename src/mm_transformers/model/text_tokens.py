@@ -20,8 +20,9 @@ if hasattr(os, "register_at_fork"):
 
 def tokenize(tokenizer: Any, *texts: Any, **options: Any) -> Any:
     """
-    `tokenizer(*texts, **options)`. A fast tokenizer keeps padding and truncation from call to call: of two threads, one
-    would tokenize with the options of the other.
+    `tokenizer(*texts, **options)`, by one thread at a time.
+
+    A fast tokenizer keeps padding and truncation from call to call, so two threads could get each other's options.
     """
     with _lock:
         return tokenizer(*texts, **options)
@@ -35,11 +36,11 @@ _CHARACTERS = (8, 1000)
 
 def needed_text(tokenizer: Any, text: str, num_tokens: int, key: str = "text") -> str:
     """
-    The beginning of a long text, whose first `num_tokens` tokens are those of the whole text; a short text as it is. So
-    an endless text costs no more than one that is just too long.
+    The beginning of a long text, with the same first `num_tokens` tokens; a short text unchanged.
 
-    The text is cut before a space, where tokenizers begin a new word. Characters beyond the limit `text_characters` are
-    left out. If the tokenizer truncates on the left, the end of the text remains.
+    So an endless text costs no more than one that is just too long. The text is cut before a space, where tokenizers
+    begin a new word. Characters beyond the limit `text_characters` are left out. If the tokenizer truncates on the
+    left, the end of the text remains.
 
     Args:
         tokenizer: that of transformers.

@@ -11,9 +11,12 @@ from .fusion_layers import FusionAttention, FusionMLP, Latents, key_mask
 
 class TokenMerging(nn.Module):
     """
-    Merges the tokens that are most alike, two by two, until `num_tokens` are left: the bipartite soft matching of ToMe
-    (https://arxiv.org/abs/2210.09461), once after the encoder and not in each of its layers. Has no parameters; what an
-    image gives depends on that image alone. (num_items, length, width) -> (num_items, at most `num_tokens`, width)
+    Merges the most similar tokens, two by two, until `num_tokens` are left.
+
+    This is the bipartite soft matching of ToMe (https://arxiv.org/abs/2210.09461), applied once after the encoder and
+    not in each layer. It has no parameters, and the result for an image depends on that image alone.
+
+    (num_items, length, width) -> (num_items, at most `num_tokens`, width)
     """
 
     def __init__(self, config: Any, num_tokens: int):
@@ -40,9 +43,12 @@ class TokenMerging(nn.Module):
 
 class Resampler(nn.Module):
     """
-    `num_tokens` learned vectors read the tokens of each image and go on in their place, in layers of cross-attention
-    and feed-forward (Perceiver, https://arxiv.org/abs/2103.03206; the resampler of Flamingo,
-    https://arxiv.org/abs/2204.14198). (num_items, length, width) -> (num_items, num_tokens, width)
+    Replaces the tokens of each image by `num_tokens` learned vectors that attend to them.
+
+    It has layers of cross-attention and feed-forward (Perceiver, https://arxiv.org/abs/2103.03206; the resampler of
+    Flamingo, https://arxiv.org/abs/2204.14198).
+
+    (num_items, length, width) -> (num_items, num_tokens, width)
     """
 
     def __init__(self, config, num_tokens: int, num_layers: int = 2):
@@ -78,8 +84,9 @@ def _merge(
     tokens: torch.Tensor, sizes: torch.Tensor, at_most: int, width: Optional[int] = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Every second token may join the one among the others that is most like it, in the first `width` of its values; those
-    that are most alike do.
+    Merges the most similar pairs of tokens.
+
+    Every second token may join the most similar one of the others, by the first `width` of its values.
     """
     directions = nn.functional.normalize(tokens[..., :width].detach().float(), dim=-1)
     likeness, partners = (directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)).max(-1)
@@ -112,8 +119,10 @@ def build_token_reduction(config, options: Optional[dict[str, Any]]) -> nn.Modul
 
 def check_token_reduction(options: Optional[dict[str, Any]]) -> None:
     """
+    Checks `config.vision_token_reduction`.
+
     Raises:
-        ValueError: one sentence, if `config.vision_token_reduction` is not what it must be.
+        ValueError: one sentence, if it is not valid.
     """
     if options is None:
         return

@@ -32,21 +32,21 @@ def video_key(video: Any) -> Hashable:
 
 def load_frames(video: Any, num_frames: int, fetch: Callable[[str], bytes] = fetch) -> list[Any]:
     """
-    At most `num_frames` RGB `PIL.Image.Image`s: those in the middle of equally long parts of the video, in order.
-    Frames of more than `kept_frame_pixels` of the [`Limits`] are shrunk to as many.
+    At most `num_frames` RGB `PIL.Image.Image`s: the middle frames of equally long parts of the video, in order.
+
+    Frames of more than `kept_frame_pixels` of the [`Limits`] are shrunk to that size.
 
     Args:
         video: a path, `file://` or http(s) address; the bytes of a video file, also as base64 or `data:` address; a
-            dict with "bytes" or "path" (what `datasets.Video(decode=False)` gives), and perhaps `"cast":
-            {"stream_index": 1}` for the stream of that feature; or the frames themselves: a list of images of any kind
-            that [`load_image`] takes, an array (frames, height, width, channels), or a decoder as `datasets.Video`
-            gives it.
-        num_frames (`int`): How many frames to take; all of a video that has fewer.
-        fetch: what turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
+            dict with "bytes" or "path" (as from `datasets.Video(decode=False)`), and perhaps
+            `"cast": {"stream_index": 1}` for the stream of that feature; or the frames themselves: a list of images for
+            [`load_image`], an array (frames, height, width, channels), or a decoder of `datasets.Video`.
+        num_frames (`int`): The number of frames; a video with fewer gives all.
+        fetch: turns an http(s) address into bytes, or raises `OSError` or `ValueError`.
 
     Raises:
-        VideoError: if there is no such file, it is no video that can be read, it has no frames, or it exceeds one of
-            the [`Limits`].
+        VideoError: if there is no such file, it is no readable video, it has no frames, or it exceeds one of the
+            [`Limits`].
         ImportError: if the extra `video` is needed and not installed.
     """
     name, content = describe(video, "video"), content_of(video)

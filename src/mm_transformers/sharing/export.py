@@ -1,8 +1,8 @@
 """
-A model as graphs that need no code of this package's model: ONNX, or programs of `torch.export`.
+A model as graphs that need no model code of this package: ONNX, or programs of `torch.export`.
 
-There is one graph of encoders, fusion and heads, and if a task writes one of the decoder. They are made by the
-exporters of transformers; what they take and give is in `export.json` beside them.
+One graph has encoders, fusion and heads. If a task writes, another one has the decoder. The exporters of transformers
+create them; `export.json` beside them lists their inputs and outputs.
 """
 
 import importlib
@@ -27,12 +27,12 @@ from ..model.safe_writing import drop_link
 from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES
 
 
-# What the graph of a model with a decoder gives beside the logits of its heads.
+# The output of the graph of a model with a decoder beside the logits of its heads.
 STATES, STATES_MASK = "fused_states", "fused_mask"
 
 
 class FusedGraph(nn.Module):
-    """What the first graph computes: the logits of the heads and, for the decoder, the fused states."""
+    """The first graph: the logits of the heads and, for the decoder, the fused states."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -48,7 +48,7 @@ class FusedGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """What the second graph computes: how likely each token is to be the next one, (batch, 1, vocabulary)."""
+    """The second graph: the logits of the next token, (batch, 1, vocabulary)."""
 
     def __init__(self, text_model: Any):
         super().__init__()
@@ -65,7 +65,7 @@ class DecoderGraph(nn.Module):
 
 
 class Sample(NamedTuple):
-    """Inputs to trace with, and which of their dimensions are not always the same."""
+    """Inputs for tracing, and their dynamic dimensions."""
 
     inputs: dict[str, torch.Tensor]
     dynamic: dict[str, list[int]]
@@ -73,19 +73,19 @@ class Sample(NamedTuple):
 
 def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: str = "onnx", int8: bool = False) -> None:
     """
-    Writes the graphs, the processor and the config into a folder, which is whole or not there.
+    Writes the graphs, the processor and the config into a folder, atomically.
 
     Args:
-        model ([`MMTransformerForMultiTask`]): Stays as it is. Exported with its own precision.
-        processor ([`MMTransformerProcessor`]): That of the model; says what the graphs take.
-        folder (`str` or `Path`): Must not be there, or be empty.
+        model ([`MMTransformerForMultiTask`]): Stays unchanged. Exported with its own precision.
+        processor ([`MMTransformerProcessor`]): The processor of the model; it determines the inputs of the graphs.
+        folder (`str` or `Path`): Must not exist, or be empty.
         kind (`str`, *optional*, defaults to `"onnx"`): `"onnx"` or `"torch"`.
         int8 (`bool`, *optional*, defaults to `False`): Matrices as 8-bit integers, for ONNX.
 
     Raises:
-        ValueError: if the folder is not empty, if int8 is asked for another kind than ONNX, or if an encoder runs on
-            few rows at a time.
-        ImportError: if what exports is not installed.
+        ValueError: if the folder is not empty, if int8 is requested for another kind than ONNX, or if an encoder runs
+            on few rows at a time.
+        ImportError: if the export package is not installed.
     """
     check_exporters(kind)
     folder = Path(folder)
@@ -139,8 +139,10 @@ def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: st
 
 def check_exporters(kind: str) -> None:
     """
+    Checks that the export packages are installed.
+
     Raises:
-        ImportError: one sentence, if what exports is not installed.
+        ImportError: one sentence, if one is not.
     """
     needed = {"transformers.exporters.quantizers": "transformers 5.23 or newer"}
     needed |= FORMATS[kind].packages if FORMATS.get(kind) else {}
@@ -154,7 +156,7 @@ def check_exporters(kind: str) -> None:
 
 
 def sample_inputs(model: Any, processor: Any, size: int) -> dict[str, torch.Tensor]:
-    """Inputs of `size` rows, with texts, images and sounds whose numbers and lengths also depend on `size`."""
+    """Inputs of `size` rows; the numbers and lengths of texts, images and sounds also depend on `size`."""
     modalities: dict[str, Any] = {}
     if model.config.vision_config is not None:
         image = Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8))
@@ -162,7 +164,7 @@ def sample_inputs(model: Any, processor: Any, size: int) -> dict[str, torch.Tens
     if model.config.audio_config is not None:
         rate = processor.feature_extractor.sampling_rate
         modalities["sampling_rate"] = rate
-        # Each an array of its own, for equal ones would be encoded as one.
+        # Separate arrays, since equal ones would be encoded as one.
         longer = [np.zeros(rate // 4 * size, np.float32) for _ in range(size)]
         modalities["audio"] = [longer, *([np.zeros(rate // 4, np.float32)] for _ in range(size - 1))]
     texts = ["a longer text " * size, *["a text"] * (size - 1)]

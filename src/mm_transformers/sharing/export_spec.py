@@ -1,4 +1,4 @@
-"""What is written beside exported graphs: which there are, and what they take and give."""
+"""The description file of exported graphs: the graphs, their inputs and outputs."""
 
 import json
 import math
@@ -19,15 +19,17 @@ _ANY_SIZE = 16_000  # a second of sound is more than any encoder needs
 
 def read_spec(path: Path) -> dict[str, Any]:
     """
+    The description of exported graphs.
+
     Args:
         path: of the file, which may come from a stranger.
 
     Returns:
         "format", one of `SUFFIXES`; and "graphs": for `FUSED`, and perhaps `DECODER`, "inputs" (name -> shape, `None`
-        for any size), "types" (name -> type of torch) and "outputs" (names).
+            for any size), "types" (name -> type of torch) and "outputs" (names).
 
     Raises:
-        ValueError: one sentence, if the file says anything else.
+        ValueError: one sentence, if the file has another content.
     """
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))

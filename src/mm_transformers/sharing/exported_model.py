@@ -1,4 +1,4 @@
-"""Exported graphs, used as the model that they were made of."""
+"""Exported graphs, used like the original model."""
 
 import copy
 import os
@@ -24,20 +24,22 @@ _Run = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 class ExportedModel:
     """
-    What [`~mm_transformers.sharing.export.export_model`] wrote, on the CPU: takes what the processor gives, and returns
-    what [`MMTransformerForMultiTask`] returns, without losses. `generate` and `decode` are those of the model; the
-    decoder reads what it has written anew at each step, for its graph has no cache.
+    The graphs from [`~mm_transformers.sharing.export.export_model`], on the CPU, as a model.
+
+    It takes the outputs of the processor, and returns the outputs of [`MMTransformerForMultiTask`], without losses.
+    `generate` and `decode` are those of the model. The graph of the decoder has no cache, so each step reads the whole
+    written text again.
 
     Args:
-        folder (`str` or `Path`): Where the graphs are.
+        folder (`str` or `Path`): The folder of the graphs.
         trust_pickle (`bool`, *optional*, defaults to `False`):
             Whether to load programs of `torch.export` (`.pt2`): torch reads them by pickle, so they can run any code.
             ONNX graphs need no trust.
 
     Raises:
         OSError: if there are none, or they cannot be loaded.
-        ValueError: one sentence, if there are programs of `torch.export` without `trust_pickle`, or what the folder
-            says of its graphs is not what `export_model` writes.
+        ValueError: one sentence, if there are programs of `torch.export` without `trust_pickle`, or the description of
+            the graphs is not one of `export_model`.
 
     Example:
 
@@ -66,14 +68,16 @@ class ExportedModel:
         self.model = _Fused(graphs[FUSED], spec["graphs"][FUSED])
         if DECODER in graphs:
             decoder_config = copy.deepcopy(self.config.decoder_config or self.config.text_config)
-            decoder_config.is_encoder_decoder = True  # also one that was put behind an encoder
+            decoder_config.is_encoder_decoder = True  # also for a decoder that was added to an encoder
             self.model.text_model = _Decoder(decoder_config, graphs[DECODER])
             self.model.text_model.generation_config = GenerationConfig.from_pretrained(folder)
 
     def __call__(self, **inputs: torch.Tensor) -> MMTransformerOutput:
         """
+        The outputs of the heads.
+
         Args:
-            inputs: what the processor gives; images and sounds may be absent.
+            inputs: the outputs of the processor; images and sounds may be absent.
         """
         return MMTransformerOutput(logits=self.model(**inputs).logits)
 
@@ -102,7 +106,7 @@ class _FusedOutput(NamedTuple):
 
 
 class _Fused:
-    """The first graph. Rows without images are given a blank one that none of them sees, for a graph takes some."""
+    """The first graph. It needs images, so rows without images get a blank one that is masked."""
 
     text_model: Optional[PreTrainedModel] = None
 
@@ -159,7 +163,7 @@ class _Fused:
 
 
 class _Decoder(PreTrainedModel, GenerationMixin):
-    """The second graph, as transformers' generation wants a model to be."""
+    """The second graph, with the interface of transformers' generation."""
 
     main_input_name = "input_ids"
     _supports_cache_class = False
@@ -195,7 +199,7 @@ def _onnx_graph(path: Path, spec: Mapping[str, Any]) -> _Run:
 
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # of onnxruntime: no file, no graph, weights in files outside of its folder
+    except Exception as error:  # from onnxruntime: no file, no graph, weights in files outside of its folder
         raise OSError(f"{path} cannot be loaded ({shorten(' '.join(str(error).split()))}).") from error
     taken = [node.name for node in session.get_inputs()]
 

@@ -1,4 +1,4 @@
-"""Makes the model known to the Auto classes and pipelines of transformers."""
+"""Registers the model with the Auto classes and pipelines of transformers."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -15,7 +15,7 @@ from ..model.processing_mm_transformer import MMTransformerProcessor
 
 def register() -> None:
     AutoConfig.register(MMTransformerConfig.model_type, MMTransformerConfig)
-    # With two classes for one config, `AutoModel` takes the one that the checkpoint was saved from.
+    # With two classes for one config, `AutoModel` loads the class of the checkpoint.
     AutoModel.register(MMTransformerConfig, (MMTransformerForMultiTask, MMTransformerModel))
     AutoModelForSequenceClassification.register(MMTransformerConfig, MMTransformerForSequenceClassification)
     AutoProcessor.register(MMTransformerConfig, MMTransformerProcessor)

@@ -1,4 +1,4 @@
-"""A loss or a weight that is NaN or infinite ends a training, which can learn nothing more."""
+"""Ends a training with a NaN or infinite loss or weight, since it cannot learn any more."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -13,15 +13,17 @@ def check_finite(
     numbers: Mapping[str, Any], what: str, step: int, run_dir: Callable[[], str], trial: Any = None
 ) -> None:
     """
+    Ends the training at NaN or infinite numbers.
+
     Args:
         numbers: name -> tensor or number.
         what: the word for these, such as "loss".
         step: number of the optimiser step.
-        run_dir: gives the folder of the checkpoints.
-        trial: of a search for hyperparameters, if this training is one.
+        run_dir: returns the folder of the checkpoints.
+        trial: of a hyperparameter search, if this training is one.
 
     Raises:
-        ValueError: if a number is NaN or infinite; in a trial of Optuna `TrialPruned`, so that the search goes on.
+        ValueError: if a number is NaN or infinite; in a trial of Optuna `TrialPruned`, so that the search continues.
     """
     bad = [name for name, values in numbers.items() if not torch.isfinite(torch.as_tensor(values)).all()]
     if not bad:

@@ -10,9 +10,10 @@ _KEPT_BYTES, _LARGEST_KEPT = 2**30, 2**25
 
 def keep_freed_memory() -> None:
     """
-    Tells the allocator of glibc to keep up to 1 GiB of freed memory, in pieces of up to 32 MiB. By default it returns
-    gradients and activations to the system after each step, and the next step waits while the system clears the pages
-    again. Changes nothing but time; does nothing where the C library is another one.
+    Makes the allocator of glibc keep up to 1 GiB of freed memory, in pieces of up to 32 MiB.
+
+    By default it returns gradients and activations to the system after each step. The next step then waits while the
+    system clears the pages again. This changes nothing but time; it does nothing with another C library.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""How fast each parameter learns."""
+"""The learning rate of each parameter."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from ..model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransfo
 from .arguments import DEFAULT_LEARNING_RATES, NOT_GIVEN
 
 
-# A gate starts at 0 and is all that learns at first; see Flamingo (https://arxiv.org/abs/2204.14198), section 2.2.
+# A gate starts at 0, and at first only gates learn; see Flamingo (https://arxiv.org/abs/2204.14198), section 2.2.
 GATE_LEARNING_RATE_FACTOR = 10.0
 
 
@@ -54,9 +54,9 @@ def set_learning_rates(
 
 
 def learning_rates(fused: MMTransformerForMultiTask, args: TrainingArguments, default: float) -> dict[int, float]:
-    """By the `id` of each parameter; the default is for parts of which the arguments say nothing."""
+    """`id` of each parameter -> its rate; the default is for parts without a rate in the arguments."""
 
-    # Unless a rate was given for all, or is tried by a search for hyperparameters.
+    # Unless a rate was given for all parts, or is set by a hyperparameter search.
     by_part = default == NOT_GIVEN
 
     def rate_of(name: str) -> float:
@@ -80,7 +80,7 @@ def learning_rates(fused: MMTransformerForMultiTask, args: TrainingArguments, de
 
 
 def _stacks(model: MMTransformerModel) -> Iterator[nn.Module]:
-    """What has layers of its own; of an encoder-decoder first the whole, for what its two halves do not have."""
+    """The modules with layers; an encoder-decoder comes first as a whole, for parameters outside its two halves."""
     if model.has_decoder:
         yield model.text_model
         yield model.text_model.get_decoder()
@@ -91,9 +91,10 @@ def _stacks(model: MMTransformerModel) -> Iterator[nn.Module]:
 
 def layer_numbers(encoder: nn.Module) -> dict[int, int]:
     """
-    By the `id` of each parameter of an encoder, the number of its layer, from below: 0 for what comes before the first
-    layer (embeddings), then 1, 2, ...; what comes after a layer (norms) counts to it. Layers are the members of lists
-    of modules; of encoders with stages, the layers of the stages.
+    The number of the layer of each parameter of an encoder, by the `id` of the parameter.
+
+    Parameters before the first layer (embeddings) have 0, the layers 1, 2, ... Parameters after a layer (norms) count
+    to it. Layers are the members of module lists. In encoders with stages, they are the layers of the stages.
     """
     numbers: dict[int, int] = {}
     current = 0
@@ -103,7 +104,7 @@ def layer_numbers(encoder: nn.Module) -> dict[int, int]:
         for parameter in module.parameters(recurse=False):
             numbers.setdefault(id(parameter), current)
         for child in module.children():
-            # A weight-normed layer keeps its two weights in what is also a list, but not one of layers.
+            # A weight-normed layer keeps its two weights in a list that is no list of layers.
             if isinstance(child, nn.ModuleList) and not isinstance(child, ParametrizationList):
                 for layer in child:
                     if _is_stage(layer):
@@ -120,6 +121,6 @@ def layer_numbers(encoder: nn.Module) -> dict[int, int]:
 
 
 def _is_stage(layer: nn.Module) -> bool:
-    """Whether it holds a list of layers that are all alike; attention and feed-forward of one layer are not."""
+    """Whether it holds a list of layers of one type, unlike attention and feed-forward of one layer."""
     lists = [child for child in layer.children() if isinstance(child, nn.ModuleList)]
     return any(len({type(member) for member in members}) == 1 for members in lists)

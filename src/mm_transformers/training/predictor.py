@@ -1,4 +1,4 @@
-"""From the rows of a table, a list or a stream to answers, in one process or several."""
+"""Answers the rows of a table, a list or a stream, in one process or several."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,16 +20,17 @@ from ..model.processing_mm_transformer import MMTransformerProcessor
 
 class Predictor:
     """
-    Answers the rows of a table, a list or a stream, in their order, a few batches at a time. Of several processes,
-    each answers every n-th batch and all get all answers.
+    Answers the rows of a table, a list or a stream, in their order, a few batches at a time.
+
+    With n processes, each answers every n-th batch, and all get all answers.
 
     Args:
         model ([`MMTransformerForMultiTask`]): On the device of this process.
-        collator ([`MMDataCollator`]): Names the columns of texts, pictures and sounds. Columns of labels are not read.
+        collator ([`MMDataCollator`]): The columns of texts, pictures and sounds. Columns of labels are not read.
         tasks (`list[str]`, *optional*): The tasks to answer; all by default. A decoder runs only for these.
         batch_size (`int`, *optional*, defaults to 32): Rows per batch.
         num_workers (`int`, *optional*, defaults to 0): Processes that read files in the background.
-        generation_options: for `model.generate`, where a task writes.
+        generation_options: for `model.generate`, if a task writes texts.
 
     Raises:
         ValueError: if the model has no such task; when called, one sentence that names the row that cannot be read.
@@ -82,11 +83,12 @@ class Predictor:
 
     def __call__(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """
-        The answers to all rows, a dict from task to answer each, as [`Task.decode`] gives it; for tasks that write,
-        `{"text": ...}`.
+        The answers to all rows: for each row a dict from task to answer, from [`Task.decode`].
+
+        Tasks that write answer `{"text": ...}`.
 
         Args:
-            rows: a list, a data set, or anything else that gives dicts.
+            rows: a list, a data set, or another iterable of dicts.
         """
         return [answers for batch in self.stream(rows, keep=_nothing) for _, answers in batch]
 
@@ -100,9 +102,9 @@ class Predictor:
         The same batch by batch.
 
         Args:
-            rows: each process, and each worker, reads them on its own: they must be the same for all.
-            prepare: a row -> the row that the collator reads.
-            keep: a row -> the part of it to give back with its answers; by default all of it.
+            rows: each process, and each worker, reads them on its own: they must be equal for all.
+            prepare: a row -> the row for the collator.
+            keep: a row -> the part of it to return with its answers; by default all of it.
 
         Yields:
             For each batch a list of pairs: the part that is kept, and the answers.
@@ -140,11 +142,13 @@ def _nothing(row: Any) -> None:
 
 def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:
     """
-    The answers of a row as columns: under the name of the task what it says first (a label, a number, a text), and the
-    rest behind its name, as in `topic_score`. Of a list, as tasks that label words give it, each is a list.
+    The answers of a row as columns.
+
+    The column with the name of the task holds the first part of its answer (a label, a number, a text). The other parts
+    have columns such as `topic_score`. Answers of tasks that label words are lists, so each of their columns is a list.
 
     Raises:
-        ValueError: if two tasks would have a column alike, as tasks `topic` and `topic_score` do.
+        ValueError: if two tasks would have the same column, as tasks `topic` and `topic_score` do.
     """
     columns: dict[str, Any] = {}
     for name, answer in answers.items():
@@ -165,7 +169,7 @@ def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Share(IterableDataset):
-    """The batches of one process, or of one of its workers: what was kept of the rows, and what the model takes."""
+    """The batches of one process, or of one of its workers: the kept parts of the rows, and the model inputs."""
 
     def __init__(self, rows, collator: MMDataCollator, batch_size: int, rank: int, num_processes: int, prepare, keep):
         self.rows, self.collator, self.batch_size = rows, collator.with_word_index(), batch_size
@@ -176,7 +180,7 @@ class _Share(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        # The loader takes from its workers in turn, so what each process gives has the order of the rows.
+        # The loader reads its workers in turn, so the outputs of each process have the order of the rows.
         mine, period = self.rank + self.num_processes * worker_id, self.num_processes * num_workers
         rows = iter(self.rows)
         for number in count():

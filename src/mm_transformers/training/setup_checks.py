@@ -72,7 +72,7 @@ def check_parts(data_collator: Any, processing_class: Any, train_dataset: Any, c
             "one by MMTransformerProcessor.from_encoders(text=..., vision=...)."
         )
     if isinstance(train_dataset, dict) and hasattr(train_dataset, "column_names"):
-        # A DatasetDict, whose splits are not all to be trained on.
+        # A DatasetDict, which also has splits that are not for training.
         raise ValueError(f"train_dataset must be one split, not all of {', '.join(map(repr, train_dataset))}.")
 
 
@@ -90,7 +90,7 @@ def check_best_metric(args: TrainingArguments, tasks: Iterable[Task], eval_datas
         name = name.removeprefix(f"{max(of_one, key=len)}_") if of_one else name
     tasks = list(tasks)
     known = ["loss", *(f"{task.name}_{metric}" for task in tasks for metric in ("loss", *task.default_metrics))]
-    # How many the hits of retrieval are counted among is a part of the name.
+    # The k of recall at k is a part of the name.
     of_retrieval = [task.name for task in tasks if "retrieval_recall" in task.default_metrics]
     if name not in known and not any(name.startswith(f"{task}_") for task in of_retrieval):
         near = difflib.get_close_matches(name, known, 1) or known
@@ -119,7 +119,7 @@ def check_direction(args: TrainingArguments) -> None:
 
 
 def check_adapters(fused: MMTransformerForMultiTask) -> None:
-    """Says so if adapters are trained and what is new is not."""
+    """Warns if adapters are trained and new modules are not."""
     idle = []
     for name in fused.new_modules:
         module = getattr(fused.model, name, None) or getattr(fused, name)
@@ -183,7 +183,7 @@ def check_any_label(dataset: Any, collator: MMDataCollator) -> None:
     if source is None or is_iterable(source) or not len(source) or any(t.default_cell is not None for t in tasks):
         return
     columns = [task.column or task.name for task in tasks]
-    # Mostly the first row has one.
+    # Usually the first row has one.
     for row in rows_with_columns(dataset, columns):
         labels = row.get(SOURCE_KEY, ANY_SOURCE).labels
         if any(labels(t.name) and not is_missing(row.get(c)) for t, c in zip(tasks, columns, strict=True)):

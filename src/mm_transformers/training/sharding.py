@@ -1,4 +1,4 @@
-"""FSDP for a model that is made of other models."""
+"""FSDP for a model that consists of other models."""
 
 from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
@@ -7,15 +7,17 @@ from transformers import PreTrainedModel
 
 def layer_classes(model: PreTrainedModel) -> list[str]:
     """
-    The names of the classes of layers that FSDP shards one by one: those that transformers keeps on one device, except
-    the ones around the input embeddings, which accelerate shards by themselves, and which must not be sharded twice.
+    The names of the layer classes that FSDP shards one by one.
+
+    These are the classes that transformers keeps on one device, except those around the input embeddings. accelerate
+    shards the embeddings by themselves, and they must not be sharded twice.
 
     Args:
         model (`PreTrainedModel`).
 
     Raises:
-        ValueError: if other modules share the input embeddings, as in most encoder-decoders: FSDP must have all that
-            share a weight in one group, and accelerate puts the embeddings in one of their own.
+        ValueError: if other modules share the input embeddings, as in most encoder-decoders. FSDP needs all modules
+            that share a weight in one group, and accelerate puts the embeddings in a separate group.
     """
     embeddings = model.get_input_embeddings()
     if sum(getattr(module, "weight", None) is embeddings.weight for module in model.modules()) > 1:
@@ -29,14 +31,14 @@ def layer_classes(model: PreTrainedModel) -> list[str]:
 
 def check_sharding(plugin: FullyShardedDataParallelPlugin, model: PreTrainedModel) -> None:
     """
-    Tells FSDP which layers to shard, unless its config says that.
+    Sets the layers for FSDP to shard, unless its config has them.
 
     Args:
         plugin (`FullyShardedDataParallelPlugin`): That of accelerate.
         model (`PreTrainedModel`): The model, not wrapped.
 
     Raises:
-        ValueError: if it is FSDP1, or as [`layer_classes`] says.
+        ValueError: if it is FSDP1; or as in [`layer_classes`].
     """
     if plugin.fsdp_version == 1:
         raise ValueError("MMTrainer shards by FSDP2: set fsdp_version: 2 in the config of accelerate.")
@@ -45,7 +47,7 @@ def check_sharding(plugin: FullyShardedDataParallelPlugin, model: PreTrainedMode
 
 
 def gather_for_method(model: nn.Module, name: str) -> None:
-    """Lets FSDP bring the shared-out weights together for a method as it does for `forward`."""
+    """Makes FSDP gather the sharded weights for a method, as it does for `forward`."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     if name not in vars(model):
@@ -54,8 +56,9 @@ def gather_for_method(model: nn.Module, name: str) -> None:
 
 def share_out_again(model: nn.Module) -> None:
     """
-    After a forward pass without a backward pass, FSDP leaves weights together. Then the gradients of the weights that
-    are shared out are out of the reach of `zero_grad`.
+    Shards the weights again after a forward pass without a backward pass, which FSDP leaves unsharded.
+
+    Otherwise `zero_grad` cannot reach the gradients of the sharded weights.
     """
     from torch.distributed.fsdp import FSDPModule
 

@@ -1,4 +1,4 @@
-"""Errors of torch whose messages do not help, in one sentence."""
+"""Replaces unhelpful errors of torch by one sentence."""
 
 import re
 from collections.abc import Iterator
@@ -11,8 +11,10 @@ from ..model.checkpoint_checks import is_pickle_error
 @contextmanager
 def clear_errors(checkpoint: Optional[str] = None) -> Iterator[None]:
     """
+    Replaces unclear errors of torch within the block.
+
     Args:
-        checkpoint: that is loaded in the block.
+        checkpoint: the checkpoint that is loaded in the block.
 
     Raises:
         ValueError: if a file of the checkpoint is a pickle that holds more than tensors.
@@ -22,7 +24,7 @@ def clear_errors(checkpoint: Optional[str] = None) -> Iterator[None]:
         yield
     except Exception as error:
         if checkpoint is not None and is_pickle_error(error):
-            # The message of torch says how to load it all the same.
+            # The message of torch tells how to load it anyway.
             raise ValueError(
                 f"A file of {checkpoint} is a pickle that holds more than tensors, and might run code; it was not "
                 "loaded. Train from another checkpoint."

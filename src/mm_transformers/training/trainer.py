@@ -358,9 +358,11 @@ class MMTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """
-        As [`~transformers.Trainer.get_eval_dataloader`]. With `dataloader_persistent_workers`, the loader of a data set
-        is kept during a training, for its next evaluation, as long as data set, collator and feature cache are the same
-        objects. Outside of a training none is kept, so whatever has changed in place is seen.
+        As [`~transformers.Trainer.get_eval_dataloader`], with loaders that are kept during a training.
+
+        With `dataloader_persistent_workers`, the loader of a data set is kept for its next evaluation. This holds while
+        data set, collator and feature cache are the same objects. Outside of a training no loader is kept, so changes
+        in place take effect.
         """
         if not self.is_in_train:
             self._kept.forget()

@@ -1,8 +1,8 @@
 """
-What [`MMTrainer`] relies on inside of [`~transformers.Trainer`]: methods that it overrides or calls, and attributes.
+The internals of [`~transformers.Trainer`] that [`MMTrainer`] needs: methods that it overrides or calls, and attributes.
 
 A release of transformers may change any of these without notice. `tests/test_trainer_hooks.py` compares this table with
-the release that is installed.
+the installed release.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,8 @@ class Hook(NamedTuple):
     A method of the Trainer.
 
     Args:
-        parameters: the names that it has, in their order; later ones may be added.
-        callers: the method of the Trainer that calls it -> in how many places.
+        parameters: its parameter names, in order; later ones may be added.
+        callers: the method of the Trainer that calls it -> the number of places.
     """
 
     parameters: tuple[str, ...]
@@ -26,7 +26,7 @@ def _hook(parameters: str, **callers: int) -> Hook:
 
 
 HOOKS: dict[str, Hook] = {
-    # Rows and batches. `_get_dataloader` takes `self.data_collator` and `args.dataloader_drop_last`.
+    # Rows and batches. `_get_dataloader` uses `self.data_collator` and `args.dataloader_drop_last`.
     "_get_train_sampler": _hook("train_dataset", get_train_dataloader=1),
     "_get_eval_sampler": _hook("eval_dataset", get_eval_dataloader=1, get_test_dataloader=1),
     "get_eval_dataloader": _hook("eval_dataset", evaluate=1),
@@ -36,7 +36,7 @@ HOOKS: dict[str, Hook] = {
         get_eval_dataloader=1,
         get_test_dataloader=1,
     ),
-    # Losses. `_get_num_items_in_batch` counts for an evaluation too, where nothing of the training may change.
+    # Losses. `_get_num_items_in_batch` also runs in an evaluation, which must not change the training.
     "get_batch_samples": _hook("epoch_iterator num_batches device", _run_epoch=1),
     "_get_num_items_in_batch": _hook("batch_samples device", get_batch_samples=1, prediction_step=1),
     "training_step": _hook("model inputs num_items_in_batch", _run_epoch=1),
@@ -46,7 +46,7 @@ HOOKS: dict[str, Hook] = {
     # Optimiser
     "get_decay_parameter_names": _hook("model", create_optimizer=1),
     "create_optimizer": _hook("model", create_optimizer_and_scheduler=1, _prepare_for_training=2),
-    # The training loop. `_inner_training_loop` is given all but the batch size by name, `_run_epoch` all.
+    # The training loop. `_inner_training_loop` gets all arguments but the batch size by name, `_run_epoch` all.
     # `_maybe_log_save_evaluate` is called after each step, and once more at the end of an epoch.
     "_inner_training_loop": _hook("batch_size args resume_from_checkpoint trial ignore_keys_for_eval", train=1),
     "_run_epoch": _hook(
@@ -57,7 +57,7 @@ HOOKS: dict[str, Hook] = {
     "_finalize_training": _hook("trial num_train_samples start_time", _inner_training_loop=1),
     "_load_best_model": _hook("", _finalize_training=1),
     "_determine_best_metric": _hook("metrics trial", _maybe_log_save_evaluate=1),
-    # Checkpoints. All of one is written into the folder in `_get_output_dir`.
+    # Checkpoints. All files of one are written into the folder in `_get_output_dir`.
     "_get_output_dir": _hook("trial", _save_checkpoint=1, _finalize_training=1),
     "_save_checkpoint": _hook("model trial", _maybe_log_save_evaluate=1),
     "save_model": _hook("output_dir _internal_call", _save_checkpoint=1, push_to_hub=1),

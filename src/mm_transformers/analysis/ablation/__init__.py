@@ -1,4 +1,4 @@
-"""What is each modality good for? The same rows with and without it, and with that of other rows."""
+"""Measures the contribution of each modality: rows with it, without it, and with that of other rows."""
 
 from .ablate import ablate
 from .results import Ablation

@@ -1,4 +1,4 @@
-"""`ablate`: what each modality is good for."""
+"""`ablate`: measures the contribution of each modality."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
@@ -27,8 +27,8 @@ from .views import EncodedRows, exchanged, pairs, shown_name
 
 
 ALL, NOTHING = "all", "nothing"
-# Modalities are exchanged among so many rows: their encoder outputs are held at once. Not `batch_size`, on which no
-# score may depend.
+# Modalities are exchanged among this number of rows, with all encoder outputs in memory. Not `batch_size`, since no
+# score may depend on it.
 _WINDOW = 256
 _PAIRS_AT_ONCE = 256
 
@@ -49,38 +49,39 @@ def ablate(
     **generation_options: Any,
 ) -> Ablation:
     """
-    Scores a model on rows as they are, with each modality alone and each missing, with nothing, and with each modality
-    that of another row; and what follows from that: how much each contributes, how much is owed to their interaction,
-    and whether answers are as sure as they are right.
+    Scores a model on the rows as they are, with one modality alone, with one missing, with none, and with one
+    exchanged.
 
-    Encoders run once per row: all else needs the fusion and the heads only. What a row does not have it does not have
-    in any variant; without anything left, the model answers from what it expects. Rows are taken in a random order, and
-    exchange what they have with others of the same 256 rows. Answers that belong to words of the text are not scored
-    where the text is missing or that of another row.
+    The result shows what each modality contributes, what the interaction of modalities contributes, and whether the
+    model is calibrated.
 
-    [`Matching`] judges each pair and its mismatched pairs, drawn from all rows as [`MMTrainer`] draws them; these are
-    encoded too. It has no score where the text or the picture that it compares is that of another row: such pairs are
-    mismatches already, so their labels say nothing.
+    The encoders run once per row; the variants run the fusion and the heads only. A missing modality stays missing in
+    all variants. Without any input, the model answers from its priors. Rows are taken in a random order, and exchange
+    modalities with others of the same 256 rows. Labels of words are not scored where the text is missing or exchanged.
 
-    Contributions are gains: more than 0 where a modality makes the answers better, also where a metric is the better
-    the smaller it is (losses, errors).
+    [`Matching`] judges each pair and its mismatched pairs. Mismatched pairs are drawn from all rows, as [`MMTrainer`]
+    draws them, and are encoded too. Rows with an exchanged text or picture have no score: such pairs are already
+    mismatched, so their labels are meaningless.
+
+    Contributions are gains: a positive value means that the modality improves the answers. This also holds for metrics
+    that are better when smaller (losses, errors).
 
     Args:
-        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
-        processor ([`MMTransformerProcessor`]): That of the model.
-        rows: with the columns that the collator reads: a `datasets.Dataset`, or a list of dicts.
-        tasks (`list[str]`, *optional*): Which tasks to score; all by default.
-        collator ([`MMDataCollator`], *optional*): Where the columns are called otherwise.
-        num_permutations (`int`, *optional*, defaults to 5): How often modalities are exchanged; for mean and spread.
+        model ([`MMTransformerForMultiTask`]): Runs in evaluation mode, whatever its mode.
+        processor ([`MMTransformerProcessor`]): The processor of the model.
+        rows: a `datasets.Dataset` or a list of dicts, with the columns that the collator reads.
+        tasks (`list[str]`, *optional*): The tasks to score; all by default.
+        collator ([`MMDataCollator`], *optional*): Needed if the columns have other names.
+        num_permutations (`int`, *optional*, defaults to 5): How often modalities are exchanged, for mean and spread.
         num_additive_rows (`int`, *optional*, defaults to 256):
-            On how many rows, a random sample of all, the nearest sum of a function of the text and one of the rest is
-            worked out (EMAP). It pairs each text with what each other row has: the number squared passes of the fusion.
-            0 for none.
-        slices (`list[str]`, *optional*): Columns; scores are also given for the rows of each of their values.
+            Number of rows in the random sample for EMAP, the nearest sum of a function of the text and one of the rest.
+            Each text is paired with the other inputs of each row, so the fusion runs this number squared times. 0 turns
+            EMAP off.
+        slices (`list[str]`, *optional*): Columns; the rows of each of their values get scores of their own.
         batch_size (`int`, *optional*, defaults to 64): Rows at once; no result depends on it.
-        seed (`int`, *optional*, defaults to 0): Of the order, the exchanges and the sample.
+        seed (`int`, *optional*, defaults to 0): The seed of the order, the exchanges and the sample.
         compute_metrics (*optional*): Defaults to [`MultiTaskMetrics`].
-        generation_options: for `model.generate`, where a task writes.
+        generation_options: for `model.generate`, if a task writes texts.
 
     Raises:
         ValueError: if there are no rows, or the model reads text alone; as the collator, if a row cannot be read.
@@ -108,7 +109,7 @@ def ablate(
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(rows))
     scores = _Scores(model, modalities, check_tasks(model, tasks), batch_size, generation_options)
-    # Of nearly the same size, since one row alone has no other to exchange anything with.
+    # Windows of nearly equal size, since a single row has no other row for an exchange.
     windows = np.array_split(order, -(-len(rows) // _WINDOW))
     held = 0
     for numbers in logging.tqdm(windows, desc="ablate", disable=len(windows) <= 1):
@@ -145,9 +146,9 @@ class _Scores:
         self.sampled: list[EncodedRows] = []
         self.additive: dict[str, torch.Tensor] = {}
         self.num_additive = 0
-        # What is missing or exchanged in a variant; words have no answer where that is the text.
+        # Missing or exchanged modalities of a variant; words have no answer if the text is one of them.
         self.without_words: set[str] = set()
-        self.unscored: dict[str, set[str]] = {}  # task -> variants in which its labels say nothing
+        self.unscored: dict[str, set[str]] = {}  # task -> variants in which its labels are meaningless
 
     def encode(self, rows: Sequence[Mapping[str, Any]], collator: Callable[[Any], dict[str, Any]]) -> EncodedRows:
         """The rows after the encoders; their labels are kept."""
@@ -183,14 +184,14 @@ class _Scores:
         Judges, in each variant, the mismatched pairs with which [`MMTrainer`] evaluates tasks that need them.
 
         Args:
-            rows: all of them.
+            rows: all rows.
             order: the numbers of the rows, in the order in which they were added.
         """
         places = np.argsort(order)
         for name in (name for name in self.wanted if self.tasks[name].needs_mismatches):
             task: Any = self.tasks[name]
             compared = {shuffle_name(m, n) for m in ("text", task.modality) for n in range(num_permutations)}
-            self.unscored[name] = compared  # of these pairs nobody knows whether they match
+            self.unscored[name] = compared  # it is unknown whether these pairs match
             scored = [variant for variant in self.answers if variant not in compared]
             for variant in scored:
                 self.answers[variant][name] = pad(self.answers[variant][name][:, :1], (0, 2), value=torch.nan)
@@ -216,9 +217,9 @@ class _Scores:
     def _views(
         self, window: EncodedRows, rng: np.random.Generator, num_permutations: int
     ) -> dict[str, tuple[frozenset[str], dict[str, np.ndarray]]]:
-        """Variant -> the modalities that are kept, and of each whose it is, (num_rows,)."""
+        """Variant -> the kept modalities, and for each modality the rows that it comes from, (num_rows,)."""
         own = np.arange(window.num_rows)
-        # In the order in which they are shown: all first, nothing last.
+        # In the order of the tables: all first, nothing last.
         views: dict[str, tuple[frozenset[str], dict[str, np.ndarray]]] = {}
         for kept in sorted(subsets(self.modalities), key=lambda kept: -len(kept)):
             views[subset_name(kept, self.modalities)] = kept, dict.fromkeys(self.modalities, own)
@@ -260,13 +261,13 @@ class _Scores:
 
     def sample(self, window: EncodedRows, missing: int) -> int:
         """
-        Holds the first rows of the window until the sample is complete, then works out the nearest sum.
+        Holds the first rows of the window until the sample is complete, then computes the nearest sum.
 
         Args:
-            missing: how many rows the sample lacks.
+            missing: the number of rows that the sample lacks.
 
         Returns:
-            How many rows it has got.
+            The number of rows that were added.
         """
         taken = min(missing, window.num_rows)
         if taken > 0:
@@ -361,7 +362,7 @@ class _Scores:
             result.contributions[name] = Contribution(metric, values, lost, own, summed, num_rows, less)
 
     def _additive_metrics(self, compute_metrics) -> Optional[tuple[dict[str, float], dict[str, float]]]:
-        """Of the model and of the nearest sum, on the rows for which that was worked out."""
+        """The metrics of the model and of the nearest sum, on the rows of the sample."""
         if not self.additive:
             return None
         rows = np.arange(self.num_additive)

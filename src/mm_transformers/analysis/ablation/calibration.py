@@ -1,4 +1,4 @@
-"""Are answers as often right as they are sure?"""
+"""Compares confidence and accuracy of answers."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,11 @@ NUM_BINS = 15
 
 class Calibration(NamedTuple):
     """
+    The calibration of answers.
+
     Args:
-        ece: expected calibration error, the mean over all answers of |accuracy - confidence| of their bin
-            (Guo et al. 2017, https://arxiv.org/abs/1706.04599); 0 is best.
+        ece: expected calibration error, the mean over all answers of |accuracy - confidence| of their bin (Guo et al.
+            2017, https://arxiv.org/abs/1706.04599); 0 is best.
         counts, confidences, accuracies: of each of the bins of equal width from 0 to 1; NaN in bins without answers.
     """
 
@@ -24,6 +26,8 @@ class Calibration(NamedTuple):
 
 def calibration(confidences: np.ndarray, right: np.ndarray, num_bins: int = NUM_BINS) -> Calibration:
     """
+    The calibration of answers with these confidences.
+
     Args:
         confidences (answers,): probability of each answer, from 0 to 1.
         right (answers,) bool: whether it was right.

@@ -1,4 +1,4 @@
-"""How much each modality contributes: sums over what was measured, no models."""
+"""Contributions of modalities, computed from measured scores, no models."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain, combinations
@@ -8,7 +8,7 @@ import torch
 
 
 def subsets(names: Sequence[str]) -> list[frozenset[str]]:
-    """All of them, the smallest first."""
+    """All subsets, the smallest first."""
     return [
         frozenset(chosen) for chosen in chain.from_iterable(combinations(names, size) for size in range(len(names) + 1))
     ]
@@ -16,8 +16,10 @@ def subsets(names: Sequence[str]) -> list[frozenset[str]]:
 
 def shapley_values(names: Sequence[str], worth: Callable[[frozenset[str]], float]) -> dict[str, float]:
     """
-    The exact Shapley value of each modality (https://arxiv.org/abs/1705.07874): the mean, over all orders in which they
-    may come, of what it adds when it comes. They sum to the worth of all less the worth of none.
+    The exact Shapley value of each modality (https://arxiv.org/abs/1705.07874).
+
+    It is the mean gain when the modality is added, over all orders of adding them. The values sum to the worth of all
+    less the worth of none.
 
     Args:
         worth: of a set of modalities, such as the accuracy with these alone.
@@ -36,8 +38,9 @@ def shapley_values(names: Sequence[str], worth: Callable[[frozenset[str]], float
 
 def perceptual_score(score: float, shuffled: float, less_is_better: bool = False) -> float:
     """
-    How much worse a score becomes when a modality is that of another row, as a share of the score (Gat et al. 2021,
-    https://arxiv.org/abs/2110.14375, normalised by the model's own score); 0 if there was none to lose.
+    The loss of score when a modality comes from another row, as a share of the score; 0 if there is no score to lose.
+
+    It is from Gat et al. 2021 (https://arxiv.org/abs/2110.14375), normalised by the model's own score.
     """
     lost = shuffled - score if less_is_better else score - shuffled
     return lost / abs(score) if score else 0.0
@@ -45,14 +48,16 @@ def perceptual_score(score: float, shuffled: float, less_is_better: bool = False
 
 def additive_projection(of_texts: torch.Tensor, of_others: torch.Tensor) -> torch.Tensor:
     """
-    EMAP (Hessel and Lee 2020, https://arxiv.org/abs/2010.06572): the nearest that a sum of a function of the text and a
-    function of the rest comes to a model. What it scores less than the model is owed to interaction.
+    EMAP (Hessel and Lee 2020, https://arxiv.org/abs/2010.06572): the sum of two functions that is nearest to the model.
+
+    One function reads the text, the other the rest. The difference between the scores of the model and of this sum is
+    due to interaction.
 
     Args:
         of_texts (n, ...): the mean logits of each text, over the pictures (and sounds) of all n rows.
         of_others (n, ...): those of the pictures (and sounds) of each row, over all n texts.
 
     Returns:
-        (n, ...): what the sum says of each row's own text and pictures.
+        (n, ...): the logits of the sum for each row's own text and pictures.
     """
     return of_texts + of_others - of_texts.mean(0)

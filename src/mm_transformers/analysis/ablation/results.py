@@ -1,4 +1,4 @@
-"""What an ablation has found, as values, tables and a figure."""
+"""The results of an ablation, as values, tables and a figure."""
 
 import math
 from collections.abc import Mapping
@@ -22,17 +22,17 @@ _FROM_0_TO_100 = ("bleu", "chrf")
 
 class Contribution(NamedTuple):
     """
-    What the modalities contribute to one task.
+    The contributions of the modalities to one task.
 
     Args:
-        metric: in which it is measured, such as `topic_accuracy`.
-        shapley: modality -> its Shapley value, more than 0 where it makes the answers better. They sum to how much
-            better the score with all is than that with none.
-        perceptual: modality -> the share of the score that is lost when it is that of another row.
+        metric: of the score, such as `topic_accuracy`.
+        shapley: modality -> its Shapley value, positive if it improves the answers. They sum to the gain of the score
+            with all modalities over the score with none.
+        perceptual: modality -> the share of the score that is lost when it comes from another row.
         score, additive: of the model, and of the nearest sum of a function of the text and one of the rest (EMAP), on
-            the same rows; `None` where that was not worked out.
-        num_rows: how many rows these two are of.
-        less_is_better: whether a smaller value of the metric is a better one.
+            the same rows; `None` if not computed.
+        num_rows: the number of rows of these two.
+        less_is_better: whether a smaller value of the metric is better.
     """
 
     metric: str
@@ -45,7 +45,7 @@ class Contribution(NamedTuple):
 
     @property
     def interaction(self) -> Optional[float]:
-        """How much better the model is than the nearest sum: what it owes to the interaction of its modalities."""
+        """The gain of the model over the nearest sum: the contribution of the interaction of modalities."""
         if self.score is None or self.additive is None:
             return None
         return self.additive - self.score if self.less_is_better else self.score - self.additive
@@ -54,16 +54,18 @@ class Contribution(NamedTuple):
 @dataclass
 class Ablation:
     """
+    The results of an ablation.
+
     Args:
-        variants: what the rows were given ("all", "text only", "without sound", "nothing", "image shuffled") -> name of
-            a metric (`<task>_<metric>`) -> value; of what was shuffled, the mean.
-        spreads: of what was shuffled, the standard deviation over the permutations.
+        variants: the inputs of the rows ("all", "text only", "without sound", "nothing", "image shuffled") -> name of a
+            metric (`<task>_<metric>`) -> value; for shuffled variants, the mean.
+        spreads: for shuffled variants, the standard deviation over the permutations.
         majority: task -> share of the most frequent label, for tasks that choose one of several.
-        contributions: task -> what each modality contributes to its main metric.
-        calibration: task -> how sure and how right answers are, of tasks that choose.
+        contributions: task -> the contributions of the modalities to its main metric.
+        calibration: task -> the calibration of its answers, for tasks that choose.
         slices: column -> value -> variant -> metric -> value.
         tasks: name -> task.
-        num_rows: that were scored.
+        num_rows: the number of scored rows.
     """
 
     variants: dict[str, dict[str, float]]
@@ -76,7 +78,7 @@ class Ablation:
     num_rows: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; `None` where there is no number."""
+        """Plain values, for JSON; `None` for missing numbers."""
         found = {
             "num_rows": self.num_rows,
             "variants": self.variants,
@@ -93,11 +95,11 @@ class Ablation:
 
     def to_markdown(self, width: int = 80) -> str:
         """
-        Tables: each task in its main metric, what each modality contributes, interaction and calibration, slices.
+        Tables: each task in its main metric, contributions of modalities, interaction and calibration, slices.
 
         Args:
-            width (`int`, *optional*, defaults to 80): Columns that would make a line longer than this go to a table of
-                their own. A name is never cut.
+            width (`int`, *optional*, defaults to 80): The longest line; further columns go to a separate table. Names
+                are never cut.
         """
         parts = [as_markdown(table, width) for table in self.tables()]
         if self.note:
@@ -106,7 +108,7 @@ class Ablation:
 
     @property
     def note(self) -> str:
-        """On which rows interaction was measured, in a sentence; "" where it was not."""
+        """A sentence with the rows on which interaction was measured; "" if it was not."""
         counts = {found.num_rows for found in self.contributions.values() if found.interaction is not None}
         if not counts:
             return ""
@@ -117,7 +119,7 @@ class Ablation:
         return f"What is owed to interaction was measured on {rows}."
 
     def tables(self) -> list[Table]:
-        """The same as cells, of any width."""
+        """The tables of [`to_markdown`] as cells, of any width."""
         found = [self._scores_table()]
         if self.contributions:
             found += [self._contributions_table(), self._interactions_table()]
@@ -125,7 +127,7 @@ class Ablation:
 
     def plot(self) -> Figure:
         """A `matplotlib.figure.Figure`: scores, contributions, reliability."""
-        with rc_context({"text.parse_math": False}):  # "$" in a name is no formula
+        with rc_context({"text.parse_math": False}):  # "$" in a name must not begin a formula
             return _figure(self)
 
     def _scores_table(self) -> Table:
@@ -213,7 +215,7 @@ def _figure(ablation: Ablation) -> Figure:
 
 
 def _scale(metric: str) -> float:
-    """What brings a metric to the scale of the others, 0 to 1."""
+    """The factor that scales a metric to 0 to 1, as the others."""
     return 0.01 if metric.endswith(_FROM_0_TO_100) else 1.0
 
 

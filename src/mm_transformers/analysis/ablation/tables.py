@@ -8,9 +8,11 @@ from ...data.markdown import plain_markdown
 
 class Table(NamedTuple):
     """
+    The cells of a table.
+
     Args:
-        header, rows: cells, as many in each.
-        num_keys: how many of the first columns say what a row is about.
+        header, rows: cells, the same number in each.
+        num_keys: the number of first columns that identify a row.
     """
 
     header: list[str]
@@ -20,8 +22,9 @@ class Table(NamedTuple):
 
 def as_markdown(table: Table, width: int) -> str:
     """
-    The table in Markdown, with columns that also line up as plain text. If it is wider than `width` characters, it
-    becomes several, each with the key columns and as many of the others as fit.
+    The table in Markdown, with columns that also line up as plain text.
+
+    A table of more than `width` characters is split. Each part has the key columns, and as many other columns as fit.
     """
     lines = [[plain_markdown(cell) for cell in line] for line in (table.header, *table.rows)]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(table.header))]

@@ -1,4 +1,4 @@
-"""The same rows, encoded once, as they would be without a modality, or with that of another row."""
+"""Variants of rows that are encoded once: without a modality, or with that of another row."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional
@@ -14,13 +14,13 @@ from ...model.modeling_mm_transformer import MMTransformerModelOutput
 
 class EncodedRows:
     """
-    Some rows after the encoders, before the fusion: all views of them need the fusion and the heads only.
+    Some rows after the encoders, before the fusion: their variants need the fusion and the heads only.
 
     Args:
-        model ([`MMTransformerModel`]): Has encoded them, in evaluation mode.
-        encoded: modality -> its tokens; "text" and whatever else there is.
-        has_text (`torch.BoolTensor` of shape `(num_rows,)`): Which rows have a text; in the others a learned vector
-            stands in for it, which the tokens do not tell.
+        model ([`MMTransformerModel`]): The model that encoded them, in evaluation mode.
+        encoded: modality -> its tokens: "text" and all other modalities.
+        has_text (`torch.BoolTensor` of shape `(num_rows,)`): The rows with a text. Others have a learned vector, which
+            the tokens do not reveal.
     """
 
     def __init__(self, model: Any, encoded: Mapping[str, Stream], has_text: torch.Tensor):
@@ -30,6 +30,8 @@ class EncodedRows:
     @classmethod
     def of(cls, model: Any, batch: Mapping[str, torch.Tensor]) -> "EncodedRows":
         """
+        The encoded rows of a batch.
+
         Args:
             batch: the inputs of the model.
         """
@@ -48,12 +50,11 @@ class EncodedRows:
         self, rows: Mapping[str, np.ndarray | torch.Tensor], modalities: Optional[frozenset[str]] = None
     ) -> MMTransformerModelOutput:
         """
-        Rows that are put together: what the model makes of them.
+        The fused outputs of rows that are combined from these.
 
         Args:
-            rows: modality -> whose it is, (new number of rows,) int64.
-            modalities: as if the rows had nothing but these; all by default. Of none, the model answers from what it
-                has learned to expect.
+            rows: modality -> the row that it comes from, (new number of rows,) int64.
+            modalities: the kept modalities; all by default. With none, the model answers from its priors.
         """
         fused: dict[str, Stream] = {}
         for name, stream in self.encoded.items():
@@ -67,7 +68,7 @@ class EncodedRows:
         return self.model.fuse(fused)
 
     def present(self, modality: str) -> np.ndarray:
-        """(num_rows,) bool: which rows have it."""
+        """(num_rows,) bool: the rows with this modality."""
         if modality == "text":
             return self.has_text.cpu().numpy()
         if modality not in self.encoded:
@@ -84,8 +85,8 @@ def joined(streams: Sequence[Optional[Stream]], sizes: Sequence[int]) -> Stream:
     One stream of the rows of several, one after the other; shorter ones are padded.
 
     Args:
-        streams: at least one, of the same modality; `None` where no row has anything.
-        sizes: how many rows there are in each.
+        streams: at least one, of the same modality; `None` if no row has an item.
+        sizes: the number of rows in each.
     """
     given = [stream for stream in streams if stream is not None]
     length = max(stream.tokens.shape[1] for stream in given)
@@ -111,7 +112,7 @@ def joined(streams: Sequence[Optional[Stream]], sizes: Sequence[int]) -> Stream:
     index = torch.cat([pad(part, (0, most - part.shape[1]), value=-1) for part in places])
 
     def of_places(name: str) -> Optional[torch.Tensor]:
-        """What each place of each row has of this kind, 0 where a stream has none of it."""
+        """This value of each place of each row, 0 if a stream lacks it."""
         if all(getattr(stream, name) is None for stream in given):
             return None
         parts = []
@@ -124,7 +125,7 @@ def joined(streams: Sequence[Optional[Stream]], sizes: Sequence[int]) -> Stream:
 
 
 def of_rows(stream: Stream, rows: torch.Tensor) -> Optional[Stream]:
-    """The stream of these rows, (num_rows,) int64, with the items that they have; `None` if they have none."""
+    """The stream of these rows, (num_rows,) int64, with their items; `None` if they have none."""
     stream = stream.of_rows(rows)
     index: Any = stream.item_index
     used, places = index[index >= 0].unique(return_inverse=True)
@@ -140,8 +141,10 @@ def of_rows(stream: Stream, rows: torch.Tensor) -> Optional[Stream]:
 
 def exchanged(present: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """
-    For each row the row whose modality it gets: one cycle through those that have it, so that none keeps its own
-    (but where it is the only one); rows without it stay without.
+    For each row, the row whose modality it gets.
+
+    The rows that have the modality form one cycle, so none keeps its own, unless it is the only one. Rows without the
+    modality stay without it.
     """
     cycle = rng.permutation(np.flatnonzero(present))
     rows = np.arange(len(present))
@@ -150,11 +153,11 @@ def exchanged(present: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def pairs(num_rows: int, chunk: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """All (i, j) with i, j < num_rows, a number of them at a time."""
+    """All (i, j) with i, j < num_rows, in chunks."""
     for numbers in torch.arange(num_rows * num_rows).split(chunk):
         yield numbers // num_rows, numbers % num_rows
 
 
 def shown_name(modality: str) -> str:
-    """How tables and figures call a modality."""
+    """The name of a modality in tables and figures."""
     return ENCODERS[modality].noun

@@ -9,8 +9,9 @@ from matplotlib.colors import to_hex
 
 def heat_map(image: Any, relevance: np.ndarray) -> np.ndarray:
     """
-    The picture in grey under its relevance, (height, width, 3) float from 0 to 1: untouched where there is none, dark
-    red where there is most.
+    The grey picture coloured by its relevance, (height, width, 3) float from 0 to 1.
+
+    Parts without relevance are unchanged; the most relevant parts are dark red.
 
     Args:
         relevance (height, width): from 0 to 1.
@@ -23,9 +24,9 @@ def heat_map(image: Any, relevance: np.ndarray) -> np.ndarray:
 
 
 def text_color(strength: float) -> tuple[str, str]:
-    """Background and foreground for a word of this relevance, from 0 to 1, readable on each other."""
+    """Background and foreground of a word with this relevance, from 0 to 1; their contrast is readable."""
     background = colormaps["Reds"](0.75 * min(max(strength, 0.0), 1.0))
-    # Relative luminance, as WCAG 2.2 defines it; at 0.179 black and white contrast alike, 4.6 to 1.
+    # Relative luminance of WCAG 2.2; at 0.179 black and white have the same contrast, 4.6 to 1.
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background[:3])
     is_light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179
     return to_hex(background), "#000000" if is_light else "#ffffff"

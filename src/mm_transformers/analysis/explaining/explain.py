@@ -1,4 +1,4 @@
-"""`explain`: which words, patches and sounds an answer rests on."""
+"""`explain`: the words, patches and sounds that an answer depends on."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -37,46 +37,48 @@ def explain(
     **generation_options: Any,
 ) -> Any:
     """
-    Which tokens of the text, patches of the pictures and parts of the sound an answer rests on.
+    The words, image patches and parts of the sound that an answer depends on.
 
     Methods:
 
     - `"chefer"`: gradient times attention through all layers of encoders and fusion, by the bi-modal rules of Chefer et
       al. 2021 (https://arxiv.org/abs/2103.15679);
-    - `"rollout"`: the attentions of all layers, multiplied (https://arxiv.org/abs/2005.00928); the same for any answer;
+    - `"rollout"`: the product of the attentions of all layers (https://arxiv.org/abs/2005.00928). It does not depend on
+      the answer;
     - `"gradient_attention"`: gradient times attention of the last layer of the fusion;
-    - `"attention"`: the attention of that layer; the same for any answer;
-    - `"integrated_gradients"`: no attention at all (https://arxiv.org/abs/1703.01365); needs the extra `explain`, and
-      32 times as long;
-    - `"random"`: the floor that others must beat.
+    - `"attention"`: the attention of that layer. It does not depend on the answer;
+    - `"integrated_gradients"`: uses no attention (https://arxiv.org/abs/1703.01365). It needs the extra `explain` and
+      takes 32 times as long;
+    - `"random"`: the baseline that the others must beat.
 
-    How much of the answer rests on each modality is measured, by whatever method the parts of it are compared: see
-    [`Explanation.shares`].
+    The share of each modality is measured separately, in the same way for all methods: see [`Explanation.shares`].
 
-    Encoders whose tokens do not attend to all others (Swin, ConvNeXt, ResNet) are not looked into: their tokens stand
-    for the parts of the picture where they lie. Fusions without attention (`late`) and heads that read what the
-    encoders gave ([`Retrieval`]) say by gradient times activation which tokens count, whatever the method.
+    In some encoders the tokens do not attend to all others (Swin, ConvNeXt, ResNet). Relevance is then not followed
+    through the encoder: each token stands for its own part of the picture. Some models have no attention to read: the
+    fusion `late`, and heads that read the encoder outputs ([`Retrieval`]). For these, every method uses gradient times
+    activation.
 
-    A head with a linear probe (`config.linear_probe`) depends on the encoder outputs directly, also while the gates of
-    the fusion are closed. Each encoder output counts by what it adds to the probe's score, and is followed through its
-    encoder; what the fusion added is added to this. `"rollout"` and `"attention"` know no gradients, so there both sum
-    to about 1, and the part of the probe depends on the answer. `"integrated_gradients"` needs no rule for it.
+    A head with a linear probe (`config.linear_probe`) depends on the encoder outputs directly, even while the gates of
+    the fusion are zero. The relevance of an encoder output is what it adds to the score of the probe, followed through
+    its encoder. The relevance from the fusion is added to it. `"rollout"` and `"attention"` use no gradients: both
+    parts sum to about 1, and the part of the probe depends on the answer. `"integrated_gradients"` needs no special
+    rule for the probe.
 
     Args:
         model ([`MMTransformerForMultiTask`]):
-            Answers in evaluation mode, whatever mode it is in. It is not changed, so several threads may ask at once.
-        processor ([`MMTransformerProcessor`]): That of the model.
+            Runs in evaluation mode, whatever its mode. It is not changed, so several threads may use it at once.
+        processor ([`MMTransformerProcessor`]): The processor of the model.
         row (`dict`, `str`, or a list, a data set or a table of these):
-            As [`MultimodalPipeline`] takes them; other keys than those of a row are not looked at.
-        task (`str`, *optional*): Whose answer; may be left out if the model has one task.
+            As in [`MultimodalPipeline`]; keys that are no input are ignored.
+        task (`str`, *optional*): The task whose answer to explain; may be left out if the model has one task.
         method (`str`, *optional*, defaults to `"chefer"`): One of the above.
-        answer (*optional*): Label or text to explain, whatever the model says. By default what it says.
+        answer (*optional*): The label or text to explain. By default the answer of the model.
         word (`int`, *optional*):
-            For tasks that label words, which word; for tasks that write, which word of the answer; counted from 0. By
-            default all of them together.
-        batch_size (`int`, *optional*, defaults to 8): Of a list, how many rows at once.
-        seed (`int`, *optional*, defaults to 0): Of `"random"`.
-        generation_options: for `model.generate`, where the task writes.
+            The number of the word, counted from 0: of the text for tasks that label words, of the answer for tasks that
+            write. By default all words together.
+        batch_size (`int`, *optional*, defaults to 8): Rows at once, for a list.
+        seed (`int`, *optional*, defaults to 0): The seed of `"random"`.
+        generation_options: for `model.generate`, if the task writes texts.
 
     Returns:
         [`Explanation`], or a list of them for a list of rows.
@@ -148,7 +150,7 @@ def _explain_batch(
 
 
 def _known_keys(model: Any, numbered: list[tuple[int, Any]]) -> list[str]:
-    """Rows of a table have columns that are not looked at; but one that is called nearly as a part is a slip."""
+    """The known keys of rows. Other columns of a table are ignored, but a name close to a key is an error."""
     keys = {key for _, row in numbered if isinstance(row, Mapping) for key in row}
     others = [key for key in keys if not difflib.get_close_matches(str(key), ARGUMENTS, 1)]
     return [*ARGUMENTS, *(task.column for task in model.tasks.values()), *others]
@@ -156,8 +158,9 @@ def _known_keys(model: Any, numbered: list[tuple[int, Any]]) -> list[str]:
 
 def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    The same inputs with nothing shared between rows, so that the gradient of an item is that of one row. Within a row,
-    an item that it has twice is there twice.
+    The same inputs with nothing shared between rows, so that the gradient of an item belongs to one row.
+
+    An item that occurs twice in a row is there twice.
     """
     result = dict(tensors)
     for index, parts in (
@@ -185,7 +188,7 @@ def _random(outputs: Any, num_tokens: Mapping[str, int], seed: int) -> dict[str,
 
 
 class _Placing:
-    """Puts the relevance of tokens where these come from."""
+    """Assigns the relevance of tokens to their places in the row."""
 
     def __init__(self, model, processor, inputs, outputs, relevance: dict[str, torch.Tensor], maps, shares):
         self.shares = shares

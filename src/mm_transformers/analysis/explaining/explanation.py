@@ -1,4 +1,4 @@
-"""What explains an answer: relevances in the places of the row that they belong to."""
+"""The explanation of an answer: relevances at their places in the row."""
 
 import textwrap
 from dataclasses import dataclass, field
@@ -17,10 +17,12 @@ _CHARACTERS_PER_LINE = 64
 
 class TokenRelevance(NamedTuple):
     """
+    The relevance of one token of the text.
+
     Args:
         token: the piece of the text, or the name of a special token.
-        start, end: where it is in the text; equal for special tokens.
-        relevance: >= 0; with "integrated_gradients" less where it speaks against the answer.
+        start, end: its place in the text; equal for special tokens.
+        relevance: >= 0; with "integrated_gradients" negative for evidence against the answer.
     """
 
     token: str
@@ -32,12 +34,14 @@ class TokenRelevance(NamedTuple):
 @dataclass
 class ImageRelevance:
     """
+    The relevance of one picture.
+
     Args:
         image (`PIL.Image.Image`): The picture, or a frame of a video.
         patches (`np.ndarray` of shape `(rows, columns)`, float32): Relevance of each patch.
         pixels (`np.ndarray` of shape `(height, width)`, float32):
-            The same for the picture's own pixels, linear between the middles of patches; 0 where the image processor
-            cuts the picture off.
+            Relevance of the picture's own pixels, linear between the centres of patches; 0 where the image processor
+            crops the picture.
     """
 
     image: Any
@@ -45,13 +49,13 @@ class ImageRelevance:
     pixels: np.ndarray
 
     def box_share(self, box: tuple[float, float, float, float]) -> float:
-        """Which share of the relevance lies within left, top, right, bottom (in pixels); 0 if there is none."""
+        """The share of the relevance within left, top, right, bottom (in pixels); 0 without any relevance."""
         left, top, right, bottom = (round(edge) for edge in box)
         positive = self.pixels.clip(min=0)
         return float(positive[top:bottom, left:right].sum() / positive.sum()) if positive.any() else 0.0
 
     def peak(self) -> tuple[int, int]:
-        """The pixel (x, y) in the middle of the most relevant patch."""
+        """The pixel (x, y) at the centre of the most relevant patch."""
         y, x = np.unravel_index(self.pixels.argmax(), self.pixels.shape)
         return int(x), int(y)
 
@@ -59,9 +63,11 @@ class ImageRelevance:
 @dataclass
 class SoundRelevance:
     """
+    The relevance of one clip.
+
     Args:
-        seconds (`float`): How long the clip is.
-        steps (`np.ndarray` of shape `(steps,)`, float32): Relevance of equally long parts of it.
+        seconds (`float`): The length of the clip.
+        steps (`np.ndarray` of shape `(steps,)`, float32): Relevance of its parts, all of equal length.
     """
 
     seconds: float
@@ -71,21 +77,22 @@ class SoundRelevance:
 @dataclass
 class Explanation:
     """
-    Which parts of a row an answer rests on, as one method sees it. Attention, and gradients, are not causes: see
-    [`faithfulness`].
+    The parts of a row that an answer depends on, by one method.
+
+    Attention and gradients are not causes: see [`faithfulness`].
 
     Args:
-        task, answer: what is explained: the answer (a label, a number, a text), and of which task.
-        score (`float`): How much the model speaks for the answer, before any softmax.
-        method (`str`): How the relevances were found.
+        task, answer: the task, and its answer that is explained (a label, a number, a text).
+        score (`float`): The score of the answer, before any softmax.
+        method (`str`): The method of the explanation.
         text (`str`): That of the row.
-        tokens (`list[TokenRelevance]`): One per token of the text, in order; none if there is no text.
+        tokens (`list[TokenRelevance]`): One per token of the text, in order; empty without a text.
         images (`list[ImageRelevance]`): One per picture, then one per frame of the video.
         sounds (`list[SoundRelevance]`): One per clip.
-        word (`str`, *optional*): The word whose label, or which in the written answer, is explained.
-        shares (`dict[str, float]`): "text", "vision", "audio" -> how much of the answer rests on it: its Shapley value
-            for the score, with blank texts, pictures or sounds in the place of what is left out, as a share of the sum
-            of their sizes. All are 0 if the score depends on nothing.
+        word (`str`, *optional*): The explained word: of the text, or of the written answer.
+        shares (`dict[str, float]`): "text", "vision", "audio" -> its Shapley value for the score, as a share of the sum
+            of their sizes. Blank texts, pictures or sounds replace a removed modality. All are 0 if the score depends
+            on nothing.
     """
 
     task: str
@@ -107,8 +114,10 @@ class Explanation:
     @property
     def scales(self) -> dict[str, float]:
         """
-        Modality -> what its relevances (of words, pixels, steps) are multiplied with to be strengths of colour: 1 at
-        the most relevant part of the modality on which most rests, and pale in a modality on which little rests.
+        Modality -> the factor that turns its relevances (of words, pixels, steps) into strengths of colour.
+
+        The strength is 1 at the most relevant part of the modality with the largest share. Modalities with a small
+        share are pale.
         """
         relevances = {
             "text": [word.relevance for word in self.words],
@@ -125,7 +134,7 @@ class Explanation:
 
     @property
     def words(self) -> list[TokenRelevance]:
-        """The same per word: the sum of the relevances of its tokens."""
+        """The relevance of each word: the sum over its tokens."""
         from ...model.task_token_classification import split_words
 
         return [
@@ -139,7 +148,7 @@ class Explanation:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; pictures are left out, their patches are not."""
+        """Plain values, for JSON; without pictures, but with their patches."""
         return {
             "task": self.task,
             "answer": self.answer,
@@ -155,13 +164,13 @@ class Explanation:
 
     def plot(self) -> Figure:
         """A `matplotlib.figure.Figure`: the text coloured by relevance, heat maps over pictures, curves of sounds."""
-        with rc_context({"text.parse_math": False}):  # "$" in a text is no formula
+        with rc_context({"text.parse_math": False}):  # "$" in a text must not begin a formula
             return _figure(self)
 
 
 def _figure(explanation: Explanation) -> Figure:
     scales = explanation.scales
-    # Each picture, and beside it what of it counts.
+    # Each picture, and beside it its heat map.
     panels: list[Any] = []
     for image in explanation.images:
         panels += [image.image, heat_map(image.image, image.pixels * scales["vision"])]
@@ -169,7 +178,7 @@ def _figure(explanation: Explanation) -> Figure:
     rows = -(-len(panels) // columns)
     lines = _lines(explanation)
     heights = [0.32 * max(len(lines), 1) + 0.1, *([3.0] * rows), *([1.2] * len(explanation.sounds))]
-    # Not by pyplot, which would keep the figure open, and may have no screen.
+    # Not by pyplot, which would keep the figure open, and may need a screen.
     figure = Figure(figsize=(max(3.2 * columns, 7.2), sum(heights) + 0.8), layout="constrained")
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     told = f" (word {explanation.word!r})" if explanation.word is not None else ""

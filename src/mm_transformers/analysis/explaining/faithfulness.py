@@ -1,4 +1,4 @@
-"""Is an explanation true of the model? What becomes of the answer when relevant parts are taken away, or come first."""
+"""Measures whether explanations are faithful to the model, by removing relevant parts of the inputs."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,11 +16,13 @@ SHARES = tuple(i / 10 for i in range(10))
 
 class Faithfulness(NamedTuple):
     """
+    The curves of positive and negative perturbation.
+
     Args:
-        shares: of the tokens and patches that are taken away.
-        positive (rows, shares): probability of the answer when the most relevant go first; the sooner it falls, the
-            better.
-        negative (rows, shares): when the least relevant go first; the longer it stays, the better.
+        shares: the removed shares of tokens and patches.
+        positive (rows, shares): probability of the answer if the most relevant parts are removed first; it should fall
+            early.
+        negative (rows, shares): if the least relevant are removed first; it should stay high.
     """
 
     shares: tuple[float, ...]
@@ -39,7 +41,7 @@ class Faithfulness(NamedTuple):
 
 
 def _area(shares: Sequence[float], curves: np.ndarray) -> float:
-    heights, widths = curves.mean(0), np.diff(shares)  # by trapezoids, for which NumPy 1 and 2 have different names
+    heights, widths = curves.mean(0), np.diff(shares)  # the trapezoidal rule has different names in NumPy 1 and 2
     return float(((heights[:-1] + heights[1:]) / 2 * widths).sum() / widths.sum())
 
 
@@ -55,17 +57,20 @@ def faithfulness(
     seed: int = 0,
 ) -> Faithfulness:
     """
-    Positive and negative perturbation (Samek et al. 2017, https://arxiv.org/abs/1509.06321; Chefer et al. 2021): tokens
-    of the text are taken out of the attention mask, patches of pictures become the mean colour of the picture, each
-    modality for itself by its own relevances, both at once; and how probable the answer to the whole row then is.
+    Measures how probable an answer stays while its most, or its least, relevant parts are removed.
+
+    This is positive and negative perturbation (Samek et al. 2017, https://arxiv.org/abs/1509.06321; Chefer et al.
+    2021). Removed text tokens leave the attention mask; removed patches take the mean colour of the picture. Each
+    modality is ranked by its own relevances, and both are perturbed at once. The measured probability is that of the
+    answer to the unchanged row.
 
     Args:
-        model ([`MMTransformerForMultiTask`]): Answers in evaluation mode, whatever mode it is in.
-        processor ([`MMTransformerProcessor`]): That of the model.
+        model ([`MMTransformerForMultiTask`]): Runs in evaluation mode, whatever its mode.
+        processor ([`MMTransformerProcessor`]): The processor of the model.
         rows: each with a text, a picture, or both.
         task: one that chooses among labels for the whole row.
         method: one of those of [`explain`].
-        modalities: what is taken away: "text", "vision", or both.
+        modalities: what is perturbed: "text", "vision", or both.
 
     Raises:
         ValueError: as [`explain`], or if the task has no labels for the row.
@@ -118,14 +123,14 @@ def _without(
     most_relevant_first: bool,
     modalities: Sequence[str],
 ) -> dict[str, torch.Tensor]:
-    """The inputs less this share of the words' tokens and of the patches."""
+    """The inputs without this share of the words' tokens and of the patches."""
     changed = dict(inputs)
     sign = -1 if most_relevant_first else 1
     if "text" in modalities:
         mask = inputs["attention_mask"].clone()
         for row, explanation in enumerate(batch):
             places = mask[row].nonzero()[:, 0].tolist()
-            # Special tokens stay: without them some encoders have nothing to hold on to.
+            # Special tokens stay: some encoders need them.
             own = [(sign * t.relevance, p) for t, p in zip(explanation.tokens, places, strict=False) if t.start < t.end]
             for _, place in sorted(own)[: round(share * len(own))]:
                 mask[row, place] = 0

@@ -20,15 +20,16 @@ def colored_words(explanation: Explanation) -> list[tuple[str, str, str]]:
 
 
 def heat_map_url(explanation: Explanation, image: ImageRelevance) -> str:
-    """The picture under its relevance, on the scale that all modalities of the row share."""
+    """The heat map of the picture. All modalities of the row share one scale."""
     pixels = heat_map(image.image, image.pixels * explanation.scales["vision"])
     return picture_url(Image.fromarray((pixels * 255).round().astype(np.uint8)))
 
 
 def sound_colors(explanation: Explanation, sound: SoundRelevance) -> list[str]:
     """
-    Colours of equally long parts of a clip, by the most relevant step of each, on the scale that all modalities of the
-    row share.
+    Colours of the parts of a clip, all of equal length, by the most relevant step of each.
+
+    All modalities of the row share one scale.
     """
     scale = explanation.scales["audio"]
     parts = np.array_split(sound.steps, max(min(len(sound.steps), _MOST_PARTS), 1))
@@ -36,7 +37,7 @@ def sound_colors(explanation: Explanation, sound: SoundRelevance) -> list[str]:
 
 
 def picture_url(picture: Image.Image) -> str:
-    """The picture itself as an address, as large as it is shown."""
+    """The picture as a `data:` address, in the size of the page."""
     scale = _LONGEST_SIDE / max(picture.size)
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
     buffer = io.BytesIO()

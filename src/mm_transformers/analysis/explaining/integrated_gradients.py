@@ -1,4 +1,4 @@
-"""Integrated gradients, through captum: a reference that looks at no attention."""
+"""Integrated gradients, through captum: a reference without attention."""
 
 from typing import Any, Optional
 
@@ -12,7 +12,7 @@ from .shares import blank_text
 from .watching import Seen, embeddings_of_first_call, through_frozen_encoders, word_embeddings
 
 
-# How many points of the path are taken: more, if the sum misses the difference of the scores by more than this share.
+# The number of points on the path: more, if the sum misses the difference of the scores by more than this share.
 NUM_STEPS = (32, 128, 512)
 TOLERANCE = 0.01
 _SOUNDS = ("input_values", "input_features")
@@ -30,9 +30,11 @@ def integrated_gradients(
     encoded: dict[str, Stream],
 ) -> dict[str, torch.Tensor]:
     """
-    Sundararajan et al. 2017 (https://arxiv.org/abs/1703.01365), from padding in the place of the words, grey pictures
-    and silence. Relevances of a row sum to the difference of the score from that of these: to within 1%, or as near as
-    512 steps come.
+    Sundararajan et al. 2017 (https://arxiv.org/abs/1703.01365), from padding instead of words, grey pictures and
+    silence.
+
+    The relevances of a row sum to the difference between its score and the score of these blank inputs. The error is
+    within 1%, or that of 512 steps.
 
     Args:
         inputs: of the model, with no item in two rows.
@@ -40,7 +42,7 @@ def integrated_gradients(
         encoded: of the same inputs.
 
     Returns:
-        As [`relevance_of_inputs`], and less than 0 where an input speaks against the answer.
+        As [`relevance_of_inputs`], but negative for inputs that are evidence against the answer.
     """
     try:
         from captum.attr import IntegratedGradients
@@ -77,13 +79,13 @@ def integrated_gradients(
 
 
 class _Row:
-    """One row as a function of what it varies: (copies, ...) of each -> (copies,) scores."""
+    """One row as a function of its varied inputs: (copies, ...) of each -> (copies,) scores."""
 
     def __init__(self, model, processor, inputs, question, asked, texts, word_index, number: int):
         self.model, self.processor, self.question = model, processor, question
         self.answer, self.text = asked.answers[number], texts[number]
         if isinstance(self.answer, float):
-            self.answer = None  # a number is what the score is, and not one of several answers
+            self.answer = None  # the answer of a regression is the score itself
         self.word_index = None if word_index is None else word_index[number : number + 1]
         text_parts = ("input_ids", "attention_mask", "token_type_ids")
         self.fixed = {name: inputs[name][number : number + 1] for name in text_parts if name in inputs}
@@ -130,7 +132,7 @@ class _Row:
 
 
 def _over_patches(model: Any, seen: Seen, pixels: torch.Tensor) -> torch.Tensor:
-    """(height, width) of pixels -> (tokens,): the sum over each patch, 0 of tokens that are none."""
+    """(height, width) of pixels -> (tokens,): the sum over each patch, 0 for tokens that are no patches."""
     num_tokens = seen.num_tokens["vision"]
     shape = seen.maps.get("vision") or patch_grid(model.config.vision_config, num_tokens, *pixels.shape)
     sums = sums_over_patches(model.config.vision_config, pixels, shape).flatten()
@@ -142,7 +144,7 @@ def _over_clip(model: Any, seen: Seen, values: torch.Tensor, num_heard: int) -> 
     (samples,), or (features, frames), of a clip -> (tokens,): the sum over the part of each token.
 
     Args:
-        num_heard: how many tokens, from the first, are not padding.
+        num_heard: the number of tokens, from the first, that are not padding.
     """
     num_tokens, config = seen.num_tokens["audio"], model.config.audio_config
     if config.model_type == "audio-spectrogram-transformer":
@@ -153,6 +155,6 @@ def _over_clip(model: Any, seen: Seen, values: torch.Tensor, num_heard: int) -> 
         # Whisper has (features, frames), Wav2Vec2-BERT and others (frames, features).
         values = values.sum(0 if config.model_type == "whisper" else 1)
     sums = sums_over_parts(values, num_tokens)
-    # The last samples of a clip make no token of their own.
+    # The last samples of a clip form no token.
     last = max(num_heard, 1) - 1
     return torch.nn.functional.pad(torch.cat([sums[:last], sums[last:].sum()[None]]), (0, num_tokens - last - 1))

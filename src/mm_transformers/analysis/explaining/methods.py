@@ -1,4 +1,4 @@
-"""The ways to say which inputs an answer rests on."""
+"""The methods of explanation."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -11,12 +11,14 @@ from .relevance import Chefer, LastLayer, Rollout, Rule
 
 class AttentionMethod(NamedTuple):
     """
+    A method that follows attention.
+
     Args:
         weigh: attention and its gradient, both (batch, heads, queries, keys) -> (batch, queries, keys).
-        rule: how what was read goes from layer to layer.
+        rule: how relevance is passed on from layer to layer.
         through_encoders: whether the layers of the encoders count, or those of the fusion only.
-        counts_itself: whether a token is relevant to itself, before it has read anything.
-        by_gradients: whether it matters which answer is asked about.
+        counts_itself: whether a token is relevant to itself, before any attention.
+        by_gradients: whether the result depends on the answer.
     """
 
     weigh: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -31,11 +33,11 @@ def mean_over_heads(attention: torch.Tensor, gradient: torch.Tensor) -> torch.Te
 
 
 def positive_evidence(attention: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """The part of the attention that speaks for the answer, meaned over heads."""
+    """The part of the attention that is evidence for the answer, averaged over heads."""
     return (attention * gradient).clamp(min=0).mean(1)
 
 
-# Beside these: "random", the floor, and "integrated_gradients", which looks at no attention.
+# Beside these: "random", the baseline, and "integrated_gradients", which uses no attention.
 ATTENTION_METHODS: Mapping[str, AttentionMethod] = MappingProxyType(
     {
         "chefer": AttentionMethod(positive_evidence, Chefer(), True, counts_itself=False),
@@ -49,6 +51,8 @@ METHODS = (*ATTENTION_METHODS, "integrated_gradients", "random")
 
 def check_method(method: str) -> str:
     """
+    The name of a known method.
+
     Raises:
         ValueError: if there is no such method.
     """

@@ -1,4 +1,4 @@
-"""A model that shares its weights with another, and nothing else: what is changed of it, nobody else sees."""
+"""A model that shares its weights with another, and nothing else: other changes to it stay local."""
 
 import copy
 from collections import OrderedDict
@@ -11,8 +11,9 @@ from torch import nn
 
 def own_copy(model: nn.Module) -> Any:
     """
-    The same modules once more, with the same parameters and buffers, but modes, hooks and configs of their own. So
-    several threads can explain answers of one model, while others use it, and no exception leaves anything behind.
+    The same modules with the same parameters and buffers, but with separate modes, hooks and configs.
+
+    So several threads can explain answers of one model while others use it, and no exception leaves changes behind.
 
     Args:
         model (`nn.Module`): Is not changed.
@@ -30,7 +31,7 @@ def own_copy(model: nn.Module) -> Any:
     """
     modules = list(model.modules())
     copies = {id(module): object.__new__(type(module)) for module in modules}
-    # Whatever refers to a module or to a weight, refers to the copy or to the same weight.
+    # References to a module become references to its copy; references to a weight stay.
     known: dict[int, Any] = dict(copies)
     for module in modules:
         for name, value in vars(module).items():
@@ -38,20 +39,20 @@ def own_copy(model: nn.Module) -> Any:
                 known.update((id(tensor), tensor) for tensor in _tensors_in(value))
     for module in modules:
         state = {name: _copied(name, value, known) for name, value in vars(module).items()}
-        # What `module.compile()` has made calls the module itself.
+        # The result of `module.compile()` calls the original module.
         state["_compiled_call_impl"] = None
         vars(copies[id(module)]).update(state)
     return copies[id(model)]
 
 
 def _copied(name: str, value: Any, known: dict[int, Any]) -> Any:
-    # accelerate's hook is given the module, and may hold all weights that are not on a device.
+    # accelerate's hook gets the module, and may hold all weights that are not on a device.
     if name == "_hf_hook" or value is None or isinstance(value, (bool, int, float, str, torch.Tensor)):
         return value
     if name in ("_parameters", "_buffers"):
         return dict(value)
     if "_hooks" in name and isinstance(value, dict):
-        # The hooks themselves may hold anything, such as locks, of which there are no copies.
+        # The hooks themselves may hold anything, such as locks, which cannot be copied.
         return OrderedDict(value)
     return copy.deepcopy(value, known)
 

@@ -1,4 +1,4 @@
-"""Where in the text, in the pictures and in the sound the tokens of a model come from."""
+"""Finds the places of tokens in the text, the pictures and the sound."""
 
 from typing import Any, Optional
 
@@ -8,13 +8,13 @@ import torch
 from ...model.text_tokens import needed_text, tokenize
 
 
-# What tokenizers without offsets put in the place of a space, or before a later piece of a word.
+# The marks of tokenizers without offsets for a space, or for a later piece of a word.
 _MARKS = ("▁", "Ġ", "##", "</w>", "@@")
 
 
 def token_spans(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, int]]:
     """
-    Start and end in the text of each token; equal ones for tokens that are none of it, such as special ones.
+    Start and end in the text of each token; equal for tokens outside the text, such as special tokens.
 
     Args:
         ids: the tokens of this text, without padding.
@@ -50,8 +50,9 @@ def _without_spaces(text: str, start: int, end: int) -> tuple[int, int]:
 
 def patch_grid(config: Any, num_tokens: int, height: int, width: int) -> tuple[int, int]:
     """
-    How many patches lie above and beside each other, for a vision encoder that gives so many tokens of a picture of
-    height x width pixels. Tokens that are no patches (class, registers) come first.
+    (rows, columns) of the patches of a picture of height x width pixels, for a vision encoder and its number of tokens.
+
+    Tokens that are no patches (class, registers) come first.
 
     Raises:
         ValueError: if the tokens do not lie in a grid.
@@ -61,7 +62,7 @@ def patch_grid(config: Any, num_tokens: int, height: int, width: int) -> tuple[i
         rows, columns = height // size, width // size
         if 0 < rows * columns <= num_tokens <= rows * columns + 16:
             return rows, columns
-    # Stages that put patches together: by how much is told by how many are left. Some pad what is no whole patch.
+    # Stages that merge patches: the number of tokens reveals the factor. Some pad incomplete patches.
     strides = range(1, min(height, width) + 1)
     grids = [grid for s in strides for grid in ((-(-height // s), -(-width // s)), (height // s, width // s))]
     for rows, columns in grids:
@@ -78,8 +79,9 @@ def patch_grid(config: Any, num_tokens: int, height: int, width: int) -> tuple[i
 
 def sums_over_patches(config: Any, pixels: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """
-    (height, width) of pixels -> (rows, columns): the sum over each patch of a grid, as [`patch_grid`] gives it. Pixels
-    that are left over beside the last whole patch count with it, so that nothing is lost.
+    (height, width) of pixels -> (rows, columns): the sum over each patch of a grid, from [`patch_grid`].
+
+    Remaining pixels beside the last whole patch count with it, so that the total is kept.
     """
     size = _patch_size(config)
     return sums_over_parts(sums_over_parts(pixels, shape[1], size).T, shape[0], size).T
@@ -90,7 +92,7 @@ def sums_over_parts(values: torch.Tensor, num_parts: int, size: Optional[int] = 
     (..., length) -> (..., num_parts): the sum over each part. Each value belongs to one part.
 
     Args:
-        size: of a part, if there are as many whole ones; otherwise parts are as equal as can be.
+        size: of a part, if there are enough values for whole parts; otherwise parts are as equal as possible.
     """
     length = values.shape[-1]
     places = torch.arange(length, device=values.device)
@@ -105,7 +107,7 @@ def _patch_size(config: Any) -> Optional[int]:
 
 
 def seen_region(image_processor: Any, width: int, height: int) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom, in pixels, of the part of a picture that the model is given: all, or a middle."""
+    """Left, top, right and bottom, in pixels, of the model's part of a picture: all, or a central crop."""
     crop, size = getattr(image_processor, "crop_size", None), getattr(image_processor, "size", None) or {}
     if not getattr(image_processor, "do_center_crop", False) or not crop:
         return 0.0, 0.0, float(width), float(height)
@@ -129,7 +131,7 @@ def _of(size: Any, name: str) -> Any:
 def spread_over_pixels(
     patches: np.ndarray, width: int, height: int, region: tuple[float, float, float, float]
 ) -> np.ndarray:
-    """(rows, columns) of patches -> (height, width) of pixels: linear between the middles of patches, 0 outside."""
+    """(rows, columns) of patches -> (height, width) of pixels: linear between the centres of patches, 0 outside."""
     left, top, right, bottom = (round(edge) for edge in region)
     size = (max(bottom - top, 1), max(right - left, 1))
     grid = torch.tensor(patches, dtype=torch.float32)[None, None]
@@ -143,6 +145,6 @@ def over_time(config: Any, relevance: np.ndarray) -> np.ndarray:
     """The relevance of an audio encoder's tokens in the order of time, one value per step."""
     if config.model_type != "audio-spectrogram-transformer":
         return relevance
-    # Two tokens that are no patches, then patches: for each band of frequencies all of its times.
+    # Two tokens that are no patches, then the patches: all time steps for each frequency band.
     bands = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
     return relevance[2:].reshape(bands, -1).sum(0)

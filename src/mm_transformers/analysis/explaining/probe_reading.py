@@ -1,4 +1,4 @@
-"""What encoder outputs add to an answer through the linear probe of its head."""
+"""The contribution of encoder outputs to an answer through the linear probe of its head."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
@@ -13,14 +13,16 @@ from .watching import Seen
 
 class ProbeReading(NamedTuple):
     """
-    A probe is linear, so each encoder output adds a part of its own to the score: its product with the weights of the
-    answer, divided by the number of tokens and the length of their mean. The length counts as a constant. The parts of
-    all tokens, the indicators and the bias sum to what the probe says.
+    The relevance of each encoder output for the score of a linear probe.
+
+    A probe is linear, so each encoder output adds its own part to the score. The part is the product of the output with
+    the weights of the answer, divided by the number of tokens and the length of their mean. The length counts as a
+    constant. The parts of all tokens, the indicators and the bias sum to the score.
 
     Args:
-        probe: that of the head that answers.
-        features: what it read.
-        gradient: of the answers' scores, of the shape of the features: the weights of each row's answer.
+        probe: the probe of the head that answers.
+        features: the input of the probe.
+        gradient: that of the answers' scores by the features, in their shape: the weights of each row's answer.
     """
 
     probe: LinearProbe
@@ -30,7 +32,7 @@ class ProbeReading(NamedTuple):
     @classmethod
     def of(cls, seen: Seen, gradients: Sequence[Optional[torch.Tensor]]) -> Optional["ProbeReading"]:
         """
-        Of the probe on which the answers depend; `None` if they depend on none.
+        The reading of the probe on which the answers depend; `None` if they depend on none.
 
         Args:
             gradients: one for each of `seen.probes`.
@@ -42,8 +44,10 @@ class ProbeReading(NamedTuple):
 
     def parts(self, seen: Seen, encoded: dict[str, Stream]) -> dict[str, torch.Tensor]:
         """
-        Modality -> (batch, max_items, tokens that the encoder gives of an item), of the text (batch, text_len): what
-        each token adds, less than 0 where it speaks against the answer. Needs the graph of the forward pass.
+        The part of each token in the score, negative for evidence against the answer. Needs the graph of the forward
+        pass.
+
+        Modality -> (batch, max_items, encoder tokens of an item); for the text (batch, text_len).
         """
         found = {}
         for name, (block, _) in zip(self.probe.widths, self.probe.blocks, strict=True):
@@ -58,12 +62,14 @@ class ProbeReading(NamedTuple):
 
 def _parts_of_means(stream: Stream, states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """
+    The parts of the tokens in the score, from the weights of their mean.
+
     Args:
         states: the encoder outputs, whose means the stream has.
         weights (batch, encoder width): of the mean, scaled to length 1.
     """
     item_means: Any = stream.item_means
-    # How much each encoder output has of the mean of its item: nothing where there is no token.
+    # The share of each encoder output in the mean of its item: 0 without a token.
     (shares,) = torch.autograd.grad(item_means.sum(), states, retain_graph=True)
     items = by_row((as_tokens(states) * as_tokens(shares)).detach().float(), stream)
     means: Any = stream.row_means
@@ -76,7 +82,7 @@ def _parts_of_means(stream: Stream, states: torch.Tensor, weights: torch.Tensor)
 
 
 def by_row(of_items: torch.Tensor, stream: Stream) -> torch.Tensor:
-    """(items, ...) -> (batch, max_items, ...), 0 where a row has none; of the text as it is."""
+    """(items, ...) -> (batch, max_items, ...), 0 where a row has none; texts stay unchanged."""
     if stream.item_index is None:
         return of_items
     has_item = (stream.item_index >= 0).reshape(*stream.item_index.shape, *[1] * (of_items.ndim - 1))

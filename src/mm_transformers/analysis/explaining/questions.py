@@ -1,4 +1,4 @@
-"""Which answer is to be explained, and how much the model speaks for it."""
+"""The answer to explain, and its score."""
 
 from typing import Any, NamedTuple, Optional
 
@@ -11,10 +11,12 @@ from ...model.task_token_classification import split_words
 
 class Asked(NamedTuple):
     """
+    The answers to explain.
+
     Args:
-        scores (batch,): before any softmax; the gradient goes on from here.
+        scores (batch,): before any softmax; gradients start here.
         answers: one per row.
-        words: the word of each row that was asked about, if one was.
+        words: the word in question of each row, if any.
     """
 
     scores: torch.Tensor
@@ -24,9 +26,11 @@ class Asked(NamedTuple):
 
 class Question(NamedTuple):
     """
+    The request for an explanation.
+
     Args:
         task: name of a task.
-        answer: label or text that is to be explained; `None` for that which the model gives.
+        answer: label or text to explain; `None` for the answer of the model.
         word: number of the word of the text, or of the written answer, counted from 0; `None` for all of them.
         generation_options: for tasks that write.
     """
@@ -47,11 +51,13 @@ class Question(NamedTuple):
         first_row: int = 0,
     ) -> Asked:
         """
+        The answers and their scores.
+
         Args:
             outputs: of the encoders and the fusion.
             texts, word_index: of the rows.
-            answers: what is known already to be the answers, one per row.
-            first_row: how messages number the first of them.
+            answers: the known answers, one per row.
+            first_row: the number of the first row in messages.
 
         Raises:
             ValueError: if the task has no such answer, or a row no such word.
@@ -103,7 +109,7 @@ class Question(NamedTuple):
         return Asked(scores, answers, words)
 
     def _written_word(self, tokenizer: Any, row: int, ids: list[int], answer: str) -> tuple[list[int], str]:
-        # How many words there are when a token has been written says to which it belongs.
+        # The number of words after a token gives the word of the token.
         counts = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True).split()) for i in range(len(ids))]
         numbers = [i for i, count in enumerate(counts[:-1]) if count - 1 == self.word]
         if not numbers:

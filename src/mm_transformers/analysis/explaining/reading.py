@@ -1,4 +1,4 @@
-"""From what was seen of a forward pass to the relevance of each input of each row."""
+"""Computes the relevance of each input of each row from a recorded forward pass."""
 
 from typing import Any, NamedTuple, Optional
 
@@ -16,19 +16,22 @@ def relevance_of_inputs(
     seen: Seen, outputs: MMTransformerModelOutput, scores: torch.Tensor, method: AttentionMethod
 ) -> dict[str, torch.Tensor]:
     """
-    Follows an answer back through what was read: from the text tokens on which it depends, all alike, through the
-    fusion and the encoders. Where the head reads what the encoders gave, or the fusion has no attention, from these.
-    Tokens of encoders that are not looked into count by the gradient of the answer times their activation.
+    The relevance of each input, followed back from the answer.
 
-    A head with a linear probe reads the mean encoder outputs, and what the fusion changed; see [`_read_with_probe`].
+    The path starts at the text tokens on which the answer depends, all alike, and goes through the fusion and the
+    encoders. It starts at the encoder outputs if the head reads these, or if the fusion has no attention. Encoders
+    without attention of all tokens to all are not followed: there, tokens count by the gradient of the answer times
+    their activation.
+
+    A head with a linear probe reads the mean encoder outputs and the change by the fusion; see [`_read_with_probe`].
 
     Args:
-        outputs: of the forward pass that was seen.
+        outputs: of the recorded forward pass.
         scores (batch,): of the answers; each must depend on its own row alone.
 
     Returns:
-        "text": (batch, text_len); "vision", "audio", where the batch has them: (batch, max_items, tokens that the
-        encoder gives of an item). Float32, >= 0.
+        "text": (batch, text_len); "vision", "audio", if the batch has them: (batch, max_items, encoder tokens of an
+            item). Float32, >= 0.
     """
     encoded: Any = outputs.encoded
     names = list(encoded)
@@ -51,7 +54,7 @@ def relevance_of_inputs(
         if seen.fusion and of_states[0] is not None:
             before = relevance.copy()
             follow(relevance, seen.fusion, method.rule)
-            # Rows that have nothing beside their text leave the fusion as they came.
+            # Rows with text only leave the fusion unchanged.
             unchanged = torch.cat([before.matrix, torch.zeros_like(relevance.matrix[:, before.matrix.shape[1] :])], 1)
             relevance.matrix = torch.where(_has_any(encoded)[:, None, None], relevance.matrix, unchanged)
             read = {"text": _Read.of(states[0], of_states[0], encoded["text"])}
@@ -72,11 +75,11 @@ def relevance_of_inputs(
 
 class _Read(NamedTuple):
     """
-    What an answer reads of some tokens.
+    The use of some tokens by an answer.
 
     Args:
-        depends (batch, tokens): 1 where the answer depends on the token, else 0.
-        evidence (batch, tokens): gradient times activation where it speaks for the answer, else 0; as in Grad-CAM
+        depends (batch, tokens): 1 if the answer depends on the token, else 0.
+        evidence (batch, tokens): gradient times activation if it is evidence for the answer, else 0; as in Grad-CAM
             (https://arxiv.org/abs/1610.02391).
     """
 
@@ -99,10 +102,12 @@ def _read_by_head(
     method: AttentionMethod,
 ) -> torch.Tensor:
     """
+    The relevance of the inputs for a head.
+
     Args:
-        read: the fused text, or all that the encoders gave.
+        read: the fused text, or all encoder outputs.
         relevance: in these.
-        before: what it was before the fusion, if that has attention.
+        before: the relevance before the fusion, if the fusion has attention.
 
     Returns:
         (batch, inputs)
@@ -136,10 +141,11 @@ def _read_with_probe(
     method: AttentionMethod,
 ) -> torch.Tensor:
     """
-    The same for a head with a linear probe, which reads two things. Of the fused text it sees the change, so only what
-    the fusion added counts. Of the mean encoder outputs each token counts by what it adds to the score, where that is
-    more than 0, and brings what its encoder put into it. The gradients give both in units of the score; methods without
-    gradients let both count alike.
+    The same for a head with a linear probe.
+
+    The head reads only the change of the text states by the fusion, so only what the fusion added counts. The probe
+    reads the mean encoder outputs. Each token counts by its positive part of the score, and is followed through its
+    encoder. Gradients give both in units of the score; methods without gradients weight both equally.
 
     Args:
         of_probe: see [`ProbeReading.parts`].
@@ -157,19 +163,19 @@ def _read_with_probe(
         found += _read(values, relevance.of([name], names))
     if before is not None:
         added = (relevance.of(["text"], names) - before.of(["text"], names)).clamp(min=0)
-        # The gradients of attentions already have the share of each token in the answer.
+        # The gradients of attentions already include the share of each token in the answer.
         depends = read["text"].depends if method.by_gradients else _distribution(read["text"].depends)
         found += _read(depends, added)
     return found
 
 
 def _has_any(encoded: dict[str, Stream]) -> torch.Tensor:
-    """(batch,) bool: which rows have anything beside their text."""
+    """(batch,) bool: the rows with another modality beside text."""
     return torch.stack([stream.present for name, stream in encoded.items() if name != "text"]).any(0)
 
 
 def _distribution(weights: torch.Tensor) -> torch.Tensor:
-    """(batch, tokens) -> (batch, tokens), summing to 1 where there is anything."""
+    """(batch, tokens) -> (batch, tokens), scaled to sum to 1; rows of zeros stay zero."""
     return _share(weights, weights.sum(-1))
 
 
@@ -184,7 +190,7 @@ def _read(weights: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
 
 
 def _in_encoder(seen: Seen, name: str, method: AttentionMethod) -> torch.Tensor:
-    """What is in each encoder output: (items, tokens of the encoder, the same)."""
+    """The relevance of the encoder's tokens in each encoder output: (items, tokens of the encoder, the same)."""
     layers, states = seen.encoders.get(name, ()) if method.through_encoders else (), seen.states[name]
     identity = torch.eye(seen.num_tokens[name], device=states.device).expand(len(states), -1, -1)
     inside = Relevance({"tokens": identity})

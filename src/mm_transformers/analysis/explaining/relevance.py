@@ -1,4 +1,4 @@
-"""How relevance goes through attentions: matrices only, no models."""
+"""Passes relevance through attentions: matrices only, no models."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
@@ -10,12 +10,13 @@ from ...model.fusion_base import AttentionStep
 
 class Relevance:
     """
-    How much of each input is in each token, (batch, tokens, inputs), while attentions mix them. Tokens and inputs come
-    in groups, such as "text" and "vision"; a group that a model only has inside, such as latents, has no inputs.
+    The share of each input in each token, (batch, tokens, inputs), while attentions mix the tokens.
+
+    Tokens and inputs come in groups, such as "text" and "vision". A group that exists only inside a model, such as
+    latents, has no inputs.
 
     Args:
-        groups: name -> (batch, tokens, inputs), what is in its tokens at the start: of the identity, each token is an
-            input.
+        groups: name -> (batch, tokens, inputs), the shares at the start; for the identity, each token is an input.
     """
 
     def __init__(self, groups: Mapping[str, torch.Tensor]):
@@ -28,15 +29,15 @@ class Relevance:
             self.matrix[:, self.tokens([name]), self._inputs[name].start : self._inputs[name].stop] = start
 
     def tokens(self, names: Iterable[str]) -> torch.Tensor:
-        """Where the tokens of these groups are, side by side: (tokens,) int64."""
+        """The indices of the tokens of these groups: (tokens,) int64."""
         return self._places(self._tokens, names)
 
     def inputs(self, names: Iterable[str]) -> torch.Tensor:
-        """Where their inputs are: (inputs,) int64."""
+        """The indices of their inputs: (inputs,) int64."""
         return self._places(self._inputs, names)
 
     def of(self, names: Sequence[str], inputs: Sequence[str]) -> torch.Tensor:
-        """What the tokens of some groups have of the inputs of others: (batch, tokens, inputs)."""
+        """The relevance of the inputs of some groups for the tokens of others: (batch, tokens, inputs)."""
         return self.matrix[:, self.tokens(names)][:, :, self.inputs(inputs)]
 
     @property
@@ -45,7 +46,7 @@ class Relevance:
         return [name for name, places in self._inputs.items() if len(places)]
 
     def identity(self, names: Sequence[str]) -> torch.Tensor:
-        """(tokens, inputs): 1 where a token of these groups is the input; of groups with as many tokens as inputs."""
+        """(tokens, inputs): 1 where a token of these groups is the input; for groups with as many tokens as inputs."""
         result = self.matrix.new_zeros(sum(len(self._tokens[name]) for name in names), self.matrix.shape[2])
         start = 0
         for name in names:
@@ -56,7 +57,7 @@ class Relevance:
         return result
 
     def meet(self, step: AttentionStep) -> None:
-        """A group that is not known yet has the places that are left in the step, and nothing in it."""
+        """Adds the unknown group of a step: it gets the remaining places, with no relevance."""
         for names, length in ((step.queries, step.weights.shape[-2]), (step.keys, step.weights.shape[-1])):
             for name in names:
                 if name not in self._tokens:
@@ -81,8 +82,9 @@ class Relevance:
 
 def follow(relevance: Relevance, layers: Sequence[Sequence[AttentionStep]], rule: "Rule") -> Relevance:
     """
-    The relevance after these layers, with weights (batch, queries, keys), one attention for all heads. The argument is
-    changed.
+    The relevance after these layers, with weights (batch, queries, keys), one attention for all heads.
+
+    The argument is changed.
     """
     for steps in layers if rule.all_layers else layers[-1:]:
         for step in steps:
@@ -98,17 +100,17 @@ def follow(relevance: Relevance, layers: Sequence[Sequence[AttentionStep]], rule
 
 
 class Rule:
-    """How what is read in one attention joins what was there."""
+    """Combines the relevance from one attention with the existing relevance."""
 
     # Whether all layers are followed, or the last one only.
     all_layers: ClassVar[bool] = True
 
     def within(self, own: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Self-attention: what is in the tokens (batch, tokens, inputs) after it."""
+        """Self-attention: the relevance (batch, tokens, inputs) after it."""
         raise NotImplementedError
 
     def across(self, relevance: Relevance, before: Relevance, step: AttentionStep) -> None:
-        """Cross-attention: changes the rows of the queries; `before` is how it was when the layer began."""
+        """Cross-attention: changes the rows of the queries; `before` is the relevance at the start of the layer."""
         places = relevance.tokens(step.queries)
         read = step.weights @ before.matrix[:, before.tokens(step.keys)]
         relevance.matrix[:, places] = self.joined(relevance.matrix[:, places], read)
@@ -117,20 +119,22 @@ class Rule:
         return own + read
 
     def leaving(self, own: torch.Tensor) -> torch.Tensor:
-        """What the tokens of one encoder, all of them, bring into the fusion."""
+        """The relevance in all tokens of one encoder as they enter the fusion."""
         return own
 
 
 class Chefer(Rule):
     """
-    The bi-modal rules of Chefer et al. 2021 (https://arxiv.org/abs/2103.15679, equations 6 to 11). With s the tokens
-    that read and q those that are read, a self-attention adds A R_ss and A R_sq; a cross-attention adds
-    norm(R_ss)^T A norm(R_qq) to R_sq and A R_qs to R_ss, where norm makes the rows of what was added to the identity
-    sum to 1. Rows to which nothing was added stay those of the identity (the published code makes NaN of them).
+    The bi-modal rules of Chefer et al. 2021 (https://arxiv.org/abs/2103.15679, equations 6 to 11).
 
-    The same norm is taken when an encoder is left, which changes nothing for a cross-attention. Without it a
-    self-attention over text and pictures together would see each patch as itself only: what gradients add is small
-    beside the identity.
+    Let s be the tokens that attend, and q those attended to. A self-attention adds A R_ss and A R_sq. A cross-attention
+    adds norm(R_ss)^T A norm(R_qq) to R_sq and A R_qs to R_ss. Here norm scales the rows of what was added to the
+    identity to a sum of 1. Rows to which nothing was added stay rows of the identity (the published code turns them
+    into NaN).
+
+    The same norm is applied at the end of an encoder; for a cross-attention this changes nothing. A self-attention over
+    text and pictures together needs it: gradients add little beside the identity, so otherwise each patch would depend
+    on itself only.
     """
 
     def within(self, own: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -141,7 +145,7 @@ class Chefer(Rule):
         reads, is_read = relevance.inputs(step.queries), relevance.inputs(step.keys)
         own, other = relevance.of(step.queries, step.queries), before.of(step.keys, step.keys)
         added = step.weights @ self.normalized(other)
-        # Not square: tokens in the place of others, such as those of a resampler, or latents, which no input is.
+        # Not square: tokens that replace others, such as those of a resampler, or latents, which are no inputs.
         if own.shape[1] == own.shape[2]:
             added = self.normalized(own).transpose(1, 2) @ added
         back = step.weights @ before.of(step.keys, step.queries)
@@ -165,8 +169,9 @@ class Chefer(Rule):
 
 class Rollout(Rule):
     """
-    Attention rollout (Abnar and Zuidema 2020, https://arxiv.org/abs/2005.00928): the residual connection counts as much
-    as what is read.
+    Attention rollout (Abnar and Zuidema 2020, https://arxiv.org/abs/2005.00928).
+
+    The residual connection counts as much as the attention.
     """
 
     def within(self, own: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -177,7 +182,7 @@ class Rollout(Rule):
 
 
 class LastLayer(Rule):
-    """What the attention of the last layer says, as it is. A token that reads nothing stays what it was."""
+    """The attention of the last layer, unchanged. A token that attends to nothing keeps its relevance."""
 
     all_layers: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""How much of an answer rests on each modality: measured on the model, whatever the method of the explanation."""
+"""The share of each modality in an answer, measured on the model, independent of the method of explanation."""
 
 from collections.abc import Mapping
 from typing import Any, Optional
@@ -10,9 +10,9 @@ from ..ablation.contributions import shapley_values
 from .questions import Asked, Question
 
 
-# Of what changes the score by less than this, relative to it, is not told from rounding.
+# Smaller changes of the score, relative to it, count as rounding.
 _NOTHING = 1e-5
-# Of plain pictures, in standard deviations of pixels from their mean: grey, dark, bright.
+# Plain pictures, in standard deviations of pixels from their mean: grey, dark, bright.
 _LEVELS = (0.0, -1.0, 1.0)
 
 
@@ -27,11 +27,13 @@ def shares_of_modalities(
     word_index: Optional[torch.Tensor],
 ) -> list[dict[str, float]]:
     """
-    The Shapley values of the modalities for the score of the answer, as shares of the sum of their sizes. What is left
-    out is blank, not absent: padding in the place of words, plain pictures, silence. So a picture that changes nothing
-    has no share, also where it changes something that there is one. A plain picture may mean something to the model, as
-    a grey one a storm: sizes are means over a grey, a dark and a bright one. Needs one more pass of the encoders for
-    each of these, and one of the fusion for each set of modalities.
+    The Shapley values of the modalities for the score of the answer, as shares of the sum of their sizes.
+
+    A removed modality is blank, not absent: padding instead of words, plain pictures, silence. So a picture without any
+    effect has no share, even if the mere presence of a picture has an effect. A plain picture may have a meaning, such
+    as a storm for a grey one. So sizes are means over a grey, a dark and a bright picture.
+
+    The cost is one more pass of the encoders for each of these, and one of the fusion for each set of modalities.
 
     Args:
         inputs: of the model, with no item in two rows.
@@ -39,9 +41,10 @@ def shares_of_modalities(
         asked: the answers that are explained.
 
     Returns:
-        For each row: modality -> share, of those that it has. They sum to 1, or are 0 if the score depends on nothing.
+        For each row: modality -> share, for the modalities of the row. They sum to 1, or are 0 if the score depends on
+            nothing.
     """
-    # A number is what the score is, and not one of several answers.
+    # The answer of a regression is the score itself.
     answers = [None if isinstance(answer, float) else answer for answer in asked.answers]
     names = list(encoded)
     with torch.no_grad():
@@ -70,7 +73,7 @@ def shares_of_modalities(
 
 
 def blank_text(tokenizer: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Ids with padding in the place of all words, unknown ones too; other special tokens stay."""
+    """Ids with padding instead of all words, unknown ones too; other special tokens stay."""
     words = {tokenizer.unk_token_id, tokenizer.mask_token_id}
     kept = [i for i in tokenizer.all_special_ids if i not in words]
     special = torch.isin(ids, torch.tensor(kept, device=ids.device))
@@ -82,7 +85,7 @@ def _blank_rows(
 ) -> dict[str, Stream]:
     given = {**inputs, "input_ids": blank_text(processor.tokenizer, inputs["input_ids"])}
     if "pixel_values" in given:
-        # All are alike, so that one is enough.
+        # All are equal, so one is enough.
         given["pixel_values"] = torch.full_like(given["pixel_values"][:1], level)
         given["image_index"] = given["image_index"].clamp(max=0)
     for name in ("input_values", "input_features"):

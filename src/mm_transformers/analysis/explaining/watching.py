@@ -1,4 +1,4 @@
-"""Runs a model so that all its attentions, and their gradients, can be seen."""
+"""Runs a model and records all its attentions and their gradients."""
 
 import inspect
 from collections.abc import Iterator
@@ -19,16 +19,16 @@ from ...model.token_reduction import Resampler, TokenMerging
 @dataclass
 class Seen:
     """
-    What was seen of one forward pass.
+    The recording of one forward pass.
 
     Args:
-        encoders: modality -> its self-attentions, (items, heads, tokens, tokens) each; none of encoders that have no
+        encoders: modality -> its self-attentions, (items, heads, tokens, tokens) each; empty for encoders without
             attention of all tokens to all tokens (convolutions, windows).
-        states: modality -> what its encoder gives, (items, tokens, encoder width), or a feature map.
-        num_tokens: modality -> how many tokens its encoder gives.
-        maps: modality -> (height, width) of the feature map, of encoders that give one.
-        reduction: the steps in which learned vectors read the tokens of each image, (items, heads, ...).
-        merged (items, tokens that are left, tokens): of which tokens those that are left are the means.
+        states: modality -> its encoder outputs, (items, tokens, encoder width), or a feature map.
+        num_tokens: modality -> the number of tokens of its encoder.
+        maps: modality -> (height, width) of the feature map, for encoders that have one.
+        reduction: the steps in which learned vectors attend to the tokens of each image, (items, heads, ...).
+        merged (items, remaining tokens, tokens): the weights of tokens in the means that replace them.
         fusion: the attentions of each layer of the fusion.
         probes: the linear probes of all heads, with their features.
     """
@@ -43,12 +43,12 @@ class Seen:
     probes: list[tuple[LinearProbe, torch.Tensor]] = field(default_factory=list)
 
     def attentions(self) -> list[torch.Tensor]:
-        """All of them, in an order that [`replaced`] knows."""
+        """All attentions, in the order of [`replaced`]."""
         steps = [*self.reduction, *(step for layer in self.fusion for step in layer)]
         return [*(x for layers in self.encoders.values() for x in layers), *(step.weights for step in steps)]
 
     def replaced(self, weights: list[torch.Tensor]) -> "Seen":
-        """The same with other weights in the place of [`attentions`]."""
+        """The same with other weights instead of [`attentions`]."""
         rest = iter(weights)
         return replace(
             self,
@@ -61,15 +61,16 @@ class Seen:
 @contextmanager
 def watched(model: Any) -> Iterator[Seen]:
     """
-    While this is open, the model ([`MMTransformerForMultiTask`], in evaluation mode) computes attention itself, with
-    gradients through all encoders, and the next forward pass is seen. Afterwards it is as it was.
+    Records the next forward pass of the model ([`MMTransformerForMultiTask`], in evaluation mode) within the block.
+
+    The model computes eager attention, with gradients through all encoders. After the block it is unchanged.
     """
     fused, seen = model.model, Seen()
     with ExitStack() as stack:
         stack.enter_context(eager_attention(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(through_frozen_encoders(model))
-        # Of all layers that look something up: which one the encoder calls, not every encoder says.
+        # All embedding layers: some encoders do not reveal which one they call.
         tables = [part for part in fused.encoder("text").modules() if isinstance(part, nn.Embedding)]
         hooks = [table.register_forward_hook(_require_gradient) for table in tables]
         for name in ("text", *fused.config.modalities):
@@ -80,7 +81,7 @@ def watched(model: Any) -> Iterator[Seen]:
         if fused.fusion is not None:
             hooks.append(fused.fusion.register_forward_hook(_remember_fusion(seen)))
         reduction = getattr(fused, "vision_reduction", None)
-        # Where PEFT trains it as a whole, its copy is inside a wrapper.
+        # If PEFT trains it completely, the copy is inside a wrapper.
         for part in () if reduction is None else reduction.modules():
             if isinstance(part, TokenMerging):
                 hooks.append(part.register_forward_hook(_remember_merging(seen)))
@@ -97,7 +98,7 @@ def watched(model: Any) -> Iterator[Seen]:
 
 @contextmanager
 def through_frozen_encoders(model: Any) -> Iterator[None]:
-    """While this is open, gradients go through encoders that are frozen, too, which otherwise run without."""
+    """Within the block, gradients also go through frozen encoders, which otherwise run without."""
     fused, before = model.model, model.model._frozen_encoders
     fused._frozen_encoders = []
     try:
@@ -108,9 +109,9 @@ def through_frozen_encoders(model: Any) -> Iterator[None]:
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """While this is open, attention is computed in the one way that shows its weights."""
+    """Within the block, attention is eager, the only implementation that returns its weights."""
     configs: dict[int, Any] = {}
-    # Of all parts, since copies that PEFT trains as a whole have configs of their own.
+    # Of all parts, since copies that PEFT trains completely have separate configs.
     waiting = [getattr(part, "config", None) for part in model.modules()]
     while waiting:
         config = waiting.pop()
@@ -118,7 +119,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
             configs[id(config)] = config
             waiting += [getattr(config, name, None) for name in config.sub_configs]
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
-    # Not by `set_attn_implementation`, which warns of each config that has no model of its own.
+    # Not by `set_attn_implementation`, which warns of each config without a separate model.
     for config, _ in before:
         config._attn_implementation_internal = "eager"
     try:
@@ -129,15 +130,16 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def word_embeddings(model: Any) -> nn.Module:
-    """The layer that the text encoder calls; `get_input_embeddings` of an encoder-decoder gives one that it may not."""
+    """The layer that the text encoder calls; `get_input_embeddings` of an encoder-decoder may return another."""
     return model.model.encoder("text").get_input_embeddings()
 
 
 @contextmanager
 def embeddings_of_first_call(model: Any, embeddings: torch.Tensor) -> Iterator[None]:
     """
-    While this is open, what the text encoder reads; a decoder that shares the layer comes later. Not every encoder
-    takes it itself.
+    Replaces the word embeddings of the text encoder within the block, since not every encoder takes embeddings.
+
+    Only the first call is replaced: a decoder that shares the layer comes later.
 
     Raises:
         ValueError: if the text encoder does not call the layer.
@@ -167,7 +169,7 @@ def _ask_for_attentions(module, args, kwargs):
 
 
 def _ask_for_gradients(module, args, kwargs):
-    """Pixels and samples; of words, see [`_require_gradient`]."""
+    """Makes pixels and samples require gradients; for words, see [`_require_gradient`]."""
     floats = {name: x for name, x in kwargs.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
     return args, {**kwargs, **{name: x.detach().requires_grad_() for name, x in floats.items() if not x.requires_grad}}
 
@@ -177,7 +179,7 @@ def _require_gradient(module, args, output):
 
 
 class _Remember:
-    """What an encoder gives."""
+    """Records the outputs of an encoder."""
 
     def __init__(self, seen: Seen, name: str):
         self.seen, self.name = seen, name
@@ -189,7 +191,7 @@ class _Remember:
         num_tokens = as_tokens(states).shape[1]
         self.seen.states[self.name], self.seen.num_tokens[self.name] = states, num_tokens
         attentions = tuple(x for x in getattr(output, "attentions", None) or () if x is not None)
-        # Windows see a part of the tokens, and stages have ever fewer of them.
+        # Windows attend to a part of the tokens, and each stage has fewer tokens.
         whole = all(x.shape[-2:] == (num_tokens, num_tokens) and len(x) == len(states) for x in attentions)
         self.seen.encoders[self.name] = attentions if whole else ()
 

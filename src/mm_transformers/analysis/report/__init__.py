@@ -1,4 +1,4 @@
-"""What a model gets right and wrong, and why: one page that needs no network."""
+"""The report on the answers and errors of a model: one page that needs no network."""
 
 from .build import write_report
 

@@ -1,4 +1,4 @@
-"""Rows with what a model answers to them, and how wrong that is."""
+"""Rows with the answers of a model and their losses."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
@@ -35,8 +35,7 @@ def answers_to(
     model: Any, collator: MMDataCollator, rows: Sequence[Mapping[str, Any]], batch_size: int
 ) -> Iterator[list[Answered]]:
     """
-    Of one batch after the other, all answers of tasks that a head gives; and, of tasks that write, how likely the
-    label is.
+    All answers of heads, batch by batch; for tasks that write, the likelihood of the label.
 
     Raises:
         ValueError: as the collator, if a row cannot be read.
@@ -78,7 +77,7 @@ def confusion(answers: Sequence[Answered], labels: Sequence[str]) -> list[list[i
 
 
 def worst(answers: Sequence[Answered], count: int) -> list[Answered]:
-    """Those of the highest loss, of which none is right."""
+    """The answers with the highest loss; none is right."""
     wrong = [answered for answered in answers if answered.loss is not None and answered.is_right is not True]
     return sorted(wrong, key=lambda answered: -(answered.loss or 0.0))[:count]
 

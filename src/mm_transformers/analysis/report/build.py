@@ -39,20 +39,22 @@ def write_report(
     seed: int = 0,
 ) -> None:
     """
-    One HTML page, with its pictures in it: per task how often which label was taken for which, the worst and the most
-    confident errors and some rows drawn by lot, with what the answers rest on; and what each modality is good for, if
-    that was measured. For a phone as for a wide screen.
+    Writes one HTML page, pictures included, about the answers and errors of a model.
+
+    Per task the page shows the confusion matrix, the worst and the most confident errors, and some random rows with
+    their explanations. If an [`Ablation`] is given, it also shows the contribution of each modality. The page suits
+    phones and wide screens.
 
     Args:
-        path: of the file; it appears when it is finished.
-        model ([`MMTransformerForMultiTask`]), processor ([`MMTransformerProcessor`]): What is looked at.
+        path: the file to write; it appears when it is finished.
+        model ([`MMTransformerForMultiTask`]), processor ([`MMTransformerProcessor`]): The model and its processor.
         rows: with the columns that the collator reads; labels may be missing.
-        tasks (`list[str]`, *optional*): Which tasks; all by default.
+        tasks (`list[str]`, *optional*): The tasks to show; all by default.
         method (`str`, *optional*, defaults to `"chefer"`): See [`explain`].
         num_examples (`int`, *optional*, defaults to 6): Rows of each kind, at most.
-        title (`str`, *optional*): What the page is called.
+        title (`str`, *optional*): The title of the page.
         ablation ([`Ablation`], *optional*): Of the same rows.
-        collator ([`MMDataCollator`], *optional*): Where the columns are called otherwise.
+        collator ([`MMDataCollator`], *optional*): Needed if the columns have other names.
 
     Raises:
         ValueError: if there are no rows, or one cannot be read.
@@ -117,18 +119,18 @@ def _shaded(counts: list[int]) -> list[tuple[int, str, str]]:
 
 
 class _Drawn:
-    """An answered row as the page shows it."""
+    """An answered row on the page."""
 
     def __init__(self, model, processor, collator: MMDataCollator, rows, method: str, answered: Answered):
         self.answered = answered
         row, where = rows[answered.number], f"row {answered.number}"
         parts: dict[str, Any] = {"text": collator.text_of(row, True, where)}
-        # As the model was given them: what cannot be read may have been dropped.
+        # The inputs of the model: unreadable items may have been dropped.
         for argument, column in collator.media.items():
             items, modality = column.read([row], [where])[0][0], MODALITIES[argument]
             if items:
                 parts[modality.name] = items[0] if modality.is_sequence else items
-        # What cannot be explained is shown all the same.
+        # Rows that cannot be explained are shown too.
         self.problem, self.rests_on, explanation = "", "", None
         self.pictures: list[tuple[str, Optional[str]]] = []
         self.sounds: list[tuple[float, list[str]]] = []

@@ -1,4 +1,4 @@
-"""The data set that comes with the package: messages with pictures, drawn on the spot."""
+"""The embedded data set of the package: messages with pictures, drawn on the spot."""
 
 from .dataset import (
     GRID,

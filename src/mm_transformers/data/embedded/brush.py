@@ -1,4 +1,4 @@
-"""What the pictures of the embedded data set are drawn with: colours, shapes in percent coordinates, the weather.
+"""Drawing tools for the pictures of the embedded data set: colours, shapes in percent coordinates, the weather.
 
 All coordinates are in percent of the picture, whose top left corner is (0, 0).
 """

@@ -1,24 +1,23 @@
 """The embedded data set: short English messages with a picture, drawn on the spot, nothing downloaded.
 
-A row is drawn from five factors. The text shows `word`, `remark` and `intent`; the picture shows `place` and `state`.
+Each row has five factors. The text shows `word`, `remark` and `intent`; the picture shows `place` and `state`.
 
-- **topic** needs both parts: the message names an ambiguous word, the place decides its sense (a *crane* is a bird out
-  in nature and a machine in town), and each place gives the words two topics, half of them one and half the other.
-- **sentiment** needs both parts: the picture turns the remark. A cheerful remark over a fine picture is positive, over
-  a ruined one it is sarcasm, hence negative. A gloomy remark over a ruined picture is negative; over a fine one it is
-  mere grumbling that the picture takes back, hence neutral. A factual remark is neutral, whatever the picture.
+- **topic** needs both parts. The message names an ambiguous word, and the place decides its sense: a *crane* is a bird
+  in nature and a machine in town. In each place half of the words have one topic, half another.
+- **sentiment** needs both parts. A cheerful remark is positive over a fine picture, and negative (sarcasm) over a
+  ruined one. A gloomy remark is negative over a ruined picture, and neutral (mere grumbling) over a fine one. A factual
+  remark is always neutral.
 - **intent** needs the text alone: statement, question or request.
-- **german** and **french** are translations of the gist of the message: the text tells what to say and of which word,
-  the place decides by which noun (*crane*: "Das ist der Kranich." or "Das ist der Kran.").
+- **german** and **french** are translations of the gist of the message. The text gives the sentence and the word, and
+  the place decides the noun (*crane*: "Das ist der Kranich." or "Das ist der Kran.").
 
-`GRID` lists every combination of factors with its multiplicity; rows are drawn by cycling through it in shuffled order,
-and `best_possible_accuracy` counts over the same list, so the limits of text alone and of image alone are exact.
+`GRID` lists every combination of factors with its multiplicity, and rows cycle through it in shuffled order.
+`best_possible_accuracy` counts over the same list, so the limits of text alone and of image alone are exact.
 
-The validation and test splits are made of minimal pairs: within one pass over the grid, each message appears once with
-each kind of picture (nature and town, fine and ruined), and each drawing appears with four words, two of each topic
-that its place gives, and with all four remarks. No model that sees one part only can beat its limit there, not even by
-chance (on whole passes, for sentiment and topic). The test split also uses wordings and drawings that training never
-shows.
+The validation and test splits are made of minimal pairs. One pass over the grid shows each message once with each kind
+of picture: nature and town, fine and ruined. It shows each drawing with all four remarks and with four words, two of
+each topic of its place. So no model that sees one part only can beat its limit, not even by chance (on whole passes,
+for sentiment and topic). The test split also has wordings and drawings that never appear in training.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ TASK_LABELS: dict[str, list[str]] = {
 }
 
 
-# The gist of a message in other languages: intent -> what becomes of the noun, which may begin the sentence.
+# The gist of a message in other languages: intent -> the sentence for a noun, which may begin it.
 TRANSLATIONS: dict[str, dict[str, str]] = {
     "german": {"statement": "Das ist {}.", "question": "Ist das {}?", "request": "{}, bitte."},
     "french": {"statement": "C'est {}.", "question": "Est-ce {} ?", "request": "{}, s'il vous plaît."},
@@ -112,9 +111,9 @@ SENSES: dict[str, dict[str, Sense]] = {
     },
 }
 WORDS = tuple(SENSES)
-# What a picture of each place can be of.
+# The possible scenes of each place.
 SETTINGS: dict[str, tuple[str, ...]] = {"nature": ("forest", "lake", "field"), "town": ("street", "desk", "kitchen")}
-# Cheerful remarks come twice as often: this keeps positive messages, which only they can make, from being rare.
+# Cheerful remarks come twice as often, since all positive messages need them and would otherwise be rare.
 REMARK_SLOTS = ("cheerful", "cheerful", "gloomy", "factual")
 STATES = ("fine", "ruined")
 SENTIMENTS: dict[tuple[str, str], str] = {
@@ -158,18 +157,18 @@ class Cell:
         }
 
     def translate(self, language: str) -> str:
-        """The gist of the message: what is told, asked or asked for, with the noun that the picture decides."""
+        """The gist of the message: the statement, question or request, with the noun that the picture decides."""
         sentence = TRANSLATIONS[language][self.intent].format(getattr(self.sense, language))
         return sentence[0].upper() + sentence[1:]
 
     @property
     def text_factors(self) -> tuple[str, str, str]:
-        """All that the message tells."""
+        """All information in the message."""
         return self.word, self.remark, self.intent
 
     @property
     def image_factors(self) -> tuple[str, str]:
-        """All that the picture tells."""
+        """All information in the picture."""
         return self.place, self.state
 
 
@@ -182,7 +181,7 @@ GRID: tuple[Cell, ...] = tuple(
 
 
 def bayes_accuracy(cells: list[Cell] | tuple[Cell, ...], task: str, known: Callable[[Cell], Hashable]) -> float:
-    """The share of cells whose label the best guess hits when only `known(cell)` is seen."""
+    """The accuracy of the best guess from `known(cell)` alone, over the cells."""
     seen: dict[Hashable, Counter[str]] = {}
     for cell in cells:
         seen.setdefault(known(cell), Counter())[cell.labels[task]] += 1
@@ -190,12 +189,13 @@ def bayes_accuracy(cells: list[Cell] | tuple[Cell, ...], task: str, known: Calla
 
 
 def best_possible_accuracy() -> dict[str, dict[str, float]]:
-    """The best accuracy that any model can expect from each part, per task, counted over the whole grid.
+    """
+    The best possible accuracy of any model from each part, per task, counted over the whole grid.
 
     Returns:
         task -> {"text": ..., "image": ..., "both": ..., "majority": ...}: the accuracy of the Bayes-optimal guess from
-        the message alone, from the picture alone, from both, and from neither. Tasks are those of `TASK_LABELS` and the
-        languages, where it is the share of translations that are right to the letter.
+            the message alone, from the picture alone, from both, and from neither. The tasks are those of `TASK_LABELS`
+            and the languages. For languages the accuracy is the share of exact matches.
     """
     views: dict[str, Callable[[Cell], Hashable]] = {
         "text": lambda cell: cell.text_factors,
@@ -220,7 +220,7 @@ def other_senses(texts: list[str], translations: list[str], language: str) -> li
         cells = [cell for cell in GRID if cell.word == word]
         intent = next(cell.intent for cell in cells if cell.translate(language) == translation)
         variants = [cell.translate(language) for cell in cells if cell.intent == intent]
-        # Of a word whose senses have the same noun there is nothing else to say.
+        # Words whose senses share a noun have no other translation.
         result.append(next((other for other in variants if other != translation), translation))
     return result
 

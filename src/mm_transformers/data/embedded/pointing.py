@@ -1,4 +1,4 @@
-"""The embedded data set with the place of what decides known: each picture is one quarter of a larger one."""
+"""The embedded data set with known deciding parts: each picture is one quarter of a larger one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import datasets
 
 _ADJECTIVES = "|".join(adjective for words in ADJECTIVES.values() for adjective in words)
-# Task -> what of a message decides, together with the picture.
+# Task -> the part of a message that decides, together with the picture.
 _DECIDING = {"topic": re.compile(rf"\b({'|'.join(WORDS)})\b"), "sentiment": re.compile(rf"\b({_ADJECTIVES})\b")}
 
 
@@ -31,10 +31,12 @@ def load_pointing_dataset(
     image_size: int = 64,
 ) -> datasets.DatasetDict:
     """
-    The rows of [`load_demo_dataset`] with larger pictures, of which one quarter, drawn by lot, is the picture and three
-    are blotches that mean nothing. So it is known which pixels decide, and by the rules of the data set which word: an
-    explanation that points elsewhere is wrong. (The pointing game of Zhang et al. 2018,
-    https://arxiv.org/abs/1608.00507, on a grid as in Böhle et al. 2021, https://arxiv.org/abs/2104.00032.)
+    The rows of [`load_demo_dataset`] with larger pictures: one random quarter is the picture, three are meaningless
+    blotches.
+
+    So the deciding pixels are known, and by the rules of the data set the deciding word. An explanation that points
+    elsewhere is wrong. This is the pointing game of Zhang et al. 2018 (https://arxiv.org/abs/1608.00507), on a grid as
+    in Böhle et al. 2021 (https://arxiv.org/abs/2104.00032).
 
     Args:
         train_size, validation_size, test_size: rows of each split.
@@ -42,9 +44,9 @@ def load_pointing_dataset(
         image_size: height and width of the whole pictures in pixels.
 
     Returns:
-        A `datasets.DatasetDict` with the columns `image`, `text`, `sentiment` and `topic` of the demo's data, `box`
-        (left, top, right, bottom in pixels) and, for each of the two tasks, `topic_word` and `sentiment_word` (start
-        and end in the text of the word that decides; empty where several do).
+        A `datasets.DatasetDict` with the columns `image`, `text`, `sentiment` and `topic` of the demo's data, and `box`
+            (left, top, right, bottom in pixels). Each of the two tasks has a column with its deciding word,
+            `topic_word` and `sentiment_word`: start and end in the text, empty if several words decide.
     """
     import datasets
 
@@ -81,7 +83,7 @@ def deciding_word(text: str, task: str) -> list[int]:
 
 
 def hide_in_blotches(picture: Image.Image, rng: random.Random) -> tuple[Image.Image, list[int]]:
-    """A picture of twice the height and width with the given one in one quarter, and where that is."""
+    """A picture of twice the height and width with the given one in one quarter, and the place of that quarter."""
     width, height = picture.size
     chance = np.random.default_rng(rng.getrandbits(64))
     coarse = chance.integers(0, 256, (8, 8, 3), dtype=np.uint8)

@@ -1,12 +1,12 @@
 """The messages of the embedded data set: how word, remark and intent become an English text.
 
-A message is a *core* (names the ambiguous word and carries the intent) and a *remark* (carries the polarity), in either
-order, between an optional opener and an optional closing that carry nothing. A wording is drawn from the text factors
-alone, so it can tell nothing about the picture.
+A message has a *core* (the word and the intent) and a *remark* (the polarity), in either order. An optional opener and
+an optional closing carry no information. A wording depends on the text factors alone, so it tells nothing about the
+picture.
 
-Held-out wordings (the test split) use remarks and arrangements that training never shows, all composed of words that
-training does show: every held-out remark pairs a frame with a filling that training only shows apart, or uses a frame
-of its own.
+The held-out wordings of the test split use remarks and arrangements that never appear in training. All of their words
+do appear in training. A held-out remark pairs a frame with a filling that training shows only apart, or uses a frame of
+its own.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ ORDERS = (
     "{remark} {core} {closing}",
 )
 HELD_OUT_ORDERS = ("{opener} {core} {remark} {closing}", "{opener} {remark} {core} {closing}")
-# Every fourth pair of a frame and a filling is kept from training.
+# Every fourth pair of a frame and a filling is held out.
 _HELD_OUT_EVERY = 4
 
 
@@ -106,7 +106,7 @@ def remark_pool(remark: str, held_out: bool) -> tuple[str, ...]:
             for frame_id, frame in enumerate(FACT_FRAMES)
             for time_id, time in enumerate(TIMES)
             if ((frame_id + time_id) % _HELD_OUT_EVERY == 0) == held_out
-        ] * 3  # as few as they are, they would otherwise hardly ever be drawn
+        ] * 3  # so few remarks would otherwise be drawn too rarely
         if held_out:
             pool += [_fact(frame, time) for frame in HELD_OUT_FACT_FRAMES for time in TIMES]
     return tuple(pool)

@@ -1,1 +1,1 @@
-"""The model card: what is known of a model, its data and its training, written so that a person's edits survive."""
+"""The model card: facts about a model, its data and its training. Edits by a person are kept."""

@@ -22,15 +22,15 @@ CARD_NAME = "README.md"
 
 def write_card(folder: str | os.PathLike, facts: CardFacts) -> ModelCard:
     """
-    Writes `README.md`, or renews what was generated in the one that is there.
+    Writes `README.md`, or renews the generated parts of an existing one.
 
     Args:
         folder (`str` or `Path`): That of the model.
-        facts ([`CardFacts`]): What is known. Sections that are not known now stay as they are, unless another training
-            has taken the place of the one that they tell of.
+        facts ([`CardFacts`]): The known facts. Sections without known facts stay unchanged, unless they describe an
+            earlier training.
 
     Raises:
-        ValueError: if the front matter of the card that is there is no YAML.
+        ValueError: if the front matter of the existing card is no YAML.
     """
     path = Path(folder, CARD_NAME)
     memory: dict[str, Any] = {}
@@ -41,7 +41,7 @@ def write_card(folder: str | os.PathLike, facts: CardFacts) -> ModelCard:
         content, memory = take_memory(path.read_text(encoding="utf-8"))
         try:
             card = ModelCard(content, ignore_metadata_errors=True)
-        except Exception as error:  # of YAML
+        except Exception as error:  # from YAML
             raise ValueError(
                 f"{path} cannot be renewed, since its front matter is no YAML: {one_line(error)}"
             ) from error
@@ -52,12 +52,12 @@ def write_card(folder: str | os.PathLike, facts: CardFacts) -> ModelCard:
     remembered = {name: dict(memory.get(name, {})) for name in ("sections", "metadata")}
     trained = fingerprint(facts.training.rows) if facts.training is not None else None
     if trained is None or trained == memory.get("training"):
-        # Of the same weights: what only the trainer knew is still true.
+        # The weights are the same, so the facts of the trainer are still true.
         new_sections = _with_known(new_sections, old_sections, remembered["sections"])
         new_entries = _with_known(new_entries, old_entries, remembered["metadata"])
     sections, section_memory = merge(old_sections, new_sections, remembered["sections"])
     entries, entry_memory = merge(old_entries, new_entries, remembered["metadata"])
-    for key in facts.said:  # said once, it is a person's
+    for key in facts.said:  # a given value is a person's
         entry_memory = {name: value for name, value in entry_memory.items() if name.split(" ", 1)[0] != key}
     front = to_card_data(entries, facts.name.rpartition("/")[2])
     remember = {"sections": section_memory, "metadata": entry_memory, "training": trained or memory.get("training")}
@@ -70,11 +70,11 @@ def write_trainer_card(
     trainer: Any, folder: str | os.PathLike, name: Optional[str] = None, ablation: Optional[str] = None, **said: Any
 ) -> ModelCard:
     """
-    The card of what a trainer has trained and measured.
+    The card of a trainer's training and measurements.
 
     Args:
         trainer ([`MMTrainer`]): After training.
-        said: `license`, `language`, `datasets`, `tags`; what is `None` is not said.
+        said: `license`, `language`, `datasets`, `tags`; `None` values are left out.
     """
     model = trainer.fused_model
     said = {key: value for key, value in said.items() if value is not None}
@@ -98,7 +98,7 @@ def write_trainer_card(
 
 
 def licenses_of(config: Any) -> dict[str, str]:
-    """Hub id of an encoder -> its license; empty where the Hub cannot be asked."""
+    """Hub id of an encoder -> its license; empty if the Hub cannot be reached."""
     parts = [getattr(config, f"{name}_config", None) for name in ("text", "vision", "audio")]
     sources = {base_model_of(part) for part in parts if part is not None} - {""}
     known = {} if HF_HUB_OFFLINE else {source: _license_of(source) for source in sorted(sources)}
@@ -109,13 +109,13 @@ def licenses_of(config: Any) -> dict[str, str]:
 def _license_of(source: str) -> Optional[str]:
     try:
         data = huggingface_hub.model_info(source, timeout=5).card_data
-    except Exception:  # whatever it is (no network, not found, gated): no card is lost for it
+    except Exception:  # any error (no network, not found, gated): the card is written anyway
         return None
     return str(data["license"]) if data is not None and data.get("license") else None
 
 
 def _with_known(new: dict[str, Any], old: dict[str, Any], remembered: dict[str, str]) -> dict[str, Any]:
-    """With what was generated before, is not known now, and nobody has changed."""
+    """Adds entries that were generated before, are unknown now, and are unchanged."""
     known = {
         name: old[name]
         for name, generated in remembered.items()

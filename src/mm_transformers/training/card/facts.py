@@ -1,4 +1,4 @@
-"""What is known of a model, and of how it was trained and measured."""
+"""The facts about a model, its training and its metrics."""
 
 import platform
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class Measurement:
     dataset: Optional[str] = None
 
     def of_task(self, task: Task, tasks: Mapping[str, Task]) -> dict[str, float]:
-        """What was measured of one task; the longest name counts, for one task may be called as another with more."""
+        """The metrics of one task. The longest matching name counts, since one task name may begin another."""
         found = {}
         for name, value in self.metrics.items():
             owner = max((other for other in tasks if name.startswith(f"{other}_")), key=len, default=None)
@@ -38,7 +38,7 @@ class Measurement:
 
 @dataclass
 class Training:
-    """How a model was trained: rows of a table, and when the training ended."""
+    """The training of a model: rows of a table, and the end of the training."""
 
     rows: dict[str, str] = field(default_factory=dict)
 
@@ -46,15 +46,15 @@ class Training:
 @dataclass
 class CardFacts:
     """
-    Everything that a card tells.
+    All facts of a card.
 
     Args:
         name (`str`): Hub id, or name of the folder.
         config ([`MMTransformerConfig`]): That of the model.
-        measurements: what was measured on the weights that are saved.
-        training: `None` if it is not known.
+        measurements: the metrics of the saved weights.
+        training: `None` if unknown.
         ablation (`str`, *optional*): Markdown of [`~mm_transformers.analysis.ablation.Ablation`].
-        said: license, language, datasets, tags, as a person says them; they are never guessed.
+        said: license, language, datasets, tags, from a person; they are never guessed.
         encoder_licenses: Hub id -> license, of pretrained encoders.
         num_parameters: of the whole model.
         is_adapter: whether adapters alone are saved, which the example of the card could not load.
@@ -72,7 +72,7 @@ class CardFacts:
 
 
 def measurements_of(trainer: Any) -> list[Measurement]:
-    """What the trainer has measured on the weights that it would save now."""
+    """The metrics of the trainer for the weights that it would save now."""
     state = trainer.state
     history = state.log_history
     end = max((i for i, logs in enumerate(history) if "train_runtime" in logs), default=-1)
@@ -81,7 +81,7 @@ def measurements_of(trainer: Any) -> list[Measurement]:
     has_loaded_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None and end >= 0
     step = state.best_global_step if has_loaded_best else state.global_step
     if trainer.refitted is not None:
-        step = None  # what was measured before is a model that has not seen all rows
+        step = None  # earlier metrics are of a model that has not seen all rows
     found: dict[str, Measurement] = {}
     for i, logs in enumerate(history):
         prefix = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), "train")
@@ -94,7 +94,7 @@ def measurements_of(trainer: Any) -> list[Measurement]:
 
 
 def training_of(trainer: Any) -> Optional[Training]:
-    """`None` if it has not trained."""
+    """The training of a trainer; `None` if it has not trained."""
     args, state = trainer.args, trainer.state
     if state.global_step == 0:
         return None

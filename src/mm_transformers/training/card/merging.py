@@ -1,9 +1,9 @@
 """
-How a card is renewed without loss of what a person wrote.
+Renews a model card and keeps the text that a person wrote.
 
-Sections and entries of metadata are merged alike. Each was generated with a fingerprint, which a comment at the end of
-the card remembers: what still has it is renewed, what differs is a person's and stays, what is gone was removed by a
-person and stays away.
+Sections and entries of metadata are merged alike. Each is generated with a fingerprint, stored in a comment at the end
+of the card. An entry that still has its fingerprint is renewed. A changed entry is a person's text and stays. An entry
+that a person removed stays away.
 """
 
 import hashlib
@@ -27,14 +27,16 @@ def merge(
     old: Mapping[str, Any], new: Mapping[str, Any], remembered: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """
+    The merged entries of an old and a new card.
+
     Args:
-        old: name -> what the card has.
-        new: name -> what would be generated now.
-        remembered: name -> fingerprint of what was generated before.
+        old: name -> the entry of the card.
+        new: name -> the entry that would be generated now.
+        remembered: name -> fingerprint of the entry that was generated before.
 
     Returns:
-        What the card shall have, in the order of `old`, each new entry behind the one that it follows in `new`; and
-        what is to be remembered.
+        The entries of the card, in the order of `old`, with each new entry behind its predecessor in `new`; and the
+            fingerprints to store.
     """
     merged: dict[str, Any] = {}
     for name, value in old.items():
@@ -57,8 +59,9 @@ def merge(
 
 def split_sections(text: str) -> dict[str, str]:
     """
-    The text of a card by its headings of the second level, "" for what is before them. Of headings that are there twice
-    the later ones are a part of the first one's text.
+    The text of a card by its headings of the second level, "" for the text before them.
+
+    If a heading occurs twice, the later part belongs to the text of the first one.
     """
     sections, name, start = {}, "", 0
     for match in _HEADING.finditer(text):
@@ -77,13 +80,13 @@ def join_sections(sections: Mapping[str, str]) -> str:
 
 
 def take_memory(text: str) -> tuple[str, dict[str, Any]]:
-    """The text without the comment at its end, and what that remembers."""
+    """The text without the comment at its end, and the fingerprints of the comment."""
     match = _MEMORY.search(text)
     if match is None:
         return text, {}
     try:
         return text[: match.start()], json.loads(match[1])
-    except ValueError:  # a person has edited it: then all is a person's
+    except ValueError:  # a person has edited it: then all text counts as a person's
         return text[: match.start()], {}
 
 

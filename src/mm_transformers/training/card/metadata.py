@@ -1,4 +1,4 @@
-"""The front matter of the card, as the Hub reads it, by entries that can be merged."""
+"""The front matter of the card for the Hub, as entries that can be merged."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +29,7 @@ def entries_of(facts: CardFacts) -> dict[str, Any]:
     base_models = sorted({source for config in configs if config is not None and (source := base_model_of(config))})
     entries.update({f"base_model {source}": source for source in base_models})
     if len(base_models) > 1:
-        # Otherwise several are taken for a merge of their weights.
+        # Otherwise the Hub shows several as a merge of their weights.
         entries["base_model_relation"] = "finetune"
     for key, value in facts.said.items():
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -54,7 +54,7 @@ def entries_of(facts: CardFacts) -> dict[str, Any]:
 
 
 def entries_in(data: ModelCardData, facts: CardFacts) -> dict[str, Any]:
-    """The same of a card that is there."""
+    """The entries of an existing card."""
     values = data.to_dict()
     values.pop("model-index", None)
     entries: dict[str, Any] = {}

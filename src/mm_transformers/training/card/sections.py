@@ -1,4 +1,4 @@
-"""What the card says, section by section."""
+"""The sections of the card."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from .facts import CardFacts
 
 
 def sections_of(facts: CardFacts) -> dict[str, str]:
-    """Heading -> Markdown, "" for what is above the first heading."""
+    """Heading -> Markdown; "" is the heading of the text above the first one."""
     tasks = facts.config.get_tasks()
     sections = {
         "": _introduction(facts, tasks),

@@ -1,4 +1,4 @@
-"""Checkpoints: how they are written and found, and how a training goes on from one."""
+"""Writes and finds checkpoints, and resumes training from one."""
 
 from .folders import check_checkpoint, newest_complete_checkpoint
 

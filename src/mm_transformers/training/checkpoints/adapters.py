@@ -1,4 +1,4 @@
-"""Adapters that transformers adds to a model (`model.add_adapter`), which its Trainer saves but does not load."""
+"""Loads adapters of `model.add_adapter`, which the Trainer of transformers saves but does not load."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ def has_own_adapters(model: Any) -> bool:
 
 def load_adapters(model: PreTrainedModel, folder: str) -> None:
     """
-    Puts the weights of a checkpoint into the active adapter of a model.
+    Loads the weights of a checkpoint into the active adapter of a model.
 
     Args:
-        model: with adapters, as [`has_own_adapters`] says.
-        folder: where `model.save_pretrained` has saved them.
+        model: with adapters; see [`has_own_adapters`].
+        folder: the folder from `model.save_pretrained`.
 
     Raises:
         ValueError: if the folder has other weights than the adapter.
@@ -25,7 +25,7 @@ def load_adapters(model: PreTrainedModel, folder: str) -> None:
     from peft.utils.save_and_load import load_peft_weights
 
     name = model.active_adapters()[0]
-    # As `save_pretrained` names them, for PEFT.
+    # The names of `save_pretrained`, for PEFT.
     weights = {key.removeprefix("base_model.model."): x for key, x in load_peft_weights(folder, device="cpu").items()}
     known = get_peft_model_state_dict(model, adapter_name=name)
     different = sorted(known.keys() ^ weights.keys())

@@ -6,9 +6,11 @@ from transformers.trainer_callback import ExportableState
 
 def restore_callbacks(callbacks: list[TrainerCallback], state: TrainerState, is_restored: bool) -> bool:
     """
+    Restores the states of callbacks from a checkpoint.
+
     Args:
         callbacks: of the trainer.
-        state: that of the checkpoint. It gets an entry for each callback that was not there when it was written.
+        state: that of the checkpoint. It gets an entry for each callback that did not exist when it was written.
         is_restored: whether the Trainer has restored them, and their settings too
             (`restore_callback_states_from_checkpoint`).
 

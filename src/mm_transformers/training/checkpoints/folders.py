@@ -1,13 +1,15 @@
 """
-Which checkpoints are complete, and how one comes to be, and goes, in one instant.
+Finds complete checkpoints, and creates and deletes checkpoints atomically.
 
-A checkpoint is written in the folder `_saving` and renamed to its place when all of its files are on the disk; it is
-renamed away, into `_deleting`, before it is deleted. So a folder `checkpoint-<step>` is whole whenever a process is
-killed. Its manifest, the last file to be written, lists the others with their sizes: what a crash of the machine, an
-interrupted copy or another program has left of it is recognised. The manifest also holds a checksum of each file, which
-is compared before training goes on.
+A checkpoint is written to the folder `_saving`, and renamed to its place when all of its files are on the disk. Before
+it is deleted, it is renamed to `_deleting`. So a folder `checkpoint-<step>` is always whole, even if the process is
+killed.
 
-Only what carries a mark of this package is deleted: `_saving` and `_deleting` hold the file `.mm_transformers`, and a
+The manifest is the last file to be written. It lists the other files with their sizes, which reveals damage by a crash
+of the machine, an interrupted copy or another program. It also holds a checksum of each file, which is checked before
+training resumes.
+
+Only folders with a mark of this package are deleted. `_saving` and `_deleting` hold the file `.mm_transformers`, and a
 checkpoint holds files that a Trainer writes. A folder of the user with one of these names stays as it is.
 """
 
@@ -39,7 +41,7 @@ from ...model.safe_writing import drop_link, process_of
 
 logger = logging.get_logger(__name__)
 
-# Names that neither `get_last_checkpoint` nor an upload to the Hub takes for a checkpoint or for a part of the model.
+# `get_last_checkpoint` and uploads to the Hub ignore these names.
 SAVING, DELETING = "_saving", "_deleting"
 MANIFEST_NAME = "checkpoint_manifest.json"
 MARK_NAME = ".mm_transformers"
@@ -52,13 +54,14 @@ _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike, verify: bool = False) -> Optional[str]:
     """
-    The complete checkpoint of the highest step in `output_dir`, or `None` if there is none. What is newer but not
-    complete is named in a warning. With `verify`, contents are compared with their checksums.
+    The complete checkpoint of the highest step in `output_dir`, or `None`.
 
-    A checkpoint with a manifest is complete if all of its files are there and have their sizes. One without, as the
-    plain `Trainer` writes it, is complete if weights, optimiser, scheduler, state of the random number generators and
-    `trainer_state.json` are there and can be read; so one that was saved by `save_only_model` is taken only with a
-    manifest, or if it is given by its path.
+    A warning names newer checkpoints that are not complete. With `verify`, contents are compared with their checksums.
+
+    A checkpoint with a manifest is complete if all of its files exist and have their sizes. The plain `Trainer` writes
+    no manifest. Such a checkpoint is complete if these exist and can be read: weights, optimiser, scheduler, state of
+    the random number generators and `trainer_state.json`. So a checkpoint of `save_only_model` needs a manifest, or
+    must be given by its path.
     """
     folders = {}
     if os.path.isdir(output_dir):
@@ -76,9 +79,10 @@ def newest_complete_checkpoint(output_dir: str | os.PathLike, verify: bool = Fal
 
 def check_checkpoint(folder: str | os.PathLike) -> None:
     """
+    Checks that training can resume from this folder. Without a manifest, weights and `trainer_state.json` are enough.
+
     Raises:
-        ValueError: if training cannot be resumed from this folder. Without a manifest weights and
-            `trainer_state.json` are enough.
+        ValueError: if it cannot.
     """
     if not os.path.isdir(folder):
         raise ValueError(f"There is no checkpoint {str(folder)!r} to resume from: it is not a folder.")
@@ -92,10 +96,10 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
 
 def what_is_missing(folder: str | os.PathLike, weights_are_enough: bool = False, verify: bool = False) -> Optional[str]:
     """
-    What is wrong with a checkpoint, as a part of a sentence; `None` if it is complete.
+    The problem of a checkpoint, as a part of a sentence; `None` if it is complete.
 
     Args:
-        weights_are_enough: of a checkpoint without a manifest.
+        weights_are_enough: for a checkpoint without a manifest.
         verify: whether to read all files, and compare them with the checksums of the manifest.
     """
     folder = Path(folder)
@@ -103,14 +107,15 @@ def what_is_missing(folder: str | os.PathLike, weights_are_enough: bool = False,
         if (folder / MANIFEST_NAME).exists():
             return _differs_from_manifest(folder, verify)
         return _plain_problem(folder, weights_are_enough)
-    except OSError as error:  # deleted while it is looked at, or not to be read
+    except OSError as error:  # deleted meanwhile, or not readable
         return f"it cannot be read ({error})"
 
 
 def write_manifest(folder: str | os.PathLike) -> None:
     """
-    Lists all the files of a checkpoint, those in folders included, with their sizes and checksums; when this returns,
-    all are on the disk.
+    Lists all the files of a checkpoint, those in folders included, with their sizes and checksums.
+
+    When this returns, all files are on the disk.
     """
     folder = Path(folder)
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
@@ -124,7 +129,7 @@ def write_manifest(folder: str | os.PathLike) -> None:
             "files": {name: path.stat().st_size for name, path in zip(names, files, strict=True)},
             "xxh3_128": dict(zip(names, checksums, strict=True)),
         }
-    # Not under its own name before it is whole.
+    # It gets its name when it is complete.
     draft = folder / f"{MANIFEST_NAME}.tmp"
     draft.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     _sync(draft)
@@ -134,7 +139,7 @@ def write_manifest(folder: str | os.PathLike) -> None:
 
 
 def publish(staged: str | os.PathLike, final: str | os.PathLike) -> None:
-    """Moves a complete checkpoint to its place. What was there goes."""
+    """Moves a complete checkpoint to its place, and replaces an older one."""
     staged, final = Path(staged), Path(final)
     drop_link(final)
     if final.exists() and not is_own_checkpoint(final):
@@ -151,7 +156,7 @@ def publish(staged: str | os.PathLike, final: str | os.PathLike) -> None:
 
 
 def discard(folder: str | os.PathLike) -> None:
-    """Deletes a checkpoint. Half of it is never in its place."""
+    """Deletes a checkpoint atomically."""
     try:
         _remove_own(_set_aside(Path(folder)).parent)
     except OSError as error:
@@ -159,7 +164,7 @@ def discard(folder: str | os.PathLike) -> None:
 
 
 def tidy(output_dir: str | os.PathLike) -> None:
-    """Removes what a killed training has left half-written or half-deleted, and puts in its place what was written."""
+    """Removes incomplete folders of a killed training, and publishes a completely written checkpoint."""
     own = {name: own_folder(output_dir, name) for name in (SAVING, DELETING)}
     for staged in own[SAVING].glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if (staged / MANIFEST_NAME).exists() and what_is_missing(staged) is None:
@@ -179,7 +184,7 @@ def tidy(output_dir: str | os.PathLike) -> None:
 
 def own_folder(output_dir: str | os.PathLike, name: str) -> Path:
     """
-    The folder in `output_dir` that a training may write to and delete; it need not exist.
+    The folder in `output_dir` that a training may write to and delete; it may not exist yet.
 
     Args:
         name: `SAVING` or `DELETING`. If the user has a folder, a file or a link of this name, a number is added.
@@ -194,7 +199,7 @@ def own_folder(output_dir: str | os.PathLike, name: str) -> Path:
 
 
 def make_own_folder(output_dir: str | os.PathLike, name: str) -> Path:
-    """As [`own_folder`]; empty, and with the mark."""
+    """Creates [`own_folder`], empty, and with the mark."""
     folder = own_folder(output_dir, name)
     _remove_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,12 +208,12 @@ def make_own_folder(output_dir: str | os.PathLike, name: str) -> Path:
 
 
 def remove_own_folder(output_dir: str | os.PathLike, name: str) -> None:
-    """Deletes the folder that [`make_own_folder`] has made, if it is there."""
+    """Deletes the folder of [`make_own_folder`], if it exists."""
     _remove_own(own_folder(output_dir, name))
 
 
 def is_own_checkpoint(folder: Path) -> bool:
-    """Whether a training has made this folder: its name is exactly that of a checkpoint, and it holds such files."""
+    """Whether a training has created this folder: it has the name and the files of a checkpoint."""
     is_named = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name) is not None
     return is_named and not folder.is_symlink() and any((folder / name).is_file() for name in _OF_CHECKPOINTS)
 
@@ -224,15 +229,16 @@ def checksum_of(path: Path) -> str:
 
 def rotate(output_dir: str, limit: Optional[int], keep: set[str]) -> None:
     """
-    Deletes the oldest checkpoints until `limit` are left (`None` or 0: all stay), those that are not complete before
-    all others, and none of `keep`.
+    Deletes the oldest checkpoints until `limit` are left (`None` or 0: all stay).
+
+    Incomplete checkpoints are deleted first. None of `keep` is deleted.
     """
     if not limit or limit < 0:
         return
     folders = [path for path in sort_checkpoints(output_dir, use_mtime=True) if is_own_checkpoint(Path(path))]
     kept = {os.path.normpath(path) for path in keep}
     candidates = [path for path in folders if os.path.normpath(path) not in kept]
-    # `sorted` is stable: first those that are of no use, then by age.
+    # `sorted` is stable: incomplete ones first, then by age.
     excess = len(folders) - max(limit, len(folders) - len(candidates))
     if excess > 0:
         for path in sorted(candidates, key=lambda path: what_is_missing(path, weights_are_enough=True) is None)[
@@ -246,7 +252,7 @@ def why_not_written(error: BaseException, folder: str | os.PathLike) -> Optional
     """The reason why a file could not be written to the disk, or `None` if the error is of another kind."""
     seen: Optional[BaseException] = error
     while seen is not None:
-        # Libraries in Rust give the number in their message, torch gives none.
+        # The errors of Rust libraries have the number in their message, those of torch have none.
         number = re.search(r"os error (\d+)", str(seen))
         code = int(number[1]) if number else getattr(seen, "errno", None)
         if code in _CANNOT_WRITE:
@@ -267,7 +273,7 @@ def _is_marked(folder: Path) -> bool:
 
 
 def _remove_own(folder: Path) -> None:
-    """Deletes a folder with a mark; the mark last, so that what a killed process leaves of it is still known."""
+    """Deletes a marked folder; the mark last, so that the rest after a kill is still recognised."""
     if _is_marked(folder):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -283,7 +289,7 @@ def _remove_own(folder: Path) -> None:
 def _sync(path: Path) -> None:
     """Waits until a file, or the list of the files in a folder, is on the disk."""
     if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
-        return  # Windows has no such thing
+        return  # not possible on Windows
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -320,7 +326,7 @@ def _is_inside(name: str) -> bool:
 
 
 def _plain_problem(folder: Path, weights_are_enough: bool) -> Optional[str]:
-    """Of a checkpoint without a manifest. `trainer_state.json` is what the plain Trainer writes last."""
+    """The problem of a checkpoint without a manifest. The plain Trainer writes `trainer_state.json` last."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
     except FileNotFoundError:
@@ -328,7 +334,7 @@ def _plain_problem(folder: Path, weights_are_enough: bool) -> Optional[str]:
     except (ValueError, KeyError, TypeError):
         return f"{TRAINER_STATE_NAME} cannot be read"
     names = {path.name for path in folder.iterdir()}
-    # Folders inside are those of FSDP, DeepSpeed and several adapters: of FSDP's, `.metadata` is written last.
+    # Folders inside are those of FSDP, DeepSpeed and several adapters. FSDP writes `.metadata` last.
     inner = [path for path in folder.iterdir() if path.is_dir()]
     is_sharded = any((path / ".metadata").is_file() or path.name.startswith("global_step") for path in inner)
     for path in inner:
@@ -357,7 +363,7 @@ def _plain_problem(folder: Path, weights_are_enough: bool) -> Optional[str]:
 
 
 def _can_be_read(path: Path) -> bool:
-    """Of a file of tensors, whether it has its end; of JSON, whether it is JSON."""
+    """Whether a file of tensors has its end, or a JSON file is valid."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:

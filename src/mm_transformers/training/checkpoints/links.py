@@ -1,4 +1,4 @@
-"""Links in the folder of a training, which must not lead a push, or a file that is written, to elsewhere."""
+"""Links in the folder of a training. They must not lead uploads or written files to other places."""
 
 import json
 import os
@@ -14,6 +14,8 @@ logger = logging.get_logger(__name__)
 
 def check_links(output_dir: str | os.PathLike) -> None:
     """
+    Checks the links in the folder.
+
     Raises:
         ValueError: if a link in the folder would upload a file from elsewhere.
     """
@@ -27,7 +29,7 @@ def check_links(output_dir: str | os.PathLike) -> None:
 
 
 def prepare_push(checkpoint: str | os.PathLike, output_dir: str | os.PathLike) -> None:
-    """Before the Trainer copies a checkpoint into the folder to push: copies the code, which it leaves out."""
+    """Copies the model code, which the Trainer leaves out when it copies a checkpoint into the folder to push."""
     for code in Path(checkpoint).glob("*.py"):
         with write_atomically(Path(output_dir, code.name)) as copy:
             copy.write(code.read_bytes())

@@ -1,4 +1,4 @@
-"""One training at a time in a folder: a file that says which process writes there."""
+"""Allows one training at a time in a folder, by a lock file with the process that writes there."""
 
 import json
 import os
@@ -18,24 +18,25 @@ from ...model.safe_writing import own_name
 
 logger = logging.get_logger(__name__)
 
-# The underscore keeps it out of uploads to the Hub.
+# The underscore excludes it from uploads to the Hub.
 LOCK_NAME = "_training_lock.json"
-# Seconds by which the start of one process may seem to differ: some systems compute it from a clock that is corrected.
+# Tolerance for the start time of a process, in seconds: some systems compute it from a clock that is corrected.
 _TOLERANCE = 2.0
-# Seconds until a lock that another process has begun to write is taken as it is.
+# Seconds to wait for a half-written lock of another process.
 _PATIENCE = 2.0
 
-_depths: dict[str, int] = {}  # folder -> how many blocks of this process hold its lock
+_depths: dict[str, int] = {}  # folder -> the number of blocks of this process that hold its lock
 
 
 @contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
     """
-    While the block runs, other processes are refused this folder. The same process may enter it again. The lock of a
-    process that has ended is taken over.
+    Locks the folder against other processes while the block runs.
+
+    The same process may enter it again. The lock of an ended process is taken over.
 
     Args:
-        folder (`str` or `Path`): Made if it does not exist.
+        folder (`str` or `Path`): Created if it does not exist.
 
     Raises:
         ValueError: one sentence that names the other process.
@@ -45,7 +46,8 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     ```python
     >>> with locked("out"):
     ...     trainer.train()
-    ```"""
+    ```
+    """
     path = Path(folder, LOCK_NAME)
     key = f"{os.getpid()} {path.resolve()}"
     _depths[key] = _depths.get(key, 0) + 1
@@ -64,7 +66,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 @contextmanager
 def locked_for_all(folder: str | os.PathLike, process_index: int) -> Iterator[None]:
     """
-    As [`locked`], for all processes of a training: the first one locks the folder.
+    [`locked`] for all processes of a training: the first one locks the folder.
 
     Args:
         process_index: of this process.
@@ -90,7 +92,7 @@ def _own() -> dict[str, Any]:
 
 
 def _is_same(one: Optional[dict[str, Any]], other: Optional[dict[str, Any]]) -> bool:
-    """Whether two locks are of one process, or both of none."""
+    """Whether two locks belong to the same process, or both to none."""
     if one is None or other is None:
         return one is other
     is_one_start = abs(one["started"] - other["started"]) <= _TOLERANCE
@@ -100,8 +102,10 @@ def _is_same(one: Optional[dict[str, Any]], other: Optional[dict[str, Any]]) -> 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """
-    While the block runs, other processes of this machine wait: between reading a lock and removing it, nobody else may
-    take it over. Systems and file systems that cannot lock a folder do without.
+    Makes other processes of this machine wait while the block runs.
+
+    Between reading a lock and removing it, no other process may take it over. Systems and file systems that cannot lock
+    a folder skip this.
     """
     descriptor = None
     try:
@@ -128,7 +132,7 @@ def _acquire(path: Path) -> None:
 
 
 def _acquire_alone(path: Path) -> None:
-    # Written aside, so that nobody reads half of it.
+    # Written to another file first, so that no process reads half of it.
     draft = path.with_name(f"{LOCK_NAME}.{own_name()}")
     with open(draft, "x", encoding="utf-8") as file:
         json.dump(_own(), file)
@@ -149,7 +153,7 @@ def _acquire_alone(path: Path) -> None:
 
 
 def _link(draft: Path, path: Path) -> bool:
-    """Gives the lock its name, unless there is one."""
+    """Gives the lock its name, unless a lock exists."""
     try:
         os.link(draft, path)
         return True
@@ -201,6 +205,6 @@ def _remove_stale(path: Path, holder: Optional[dict[str, Any]]) -> None:
     aside = path.with_name(f"{LOCK_NAME}.{own_name()}")
     with suppress(FileNotFoundError):  # another process was faster
         path.rename(aside)
-        if not _is_same(_read(aside), holder):  # that of another process, which was faster
+        if not _is_same(_read(aside), holder):  # another process was faster, and this is its lock
             _link(aside, path)
         aside.unlink()

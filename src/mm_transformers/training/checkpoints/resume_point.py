@@ -1,4 +1,4 @@
-"""From which checkpoint a training goes on."""
+"""Chooses the checkpoint from which training resumes."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -24,17 +24,17 @@ def checkpoint_to_resume(
     wanted: str | os.PathLike | bool | None, args: TrainingArguments, tasks: Callable[[], Mapping[str, Task]]
 ) -> Optional[str]:
     """
-    The main process decides, since the others may not see the same folders at the same time.
+    The checkpoint from which training resumes. The main process decides, since others may see different folders.
 
     Args:
         wanted: a folder, or `True` for the newest complete checkpoint in `args.output_dir`.
-        tasks: gives those of the model that is trained. In a search for hyperparameters there is none yet.
+        tasks: returns the tasks of the trained model. In a hyperparameter search there is no model yet.
 
     Returns:
         The folder of the checkpoint; `None` if training starts from scratch.
 
     Raises:
-        ValueError: if the checkpoint that is named is not complete, or is of a model with other heads.
+        ValueError: if the given checkpoint is not complete, or is of a model with other heads.
     """
     if args.should_save and args.save_strategy != SaveStrategy.NO:
         tidy(args.output_dir)
@@ -69,8 +69,10 @@ def checkpoint_to_resume(
 
 def check_same_weights(load_result: Any, model: Any) -> None:
     """
+    Checks that a checkpoint has exactly the weights of the model.
+
     Args:
-        load_result: what `load_state_dict` has returned.
+        load_result: the result of `load_state_dict`.
         model: the model that was loaded into, not wrapped.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What `trainer_state.json` lacks: the losses since the last line of the log, and those of the whole training."""
+"""Saves the losses since the last log line and of the whole training, which `trainer_state.json` lacks."""
 
 import json
 import os
@@ -21,6 +21,8 @@ LOSSES_NAME = "running_losses.safetensors"
 
 class RunningLosses(NamedTuple):
     """
+    The losses of one process.
+
     Args:
         losses: name -> scalar tensor of this process.
         numbers: name -> number as a text.
@@ -34,11 +36,13 @@ def save_losses(
     folder: Path, losses: Mapping[str, torch.Tensor], numbers: Mapping[str, float], tasks: Iterable[Task]
 ) -> None:
     """
+    Saves the running losses of all processes.
+
     Args:
         folder: of the checkpoint.
         losses: name -> (processes,), since only their means are logged.
-        numbers: name -> number that is the same in all processes.
-        tasks: of the model; a checkpoint of adapters has no config that says them.
+        numbers: name -> number that is equal in all processes.
+        tasks: of the model; a checkpoint of adapters has no config with the tasks.
     """
     metadata = {name: repr(number) for name, number in numbers.items()}
     metadata["tasks"] = json.dumps([task.to_dict() for task in tasks])
@@ -46,7 +50,7 @@ def save_losses(
 
 
 def load_losses(folder: str, args: TrainingArguments) -> RunningLosses | None:
-    """What [`save_losses`] has written, for this process; `None` if there is no such file."""
+    """The losses of [`save_losses`] for this process; `None` if there is no such file."""
     path = Path(folder, LOSSES_NAME)
     if not path.is_file():
         return None
@@ -54,14 +58,14 @@ def load_losses(folder: str, args: TrainingArguments) -> RunningLosses | None:
         numbers, by_process = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     losses = {}
     for name, values in by_process.items():
-        # If there are now more processes, or fewer, their mean is all that remains the same.
+        # If the number of processes has changed, only the mean can be restored.
         is_own = len(values) == args.world_size
         losses[name] = (values[args.process_index] if is_own else values.mean()).to(args.device)
     return RunningLosses(losses, numbers)
 
 
 def tasks_in(checkpoint: str) -> dict[str, Task]:
-    """The tasks of the model in a checkpoint, by their names; none if the checkpoint does not say."""
+    """The tasks of the model in a checkpoint, by name; none if the checkpoint does not store them."""
     if os.path.isfile(os.path.join(checkpoint, CONFIG_NAME)):
         return MMTransformerConfig.from_pretrained(checkpoint).get_tasks()
     tasks = []

@@ -1,4 +1,4 @@
-"""A checkpoint is written aside, and takes its place when it is whole."""
+"""Writes a checkpoint in a staging folder, and moves it to its place when it is complete."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -20,15 +20,14 @@ from .folders import (
 
 
 def staging_folder(run_dir: str) -> str:
-    """The folder in which checkpoints are written before they take their place in `run_dir`."""
+    """The folder in which checkpoints are written before they move to `run_dir`."""
     return str(own_folder(run_dir, SAVING))
 
 
 @contextmanager
 def staged_checkpoint(run_dir: str, step: int, writes: bool, wait: Callable[[], None]) -> Iterator[Path]:
     """
-    Within the block a checkpoint is written into the folder that this gives. After the block it is in its place, with a
-    manifest.
+    Yields the folder to write a checkpoint into. After the block the checkpoint is in its place, with a manifest.
 
     Args:
         run_dir: the folder of the checkpoints.
@@ -37,7 +36,7 @@ def staged_checkpoint(run_dir: str, step: int, writes: bool, wait: Callable[[], 
         wait: waits for the other processes.
 
     Raises:
-        OSError: if a file cannot be written; the checkpoints before stay as they are.
+        OSError: if a file cannot be written; earlier checkpoints stay unchanged.
     """
     name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if writes:

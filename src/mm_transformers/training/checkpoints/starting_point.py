@@ -1,4 +1,4 @@
-"""The weights with which training started, kept with checkpoints for as long as a regularizer pulls towards them."""
+"""The starting weights, saved with checkpoints if a regularizer penalises the distance from them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +18,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def load_tensors(path: Path, names: Iterable[str], complaint: str) -> dict[str, torch.Tensor]:
     """
-    Those tensors of a file that have these names.
+    The tensors of a file with these names.
 
     Args:
         complaint: the sentence for a tensor that the file lacks; `{name}` and `{path}` are filled in.
@@ -40,8 +40,10 @@ def save_starting_point(model: MMTransformerForMultiTask, folder: str) -> None:
 
 def load_starting_point(model: MMTransformerForMultiTask, folder: str) -> None:
     """
+    Loads the starting point of the regularizer from a checkpoint.
+
     Raises:
-        ValueError: if the regularizer of the model pulls towards a start that the checkpoint does not hold.
+        ValueError: if the regularizer of the model needs a starting point that the checkpoint lacks.
     """
     if model.starting_point:
         complaint = (

@@ -1,1 +1,1 @@
-"""The linear models with which a training starts, and what becomes of that start."""
+"""The linear start of a training, its average with the trained weights, and the second training."""

@@ -12,26 +12,26 @@ from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 from ...model.linear_problem import NEVER, LinearProblem, Solver
 
 
-MIXED_STRENGTHS = (1.0, 10.0, 100.0)  # whose solutions are averaged, if the problem mixes strengths
+MIXED_STRENGTHS = (1.0, 10.0, 100.0)  # their solutions are averaged, if the problem mixes strengths
 NUM_FOLDS = 3
-# With fewer rows, cross-validation is repeated with other folds, since one says little.
+# With fewer rows, cross-validation is repeated with other folds, since one is too noisy.
 FEW_ROWS, NUM_REPEATS = 200, 3
-# How a model is fitted is chosen on at most so many rows.
+# The largest number of rows for the choice of how to fit.
 MAX_ROWS_TO_CHOOSE = 3_000
-# Weight of a copy of a row that lacks one of its modalities, beside 1 for the row as it is.
+# Weight of a copy of a row without one of its modalities; the row itself has weight 1.
 COPY_WEIGHT = 0.3
-# What logits may be multiplied with, see [`_choose`].
-SCALES = tuple(sorted((2 ** (i / 4) for i in range(-12, 13)), key=lambda scale: max(scale, 1 / scale)))  # of equals, 1
+# Possible factors of logits, see [`_choose`].
+SCALES = tuple(sorted((2 ** (i / 4) for i in range(-12, 13)), key=lambda scale: max(scale, 1 / scale)))  # 1 wins ties
 
 
 class Way(NamedTuple):
     """
-    How a linear model is fitted.
+    The way in which a linear model is fitted.
 
     Args:
         balanced: whether all classes count alike, however many rows they have.
-        separate: whether each modality has a model of its own, fitted without the others; their logits are added
-            (product of experts: Hinton 2002, https://doi.org/10.1162/089976602760128018).
+        separate: whether each modality has its own model, fitted without the others. Their logits are added (product of
+            experts: Hinton 2002, https://doi.org/10.1162/089976602760128018).
     """
 
     balanced: bool = False
@@ -43,12 +43,11 @@ class LinearModel(NamedTuple):
     The solution of one task.
 
     Args:
-        weight (num_outputs, num_features), bias (num_outputs,): as `nn.Linear` has them.
+        weight (num_outputs, num_features), bias (num_outputs,): as in `nn.Linear`.
         way: how it was fitted.
-        scales: inverse strength of the penalty -> factor of the logits that were fitted with it; the solution is the
-            mean over the strengths.
-        num_items: how many rows (or words) have a label.
-        label_counts (`num_outputs` integers, *optional*): How many rows have each label, if classes were balanced.
+        scales: inverse strength of the penalty -> factor of its logits; the solution is the mean over the strengths.
+        num_items: the number of labelled rows (or words).
+        label_counts (`num_outputs` integers, *optional*): The number of rows of each label, if classes were balanced.
     """
 
     weight: np.ndarray
@@ -71,34 +70,35 @@ def solve(
     groups: np.ndarray | None = None,
 ) -> LinearModel | None:
     """
-    The best linear model of some features: multinomial or binary logistic regression, or ridge regression.
+    The best linear model of the features: multinomial or binary logistic regression, or ridge regression.
 
-    Cross-validation, whose folds share no group, chooses how it is fitted.
+    Cross-validation chooses how it is fitted. Its folds share no group.
 
-    - One label per row: the classes are balanced, each modality has a model of its own, and the answers of several
-      strengths are averaged, each scaled to be as sure as it is right. Few rows cannot choose between strengths. If one
-      unbalanced model of all modalities is clearly more accurate (by two standard errors), it is taken instead; so it
-      is if the user gave weights of labels that do not balance the classes.
+    - One label per row: the classes are balanced, and each modality has its own model. Few rows cannot choose a
+      strength, so the answers of several strengths are averaged, each calibrated first. One unbalanced model of all
+      modalities replaces them if it is clearly more accurate (by two standard errors). It also does if the user gave
+      label weights that do not balance the classes.
     - Otherwise: one model of all modalities, with the strength of the lowest loss.
 
-    In a model of all modalities each row also counts, with a small weight, as it would be without each of its
-    modalities, so that the model stays good where modalities are missing.
+    A model of all modalities also sees each row without each of its modalities, with a small weight. So it stays good
+    for rows with missing modalities.
 
     Args:
         problem: the kind of linear model.
-        blocks: the features of each modality: its vector, and the column that is 1 where a row has the modality.
+        blocks: the features of each modality: its vector, and a column that is 1 if the row has the modality.
         features (num_items, num_features), labels (num_items,) or (num_items, num_outputs): without missing labels.
         groups (num_items,), *optional*: equal numbers stay on one side of a fold.
 
     Returns:
-        The solution; `None` if there is nothing to learn: fewer than two rows, or one label only.
+        The solution; `None` if nothing can be learned: fewer than two rows, or one label only.
 
     Example:
 
     ```python
     >>> fit = solve(MultinomialProblem(3), probe.blocks, features, labels)
     >>> logits = features @ fit.weight.T + fit.bias
-    ```"""
+    ```
+    """
     groups = np.arange(len(labels)) if groups is None else groups
     weights = problem.item_weights(labels)
     if weights is not None:
@@ -114,12 +114,12 @@ def solve(
 
 
 def majority(problem: LinearProblem, items: Any, num_items: int) -> np.ndarray:
-    """(num_items, num_outputs): the logits that always give the most frequent label, or the mean, of some items."""
+    """(num_items, num_outputs): constant logits for the most frequent label, or the mean, of some items."""
     return np.tile(problem.majority(items.labels), (num_items, 1))
 
 
 class _Rotated(NamedTuple):
-    """Features in fewer columns: vectors by modality, (num_items, columns), and who has it, (num_items,) bool."""
+    """Features in fewer columns: vectors by modality, (num_items, columns), and its presence, (num_items,) bool."""
 
     vectors: list[np.ndarray]
     present: list[np.ndarray]
@@ -140,8 +140,10 @@ class _Rotated(NamedTuple):
 
 def _rotated(features: np.ndarray, blocks: list[tuple[slice, int]]) -> tuple[_Rotated, np.ndarray]:
     """
-    Fewer columns than features where there are fewer rows. A ridge penalty does not see the rotation, so the solution
-    is the same; the matrix, (columns, num_features), takes its weights back.
+    Features in fewer columns, if there are fewer rows than features.
+
+    A ridge penalty is invariant to the rotation, so the solution is the same. The matrix, (columns, num_features),
+    rotates its weights back.
     """
     vectors, present, turns = [], [], []
     for part, indicator in blocks:
@@ -165,7 +167,7 @@ def _rotated(features: np.ndarray, blocks: list[tuple[slice, int]]) -> tuple[_Ro
 
 class Regressions(NamedTuple):
     """
-    Those of scikit-learn.
+    The regressions of scikit-learn.
 
     Args:
         tol: the tolerance of the optimiser.
@@ -210,7 +212,7 @@ def _solver(problem: LinearProblem, small: _Rotated, labels: np.ndarray, way: Wa
             weight, own = np.zeros((problem.num_outputs, width)), np.zeros(problem.num_outputs)
             if solver is not None:
                 weight, own = solver(strength)
-                # A class whose rows all lack this modality is neither likely nor out of the question.
+                # A class whose rows all lack this modality is neither probable nor excluded.
                 own[~known] = np.where(is_somewhere, own[known].min(), 0.0)[~known]
             weights += [weight, own[:, None]]
         return np.concatenate(weights, 1), np.where(is_somewhere, 0.0, NEVER)
@@ -219,7 +221,7 @@ def _solver(problem: LinearProblem, small: _Rotated, labels: np.ndarray, way: Wa
 
 
 def _row_weights(problem: LinearProblem, labels: np.ndarray, balanced: bool) -> np.ndarray:
-    """(num_items,): how much each row counts; the mean is 1."""
+    """(num_items,): the weight of each row; the mean is 1."""
     weights = problem.item_weights(labels)
     if weights is None:
         weights = 1 / np.bincount(labels)[labels] if balanced else np.ones(len(labels))
@@ -227,7 +229,7 @@ def _row_weights(problem: LinearProblem, labels: np.ndarray, balanced: bool) -> 
 
 
 def _with_copies(small: _Rotated, labels: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, labels and weights: the rows as they are, and without each modality if another is left."""
+    """Rows, labels and weights: the unchanged rows, and copies without each modality if another is left."""
     num_there = np.sum(small.present, 0)
     matrices, targets, weights = [small.matrix()], [labels], [counts]
     for i, there in enumerate(small.present):
@@ -254,7 +256,7 @@ def _mean(solver: Solver, scales: dict[float, float]) -> tuple[np.ndarray, np.nd
 def _choose(
     problem: LinearProblem, small: _Rotated, labels: np.ndarray, groups: np.ndarray
 ) -> tuple[Way, dict[float, float]]:
-    """How to fit, and by which strengths with which scales."""
+    """The way of fitting, and the strengths with their scales."""
     problem, labels = problem.reduced(labels)
     if len(labels) > MAX_ROWS_TO_CHOOSE:
         some = np.sort(np.random.default_rng(0).permutation(len(labels))[:MAX_ROWS_TO_CHOOSE])
@@ -264,13 +266,13 @@ def _choose(
         answers, truth = _answers(problem, small, labels, folds, Way(), problem.strengths)
         losses = {strength: problem.losses(logits, truth).sum() for strength, logits in answers.items()}
         return Way(), {min(losses, key=lambda strength: losses[strength]): 1.0}
-    # No scale makes a label likelier that the training rows of the fold lack.
+    # No scale makes labels that the training rows of the fold lack more probable.
     is_known = np.concatenate([np.zeros(0, bool), *(np.isin(labels[test], labels[train]) for train, test in folds)])
 
     def assessed(way: Way) -> tuple[dict[float, float], np.ndarray]:
-        """The best scale of each strength, and which rows their mean answers rightly."""
+        """The best scale of each strength, and the rows that their mean answers correctly."""
         answers, truth = _answers(problem, small, labels, folds, way, MIXED_STRENGTHS)
-        if len(np.unique(truth[is_known])) < 2:  # which says nothing about scales
+        if len(np.unique(truth[is_known])) < 2:  # one label carries no information about scales
             return dict.fromkeys(answers, 1.0), np.zeros(len(truth), bool)
         counts = _row_weights(problem, truth, way.balanced) * is_known
         scales = {
@@ -288,13 +290,13 @@ def _choose(
         return first, scales
     other_scales, is_also_right = assessed(second)
     gain = is_also_right.astype(float) - is_right
-    # Repeated folds ask about the same rows again, which tells nothing new.
+    # Repeated folds use the same rows again, without new information.
     is_clear = len(gain) > 0 and gain.mean() > 2 * gain.std() / np.sqrt(len(labels))
     return (second, other_scales) if is_clear else (first, scales)
 
 
 def _is_balanced(label_weights: Sequence[float], labels: np.ndarray) -> bool:
-    """Whether these weights make all classes count alike."""
+    """Whether these weights give all classes the same total weight."""
     counts = np.bincount(labels, minlength=len(label_weights))
     shares = (counts * label_weights)[counts > 0]
     return bool(np.allclose(shares, shares[0], rtol=0.01))
@@ -308,7 +310,7 @@ def _answers(
     way: Way,
     strengths: Sequence[float],
 ) -> tuple[dict[float, np.ndarray], np.ndarray]:
-    """By strength the logits of all rows that were held out; and their labels."""
+    """The logits of all held-out rows by strength, and their labels."""
     found: dict[float, list[np.ndarray]] = {strength: [] for strength in strengths}
     for train, held_out in folds:
         solver = _solver(problem, small.rows(train), labels[train], way, 1e-3)
@@ -330,7 +332,7 @@ def _folds(problem: LinearProblem, labels: np.ndarray, groups: np.ndarray) -> It
     for repeat in range(NUM_REPEATS if len(labels) < FEW_ROWS else 1):
         splitter = (StratifiedGroupKFold if is_stratified else GroupKFold)(num_folds, shuffle=True, random_state=repeat)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of a class with fewer rows than folds
+            warnings.simplefilter("ignore", UserWarning)  # for a class with fewer rows than folds
             for train, held_out in splitter.split(np.zeros((len(labels), 0)), classes, groups):
                 if len(train) and len(held_out):
                     yield train, held_out

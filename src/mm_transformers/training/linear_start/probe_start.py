@@ -34,12 +34,12 @@ from .verdict import Verdict, verdict_of
 
 logger = logging.get_logger(__name__)
 
-# More rows (or words, for tasks that label words) say little more about a linear model.
+# More rows (or words, for tasks that label words) hardly improve a linear model.
 MAX_ROWS, MAX_TOKENS = 20_000, 40_000
 
 
 def probes_of(model: torch.nn.Module) -> dict[str, list[LinearProbe]]:
-    """Task -> its probe; where PEFT trains the heads as a whole, also the copy that it trains."""
+    """Task -> its probe; if PEFT trains the heads completely, also the trained copy."""
     probes: dict[str, list[LinearProbe]] = {}
     for name, module in model.named_modules():
         if isinstance(module, ProbedHead):
@@ -48,7 +48,7 @@ def probes_of(model: torch.nn.Module) -> dict[str, list[LinearProbe]]:
 
 
 def is_new(probe: LinearProbe) -> bool:
-    """Whether neither a start nor training has set its weights."""
+    """Whether its weights have not been set by a start or by training."""
     return not probe.linear.weight.any() and not probe.linear.bias.any()
 
 
@@ -58,13 +58,13 @@ FILE_NAME = "linear_start.json"
 @dataclass
 class Start:
     """
-    How the tasks started.
+    The start of the tasks.
 
     Args:
-        tasks: names of those that started as linear models.
-        models: task -> its linear model; empty in a training that is resumed.
+        tasks: names of the tasks that started as linear models.
+        models: task -> its linear model; empty in a resumed training.
         verdicts: task -> the linear model beside simpler ones on the validation rows; empty without such rows.
-        label_counts: task whose classes were balanced -> how many training rows have each label.
+        label_counts: task with balanced classes -> the number of training rows of each label.
     """
 
     tasks: list[str] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Start:
     label_counts: dict[str, list[int]] = field(default_factory=dict)
 
     def save(self, folder: str) -> None:
-        """What a resumed training needs, beside a checkpoint; nothing if no task started so."""
+        """Saves the data for a resumed training beside a checkpoint; nothing without linear starts."""
         if self.tasks:
             verdicts = {name: asdict(verdict) for name, verdict in self.verdicts.items()}
             found = {"tasks": self.tasks, "verdicts": verdicts, "label_counts": self.label_counts}
@@ -82,7 +82,7 @@ class Start:
 
     @classmethod
     def load(cls, folder: str) -> "Start":
-        """That which [`save`] wrote."""
+        """Loads the start that [`save`] wrote."""
         path = Path(folder, FILE_NAME)
         if not path.is_file():
             return cls()
@@ -92,7 +92,7 @@ class Start:
 
 
 class StartedTrainer(Protocol):
-    """What the start needs of an [`MMTrainer`]."""
+    """The part of [`MMTrainer`] that the start needs."""
 
     args: TrainingArguments
     train_dataset: Any
@@ -112,14 +112,15 @@ class StartedTrainer(Protocol):
 
 def start_probes(trainer: StartedTrainer) -> Start:
     """
-    Solves the linear problem of each task whose probe is new, and puts the solution into the probe: after that the
-    model answers exactly as the linear model.
+    Solves the linear problem of each task with a new probe, and copies the solution into the probe.
+
+    After that the model answers exactly as the linear model.
 
     Args:
-        trainer ([`MMTrainer`]): Whose model is not yet wrapped for training. All processes must call this.
+        trainer ([`MMTrainer`]): Its model is not yet wrapped for training. All processes must call this.
 
     Returns:
-        What was found, the same in all processes.
+        The start, equal in all processes.
     """
     fused, dataset = trainer.fused_model, trainer.train_dataset
     if dataset is None or not probes_of(fused):
@@ -154,7 +155,7 @@ def start_probes(trainer: StartedTrainer) -> Start:
 
 
 def _why_not(trainer: StartedTrainer) -> str | None:
-    """Why the encoders cannot be asked about all rows before training; a part of a sentence."""
+    """The reason why the encoders cannot run on all rows before training; a part of a sentence."""
     if not isinstance(trainer.data_collator, MMDataCollator):
         return f"the data_collator is a {type(trainer.data_collator).__name__}, not an MMDataCollator"
     if _map_style(trainer.train_dataset, trainer) is None:
@@ -208,7 +209,7 @@ def problem_of(task: Task) -> LinearProblem:
 
 
 def _map_style(dataset: Any, trainer: StartedTrainer) -> list[tuple[Any, Any]] | None:
-    """The data sets of a training set, each as the data loader reads it and as it is; `None` for streams."""
+    """The data sets of a training set, each as the data loader reads it and unchanged; `None` for streams."""
     if isinstance(dataset, DataMixture):
         sources = dataset.sources.items()
         if any(source.is_stream for _, source in sources):
@@ -235,14 +236,14 @@ class _Items(NamedTuple):
 
 
 class _Reader:
-    """Reads features, labels and groups of what is labelled."""
+    """Reads features, labels and groups of labelled rows."""
 
     def __init__(self, trainer: StartedTrainer, probes: dict[str, LinearProbe]):
         self.trainer, self.probes = trainer, probes
         self.problems = {name: problem_of(trainer.fused_model.tasks[name]) for name in probes}
 
     def read(self, parts: list[tuple[Any, Any]], what: str, with_groups: bool = True) -> dict[str, _Items]:
-        """Task -> what all processes have read; without groups, all have the same."""
+        """Task -> the items of all processes; without groups, all have the same group."""
         args, fused = self.trainer.args, self.trainer.fused_model
         rows: Any = ConcatDataset([part for part, _ in parts])
         collator = self.trainer.collator_for(rows)
@@ -259,7 +260,7 @@ class _Reader:
         device = next(fused.parameters()).device
         pieces: dict[str, list[_Items]] = {name: [] for name in self.probes}
         place = 0
-        # Reading must not change what training draws.
+        # Reading must not change the random numbers of training.
         rng_kept = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
         with rng_kept, evaluation_mode(fused), torch.no_grad(), self.trainer.compute_loss_context_manager():
             for batch in logging.tqdm(
@@ -278,7 +279,7 @@ class _Reader:
                     if problem.per_token not in features:
                         features[problem.per_token] = probe.features(outputs).float().cpu()
                     items = _labelled(problem, features[problem.per_token], labels[name], group)
-                    # Of words, each batch gives its share of what is used.
+                    # For words, each batch contributes its share of the used words.
                     share = -(-MAX_TOKENS * size // len(chosen))
                     if len(items.labels) > share:
                         some = np.sort(rng.permutation(len(items.labels))[:share])

@@ -20,17 +20,19 @@ from .start_average import StartAverage
 
 logger = logging.get_logger(__name__)
 
-# More rows gain little by the few that were held out, and a second training of them costs much.
+# Larger data sets gain little from the few held-out rows, and a second training costs much.
 MAX_ROWS = 2_000
-# Whose callbacks report to services, which know the first training.
+# Modules of callbacks that report to services, which have recorded the first training.
 INTEGRATIONS = "transformers.integrations"
 
 
 class Refit:
     """
+    The second training, on all rows.
+
     Args:
         rows: all training rows, before some were held out.
-        tasks: the tasks as they were given; training decides some of their options.
+        tasks: the tasks as given; training determines some of their options.
     """
 
     def __init__(self, rows: Any, tasks: dict[str, Any]):
@@ -43,15 +45,15 @@ class Refit:
     @classmethod
     def of(cls, trainer: Any, stock: type, has_own_optimizer: bool) -> Optional["Refit"]:
         """
-        `None` if there is to be no second training.
+        The second training of a trainer; `None` if there is none.
 
         Args:
-            trainer: that of the first training, which is about to hold rows out.
+            trainer: that of the first training, before it holds rows out.
             stock: the class [`MMTrainer`], of which the trainer may be a subclass.
             has_own_optimizer: whether the user gave the optimizer.
 
         Raises:
-            ValueError: if this is asked for and not possible.
+            ValueError: if a second training is requested and not possible.
         """
         wanted, kind = trainer.args.refit, type(trainer)
         why_not = None
@@ -72,13 +74,14 @@ class Refit:
 
     def run(self, trainer: Any, start: StartAverage, tasks: list[str]) -> dict[str, LinearModel]:
         """
-        Takes the model back to its start, and trains it on all rows for as many epochs as its best weights had (as many
-        steps, if `max_steps` is given).
+        Resets the model to its start, and trains it on all rows.
+
+        The number of epochs is that of the best weights (the number of steps, if `max_steps` is given).
 
         Args:
-            trainer ([`MMTrainer`]): Whose training has ended.
+            trainer ([`MMTrainer`]): Its training has ended.
             start: the start of that training.
-            tasks: those that started as linear models.
+            tasks: the tasks that started as linear models.
 
         Returns:
             Task -> the linear model of all rows.
@@ -99,7 +102,7 @@ class Refit:
         once = {
             "num_train_epochs": epochs,
             "max_steps": step if by_steps and step else -1,
-            # Below 1 it is a share of all steps.
+            # Below 1, it is a share of all steps.
             "warmup_steps": args.warmup_steps * (step / max(state.max_steps, 1) if args.warmup_steps >= 1 else 1),
             "per_device_train_batch_size": trainer._train_batch_size,
             "auto_find_batch_size": False,
@@ -139,11 +142,11 @@ class Refit:
                 f"A callback stopped this second training after {again.state.global_step} of {again.state.max_steps} "
                 "steps; refit=False leaves it out."
             )
-        trainer.data_collator = again.data_collator  # which knows more cached features
+        trainer.data_collator = again.data_collator  # it has more cached features
         return again.linear_models
 
     def _take_back(self, trainer: Any, start: StartAverage, tasks: list[str]) -> None:
-        # Otherwise the moments of the first training would take memory, and each gradient would also go into the
+        # Otherwise the moments of the first training would use memory, and each gradient would also enter the
         # averages of its processes.
         trainer.optimizer = trainer.lr_scheduler = None
         handler = trainer.callback_handler

@@ -1,8 +1,8 @@
 """
 The mean of the weights at the start and after training.
 
-It is about as good as the trained weights where new rows are like the training rows, and better where they are not
-(WiSE-FT: Wortsman et al. 2022, https://arxiv.org/abs/2109.01903).
+It is about as good as the trained weights on new rows that are like the training rows, and better on others. See
+WiSE-FT (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903).
 """
 
 from collections.abc import Callable, Iterator
@@ -33,8 +33,8 @@ class TolerantEarlyStopping(EarlyStoppingCallback):
     [`~transformers.EarlyStoppingCallback`] that is as tolerant as the choice of the best weights.
 
     Args:
-        early_stopping_patience, early_stopping_threshold: as [`~transformers.EarlyStoppingCallback`] has them.
-        is_tolerant (`Callable`, *optional*): Says whether it is tolerant now; without it, it is not.
+        early_stopping_patience, early_stopping_threshold: as in [`~transformers.EarlyStoppingCallback`].
+        is_tolerant (`Callable`, *optional*): Returns whether it is tolerant now; by default it is not.
     """
 
     def __init__(
@@ -57,14 +57,13 @@ class TolerantEarlyStopping(EarlyStoppingCallback):
 
 class StartAverage:
     """
-    Keeps the trainable weights of a model, and its buffers, as they are now, on the CPU.
+    Stores a copy of the current trainable weights and buffers of a model on the CPU.
 
-    Buffers are not averaged: an unfrozen batch norm has the running statistics of the trained weights. Of a LoRA
-    adapter both factors are averaged, so what it adds is between `(1 - share) ** 2` and `1 - share` of what it has
-    learnt.
+    Buffers are not averaged: an unfrozen batch norm has the running statistics of the trained weights. Both factors of
+    a LoRA adapter are averaged. So their product is between `(1 - share) ** 2` and `1 - share` of the learnt one.
 
     Args:
-        model: not wrapped, and not cut into pieces.
+        model: not wrapped, and not sharded.
         share (`float`): of the start in the mean, from 0 to 1.
     """
 
@@ -76,24 +75,24 @@ class StartAverage:
 
     @classmethod
     def of(cls, model: torch.nn.Module, share: float, checkpoint: Optional[str]) -> Optional["StartAverage"]:
-        """Of a model at its start, or of the start in a checkpoint that is resumed; `None` if that holds none."""
+        """The start of a model, or the start in a resumed checkpoint; `None` if the checkpoint has none."""
         average = cls(model, share)
         return average if checkpoint is None or average.load(checkpoint) else None
 
     def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Those that could be trained at the start, whatever has been frozen or unfrozen since then."""
+        """The parameters that were trainable at the start, even if they have been frozen since."""
         return ((name, p) for name, p in self.model.named_parameters() if name in self.start)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Makes the weights of the model the mean of themselves and of the start."""
+        """Replaces the weights of the model by their mean with the start."""
         for name, parameter in self._parameters():
             start = self.start[name].to(parameter.device, torch.float32)
             parameter.copy_(parameter.float().lerp(start, self.share))
 
     @torch.no_grad()
     def begin_anew(self) -> None:
-        """Makes the weights of the model those of the start."""
+        """Resets the weights of the model to the start."""
         for name, parameter in self._parameters():
             parameter.copy_(self.start[name])
         for name, buffer in self.model.named_buffers():
@@ -102,7 +101,7 @@ class StartAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the weights are the mean; afterwards they are, bit for bit, as before."""
+        """Within the block the weights are the mean; afterwards they are restored bit for bit."""
         trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters()}
         self.apply()
         try:
@@ -116,7 +115,7 @@ class StartAverage:
         save_tensors({**self.start, **self.buffers}, Path(folder, FILE_NAME))
 
     def load(self, folder: str) -> bool:
-        """Takes the start that [`save`] wrote; `False` if it wrote none."""
+        """Loads the start that [`save`] wrote; `False` if there is none."""
         path = Path(folder, FILE_NAME)
         if not path.is_file():
             return False

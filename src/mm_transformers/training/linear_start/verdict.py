@@ -14,17 +14,17 @@ from ..metrics import LESS_IS_BETTER, headline
 @dataclass
 class Verdict:
     """
-    Of one task, on the validation rows.
+    The scores of one task on the validation rows.
 
     Args:
         task: its name.
         metric: the name of its first metric; all numbers below are of this metric.
         linear: the linear model with which the task started.
         text_alone: a linear model of the text alone.
-        majority: always the same answer, the most frequent label or the mean of the training rows.
-        num_rows: how many validation rows (or words) have a label.
-        model: the trained model, with the weights that are kept. `None` if it was not measured.
-        kept_start: whether no trained weights were better than the start, so that the start is kept.
+        majority: a constant answer: the most frequent label, or the mean of the training rows.
+        num_rows: the number of labelled validation rows (or words).
+        model: the trained model, with the kept weights. `None` if it was not measured.
+        kept_start: whether the start is kept, since no trained weights were better.
     """
 
     task: str
@@ -42,7 +42,7 @@ class Verdict:
 
     @property
     def gain(self) -> float:
-        """By how much the model is better than the linear start; negative if it is worse."""
+        """The gain of the model over the linear start; negative if it is worse."""
         assert self.model is not None
         return (self.linear - self.model) if self.less_is_better else (self.model - self.linear)
 
@@ -73,6 +73,8 @@ def verdict_of(
     task: Task, labels: torch.Tensor, linear: torch.Tensor, text_alone: torch.Tensor, majority: torch.Tensor
 ) -> Optional[Verdict]:
     """
+    The scores of the simple models of a task.
+
     Args:
         labels: of the validation rows (or words), none missing.
         linear, text_alone, majority: the logits of the simple models for them.
@@ -88,10 +90,10 @@ def verdict_of(
 
 def with_measured(verdicts: Mapping[str, Verdict], state: TrainerState, has_best: bool) -> list[Verdict]:
     """
-    The verdicts with what was measured of the trained model.
+    The verdicts with the scores of the trained model.
 
     Args:
-        verdicts: task -> what was measured at the start.
+        verdicts: task -> the scores at the start.
         state: of the training that has ended.
         has_best: whether the weights of the best step are kept, not those of the last one.
     """

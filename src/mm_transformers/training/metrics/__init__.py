@@ -1,4 +1,4 @@
-"""How good the answers are: metrics, and the `compute_metrics` of a model with several tasks."""
+"""Metrics, and the `compute_metrics` of a model with several tasks."""
 
 from .multi_task_metrics import (
     LESS_IS_BETTER,

@@ -1,4 +1,4 @@
-"""Mismatched pairs for the evaluation of tasks that judge pairs: the same whatever the batches and processes are."""
+"""Mismatched pairs for the evaluation of tasks that judge pairs, independent of batches and processes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,22 +17,23 @@ from ...model.pairs import Pairs
 
 logger = logging.get_logger(__name__)
 
-# How often a row is drawn anew before all rows are looked through.
+# The number of draws for a row before a search through all rows.
 _TRIES = 20
-# Of so many texts or items it is kept in mind which others do not belong to them.
+# The number of texts or items whose non-matching rows are cached.
 _KEPT = 1000
 
 
 def draw_mismatches(labels: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """
-    Draws, for each row that is a pair, another pair whose item does not belong to its text, and one whose text does not
-    belong to its item; all that qualify are equally likely.
+    Draws mismatched pairs for each row with a pair: its text with another item, and its item with another text.
+
+    All rows that qualify are equally likely.
 
     Args:
         labels (rows, 4): those of a [`Matching`] task for the whole evaluation set.
 
     Returns:
-        (rows, 2) int64: numbers of rows; -1 where there is none.
+        (rows, 2) int64: row numbers; -1 if no row qualifies.
     """
     generator = torch.Generator().manual_seed(seed)
     pairs = torch.nonzero(labels[:, 0] == 1)[:, 0]
@@ -51,11 +52,11 @@ def draw_mismatches(labels: torch.Tensor, seed: int = 0) -> torch.Tensor:
             good = may(own[open_rows], ids[tried, 1 - side])
             chosen[open_rows[good]] = tried[good]
             open_rows = open_rows[~good]
-        # The rest by looking at all: at each different one once, with as much weight as it has rows.
+        # The rest by a full search: each distinct one once, weighted by its number of rows.
         place = torch.searchsorted(others, ids[:, 1 - side].contiguous())
         counts, order = place.bincount(minlength=len(others)), place.argsort(stable=True)
         firsts = counts.cumsum(0) - counts
-        sums: dict[int, torch.Tensor] = {}  # of what several rows share
+        sums: dict[int, torch.Tensor] = {}  # of texts or items that several rows share
         for row in open_rows.tolist():
             key = int(own[row])
             if key not in sums:
@@ -78,11 +79,11 @@ class MismatchedRows(Dataset):
     Rows with some cells of other rows, without labels.
 
     Args:
-        rows: of a data set, as the collator takes them.
+        rows: of a data set, as in the collator.
         numbers: the rows.
-        others: for each of them, whose cells it gets.
-        columns: the columns that it gets from there.
-        kept: the columns that it keeps; what is neither is left out.
+        others: for each of them, the row of its new cells.
+        columns: the columns that come from there.
+        kept: the columns that it keeps; all others are left out.
     """
 
     def __init__(self, rows: Any, numbers: Sequence[int], others: Sequence[int], columns: list[str], kept: list[str]):
@@ -107,17 +108,18 @@ def mismatched_rows(
     task: Any, rows: Any, labels: np.ndarray | torch.Tensor, collator: MMDataCollator
 ) -> Iterator[tuple[int, np.ndarray, MismatchedRows]]:
     """
-    The mismatched pairs with which a task is evaluated: first those with the item of another row, then those with the
-    text of another row.
+    The mismatched pairs with which a task is evaluated.
+
+    First come pairs with the item of another row, then pairs with the text of another row.
 
     Args:
         task: a task that needs mismatched pairs.
-        rows: of the evaluation set, as the collator takes them.
+        rows: of the evaluation set, as in the collator.
         labels (rows, 4): of the task.
-        collator ([`MMDataCollator`]): Knows the columns.
+        collator ([`MMDataCollator`]): The columns.
 
     Yields:
-        The column of the logits that is theirs; the numbers of the rows they are made of; the pairs.
+        The column of their logits; the numbers of their rows; the pairs.
     """
     text, media = collator.text_column, collator.media
     drawn = draw_mismatches(torch.as_tensor(labels)).numpy()
@@ -153,14 +155,16 @@ class Unlabelled:
 
 class WithMismatches:
     """
-    A `compute_metrics` that first judges mismatched pairs for the tasks that need them. The pairs are drawn from the
-    whole evaluation set, so metrics depend neither on the batch size nor on the number of processes.
+    A `compute_metrics` that first judges mismatched pairs for the tasks that need them.
+
+    The pairs are drawn from the whole evaluation set, so metrics depend neither on the batch size nor on the number of
+    processes.
 
     Args:
-        tasks: the tasks that need mismatched pairs. Of a stream none can be drawn, which a warning says.
-        rows: of the evaluation set, in its order, as the collator takes them.
-        collator ([`MMDataCollator`]): Knows the columns.
-        answer: gives the logits of a data set of rows, a dict from task to array.
+        tasks: the tasks that need mismatched pairs. Streams have none, which is a warning.
+        rows: of the evaluation set, in its order, as in the collator.
+        collator ([`MMDataCollator`]): The columns.
+        answer: returns the logits of a data set of rows, a dict from task to array.
         own: the `compute_metrics` that follows.
     """
 

@@ -28,11 +28,11 @@ logger = logging.get_logger(__name__)
 
 class ArrayMetric(evaluate.Metric):
     """
-    A metric whose code comes with the package: `evaluate.load` would fetch it from the Hub.
+    A metric whose code is in the package: `evaluate.load` would fetch it from the Hub.
 
-    Subclasses set `key`, the name of the metric and of its result, say what they can compare and implement [`score`].
-    Where a metric is not defined (F1 without any positive, correlation with a constant) it is 0.0: never NaN, and never
-    absent, since `metric_for_best_model` may name it.
+    Subclasses set `key`, the name of the metric and of its result, define the values that they compare, and implement
+    [`score`]. An undefined metric (F1 without any positive, correlation with a constant) is 0.0. It is never NaN, and
+    never absent, since `metric_for_best_model` may name it.
     """
 
     key: ClassVar[str]
@@ -40,13 +40,13 @@ class ArrayMetric(evaluate.Metric):
     value_type: ClassVar[str]
     # 1: one value per row or token; 2: one vector per row.
     ndims: ClassVar[tuple[int, ...]]
-    # Whether a smaller value is a better one.
+    # Whether a smaller value is better.
     less_is_better: ClassVar[bool] = False
 
     def _info(self) -> evaluate.MetricInfo:
         value = datasets.Value(self.value_type)
         by_ndim = {1: value, 2: datasets.Sequence(value)}
-        # The first that fits is taken; vectors come first, because up to NumPy 2.3 one of length 1 passes for a number.
+        # The first match is taken. Vectors come first: up to NumPy 2.3 a vector of length 1 counts as a number.
         features = [
             datasets.Features({"predictions": by_ndim[ndim], "references": by_ndim[ndim]})
             for ndim in sorted(self.ndims, reverse=True)
@@ -68,7 +68,7 @@ class ArrayMetric(evaluate.Metric):
 
     @classmethod
     def fits(cls, references: Any) -> bool:
-        """Whether the metric can compare such values. Numbers must not pass for class ids: they would be cut off."""
+        """Whether the metric can compare such values. Numbers must not count as class ids: they would be truncated."""
         if not isinstance(references, np.ndarray):
             return False
         is_float = np.issubdtype(references.dtype, np.floating)
@@ -95,8 +95,9 @@ class SubsetAccuracy(ArrayMetric):
 
 class MacroF1(ArrayMetric):
     """
-    Mean of the labels' F1, every label counting the same. A label that occurs neither among the references nor among
-    the predictions has no F1 and is left out of the mean.
+    Mean of the labels' F1, with equal weights.
+
+    A label that occurs neither in the references nor in the predictions has no F1 and is left out of the mean.
     """
 
     key, value_type, ndims = "f1", "int64", (1, 2)
@@ -116,7 +117,7 @@ class MicroF1(ArrayMetric):
 
 def _f1(references: np.ndarray, predictions: np.ndarray, average: str) -> float:
     if references.ndim == 2 and references.shape[1] == 1:
-        # Not said otherwise, scikit-learn takes a single column for a choice between two classes.
+        # Without this option, scikit-learn treats a single column as a choice between two classes.
         references, predictions, average = references[:, 0], predictions[:, 0], "binary"
     return sklearn_metrics.f1_score(references, predictions, average=average, zero_division=np.nan)
 
@@ -141,8 +142,9 @@ class MeanSquaredError(ArrayMetric):
 
 class Pearson(ArrayMetric):
     """
-    Pearson's correlation, -1 to 1; of vectors, the mean over their values. It is 0.0 where one side is constant (so
-    also for a single row): a constant explains nothing.
+    Pearson's correlation, -1 to 1; of vectors, the mean over their values.
+
+    It is 0.0 if one side is constant (so also for a single row): a constant explains nothing.
     """
 
     key, value_type, ndims = "pearson", "float64", (1, 2)
@@ -154,21 +156,21 @@ class Pearson(ArrayMetric):
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    # Asked beforehand, because the rounded mean of a constant need not be that constant: noise would correlate.
+    # Checked first: the rounded mean of a constant may differ from it, and the noise would correlate.
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
     return float(np.corrcoef(x, y)[0, 1])
 
 
-# What a task's `default_metrics`, and strings in `MultiTaskMetrics(metrics=...)`, refer to.
+# The names in a task's `default_metrics` and in `MultiTaskMetrics(metrics=...)`.
 _ARRAY_METRICS = (Accuracy, SubsetAccuracy, MacroF1, MicroF1, MeanAbsoluteError, MeanSquaredError, Pearson)
 METRICS: Mapping[str, type[ArrayMetric | TextMetric | RetrievalRecall]] = MappingProxyType(
     {metric.key: metric for metric in (*_ARRAY_METRICS, Bleu, ChrF, ExactMatch, RougeL, RetrievalRecall)}
 )
 
-# How the names of metrics end that are the better the smaller they are.
+# The endings of names of metrics that are better when smaller.
 LESS_IS_BETTER = ("loss", *(key for key, metric in METRICS.items() if getattr(metric, "less_is_better", False)))
-# The same of metrics that are not ours, where there is nobody to ask.
+# The same for metrics of others, which have no such attribute.
 _ERRORS = ("error", "error_rate", "rmse", "wer", "cer", "ter", "perplexity")
 
 
@@ -183,7 +185,7 @@ def less_is_better(name: str) -> bool:
 
 
 def task_of_metric(metric: str, tasks: Iterable[str]) -> str | None:
-    """The task that `{task}_{metric}` belongs to: the longest, for one may be called as another with more behind it."""
+    """The task of `{task}_{metric}`: the longest match, since one task name may begin another."""
     return max((task for task in tasks if metric.startswith(f"{task}_")), key=len, default=None)
 
 
@@ -203,21 +205,21 @@ class MultiTaskMetrics:
     """
     The `compute_metrics` of a multi-task model: `Trainer(..., compute_metrics=MultiTaskMetrics(model.config))`.
 
-    Called with an [`~transformers.EvalPrediction`] whose `predictions` and `label_ids` are dicts task -> array, it
-    returns a flat dict of floats:
+    The input is an [`~transformers.EvalPrediction`] whose `predictions` and `label_ids` are dicts task -> array. The
+    result is a flat dict of floats:
 
-    - `{task}_loss`: the exact mean over the rows (or tokens) that have a label, whatever the batches were;
+    - `{task}_loss`: the exact mean over the rows (or tokens) with a label, however the batches were formed.
     - `{task}_{metric}` for each of the task's metrics, over the same rows.
 
-    A task without any label contributes nothing. Trainer gathers the rows of all ranks beforehand and adds `eval_`.
+    A task without any label contributes nothing. Trainer gathers the rows of all ranks first, and adds `eval_`
+    afterwards.
 
     Args:
-        config ([`MMTransformerConfig`]): Says which tasks there are.
-        processor ([`MMTransformerProcessor`], *optional*): For metrics that compare texts, to decode token ids.
+        config ([`MMTransformerConfig`]): The config with the tasks.
+        processor ([`MMTransformerProcessor`], *optional*): Decodes token ids, for metrics that compare texts.
         metrics (`dict[str, list[str | evaluate.Metric]]`, *optional*):
-            By task name, names from [`METRICS`] or objects of your own that replace the task's default metrics; an
-            empty list leaves the loss only. Of what an object of your own computes, the numbers are kept, each under
-            its own name.
+            By task name, names from [`METRICS`] or your own objects, which replace the task's default metrics. An empty
+            list leaves the loss only. Of the results of your own object, the numbers are kept, each under its own name.
 
     Raises:
         ValueError: if a task or a metric is unknown.
@@ -258,16 +260,18 @@ class MultiTaskMetrics:
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """
+        The losses and metrics of all tasks.
+
         Args:
-            prediction: `predictions[task]` are the task's logits and `label_ids[task]` its labels, with rows along
-                axis 0 and -100 (integers) or NaN (floats) where a label is missing. For tasks that write,
-                `predictions[task]` may be a dict with `losses` (rows), summed over tokens, `generated_ids` (rows,
-                length) and `references` (rows, bytes), the true texts, as [`MMTrainer`] makes it. Without `references`
-                the labels are decoded; of logits there is the loss only.
+            prediction: `predictions[task]` are the task's logits and `label_ids[task]` its labels, with rows along axis
+                0. Missing labels are -100 (integers) or NaN (floats). For tasks that write, `predictions[task]` may be
+                a dict, as from [`MMTrainer`]: `losses` (rows), summed over tokens, `generated_ids` (rows, length) and
+                `references` (rows, bytes), the true texts. Without `references` the labels are decoded. Logits of such
+                tasks give the loss only.
 
         Raises:
-            ValueError: if an array of a task is not there, if a metric cannot compare what the task answers, or if
-                two metrics have the same name.
+            ValueError: if the array of a task is missing, if a metric cannot compare the answers of the task, or if two
+                metrics have the same name.
         """
         results: dict[str, float] = {}
         for name, task in self.tasks.items():
@@ -301,7 +305,7 @@ class MultiTaskMetrics:
             if task.needs_decoder or isinstance(answers, Mapping):
                 continue
             predictions, references = (x.numpy() for x in task.predictions_and_references(answers, labels))
-            # Rows of which only a part is labelled have a loss, but may be of no use to metrics.
+            # Partly labelled rows have a loss, but metrics may not be able to use them.
             if len(references) == 0:
                 continue
             self._score(results, name, predictions, references)
@@ -346,10 +350,10 @@ class MultiTaskMetrics:
 
 class WithLosses:
     """
-    A `compute_metrics` that gives the exact losses of all rows, and what another one gives.
+    A `compute_metrics` with the exact losses of all rows, and the results of another one.
 
     Args:
-        config ([`MMTransformerConfig`]): Says which tasks there are.
+        config ([`MMTransformerConfig`]): The config with the tasks.
         own (*optional*): The other one.
     """
 
@@ -360,7 +364,7 @@ class WithLosses:
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         answers, labels = prediction.predictions, prediction.label_ids
         losses = copy.copy(self.losses)
-        # A collator of somebody's own may give labels of some tasks only, and in another form.
+        # A custom collator may have labels of some tasks only, in another form.
         is_ours = isinstance(answers, Mapping) and isinstance(labels, Mapping)
         losses.tasks = {n: t for n, t in losses.tasks.items() if is_ours and n in answers and n in labels}
         return losses(prediction) | ({} if self.own is None else self.own(prediction))

@@ -1,4 +1,4 @@
-"""How often what belongs to a query is among the first that are found."""
+"""Recall of retrieval: how often a match is among the first results."""
 
 from typing import Any, ClassVar
 
@@ -9,10 +9,12 @@ import numpy as np
 
 class RetrievalRecall(evaluate.Metric):
     """
-    Recall at 1, 5 and 10 of a [`Retrieval`] task, over all the rows at once: the share of queries for which something
-    that matches is among the k most similar, of all different candidates. `from_text_recall_at_k` looks for pictures by
-    texts, `to_text_recall_at_k` for texts by pictures, `mean_recall` is the mean of the six. Among equally similar
-    candidates those that match count as the last, so that a constant finds nothing.
+    Recall at 1, 5 and 10 of a [`Retrieval`] task, over all rows at once.
+
+    Recall at k is the share of queries with a match among the k most similar candidates. The candidates are all
+    different. `from_text_recall_at_k` searches pictures by texts, `to_text_recall_at_k` texts by pictures.
+    `mean_recall` is the mean of the six. Among equally similar candidates, matches count as the last, so a constant
+    finds nothing.
     """
 
     key: ClassVar[str] = "retrieval_recall"
@@ -47,7 +49,7 @@ class RetrievalRecall(evaluate.Metric):
         ids = np.asarray(references, np.int64)
         vectors = np.asarray(predictions, np.float32)
         sides = np.split(vectors, 2, axis=1)
-        # Each different text and picture is one query and one candidate, however many rows it is in.
+        # Each distinct text and picture is one query and one candidate, whatever its number of rows.
         unique = [np.unique(ids[:, side], return_index=True, return_inverse=True) for side in (0, 1)]
         first, number = [u[1] for u in unique], [u[2] for u in unique]
         matches = np.zeros((len(first[0]), len(first[1])), bool)
@@ -67,7 +69,7 @@ class RetrievalRecall(evaluate.Metric):
 
 
 def _ranks(queries: np.ndarray, candidates: np.ndarray, belongs: np.ndarray) -> np.ndarray:
-    """How many candidates that do not belong to the query come before the first that does."""
+    """The number of candidates before the first match, for each query."""
     ranks = []
     for start in range(0, len(queries), 1024):
         rows = slice(start, start + 1024)

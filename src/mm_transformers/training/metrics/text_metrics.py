@@ -1,4 +1,4 @@
-"""Metrics of written answers, offline: what sacrebleu and rouge_score compute, as `evaluate.Metric`s."""
+"""Offline metrics of written answers: those of sacrebleu and rouge_score, as `evaluate.Metric`s."""
 
 import re
 from typing import Any, ClassVar
@@ -9,8 +9,9 @@ import evaluate
 
 class TextMetric(evaluate.Metric):
     """
-    A metric of texts against one reference each. Subclasses set `key`, the name of the metric and of its result, and
-    implement [`score`].
+    A metric of texts against one reference each.
+
+    Subclasses set `key`, the name of the metric and of its result, and implement [`score`].
     """
 
     key: ClassVar[str]
@@ -71,8 +72,9 @@ class ChrF(TextMetric):
 
 class ExactMatch(TextMetric):
     """
-    Share of the rows whose text is right to the letter, white space around it aside. Letters that the tokenizer cannot
-    write, such as capitals for an uncased one, are never right.
+    Share of the rows with an exact text, white space around it aside.
+
+    Letters that the tokenizer cannot write, such as capitals for an uncased one, are never right.
     """
 
     key = "exact_match"
@@ -91,8 +93,9 @@ class _Words:
 
 class RougeL(TextMetric):
     """
-    Mean over the rows of ROUGE-L, 0 to 1 (https://aclanthology.org/W04-1013), for captions; of words, or of characters
-    in Chinese and Japanese. Needs `rouge_score`.
+    Mean over the rows of ROUGE-L, 0 to 1 (https://aclanthology.org/W04-1013), for captions.
+
+    It compares words, or characters in Chinese and Japanese. Needs `rouge_score`.
     """
 
     key = "rouge_l"

@@ -11,12 +11,12 @@ from ...model.task_base import Task
 
 def generation_options(args: TrainingArguments, config: Optional[GenerationConfig], is_sharded: bool) -> dict[str, Any]:
     """
-    What `generate` takes, as the arguments say it.
+    The options of `generate` from the training arguments.
 
     Args:
-        args: of the trainer; plain `TrainingArguments` say nothing.
-        config: the one that `args` name.
-        is_sharded: whether processes share the layers of the model. Then all go on until the last has its texts.
+        args: of the trainer; plain `TrainingArguments` have none.
+        config: the generation config named by `args`.
+        is_sharded: whether processes share the layers of the model. Then all continue until the last has its texts.
     """
     options = {
         "num_beams": getattr(args, "generation_num_beams", None),
@@ -35,13 +35,13 @@ def with_texts(
     references: Mapping[str, torch.Tensor],
 ) -> dict[str, Any]:
     """
-    Task -> its logits; of tasks that write the dict that [`MultiTaskMetrics`] takes.
+    Task -> its logits; for tasks that write, the dict of [`MultiTaskMetrics`].
 
     Args:
         logits: task -> (batch, ...).
-        written: task that writes -> (batch, length) ids of tokens.
-        labels: task -> labels, if there are any.
-        references: task -> (batch, bytes) the true texts, as [`MMDataCollator.with_references`] gives them.
+        written: task that writes -> (batch, length) token ids.
+        labels: task -> labels, if any.
+        references: task -> (batch, bytes) the true texts, from [`MMDataCollator.with_references`].
     """
     answers: dict[str, Any] = dict(logits)
     for name, ids in written.items():

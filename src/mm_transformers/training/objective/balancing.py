@@ -28,20 +28,22 @@ STATE_NAME = "task_weighting.safetensors"
 
 class TaskBalancing(TrainerCallback):
     """
-    Collects, over the micro-batches and processes of an optimiser step, the signals that a [`TaskWeighting`] needs, and
-    applies its weights. [`MMTrainer`] calls [`start_step`], then [`before_forward`], [`loss`] and [`after_backward`]
-    for each micro-batch; the rest follows as a callback after the step of the optimiser.
+    Collects the signals of a [`TaskWeighting`] in each optimiser step, and applies its weights.
+
+    The signals cover all micro-batches and processes. [`MMTrainer`] calls [`start_step`], then [`before_forward`],
+    [`loss`] and [`after_backward`] for each micro-batch. The rest follows as a callback after the step of the
+    optimiser.
 
     Args:
         fused ([`MMTransformerForMultiTask`]): The model, not wrapped.
         args (`TrainingArguments`): Those of the training.
-        accelerator (`Accelerator`): The one that runs the backward passes.
-        handler (`CallbackHandler`): Its callbacks of the class [`TaskGradientsCallback`] are told the gradients.
-        losses_of: gives the losses of a wrapped model for one micro-batch and the divisors of its step, a dict from
+        accelerator (`Accelerator`): Runs the backward passes.
+        handler (`CallbackHandler`): Its callbacks of the class [`TaskGradientsCallback`] get the gradients.
+        losses_of: returns the losses of a wrapped model for one micro-batch and the divisors of its step, a dict from
             task to scalar tensor.
 
     Raises:
-        ValueError: if the weighting is unknown, or cannot work in the way in which the model is trained.
+        ValueError: if the weighting is unknown, or does not work with the way of training.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class TaskBalancing(TrainerCallback):
 
     @property
     def is_needed(self) -> bool:
-        """Whether anything has to be done that the model does not do by itself."""
+        """Whether the model alone cannot apply the weighting."""
         return not self.is_static or bool(self._observers)
 
     @property
@@ -98,9 +100,11 @@ class TaskBalancing(TrainerCallback):
 
     def start_step(self, batches: list[dict[str, Any]], divisors: dict[str, torch.Tensor], step: int) -> None:
         """
+        Starts an optimiser step.
+
         Args:
             batches: all micro-batches of this process.
-            divisors: task -> its number of labels in the step, as [`MMTrainer`] gives it to the model.
+            divisors: task -> its number of labels in the step, as for the model.
             step: number of the optimiser steps before.
         """
         self.batches, self.divisors, self.step = batches, divisors, step
@@ -122,7 +126,7 @@ class TaskBalancing(TrainerCallback):
                 self.weights = self.weighting.weights(None)
 
     def loss(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What to run the backward pass from, for one micro-batch. Its value is the weighted sum of the losses."""
+        """The tensor for the backward pass of one micro-batch. Its value is the weighted sum of the losses."""
         self.done += 1
         stack = torch.stack([losses[name] for name in self.tasks])
         regularization = losses.get("regularization", 0.0)
@@ -135,7 +139,7 @@ class TaskBalancing(TrainerCallback):
         return (stack * self._total_weights(stack)).sum() + regularization
 
     def after_backward(self) -> None:
-        """After each micro-batch; closes the step after the last."""
+        """Call it after each micro-batch; the last call ends the step."""
         if self.done < len(self.batches):
             return
         if self.weighting.merges_gradients:
@@ -166,13 +170,13 @@ class TaskBalancing(TrainerCallback):
         return torch.stack([losses[name] for name in self.tasks])
 
     def _losses_only(self, batch: dict[str, Any]) -> torch.Tensor:
-        # Where rows are compared with those of other processes, which only training does, gradients must be on.
+        # Only training compares rows with those of other processes, and it needs gradients.
         compares = any(task.compares_rows for task in self.tasks.values())
         with torch.set_grad_enabled(compares), self.accelerator.no_sync(self.model):
             return self._forward(batch).detach()
 
     def _look_ahead(self) -> None:
-        """The signals of a step of several micro-batches, before it; the real pass then draws the same dropout."""
+        """Computes the signals of a step of several micro-batches first; the real pass has the same dropout."""
         with _forked_rng(self.args.device):
             for batch in self.batches:
                 if self._needs_gradients:
@@ -200,11 +204,11 @@ class TaskBalancing(TrainerCallback):
         losses = self._reduce(self.losses.to(self.args.device)).cpu()
         gradients = None
         if self.gradients is not None:
-            # Where a loss scale was too large, the optimiser skips this step, and the weighting does not learn from it.
+            # If the loss scale was too large, the optimiser skips this step, and the weighting does not learn from it.
             gradients = self._reduce(self.gradients).nan_to_num(0.0, 0.0, 0.0)
             self.gradients = None
             self._show((gradients @ gradients.T).double().cpu())
-        # A task that does not count must not take part in how the others are balanced.
+        # A task with weight 0 must not affect the balance of the others.
         self.signals = StepSignals(losses, self.labelled & (self.loss_weights > 0), gradients)
         return self.signals
 
@@ -214,13 +218,14 @@ class TaskBalancing(TrainerCallback):
                             products[self.labelled][:, self.labelled])  # fmt: skip
 
     def _reduce(self, values: torch.Tensor) -> torch.Tensor:
-        # Losses are scaled such that their mean over processes is the loss.
+        # Losses are scaled so that their mean over processes is the loss.
         return self.accelerator.reduce(values, reduction="mean")
 
     def _gradients_of(self, stack: torch.Tensor, parameters: list[nn.Parameter]) -> list[list[torch.Tensor]]:
         """
-        For each task, the gradients of its loss by the parameters, float32; 0 where it does not depend on them. The
-        graph is kept.
+        For each task, the gradients of its loss by the parameters, float32; 0 if it does not depend on them.
+
+        The graph is kept.
         """
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler is not None else 1.0
@@ -247,8 +252,8 @@ class TaskBalancing(TrainerCallback):
         else:
             for total, row in zip(self.gradients, rows, strict=True):
                 total += _flat(row)
-        # The gradients were taken without backward hooks. This pass touches every parameter, so that whatever waits for
-        # them goes on, and brings the gradient of the regularizer alone.
+        # The gradients were computed without backward hooks. This pass touches every parameter, so that waiting
+        # code continues, and adds the gradient of the regularizer alone.
         touched = sum((parameter.sum() * 0.0 for parameter in own + shared), start=regularization * 1.0)
         return touched + (stack.sum().detach() + regularization - touched).detach()
 
@@ -268,7 +273,7 @@ class TaskBalancing(TrainerCallback):
             parameter.grad.add_(gradient.view_as(parameter))
 
     def logs(self) -> dict[str, float]:
-        """The weight of each task in the last step, and what was seen of the gradients."""
+        """The weight of each task in the last step, and the recorded gradient values."""
         found: dict[str, float] = {}
         for observer in self._observers:
             found.update(observer.take())
@@ -289,6 +294,8 @@ class TaskBalancing(TrainerCallback):
 
     def load(self, folder: str) -> None:
         """
+        Loads the state of the weighting from a checkpoint.
+
         Raises:
             ValueError: if the checkpoint holds the state of another weighting, or of other tasks.
         """
@@ -309,10 +316,10 @@ class TaskBalancing(TrainerCallback):
 
 
 def own_and_shared(fused: MMTransformerForMultiTask) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters of a model that are trained: those of one task alone, and all others."""
+    """The trained parameters of a model: those of one task alone, and all others."""
     ids = {id(p) for p in fused.heads.parameters()}
     if sum(task.needs_decoder for task in fused.tasks.values()) == 1:
-        encoder = {id(p) for p in fused.model.text_encoder.parameters()}  # may share its embeddings
+        encoder = {id(p) for p in fused.model.text_encoder.parameters()}  # the decoder may share its embeddings
         ids |= {id(p) for p in fused.model.text_model.parameters()} - encoder
     trained = [p for p in fused.parameters() if p.requires_grad]
     return [p for p in trained if id(p) in ids], [p for p in trained if id(p) not in ids]
@@ -320,8 +327,9 @@ def own_and_shared(fused: MMTransformerForMultiTask) -> tuple[list[nn.Parameter]
 
 def probe_parameters(fused: MMTransformerForMultiTask) -> list[nn.Parameter]:
     """
-    The parameters at which gradients of tasks are compared: those of the last layer that all tasks share, which is the
-    last of the fusion, or of the text encoder in a model of text alone.
+    The parameters of the last layer that all tasks share, where the gradients of tasks are compared.
+
+    This is the last layer of the fusion, or of the text encoder in a text-only model.
     """
     root: nn.Module = fused.model.fusion if fused.model.fusion is not None else fused.model.text_encoder
     lists = [module for module in root.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
@@ -344,7 +352,7 @@ def _rng_state(device: torch.device) -> list[torch.Tensor]:
 
 @contextmanager
 def _forked_rng(device: torch.device, start: Sequence[torch.Tensor] = ()) -> Iterator[None]:
-    """Random numbers drawn within change nothing outside; they may start from an earlier state."""
+    """Isolates random numbers within the block; they may start from an earlier state."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if start:
             torch.set_rng_state(start[0])

@@ -1,4 +1,4 @@
-"""The losses of the tasks, from the batches of an optimiser step to a line of the log."""
+"""Accumulates the losses of the tasks, from the batches of an optimiser step to a log line."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ def divisors_of(
     tasks: Mapping[str, Task], batches: Sequence[Mapping[str, Any]], accelerator: Accelerator, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """
-    What the model divides the losses of these batches by.
+    The divisors of the losses of these batches.
 
     Args:
         tasks: name -> task.
@@ -23,7 +23,7 @@ def divisors_of(
 
     Returns:
         Task -> number of its labels, and "regularization" -> number of batches; scalar tensors. Gradients are averaged
-        over the processes, so each process divides by its share of the labels of all.
+            over the processes, so each process divides by its share of the labels of all.
     """
     counts = torch.zeros(len(tasks), device=device)
     for batch in batches:
@@ -37,8 +37,9 @@ def divisors_of(
 
 class StepLosses:
     """
-    The loss of each task and of the regularizer, summed over the optimiser steps since the last line of the log; and
-    how many labels each task has had since the training began. All values are scalar tensors of this process.
+    The loss of each task and of the regularizer, summed over the optimiser steps since the last log line.
+
+    It also counts the labels of each task since the start of training. All values are scalar tensors of this process.
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class StepLosses:
         self._num_steps: dict[str, torch.Tensor] = {}  # how many optimiser steps had any loss of this name
 
     def count_labels(self, divisors: Mapping[str, torch.Tensor], tasks: Mapping[str, Task]) -> None:
-        """Adds the labels of one optimiser step; `divisors` as [`divisors_of`] gives them."""
+        """Adds the labels of one optimiser step; `divisors` come from [`divisors_of`]."""
         for name in tasks:
             self.num_labels[name] = self.num_labels.get(name, 0) + divisors[name]
 
@@ -80,7 +81,7 @@ class StepLosses:
         return logs
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a resumed training needs, by a name that [`load`] knows."""
+        """The state for a resumed training, by names for [`load`]."""
         parts = {"losses": self._sums, "num_steps": self._num_steps, "num_labels": self.num_labels}
         return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
 

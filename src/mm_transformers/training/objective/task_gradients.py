@@ -6,16 +6,17 @@ from transformers import TrainerCallback
 
 class TaskGradientsCallback(TrainerCallback):
     """
-    Logs how the gradients of the tasks compare, every so many steps of [`MMTrainer`]:
+    Logs the norms and similarities of the tasks' gradients, every so many steps of [`MMTrainer`].
 
-    - `gradient_norm_<a>`: the norm of the gradient of the mean loss of task a;
-    - `gradient_cosine_<a>_<b>`: 1 if two tasks have the same direction, -1 if they have opposite ones;
-    - `gradient_similarity_<a>_<b>`: `2 |a| |b| / (|a|^2 + |b|^2)`, 1 if both norms are equal (Yu et al. 2020,
-      https://arxiv.org/abs/2001.06782).
+    - `gradient_norm_<a>`: the norm of the gradient of the mean loss of task a.
+    - `gradient_cosine_<a>_<b>`: 1 if two tasks have the same direction, -1 if they have opposite ones.
+    - `gradient_similarity_<a>_<b>`: `2 |a| |b| / (|a|^2 + |b|^2)`, 1 if both norms are equal.
 
-    Gradients are those of the whole optimiser step, at the last layer that all tasks share (with PCGrad: of all that
-    they share), without `loss_weight`; a step in which they are taken costs a short backward pass per task, the others
-    nothing. A task without a label in the step is left out. The values are in the next line of the log.
+    The last one is from Yu et al. 2020 (https://arxiv.org/abs/2001.06782).
+
+    Gradients are those of the whole optimiser step, at the last layer that all tasks share, without `loss_weight`. With
+    PCGrad they cover all parameters that the tasks share. A measured step costs a short backward pass per task; other
+    steps cost nothing. Tasks without a label in the step are left out. The values are in the next line of the log.
 
     Args:
         every (`int`, *optional*, defaults to 100): Number of optimiser steps between two measurements.
@@ -39,6 +40,8 @@ class TaskGradientsCallback(TrainerCallback):
 
     def record(self, names: list[str], products: torch.Tensor) -> None:
         """
+        Records the gradients of one step.
+
         Args:
             names: of the tasks that have labels.
             products (num_tasks, num_tasks) float64: inner products of their gradients.
@@ -54,6 +57,6 @@ class TaskGradientsCallback(TrainerCallback):
                     self._values[f"gradient_similarity_{pair}"] = (2 * size / (norms[i] ** 2 + norms[j] ** 2)).item()
 
     def take(self) -> dict[str, float]:
-        """What has been recorded since the last call."""
+        """The recorded values since the last call."""
         values, self._values = self._values, {}
         return values

@@ -1,4 +1,4 @@
-"""Options of tasks that the training rows decide, such as balanced class weights."""
+"""Task options that depend on the training rows, such as balanced class weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,17 +20,17 @@ def prepare_tasks(
     model: MMTransformerForMultiTask, dataset: Any, collator: MMDataCollator, *holders: Any
 ) -> list[Task]:
     """
-    Calls [`Task.prepare_for`] with the training labels for each task with `unresolved` options, and writes the result
-    into the config, so that a saved model has the same loss. Reads the columns of these labels only.
+    Determines the `unresolved` options of each task from the training labels, by [`Task.prepare_for`].
 
-    Each process gets the same result. A second call does nothing.
+    The result is written into the config, so that a saved model has the same loss. Only the columns of these labels are
+    read. Each process gets the same result. A second call does nothing.
 
     Args:
-        model ([`MMTransformerForMultiTask`]): Whose tasks and config are changed.
-        dataset: the training rows, without those that are held out; of a [`DataMixture`] each row counts once, whatever
-            its `sampling` is.
-        collator ([`MMDataCollator`]): Knows the column of texts.
-        holders: objects with tasks of their own in a dict `tasks`, such as [`MultiTaskMetrics`], which get the same.
+        model ([`MMTransformerForMultiTask`]): Its tasks and config are changed.
+        dataset: the training rows, without held-out rows. In a [`DataMixture`] each row counts once, independent of
+            `sampling`.
+        collator ([`MMDataCollator`]): The column of texts.
+        holders: objects with their own tasks in a dict `tasks`, such as [`MultiTaskMetrics`], which get the same.
 
     Returns:
         The tasks that have changed.
@@ -70,12 +70,13 @@ def prepare_tasks(
 
 def balance_tasks(model: MMTransformerForMultiTask, counts: Mapping[str, Sequence[int]], *holders: Any) -> None:
     """
-    Calls [`Task.balance`] for the tasks that started with balanced classes, so that training goes on with the loss with
-    which the linear model was fitted, and writes the result into the config.
+    Calls [`Task.balance`] for the tasks that started with balanced classes, and writes the result into the config.
+
+    So training continues with the loss of the fitted linear model.
 
     Args:
-        counts: task -> how many training rows have each of its labels.
-        model, holders: as [`prepare_tasks`] has them.
+        counts: task -> the number of training rows with each of its labels.
+        model, holders: as in [`prepare_tasks`].
     """
     for name, numbers in counts.items():
         model.tasks[name].balance(numbers)

@@ -1,4 +1,4 @@
-"""A training described in one file, and the trainer that it makes."""
+"""The description of a training in one file, and its trainer."""
 
 from .recipe import RECIPE_NAME, SECRETS, ColumnsSection, DataSection, Recipe, read_recipe
 

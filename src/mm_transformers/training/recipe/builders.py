@@ -1,4 +1,4 @@
-"""What a recipe describes: arguments, data, trainer."""
+"""Builds the arguments, the data and the trainer of a recipe."""
 
 import os
 from collections.abc import Collection
@@ -22,7 +22,7 @@ from .recipe import Recipe
 
 
 class RecipeData(NamedTuple):
-    """The rows of "train", and of "validation" and "test" if there are any, and the tasks with all of their labels."""
+    """The rows of "train", perhaps of "validation" and "test", and the tasks with all of their labels."""
 
     splits: dict[str, datasets.Dataset]
     tasks: list[Task]
@@ -30,8 +30,10 @@ class RecipeData(NamedTuple):
 
 def training_arguments(recipe: Recipe) -> MMTrainingArguments:
     """
+    The training arguments of a recipe.
+
     Raises:
-        ValueError: as transformers does, if values do not fit each other.
+        ValueError: from transformers, if values do not fit each other.
     """
     try:
         return MMTrainingArguments(**recipe.training)
@@ -41,10 +43,10 @@ def training_arguments(recipe: Recipe) -> MMTrainingArguments:
 
 def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
     """
-    The rows of a recipe. One process prepares them in the cache of `datasets`, the others read them there.
+    The rows of a recipe. One process prepares them in the cache of `datasets`; the others read them there.
 
     Raises:
-        ValueError: one sentence, if a file or column is missing, or a column cannot be that of its task.
+        ValueError: one sentence, if a file or column is missing, or a column does not fit its task.
     """
     data, columns, cache_dir = recipe.data, recipe.columns, recipe.model.get("cache_dir")
     with args.main_process_first(desc="reading the data"):
@@ -60,7 +62,7 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
             wanted["columns.audio"] = (columns.audio,)
         check_columns(splits, wanted)
         splits = prepare_labels(splits, recipe.tasks)
-    # Before any row is put aside: a rare label may be in those rows only.
+    # Before rows are held out: they may hold the only rows of a rare label.
     tasks = [complete_task(task, splits["train"], data.label_separator) for task in recipe.tasks]
     check_labels(splits, tasks, columns.text, data.label_separator)
     if data.validation_fraction is not None:
@@ -82,10 +84,10 @@ def build_trainer(
     The trainer of a recipe, with a new model of pretrained encoders.
 
     Args:
-        recipe: says everything; `dataclasses.replace` makes another of it.
-        args, data: those of the recipe, if they are there already.
-        saved: folder of a model to take instead.
-        allow_urls: as [`MMDataCollator`] takes it. A recipe cannot say it.
+        recipe: all settings; change them with `dataclasses.replace`.
+        args, data: those of the recipe, if they exist already.
+        saved: folder of a model to load instead.
+        allow_urls: as in [`MMDataCollator`]. A recipe cannot set it.
         kwargs: for [`MMTrainer`].
 
     Raises:
@@ -99,7 +101,8 @@ def build_trainer(
 
     >>> trainer = build_trainer(read_recipe("recipe.yaml", ["training.max_steps=100"]))
     >>> trainer.train()
-    ```"""
+    ```
+    """
     args = training_arguments(recipe) if args is None else args
     data = load_data(recipe, args) if data is None else data
     set_seed(args.seed)
@@ -108,7 +111,7 @@ def build_trainer(
         model = MMTransformerForMultiTask.from_pretrained(saved)
     else:
         encoders: dict[str, Any] = {name: recipe.model.get(name) for name in ("text", "vision", "audio")}
-        # Without a word of the person, transformers would ask one at the keyboard.
+        # Otherwise transformers would ask at the keyboard.
         options: dict[str, Any] = {"trust_remote_code": False}
         options |= {name: value for name, value in recipe.model.items() if name not in encoders}
         known: dict[str, Any] = {name: options[name] for name in (*HUB_KWARGS, "num_frames") if name in options}

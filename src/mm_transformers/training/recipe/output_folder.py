@@ -1,4 +1,4 @@
-"""What is in the folder that a recipe trains into: a model, checkpoints, the state of the training."""
+"""The content of the output folder of a recipe: a model, checkpoints, the training state."""
 
 import os
 from pathlib import Path
@@ -23,9 +23,10 @@ def newest_checkpoint(folder: str | os.PathLike) -> str | None:
 
 def check_output(recipe: Recipe) -> None:
     """
+    Checks the output folder of a recipe.
+
     Raises:
-        ValueError: if the output folder of the recipe holds a model that this recipe does not make, or cannot be
-            written to.
+        ValueError: if it holds a model that this recipe does not make, or cannot be written to.
     """
     folder = Path(recipe.training["output_dir"])
     check_writable(folder / RECIPE_NAME)
@@ -46,13 +47,15 @@ def check_output(recipe: Recipe) -> None:
 
 def check_checkpoint(checkpoint: str, tasks: list[Task]) -> None:
     """
+    Checks that a checkpoint has these tasks.
+
     Raises:
-        ValueError: if the checkpoint has other tasks; their labels may be those of rows that have changed since.
+        ValueError: if it has other tasks; perhaps the rows, and with them the labels, have changed.
     """
     saved = MMTransformerConfig.from_pretrained(checkpoint).get_tasks()
     for task in tasks:
         known = saved[task.name].to_dict() if task.name in saved else {}
-        # What training decides, only the checkpoint has.
+        # The checkpoint alone has the values that training determines.
         own = task.to_dict()
         decided = {key: known.get(key, own[key]) for key in task.decided_by_training if key in own}
         values = {**own, **decided}
@@ -65,15 +68,17 @@ def check_checkpoint(checkpoint: str, tasks: list[Task]) -> None:
 
 
 def steps_done(folder: str | os.PathLike) -> int:
-    """How many steps the training that left this checkpoint, or this model, had done; 0 if there is none."""
+    """The number of training steps of this checkpoint or model; 0 if there is none."""
     state = Path(folder) / TRAINER_STATE_NAME
     return read_state(state).global_step if state.is_file() else 0
 
 
 def read_state(path: Path) -> TrainerState:
     """
+    The training state in a file.
+
     Raises:
-        ValueError: one sentence, if the file holds no state of a training.
+        ValueError: one sentence, if the file holds no training state.
     """
     try:
         state = TrainerState.load_from_json(str(path))
@@ -85,7 +90,7 @@ def read_state(path: Path) -> TrainerState:
 
 
 def training_differences(recipe: Recipe) -> list[str]:
-    """Which training options the model in the output folder was trained by with other values: parts of a sentence."""
+    """The training options whose values differ from those of the model in the output folder: parts of a sentence."""
     before = Recipe.from_dict(read_yaml(Path(recipe.training["output_dir"]) / RECIPE_NAME)).training
     return [
         f"training.{key} was {shortened(before.get(key))} and is {shortened(recipe.training.get(key))}"
@@ -95,7 +100,7 @@ def training_differences(recipe: Recipe) -> list[str]:
 
 
 def is_finished(args: MMTrainingArguments) -> bool:
-    """Whether the model in the output folder was trained, and evaluated, to the end that the arguments say."""
+    """Whether the model in the output folder was trained, and evaluated, to the end set by the arguments."""
     folder = Path(args.output_dir)
     if not (folder / "config.json").is_file() or not (folder / TRAINER_STATE_NAME).is_file():
         return False

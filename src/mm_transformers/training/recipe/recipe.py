@@ -1,4 +1,4 @@
-"""A recipe: everything that one training depends on, in one file."""
+"""A recipe: all settings of one training, in one file."""
 
 import dataclasses
 import difflib
@@ -28,8 +28,9 @@ SECTIONS = ("data", "columns", "model", "tasks", "training")
 @dataclass
 class DataSection:
     """
-    Which rows there are, and how they are read; see [`MMDataCollator`] for the last four. `feature_cache` is the folder
-    of a [`FeatureCache`].
+    The rows and how to read them; see [`MMDataCollator`] for the last four.
+
+    `feature_cache` is the folder of a [`FeatureCache`].
     """
 
     train: str | None = None
@@ -61,7 +62,7 @@ class DataSection:
 
 @dataclass
 class ColumnsSection:
-    """What the columns of the data are called."""
+    """The names of the columns of the data."""
 
     text: str = "text"
     image: str = "image"
@@ -74,7 +75,7 @@ class ColumnsSection:
 
 
 def _model_hints() -> dict[str, Any]:
-    """Encoders, the fields of the config that are not made of them, and what loading an encoder takes."""
+    """The encoders, the config fields that do not come from them, and the options of loading an encoder."""
     made = ("text_config", "vision_config", "audio_config", "tasks")
     config = {
         name: hint
@@ -87,21 +88,21 @@ def _model_hints() -> dict[str, Any]:
 
 
 def _training_hints() -> dict[str, Any]:
-    """Of [`MMTrainingArguments`], the fields that [`MMTrainer`] heeds."""
+    """The fields of [`MMTrainingArguments`] that [`MMTrainer`] uses."""
     hints = get_type_hints(MMTrainingArguments)
     names = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
     names += [name for name in vars(MMTrainingArguments)["__annotations__"] if name not in names]
     return {name: hints[name] for name in [*names, "generation_max_length", "generation_num_beams"]}
 
 
-# What a path may be relative to the recipe. Of the latter, only if there is such a file: they may be names of the Hub.
+# Paths that may be relative to the recipe. The latter only if such a file exists: they may be names of the Hub.
 _PATHS = {"data": ("train", "validation", "test", "image_root", "feature_cache"), "training": ("output_dir",)}
 _PERHAPS_PATHS = {
     "data": ("dataset_name",),
     "model": ("text", "vision", "audio", "cache_dir"),
     "training": ("resume_from_checkpoint", "deepspeed", "fsdp_config"),
 }
-# What makes no difference to the weights, so that a training may go on with another value.
+# Options that do not affect the weights, so that a training may resume with another value.
 _NO_MATTER = {
     "data": ("test", "max_eval_samples", "feature_cache"),
     "model": ("cache_dir", "token", "local_files_only", "force_download", "trust_remote_code"),
@@ -112,13 +113,13 @@ SECRETS = ("token", "hub_token", "push_to_hub_token")
 @dataclass
 class Recipe:
     """
-    What a recipe file says, checked.
+    The checked content of a recipe file.
 
     Args:
-        data, columns: see there.
+        data, columns: see [`DataSection`] and [`ColumnsSection`].
         model: `text`, `vision` and `audio`, ids of the Hub or folders; fields of [`MMTransformerConfig`]; and options
             of `from_encoders`.
-        tasks: the tasks as `config.json` stores them; labels may be missing.
+        tasks: the tasks in the form of `config.json`; labels may be missing.
         training: fields of `TrainingArguments`.
     """
 
@@ -131,9 +132,11 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """
+        A recipe from the sections of a file.
+
         Raises:
-            ValueError: one sentence that names the key by all of its path, if it is unknown, missing, or its value
-                does not fit.
+            ValueError: one sentence with the full path of the key, if it is unknown, missing, or its value does not
+                fit.
         """
         _check_keys(values, SECTIONS, "")
         for name in SECTIONS:
@@ -166,7 +169,7 @@ class Recipe:
         return cls(data, columns, model, tasks, training)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it can be read again; without defaults, and without secrets."""
+        """A dict that can be read again; without defaults, and without secrets."""
         values: dict[str, Any] = {
             "data": _not_default(self.data),
             "columns": _not_default(self.columns),
@@ -179,12 +182,12 @@ class Recipe:
         return {name: value for name, value in values.items() if value}
 
     def save(self, folder: Path) -> None:
-        """Writes `recipe.yaml`, wholly or not at all."""
+        """Writes `recipe.yaml` atomically."""
         with write_atomically(folder / RECIPE_NAME) as file:
             file.write(dump_yaml(self.to_dict()).encode())
 
     def differences(self, other: "Recipe") -> list[str]:
-        """Where the two would give different weights even for equal training: sentences without a full stop."""
+        """Differences that change the weights even with equal training: sentences without a full stop."""
         mine, others = self._matters(), other._matters()
         return [
             f"{key} is {shortened(others.get(key))} there and {shortened(mine.get(key))} here"
@@ -219,8 +222,8 @@ def read_recipe(path: str | os.PathLike, overrides: typing.Sequence[str] = ()) -
     Args:
         path: the file. Relative paths in it start at its folder.
         overrides: `section.key=value`, as on a command line: values are YAML, and relative paths start at the current
-            folder. Places in lists are numbers: `tasks.0.loss_weight=2`. What runs code or sends data away can only be
-            asked for here, as by `model.trust_remote_code=true`; see [`check_powers`].
+            folder. Numbers are places in lists: `tasks.0.loss_weight=2`. Options that run code or send data away are
+            allowed only here, as by `model.trust_remote_code=true`; see [`check_powers`].
 
     Raises:
         ValueError: one sentence that names the key, or the file.
@@ -270,7 +273,7 @@ def _override(values: Any, parts: list[str], value: Any, whole: str) -> None:
 
 
 def _with_root(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A copy in which paths are absolute."""
+    """A copy with absolute paths."""
     values = dict(values)
     for name, section in values.items():
         if not isinstance(section, dict):
@@ -291,7 +294,7 @@ def _short_key(key: str) -> str:
 
 
 def _keys_of_sections() -> dict[str, Any]:
-    """Section -> the keys that are known there; without tasks, each of which has its own."""
+    """Section -> its known keys; without tasks, each of which has its own keys."""
     return {
         "data": get_type_hints(DataSection),
         "columns": get_type_hints(ColumnsSection),
@@ -351,7 +354,7 @@ def _checked_task(task: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}.kind is {shortened(kind)}, which is unknown; {hint}")
     hints = get_type_hints(TASK_KINDS[kind])
     options = {f.name: hints[f.name] for f in dataclasses.fields(TASK_KINDS[kind])}
-    # What its values may be, a task says itself, and better, by its name.
+    # A task checks its values itself, with an error that names the task.
     _check_keys(task, {"kind": str, **options}, where)
     for key in ("loss_weight", "column"):
         if key in task:

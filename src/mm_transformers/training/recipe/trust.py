@@ -1,4 +1,4 @@
-"""What a recipe cannot ask for, since it may come from a stranger: only the person who starts the training can."""
+"""Options that only the user may set, and no recipe, since a recipe may come from a stranger."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from ...model.hub_kernels import asks_for_kernel
 
 
-# Where metrics may go: nowhere, or into files of the output folder.
+# The allowed targets of metrics: none, or files of the output folder.
 _LOCAL_REPORTS = ("none", "tensorboard")
 
 Section = Mapping[str, Any]
@@ -31,7 +31,7 @@ def _reports(section: Section, key: str) -> bool:
     return any(service not in (None, *_LOCAL_REPORTS) for service in services)
 
 
-# By section and key: when it needs a person's word, told of all options of the section; and what it does.
+# By section and key: whether it needs the user's permission, given all options of the section; and its effect.
 _POWERS: dict[tuple[str, str], tuple[Callable[[Section, str], bool], str]] = {
     ("model", "trust_remote_code"): (_is_true, "runs code that comes with an encoder"),
     ("model", "attn_implementation"): (_is_kernel, "runs code of the Hub"),
@@ -48,15 +48,15 @@ _POWERS: dict[tuple[str, str], tuple[Callable[[Section, str], bool], str]] = {
 
 def check_powers(asked: Mapping[str, Any], settled: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """
-    Refuses the options of a recipe that run code, or send data away, unless the person has said them, too.
+    Refuses recipe options that run code or send data away, unless the user has set them on the command line.
 
     Args:
         asked: the sections of the recipe file.
         settled: the same with the overrides.
-        overrides: `section.key=value`, as the person has said them.
+        overrides: `section.key=value`, from the user.
 
     Raises:
-        ValueError: one sentence that says what to add to the command.
+        ValueError: one sentence with the option to add to the command.
     """
     said = {tuple(override.partition("=")[0].split(".")) for override in overrides}
     refused, wanted = [], []

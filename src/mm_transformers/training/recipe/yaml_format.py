@@ -1,8 +1,8 @@
 """
-YAML as recipes are written in it: of its plain words only true, false and null mean something, and 1e-4 is a number.
+The YAML of recipes: only the plain words true, false and null have a meaning, and 1e-4 is a number.
 
-PyYAML reads YAML 1.1, in which a label `no` is a truth value, `12:30` is 750, and `1e-4` is a text. This is the core
-schema of YAML 1.2, of which JSON is a part.
+This is the core schema of YAML 1.2, which includes JSON. PyYAML reads YAML 1.1: there a label `no` is a truth value,
+`12:30` is 750, and `1e-4` is a text.
 """
 
 import re
@@ -26,7 +26,7 @@ _PLAIN = {
 }
 
 
-# Aliases let a few hundred bytes stand for billions of values.
+# With aliases, a few hundred bytes can hold billions of values.
 _MOST_VALUES = 100_000
 _DEEPEST = 50
 
@@ -55,7 +55,7 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
-        except Exception as error:  # of a tag that does not fit its value
+        except Exception as error:  # from a tag that does not fit its value
             value = shortened(node.value) if isinstance(node, yaml.ScalarNode) else "this"
             kind = node.tag.rpartition(":")[2]
             raise yaml.MarkedYAMLError(
@@ -76,7 +76,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _count(node: yaml.Node, known: dict[int, int], parents: tuple[int, ...]) -> int:
-    """How many values a node stands for, those of aliases counted each time."""
+    """The number of values of a node; those of aliases count each time."""
     if id(node) in known:
         return known[id(node)]
     if id(node) in parents:
@@ -111,8 +111,10 @@ for _kind, (_pattern, _first) in _PLAIN.items():
 
 def parse_yaml(text: str) -> Any:
     """
+    The value of a YAML text.
+
     Raises:
-        ValueError: one sentence that says where the text is no YAML.
+        ValueError: one sentence with the place where the text is not valid YAML.
     """
     if len(text) > limits().recipe_bytes:
         raise ValueError(f"it has more characters than {named('recipe_bytes')}.")
@@ -131,7 +133,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     The sections of a recipe file, YAML or JSON.
 
     Raises:
-        ValueError: one sentence, if there is no such file, or it holds something else.
+        ValueError: one sentence, if the file does not exist, or holds something else.
     """
     if not path.is_file():
         raise ValueError(f"There is no recipe {path}.")

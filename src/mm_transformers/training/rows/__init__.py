@@ -1,1 +1,1 @@
-"""Which rows are trained on and held out, in which order, and how batches are made of them."""
+"""Training rows and held-out rows, their order, and their batches."""

@@ -1,4 +1,4 @@
-"""The loaders of evaluations, kept with their workers from one evaluation of a training to the next."""
+"""Keeps the loaders of evaluations, with their workers, from one evaluation to the next."""
 
 from operator import is_not
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 class KeptLoaders:
     """
-    Drops a loader that the Trainer has kept as soon as it would have to read something else.
+    Drops a kept loader of the Trainer if it would have to read something else.
 
     Args:
         loaders: the Trainer's own, name -> loader. It has one name for all data sets without a name.
@@ -18,8 +18,10 @@ class KeptLoaders:
 
     def keep_if_same(self, name: str, *read: Any) -> None:
         """
+        Keeps the loader if it reads the same objects as before.
+
         Args:
-            name: of the loader that is wanted.
+            name: of the wanted loader.
             read: the objects that it reads: the rows, the collator, the feature cache.
         """
         if any(map(is_not, self._read.get(name, (None,)), read)):

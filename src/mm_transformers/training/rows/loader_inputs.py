@@ -1,4 +1,4 @@
-"""What the Trainer's own data loader reads, in place of the data set that it was given."""
+"""The inputs of the Trainer's data loader, instead of the given data set."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +17,12 @@ SamplerFn = Callable[[Any], Optional[Sampler[int]]]
 @dataclass
 class LoaderInputs:
     """
+    The inputs of a data loader.
+
     Args:
-        rows: what the loader reads.
+        rows: the rows of the loader.
         collator: makes a batch of them.
-        sampler_fn: gives the order of the rows, given `rows`; `None` for streams.
+        sampler_fn: returns the order of the rows, given `rows`; `None` for streams.
     """
 
     rows: Any
@@ -34,10 +36,12 @@ class LoaderInputs:
     @classmethod
     def of_rows(cls, rows: Any, original: Any, collator: Any, sampler_fn: Optional[SamplerFn]) -> "LoaderInputs":
         """
+        The inputs of a loader for these rows.
+
         Args:
-            rows: as the collator takes them.
-            original: the data set that they are made of, which the sampler may look at.
-            sampler_fn: gives a sampler for `original`.
+            rows: as in the collator.
+            original: the original data set, for the sampler.
+            sampler_fn: returns a sampler for `original`.
         """
         if sampler_fn is None:
             return cls(rows, collator)
@@ -45,7 +49,7 @@ class LoaderInputs:
         def sampler_of(_: Any) -> Optional[Sampler[int]]:
             sampler = sampler_fn(original)
             if hasattr(sampler, "set_epoch"):
-                # Once batches are skipped on several processes, accelerate finds the data set, but not the sampler.
+                # If batches are skipped on several processes, accelerate finds the data set, but not the sampler.
                 rows.set_epoch = sampler.set_epoch
             return sampler
 
@@ -53,7 +57,7 @@ class LoaderInputs:
 
     def share(self, batch_size: int, num_processes: int, split_batches: bool, is_training: bool) -> None:
         """
-        Of a stream, each of several processes reads a [`ShareOfStream`].
+        Splits a stream over the processes: each reads a [`ShareOfStream`].
 
         Args:
             batch_size: of one process, or of all if `split_batches`.
@@ -65,6 +69,6 @@ class LoaderInputs:
             self.collator = WithoutRepeats(self.collator, tells=not is_training)
 
     def took(self, loader: DataLoader[Any]) -> None:
-        """After accelerate has put its own data set around the rows: they read the part of this process themselves."""
+        """Call it after accelerate has wrapped the rows: they read the part of this process themselves."""
         if isinstance(self.rows, (MixedStream, ShareOfStream)):
             self.rows.read_own_part(loader.dataset)

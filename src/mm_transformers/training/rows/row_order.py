@@ -1,4 +1,4 @@
-"""On what the order of the training rows depends: a resumed training goes on with the same rows if all is as it was."""
+"""The settings that determine the order of the training rows. A resumed training needs the same settings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +15,14 @@ logger = logging.get_logger(__name__)
 
 def order_of_rows(dataset: Any, args: TrainingArguments, batch_size: int) -> dict[str, int]:
     """
+    The settings that determine the order of the rows.
+
     Args:
         dataset: the training rows.
         batch_size: of one process.
 
     Returns:
-        Name -> number; `rows_per_step` and what else the order depends on.
+        Name -> number: `rows_per_step` and all other settings that affect the order.
     """
     found = {"rows_per_step": batch_size * args.gradient_accumulation_steps * args.world_size}
     is_mixture = isinstance(dataset, DataMixture)

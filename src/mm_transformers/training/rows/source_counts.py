@@ -10,8 +10,10 @@ from ...data.sources import ROWS_PER_SOURCE
 
 class RowCounts:
     """
+    Counts the training rows of each data set of a mixture.
+
     Args:
-        sources: the names of the data sets of the mixture; none if there is no mixture.
+        sources: the names of the data sets of the mixture; empty without a mixture.
     """
 
     def __init__(self, sources: list[str]):
@@ -22,13 +24,13 @@ class RowCounts:
         self._rows: Any = 0
 
     def take_rows(self, batches: list[dict[str, Any]]) -> None:
-        """Takes the counts of the collator out of the batches; a model does not take them."""
+        """Removes the counts of the collator from the batches; they are no input of the model."""
         for batch in batches:
             if ROWS_PER_SOURCE in batch:
                 self._rows = self._rows + batch.pop(ROWS_PER_SOURCE)
 
     def rows_since_last(self, accelerator: Accelerator) -> dict[str, int]:
-        """How many rows of each data set all processes have seen since the last call."""
+        """The number of rows of each data set in all processes since the last call."""
         if not torch.is_tensor(self._rows):
             return {}
         rows = accelerator.reduce(self._rows, reduction="sum").tolist()

@@ -1,4 +1,4 @@
-"""Rows under several processes: each reads its share of a stream, and rows that are repeated count once."""
+"""Rows with several processes: each reads its share of a stream, and repeated rows count once."""
 
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
@@ -10,20 +10,22 @@ from accelerate.utils import recursively_apply
 from torch.utils.data import IterableDataset
 
 
-# In a batch of an evaluation: which of its rows are repeated. [`MMTrainer`] takes it out before the model sees it.
+# In an evaluation batch: the repeated rows. [`MMTrainer`] removes this key before the model runs.
 IS_REPEATED = "is_repeated"
 
 
 class Repeated(NamedTuple):
-    """A row that fills up the last batch."""
+    """A repeated row that pads the last batch."""
 
     row: Any
 
 
 class ShareOfStream(IterableDataset):
     """
-    The rows of one process: of so many batches as there are processes, its own. The last batches are filled up with the
-    first rows of the stream, so that all processes have as many; those rows are [`Repeated`].
+    The rows of one process: one batch in each group of as many batches as processes.
+
+    The last batches are padded with the first rows of the stream, so that all processes have the same number of
+    batches. Those rows are [`Repeated`].
 
     Args:
         dataset: the stream, of which every process reads all rows.
@@ -34,8 +36,10 @@ class ShareOfStream(IterableDataset):
 
     def read_own_part(self, dataset: Any) -> None:
         """
+        Makes this process read its own share only.
+
         Args:
-            dataset: the `IterableDatasetShard` of accelerate around this. It then hands on what it gets.
+            dataset: the `IterableDatasetShard` of accelerate around this. It then passes the rows on unchanged.
         """
         if dataset is self:
             return
@@ -47,7 +51,7 @@ class ShareOfStream(IterableDataset):
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
         elif isinstance(getattr(self.dataset, "generator", None), torch.Generator):
-            self.dataset.generator.manual_seed(epoch)  # as accelerate does, so that all processes draw the same
+            self.dataset.generator.manual_seed(epoch)  # as in accelerate, so that all processes draw the same
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // (self.batch_size * self.num_processes)) * self.batch_size
@@ -63,7 +67,7 @@ class ShareOfStream(IterableDataset):
 
 class WithoutRepeats:
     """
-    A collator that takes the labels from rows that are [`Repeated`].
+    A collator that removes the labels of [`Repeated`] rows.
 
     Args:
         collator: makes a batch of rows, with `labels`, a dict from task to tensor.
@@ -82,11 +86,13 @@ class WithoutRepeats:
 
 def unlabel_repeated_rows(batch: dict[str, Any], num_rows: int, batch_size: int, rank: int, num_processes: int) -> None:
     """
-    Takes the labels from repeated rows in the last batch of an epoch. accelerate fills up the last batches with the
-    first rows of the epoch, so that all processes have as many; these must not count twice.
+    Removes the labels of repeated rows in the last batch of an epoch.
+
+    accelerate pads the last batches with the first rows of the epoch, so that all processes have the same number. These
+    rows must not count twice.
 
     Args:
-        num_rows: of the epoch, in all processes together; 0 if it is not known.
+        num_rows: of the epoch, in all processes together; 0 if unknown.
         batch_size: of one process.
     """
     num_left = num_rows % (batch_size * num_processes)
@@ -102,7 +108,7 @@ def _unlabel(batch: dict[str, Any], rows: torch.Tensor | slice) -> None:
 
 def gather_once(accelerator: Accelerator, is_repeated: torch.Tensor) -> Callable[[Any], Any]:
     """
-    What gathers tensors of all processes, without those of repeated rows.
+    A function that gathers tensors of all processes, without those of repeated rows.
 
     Args:
         is_repeated (batch,): of this process.
@@ -110,7 +116,7 @@ def gather_once(accelerator: Accelerator, is_repeated: torch.Tensor) -> Callable
     kept = accelerator.gather(is_repeated) == 0
 
     def gather(values: Any) -> Any:
-        # What has another length is not of these rows.
+        # Tensors of another length do not belong to these rows.
         return recursively_apply(lambda x: x[kept] if len(x) == len(kept) else x, accelerator.gather(values))
 
     return gather

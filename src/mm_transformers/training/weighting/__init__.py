@@ -1,4 +1,4 @@
-"""The ways of weighting tasks that come with the package: one line each."""
+"""The task weightings of the package: one line each."""
 
 from .base import WEIGHTINGS, StepSignals, TaskWeighting, WeightedTasks, build_weighting, register_weighting
 from .db_mtl import DBMTLWeighting

@@ -1,4 +1,4 @@
-"""What a way of weighting tasks is, and the registry of them."""
+"""The base class of task weightings, and their registry."""
 
 import inspect
 import math
@@ -12,15 +12,17 @@ from ...model.registry import registered
 
 WEIGHTINGS: dict[str, type["TaskWeighting"]] = {}
 
-# A task whose loss is less has nothing left to learn; its logarithm, or its share of another, would be without bounds.
+# A task with a smaller loss has nothing left to learn; its logarithm, or its ratio to another, would be unbounded.
 SMALLEST_LOSS = 1e-8
 
 
 class WeightedTasks(NamedTuple):
     """
+    The tasks of a weighting.
+
     Args:
         names: of the tasks.
-        likelihood_scales: for each task, what its loss must be multiplied with to be a negative log-likelihood.
+        likelihood_scales: for each task, the factor that turns its loss into a negative log-likelihood.
         learning_rate: that of the training arguments.
     """
 
@@ -31,14 +33,14 @@ class WeightedTasks(NamedTuple):
 
 class StepSignals(NamedTuple):
     """
-    What is known of one optimiser step: of all its micro-batches and all processes.
+    The measurements of one optimiser step, over all its micro-batches and all processes.
 
     Args:
-        losses (num_tasks,) float32: the mean loss of each task, without its `loss_weight`; 0 where nothing is labelled.
-        labelled (num_tasks,) bool: which tasks have a label in this step, and count (their `loss_weight` is not 0).
-        gradients (num_tasks, num_parameters) float32: the gradients of `losses` at the probe block; only where
-            `needs_gradients`. They alone are on the device of the model.
-        losses_after (num_tasks,) float32: the losses of the same batches after the step; only where
+        losses (num_tasks,) float32: the mean loss of each task, without its `loss_weight`; 0 without labels.
+        labelled (num_tasks,) bool: the tasks that have a label in this step, and a `loss_weight` other than 0.
+        gradients (num_tasks, num_parameters) float32: the gradients of `losses` at the probe block; only with
+            `needs_gradients`. This is the only tensor on the device of the model.
+        losses_after (num_tasks,) float32: the losses of the same batches after the step; only with
             `needs_losses_after`.
     """
 
@@ -49,31 +51,30 @@ class StepSignals(NamedTuple):
 
     @property
     def can_improve(self) -> torch.Tensor:
-        """(num_tasks,) bool: which labelled tasks have a loss whose logarithm is a number."""
+        """(num_tasks,) bool: the labelled tasks with a finite logarithm of the loss."""
         return self.labelled & (self.losses > SMALLEST_LOSS)
 
 
 class TaskWeighting:
     """
-    Says by how much the loss of each task counts, step by step. What it says is multiplied by the `loss_weight` of the
-    task.
+    Sets the weight of the loss of each task, step by step. The weight is multiplied by the task's `loss_weight`.
 
     A kind subclasses it, sets `kind`, implements [`weights`] and, if it learns, [`update`], and is decorated with
-    [`register_weighting`]. The keyword-only arguments of its `__init__` are its options. What is to be saved and
-    resumed are the tensors of [`state_dict`]; they are equal in all processes, since the signals are.
+    [`register_weighting`]. The keyword-only arguments of its `__init__` are its options. The tensors of [`state_dict`]
+    are saved and resumed. They are equal in all processes, since the signals are.
     """
 
     kind: ClassVar[str]
     # True if the weights of a step depend on the signals of that same step. With gradient accumulation, the
-    # micro-batches of the step are then run forward once more, before it.
+    # micro-batches of the step then run forward once more, before it.
     looks_ahead: ClassVar[bool] = False
-    # True if the weights are those of the tasks, so that the model applies them by itself.
+    # True if the weights are those of the tasks, so that the model itself applies them.
     is_constant: ClassVar[bool] = False
     # True if the signals need the gradients at the probe block, the last layer that all tasks share.
     needs_gradients: ClassVar[bool] = False
     # True if the signals need the losses of the same batches after the step: one more forward pass.
     needs_losses_after: ClassVar[bool] = False
-    # True if [`merge`] takes the place of [`weights`]: a backward pass for each task.
+    # True if [`merge`] replaces [`weights`]: a backward pass for each task.
     merges_gradients: ClassVar[bool] = False
 
     def __init__(self, tasks: WeightedTasks):
@@ -81,7 +82,7 @@ class TaskWeighting:
 
     def weights(self, step: Optional[StepSignals]) -> torch.Tensor:
         """
-        (num_tasks,) float32, the weights of the step to come.
+        (num_tasks,) float32, the weights of the next step.
 
         Args:
             step: its signals, if the kind looks ahead; else `None`.
@@ -93,7 +94,7 @@ class TaskWeighting:
 
     def merge(self, products: torch.Tensor, step: int) -> torch.Tensor:
         """
-        (num_tasks,): by how much the gradient of each task is multiplied in all that the tasks share.
+        (num_tasks,): the factor of each task's gradient in the shared parameters.
 
         Args:
             products (num_tasks, num_tasks) float64: inner products of the gradients of the tasks there.
@@ -110,7 +111,7 @@ class TaskWeighting:
 
 def register_weighting(cls: type[TaskWeighting]) -> type[TaskWeighting]:
     """
-    Class decorator that makes a way of weighting known, so that `config.task_weighting` can name it.
+    Class decorator that registers a weighting, so that `config.task_weighting` can name it.
 
     Raises:
         ValueError: if `kind` is missing or is already taken by another class.
@@ -120,8 +121,8 @@ def register_weighting(cls: type[TaskWeighting]) -> type[TaskWeighting]:
 
 def build_weighting(spec: str | dict[str, Any] | None, tasks: WeightedTasks) -> TaskWeighting:
     """
-    The weighting that `config.task_weighting` describes: `"famo"`, or `{"kind": "famo", "learning_rate": 0.01}`; `None`
-    is `"static"`.
+    The weighting of `config.task_weighting`: `"famo"`, or `{"kind": "famo", "learning_rate": 0.01}`; `None` is
+    `"static"`.
 
     Raises:
         ValueError: if the kind or one of its options is unknown, or the options are not a dict of these.
@@ -148,8 +149,10 @@ def build_weighting(spec: str | dict[str, Any] | None, tasks: WeightedTasks) -> 
 
 def check_option(kind: str, name: str, value: Any, minimum: float = 0.0, below: float = math.inf) -> float:
     """
+    The value of an option as a number.
+
     Raises:
-        ValueError: if the option is not a number in [minimum, below).
+        ValueError: if it is not a number in [minimum, below).
     """
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not minimum <= value < below:
         upper = "" if below == math.inf else f" and less than {below}"

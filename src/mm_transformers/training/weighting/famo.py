@@ -11,16 +11,17 @@ from .task_numbers import TaskNumbers
 @register_weighting
 class FAMOWeighting(TaskWeighting):
     """
-    FAMO (Liu et al. 2023, https://arxiv.org/abs/2306.03792): follows the gradient of `c * sum_k z_k log(L_k)` with
-    `z = softmax(xi)` and `c = 1 / sum_k (z_k / L_k)`, so that the weights of the losses, `c z_k / L_k`, sum to 1. After
-    the step the same batches are run forward again, and `xi` follows, by Adam, the gradient of
-    `sum_k z_k (log L_k before - log L_k after)`: tasks that improved less get more weight.
+    FAMO (Liu et al. 2023, https://arxiv.org/abs/2306.03792): tasks that improved less get more weight.
 
-    This is the exact form; it costs one forward pass per step, and one more with gradient accumulation.
+    Training follows the gradient of `c * sum_k z_k log(L_k)`, with `z = softmax(xi)` and `c = 1 / sum_k (z_k / L_k)`.
+    So the weights of the losses, `c z_k / L_k`, sum to 1. After the step, the same batches run forward again. Then Adam
+    updates `xi` by the gradient of `sum_k z_k (log L_k before - log L_k after)`.
+
+    This is the exact form. It costs one forward pass per step, and one more with gradient accumulation.
 
     Args:
-        learning_rate (`float`, *optional*, defaults to 0.025): Of `xi`.
-        weight_decay (`float`, *optional*, defaults to 0.01): Of `xi`.
+        learning_rate (`float`, *optional*, defaults to 0.025): The learning rate of `xi`.
+        weight_decay (`float`, *optional*, defaults to 0.01): The weight decay of `xi`.
     """
 
     kind: ClassVar[str] = "famo"

@@ -11,15 +11,17 @@ from .task_numbers import TaskNumbers
 @register_weighting
 class GradNormWeighting(TaskWeighting):
     """
-    GradNorm (Chen et al. 2018, https://arxiv.org/abs/1711.02257): with `G_k = |w_k grad L_k|` at the probe block, the
-    last layer that all tasks share, the weights follow the gradient of `sum_k |G_k - mean(G) * r_k^alpha|`, where `r_k`
-    is the share of its first loss that task k still has, relative to the mean of the tasks; the target is held fixed.
-    Then they are scaled to sum to the number of tasks. Tasks without labels in a step, or whose gradient does not reach
-    the probe block, keep their weight.
+    GradNorm (Chen et al. 2018, https://arxiv.org/abs/1711.02257): slow tasks get larger gradients.
+
+    `G_k = |w_k grad L_k|` is the gradient norm at the probe block, the last layer that all tasks share. The weights
+    follow the gradient of `sum_k |G_k - mean(G) * r_k^alpha|`. Here `r_k` is the current loss of task k as a share of
+    its first loss, relative to the mean of the tasks. The target is held fixed. Then the weights are scaled to sum to
+    the number of tasks. Tasks without labels in a step keep their weight, as do tasks whose gradient does not reach the
+    probe block.
 
     Args:
         alpha (`float`, *optional*, defaults to 1.5): How strongly slow tasks are helped.
-        learning_rate (`float`, *optional*, defaults to 0.025): Of the weights, for Adam.
+        learning_rate (`float`, *optional*, defaults to 0.025): The learning rate of the weights, for Adam.
     """
 
     kind: ClassVar[str] = "gradnorm"
@@ -49,7 +51,7 @@ class GradNormWeighting(TaskWeighting):
         gradients = torch.zeros_like(before)
         gradients[seen] = (scaled - target).sign() * norms[seen]  # of sum |G_k - target|, the target held fixed
         self.task_weights.step(gradients, seen)
-        # A weight that Adam would take below 0 would turn the task around.
+        # A negative weight would maximise the loss of the task.
         after = self.task_weights.values.clamp(min=1e-3)
         self.task_weights.values = torch.where(seen, after * before[seen].sum() / after[seen].sum(), before)
 

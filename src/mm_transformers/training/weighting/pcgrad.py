@@ -1,4 +1,4 @@
-"""Gradients that no longer contradict each other."""
+"""Projected gradients that do not conflict."""
 
 from typing import ClassVar
 
@@ -10,16 +10,19 @@ from .base import TaskWeighting, WeightedTasks, check_option, register_weighting
 @register_weighting
 class PCGradWeighting(TaskWeighting):
     """
-    PCGrad (Yu et al. 2020, https://arxiv.org/abs/2001.06782): where the gradients of two tasks point against each
-    other, `g_i . g_j < 0`, the part of `g_i` along `g_j` is taken away, `g_i <- g_i - (g_i . g_j) / |g_j|^2 g_j`, for
-    all other tasks j in random order; the results are summed. For the parameters that tasks share; task layers, and the
-    decoder if one task alone writes, keep their gradients. With several processes, gradients are averaged over them
-    first, and then projected.
+    PCGrad (Yu et al. 2020, https://arxiv.org/abs/2001.06782): removes conflicts between the gradients of tasks.
+
+    Two gradients conflict if `g_i . g_j < 0`. Then `g_i` loses its part along `g_j`:
+    `g_i <- g_i - (g_i . g_j) / |g_j|^2 g_j`. This is done for all other tasks j in random order, and the results are
+    summed.
+
+    It applies to the parameters that tasks share. Task layers keep their gradients, as does the decoder if one task
+    alone writes. With several processes, gradients are averaged over them first, and then projected.
 
     It costs a backward pass and a copy of the gradients per task.
 
     Args:
-        seed (`int`, *optional*, defaults to 0): Of the order.
+        seed (`int`, *optional*, defaults to 0): The seed of the order.
     """
 
     kind: ClassVar[str] = "pcgrad"
@@ -30,8 +33,8 @@ class PCGradWeighting(TaskWeighting):
         self.seed = int(check_option(self.kind, "seed", seed))
 
     def merge(self, products: torch.Tensor, step: int) -> torch.Tensor:
-        # All that arises is a sum of the gradients, so it is enough to follow the coefficients: row i says what has
-        # become of gradient i. The order is a function of seed and step, so it survives a resume.
+        # All results are sums of the gradients, so their coefficients are enough: row i is the current
+        # gradient i. The order depends on seed and step only, so a resumed training has the same order.
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
         coefficients = torch.eye(len(products), dtype=products.dtype)
         for i in range(len(products)):

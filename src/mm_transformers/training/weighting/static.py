@@ -1,4 +1,4 @@
-"""Weights that stay as they are."""
+"""Constant weights."""
 
 from typing import ClassVar
 
@@ -8,8 +8,10 @@ from .base import TaskWeighting, register_weighting
 @register_weighting
 class StaticWeighting(TaskWeighting):
     """
-    The `loss_weight` of each task, and nothing else. Studies that compare find tuned fixed weights hard to beat
-    (https://arxiv.org/abs/2201.04122, https://arxiv.org/abs/2505.10347).
+    Uses only the `loss_weight` of each task.
+
+    Comparative studies find tuned fixed weights hard to beat (https://arxiv.org/abs/2201.04122,
+    https://arxiv.org/abs/2505.10347).
     """
 
     kind: ClassVar[str] = "static"

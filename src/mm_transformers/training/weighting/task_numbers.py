@@ -8,13 +8,14 @@ _ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 class TaskNumbers:
     """
-    A number for each task, each followed by an Adam (https://arxiv.org/abs/1412.6980) of its own: a step in which a
-    task has no labels leaves its number, its moments and its count of steps as they are. In one Adam over a vector,
-    the momentum of tasks that are seldom seen would fade without their having moved, and they would move too far.
+    A learned number for each task, each with its own Adam optimiser (https://arxiv.org/abs/1412.6980).
+
+    A step without labels of a task leaves its number, its moments and its step count unchanged. One Adam for all would
+    shrink the moments of rare tasks in such steps, and their next step would be too large.
 
     Args:
-        start: what each number starts at.
-        num_tasks: how many there are.
+        start: the initial value of each number.
+        num_tasks: the number of tasks.
         learning_rate, weight_decay: of Adam.
     """
 
@@ -34,6 +35,8 @@ class TaskNumbers:
 
     def step(self, gradients: torch.Tensor, seen: torch.Tensor) -> None:
         """
+        One step of Adam.
+
         Args:
             gradients (num_tasks,) float32: by the numbers.
             seen (num_tasks,) bool: the tasks that take the step.

@@ -1,4 +1,4 @@
-"""Weights by how uncertain each task is."""
+"""Weights by the uncertainty of each task."""
 
 from typing import ClassVar, Optional
 
@@ -11,16 +11,18 @@ from .task_numbers import TaskNumbers
 @register_weighting
 class UncertaintyWeighting(TaskWeighting):
     """
-    Homoscedastic uncertainty (Kendall et al. 2018, https://arxiv.org/abs/1705.07115): minimises
-    `sum_k a_k exp(-s_k) L_k + s_k / 2` over the model and `s`, the log variance of each task, which starts at 0 and
-    stays within ±5. `a_k` is 1 for cross-entropies and 1/2 for squared errors. Tasks without labels in a step keep
-    their `s_k`.
+    Homoscedastic uncertainty (Kendall et al. 2018, https://arxiv.org/abs/1705.07115): learns a variance for each task.
 
-    The gradient by `s_k`, `1/2 - a_k exp(-s_k) L_k`, is taken from the losses of the whole step and followed by Adam
-    without decay, so it is the same in all processes.
+    It minimises `sum_k a_k exp(-s_k) L_k + s_k / 2` over the model and `s`. `s` is the log variance of each task; it
+    starts at 0 and stays within ±5. `a_k` is 1 for cross-entropies and 1/2 for squared errors. Tasks without labels in
+    a step keep their `s_k`.
+
+    The gradient by `s_k` is `1/2 - a_k exp(-s_k) L_k`, from the losses of the whole step. Adam without decay applies
+    it, so `s_k` is equal in all processes.
 
     Args:
-        learning_rate (`float`, *optional*): Of `s`. Defaults to 10 times that of the training arguments.
+        learning_rate (`float`, *optional*): The learning rate of `s`. Defaults to 10 times that of the training
+            arguments.
     """
 
     kind: ClassVar[str] = "uncertainty"
