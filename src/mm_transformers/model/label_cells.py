@@ -75,7 +75,7 @@ def infer_labels(cells: Iterable[Any], column: str) -> list[str]:
     if not values:
         raise ValueError(f"Column {column!r} has no label in the training rows, so there is nothing to learn from.")
     if len(kinds) > 1:
-        one, other = sorted({str: "texts", bool: "truth values", float: "numbers"}[kind] for kind in kinds)[::-1][:2]
+        one, other = sorted({str: "texts", bool: "truth values", float: "numbers"}[held] for held in kinds)[::-1][:2]
         raise ValueError(f"Column {column!r} holds {one} and {other}; labels are one or the other.")
     if kinds == {bool}:
         return sorted(str(value).lower() for value in values)
