@@ -190,3 +190,52 @@ def test_training_and_prediction_stay_within_memory_on_a_hostile_folder(tmp_path
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == len(rows)
     assert all(answer["topic"] in ("animals", "food") for answer in answers)
+
+
+@pytest.mark.nightly
+def test_the_page_stays_within_memory_on_hostile_uploads(tmp_path):
+    """At most 2 GB above what one honest request takes; each request ends with answers or with one sentence."""
+    rows, refused = hostile_rows(tmp_path)
+    child = run_child(
+        f"""
+        import re, time
+        from pathlib import Path
+        from tiny import make_feature_extractor, make_image_processor, make_model, make_tokenizer
+        from mm_transformers import Classification, MMTransformerProcessor, set_limits
+        from mm_transformers.cli.page_answers import answers_as_html
+        from mm_transformers.cli.uploads import Upload
+
+        set_limits(encoded_seconds=1)  # the tiny encoder makes thousands of tokens of a second
+        folder = Path({str(tmp_path)!r})
+        model = make_model(audio="wav2vec2", tasks=[Classification("topic", labels=["animals", "food"])])
+        processor = MMTransformerProcessor(make_image_processor(), make_tokenizer(), make_feature_extractor())
+
+        def answer(name, text="a cat"):
+            part = "audio" if name.endswith((".wav", ".flac")) else "image"
+            row = {{"text": text, part: Upload(name, (folder / name).read_bytes())}}
+            return answers_as_html(model, processor, row, ["topic"], ("text", "image", "audio"))
+
+        answer("good.png")
+        tell(before=peak())
+        shown, slowest = {{}}, 0.0
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".png", ".jpg", ".gif", ".eps", ".wav", ".flac"):
+                start = time.time()
+                page = answer(path.name)
+                slowest = max(slowest, time.time() - start)
+                shown[path.name] = "%" in re.sub("<style.*?</style>", "", page, flags=re.S)
+        start = time.time()
+        answer("good.png", "the cat " * 1_000_000)
+        tell(after=peak(), slowest=max(slowest, time.time() - start), shown=shown)
+        """,
+        seconds=560,
+        gigabytes=16,
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    print({name: value for name, value in child.told.items() if name != "shown"})
+    assert child.told["after"] - child.told["before"] < 2 * 2**30
+    assert child.told["slowest"] < 120
+    wanted = {row["image"] if "image" in row else row.get("audio", "") for row in rows}
+    for path in map(Path, wanted):
+        if path.name in child.told["shown"]:
+            assert child.told["shown"][path.name] is (path.name not in refused), path.name
