@@ -117,12 +117,12 @@ class Judgement(NamedTuple):
 @dataclass
 class Task:
     """
-    One question asked of every row: its head, its loss, how a column becomes a label and how logits become an answer.
+    One question about every row: its head, its loss, the encoding of labels and the decoding of logits.
 
-    Subclass it, set `kind`, implement the methods that raise `NotImplementedError` and decorate with
-    [`register_task`]. No other code looks at the kind of a task: it asks the methods below. A kind that chooses among
-    labels has a field `labels` and the method [`probabilities`]; from these follow confusion matrix, calibration,
-    majority share and the bars of the demo page.
+    Subclass it, set `kind`, implement the methods that raise `NotImplementedError` and decorate with [`register_task`].
+    No other code reads the kind of a task: it calls the methods below. A kind that chooses among labels has a field
+    `labels` and the method [`probabilities`]. They provide the confusion matrix, calibration, majority share and the
+    bars of the demo page.
 
     Args:
         name (`str`): Key of the task in `labels`, `logits`, `losses` and metric names; letters, digits, underscores.
