@@ -135,7 +135,7 @@ class _Rule:
             raise OSError(f"the host {parts.hostname[:100]!r} is not among those that are allowed")
 
     def connect(self, deadline: _Deadline, address: tuple[str, int], *_: Any) -> socket.socket:
-        """A connection to one of the host's addresses, of which none may be private if only public ones are allowed."""
+        """A connection to one of the host's addresses. If only public ones are allowed, none may be private."""
         host, port = address
         found = _looked_up(host, port, deadline.left())
         if self.public_only:

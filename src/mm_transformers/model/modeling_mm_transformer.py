@@ -48,7 +48,7 @@ from .token_reduction import build_token_reduction
 
 logger = logging.get_logger(__name__)
 
-# What `save_pretrained(push_to_hub=True)` hands on to `push_to_hub`.
+# The arguments that `save_pretrained(push_to_hub=True)` passes on to `push_to_hub`.
 _PUSHING = ("repo_id", "commit_message", "private", "token", "create_pr", "max_shard_size", "revision", "tags")
 
 
@@ -59,24 +59,25 @@ class MMTransformerModelOutput(ModelOutput):
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, text_len, text hidden size)`):
-            The fused states: the text tokens, after they have read the other modalities of their row.
+            The fused states: the text tokens, after attending to the other modalities of their row.
         pooler_output (`torch.FloatTensor` of shape `(batch, text hidden size)`):
             Mean of `last_hidden_state` over the tokens that are not padding.
         attention_mask (`torch.BoolTensor` of shape `(batch, text_len)`):
-            Which tokens are not padding; in rows without a text the first, whose place a learned vector takes.
+            True at tokens, False at padding. In rows without a text, the first place holds a learned vector and is
+            True.
         encoded (`dict[str, Stream]`):
-            The encoder outputs before the fusion: modality -> its tokens and their mask. Modalities of which the batch
-            has nothing are absent.
+            The encoder outputs before the fusion: modality -> its tokens and their mask. Modalities that the batch
+            lacks are absent.
         kept (`dict[str, torch.BoolTensor]`, *optional*, in training with modality dropout):
-            Modality -> `(batch,)`, which rows have it after dropout.
+            Modality -> `(batch,)`, the rows that keep it after dropout.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, when `output_hidden_states=True`):
             Text tokens before and after each fusion layer, `(batch, text_len, fusion_hidden_size)`.
         attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
             Self-attention of each fusion layer, in the fusion kinds that have it.
         cross_attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
-            Attention of text tokens to the tokens of images and sound in each fusion layer, `(batch, heads, text_len,
-            max_images * tokens per image + max_clips * tokens per clip)`; 0 in rows without any. Needs
-            `attn_implementation="eager"`.
+            Attention of text tokens to the tokens of images and sound in each fusion layer,
+            `(batch, heads, text_len, max_images * tokens per image + max_clips * tokens per clip)`; 0 in rows without
+            any. Needs `attn_implementation="eager"`.
     """
 
     last_hidden_state: Optional[torch.Tensor] = None
@@ -98,8 +99,8 @@ class MMTransformerOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*, when `labels` is given):
             Sum of `loss_weight * losses[task]` over the tasks, plus `losses["regularization"]`.
         losses (`dict[str, torch.Tensor]`, *optional*, when `labels` is given):
-            Of each task the mean loss over its labels, 0 without any; and `"regularization"`, if there is one.
-        logits (`dict[str, torch.Tensor]`): Of each task, in the shape that its class gives.
+            The mean loss of each task over its labels, 0 without any; and `"regularization"`, if there is one.
+        logits (`dict[str, torch.Tensor]`): The logits of each task, in the shape of its class.
         hidden_states, attentions, cross_attentions: see [`MMTransformerModelOutput`].
     """
 

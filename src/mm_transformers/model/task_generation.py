@@ -112,7 +112,7 @@ class Generation(Task):
             raise ValueError(f"task {self.name!r}: the tokenizer has no token that ends a text; set its eos_token")
         if not texts:
             return []
-        # M2M100's has a mode for targets that needs a language, of which nothing is left without special tokens.
+        # M2M100's tokenizer has a mode for targets. It needs a language, which is not used without special tokens.
         needs_language = hasattr(tokenizer, "tgt_lang") and tokenizer.tgt_lang is None
         key = "text" if needs_language else "text_target"
         needed = [needed_text(tokenizer, text, self.max_length, key) for text in texts]
