@@ -289,8 +289,8 @@ def explain(
     """
     Explain the answers of a model.
 
-    For a file of rows, write a page with heat maps: the confusion of labels, the worst and the most confident errors,
-    and some other rows. For one row, draw a picture.
+    For a file of rows, write a page with heat maps. It shows the confusion of labels, the worst and the most confident
+    errors, and some other rows. For one row, draw a picture.
     """
     from .explain import explain_one, explain_rows
 

@@ -1,4 +1,4 @@
-"""The answers of a model: which tasks are asked, evaluation mode, and logits turned into words."""
+"""The answers of a model: the selected tasks, evaluation mode, and decoding of logits."""
 
 import difflib
 import threading
@@ -18,12 +18,12 @@ class HasTasks(Protocol):
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside of a PEFT model; its adapters stay in it. Other models as they are."""
+    """The model inside of a PEFT model, with its adapters; other models unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 _lock = threading.Lock()
-# Id of a model -> how many blocks are open, and the modules in training mode before the first of them.
+# Id of a model -> the number of open blocks, and the modules in training mode before the first of them.
 _open_blocks: dict[int, tuple[int, list[torch.nn.Module]]] = {}
 
 

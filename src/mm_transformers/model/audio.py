@@ -1,4 +1,4 @@
-"""Turns whatever a table holds in its audio column into waveforms."""
+"""Converts the cells of an audio column into waveforms."""
 
 import contextlib
 import io
@@ -24,12 +24,12 @@ class _Bytes(io.BytesIO):
 
 
 class AudioError(ValueError):
-    """A clip of sound that cannot be used; the message says which and why, in one sentence."""
+    """A clip of sound that cannot be used; the message names it and the reason, in one sentence."""
 
 
 def audio_key(clip: Any):
-    """Equal for two cells that surely hold the same clip: the same object, path or bytes."""
-    # Each time that a decoder is asked, it makes a new array, whose id would say nothing.
+    """Equal for two cells with the same clip for certain: the same object, path or bytes."""
+    # A decoder returns a new array each time, whose id is meaningless.
     return id(clip) if hasattr(clip, "get_all_samples") else content_key(clip, _content(clip))
 
 
@@ -84,7 +84,7 @@ def load_audio(
     if cast.get("stream_index"):
         raise AudioError(f"{name}: stream {cast['stream_index']} of the file is asked for, but only the first is read")
     if cast.get("sampling_rate"):
-        # As the data set would decode it: with the frequencies of that rate only.
+        # As in the data set: with the frequencies of that rate only.
         waveform, rate = _resample(waveform, rate, int(cast["sampling_rate"]), name), int(cast["sampling_rate"])
     return _resample(waveform, rate, sampling_rate, name)
 
@@ -109,14 +109,14 @@ def _check_length(num_frames: int, num_samples: int, rate: int, name: str) -> No
 
 
 def _undecoded(clip: Any) -> Any:
-    """What a decoder of `datasets.Audio` decodes, as a dict with an array."""
+    """The output of a decoder of `datasets.Audio`, as a dict with an array."""
     if hasattr(clip, "get_all_samples"):
         return {"array": clip["array"], "sampling_rate": clip["sampling_rate"]}
     return clip
 
 
 def _content(clip: Any) -> Any:
-    """The array, bytes or path that a clip is given by."""
+    """The array, bytes or path of a clip."""
     has_array = isinstance(clip, Mapping) and clip.get("array") is not None
     return clip["array"] if has_array else content_of(clip)
 
@@ -169,7 +169,7 @@ def _one_channel(waveform: Any, name: str):
     elif np.isfinite(waveform).all():
         _check_range(waveform, name)
     if waveform.ndim == 2:
-        # There are always more samples than channels.
+        # A clip always has more samples than channels.
         waveform = waveform.mean(int(np.argmin(waveform.shape)))
     if not np.isfinite(waveform).all():
         raise AudioError(f"{name} holds NaN or infinity")
@@ -200,7 +200,7 @@ def waveform_of_integers(samples: Any, name: str):
 
 
 def _check_range(samples: Any, name: str) -> None:
-    """Floats may be louder than 1, but not like integers that were never scaled."""
+    """Checks that floats are scaled: they may exceed 1, but not like unscaled integers."""
     loudest = max(samples.max(), -samples.min())
     if loudest > 64 or (loudest > 1 and (samples == samples.round()).all()):
         raise AudioError(

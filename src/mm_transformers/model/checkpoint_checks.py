@@ -41,7 +41,7 @@ class Checkpoint(NamedTuple):
 
 
 class LoadingInfo(Protocol):
-    """The names of weights that do not fit, as transformers finds them while it loads."""
+    """The names of weights that do not fit, from transformers during loading."""
 
     missing_keys: set[str]
     unexpected_keys: set[str]
@@ -49,14 +49,14 @@ class LoadingInfo(Protocol):
     mismatched_keys: set[tuple[str, Any, Any]]
 
 
-# `None` while nothing is checked.
+# `None` without a check.
 _loading: ContextVar[Optional[Checkpoint]] = ContextVar("loading", default=None)
 _new_heads: ContextVar[Optional[tuple[str, ...]]] = ContextVar("new_heads", default=None)
 
 
 @contextmanager
 def with_new_heads(names: list[str]) -> Iterator[None]:
-    """While the block runs, checkpoints need not have the heads of these tasks."""
+    """Within the block, checkpoints may lack the heads of these tasks."""
     token = _new_heads.set(tuple(names))
     try:
         yield
@@ -95,7 +95,7 @@ def check_fit(model: PreTrainedModel, info: LoadingInfo) -> None:
         return
     info = copy.copy(info)
     if hasattr(model, "_adjust_missing_and_unexpected_keys"):
-        model._adjust_missing_and_unexpected_keys(info)  # weights that an encoder says may be absent
+        model._adjust_missing_and_unexpected_keys(info)  # drops weights that may be absent by the rules of an encoder
     where, new = repr(str(loading.path)), tuple(f"heads.{name}." for name in loading.new_heads)
     mismatched = sorted(entry for entry in info.mismatched_keys if not entry[0].startswith(new or (" ",)))
     if mismatched:
@@ -192,7 +192,7 @@ def _is_of_base_model(files: list[str]) -> bool:
 
 
 def _types(file: str) -> dict[str, str]:
-    """Weight -> its type, as safetensors names it."""
+    """Weight -> its type, by the name of safetensors."""
     # Inside, since this module is copied next to weights; transformers needs safetensors, so it is always installed.
     from safetensors import safe_open
 
@@ -260,7 +260,7 @@ _DAMAGE = (
 
 
 def is_pickle_error(error: Optional[BaseException]) -> bool:
-    """Whether torch refused a pickle that holds more than tensors; its message says how to load it all the same."""
+    """Whether torch refused a pickle that holds more than tensors; its message tells how to load it anyway."""
     while error is not None:
         if type(error).__name__ == "UnpicklingError" or "weights_only" in str(error):
             return True
@@ -274,7 +274,7 @@ def _problem_of_files(path: str | os.PathLike, name: str, where: Mapping[str, An
         return _problem_of_file(single, path)
     index = _find(path, f"{name}.index.json", where)
     if index is None:
-        return None  # the error of transformers says which names it looked for
+        return None  # the error of transformers lists the expected names
     try:
         shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):

@@ -1,4 +1,4 @@
-"""How much each label counts in a loss: numbers, or "balanced" over the training rows."""
+"""The weight of each label in a loss: numbers, or "balanced" over the training rows."""
 
 import math
 import numbers

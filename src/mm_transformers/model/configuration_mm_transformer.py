@@ -33,21 +33,22 @@ _LONGEST_MESSAGE = 1000
 @strict
 class MMTransformerConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`MMTransformerModel`] or [`MMTransformerForMultiTask`]: a text encoder, a vision and an
-    audio encoder (or one of them), their fusion and the tasks.
+    Configuration of a [`MMTransformerModel`] or [`MMTransformerForMultiTask`].
+
+    It covers a text encoder, a vision and an audio encoder (or one of them), their fusion and the tasks.
 
     Args:
         text_config (`dict` or `PreTrainedConfig`, *optional*):
-            Config of any text encoder that `AutoModel` knows. A `dict` needs its `model_type`. Defaults to BERT-base.
+            Config of any text encoder of `AutoModel`. A `dict` needs its `model_type`. Defaults to BERT-base.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            Config of any vision encoder that `AutoModel` knows. `None` for a model without images.
+            Config of any vision encoder of `AutoModel`. `None` for a model without images.
         audio_config (`dict` or `PreTrainedConfig`, *optional*):
-            Config of any audio encoder that `AutoModel` knows (Wav2Vec2, HuBERT, WavLM, Whisper, AST, ...). `None` for
-            a model without sound.
+            Config of any audio encoder of `AutoModel` (Wav2Vec2, HuBERT, WavLM, Whisper, AST, ...). `None` for a model
+            without sound.
         decoder_config (`dict` or `PreTrainedConfig`, *optional*):
-            Config of a decoder that `AutoModelForCausalLM` knows (BERT, GPT-2, BART, ...), for tasks that write text
-            where the text encoder has no decoder of its own. It must have `decoder_start_token_id` (or
-            `bos_token_id`), `eos_token_id` and `pad_token_id`.
+            Config of a decoder of `AutoModelForCausalLM` (BERT, GPT-2, BART, ...), for tasks that write text if the
+            text encoder has no decoder. It must have `decoder_start_token_id` (or `bos_token_id`), `eos_token_id` and
+            `pad_token_id`.
         fusion_type (`str`, *optional*, defaults to `"cross_attention"`):
             `"cross_attention"`, `"co_attention"`, `"bottleneck"`, `"merged"`, `"late"`, or a kind of your own.
         fusion_kwargs (`dict`, *optional*): Options of the fusion kind, for example `{"num_latents": 8}`.
@@ -58,42 +59,41 @@ class MMTransformerConfig(PreTrainedConfig):
         fusion_dropout (`float`, *optional*, defaults to 0.1): Dropout in attention and feed-forward of the fusion.
         classifier_dropout (`float`, *optional*, defaults to 0.1): Dropout in the task layers.
         modality_dropout (`float` or `dict[str, float]`, *optional*, defaults to 0.0):
-            Probability with which a row loses all of its images (and, on its own, all of its sound) in training, so
-            that the model also learns to answer without. `{"vision": 0.2, "text": 0.1}` gives it by modality. A row
-            never loses all that it has.
-        num_frames (`int`, *optional*, defaults to 8): How many frames are taken of a video, at most.
+            Probability that a row loses all of its images (and, independently, all of its sound) in training. So the
+            model also learns to answer without them. `{"vision": 0.2, "text": 0.1}` sets it by modality. A row always
+            keeps at least one modality.
+        num_frames (`int`, *optional*, defaults to 8): The largest number of frames of a video.
         frame_embedding (`str`, *optional*, defaults to `"sinusoidal"`):
-            How the frames of a video are told apart: `"sinusoidal"` or `"learned"`, by their number.
+            The embedding of the numbers of video frames: `"sinusoidal"` or `"learned"`.
         item_order (`bool`, *optional*, defaults to `False`):
             Whether the images, and the clips of sound, of a row have an order, as in "the left one" or "before and
-            after". Without it, a row answers the same if two of its images change places. `from_encoders` sets it to
-            `True`.
+            after". Without it, swapping two images of a row changes nothing. `from_encoders` sets it to `True`.
         vision_token_reduction (`dict`, *optional*):
-            Leaves fewer tokens of each image to the fusion, which pays for many images or frames per row:
-            `{"kind": "merge", "num_tokens": 49}` merges those that are most alike
-            (https://arxiv.org/abs/2210.09461), without parameters; `{"kind": "resampler", "num_tokens": 32,
-            "num_layers": 2}` lets learned vectors read them (https://arxiv.org/abs/2204.14198).
+            Reduces the tokens of each image before the fusion, which saves time with many images or frames per row.
+            `{"kind": "merge", "num_tokens": 49}` merges the most similar tokens (https://arxiv.org/abs/2210.09461),
+            without parameters. In `{"kind": "resampler", "num_tokens": 32, "num_layers": 2}` learned vectors attend to
+            them (https://arxiv.org/abs/2204.14198).
         freeze_batch_norm (`bool`, *optional*, defaults to `False`):
-            Whether batch normalisation in the encoders uses, and keeps, its running statistics in training, so that no
-            row depends on its batch. `from_encoders` sets it to `True`.
+            Whether batch normalisation in the encoders uses, and keeps, its running statistics in training. Then no row
+            depends on its batch. `from_encoders` sets it to `True`.
         linear_probe (`bool`, *optional*, defaults to `False`):
-            Whether each head also has a linear layer on the mean encoder outputs, with which [`MMTrainer`] starts it as
-            the best linear model (https://arxiv.org/abs/2202.10054). `from_encoders` sets it to `True`.
+            Whether each head also has a linear layer on the mean encoder outputs. With it, [`MMTrainer`] starts the
+            head as the best linear model (https://arxiv.org/abs/2202.10054). `from_encoders` sets it to `True`.
         tasks (`list[dict]` or `list[Task]`, *optional*):
-            The tasks, as objects or as the dicts that `config.json` stores.
+            The tasks, as objects or as the dicts of `config.json`.
         regularization (`dict`, *optional*):
-            `{"kind": "l2", "l1" or "l2_sp", "weight": lambda}`: adds lambda times the sum, over the tasks, of the
-            squares (or absolute values, or squared distances from where training started) of the matrices of their
-            task layers to the loss. `"tasks": {"topic": {"weight": ...}}` sets weight or kind for one task,
-            `"encoders": {"kind": "l2_sp", "weight": ...}` keeps the encoders near their pretrained weights
+            `{"kind": "l2", "l1" or "l2_sp", "weight": lambda}` adds lambda times a penalty to the loss. The penalty is
+            a sum over the matrices of the task layers of all tasks: their squares (or absolute values, or squared
+            distances from the start of training). `"tasks": {"topic": {"weight": ...}}` sets weight or kind for one
+            task. `"encoders": {"kind": "l2_sp", "weight": ...}` keeps the encoders near their pretrained weights
             (https://arxiv.org/abs/1802.01483).
         task_weighting (`str` or `dict`, *optional*, defaults to `"static"`):
-            How [`MMTrainer`] weighs the tasks: `"static"`, `"uncertainty"`, `"famo"`, `"db_mtl"`, `"gradnorm"`,
+            The task weighting of [`MMTrainer`]: `"static"`, `"uncertainty"`, `"famo"`, `"db_mtl"`, `"gradnorm"`,
             `"pcgrad"`, or a kind of your own; with options: `{"kind": "famo", "learning_rate": 0.01}`.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new weights.
         freeze (`list[str]`, *optional*):
-            What is not trained: `"text"`, `"vision"` or `"audio"` for a whole encoder (of an encoder-decoder the
-            encoder, with the embeddings that its decoder shares), or the name of a sub-module of
+            The parts that are not trained. `"text"`, `"vision"` or `"audio"` is a whole encoder; for an
+            encoder-decoder, the encoder with the embeddings that its decoder shares. Or the name of a sub-module of
             [`MMTransformerModel`], such as `"text_model.embeddings"`.
 
     Raises:
@@ -111,10 +111,11 @@ class MMTransformerConfig(PreTrainedConfig):
     ...     tasks=[Classification("sentiment", labels=["negative", "neutral", "positive"])],
     ... )
     >>> model = MMTransformerForMultiTask(config)  # random weights; see `from_encoders` for pretrained ones
-    ```"""
+    ```
+    """
 
     model_type = "mm_transformer"
-    # `sub_configs` and not `sub_configs_defaults`, which transformers 5.17 does not know.
+    # `sub_configs` and not `sub_configs_defaults`, which transformers 5.17 lacks.
     sub_configs: ClassVar[dict[str, type]] = {
         "text_config": AutoConfig,
         "vision_config": AutoConfig,
@@ -127,7 +128,7 @@ class MMTransformerConfig(PreTrainedConfig):
         "num_attention_heads": "num_fusion_attention_heads",
     }
 
-    # The losses are for the logs, the rest for those who ask: the Trainer gathers the logits alone.
+    # The losses are for the logs, other outputs for callers: the Trainer gathers the logits alone.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["losses", "hidden_states", "attentions", "cross_attentions"]
 
     text_config: dict | PreTrainedConfig | None = None
@@ -180,7 +181,7 @@ class MMTransformerConfig(PreTrainedConfig):
             self.id2label = dict(enumerate(labels))
             self.label2id = {label: i for i, label in enumerate(labels)}
         if not __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
-            # They are for those who have a copy of this code only; and where the config is saved alone, none is there.
+            # They are only for users of a copied code; a config that is saved alone has no copy.
             kwargs.pop("custom_pipelines", None)
             kwargs.pop("auto_map", None)
         for name in kwargs:
@@ -193,7 +194,7 @@ class MMTransformerConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         for name in self.sub_configs:
-            # Hub ids say where an encoder came from; a folder of this machine says nothing to others.
+            # Hub ids tell the origin of an encoder; a folder of this machine is meaningless to others.
             if isinstance(values.get(name), dict) and _is_folder(values[name].get("_name_or_path")):
                 values[name].pop("_name_or_path")
         return values
@@ -227,7 +228,7 @@ class MMTransformerConfig(PreTrainedConfig):
             raise ValueError(f"A config is a mapping of names to values, but this is a {type(config_dict).__name__}.")
         _check_auto_map(config_dict, kwargs.get("name_or_path"))
         check_values(config_dict)
-        if kwargs.get("tasks") is not None:  # objects, which only a new config takes
+        if kwargs.get("tasks") is not None:  # objects, which only a new config accepts
             config_dict = {**config_dict, "tasks": kwargs.pop("tasks")}
         try:
             return super().from_dict(config_dict, **kwargs)
@@ -236,9 +237,9 @@ class MMTransformerConfig(PreTrainedConfig):
         except ValueError as error:
             if len(str(error)) < _LONGEST_MESSAGE:
                 raise
-            raise ValueError(one_line(error, _LONGEST_MESSAGE)) from error  # it shows the whole value
+            raise ValueError(one_line(error, _LONGEST_MESSAGE)) from error  # the error includes the whole value
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
-            # Of transformers, which looks at all values of all parts.
+            # The check of transformers, of all values of all parts.
             raise ValueError(f"The config has a wrong value: {type(error).__name__}: {one_line(error)}") from error
 
     def get_tasks(self) -> dict[str, Task]:
@@ -248,7 +249,7 @@ class MMTransformerConfig(PreTrainedConfig):
 
     @property
     def modalities(self) -> list[str]:
-        """What the model takes beside text, in the order in which fusions see it."""
+        """The modalities of the model beside text, in the order of the streams of fusions."""
         return [name for name in OTHER_ENCODERS if getattr(self, f"{name}_config") is not None]
 
     @property
@@ -334,7 +335,7 @@ class MMTransformerConfig(PreTrainedConfig):
 
 def _read(cls: Any, path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
-    What `config.json` says.
+    The content of `config.json`.
 
     Raises:
         OSError: one sentence, if there is no such folder or file, or it holds no config.
@@ -352,17 +353,17 @@ def _read(cls: Any, path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_preamble(error: Exception) -> str:
-    """Of an error of a strict dataclass, what is wrong with which field."""
+    """The part of a strict dataclass's error with the field and the problem."""
     text = one_line(error)
     return re.sub(r"^Validation error for field '\w+': (\w+Error: )?", "", text)
 
 
 def check_sizes(values: Any, where: str) -> None:
     """
-    Of the config of an encoder, before it is built: a loop over a billion layers would never end.
+    Checks the config of an encoder before it is built: a loop over a billion layers would never end.
 
     Raises:
-        ValueError: one sentence, if there is a negative number of something, or there are too many layers.
+        ValueError: one sentence, if a size is negative, or there are too many layers.
     """
     for name, value in values.items():
         for number in value if isinstance(value, (list, tuple)) else [value]:
@@ -392,8 +393,10 @@ _COUNTS = re.compile(
 
 def check_traits(config: Any, where: str) -> None:
     """
+    Checks `encoder_traits`.
+
     Raises:
-        ValueError: one sentence, if `encoder_traits` is not as [`load_encoder`] writes it.
+        ValueError: one sentence, if they do not have the form of [`load_encoder`].
     """
     traits = getattr(config, "encoder_traits", None)
     if traits is None:
@@ -416,7 +419,7 @@ def _is_folder(name_or_path: Any) -> bool:
 
 
 def _check_auto_map(values: dict[str, Any], path: Any) -> None:
-    """Code is named as `module.Class`, and lies beside the config; transformers puts the Hub id in front of it."""
+    """Checks that code is named `module.Class`, beside the config; transformers adds the Hub id before it."""
     if not isinstance(values.get("auto_map") or {}, dict):
         raise ValueError("auto_map must say for each Auto class which code it loads, as in a saved model.")
     for name, references in (values.get("auto_map") or {}).items():
@@ -450,14 +453,14 @@ def _resolve(config: Any, modality: str) -> Optional[PreTrainedConfig]:
         check_sizes(values, f"{modality}_config")
         try:
             config = AutoConfig.for_model(model_type, **values)
-        except Exception as error:  # whatever an encoder's config makes of a wrong value
+        except Exception as error:  # any error of an encoder's config about a wrong value
             raise ValueError(f"{modality}_config has a wrong value: {_without_preamble(error)}") from error
     config = sub_config_of(config, modality)
     if not isinstance(config.dtype, (torch.dtype, str, type(None))):
         raise ValueError(f"{modality}_config has the dtype {config.dtype!r}, which is no type of torch.")
     check_traits(config, f"{modality}_config")
     if hasattr(config, "auto_map"):
-        # Encoders are those that transformers knows or that the user registered; code that a config names is not run.
+        # Only encoders of transformers or registered by the user; code named by a config is not run.
         del config.auto_map
     return config
 

@@ -39,12 +39,12 @@ def write_code(folder: str | os.PathLike, source: str, file: str, entries: Mappi
 
 
 def reference(cls: type) -> str:
-    """How `auto_map` names a class."""
+    """The name of a class in `auto_map`."""
     return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
 
 
 def warn_if_not_copied(kind: type) -> None:
-    """Warns of a kind of the user's own, whose code is not in the folder."""
+    """Warns of a custom kind, whose code is not in the folder."""
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     if file is None or not Path(__file__).with_name(Path(file).name).exists():
         logger.warning_once(

@@ -1,4 +1,4 @@
-"""Text encoders that can also write: encoder-decoders of transformers, pretrained as such or put together."""
+"""Text encoders that can also write: pretrained encoder-decoders of transformers, or combined ones."""
 
 import copy
 from typing import Any, Optional
@@ -50,7 +50,7 @@ def build_seq2seq(text_config: PreTrainedConfig, decoder_config: Optional[PreTra
 
 
 def load_seq2seq(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs) -> PreTrainedModel:
-    """The same with the weights of a Hub repository or local folder; a decoder from a config has new ones."""
+    """The same with the weights of a Hub repository or local folder; a decoder from a config has new weights."""
     if decoder_config is None:
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         config = without_random_skips(read_encoder_config(path, "text", **hub_kwargs))
@@ -121,7 +121,7 @@ def _decoder_positions(config: PreTrainedConfig) -> Optional[int]:
 
 
 def decoder_vocab_size(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig]) -> int:
-    """How many tokens the decoder can write."""
+    """The vocabulary size of the decoder."""
     if decoder_config is not None:
         return decoder_config.vocab_size
     return getattr(text_config, "decoder_vocab_size", None) or text_config.vocab_size

@@ -1,4 +1,4 @@
-"""What several processes share: rows, and models of which each holds a part."""
+"""Rows of several processes, and models that are sharded over them."""
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether each process holds a part of the weights (FSDP, ZeRO-3), so that all must run the module, or none."""
+    """Whether the weights are sharded over processes (FSDP, ZeRO-3), so that all must run the module, or none."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
     kinds = {cls.__name__ for part in module.modules() for cls in type(part).__mro__}

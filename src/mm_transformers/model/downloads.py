@@ -1,4 +1,4 @@
-"""Downloads over http(s), bounded in time and bytes; of what strangers name, only from the public Internet."""
+"""Downloads over http(s), with limits of time and bytes; addresses from strangers must be on the public Internet."""
 
 import contextlib
 import http.client
@@ -81,7 +81,7 @@ def _too_late() -> str:
 
 
 class _Deadline:
-    """Ends the connections that it is shown when the time is over, however slowly a server drips."""
+    """Closes its connections when the time is over, however slowly a server sends."""
 
     def __init__(self, seconds: float):
         self.end = time.monotonic() + seconds
@@ -135,7 +135,7 @@ class _Rule:
             raise OSError(f"the host {parts.hostname[:100]!r} is not among those that are allowed")
 
     def connect(self, deadline: _Deadline, address: tuple[str, int], *_: Any) -> socket.socket:
-        """A connection to one of the host's addresses, of which none may be private if only public ones are allowed."""
+        """A connection to one of the host's addresses. If only public ones are allowed, none may be private."""
         host, port = address
         found = _looked_up(host, port, deadline.left())
         if self.public_only:
@@ -187,7 +187,7 @@ def _looked_up(host: str, port: int, seconds: float) -> list[Any]:
 
 
 def is_public(ip: str) -> bool:
-    """Whether an address is of the public Internet; of one that stands for an IPv4 address, whether that is."""
+    """Whether an address is on the public Internet; an address that embeds an IPv4 address counts as that one."""
     address = ipaddress.ip_address(ip.partition("%")[0])
     if address.version == 6:
         inner: Any = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
@@ -199,7 +199,7 @@ def is_public(ip: str) -> bool:
 
 
 def _opener(rule: _Rule, deadline: _Deadline) -> urllib.request.OpenerDirector:
-    """Without the handlers of ftp:, file: and data:, to which redirects could lead."""
+    """An opener without the handlers of ftp:, file: and data:, to which redirects could lead."""
     opener = urllib.request.OpenerDirector()
     handlers = [
         _Handler(rule, deadline),

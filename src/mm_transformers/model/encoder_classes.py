@@ -1,4 +1,4 @@
-"""Which class of transformers is the encoder that a config describes, and what such a class takes."""
+"""The transformers class of the encoder of a config, and the inputs of such a class."""
 
 import functools
 import inspect
@@ -27,13 +27,13 @@ def model_class(config: PreTrainedConfig) -> Optional[type[PreTrainedModel]]:
 
 
 def class_options(cls: type[PreTrainedModel]) -> dict[str, bool]:
-    """Keyword arguments that leave out what the fusion does not read."""
+    """Keyword arguments that leave out parts unused by the fusion."""
     takes = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
     return {"add_pooling_layer": False} if takes else {}
 
 
 def forward_options(model: PreTrainedModel) -> dict[str, bool]:
-    """Keyword arguments of a forward pass that keeps nothing for the next tokens, which there are none of."""
+    """Keyword arguments of a forward pass without a cache."""
     cls: Any = model.__class__
     return {"use_cache": False} if "use_cache" in _arguments_of(cls) else {}
 
@@ -44,7 +44,7 @@ def _arguments_of(cls: Any) -> frozenset[str]:
 
 
 def modality_of(config: PreTrainedConfig) -> Optional[str]:
-    """What the encoder of a config reads; `None` if it is not known or none of ours."""
+    """The modality of the encoder of a config; `None` if it is unknown or not supported."""
     name = getattr(model_class(config), "main_input_name", None)
     return next((encoder.name for encoder in ENCODERS.values() if name in encoder.inputs), None)
 
@@ -71,7 +71,7 @@ def check_class(config: PreTrainedConfig, modality: str) -> type[PreTrainedModel
 
 
 def encoder_part(model: PreTrainedModel, modality: str) -> PreTrainedModel:
-    """The encoder of an encoder-decoder; other models as they are."""
+    """The encoder of an encoder-decoder; other models unchanged."""
     model_type = model.config.model_type
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
@@ -100,7 +100,7 @@ def without_random_skips(config: PreTrainedConfig) -> PreTrainedConfig:
     if hasattr(config, "mask_time_prob"):
         config.apply_spec_augment = False
     if getattr(config, "attention_type", None) == "block_sparse":
-        # BigBird would also change to full attention for good at the first short text.
+        # BigBird would also change permanently to full attention at the first short text.
         config.attention_type = "original_full"
     return config
 
@@ -153,7 +153,7 @@ def blank_input(config: PreTrainedConfig, modality: str) -> dict[str, torch.Tens
 
 
 def min_audio_samples(config: PreTrainedConfig, num_tokens: int = 1) -> int:
-    """How many samples of sound give so many tokens of an encoder that takes waveforms; as many for others."""
+    """The number of samples for this number of tokens of a waveform encoder; the same number for other encoders."""
     samples = num_tokens
     kernels, strides = getattr(config, "conv_kernel", ()), getattr(config, "conv_stride", ())
     for kernel, stride in reversed(list(zip(kernels, strides, strict=True))):
@@ -162,7 +162,7 @@ def min_audio_samples(config: PreTrainedConfig, num_tokens: int = 1) -> int:
 
 
 def takes_audio_mask(model: PreTrainedModel) -> bool:
-    """Whether an audio encoder heeds a mask of its input; Whisper does not."""
+    """Whether an audio encoder uses a mask of its input; Whisper does not."""
     return "attention_mask" in inspect.signature(model.forward).parameters and model.config.model_type != "whisper"
 
 

@@ -1,4 +1,4 @@
-"""The features that an encoder outputs for a batch, whatever its padding and its peculiarities."""
+"""The features of an encoder for a batch, independent of padding and of special cases of encoders."""
 
 from contextlib import nullcontext
 from typing import Optional
@@ -94,7 +94,7 @@ class EncoderFeatures:
         def run(**given: torch.Tensor) -> torch.Tensor:
             tokens = output_tokens(self.encoder(**given, **options))
             if traits.get("routed") and self.training:
-                # Experts that get no token of this batch need a gradient of 0, for which DDP waits.
+                # Experts without a token in this batch need a gradient of 0, since DDP waits for it.
                 firsts = [p.reshape(-1)[0].to(tokens) for name, p in self.encoder.named_parameters() if is_expert(name)]
                 tokens = tokens + 0.0 * torch.stack(firsts).sum()
             return tokens

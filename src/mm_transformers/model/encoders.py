@@ -1,4 +1,4 @@
-"""Builds any text, vision or audio encoder of transformers, and knows what each of them needs."""
+"""Builds any text, vision or audio encoder of transformers, with the options that each needs."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -22,10 +22,10 @@ from .hub_kernels import check_config
 from .messages import check_folder, one_line
 
 
-# What `AutoConfig.from_pretrained` takes of the keyword arguments of `AutoModel.from_pretrained`.
+# The arguments of `AutoModel.from_pretrained` that `AutoConfig.from_pretrained` also takes.
 HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download")
 
-# What configs call the longest text, where no table of positions says it.
+# The names in configs of the longest text, without a table of positions.
 _LONGEST_TEXT = ("max_position_embeddings", "max_encoder_position_embeddings", "max_seq_len")
 
 
@@ -45,7 +45,7 @@ def read_encoder_config(path: str, modality: str, **kwargs) -> PreTrainedConfig:
     check_folder(path, f"a {modality} encoder" if modality != "audio" else "an audio encoder")
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, kwargs.get("subfolder") or "", "config.json")):
         raise OSError(f"The folder {os.fspath(path)!r} holds no encoder: it has no config.json.")
-    # Without a word of the person, transformers would ask one at the keyboard.
+    # Otherwise transformers would ask at the keyboard.
     kwargs.setdefault("trust_remote_code", False)
     try:
         config = AutoConfig.from_pretrained(path, **kwargs)
@@ -53,7 +53,7 @@ def read_encoder_config(path: str, modality: str, **kwargs) -> PreTrainedConfig:
         return config
     except (ImportError, OSError, ValueError):
         raise
-    except Exception as error:  # whatever an encoder's config makes of a wrong value
+    except Exception as error:  # any error of an encoder's config about a wrong value
         raise ValueError(f"The config of {os.fspath(path)!r} cannot be read: {one_line(error)}") from error
 
 
@@ -154,7 +154,7 @@ def max_text_positions(config: PreTrainedConfig) -> Optional[int]:
 
 
 def pad_token_matters(config: PreTrainedConfig) -> bool:
-    """True for text encoders that tell by `pad_token_id` where the text, and so its first position, begins."""
+    """True for text encoders that find the start of the text, and so its first position, by `pad_token_id`."""
     return modality_of(config) == "text" and observe(config, "text").counts_from_padding
 
 

@@ -46,7 +46,7 @@ def content_of(cell: Any) -> Any:
 
 
 def _inline_bytes(text: str) -> Optional[bytes]:
-    """The file that a text holds; `None` if it holds none, or one that is too large or damaged."""
+    """The file in a text; `None` if it holds none, or one that is too large or damaged."""
     if len(text) > limits().file_bytes:
         return None
     found = _DATA_URL.match(text)
@@ -76,7 +76,7 @@ def is_absent(cell: Any) -> bool:
 
 
 def cast_of(cell: Any) -> Mapping[str, Any]:
-    """The options with which the data set would have decoded the cell, such as `{"mode": "L"}`."""
+    """The decoding options of the data set for the cell, such as `{"mode": "L"}`."""
     options = cell.get("cast") if isinstance(cell, Mapping) else None
     is_right = isinstance(options, Mapping) and all(isinstance(name, str) for name in options)
     return options if is_right else {}
@@ -120,7 +120,7 @@ def not_there(cell: Any, kind: str) -> str:
 
 
 def is_address(content: Any) -> bool:
-    """Whether a text is not a path but an address, as `s3://...`, or holds the file itself."""
+    """Whether a text is not a path but an address, such as `s3://...`, or holds the file itself."""
     if not isinstance(content, str):
         return False
     return bool(_ADDRESS.match(content)) or content.startswith("data:") or isinstance(content_of(content), bytes)
@@ -137,7 +137,7 @@ def check_file(content: bytes | str | os.PathLike) -> None:
     if isinstance(content, bytes):
         size = len(content)
     else:
-        # No path is so long, and the system's error would contain all of it.
+        # Paths are never so long, and the system's error would contain all of it.
         if len(os.fspath(content)) > 4096 or "\0" in os.fspath(content):
             raise FileNotFoundError
         found = os.stat(content)

@@ -1,4 +1,4 @@
-"""Which parameters `config.freeze` names, and how frozen parts run."""
+"""The parameters that `config.freeze` names, and the mode of frozen parts."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,7 +52,7 @@ def freeze_parameters(model: nn.Module, entries: list[str], encoders: Mapping[st
     frozen: set[int] = set()
     for entry in entries:
         if entry in encoders:
-            # With the embeddings that a decoder shares: training these would change the encoder outputs.
+            # Includes embeddings that a decoder shares: training them would change the encoder outputs.
             named = list(encoders[entry].parameters())
         else:
             named = [p for name, p in parameters.items() if f"{name}.".startswith(f"{entry}.")]
@@ -79,7 +79,7 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def frozen_batch_norm(module: nn.Module) -> Iterator[None]:
-    """Within the block no input enters running statistics."""
+    """Within the block running statistics do not change."""
     layers = [layer for layer in batch_norms(module) if layer.training]
     for layer in layers:
         layer.eval()

@@ -1,4 +1,4 @@
-"""The fusion kinds that come with the package: one line each."""
+"""The fusion kinds of the package: one line each."""
 
 from .fusion_base import FUSION_KINDS, Fusion, Stream, fusion_class, register_fusion
 from .fusion_bottleneck import BottleneckFusion

@@ -1,4 +1,4 @@
-"""What a fusion kind is, and the registry of fusion kinds."""
+"""The base class of fusion kinds, and their registry."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -63,7 +63,7 @@ class Stream(NamedTuple):
         has_item = (self.item_index >= 0)[..., None]
         means = self.item_means.index_select(0, self.item_index.clamp(min=0).flatten())
         means = means.unflatten(0, self.item_index.shape)
-        # Not multiplied by 0, which leaves NaN as it is.
+        # Not multiplied by 0, since NaN * 0 is NaN.
         return torch.where(has_item, means, 0).sum(1) / has_item.sum(1).clamp(min=1)
 
     @property
@@ -90,7 +90,7 @@ class Stream(NamedTuple):
 
     @property
     def present(self) -> torch.Tensor:
-        """(batch,) bool: which rows have anything in this stream."""
+        """(batch,) bool: the rows with an item in this stream."""
         return (self.mask if self.token_mask is not None or self.item_index is None else self.item_index >= 0).any(-1)
 
     def each(self, layer: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -111,7 +111,7 @@ class Stream(NamedTuple):
         return self._replace(item_index=self.item_index[rows], **of_places)
 
     def _by_row(self, of_items: torch.Tensor) -> torch.Tensor:
-        """(num_items, item_length, ...) -> (batch, length, ...); anything where a row has none: the mask hides it."""
+        """(num_items, item_length, ...) -> (batch, length, ...); arbitrary (masked) values for missing items."""
         if self.item_index is None:
             return of_items
         # Its gradient is several times as fast as that of `of_items[index]`.
@@ -163,7 +163,7 @@ class FusionOutput(NamedTuple):
 
 
 class FusionRecord:
-    """Collects what a fusion was asked to show, while its layers run."""
+    """Collects the requested outputs of a fusion while its layers run."""
 
     def __init__(self, attentions: bool = False, hidden_states: bool = False):
         self.keep_attentions, self.keep_hidden_states = attentions, hidden_states
@@ -264,7 +264,7 @@ class Fusion(nn.Module):
             record.add(inputs)
             fused = self.fuse(inputs, text_mask, streams, record)
             if not self.same_width:
-                # The residual is taken in the narrow space, so that a closed gate adds exactly nothing.
+                # The residual is computed in the narrow space, so that a zero gate adds exactly nothing.
                 fused = text_states + self.up_proj(fused - inputs)
             hidden_states = fused
             if not any(stream.is_full for stream in streams):

@@ -1,4 +1,4 @@
-"""Streams that meet in a few shared latents only."""
+"""Fusion through a few shared latents."""
 
 from typing import ClassVar
 
@@ -47,7 +47,7 @@ class BottleneckFusion(Fusion):
         latents = self.latents(text_states.shape[0])
 
         def mask_of(states: torch.Tensor, mask: torch.Tensor):
-            # Latents are always there, so no row is ever wholly masked.
+            # Latents always exist, so no row is completely masked.
             visible = torch.ones_like(latents[..., 0], dtype=torch.bool)
             return key_mask(self.config, torch.cat([states, latents], 1), torch.cat([mask, visible], 1))
 

@@ -51,7 +51,7 @@ class CoAttentionLayer(GradientCheckpointingLayer):
         stream_self: KeyMask,
         stream_cross: KeyMask,
     ):
-        # Both sides see each other as they were before the layer.
+        # Both sides attend to the states before the layer.
         new_text, *shown = self.text(text_states, self.stream_norm(stream_states), text_self, text_cross)
         if self.stream is not None:
             normed = self.text_norm(text_states)

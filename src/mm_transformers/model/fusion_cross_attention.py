@@ -23,7 +23,7 @@ class CrossAttentionLayer(GradientCheckpointingLayer):
         self.mlp_gate = Gate()
 
     def forward(self, text_states: torch.Tensor, mask: KeyMask, streams: list[Stream], *tokens: torch.Tensor):
-        # The tokens come by themselves because checkpointing hands gradients to tensors only.
+        # The tokens are a separate argument because checkpointing passes gradients to tensors only.
         streams = [stream._replace(tokens=given) for stream, given in zip(streams, tokens, strict=True)]
         attended, weights = self.cross_attention(self.attention_norm(text_states), streams, mask)
         text_states = text_states + self.attention_gate(attended)
@@ -67,7 +67,7 @@ class CrossAttentionFusion(Fusion):
     ) -> torch.Tensor:
         rows = text_states if packing is None else text_states.new_empty(packing.num_rows, packing.length, 1)
         mask = key_mask(self.config, rows, stream_mask(streams))._replace(packed_queries=packing)
-        # What differs from row to row is worked out once, not in every layer.
+        # Values that differ between rows are computed once, not in every layer.
         streams = [Stream(s.name, s.hidden_states) if s.differs_by_row else s for s in streams]
         tokens = [stream.tokens for stream in streams]
         for layer in self.layers:

@@ -1,4 +1,4 @@
-"""The parts that fusion kinds are made of."""
+"""The building blocks of fusion kinds."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
@@ -128,7 +128,7 @@ def key_mask(config, queries: torch.Tensor, mask: Optional[torch.Tensor]) -> Key
     if is_flash_attention_requested(config):
         is_first = torch.arange(mask.shape[1], device=mask.device) == 0
         return KeyMask(None, present[..., None], PackedKeys.of(mask | ~present & is_first, queries.shape[1]))
-    keys = queries[:, :1, :1].expand(-1, mask.shape[1], -1)  # asked for their shape only
+    keys = queries[:, :1, :1].expand(-1, mask.shape[1], -1)  # only their shape is used
     attention_mask = create_bidirectional_mask(
         config=config, inputs_embeds=queries, attention_mask=mask | ~present, encoder_hidden_states=keys
     )
@@ -151,7 +151,7 @@ def eager_attention_forward(
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     if present is not None:
-        # Before the values are weighed, so that the attentions that are shown lie on the way to the output.
+        # Before the weighting of values, so that returned attentions are part of the graph of the output.
         weights = weights * present
     dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(dropped, value).transpose(1, 2).contiguous(), weights
@@ -194,7 +194,7 @@ class FusionAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        # Rows without keys; other implementations show no attentions.
+        # Rows without keys; other implementations return no attentions.
         absent = mask.present is not None
         options: dict[str, Any] = {} if mask.packed is None else mask.packed.lengths
         if absent and attention is eager_attention_forward:
@@ -260,7 +260,7 @@ class StreamProjection(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         norm, linear = self.layer_norm, self.linear
-        # A frozen encoder may be kept in another precision.
+        # A frozen encoder may have another precision.
         hidden_states = hidden_states.to(norm.weight.dtype)
         if hidden_states.requires_grad or not torch.is_grad_enabled() or type(linear) is not nn.Linear:
             return linear(norm(hidden_states))
@@ -271,7 +271,7 @@ class StreamProjection(nn.Module):
 
 
 def stream_mask(streams: list[Stream]) -> Optional[torch.Tensor]:
-    """Their masks side by side, (batch, sum of lengths) bool; `None` if nothing is known to be hidden."""
+    """Their masks side by side, (batch, sum of lengths) bool; `None` if no token is known to be masked."""
     return None if all(s.is_full for s in streams) else torch.cat([s.mask for s in streams], dim=1)
 
 
@@ -281,6 +281,6 @@ def concatenate(streams: list[Stream]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def masked_mean(hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of the tokens that the mask shows, 0 where it shows none. (batch, length, width) -> (batch, width)."""
+    """Mean of the unmasked tokens, 0 if there are none. (batch, length, width) -> (batch, width)."""
     weights = mask[..., None].to(hidden_states.dtype)
     return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)

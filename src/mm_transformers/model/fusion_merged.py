@@ -11,7 +11,7 @@ from .fusion_layers import FusionAttention, FusionMLP, Gate, KeyMask, concatenat
 
 
 class SelfAttentionLayer(GradientCheckpointingLayer):
-    """A pre-norm transformer layer over text tokens and others; what is added to the text may go through gates."""
+    """A pre-norm transformer layer over text tokens and others; the updates of the text may be gated."""
 
     def __init__(self, config, gated: bool = True):
         super().__init__()

@@ -118,7 +118,7 @@ class AnswerDecoder:
             )
         states = fused.last_hidden_state
         given = options.get("generation_config")
-        # 20 is what older releases of transformers have by default.
+        # 20 is the default of older releases of transformers.
         says_length = given is not None and (given.max_new_tokens or given.max_length not in (None, 20))
         if not says_length and not {"max_length", "max_new_tokens"} & set(options):
             options["max_new_tokens"] = task.max_length
@@ -148,7 +148,7 @@ class AnswerDecoder:
 
     @contextmanager
     def _nothing_forced(self) -> Iterator[None]:
-        """A forced first token is among the [`start_ids`], if it is wanted."""
+        """Turns off forced tokens: a wanted first token is among the [`start_ids`]."""
         config = self.text_model.generation_config
         forced = config.forced_bos_token_id
         config.forced_bos_token_id = None

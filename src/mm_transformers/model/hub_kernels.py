@@ -1,4 +1,4 @@
-"""Attention implementations that are code of the Hub: a file cannot ask for them, only the caller can."""
+"""Attention implementations that are code of the Hub: only the caller can request them, not a file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,13 +26,13 @@ def asks_for_kernel(implementation: Any) -> bool:
     name = str(implementation).rpartition("|")[2]
     if "/" in name or ":" in name:
         return True
-    # FlashAttention comes from the Hub where only the package `kernels` is installed.
+    # FlashAttention comes from the Hub if only the package `kernels` is installed.
     _, is_flash, version = name.partition("flash_attention_")
     return bool(is_flash) and _is_available("kernels") and not _is_available(f"flash_attn_{version}")
 
 
 def _is_available(package: str) -> bool:
-    # Which of these functions there are depends on the release of transformers.
+    # The available functions depend on the release of transformers.
     return bool(getattr(transformers.utils, f"is_{package}_available", lambda: False)())
 
 

@@ -1,4 +1,4 @@
-"""How much work the file of a picture asks for, beyond its number of pixels: judged before it is decoded."""
+"""Estimates the work for decoding a picture file, beyond its number of pixels, before it is decoded."""
 
 import io
 import math
@@ -17,7 +17,7 @@ _SCAN, _END = 0xDA, 0xD9
 _MOST_BYTES = 18
 _TILE_SIZE = (322, 323)
 _ICON = b"\0\0\1\0"
-_RUN_LENGTHS = (1, 2)  # as the header of a BMP calls them
+_RUN_LENGTHS = (1, 2)  # the codes in the header of a BMP
 
 
 def check_work(picture: Any) -> None:
@@ -40,7 +40,7 @@ def check_work(picture: Any) -> None:
 
 
 def _check_repeats(picture: Any, tiles: Any, file: Any) -> None:
-    # Tiles of TIFF may be larger than the picture, and are then decoded as a whole.
+    # Tiles of TIFF may be larger than the picture, and are then decoded completely.
     tags = getattr(picture, "tag_v2", None) if picture.format == "TIFF" else None
     width, height = (int((tags or {}).get(tag, 0)) for tag in _TILE_SIZE)
     if width * height > limits().image_pixels:
@@ -90,7 +90,7 @@ def check_icon(content: Any) -> None:
 
 
 def count_scans(content: bytes) -> int:
-    """How many scans a JPEG has, up to its end. Thumbnails in its segments, and what follows it, do not count."""
+    """The number of scans of a JPEG, up to its end. Thumbnails in its segments, and later bytes, do not count."""
     most = content.count(b"\xff\xda")
     if most <= limits().image_scans:
         return most  # or fewer, so it need not be known exactly

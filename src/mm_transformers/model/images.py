@@ -1,4 +1,4 @@
-"""Turns whatever a table holds in its image column into RGB pictures."""
+"""Converts the cells of an image column into RGB pictures."""
 
 import contextlib
 import functools
@@ -16,18 +16,18 @@ from .label_cells import shorten
 from .limits import limits, named
 
 
-# What is opened, as Pillow calls it, and no other format: to read EPS, for one, is to run a program.
+# The allowed formats, by Pillow's names. Others are refused: for example, reading EPS runs a program.
 FORMATS = (
     "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "DIB", "ICO",
 )  # fmt: skip
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message says which and why, in one sentence."""
+    """An image that cannot be used; the message names it and the reason, in one sentence."""
 
 
 def image_key(image: Any) -> Hashable:
-    """Equal for two cells that surely hold the same image: the same object, path or bytes."""
+    """Equal for two cells with the same image for certain: the same object, path or bytes."""
     return content_key(image, content_of(image))
 
 
@@ -64,7 +64,7 @@ def _declared_pixels(image: Any, unknown: int) -> int:
                 warnings.simplefilter("ignore")
                 with _open(content, fetch) as picture:
                     return picture.width * picture.height
-    except Exception:  # whatever is wrong with it, `load_image` says
+    except Exception:  # `load_image` raises the error
         pass
     return unknown
 
@@ -151,8 +151,8 @@ def _open(image: Any, fetch: Callable[[str], bytes]):
     if isinstance(image, Image.Image):
         return image
     if is_url(image):
-        # Not by `transformers.image_utils.load_image`: it waits for ever, takes an error page for a broken image, and
-        # lays what is transparent on black.
+        # Not by `transformers.image_utils.load_image`: it waits forever, reports an error page as a broken image, and
+        # lays transparent pixels on black.
         image = fetch(image)
     if isinstance(image, (bytes, str, os.PathLike)):
         if isinstance(image, str) and image.startswith("data:"):
@@ -181,7 +181,7 @@ def _check_size(picture: Any, name: str) -> None:
 
 
 def _is_read(picture: Any) -> bool:
-    """Whether it is as [`load_image`] returns pictures, so that nothing is left to do and no copy is needed."""
+    """Whether a picture has the form of the results of [`load_image`], so that no copy is needed."""
     from PIL import Image
 
     is_plain = type(picture) is Image.Image and picture.mode == "RGB" and not picture.info
@@ -198,12 +198,12 @@ def _kept_size(picture: Any, most: int) -> tuple[int, int]:
 
 
 def _shrunk(picture: Any, most: int):
-    """The picture, of at most 8 bits per channel, with as many pixels."""
+    """The picture, of at most 8 bits per channel, shrunk to this number of pixels."""
     from PIL import Image
 
     if picture.mode == "PA" or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-    elif picture.mode in ("1", "P", "HSV"):  # whose values have no means
+    elif picture.mode in ("1", "P", "HSV"):  # their values cannot be averaged
         picture = picture.convert("L" if picture.mode == "1" else "RGB")
     return picture.resize(_kept_size(picture, most), Image.Resampling.BICUBIC, reducing_gap=2.0)
 
@@ -253,7 +253,7 @@ def _in_blocks(array: Any) -> list[Any]:
 
 
 def _from_sixteen_bits(values: Any, what: str):
-    """Scaled to 8 bits, unless so little of the range is used that white must be another number."""
+    """Scales to 8 bits, unless so little of the range is used that white must be another number."""
     if 0 < values.max() < 2**12:
         raise ImageError(
             f"{what} has no value above {int(values.max()):,}, so white cannot be 65,535: scale it to uint8 by the "
@@ -263,7 +263,7 @@ def _from_sixteen_bits(values: Any, what: str):
 
 
 def _from_integers(values: Any, what: str):
-    """Those of a type that does not say which of them is white."""
+    """Converts integers of a type without a defined white."""
     if not (values.min() >= 0 and values.max() <= 255):
         raise ImageError(f"{what} must lie between 0 and 255")
     if values.max() == 1:

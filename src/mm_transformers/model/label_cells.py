@@ -1,4 +1,4 @@
-"""Cells of tables as labels: missing cells, names, ids and numbers; labels that a column holds."""
+"""Cells of tables as labels: missing cells, names, ids and numbers; the labels of a column."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ _WHOLE_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.0+)?")
 # `float` also takes 1_000.
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?(nan|inf(inity)?)", re.IGNORECASE)
 
-# What stands in a list in the place of a label, such as one that fills it up to the length of others.
+# The mark of a missing label in a list, such as padding.
 PADDING = -100
 
 
@@ -31,7 +31,7 @@ def is_null(value: Any) -> bool:
 
 
 def is_missing(value: Any) -> bool:
-    """True for what says "no label": an empty cell, or -100."""
+    """True for a missing label: an empty cell, or -100."""
     value = as_scalar(value)
     return is_null(value) or (isinstance(value, numbers.Real) and bool(value == -100))
 
@@ -169,13 +169,13 @@ def _shown(labels: list[str]) -> str:
 
 
 def shorten(text: str) -> str:
-    """A text as messages show it: of a long one the beginning and the length."""
+    """A text for messages: if it is long, its beginning and its length."""
     shown = text if len(text) <= 120 else f"{text[:60]}... ({len(text):,} characters)"
     return shown.replace("\n", " ")  # arrays have lines
 
 
 def shorten_value(value: Any) -> str:
-    """The value of a cell, as messages show it: in one line, also if it is an array."""
+    """The value of a cell for messages: in one line, also for an array."""
     return shorten(repr(value)).replace("\n", " ")
 
 
@@ -194,5 +194,5 @@ def _numbers_in(labels: tuple[str, ...]) -> dict[float, int]:
 
 
 def whole_number(text: str) -> int | None:
-    """The number that a text is, if it is a whole one, as "7", "-7" or "7.0"; exactly, whatever its size."""
+    """The whole number in a text such as "7", "-7" or "7.0", exact for any size; `None` for other texts."""
     return int(text.partition(".")[0]) if _WHOLE_NUMBER.fullmatch(text) else None

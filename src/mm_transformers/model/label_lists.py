@@ -1,4 +1,4 @@
-"""Lists of labels that are written as texts, as tables without lists store them."""
+"""Lists of labels as texts, for tables without lists."""
 
 import ast
 import json
@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
-# One item and what follows it: a text in quotes, or a word.
+# One item and the text behind it: a quoted text, or a word.
 _ITEM = re.compile(r"""\s*('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s,'"\[\]{}()]+)(\s*,|\s+|$)""", re.DOTALL)
 _WORDS = {"none": None, "null": None, "nan": None, "<na>": None, "true": True, "false": False}
 

@@ -1,4 +1,4 @@
-"""How much of what strangers send is read: the one list of limits."""
+"""The list of all limits for inputs from strangers."""
 
 import dataclasses
 import math
@@ -136,7 +136,7 @@ def set_limits(**changes: Any) -> Limits:
 
 
 def named(name: str) -> str:
-    """A limit as messages name it, with what changes it."""
+    """The name of a limit in messages, with the way to change it."""
     value = getattr(_current, name)
     return f"the limit {name}={value:,}; set_limits({name}=...), or the option --limit {name}=..., changes it"
 

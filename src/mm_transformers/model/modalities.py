@@ -1,4 +1,4 @@
-"""The one list of modalities: what a row may hold, which encoder reads it, and what each is called."""
+"""The list of all modalities: the inputs of a row, their encoders and their names."""
 
 import numbers
 from collections.abc import Callable, Hashable
@@ -46,9 +46,9 @@ AUDIO = EncoderKind(
     "sounds", "audio",
 )  # fmt: skip
 
-# By name, in the order in which fusions see their streams.
+# By name, in the order of the streams of fusions.
 ENCODERS = {encoder.name: encoder for encoder in (TEXT, VISION, AUDIO)}
-# All but that of the text, which every model has.
+# All encoders except that of the text, which every model has.
 OTHER_ENCODERS = {name: encoder for name, encoder in ENCODERS.items() if encoder is not TEXT}
 
 

@@ -48,7 +48,7 @@ from .token_reduction import build_token_reduction
 
 logger = logging.get_logger(__name__)
 
-# What `save_pretrained(push_to_hub=True)` hands on to `push_to_hub`.
+# The arguments that `save_pretrained(push_to_hub=True)` passes on to `push_to_hub`.
 _PUSHING = ("repo_id", "commit_message", "private", "token", "create_pr", "max_shard_size", "revision", "tags")
 
 
@@ -59,24 +59,25 @@ class MMTransformerModelOutput(ModelOutput):
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, text_len, text hidden size)`):
-            The fused states: the text tokens, after they have read the other modalities of their row.
+            The fused states: the text tokens, after attending to the other modalities of their row.
         pooler_output (`torch.FloatTensor` of shape `(batch, text hidden size)`):
             Mean of `last_hidden_state` over the tokens that are not padding.
         attention_mask (`torch.BoolTensor` of shape `(batch, text_len)`):
-            Which tokens are not padding; in rows without a text the first, whose place a learned vector takes.
+            True at tokens, False at padding. In rows without a text, the first place holds a learned vector and is
+            True.
         encoded (`dict[str, Stream]`):
-            The encoder outputs before the fusion: modality -> its tokens and their mask. Modalities of which the batch
-            has nothing are absent.
+            The encoder outputs before the fusion: modality -> its tokens and their mask. Modalities that the batch
+            lacks are absent.
         kept (`dict[str, torch.BoolTensor]`, *optional*, in training with modality dropout):
-            Modality -> `(batch,)`, which rows have it after dropout.
+            Modality -> `(batch,)`, the rows that keep it after dropout.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, when `output_hidden_states=True`):
             Text tokens before and after each fusion layer, `(batch, text_len, fusion_hidden_size)`.
         attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
             Self-attention of each fusion layer, in the fusion kinds that have it.
         cross_attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
-            Attention of text tokens to the tokens of images and sound in each fusion layer, `(batch, heads, text_len,
-            max_images * tokens per image + max_clips * tokens per clip)`; 0 in rows without any. Needs
-            `attn_implementation="eager"`.
+            Attention of text tokens to the tokens of images and sound in each fusion layer,
+            `(batch, heads, text_len, max_images * tokens per image + max_clips * tokens per clip)`; 0 in rows without
+            any. Needs `attn_implementation="eager"`.
     """
 
     last_hidden_state: Optional[torch.Tensor] = None
@@ -98,8 +99,8 @@ class MMTransformerOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*, when `labels` is given):
             Sum of `loss_weight * losses[task]` over the tasks, plus `losses["regularization"]`.
         losses (`dict[str, torch.Tensor]`, *optional*, when `labels` is given):
-            Of each task the mean loss over its labels, 0 without any; and `"regularization"`, if there is one.
-        logits (`dict[str, torch.Tensor]`): Of each task, in the shape that its class gives.
+            The mean loss of each task over its labels, 0 without any; and `"regularization"`, if there is one.
+        logits (`dict[str, torch.Tensor]`): The logits of each task, in the shape of its class.
         hidden_states, attentions, cross_attentions: see [`MMTransformerModelOutput`].
     """
 
@@ -138,7 +139,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
-        # The class names the layers of all fusions and encoders; FSDP and loading want only those of this model.
+        # The class lists the layers of all fusions and encoders; FSDP and loading need only those of this model.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
         names = {part for name in self.state_dict() for part in name.split(".")}
         self._keep_in_fp32_modules_strict -= set(type(self)._keep_in_fp32_modules_strict) - names
@@ -159,13 +160,13 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             if is_parametrized(module, "weight") and hasattr(module.parametrizations.weight, "original1"):
                 direction = module.parametrizations.weight.original1
                 if not direction.is_meta and not getattr(direction, "_is_hf_initialized", False):
-                    # As torch does for convolutions; the layer splits it into direction and length.
+                    # As in torch for convolutions; the layer splits it into direction and length.
                     module.weight = nn.init.kaiming_uniform_(torch.empty_like(direction), a=5**0.5)
         super().initialize_weights()
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
-        # Before memory is taken for weights that are missing or have other shapes.
+        # Before memory is used for weights that are missing or have other shapes.
         if not getattr(load_config, "is_quantized", False):
             check_fit(model, loading_info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
@@ -229,9 +230,9 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             size = new_num_tokens if new_num_tokens is not None else config.vocab_size
             new_num_tokens = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         if config.decoder_config is None:
-            # An encoder-decoder resizes all that has the size of its vocabulary.
+            # An encoder-decoder resizes all tensors with the size of its vocabulary.
             return text_model.resize_token_embeddings(new_num_tokens, mean_resizing=mean_resizing)
-        # A decoder behind another encoder has a config of its own.
+        # A decoder behind another encoder has a separate config.
         text_model.decoder.resize_token_embeddings(new_num_tokens, mean_resizing=mean_resizing)
         embeddings = text_model.encoder.resize_token_embeddings(new_num_tokens, mean_resizing=mean_resizing)
         config.text_config.vocab_size = config.decoder_config.vocab_size = embeddings.num_embeddings
@@ -262,7 +263,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
 
     def _code_entries(self) -> dict[str, dict[str, Any]]:
         """What `config.json` says of the code beside the weights: entry -> name -> class."""
-        # Inside, since only saving needs it. The code of a pulled model contains a pipeline because it is named here.
+        # Inside, since only saving needs it. The code of a pulled model includes a pipeline because it is listed here.
         from .pipeline_mm_transformer import MultimodalPipeline
 
         fusion = getattr(self, "model", self).fusion
@@ -303,7 +304,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             wrong = what_is_wrong(path, error, **kwargs)
             if wrong is None:
                 raise
-            # torch's message says how to load the pickle all the same.
+            # torch's message tells how to load the pickle anyway.
             raise wrong from (None if is_pickle_error(error) else error)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         # Loading replaces parameters, so `requires_grad` is set again.
@@ -1004,7 +1005,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
 
     @property
     def _answer_decoder(self) -> AnswerDecoder:
-        # Made anew, since PEFT and FSDP put other modules in the place of `text_model`.
+        # Created each time, since PEFT and FSDP replace `text_model` by other modules.
         return AnswerDecoder(self.model.text_model)
 
     def read_written(

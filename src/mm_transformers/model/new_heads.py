@@ -75,7 +75,7 @@ def load_with_tasks(
         with _naming(new, kwargs):
             return load(config=given, output_loading_info=output_loading_info, **kwargs)
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers would warn of the new heads
+    logging.set_verbosity_error()  # otherwise transformers would warn of the new heads
     try:
         with _naming(new, kwargs):
             model, info = load(config=given, **{**kwargs, "ignore_mismatched_sizes": True}, output_loading_info=True)

@@ -1,4 +1,4 @@
-"""Runs encoders so that what they output for a row does not depend on its padding."""
+"""Runs encoders so that their outputs for a row do not depend on its padding."""
 
 from collections.abc import Callable
 from typing import Optional
@@ -7,7 +7,7 @@ import torch
 
 
 def leading_padding(attention_mask: torch.Tensor) -> torch.Tensor:
-    """How many places of padding come before the first token of each row, (batch,) int64; 0 for empty rows."""
+    """The length of the padding before the first token of each row, (batch,) int64; 0 for empty rows."""
     places = (attention_mask.cumsum(1) == 0).sum(1)
     return torch.where(places == attention_mask.shape[1], 0, places)
 
@@ -19,7 +19,7 @@ def roll_rows(x: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
     `torch.roll` would move all rows by the same number.
     """
     places = torch.arange(x.shape[1], device=x.device) + shifts[:, None]
-    # Not by `%`, which the ONNX exporter does not know for lengths that vary.
+    # Not by `%`, which the ONNX exporter does not support for dynamic lengths.
     places = torch.where(places >= x.shape[1], places - x.shape[1], places)
     places = torch.where(places < 0, places + x.shape[1], places)
     return x.gather(1, places.reshape(*places.shape, *[1] * (x.ndim - 2)).expand_as(x))

@@ -1,4 +1,4 @@
-"""Pairs of a text and a picture (or sound): which of them match, and which mismatched ones a head is shown."""
+"""Pairs of a text and a picture (or sound): matching pairs, and the choice of mismatched pairs."""
 
 import hashlib
 from typing import Any, NamedTuple, Optional, Protocol
@@ -12,7 +12,7 @@ from .task_base import LabelContext
 
 
 def fingerprint(content: Any) -> int:
-    """The same for the same content, in every process: 63 bits of its hash."""
+    """63 bits of the hash of the content, equal in every process."""
     data = content if isinstance(content, bytes) else str(content).encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
@@ -21,7 +21,7 @@ _TRUTH_VALUES = {"true": True, "1": True, "1.0": True, "false": False, "0": Fals
 
 
 def read_truth_value(text: str, default: Any) -> Any:
-    """The truth value that a text is, in upper or lower case; the default if it is none."""
+    """The truth value in a text, in upper or lower case; the default if it is none."""
     return _TRUTH_VALUES.get(text.strip().lower(), default)
 
 
@@ -106,7 +106,7 @@ class Pairs(NamedTuple):
 
     def hold(self, texts: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Whether texts belong to items, both by fingerprint and of shapes that broadcast: bool."""
-        # Of what is not known, any number will do.
+        # Any number will do for unknown ones.
         text = torch.searchsorted(self.texts, texts.contiguous())
         return torch.isin(text * len(self.items) + torch.searchsorted(self.items, items.contiguous()), self.numbers)
 
@@ -126,7 +126,7 @@ def matching_pairs(queries: torch.Tensor, keys: torch.Tensor, pairs: Optional[Pa
 
 
 def labels_of_pairs_left(labels: torch.Tensor, kept: dict[str, torch.Tensor], modality: str) -> torch.Tensor:
-    """A row that modality dropout has taken text or item from is no pair any more."""
+    """The labels after modality dropout: a row without its text or item is no pair."""
     return labels.masked_fill(~(kept["text"] & kept[modality])[:, None], -100)
 
 

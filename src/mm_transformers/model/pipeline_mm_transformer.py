@@ -1,4 +1,4 @@
-"""`pipeline("multimodal")`: rows in, the answers of all tasks out."""
+"""`pipeline("multimodal")`: from rows to the answers of all tasks."""
 
 import difflib
 import functools
@@ -95,13 +95,13 @@ class MultimodalPipeline(Pipeline):
     def get_iterator(
         self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
     ):
-        # Other than in the stock method, a batch is made of rows at once, not of rows that were made into tensors one
-        # by one: only so can an image that several share be read and encoded once.
+        # Unlike in the stock method, a batch is built from rows, not from tensors of single rows. Only then is a
+        # shared image read and encoded once.
         if isinstance(inputs, list):
             inputs = _NumberedRows(inputs)
         elif isinstance(inputs, _NumberedStream):
             num_workers = min(num_workers, 1)
-        # A key that nobody knows is a slip in a row made by hand; a table has the columns that it has.
+        # An unknown key is an error in a row made by hand; a table may have any columns.
         is_table = hasattr(inputs.rows, "column_names")
         names = forward_params.get("tasks") or list(self.model.tasks)
         read = functools.partial(
@@ -117,7 +117,7 @@ class MultimodalPipeline(Pipeline):
         return PipelineIterator(answered, self.postprocess, postprocess_params)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Saves model and processor; the stock method saves the parts of the processor without what joins them."""
+        """Saves model and processor; the stock method saves only the parts of the processor."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
@@ -166,7 +166,7 @@ def read_rows(
         try:
             tensors = _process(rows, processor, wants_words)
         except ValueError as error:
-            # Whose fault is it?
+            # Find the row with the error.
             for (number, _), row in zip(numbered, rows, strict=True):
                 try:
                     _process([row], processor, wants_words)
@@ -189,7 +189,7 @@ def _process(rows: list[dict[str, Any]], processor: Any, wants_words: bool) -> d
 
 
 def _checked(row: Any, number: int, known: Optional[Sequence[str]]) -> dict[str, Any]:
-    """What the row has."""
+    """The inputs of the row."""
     if isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, dict):
@@ -229,7 +229,7 @@ def _refuse_addresses(row: dict[str, Any], number: int) -> None:
 
 
 def _with_words(answers: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    """Each word with what was said of it, and where in the text it is; words without a token have no answer."""
+    """Each word with its answer and its place in the text; words without a token have no answer."""
     return [
         {"word": text[start:end], **answer, "start": start, "end": end}
         for (start, end), answer in zip(split_words(text), answers, strict=False)

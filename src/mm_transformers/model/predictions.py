@@ -1,4 +1,4 @@
-"""From a batch to logits and answers, by one pass through encoders and fusion."""
+"""Computes the logits and answers of a batch, with one pass through encoders and fusion."""
 
 import inspect
 from collections.abc import Mapping, Sequence

@@ -14,7 +14,7 @@ from .encoders import HUB_KWARGS, encoder_config_from_pretrained, load_encoder
 from .tasks import Task, task_from_dict
 
 
-# Of models with pretrained encoders; `docs/defaults.md` says how it was chosen.
+# For models with pretrained encoders; `docs/defaults.md` explains the choice.
 MODALITY_DROPOUT = 0.3
 
 
@@ -70,7 +70,7 @@ def with_defaults(options: Mapping[str, Any], modalities: Collection[str]) -> di
     ```
     """
     defaults: dict[str, Any] = {
-        # Pretrained features are good enough for a linear probe, and pretrained statistics better than small batches'.
+        # Pretrained features suit a linear probe, and pretrained statistics are better than those of small batches.
         "linear_probe": True,
         "freeze_batch_norm": True,
         "item_order": len(modalities) > 1,
@@ -128,7 +128,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _modality_dropout(modalities: Collection[str], tasks: list[Task | dict[str, Any]]) -> dict[str, float]:
-    """By modality; none of the text if a task writes, since the answer translates or continues that text."""
+    """The dropout of each modality; 0 for the text if a task writes, since the answer depends on that text."""
     if len(modalities) < 2:
         return {}
     known = [task_from_dict(task) if isinstance(task, dict) else task for task in tasks]

@@ -1,4 +1,4 @@
-"""Turns texts, images, videos and sound into the tensors of the model."""
+"""Converts texts, images, videos and sound into the tensors of the model."""
 
 import contextlib
 import difflib
@@ -40,7 +40,7 @@ logger = logging.get_logger(__name__)
 SHORTEST_CLIP = 0.025
 
 
-# What the rows of a batch, and the places of words in them, depend on.
+# Options that the rows of a batch, and the places of words in them, depend on.
 FIXED_OPTIONS = {
     "return_tensors": "pt",
     "return_attention_mask": True,
@@ -85,7 +85,7 @@ def _read_part(what: str, auto_class: Any, path: Any, **kwargs: Any) -> Any:
         if not isinstance(error, ValueError) or not os.path.isdir(path):
             raise
         cause: Exception = error
-    except Exception as error:  # whatever a tokenizer makes of a file that is cut
+    except Exception as error:  # any error of a tokenizer about a truncated file
         cause = error
     raise OSError(
         f"The {what} in {os.fspath(path)!r} cannot be read, so one of its files is missing or damaged: "
@@ -96,14 +96,14 @@ def _read_part(what: str, auto_class: Any, path: Any, **kwargs: Any) -> Any:
 class MMTransformerProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """The options of a call, by modality."""
 
-    _defaults = {}  # type: ignore[var-annotated]  # transformers 5.17 asks for it
+    _defaults = {}  # type: ignore[var-annotated]  # transformers 5.17 needs it
     text_kwargs: MMTransformerTextKwargs
     images_kwargs: ImagesKwargs
     videos_kwargs: MMTransformerVideosKwargs
     audio_kwargs: AudioKwargs
 
 
-# Settings that this package itself uses, and what transformers does not check of them.
+# Settings that this package itself uses, and that transformers does not check.
 _IS_RIGHT: dict[str, Callable[[Any], bool]] = {
     "model_max_length": lambda value: _is_number(value),
     "sampling_rate": lambda value: _is_number(value),
@@ -177,7 +177,7 @@ class MMTransformerProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, feature_extractor=None, num_frames: int = 8, **kwargs):
         parts = {"image_processor": image_processor, "tokenizer": tokenizer, "feature_extractor": feature_extractor}
         parts = {name: part for name, part in parts.items() if part is not None}
-        # The base class knows no optional parts; this object has those that it was given.
+        # The base class has no optional parts; this object has the given ones.
         self.get_attributes: Any = functools.partial(list, parts)
         super().__init__(**parts, **kwargs)
         if isinstance(num_frames, bool) or not isinstance(num_frames, numbers.Integral) or num_frames < 1:
@@ -533,12 +533,12 @@ class MMTransformerProcessor(ProcessorMixin):
                 f"{name} of {len(waveform) / rate:.1f} s was cut to the {longest / rate:.1f} s that the "
                 "audio encoder takes; further ones are cut without a warning."
             )
-        # A window of its own the feature extractor knows better: it needs what is just behind.
+        # A feature extractor with its own window cuts better: it needs the samples just behind it.
         return waveform if self._window is not None else waveform[:longest]
 
     @property
     def longest_clip(self) -> int:
-        """How many samples the audio encoder takes; what comes after is cut off."""
+        """The longest clip of the audio encoder, in samples; the rest is cut off."""
         return self._window or int(limits().encoded_seconds * self.feature_extractor.sampling_rate)
 
     @property
@@ -563,7 +563,7 @@ _NO_EXTRACTOR = "This processor has no feature extractor, but got sound; it belo
 
 @contextlib.contextmanager
 def _errors_of(part: str) -> Iterator[None]:
-    """What a part raises, as one sentence: its settings may be those of a stranger."""
+    """Turns errors of a part into one sentence: its settings may come from a stranger."""
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -592,7 +592,7 @@ class _Distinct:
     def __init__(self):
         self.items: list[Any] = []
         self._numbers: dict[Hashable, int] = {}
-        self._kept: list[Any] = []  # a key may be the id of an object, which is given again once the object is gone
+        self._kept: list[Any] = []  # a key may be the id of an object, which is reused after its deletion
 
     def add(self, key: Hashable, load: Callable[[], Any]) -> int:
         """The number of the item, which is loaded if it is new."""

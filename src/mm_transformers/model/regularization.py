@@ -1,4 +1,4 @@
-"""The regulariser: lambda * sum_j Omega(theta_j) over the task layers, and of the encoders if asked for."""
+"""The regulariser: lambda * sum_j Omega(theta_j) over the task layers, and the encoders if requested."""
 
 import math
 import numbers
@@ -32,7 +32,7 @@ _PENALTIES = {
     "l1": Omega(lambda difference: difference.abs().sum()),
     "l2_sp": Omega(lambda difference: difference.square().sum(), is_from_start=True),
 }
-# Linear probes are pulled to where they started by each kind of penalty; other matrices by L2-SP alone.
+# All penalties use the distance of linear probes from their start; for other matrices only L2-SP does.
 _IS_PROBE = ".probe.linear."
 _ENCODERS = ("text_model", "vision_model", "audio_model")
 
@@ -121,13 +121,13 @@ def penalties(model, spec: Optional[dict[str, Any]]) -> Iterator[Penalty]:
 
 
 def _task_of(name: str) -> str:
-    """`heads.<task>...`; where adapters are trained, `heads.modules_to_save.<adapter>.<task>...`."""
+    """The task in `heads.<task>...`; with trained adapters, in `heads.modules_to_save.<adapter>.<task>...`."""
     parts = name.split(".")
     return parts[3 if parts[1] == "modules_to_save" else 2 if parts[1] == "original_module" else 1]
 
 
 def take_starting_point(model, spec: Optional[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Copies, in float32, of all that a penalty will pull towards where it is now: L2-SP, and linear probes."""
+    """Copies, in float32, of all parameters with a penalty on the distance from now: L2-SP, and linear probes."""
     return {
         name: parameter.detach().float().clone()
         for penalty in penalties(model, spec)
@@ -163,7 +163,7 @@ def regularization_loss(model, spec: dict[str, Any], starting_point: dict[str, t
     if dist.is_available() and dist.is_initialized() and any(hasattr(p, "to_local") for p in model.parameters()):
         whole = shard.detach().clone()
         dist.all_reduce(whole)
-        # The value is that of all parts, the gradient that of this one.
+        # The value covers all parts, the gradient only this one.
         shard = shard + (whole - shard).detach()
     return total + shard
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Optional
 
 
-# Of a model in one file, or in several with an index.
+# The weights of a model in one file, or in several with an index.
 _WEIGHTS = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?")
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _OWN_NAME = re.compile(
@@ -42,7 +42,7 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
     # In the same folder, since only within a file system a file is renamed in one step.
     partial = path.with_name(f".{path.name[:100]}.{own_name()}.partial")
     try:
-        with open(partial, "xb") as file:  # never one that is there, nor through a link
+        with open(partial, "xb") as file:  # never an existing file, nor through a link
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -110,18 +110,18 @@ def leads_outside(path: Path, folder: Path) -> bool:
 
 
 def own_name() -> str:
-    """A name that nobody else has, and that says which process it belongs to; see [`process_of`]."""
+    """A unique name that contains the id of the process; see [`process_of`]."""
     return f"{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:16]}"
 
 
 def process_of(path: Path) -> Optional[int]:
-    """The process of this host that has made a temporary file or folder; `None` if it is not one of this module."""
+    """The process of this host that has created a temporary file or folder; `None` for other files."""
     found = _OWN_NAME.fullmatch(path.name)
     return int(found[2]) if found and found[1] == _HOST else None
 
 
 def drop_link(path: Any) -> None:
-    """Removes a link, so that code which opens this path makes a file of its own; anything else stays."""
+    """Removes a link, so that code that opens this path creates a new file; anything else stays."""
     if os.path.islink(path):
         os.unlink(path)
 
@@ -135,6 +135,6 @@ def _remove_other_weights(folder: Path, saved: set[str]) -> None:
 
 
 def _keep_mode(old: Path, new: Path) -> None:
-    """A file that others may not read stays so."""
+    """Copies the permissions: a private file stays private."""
     if old.is_file() and not old.is_symlink():
         new.chmod(stat.S_IMODE(old.stat().st_mode))

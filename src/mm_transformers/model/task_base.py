@@ -1,4 +1,4 @@
-"""What a task kind is, and the registry of task kinds."""
+"""The base class of task kinds, and their registry."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from .linear_problem import LinearProblem
 from .registry import registered
 
 
-# Names that would collide with what the model and the Trainer report beside the tasks.
+# Names that would collide with other values that the model and the Trainer report.
 _RESERVED_NAMES = {"loss", "regularization", "runtime", "samples_per_second", "steps_per_second", "epoch"}
 _VALID_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
@@ -117,12 +117,12 @@ class Judgement(NamedTuple):
 @dataclass
 class Task:
     """
-    One question asked of every row: its head, its loss, how a column becomes a label and how logits become an answer.
+    One question about every row: its head, its loss, the encoding of labels and the decoding of logits.
 
-    Subclass it, set `kind`, implement the methods that raise `NotImplementedError` and decorate with
-    [`register_task`]. No other code looks at the kind of a task: it asks the methods below. A kind that chooses among
-    labels has a field `labels` and the method [`probabilities`]; from these follow confusion matrix, calibration,
-    majority share and the bars of the demo page.
+    Subclass it, set `kind`, implement the methods that raise `NotImplementedError` and decorate with [`register_task`].
+    No other code reads the kind of a task: it calls the methods below. A kind that chooses among labels has a field
+    `labels` and the method [`probabilities`]. They provide the confusion matrix, calibration, majority share and the
+    bars of the demo page.
 
     Args:
         name (`str`): Key of the task in `labels`, `logits`, `losses` and metric names; letters, digits, underscores.
@@ -164,9 +164,9 @@ class Task:
     column: Optional[str] = field(default=None, kw_only=True)
 
     kind: ClassVar[str]
-    # What the loss is multiplied with to be a negative log-likelihood, up to the noise: 1/2 for squared errors.
+    # The factor that turns the loss into a negative log-likelihood, up to the noise: 1/2 for squared errors.
     likelihood_scale: ClassVar[float] = 1.0
-    # Names of metrics, as `mm_transformers.training.metrics` knows them. The first one is that of verdicts.
+    # Names of metrics in `mm_transformers.training.metrics`. The first one is that of verdicts.
     default_metrics: ClassVar[tuple[str, ...]] = ()
     # The metric of ablations and their figures; `None` stands for the first of `default_metrics`.
     main_metric: ClassVar[Optional[str]] = None
@@ -180,15 +180,15 @@ class Task:
     takes_whole_numbers: ClassVar[bool] = False
     # True if a decoder writes the answer; there is no head then.
     needs_decoder: ClassVar[bool] = False
-    # What a row has in the column of the task if there is no such column; `None` says that the column is needed.
+    # The cell of each row if the column of the task does not exist; `None` if the column is needed.
     default_cell: ClassVar[Any] = None
     # True if the rows of a batch are compared with each other; the context of labels then has `fingerprints`.
     compares_rows: ClassVar[bool] = False
     # True if a row without other rows in its batch has no loss.
     needs_other_rows: ClassVar[bool] = False
-    # The options that a head depends on: a saved head is of use to a task only if these are equal.
+    # The options that a head depends on: a task can use a saved head only if these are equal.
     head_options: ClassVar[tuple[str, ...]] = ("labels", "modality", "embedding_size")
-    # True if the head is also to see pairs that do not match; see [`MMTransformerForMultiTask.judge_mismatched`].
+    # True if the head also judges mismatched pairs; see [`MMTransformerForMultiTask.judge_mismatched`].
     needs_mismatches: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -202,7 +202,7 @@ class Task:
         weight = self.loss_weight
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
             raise ValueError(f"Task {self.name!r}: loss_weight must be a number >= 0, but is {weight!r}.")
-        self.loss_weight = float(weight)  # a number of numpy's would not go into JSON
+        self.loss_weight = float(weight)  # JSON cannot store a number of numpy
         if self.column is None:
             self.column = self.name
 
@@ -286,7 +286,7 @@ class Task:
         return text if text.strip() else None
 
     def read_known_text(self, text: str, separator: str) -> Any:
-        """The same for a task whose labels are known. By default what [`read_text`] gives."""
+        """The same for a task whose labels are known. By default the result of [`read_text`]."""
         return self.read_text(text, separator)
 
     def encode_label(self, value: Any, text: str) -> Any:
@@ -332,7 +332,7 @@ class Task:
 
     @property
     def unresolved(self) -> tuple[str, ...]:
-        """The names of the options that [`prepare_for`] has yet to read from the training labels; none by default."""
+        """The options that [`prepare_for`] must still determine from the training labels; none by default."""
         return ()
 
     @property
@@ -379,7 +379,7 @@ class Task:
         return None
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the losses over what is labelled, and how many of those there are, as two 0-dim float32 tensors."""
+        """The sum of the losses over labelled rows (or words), and their number, as two 0-dim float32 tensors."""
         raise NotImplementedError
 
     def num_labelled(self, labels: torch.Tensor) -> torch.Tensor:
@@ -411,7 +411,7 @@ class Task:
         return told if score is None else f"{told} ({100 * score:.0f}%)"
 
     def read_answer(self, text: str) -> Any:
-        """The answer that a text on the command line stands for, as [`answer_scores`] takes it; by default the text."""
+        """The answer in a text of the command line, for [`answer_scores`]; by default the text."""
         return text
 
     def probabilities(self, logits: torch.Tensor) -> Optional[torch.Tensor]:
@@ -489,7 +489,7 @@ class Task:
         return None
 
     def complete_answer(self, answer: Any, text: str) -> Any:
-        """The answer of a row as it is written to a file; answers for words get one entry for each word."""
+        """The answer of a row for a file; answers for words get one entry for each word."""
         return answer
 
     def answer_scores(
@@ -515,7 +515,7 @@ class Task:
     def predictions_and_references(
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What metrics compare: predictions and labels, of what is labelled only."""
+        """The predictions and labels for metrics, of labelled rows (or words) only."""
         raise NotImplementedError
 
 

@@ -15,7 +15,7 @@ from .linear_problem import MultinomialProblem
 from .task_base import NO_CONTEXT, LabelContext, PooledHead, Task, register_task
 
 
-# Balanced weights that a task takes by itself are at most so large.
+# The largest balanced weight that a task sets by itself.
 MAX_BALANCED_WEIGHT = 10.0
 
 
@@ -94,7 +94,7 @@ class Classification(Task):
 
     def balance(self, counts: Sequence[float]) -> None:
         if self.class_weights is None:
-            # One row of a class of its own should not decide a step.
+            # A single row of a rare class should not dominate a step.
             weights = balanced_weights(self.labels, list(counts))
             self.class_weights = {label: min(weight, MAX_BALANCED_WEIGHT) for label, weight in weights.items()}
 
@@ -111,7 +111,7 @@ class Classification(Task):
     def decode(
         self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None, top_k: Optional[int] = None
     ) -> list[Any]:
-        """For each row the label with the highest probability; with `top_k` a list of as many, highest first."""
+        """The most probable label of each row; with `top_k` a list of this length, highest first."""
         scores, ids = logits.float().softmax(-1).topk(min(top_k or 1, len(self.labels)))
         answers = [
             [{"label": self.labels[i], "score": score} for i, score in zip(*row, strict=True)]

@@ -1,4 +1,4 @@
-"""A text in answer: translation, captions, answers in words."""
+"""Written answers: translation, captions, answers in words."""
 
 import numbers
 from dataclasses import dataclass
@@ -74,14 +74,14 @@ class Generation(Task):
 
     @classmethod
     def read_text(cls, text: str, separator: str) -> str:
-        return text  # a text that is written may be blank
+        return text  # a written text may be blank
 
     def encode_label(self, value: Any, text: str) -> Optional[str]:
         if is_null(value):
             return None
         value = as_scalar(value)
         if isinstance(value, bool):
-            return str(value).lower()  # as tables write it
+            return str(value).lower()  # the form in tables
         if isinstance(value, numbers.Real):
             return str(value)
         if not isinstance(value, str):
@@ -112,7 +112,7 @@ class Generation(Task):
             raise ValueError(f"task {self.name!r}: the tokenizer has no token that ends a text; set its eos_token")
         if not texts:
             return []
-        # M2M100's has a mode for targets that needs a language, of which nothing is left without special tokens.
+        # M2M100's tokenizer has a mode for targets. It needs a language, which is not used without special tokens.
         needs_language = hasattr(tokenizer, "tgt_lang") and tokenizer.tgt_lang is None
         key = "text" if needs_language else "text_target"
         needed = [needed_text(tokenizer, text, self.max_length, key) for text in texts]
@@ -144,7 +144,7 @@ class Generation(Task):
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, list[Any]]:
-        """The sum over the tokens of their logits; answers are lists of ids, which must be given."""
+        """The sum over the tokens of their logits; answers are lists of ids, and are required."""
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in answers], True, -100).to(logits.device)
         known = ids != -100
         if places is not None:

@@ -1,4 +1,4 @@
-"""Does this picture (or sound) belong to this text?"""
+"""Predicts whether a picture (or sound) belongs to a text."""
 
 import numbers
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ class Matching(Task):
         return labels_of_pairs_left(labels, kept, self.modality)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each row the mean over its forms."""
+        """The mean over the forms of each row."""
         known = self._known(logits, labels)
         losses = nn.functional.binary_cross_entropy_with_logits(
             torch.where(known, logits, 0.0).float(), self._targets(logits, labels), reduction="none"
@@ -110,7 +110,7 @@ class Matching(Task):
         return {"true": True, "yes": True, "false": False, "no": False}.get(text.lower(), text)
 
     def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
-        """Of the row itself; mismatched pairs belong to no row."""
+        """Judges the row itself; mismatched pairs belong to no row."""
         score = float(logits.flatten()[0].sigmoid())
         truth = None if label[0] == -100 else bool(label[0])
         is_right = None if truth is None else (score > 0.5) == truth

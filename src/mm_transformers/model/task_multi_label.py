@@ -140,7 +140,7 @@ class MultiLabel(Task):
     def decode(
         self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None, threshold: Optional[float] = None
     ) -> list[dict[str, Any]]:
-        """For each row the labels whose probability is at least `threshold`, by default that of the task; and all."""
+        """For each row the labels with a probability of at least `threshold` (default: the task's), and all labels."""
         threshold = self.threshold if threshold is None else threshold
         answers = []
         for row in logits.float().sigmoid().tolist():
@@ -168,7 +168,7 @@ class MultiLabel(Task):
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, list[Any]]:
-        """Of one label; by default the most probable."""
+        """The score of one label; by default the most probable."""
         return label_scores(self, logits, answers)
 
     def predictions_and_references(

@@ -78,7 +78,7 @@ class Regression(Task):
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, list[Any]]:
-        """The number itself: what raises it."""
+        """The score is the number itself."""
         if any(answer is not None for answer in answers):
             raise ValueError(f"Task {self.name!r} gives a number, which speaks for itself; leave out the answer.")
         return logits, logits.float().tolist()

@@ -1,4 +1,4 @@
-"""Which picture (or sound) belongs to a text, and which text to a picture."""
+"""Finds the picture (or sound) for a text, and the text for a picture."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .pairs import Pairs, encode_pair, labels_of_pairs_left, matching_pairs, pai
 from .task_base import NO_CONTEXT, LabelContext, Task, register_task
 
 
-# As CLIP has it: below this temperature training becomes unstable.
+# As in CLIP: below this temperature training becomes unstable.
 MIN_TEMPERATURE = 0.01
 MAX_LOG_SCALE = math.log(1 / MIN_TEMPERATURE)
 
@@ -112,7 +112,7 @@ class Retrieval(Task):
         together = logits.requires_grad
         everyone, ids = (gather_rows(logits), gather_rows(labels)) if together else (logits, labels)
         total = logits.new_zeros((), dtype=torch.float32)
-        orders = ([0, 1, 2], [1, 0, 2])  # what belongs to texts, and to items
+        orders = ([0, 1, 2], [1, 0, 2])  # matches of texts, and of items
         pairs = [Pairs.of(ids[:, order]) for order in orders]
         for start in range(0, len(logits), 2048):  # a data set at once would be too much
             rows = slice(start, start + 2048)
@@ -142,7 +142,7 @@ class Retrieval(Task):
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, list[Any]]:
-        """The cosine: what makes text and item similar."""
+        """The score is the cosine of text and item."""
         vectors = nn.functional.normalize(logits.float(), dim=-1)
         similarities = (vectors[:, 0] * vectors[:, 1]).sum(-1)
         return similarities, similarities.tolist()
@@ -162,7 +162,7 @@ class RetrievalHead(nn.Module):
         self.modality, self.temperature = modality, temperature
         self.text_projection = nn.Linear(text_size, embedding_size, bias=False)
         self.item_projection = nn.Linear(item_size, embedding_size, bias=False)
-        # Not 0-dim, which FSDP cannot share out.
+        # Not 0-dim, which FSDP cannot shard.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / temperature)], dtype=torch.float32))
 
     def init_own_parameters(self, std: float):
@@ -181,14 +181,14 @@ class RetrievalHead(nn.Module):
         stream = outputs.encoded.get(self.modality)
         item = torch.zeros_like(text) if stream is None else self.embed_item(stream)
         log_scale = self.logit_scale.float()
-        # The gradient also passes at the bound, from which the temperature could not come back otherwise.
+        # The gradient also passes at the bound; otherwise the temperature could not leave it.
         log_scale = log_scale - (log_scale - MAX_LOG_SCALE).clamp(min=0).detach()
         scale = (log_scale / 2).exp()
         return torch.stack([text, item], 1) * scale
 
 
 def unit_vectors(vectors: torch.Tensor) -> torch.Tensor:
-    """In float32, because half precision has no number as small as what keeps the length of a zero from being 0."""
+    """Vectors of length 1, in float32, since the epsilon against zero lengths underflows in half precision."""
     return nn.functional.normalize(vectors.float(), dim=-1).to(vectors.dtype)
 
 

@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 
 def split_words(text: str) -> list[tuple[int, int]]:
-    """Start and end of the words of a text: what stands between white space."""
+    """Start and end of the words of a text, separated by white space."""
     return [match.span() for match in re.finditer(r"\S+", text)]
 
 
@@ -38,7 +38,7 @@ def index_words(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     """
     words, index, word = split_words(text), [], 0
     for start, end in offsets:
-        # Byte-level tokens begin with the space before their word, so what counts is the first overlap.
+        # Byte-level tokens begin with the space before their word, so the first overlap counts.
         while word < len(words) and words[word][1] <= start:
             word += 1
         if word < len(words) and start < end and end > words[word][0]:
@@ -115,7 +115,7 @@ class TokenClassification(Task):
                 f"task {self.name!r}: expected a list with one label per word, but got {shorten_value(value)} of type "
                 f"{type(value).__name__}"
             )
-        num_words = sum(1 for _ in re.finditer(r"\S+", text))  # without the list of their places
+        num_words = sum(1 for _ in re.finditer(r"\S+", text))  # without a list of their places
         if len(value) != num_words:
             raise ValueError(f"task {self.name!r}: got {len(value)} labels for a text of {num_words} words")
         return [-100 if is_missing(item) else label_id(self.name, self.labels, item) for item in value]

@@ -1,4 +1,4 @@
-"""The task kinds that come with the package: one line each."""
+"""The task kinds of the package: one line each."""
 
 from .task_base import TASK_KINDS, Task, register_task, task_from_dict
 from .task_classification import Classification

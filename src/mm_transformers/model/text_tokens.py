@@ -1,4 +1,4 @@
-"""Tokens of texts: one thread at a time calls a tokenizer, with no more text than is needed."""
+"""Tokenizes texts: by one thread at a time, and no more text than needed."""
 
 import os
 import threading
@@ -8,7 +8,7 @@ from .limits import limits
 
 
 def _renew_lock() -> None:
-    # A process that forks while another thread holds the lock would never get it.
+    # After a fork while another thread holds the lock, the new process would never get it.
     global _lock
     _lock = threading.RLock()
 
@@ -28,9 +28,9 @@ def tokenize(tokenizer: Any, *texts: Any, **options: Any) -> Any:
         return tokenizer(*texts, **options)
 
 
-# So many more tokens than the wanted ones are made, so that the cut changes none of these.
+# Extra tokens beyond the wanted ones, so that the cut changes none of these.
 _MARGIN = 16
-# A text is cut at so many characters per wanted token, plus so many.
+# The cut of a text: characters per wanted token, plus a constant.
 _CHARACTERS = (8, 1000)
 
 

@@ -24,14 +24,14 @@ class TokenMerging(nn.Module):
         self.num_tokens = num_tokens
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        sizes = torch.ones_like(tokens[..., :1])  # of how many tokens each is the mean
+        sizes = torch.ones_like(tokens[..., :1])  # the number of tokens in each mean
         while tokens.shape[1] > self.num_tokens:
             tokens, sizes = _merge(tokens, sizes, tokens.shape[1] - self.num_tokens)
         return tokens
 
     @torch.no_grad()
     def shares(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Of which tokens those that are left are means: (num_items, tokens that are left, length); rows sum to 1."""
+        """The share of each token in the remaining means: (num_items, remaining tokens, length); rows sum to 1."""
         sizes, length = torch.ones_like(tokens[..., :1]), tokens.shape[1]
         shares = torch.eye(length, dtype=tokens.dtype, device=tokens.device).expand(len(tokens), -1, -1)
         while tokens.shape[1] > self.num_tokens:
@@ -96,7 +96,7 @@ def _merge(
     targets = partners.gather(1, merged[..., 0])[..., None]
 
     def joined(values: torch.Tensor) -> torch.Tensor:
-        """Sums over what has been merged: (num_items, tokens that are left, ...)."""
+        """The sums over merged tokens: (num_items, remaining tokens, ...)."""
         width = values.shape[-1]
         moved = values[:, ::2].gather(1, merged.expand(-1, -1, width))
         sums = values[:, 1::2].scatter_add(1, targets.expand(-1, -1, width), moved)
@@ -110,7 +110,7 @@ _KINDS: dict[Any, type[nn.Module]] = {"merge": TokenMerging, "resampler": Resamp
 
 
 def build_token_reduction(config, options: Optional[dict[str, Any]]) -> nn.Module:
-    """What `config.vision_token_reduction` describes."""
+    """The module of `config.vision_token_reduction`."""
     if options is None:
         return nn.Identity()
     rest = {name: value for name, value in options.items() if name != "kind"}

@@ -1,4 +1,4 @@
-"""Turns whatever a table holds in its video column into a few frames."""
+"""Converts the cells of a video column into a few frames."""
 
 import io
 import os
@@ -12,21 +12,21 @@ from .label_cells import shorten
 from .limits import limits, named
 
 
-# The containers that are opened, as FFmpeg calls them. Others, such as playlists, name further files to open.
+# The allowed containers, by FFmpeg's names. Others, such as playlists, name further files to open.
 CONTAINERS = (
     "mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "ogg",
     "flv", "asf", "gif", "h264", "hevc", "obu", "ivf", "mxf", "nut", "apng", "yuv4mpegpipe", "wav", "mp3", "flac",
 )  # fmt: skip
-# Decoders of pictures in JPEG whose names do not say it, as FFmpeg calls them.
+# Decoders of JPEG pictures with other names, by FFmpeg's names.
 _OTHER_JPEG = {"amv", "avrn", "mxpeg", "sp5x", "tdsc", "thp"}
 
 
 class VideoError(ValueError):
-    """A video that cannot be used; the message says which and why, in one sentence."""
+    """A video that cannot be used; the message names it and the reason, in one sentence."""
 
 
 def video_key(video: Any) -> Hashable:
-    """Equal for two cells that surely hold the same video: the same object, path or bytes."""
+    """Equal for two cells with the same video for certain: the same object, path or bytes."""
     return content_key(video, content_of(video))
 
 
@@ -111,12 +111,12 @@ def _read(
             if stream.type != "video":
                 raise VideoError(f"stream {stream_index} of {name} has no pictures")
             _check_header(container, stream, name)
-            # The decoder itself refuses what grows in the middle of the stream.
+            # The decoder itself refuses frames that grow in the middle of the stream.
             stream.codec_context.options = {"max_pixels": str(limits().video_frame_pixels)}
             total = stream.frames if stream.frames > 0 else _count(container, stream, name)
             frames, reached = _take(container, stream, total, num_frames, name)
             if reached < total and len(frames) < min(total, num_frames):
-                frames, _ = _take(container, stream, reached, num_frames, name)  # there are fewer than the header says
+                frames, _ = _take(container, stream, reached, num_frames, name)  # there are fewer than in the header
     except FileNotFoundError:
         raise VideoError(not_there(content, "video")) from None
     except UnreadableFile as error:
@@ -162,7 +162,7 @@ def _decoded(container: Any, stream: Any, name: str) -> Iterator[Any]:
 
 
 def _count(container: Any, stream: Any, name: str) -> int:
-    """How many frames there are, of a file that does not say it."""
+    """The number of frames of a file without this number in its header."""
     total = 0
     for _ in _decoded(container, stream, name):
         total += 1
@@ -171,7 +171,7 @@ def _count(container: Any, stream: Any, name: str) -> int:
 
 
 def _take(container: Any, stream: Any, total: int, num_frames: int, name: str) -> tuple[list[Any], int]:
-    """The wanted frames of so many, and how many were decoded for them."""
+    """The wanted frames of this total, and the number of decoded frames."""
     _check_frames(total, num_frames, name)
     container.seek(0)
     wanted = set(sample_evenly(total, num_frames))
@@ -191,6 +191,6 @@ def _picture(frame: Any, most_pixels: int) -> Any:
         {} if share == 1 else {"width": max(1, int(frame.width * share)), "height": max(1, int(frame.height * share))}
     )
     picture = frame.to_image(**size)
-    # As players show it: phones turn the display, not the pixels.
+    # Turned as in players: phones turn the display, not the pixels.
     turns = round(getattr(frame, "rotation", 0) / 90) % 4
     return picture.rotate(90 * turns, expand=True) if turns else picture

@@ -1,4 +1,4 @@
-"""Training arguments with what is special to a fused model."""
+"""Training arguments with the options of a fused model."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,70 +11,72 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 AUTO = "auto"
 # By part of the model, if neither `learning_rate` nor the rate of the part is given.
 DEFAULT_LEARNING_RATES = {"encoder": 5e-5, "fusion": 1e-4, "head": 1e-3}
-# What `learning_rate` is then: a number that nobody types, so that copies of the arguments still tell it from 1e-3.
+# The `learning_rate` in that case: an unusual number, so that copies of the arguments can tell it from 1e-3.
 NOT_GIVEN = math.nextafter(DEFAULT_LEARNING_RATES["head"], 1.0)
 
 
 @dataclass
 class MMTrainingArguments(Seq2SeqTrainingArguments):
     """
-    [`~transformers.Seq2SeqTrainingArguments`] with defaults for fine-tuning pretrained encoders; all that differs from
-    there is listed here. `docs/defaults.md` says how the defaults were chosen. [`MMTrainer`] takes plain
-    [`~transformers.TrainingArguments`] as they are.
+    [`~transformers.Seq2SeqTrainingArguments`] with defaults for fine-tuning pretrained encoders.
+
+    All differences are listed here. `docs/defaults.md` explains the choice of the defaults. [`MMTrainer`] uses plain
+    [`~transformers.TrainingArguments`] unchanged.
 
     Args:
         learning_rate (`float`, *optional*):
-            Of all parts whose own rate is not given. By default encoders have 5e-5, the fusion 1e-4 and heads 1e-3.
-            Encoders from random weights need more: give a `learning_rate`.
+            Of all parts without their own rate. By default encoders have 5e-5, the fusion 1e-4 and heads 1e-3. Encoders
+            from random weights need more: give a `learning_rate`.
         encoder_learning_rate (`float`, *optional*): Of the encoders, and of the decoder if there is one.
-        fusion_learning_rate (`float`, *optional*): Of all between encoders and heads. Gates learn ten times as fast.
+        fusion_learning_rate (`float`, *optional*): Of all parts between encoders and heads. Gates have ten times this
+            rate.
         head_learning_rate (`float`, *optional*): Of the task layers.
         layerwise_lr_decay (`float`, *optional*, defaults to 1.0):
             The highest layer of an encoder has the rate of the encoders times this factor, the next layer times its
-            square, and so on; the embeddings have the lowest rate (ELECTRA, https://arxiv.org/abs/2003.10555; usual
-            are 0.65 to 0.95).
+            square, and so on. The embeddings have the lowest rate (ELECTRA, https://arxiv.org/abs/2003.10555; usual are
+            0.65 to 0.95).
         per_device_train_batch_size (`int`, *optional*, defaults to 16): Rows per batch and process.
         per_device_eval_batch_size (`int`, *optional*, defaults to 32): The same without training.
         num_train_epochs (`float`, *optional*, defaults to 5.0): Epochs, at most.
         warmup_steps (`float`, *optional*, defaults to 0.1): Steps of warm-up; below 1 a share of all steps.
         weight_decay (`float`, *optional*, defaults to 0.01): Of all matrices that no regulariser covers.
         eval_strategy (`str`, *optional*, defaults to `"auto"`):
-            `"auto"` evaluates after each epoch if there are validation rows, or as often as `save_steps` says. With
+            `"auto"` evaluates if there are validation rows: after each epoch, or at the interval of `save_steps`. With
             `eval_steps`, the default is `"steps"`.
         save_strategy (`str`, *optional*, defaults to `"auto"`):
-            `"auto"` saves a checkpoint whenever there is an evaluation; after each epoch if there is none. Then
+            `"auto"` saves a checkpoint at each evaluation; without evaluations, after each epoch. Then
             `save_total_limit` is 1 unless given: the newest checkpoint stays, and the best one.
         load_best_model_at_end (`bool`, *optional*):
-            Whether the weights with the best validation loss are those that are kept, the start included. By default
-            yes if there are validation rows and `save_strategy` fits `eval_strategy`. Then, with a `start_share` and a
-            linear start, losses up to 5% above the lowest count as equal, and of equals the latest weights are kept.
+            Whether to keep the weights with the best validation loss, the start included. By default yes if there are
+            validation rows and `save_strategy` fits `eval_strategy`. Then, with a `start_share` and a linear start,
+            losses up to 5% above the lowest count as equal. Among equal losses, the latest weights are kept.
         early_stopping_patience (`int`, *optional*, defaults to 3):
-            Training ends after so many evaluations without a better one; 0 for never. Needs
+            Training ends after this number of evaluations without a better one; 0 for never. Needs
             `load_best_model_at_end`.
         validation_fraction (`float`, *optional*, defaults to 0.15):
             Share of the training rows that is held out if [`MMTrainer`] gets no `eval_dataset` and `eval_strategy` is
             `"auto"`; see [`hold_out_rows`]. 0 holds out none.
         probe_start (`bool`, *optional*):
             Whether tasks start as linear models of the mean encoder outputs; see [`start_probes`]. By default all tasks
-            do whose linear probe is new, as in models of `from_encoders`.
+            with a new linear probe do, as in models of `from_encoders`.
         start_share (`float`, *optional*, defaults to 0.3):
-            Where tasks start as linear models: the share of the start in the weights that are evaluated during training
-            and kept at its end; the rest are the trained weights (WiSE-FT, https://arxiv.org/abs/2109.01903). 0 leaves
-            the trained weights as they are.
+            For tasks that start as linear models: the share of the start in the weights that are evaluated during
+            training and kept at its end. The rest are the trained weights (WiSE-FT, https://arxiv.org/abs/2109.01903).
+            0 leaves the trained weights unchanged.
         refit (`bool`, *optional*):
-            Whether to train a second time, from the start and on all rows, if [`MMTrainer`] held some out: for as many
-            epochs as the best weights of the first training had (as many steps, with `max_steps`). By default yes for
-            up to 2,000 training rows, where these few rows matter, unless the optimizer or a subclass of the trainer is
-            your own. All figures of the training, and the verdicts, are about the first one. It needs tasks that start
-            as linear models, and never happens with an `eval_dataset`. Callbacks run in both trainings, but those that
-            report to services in the first only.
+            Whether to train a second time, from the start and on all rows, if [`MMTrainer`] held some out. The number
+            of epochs is that of the best weights of the first training (the number of steps, with `max_steps`). By
+            default yes for up to 2,000 training rows, where these few rows matter, unless the optimizer or a subclass
+            of the trainer is your own. All figures of the training, and the verdicts, are about the first one. It needs
+            tasks that start as linear models, and never happens with an `eval_dataset`. Callbacks run in both
+            trainings, but those that report to services in the first only.
         predict_with_generate (`bool`, *optional*, defaults to `True`): Whether tasks that write do so in evaluation.
         rows_per_image (`int`, *optional*, defaults to 1):
-            Rows of one image come up to so many at a time, in an otherwise random order: a batch reads and encodes each
-            image once, so an epoch is the faster the more rows share theirs. Batches hold fewer images then.
+            The largest number of rows of one image that come together, in an otherwise random order. A batch reads and
+            encodes each image once, so an epoch is faster if many rows share images. Batches then hold fewer images.
         automatic (`dict`, *optional*):
-            Not for users: the values that were chosen for options that are `"auto"` or `None`, so that copies of the
-            arguments stay automatic.
+            Not for users: the chosen values of options that are `"auto"` or `None`, so that copies of the arguments
+            stay automatic.
 
     Raises:
         ValueError: if a value is out of its range, or `rows_per_image` is given together with another order of the
@@ -85,7 +87,8 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
     ```python
     >>> args = MMTrainingArguments("out")  # the defaults
     >>> args = MMTrainingArguments("out", encoder_learning_rate=1e-5, num_train_epochs=3)
-    ```"""
+    ```
+    """
 
     learning_rate: Optional[float] = field(
         default=None, metadata={"help": "Learning rate of all parts whose own rate is not given."}
@@ -147,7 +150,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
             if getattr(self, name) in (AUTO, None) or (name in known and _plain(getattr(self, name)) == known[name])
         }
         if self.save_steps != _DEFAULT_SAVE_STEPS and "save_strategy" in self.automatic:
-            # Whoever says how many steps means steps.
+            # A given number of steps means `"steps"`.
             self.save_strategy = SaveStrategy.STEPS
             del self.automatic["save_strategy"]
         if "save_strategy" in self.automatic and getattr(self, "save_total_limit", None) is None:
@@ -158,7 +161,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
         self._check_ranges()
         wanted = self.load_best_model_at_end
         if self.automatic:
-            # Otherwise transformers would refuse what is not settled yet.
+            # Otherwise transformers would refuse options that are still open.
             self.load_best_model_at_end = False
         super().__post_init__()
         self.load_best_model_at_end = wanted
@@ -208,7 +211,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
 
     @property
     def chooses_best(self) -> bool:
-        """Whether keeping the best weights is the default here, and no wish of the user."""
+        """Whether keeping the best weights is the default, and not requested by the user."""
         return "load_best_model_at_end" in self._automatic
 
     @property
@@ -216,7 +219,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
         return self.automatic if self.automatic is not None else {}
 
     def reopen(self) -> None:
-        """Automatic options become as they are without validation rows, so that another trainer can settle them."""
+        """Resets automatic options to their values without validation rows, so that another trainer can set them."""
         if "eval_strategy" in self._automatic:
             self._choose("eval_strategy", IntervalStrategy.NO)
         if "save_strategy" in self._automatic:
@@ -226,15 +229,15 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
 
     def settle(self, has_validation: bool, has_one_loss: bool = True, has_epochs: bool = True) -> None:
         """
-        Settles what was left open; called by [`MMTrainer`], which knows the rows.
+        Sets the open options; called by [`MMTrainer`], which has the rows.
 
         Args:
             has_validation: whether there are validation rows.
-            has_one_loss: whether they are one data set; of several there is no loss that could choose weights.
+            has_one_loss: whether they are one data set; several have no single loss that could choose weights.
             has_epochs: whether the training rows have a length; otherwise checkpoints come by steps.
 
         Raises:
-            ValueError: if the best weights are asked for and nothing is evaluated.
+            ValueError: if the best weights are requested and nothing is evaluated.
         """
         args: Any = self  # mypy does not find the types of these fields
         saves_by_steps = "save_strategy" not in self._automatic and args.save_strategy == SaveStrategy.STEPS
@@ -270,7 +273,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """The value in its JSON form."""
     return getattr(value, "value", value)
 
 

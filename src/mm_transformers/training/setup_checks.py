@@ -23,8 +23,10 @@ logger = logging.get_logger(__name__)
 
 def check_arguments(args: TrainingArguments) -> None:
     """
+    Checks the training arguments.
+
     Raises:
-        ValueError: if something is asked for that would be ignored, or that cannot work.
+        ValueError: if an option would be ignored, or cannot work.
     """
     if args.n_gpu > 1:
         raise ValueError(
@@ -57,8 +59,10 @@ def check_arguments(args: TrainingArguments) -> None:
 
 def check_parts(data_collator: Any, processing_class: Any, train_dataset: Any, compute_loss_func: Any) -> None:
     """
+    Checks the parts of a trainer.
+
     Raises:
-        ValueError: if [`MMTrainer`] cannot be made of these.
+        ValueError: if they do not fit [`MMTrainer`].
     """
     if compute_loss_func is not None:
         raise ValueError("MMTrainer takes no compute_loss_func: the loss of a task is its method `loss`.")
@@ -78,8 +82,10 @@ def check_parts(data_collator: Any, processing_class: Any, train_dataset: Any, c
 
 def check_best_metric(args: TrainingArguments, tasks: Iterable[Task], eval_dataset: Any) -> None:
     """
+    Checks `metric_for_best_model`.
+
     Raises:
-        ValueError: if `metric_for_best_model` is none of what is measured.
+        ValueError: if it is not among the measured metrics.
     """
     wanted = args.metric_for_best_model
     if wanted is None or eval_dataset is None:
@@ -110,6 +116,8 @@ def check_best_metric(args: TrainingArguments, tasks: Iterable[Task], eval_datas
 
 def check_direction(args: TrainingArguments) -> None:
     """
+    Checks `greater_is_better`.
+
     Raises:
         ValueError: if the best weights would be the worst.
     """
@@ -134,11 +142,13 @@ def check_adapters(fused: MMTransformerForMultiTask) -> None:
 
 def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
     """
+    Checks the columns of a data set.
+
     Args:
         name: "train" or "eval".
 
     Raises:
-        ValueError: if the column of texts is missing, or all columns of labels are, or are empty.
+        ValueError: if the column of texts is missing, or all columns of labels are missing or empty.
     """
     columns = columns_of(dataset)
     if isinstance(dataset, DataMixture):
@@ -172,6 +182,8 @@ def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
 
 def check_any_label(dataset: Any, collator: MMDataCollator) -> None:
     """
+    Checks that the training rows have labels.
+
     Args:
         dataset: the training rows.
 
@@ -196,6 +208,8 @@ def check_any_label(dataset: Any, collator: MMDataCollator) -> None:
 
 def check_lengths(dataset: Any, args: TrainingArguments) -> None:
     """
+    Checks grouping by length.
+
     Raises:
         ValueError: if rows are to be grouped by a length that they do not have.
     """
@@ -210,8 +224,10 @@ def check_lengths(dataset: Any, args: TrainingArguments) -> None:
 
 def check_rows_per_image(dataset: Any, collator: MMDataCollator, args: TrainingArguments) -> None:
     """
+    Checks `rows_per_image`.
+
     Raises:
-        ValueError: if rows of one image are to come together where their order is not ours to choose.
+        ValueError: if rows of one image are to come together, but the order of the rows is fixed.
     """
     wanted = getattr(args, "rows_per_image", 1)
     if wanted == 1 or dataset is None:

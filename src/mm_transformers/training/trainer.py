@@ -79,13 +79,13 @@ logger = logging.get_logger(__name__)
 @dataclass
 class Run:
     """
-    What is known of one run of the training loop. A training has several if it tries smaller batch sizes.
+    The state of one run of the training loop. A training has several runs if it tries smaller batch sizes.
 
     Args:
         to_restore: the checkpoint whose losses are still to be restored.
         last_step_seen: the step after which the Trainer last logged, evaluated and saved.
-        was_stopped_early: whether early stopping had ended the training that is resumed.
-        knows_all_losses: whether the losses since the beginning of a resumed training are known.
+        was_stopped_early: whether early stopping had ended the resumed training.
+        knows_all_losses: whether all losses of a resumed training are known, from its beginning.
         has_started: whether the start was measured.
     """
 
@@ -104,7 +104,7 @@ class MMTrainer(Trainer):
 
     - `data_collator` defaults to [`MMDataCollator`], which reads the images. So an error about bad data names the row.
     - Without an `eval_dataset`, [`MMTrainingArguments`] hold out a grouped and stratified share of the training rows.
-    - With a `feature_cache`, encoders that are frozen as a whole run once per distinct item, before the first batch.
+    - With a `feature_cache`, completely frozen encoders run once per distinct item, before the first batch.
 
     Start and end:
 
@@ -114,13 +114,13 @@ class MMTrainer(Trainer):
       training; see `start_share`. Checkpoints hold the weights of training.
     - With [`MMTrainingArguments`], the weights with the best validation loss are kept, and training stops early. If
       rows are few, the model is then trained again on all of them; see `refit`.
-    - `verdicts` compares each task with its linear start, a linear model of the text alone and the majority, on the
-      validation rows. One line per task is logged.
+    - `verdicts` compares each task on the validation rows with three others: its linear start, a linear model of the
+      text alone and the majority. One line per task is logged.
 
     Loss:
 
     - The loss of a task is its mean over all of its labels in an optimiser step, also under gradient accumulation.
-    - The regularizer enters once per step. What it covers has no weight decay.
+    - The regularizer enters once per step. Its parameters have no weight decay.
     - The gates of the fusion have ten times the learning rate, and no weight decay.
     - Logs hold `<task>_loss` and `regularization_loss`: the means over the optimiser steps that had labels of the task.
 
@@ -129,29 +129,29 @@ class MMTrainer(Trainer):
     - `compute_metrics` defaults to [`MultiTaskMetrics`]. Losses are exact means over all labels; a task without labels
       has none.
     - Tasks that write do so, and their metrics compare texts. `generation_num_beams`, `generation_max_length` and
-      `predict_with_generate` of [`~transformers.Seq2SeqTrainingArguments`] count.
+      `predict_with_generate` of [`~transformers.Seq2SeqTrainingArguments`] apply.
 
-    Checkpoints: a training may be killed at any moment. `train(resume_from_checkpoint=True)` goes on from the newest
-    complete checkpoint, or starts from scratch if there is none, and has the same result as without the interruption. A
-    checkpoint is complete or not there: it is written aside and renamed, and old ones are renamed before they are
+    Checkpoints: a training may be killed at any moment. `train(resume_from_checkpoint=True)` resumes from the newest
+    complete checkpoint, or starts from scratch without one. The result is the same as without the interruption. A
+    checkpoint is complete or absent: it is written to another folder and renamed. Old ones are renamed before they are
     deleted.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, kwargs:
-            As [`~transformers.Trainer`] takes them. `args` defaults to `MMTrainingArguments("tmp_trainer")`.
-            `processing_class` is the [`MMTransformerProcessor`]; it defaults to that of the `data_collator`. In `args`,
-            `remove_unused_columns` and `accelerator_config.dispatch_batches` are set to `False`: columns are chosen by
-            the collator, and a batch of images cannot be cut along with its rows. `ddp_find_unused_parameters`
-            defaults to `False`: every parameter takes part in every step. `train_dataset` may be a [`DataMixture`] of
-            several data sets, or a dict of them; then the logs hold how many rows of each there were since the last
-            log (`rows_<name>`). Where a data set is taken, a [`DataSource`] is too.
+            As in [`~transformers.Trainer`]. `args` defaults to `MMTrainingArguments("tmp_trainer")`. `processing_class`
+            is the [`MMTransformerProcessor`]; it defaults to that of the `data_collator`. In `args`,
+            `remove_unused_columns` and `accelerator_config.dispatch_batches` are set to `False`: the collator chooses
+            the columns, and a batch of images cannot be cut along with its rows. `ddp_find_unused_parameters` defaults
+            to `False`: every parameter takes part in every step. `train_dataset` may be a [`DataMixture`] of several
+            data sets, or a dict of them. Then the logs hold the number of rows of each since the last log
+            (`rows_<name>`). Each data set may also be a [`DataSource`].
         feature_cache ([`FeatureCache`], `str` or `Path`, *optional*): The cache, or its folder.
 
     Raises:
         ValueError: if several GPUs would be used by `nn.DataParallel`, if there is neither a `processing_class` nor a
-            `data_collator`, if the model has no tasks, if a data set lacks the text column or all of the tasks'
-            columns (for several, as [`DataMixture`] says), or if something is asked for that would be ignored: label
-            smoothing, `compute_loss_func`, `batch_eval_metrics`.
+            `data_collator`, or if the model has no tasks. Also if a data set lacks the text column or all of the tasks'
+            columns (for several, as in [`DataMixture`]). Also for options that would be ignored: label smoothing,
+            `compute_loss_func`, `batch_eval_metrics`.
 
     Example:
 
@@ -184,7 +184,7 @@ class MMTrainer(Trainer):
         args = args if args is not None else MMTrainingArguments("tmp_trainer")
         check_arguments(args)
         if isinstance(args, MMTrainingArguments):
-            args.reopen()  # another trainer may have settled them
+            args.reopen()  # another trainer may have set them
         if processing_class is None and isinstance(data_collator, MMDataCollator):
             processing_class = data_collator.processor
         check_parts(data_collator, processing_class, train_dataset, kwargs.get("compute_loss_func"))
@@ -211,8 +211,8 @@ class MMTrainer(Trainer):
         if data_collator is None:
             self.data_collator = MMDataCollator(processing_class, self.model.config)
         self._refit: Optional[Refit] = None
-        self._parts: list[Part] = []  # rows that are held out here, and those that are left
-        self.refitted: Optional[str] = None  # how the model was trained again on all rows
+        self._parts: list[Part] = []  # held-out rows, and the remaining rows
+        self.refitted: Optional[str] = None  # the second training on all rows, if any
         self._settle_arguments(self.optimizer is not None or kwargs.get("optimizer_cls_and_kwargs") is not None)
         self.feature_cache = FeatureCache.of(feature_cache)
         if self.feature_cache is not None:
@@ -229,7 +229,7 @@ class MMTrainer(Trainer):
         self._average: Optional[StartAverage] = None
         self._trained_from: Optional[StartAverage] = None
         self.verdicts: list[Verdict] = []
-        # `num_items_in_batch` holds the divisors of the whole optimiser step, so nothing is left to be divided.
+        # `num_items_in_batch` holds the divisors of the whole optimiser step, so no further division is needed.
         self.model_accepts_loss_kwargs = True
         self._has_trained = self._has_evaluated = False  # the latter before training
         self._eval_dataloaders: dict[str, DataLoader] = {}  # those that the Trainer keeps
@@ -241,6 +241,8 @@ class MMTrainer(Trainer):
 
     def _check_model(self) -> None:
         """
+        Checks the model.
+
         Raises:
             ValueError: if it cannot be trained, or not in this way.
         """
@@ -261,8 +263,10 @@ class MMTrainer(Trainer):
 
     def _check_rows(self) -> None:
         """
+        Checks the rows.
+
         Raises:
-            ValueError: if rows lack columns, or cannot be read in the order that the arguments ask for.
+            ValueError: if rows lack columns, or cannot be read in the order of the arguments.
         """
         check_sources(self.train_dataset, self.eval_dataset, self.data_collator, self.args)
         if isinstance(self.data_collator, MMDataCollator):
@@ -274,7 +278,7 @@ class MMTrainer(Trainer):
 
     @property
     def fused_model(self) -> MMTransformerForMultiTask:
-        """The model itself, whatever wraps it, adapters included."""
+        """The unwrapped model, with its adapters."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -284,7 +288,7 @@ class MMTrainer(Trainer):
         return self._start.models
 
     def _settle_arguments(self, has_own_optimizer: bool) -> None:
-        """Holds out validation rows, and settles what the arguments leave open until the rows are known."""
+        """Holds out validation rows, and sets the arguments that depend on the rows."""
         args = self.args
         if not isinstance(args, MMTrainingArguments):
             if probes_of(self.fused_model) and self.train_dataset is not None:
@@ -386,7 +390,7 @@ class MMTrainer(Trainer):
         self.args.dataloader_drop_last = drop_last and is_training
         try:
             inputs = self._loader_inputs(dataset, batch_size, sampler_fn, is_training)
-            # The stock method takes the collator from the trainer.
+            # The stock method uses the collator of the trainer.
             collator, self.data_collator = self.data_collator, inputs.collator
             try:
                 loader = super()._get_dataloader(inputs.rows, description, batch_size, inputs.sampler_fn, **kwargs)
@@ -418,14 +422,14 @@ class MMTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if 0 < len(batches) < num_batches:
-            # Their gradients would wait, unweighted by the labels of what follows, for the next step.
+            # Their gradients would stay until the next step, without the weights of its labels.
             logger.warning_once(
                 f"The stream ended with {len(batches)} of the {num_batches} batches of an optimiser step; such a rest "
                 "is left out, since what a step is made of must be known before it."
             )
             batches = []
         if batches and self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
-            size = self._train_batch_size  # the one that has been found, with `auto_find_batch_size`
+            size = self._train_batch_size  # the result of `auto_find_batch_size`, if used
             if self.accelerator.split_batches:
                 size //= self.args.world_size
             unlabel_repeated_rows(
@@ -445,7 +449,7 @@ class MMTrainer(Trainer):
         if self._balancing is not None:
             self._balancing.before_forward(model)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        # In fp16 a batch may overflow: its step is left out, and training goes on.
+        # In fp16 a batch may overflow: its step is skipped, and training continues.
         if not self.args.fp16 and not torch.isfinite(loss):
             losses = {"all tasks together": loss, **self._losses.last}
             self._check_finite(losses, "loss", self.state.global_step + 1)
@@ -475,7 +479,7 @@ class MMTrainer(Trainer):
                 logs.update(self._balancing.logs())
             logs.update(self._counts.rows_since_last(self.accelerator))
         if "train_loss" in logs and self._run.knows_all_losses:
-            # Releases of transformers differ in which steps they divide by after resuming.
+            # Releases of transformers divide by different numbers of steps after resuming.
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, *args, **kwargs)
 
@@ -509,16 +513,16 @@ class MMTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """
-        As [`~transformers.Trainer.train`] does it.
+        As [`~transformers.Trainer.train`].
 
         Args:
             resume_from_checkpoint (`str | bool`, *optional*):
-                `True` takes the newest complete checkpoint in `args.output_dir`; if there is none, training starts
-                from scratch. So the same command starts a training and continues it.
+                `True` takes the newest complete checkpoint in `args.output_dir`. Without one, training starts from
+                scratch. So the same command starts a training and continues it.
 
         Raises:
-            ValueError: if the checkpoint that is named is not complete, or another process trains into this folder.
-            OSError: if a checkpoint cannot be written; those before stay as they are.
+            ValueError: if the given checkpoint is not complete, or another process trains into this folder.
+            OSError: if a checkpoint cannot be written; earlier ones stay unchanged.
         """
         self._begin_training()
         if self.args.push_to_hub:
@@ -534,7 +538,7 @@ class MMTrainer(Trainer):
         if self._refit is not None and self._trained_from is not None and trial is None:
             self._start.models = self._refit.run(self, self._trained_from, self._start.tasks)
             self.refitted, self._trained_from = self._refit.how, None
-            self._losses.num_labels = {}  # the second training has told which are missing
+            self._losses.num_labels = {}  # the second training has reported missing labels
         for name, count in self._losses.num_labels.items():
             if count == 0:
                 logger.warning(f"No training row has a label of task {name!r}, so its head was not trained.")
@@ -543,7 +547,7 @@ class MMTrainer(Trainer):
 
     def _begin_training(self) -> None:
         wraps = self.args.world_size > 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
-        # accelerate leaves a model as it is once another trainer has prepared it for evaluation.
+        # accelerate does not prepare a model again that another trainer has prepared for evaluation.
         has_evaluated = self._has_evaluated or (wraps and getattr(self.model, "_is_accelerate_prepared", False))
         if has_evaluated and self.args.world_size > 1:
             raise ValueError(
@@ -557,7 +561,7 @@ class MMTrainer(Trainer):
         self._losses.begin()
         self._counts.reset()
         if self.feature_cache is not None and self.args.eval_strategy != "no":
-            # What cannot be stored is told before hours are spent, not after the first epoch.
+            # Values that cannot be stored are an error now, not after the first epoch.
             evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
             for dataset in evaluated.values():
                 self.collator_for(self.rows_of(dataset)[0])
@@ -568,7 +572,7 @@ class MMTrainer(Trainer):
         self.refitted = None
 
     def _inner_training_loop(self, *args, **kwargs):
-        # Only here is the model surely the one that is trained: a `model_init` makes a new one for each trial.
+        # Only here the model is certainly the trained one: a `model_init` makes a new one for each trial.
         fused, checkpoint = self.fused_model, kwargs.get("resume_from_checkpoint")
         self._run = Run(to_restore=checkpoint)
         check_finite_weights(fused)
@@ -577,7 +581,7 @@ class MMTrainer(Trainer):
         if checkpoint is not None:
             self._start = Start.load(checkpoint)
         elif getattr(self.args, "probe_start", None) is not False and not self._start.models:
-            # With auto_find_batch_size a training begins several times, and has started only the first time.
+            # With auto_find_batch_size a training begins several times, but has only one start.
             self._start = start_probes(self)
         balance_tasks(fused, self._start.label_counts, self.data_collator, self.compute_metrics)
         self._keeps_start = bool(self._start.models) and self.args.load_best_model_at_end and checkpoint is None
@@ -591,12 +595,12 @@ class MMTrainer(Trainer):
         return super()._inner_training_loop(*args, **kwargs)
 
     def stop_balancing(self) -> None:
-        """Forgets the weighting of tasks of a training before."""
+        """Drops the task weighting of an earlier training."""
         self.remove_callback(TaskBalancing)
         self._balancing = None
 
     def _begin_average(self, checkpoint: Optional[str]) -> None:
-        """For models that started as linear models, now or in the training that goes on."""
+        """Begins the average for models that started as linear models, now or in the resumed training."""
         share = getattr(self.args, "start_share", 0.0)
         if self._average is not None:  # a smaller batch size is tried
             if checkpoint is None:
@@ -642,7 +646,7 @@ class MMTrainer(Trainer):
         self._restore_losses()
         if not (self.args.should_save and best is not None and self.args.save_total_limit == 1):
             return super()._finalize_training(trial, *args, **kwargs)
-        # The Trainer would delete checkpoints in their place, and whatever else has a name that begins like theirs.
+        # The Trainer would delete checkpoints in their place, and all files with a similar name.
         rotate(self._get_output_dir(trial), 1, {best})
         self.args.save_total_limit = None
         try:
@@ -682,7 +686,7 @@ class MMTrainer(Trainer):
         return isinstance(self.args, MMTrainingArguments) and self.args.chooses_best
 
     def _is_tolerant(self) -> bool:
-        """Whether of nearly equal validation losses the latest counts as the best; see [`is_as_good`]."""
+        """Whether the latest of nearly equal validation losses counts as the best; see [`is_as_good`]."""
         by_loss = self.args.load_best_model_at_end and self.args.metric_for_best_model in ("loss", "eval_loss")
         return self._chooses_best and by_loss and self._average is not None and self._average.share > 0
 
@@ -713,15 +717,15 @@ class MMTrainer(Trainer):
                 self._is_saving = False
             best_step = self.state.best_global_step
             if best_step is not None:
-                # As the Trainer does it, but where the checkpoint will be.
+                # As in the Trainer, but with the final place of the checkpoint.
                 best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{best_step}")
                 if best_step == step or os.path.exists(best):
                     self.state.best_model_checkpoint = best
             if not self.args.save_only_model:
                 self._save_losses(staged)
-            wait()  # each process writes files of its own
+            wait()  # each process writes its own files
             if self.args.should_save:
-                # Again, because the best checkpoint is not where it was when this was written.
+                # Again, because the best checkpoint has moved since this was written.
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
@@ -730,7 +734,7 @@ class MMTrainer(Trainer):
 
     def _save_losses(self, folder: Path) -> None:
         losses = {"loss": self._tr_loss.detach(), **self._losses.state()}
-        # Of each process its own, since only their means are logged.
+        # Each process has its own, since only their means are logged.
         gathered = self.accelerator.gather({name: loss.reshape(1) for name, loss in losses.items()})
         if self.args.should_save:
             numbers = {
@@ -754,7 +758,7 @@ class MMTrainer(Trainer):
 
     def save_model(self, output_dir: Optional[str] = None, _internal_call: bool = False):
         if self.is_fsdp_enabled and not _internal_call:
-            # The stock method leaves it out where checkpoints are saved in shards, by FSDP's own files.
+            # The stock method leaves it out if checkpoints are saved as shards of FSDP.
             state = self.accelerator.get_state_dict(self.model)
             if self.args.should_save:
                 self._save(output_dir or self.args.output_dir, state_dict=state)
@@ -775,7 +779,7 @@ class MMTrainer(Trainer):
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         with saved_aside(folder) as staged:
             card = folder / "README.md"
-            if card.is_file() and not card.is_symlink():  # PEFT renews the one that it finds
+            if card.is_file() and not card.is_symlink():  # PEFT renews an existing card
                 shutil.copy2(card, staged)
             super()._save(str(staged), state_dict)
 
@@ -799,7 +803,7 @@ class MMTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: Optional[str]) -> None:
         if checkpoint is not None:
-            # First, since another objective has other groups of parameters, of which the optimiser would complain.
+            # First, since another objective has other parameter groups, which the optimiser would reject.
             load_starting_point(self.fused_model, checkpoint)
             if self._balancing is not None:
                 self._balancing.load(checkpoint)
@@ -813,7 +817,7 @@ class MMTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # A checkpoint of other weights is no checkpoint of this model; the Trainer would only warn.
+        # A checkpoint with other weights does not fit this model; the Trainer would only warn.
         check_same_weights(load_result, self.accelerator.unwrap_model(self.model))
 
     def _load_callback_state(self) -> None:
@@ -822,7 +826,7 @@ class MMTrainer(Trainer):
         self._run.was_stopped_early |= restore_callbacks(callbacks, self.state, is_restored)
         for callback in callbacks:
             if isinstance(callback, TolerantEarlyStopping):
-                callback.is_tolerant = self._is_tolerant  # the Trainer makes new ones
+                callback.is_tolerant = self._is_tolerant  # the Trainer creates new callbacks
 
     # Sharing
 
@@ -837,14 +841,16 @@ class MMTrainer(Trainer):
         **kwargs,
     ) -> None:
         """
-        Writes the card of the model, `README.md`, into `args.output_dir`; in one that is there, what was generated is
-        renewed and what a person wrote stays.
+        Writes the card of the model, `README.md`, into `args.output_dir`.
+
+        In an existing card, the generated parts are renewed and a person's text stays.
 
         Args:
-            language, license, tags, dataset_tags: For the Hub; never guessed. `dataset_tags` are ids of data sets, of
-                which `dataset` gives the names.
-            model_name (`str`, *optional*): How the example calls the model; the Hub id or the folder by default.
-            kwargs: What else [`~transformers.Trainer.create_model_card`] takes; the encoders and tasks are known.
+            language, license, tags, dataset_tags: For the Hub; never guessed. `dataset_tags` are ids of data sets, and
+                `dataset` their names.
+            model_name (`str`, *optional*): The model name in the example; the Hub id or the folder by default.
+            kwargs: The other arguments of [`~transformers.Trainer.create_model_card`]; the encoders and tasks are
+                known.
         """
         if not self.is_world_process_zero():
             return
@@ -866,7 +872,7 @@ class MMTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._is_saving:
-            return  # it uploads in the background, so the folder must have its place
+            return  # it uploads in the background, so the folder must be in its final place
         if self.args.hub_strategy != HubStrategy.END:
             self.create_model_card()
         prepare_push(checkpoint_folder, self.args.output_dir)
@@ -918,16 +924,16 @@ class MMTrainer(Trainer):
             self.gather_function = gather
         losses = {name: output.metrics.get(f"{prefix}_{name}_loss") for name in tasks}
         if any(loss is not None for loss in losses.values()):
-            # The stock loop reports the mean of the means of batches, which is not the mean.
+            # The stock loop reports the mean of batch means, which is not the exact mean.
             total = sum(tasks[name].loss_weight * loss for name, loss in losses.items() if loss is not None)
             output.metrics[f"{prefix}_loss"] = total + self._regularization()
         elif has_losses and isinstance(output.label_ids, Mapping):
-            output.metrics.pop(f"{prefix}_loss", None)  # of rows without labels there is none
+            output.metrics.pop(f"{prefix}_loss", None)  # rows without labels have none
         self._report_bad_files()
         return output._replace(predictions=None, label_ids=None) if loss_only else output
 
     def _logits_of(self, rows: Any) -> dict[str, Any]:
-        """The logits of rows without labels, while an evaluation is going on."""
+        """The logits of rows without labels, during an evaluation."""
         loader = DataLoader(
             rows, self.args.eval_batch_size, collate_fn=Unlabelled(self.data_collator),
             num_workers=self.args.dataloader_num_workers,
@@ -960,7 +966,7 @@ class MMTrainer(Trainer):
         if self.is_fsdp_enabled:
             gather_for_method(fused, "forward_and_write")
         options = generation_options(self.args, self._generation_config, self.is_fsdp_enabled)
-        # Not through the wrapped model, which is what otherwise sees to the precision.
+        # Not through the wrapped model, which otherwise sets the precision.
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             outputs, written = fused.forward_and_write(labels, options, **inputs)
             answers = with_texts(outputs.logits or {}, written, fused.tasks, labels, references)

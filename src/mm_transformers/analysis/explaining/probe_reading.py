@@ -16,8 +16,8 @@ class ProbeReading(NamedTuple):
     The relevance of each encoder output for the score of a linear probe.
 
     A probe is linear, so each encoder output adds its own part to the score. The part is the product of the output with
-    the weights of the answer, divided by the number of tokens and the length of their mean. The length counts as a
-    constant. The parts of all tokens, the indicators and the bias sum to the score.
+    the weights of the answer. It is divided by the number of tokens and the length of their mean. The length counts as
+    a constant. The parts of all tokens, the indicators and the bias sum to the score.
 
     Args:
         probe: the probe of the head that answers.

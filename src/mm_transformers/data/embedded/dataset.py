@@ -193,9 +193,9 @@ def best_possible_accuracy() -> dict[str, dict[str, float]]:
     The best possible accuracy of any model from each part, per task, counted over the whole grid.
 
     Returns:
-        task -> {"text": ..., "image": ..., "both": ..., "majority": ...}: the accuracy of the Bayes-optimal guess from
-            the message alone, from the picture alone, from both, and from neither. The tasks are those of `TASK_LABELS`
-            and the languages. For languages the accuracy is the share of exact matches.
+        task -> {"text": ..., "image": ..., "both": ..., "majority": ...}. Each is the accuracy of the Bayes-optimal
+            guess: from the message alone, from the picture alone, from both, and from neither. The tasks are those of
+            `TASK_LABELS` and the languages. For languages the accuracy is the share of exact matches.
     """
     views: dict[str, Callable[[Cell], Hashable]] = {
         "text": lambda cell: cell.text_factors,

@@ -294,7 +294,7 @@ def _short_key(key: str) -> str:
 
 
 def _keys_of_sections() -> dict[str, Any]:
-    """Section -> its known keys; without tasks, each of which has its own keys."""
+    """Section -> its known keys; without tasks, since each task has its own keys."""
     return {
         "data": get_type_hints(DataSection),
         "columns": get_type_hints(ColumnsSection),
