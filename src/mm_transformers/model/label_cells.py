@@ -170,8 +170,7 @@ def _shown(labels: list[str]) -> str:
 
 def shorten(text: str) -> str:
     """A text for messages: if it is long, its beginning and its length."""
-    shown = text if len(text) <= 120 else f"{text[:60]}... ({len(text):,} characters)"
-    return shown.replace("\n", " ")  # arrays have lines
+    return text if len(text) <= 120 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def shorten_value(value: Any) -> str:
