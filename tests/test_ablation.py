@@ -70,6 +70,7 @@ def accuracy_by_hand(model, rows: list[dict], task: str) -> float:
     return float(np.mean([logits[i].argmax() == label for i, label in zip(known, encoded, strict=True)]))
 
 
+@pytest.mark.slow
 def test_variants_are_what_they_are_called(model, ablation):
     rows = make_rows(NUM_ROWS)
     named = ["all", "text only", "image only", "nothing", "text shuffled", "image shuffled"]
@@ -90,6 +91,7 @@ def test_variants_are_what_they_are_called(model, ablation):
         assert "entities_accuracy" not in ablation.variants[variant]
 
 
+@pytest.mark.slow
 def test_exchanged_rows_by_hand(model):
     """The same order and cycles, drawn again; the rows exchanged before anything is encoded."""
     rows = rows_without_some_parts(NUM_ROWS)
@@ -118,6 +120,7 @@ def rows_without_some_parts(count: int) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 def test_rows_without_a_text_are_given_none(model):
     """Whatever is exchanged, a row has what it had: seen in what the fusion is given."""
     rows = rows_without_some_parts(NUM_ROWS)
@@ -205,6 +208,7 @@ def score_metrics(model) -> MultiTaskMetrics:
     return MultiTaskMetrics(model.config, make_processor(), {"score": ["mse"]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_sampled", [12, 7])
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_the_projection_pairs_each_text_with_each_picture_of_all_rows(interacting, batch_size, num_sampled):
@@ -228,6 +232,7 @@ def test_the_projection_pairs_each_text_with_each_picture_of_all_rows(interactin
     assert found.num_rows == num_sampled
 
 
+@pytest.mark.slow
 def test_no_result_depends_on_the_batch_size(interacting):
     rows, found = rows_without_some_parts(12), []
     for batch_size in (1, 7, 64):
@@ -243,6 +248,7 @@ def test_no_result_depends_on_the_batch_size(interacting):
         assert other.calibration["topic"].ece == pytest.approx(found[0].calibration["topic"].ece, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_size_of_the_sample_is_told(model):
     options = dict(num_permutations=1, num_additive_rows=8)
     found = ablate(model, make_processor(), make_rows(NUM_ROWS), **options)
@@ -254,6 +260,7 @@ def test_the_size_of_the_sample_is_told(model):
     assert "measured on" not in ablate(model, make_processor(), make_rows(6), num_additive_rows=0).to_markdown()
 
 
+@pytest.mark.slow
 def test_windows_are_exchanged_one_by_one_and_sampled_together(interacting, monkeypatch):
     """With windows of 5 rows instead of 256."""
     model = interacting
@@ -356,6 +363,7 @@ def test_calibration_error_against_a_loop(answers):
     assert found.ece == pytest.approx(error)
 
 
+@pytest.mark.slow
 def test_slices_are_scores_of_those_rows(model):
     rows = [{**row, "source": "web" if i % 3 else "paper"} for i, row in enumerate(make_rows(NUM_ROWS))]
     found = ablate(model, make_processor(), rows, slices=["source"], num_permutations=1, num_additive_rows=0)
@@ -387,6 +395,7 @@ def test_tables_values_and_figure(model, ablation, tmp_path):
         assert picture.width > 600
 
 
+@pytest.mark.slow
 def test_encoders_run_once_per_row(model):
     counts = {"text": 0, "vision": 0}
 
@@ -466,6 +475,7 @@ def test_cells_of_any_type_are_counted_as_the_labels_they_are(model):
     assert found.majority["topic"] == 4 / 7
 
 
+@pytest.mark.slow
 def test_slices_of_cells_that_are_missing_or_formatted(model):
     rows = [{**row, "year": year} for row, year in zip(make_rows(4), [None, 1, "1", math.nan], strict=True)]
     del rows[3]["year"]
@@ -551,6 +561,7 @@ def test_scores_up_to_100_are_drawn_beside_those_up_to_1():
     assert max(bar.get_width() for bar in contributions.patches) == pytest.approx(0.2)
 
 
+@pytest.mark.slow
 def test_models_with_adapters(model):
     peft = pytest.importorskip("peft")
     rows = make_rows(8)

@@ -40,6 +40,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_merged_and_unmerged_answer_alike(tmp_path, kind):
     """

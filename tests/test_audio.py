@@ -320,6 +320,7 @@ class TestTraining:
         rows = {"text": ["the sound"] * number, "audio": files, "animal": [["bird", "cow"][y] for y in labels]}
         return datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio())
 
+    @pytest.mark.slow
     def test_it_learns_to_hear(self, tmp_path):
         set_seed(0)
         config = make_config(vision=None, audio="wav2vec2", tasks=[Classification("animal", labels=["bird", "cow"])])

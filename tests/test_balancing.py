@@ -176,6 +176,7 @@ def test_two_processes(tmp_path):
         torch.testing.assert_close(weights_of(result, 2), weights_of(alone, 2), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_resumed_it_is_as_if_never_stopped(tmp_path, whole):
     kind, options, _ = whole
     change = {"model": options, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim": "adamw_torch"}
@@ -195,6 +196,7 @@ def test_resumed_it_is_as_if_never_stopped(tmp_path, whole):
             train(tmp_path / "b", **{**change, "model": {**options, "task_weighting": other}}, resume=True)
 
 
+@pytest.mark.slow
 def test_the_start_of_l2_sp_survives_a_resume(tmp_path):
     options = {"regularization": {"kind": "l2_sp", "weight": 0.5, "encoders": {"weight": 0.1}}}
     change = {"model": options, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}

@@ -62,6 +62,7 @@ def sections_of(path: Path) -> dict[str, str]:
 # What it says
 
 
+@pytest.mark.slow
 def test_results_are_those_that_were_measured_on_the_weights_that_are_saved(trained, card):
     results = ModelCard.load(card).data.eval_results
     wanted = {
@@ -83,6 +84,7 @@ def test_results_are_those_that_were_measured_on_the_weights_that_are_saved(trai
         assert line.endswith(f" {value:.4g} |")
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_what_counts(tmp_path):
     trainer = train(
         tmp_path / "m", max_steps=4, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
@@ -115,6 +117,7 @@ def test_tasks_training_and_nothing_of_this_machine(trained, card):
     assert data.get("datasets") is None
 
 
+@pytest.mark.slow
 def test_the_example_runs(trained, card, tmp_path):
     """As a reader would run it, beside the model's folder, and without the package too."""
     code = re.search(r"```python\n(.*?)```", card.read_text(), re.DOTALL)[1]
@@ -161,6 +164,7 @@ print(licenses_of(MMTransformerConfig(vision_config=vision)))
 """
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_costs_no_card():
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run([sys.executable, "-c", LICENSES], env=environment, capture_output=True, text=True, check=True)
@@ -205,6 +209,7 @@ def test_a_later_measurement_renews_its_own_and_leaves_the_rest(trained, card):
     assert found == {**{r.metric_name: r.metric_value for r in before}, "topic accuracy": 0.125}
 
 
+@pytest.mark.slow
 def test_numbers_of_another_training_go(trained, card, tmp_path):
     other = train(tmp_path / "other", max_steps=1, eval_strategy="no")
     (tmp_path / "other" / "README.md").write_text(card.read_text())
@@ -279,6 +284,7 @@ def test_a_model_that_writes_has_a_card(kind, tmp_path):
     assert model.can_generate()
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_writes(trained, card, tmp_path):
     from test_cli_train import mm
 

@@ -26,6 +26,7 @@ def run_demo(path, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_demo_trains_prints_saves_reloads_and_draws(tmp_path):
     shown = run_demo(tmp_path, "--steps", "3", "--fusion", "late", "--seed", "1")
     assert "in a fresh process, it gives the same answers" in shown
@@ -76,6 +77,7 @@ def test_demo_shows_what_it_claims(tmp_path, seed):
         assert found["additive"] >= 0.95
 
 
+@pytest.mark.slow
 def test_unknown_fusion_is_one_sentence(tmp_path):
     result = CliRunner().invoke(app, ["demo", "--fusion", "nonsense", "--output-dir", str(tmp_path)])
     assert result.exit_code == 2

@@ -34,6 +34,7 @@ def run(*words, fails: bool = False) -> str:
     return " ".join(result.output.split())
 
 
+@pytest.mark.slow
 def test_a_report_on_rows(folder, tmp_path):
     output = tmp_path / "report.html"
     shown = run("explain", folder / "model", folder / "rows.jsonl", "--output", output, "--task", "topic", "--ablate")
@@ -104,6 +105,7 @@ def test_tables_are_whole_on_a_terminal_and_in_a_file(folder, monkeypatch, capsy
         assert "measured on 5 of 12 rows" in shown
 
 
+@pytest.mark.slow
 def test_evaluation_with_ablation(folder, tmp_path):
     shown = run("evaluate", folder / "model", folder / "rows.jsonl", "--ablate", "--output", tmp_path / "metrics.json")
     assert "Shapley" in shown

@@ -63,6 +63,7 @@ def trained(encoders, tmp_path_factory):
 # train
 
 
+@pytest.mark.slow
 def test_train_saves_measures_and_shows(trained):
     out = trained / "out"
     shown = (trained / "shown.txt").read_text()
@@ -79,6 +80,7 @@ def test_train_saves_measures_and_shows(trained):
         assert yaml.safe_load((folder / "recipe.yaml").read_text())["data"]["max_eval_samples"] == 7
 
 
+@pytest.mark.slow
 def test_train_goes_on_and_knows_when_it_is_done(trained, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
@@ -162,6 +164,7 @@ def test_a_package_that_is_missing_is_told(encoders, tmp_path, monkeypatch):
     assert "Error: WandbCallback requires wandb to be installed" in " ".join(said.split())
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_examples_trains(encoders, tmp_path):
     rows = make_rows(tmp_path)
     path = tmp_path / "recipe.yaml"
@@ -222,6 +225,7 @@ def check_answers(rows: list[dict], answers: list[dict], expected: list[dict]) -
         assert scores == pytest.approx(right["tags"]["scores"], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "parquet"])
 def test_predict_reads_and_writes(trained, tmp_path, kind):
     rows = make_rows(trained)
@@ -338,6 +342,7 @@ def test_predict_needs_a_model_that_is_done(trained, tmp_path):
     mm("predict", tmp_path / "out/checkpoint-1", trained / "train.csv", "--output", tmp_path / "a.csv")
 
 
+@pytest.mark.slow
 def test_predict_writes_texts_and_labels_words(encoders, tmp_path):
     rows = [
         {**row, "words": " ".join("AB"[i % 2] for i in range(len(row["text"].split())))} for row in make_rows(tmp_path)
@@ -412,6 +417,7 @@ for i, command in enumerate(json.loads(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_measure_and_answer(encoders, tmp_path):
     recipe = write_recipe(tmp_path, recipe_values(encoders, max_steps=-1, num_train_epochs=1, use_cpu=False))
     rows, script = read_csv(tmp_path / "train.csv"), tmp_path / "script.py"
@@ -456,6 +462,7 @@ def test_two_processes_train_measure_and_answer(encoders, tmp_path):
     assert not list(tmp_path.glob(".*.partial"))
 
 
+@pytest.mark.slow
 def test_the_demo_as_a_recipe(tmp_path, monkeypatch):
     """examples/demo_recipe.py writes what the commands can take as it stands."""
     script = import_script(EXAMPLES / "demo_recipe.py")

@@ -341,6 +341,7 @@ class TestBadImages:
         collator(rows[:1])
         assert collator.num_bad_files == 8
 
+    @pytest.mark.slow
     def test_errors_of_workers_name_the_row(self):
         rows = [{"text": "a", "image": b"bad" if n == 5 else None, ROW_KEY: n} for n in range(8)]
         loader = DataLoader(rows, batch_size=2, collate_fn=make_collator(), num_workers=2)

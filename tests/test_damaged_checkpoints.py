@@ -95,6 +95,7 @@ def test_truncated_shard(sharded):
     assert shard.name in message(sharded, OSError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"weight_map": 3}', "{}"])
 def test_damaged_index(sharded, content):
     (sharded / "model.safetensors.index.json").write_text(content)
@@ -130,6 +131,7 @@ OUTSIDE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", OUTSIDE)
 def test_code_outside_of_the_folder_is_neither_run_nor_passed_over(folder, reference):
     evil = "import pathlib\npathlib.Path(__file__).with_name('it-ran').touch()\nclass Evil: pass\n"
@@ -147,6 +149,7 @@ def test_code_outside_of_the_folder_is_neither_run_nor_passed_over(folder, refer
     assert not list(folder.parent.rglob("it-ran"))
 
 
+@pytest.mark.slow
 def test_code_beside_the_config_is_not_run_where_the_package_is_installed(folder):
     """Even if the files that a checkpoint should carry have been replaced."""
     for path in folder.glob("*.py"):

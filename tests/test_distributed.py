@@ -166,6 +166,7 @@ def train_save_and_resume(folder: Path) -> None:
                    folder / "result.pt")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_evaluation_and_prediction_are_those_of_one_process(tmp_path):
     """13 rows, three at a time, on two processes: in order, none dropped, none twice."""
     run_in_processes([__file__, "evaluate_and_predict", str(tmp_path)])
@@ -191,6 +192,7 @@ def test_evaluation_and_prediction_are_those_of_one_process(tmp_path):
     assert two["writing"]["test_german_loss"] == pytest.approx(written.metrics["test_german_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_of_streams_count_once(tmp_path):
     run_in_processes([__file__, "read_streams", str(tmp_path)])
     two = torch.load(tmp_path / "2.pt", weights_only=False)
@@ -245,6 +247,7 @@ def launch(script: Path, *arguments) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_processes_that_know_nothing_of_each_other_are_told(tmp_path):
     """On a machine without GPU, `accelerate launch` starts two processes, and each would be alone."""
     script = tmp_path / "script.py"

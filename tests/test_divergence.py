@@ -33,6 +33,7 @@ def make_trainer(folder, step, **kwargs):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "options", "message"),
     [

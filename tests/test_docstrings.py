@@ -111,6 +111,7 @@ def names_of_examples(folder):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_runs(name, folder, monkeypatch):
     monkeypatch.chdir(folder)

@@ -54,6 +54,7 @@ def without_gradient(model):
     return [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["marian", "roformer", "xlnet", "esm", "longformer", "markuplm", "siglip2_text_model"])
 def test_loaded_parameters_all_get_gradients(text, tmp_path):
     """Loading makes parameters want gradients that no forward pass uses; DDP would wait for them."""
@@ -67,6 +68,7 @@ def test_loaded_parameters_all_get_gradients(text, tmp_path):
     assert {name for name, _ in loaded.named_parameters()} == {name for name, _ in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["marian", "bart", "t5"])
 def test_parameters_of_an_encoder_decoder_all_get_gradients(text, tmp_path):
     torch.manual_seed(0)
@@ -119,6 +121,7 @@ CHECKPOINTED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_gradient_checkpointing_gives_the_same_gradients(name):
     """Also for encoders whose embeddings return more than one tensor."""
@@ -146,6 +149,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
     model.gradient_checkpointing_disable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["esm", "markuplm", "clap_text_model", "led", "mpt", "roberta", "bart", "ibert"])
 def test_longest_text_is_the_longest_that_transformers_takes(text):
     model = make_tiny(text, "text")

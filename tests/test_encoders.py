@@ -51,6 +51,7 @@ def batch_for(model, **kwargs):
     return to_pad_id(make_batch(**kwargs), 0 if pad is None else pad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "vision"), PAIRS)
 def test_every_parameter_gets_a_gradient(text, vision):
     model = make_model(text, vision).train()
@@ -120,6 +121,7 @@ def test_width_is_that_of_the_output(vision):
     assert encoder_width(config) == (states.shape[1] if states.ndim == 4 else states.shape[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision", MAPPED_ENCODERS)
 def test_feature_maps_are_tokens(vision, tmp_path):
     """Every parameter gets a gradient, a saved model loads equal, and an absent image is absent."""
@@ -198,6 +200,7 @@ def test_forward_that_depends_on_values():
     assert "idle.weight" in dict(model.model.vision_model.named_buffers())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXT_ENCODERS)
 def test_new_model_is_the_text_encoder(text, tmp_path):
     """Rule 2, against the pretrained encoder loaded by transformers alone."""

@@ -245,6 +245,7 @@ def emoji_data(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_train_reports_every_model(emoji_data, tmp_path):
     out = tmp_path / "results"
     done = run(
@@ -262,6 +263,7 @@ def test_train_reports_every_model(emoji_data, tmp_path):
     assert list(model.config.get_tasks()["group"].labels) == ["objects", "symbols"]
 
 
+@pytest.mark.slow
 def test_train_takes_pretrained_encoders(emoji_data, encoders, tmp_path):
     out = tmp_path / "results"
     run(
@@ -361,6 +363,7 @@ def check_checkpoint(folder: Path, tasks: list[str]) -> MMTransformerForMultiTas
     return model
 
 
+@pytest.mark.slow
 def test_finetune_on_csv(encoders, tmp_path):
     rows = make_rows(tmp_path / "data")
     train_file = write_csv(tmp_path / "data/train.csv", rows)
@@ -400,6 +403,7 @@ def run_finetune(tmp_path, monkeypatch, caplog):
     return run_here
 
 
+@pytest.mark.slow
 def test_finetune_on_json_lines(encoders, tmp_path, run_finetune):
     rows = make_rows(tmp_path / "data")
     for row in rows:
@@ -426,6 +430,7 @@ def test_finetune_on_json_lines(encoders, tmp_path, run_finetune):
     assert (metrics["train_samples"], metrics["eval_samples"]) == (8, 3)
 
 
+@pytest.mark.slow
 def test_finetune_on_an_image_folder(encoders, tmp_path, run_finetune):
     for split, count in {"train": 12, "validation": 4}.items():
         folder = tmp_path / "photos" / split
@@ -448,6 +453,7 @@ def test_finetune_on_an_image_folder(encoders, tmp_path, run_finetune):
     assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 3
 
 
+@pytest.mark.slow
 def test_finetune_labels_words(encoders, tmp_path, run_finetune):
     rows = [
         {"text": "the red dog", "image": None, "colours": "O COLOUR O"},

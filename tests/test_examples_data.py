@@ -312,6 +312,7 @@ def test_the_script_writes_parquet_and_csv(stamps_dir, tmp_path):
             assert (tmp_path / "table" / row["image"]).read_bytes() == image["bytes"] if image else row["image"] == ""
 
 
+@pytest.mark.slow
 def test_no_stamps_are_told_in_one_line(tmp_path):
     done = run(BUILD_STAMPS, "--stamps_dir", tmp_path / "none", cwd=tmp_path, ok=False)
     assert done.stderr.count("\n") == 1

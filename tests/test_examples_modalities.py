@@ -77,6 +77,7 @@ def test_speech_reports_every_view(tmp_path):
     MMTransformerForMultiTask.from_pretrained(tmp_path / "out/model")
 
 
+@pytest.mark.slow
 def test_speech_needs_espeak(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     done = run(SPEECH, "--output_dir", tmp_path / "out", cwd=tmp_path, ok=False)
@@ -93,6 +94,7 @@ def test_missing_pictures_reports_every_share(tmp_path):
     assert "best, 70%" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_asked_share_of_pictures_is_missing():
     module = import_script(EXAMPLES / "missing_pictures.py")
     picture = Image.new("RGB", (4, 4))
@@ -106,6 +108,7 @@ def test_the_asked_share_of_pictures_is_missing():
         assert list(left["text"]) == list(rows["text"])
 
 
+@pytest.mark.slow
 def test_finetune_writes_and_listens(tmp_path):
     """An encoder-decoder and an audio encoder, from files, with tasks of which two need no column."""
     torch.manual_seed(0)

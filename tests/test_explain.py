@@ -42,6 +42,7 @@ def patches(explanation) -> np.ndarray:
     return np.concatenate([image.patches.flatten() for image in explanation.images])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FUSION_KINDS)
 @pytest.mark.parametrize("method", [*ATTENTION, "random"])
 def test_every_kind_and_method_places_relevance(kind, method, processor):
@@ -57,6 +58,7 @@ def test_every_kind_and_method_places_relevance(kind, method, processor):
     assert any(token.relevance > 0 for token in explanation.tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in FUSION_KINDS if kind != "late"])
 @pytest.mark.parametrize("method", ["chefer", "gradient_attention"])
 def test_a_closed_gate_gives_pictures_no_relevance(kind, method, processor):
@@ -68,6 +70,7 @@ def test_a_closed_gate_gives_pictures_no_relevance(kind, method, processor):
     assert patches(explain(model, processor, ROW, "topic", method)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FUSION_KINDS)
 @pytest.mark.parametrize("method", ATTENTION)
 def test_rows_do_not_disturb_each_other(kind, method, processor):
@@ -92,6 +95,7 @@ def test_rows_do_not_disturb_each_other(kind, method, processor):
             np.testing.assert_allclose(one.patches, other.patches, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXT_ENCODERS)
 def test_text_encoders_are_looked_into(text):
     check_encoder("text", make_model(text=text), has_attention=True)
@@ -181,6 +185,7 @@ def test_words_are_explained_one_by_one(processor):
         explain(model, processor, ROW, "topic", word=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FUSION_KINDS)
 def test_other_answers_have_other_reasons(kind, processor):
     model = make_model(fusion_type=kind)
@@ -321,6 +326,7 @@ def test_one_patch_lies_over_its_own_pixels():
     assert 20 <= x < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", ["marian", "bart", "t5"])
 @pytest.mark.parametrize("kind", ["cross_attention", "late"])
 def test_written_words_are_explained(writer, kind, processor):

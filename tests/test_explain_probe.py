@@ -102,6 +102,7 @@ def test_behind_closed_gates_the_probe_alone_is_followed(kind, method, processor
         np.testing.assert_allclose(tokens(explanation).sum(), 2 * expected["text"].sum(), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FUSION_KINDS)
 @pytest.mark.parametrize("method", BY_GRADIENTS)
 @pytest.mark.parametrize("vision", ["vit", "resnet"])

@@ -22,6 +22,7 @@ def relevances(explanation) -> np.ndarray:
     return np.concatenate([[token.relevance for token in explanation.tokens], *patches])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", [["text"], ["vision"], ["text", "vision"]])
 def test_integrated_gradients_go_through_frozen_encoders(freeze, processor):
     pytest.importorskip("captum")
@@ -64,6 +65,7 @@ def test_raw_attention_knows_no_answer(kind, method, processor):
     assert relevances(first) == pytest.approx(relevances(second), abs=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", [None, {"kind": "resampler", "num_tokens": 3}])
 def test_models_with_adapters(reduction, processor):
     """Adapters start as nothing, so all is as without; and they are looked through, not removed."""

@@ -74,6 +74,7 @@ def relevances(explanation) -> np.ndarray:
 # Threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_threads_get_the_answers_of_one_and_leave_no_trace(training):
     """Explanations of several rows and methods at once, beside plain answers of the same model."""
@@ -100,6 +101,7 @@ def test_threads_get_the_answers_of_one_and_leave_no_trace(training):
     assert state_of(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["chefer", "integrated_gradients"])
 def test_nothing_is_left_behind_by_an_exception(method):
     if method == "integrated_gradients":
@@ -145,6 +147,7 @@ def test_a_copy_shares_all_weights_and_nothing_else():
 # Encoder-decoders whose encoder has a layer of word embeddings of its own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["chefer", "integrated_gradients"])
 @pytest.mark.parametrize("freeze", [None, ["text"]])
 @pytest.mark.parametrize("kind", SEQ2SEQ)
@@ -178,6 +181,7 @@ def written_logits(model, inputs, ids) -> torch.Tensor:
 # Integrated gradients sum to the difference of scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(32, 32), (36, 36), (40, 28), (45, 50)])
 @pytest.mark.parametrize("vision", ["convnextv2", "swin", "resnet"])
 def test_relevances_sum_to_the_difference_of_scores_whatever_the_size(vision, size):

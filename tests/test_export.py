@@ -185,6 +185,7 @@ def test_quantizers_of_transformers(kind, tmp_path):
             assert smaller.generate("german", **inputs).shape[0] == 1
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     make_model(tasks=[Classification("topic", labels=["a", "b"])]).save_pretrained(tmp_path / "model")
     make_processor().save_pretrained(tmp_path / "model")
@@ -204,6 +205,7 @@ def test_the_command(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_what_an_exported_model_cannot_take(tmp_path):
     with pytest.raises(OSError, match="no exported model"):
         ExportedModel(tmp_path)

@@ -102,6 +102,7 @@ def hit_rate(model, processor, rows, task, method) -> float:
     return float(np.mean(hits))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "chance"), [("color", 1 / 16), ("animal", 1 / 6)])
 def test_chefer_points_at_what_decides(model, processor, task, chance):
     rows = [row for row in make_rows(96, seed=1) if row[task] != "none"]

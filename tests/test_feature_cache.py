@@ -89,6 +89,7 @@ def same_answers(model, collator, cached, rows, rtol=1e-5, atol=1e-5):
     return stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["bert", "roberta", "t5", "deberta-v2", "clip-text"])
 def test_cached_rows_get_the_same_answers(text, tmp_path):
     """Rows with an image, none, several and shared ones, in different files; texts of all lengths, and none."""
@@ -203,6 +204,7 @@ def test_videos_and_sounds_and_images_of_nobody(tmp_path):
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", [["vision"], ["text", "vision"]])
 def test_training_with_and_without_is_the_same(freeze, tmp_path):
     """To the last bit, dropout and modality dropout included; then a third time, from another run's cache."""
@@ -633,6 +635,7 @@ def check(path: Path, rows: int, built: int) -> None:
     torch.testing.assert_close(cached(data)["image_features"], expected_features(rows), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_while_it_builds(tmp_path):
     rows = 400
     process = start(BUILD + f"build(sys.argv[1], {rows})", tmp_path)

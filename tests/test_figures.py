@@ -96,6 +96,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_table_is_made_of(name):
     results, expected = CASES[name]

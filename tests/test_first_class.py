@@ -422,6 +422,7 @@ def test_a_row_answers_alone_as_in_a_batch(text, vision):
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", FUSION_KINDS)
 def test_a_small_batch_can_be_learned_by_heart(fusion):
     model = make_model(fusion_type=fusion, fusion_dropout=0.0, classifier_dropout=0.0).train()

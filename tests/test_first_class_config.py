@@ -160,6 +160,7 @@ def test_folders_of_this_machine_are_not_saved(tmp_path):
 EVIL = "import pathlib\npathlib.Path({!r}).touch()\nclass Evil: pass\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])
 @pytest.mark.parametrize("known", [True, False])
 def test_code_that_an_encoders_config_names_is_not_run(part, known, tmp_path):

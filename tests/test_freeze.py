@@ -21,6 +21,7 @@ def names_in(model, prefix: str) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("freeze", "prefixes"),
     [
@@ -112,6 +113,7 @@ def test_all_that_is_trained_takes_part_in_every_backward_pass(freeze, empty):
     assert calls == [m for m in freeze if m == "text" or (m == "vision" and not empty)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["marian", "t5"])
 def test_text_of_an_encoder_decoder_is_its_encoder(kind, tmp_path):
     """What the decoder shares with it is frozen too, all else of the decoder is trained."""
@@ -216,6 +218,7 @@ def test_compiles_without_a_graph_break():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_exports():
     model, batch = make_model(freeze=["text", "vision"]), make_batch(labels=False)
     exported = torch.export.export(model, (), batch, strict=False).module()
@@ -224,6 +227,7 @@ def test_exports():
         torch.testing.assert_close(logits, expected[name])
 
 
+@pytest.mark.slow
 def test_the_trainer_leaves_frozen_weights_alone_and_resumes(tmp_path):
     data, processor = make_dataset(), make_processor()
     model = make_model(freeze=["vision", "text_model.embeddings"])

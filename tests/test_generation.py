@@ -85,6 +85,7 @@ def save_encoders(folder, kind: str) -> dict[str, str]:
     return {"text": str(folder / "text"), "vision": str(folder / "vision")}
 
 
+@pytest.mark.slow
 @every_seq2seq
 @pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 3}], ids=["greedy", "beam"])
 def test_rule_2_a_new_model_writes_what_the_pretrained_one_writes(kind, options, tmp_path):
@@ -123,6 +124,7 @@ def test_every_parameter_gets_a_gradient(kind):
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
+@pytest.mark.slow
 @every_seq2seq
 def test_saved_model_writes_the_same(kind, tmp_path):
     model, batch = make_writer(kind), make_batch(labels=False)
@@ -156,6 +158,7 @@ def test_encoders_run_once_per_answer():
     assert sorted(calls) == ["fusion", "text", "vision"]
 
 
+@pytest.mark.slow
 @every_seq2seq
 def test_rows_with_and_without_pictures_write_as_they_do_alone(kind):
     model, batch = make_writer(kind), make_batch(labels=False)
@@ -233,6 +236,7 @@ def test_tasks_share_a_decoder_by_what_it_starts_with():
         model.generate(**batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_new_decoder_for_an_encoder_without_one(decoder, tmp_path):
     torch.manual_seed(0)
@@ -311,6 +315,7 @@ def make_args(path, cls=TrainingArguments, **kwargs):
     return cls(str(path), **{**defaults, **kwargs})
 
 
+@pytest.mark.slow
 def test_trainer_scores_what_is_written(tmp_path):
     model, rows = make_writer(), make_rows()
     processor = make_processor()
@@ -340,6 +345,7 @@ def test_trainer_scores_what_is_written(tmp_path):
     assert metrics["eval_german_exact_match"] == pytest.approx(right / labelled)
 
 
+@pytest.mark.slow
 def test_it_learns_to_write(tmp_path):
     rows = make_rows(6)
     model = make_writer("bart")
@@ -483,6 +489,7 @@ def test_metrics_need_the_processor():
         MultiTaskMetrics(make_writer().config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*SEQ2SEQ, *(f"new {kind}" for kind in DECODERS)])
 def test_vocabulary_grows(kind, tmp_path):
     """Old tokens are read and written as before, new ones can be."""
@@ -654,6 +661,7 @@ def test_references_beyond_max_length_are_compared_as_a_whole(tmp_path):
     assert task.encode_references(cells)[1].tolist() == [-100] * len("red cat red cat")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_generate", [True, False])
 @pytest.mark.parametrize("own_metrics", [False, True])
 def test_the_loss_is_the_same_if_nothing_else_is_wanted(with_generate, own_metrics, tmp_path):

@@ -166,6 +166,7 @@ def assert_same(found, wanted):
         torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), msg=name)
 
 
+@pytest.mark.slow
 def test_what_was_pushed(hub, pushed):
     files = hub.files("ada/dogs")
     code = {name for name in files if name.endswith(".py")}
@@ -251,6 +252,7 @@ def pulled(client, pushed):
     return client.run(READ, pushed["first"], home="reader")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     version.parse(transformers.__version__) < version.parse("5.23"), reason="older ones ask more often what is there"
 )
@@ -266,6 +268,7 @@ def test_how_many_requests_it_takes(hub, pulled):
     assert total["pull-again"] <= 7, counts
 
 
+@pytest.mark.slow
 def test_pull_in_a_fresh_process(hub, pushed, pulled):
     assert_same(pulled["main"], expected(hub, "ada/dogs"))
     for revision, answers in pulled["revisions"].items():
@@ -304,6 +307,7 @@ def test_what_cannot_be_pulled(pulled, case, words):
     assert words in message
 
 
+@pytest.mark.slow
 def test_without_the_package(hub, pushed, client):
     """From the repo's own files, in a process in which `mm_transformers` cannot be imported."""
     script = """
@@ -359,6 +363,7 @@ told["copy"] = copy({"text": "a red dog", "image": "dog.png"})
     assert told["copy"]["score"]["value"] == pytest.approx(wanted, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_offline_from_the_cache(hub, pulled, client):
     before = len(hub.requests)
     told = client.run(
@@ -436,6 +441,7 @@ for strategy in ("end", "every_save", "checkpoint", "all_checkpoints"):
 """
 
 
+@pytest.mark.slow
 def test_the_trainer_pushes(hub, client):
     client.run(TRAIN, token="ada-token", home="trainer")
     whole = {

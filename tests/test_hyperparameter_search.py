@@ -68,6 +68,7 @@ def searched(tmp_path_factory):
     return trainer, best
 
 
+@pytest.mark.slow
 def test_each_trial_trains_a_model_of_its_own(searched):
     trainer, _ = searched
     models = [trial["model"] for trial in trainer.trials]
@@ -108,6 +109,7 @@ def test_the_best_is_the_best(searched):
     assert winner["model"].tasks["mood"].loss_weight == best.hyperparameters["mood_weight"]
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path, monkeypatch):
     """Two trials of a few steps, and the measurement of what was found beside equal weights."""
     pytest.importorskip("optuna")

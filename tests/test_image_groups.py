@@ -68,6 +68,7 @@ def trainer_of(tmp_path, rows, **options) -> MMTrainer:
     return MMTrainer(make_model(tasks=TASKS), args, processing_class=make_processor(), train_dataset=rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [list, Dataset.from_list], ids=["list", "datasets"])
 def test_batches_of_a_trainer(tmp_path, make):
     trainer = trainer_of(tmp_path, make(rows_that_share()), rows_per_image=4)
@@ -81,6 +82,7 @@ def test_batches_of_a_trainer(tmp_path, make):
     trainer.train()
 
 
+@pytest.mark.slow
 def test_resumed_in_the_middle_of_an_epoch(tmp_path):
     options = {"rows_per_image": 2, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}
     whole = trainer_of(tmp_path / "whole", rows_that_share(), **options)

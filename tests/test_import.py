@@ -20,6 +20,7 @@ def run(script: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_what_is_heavy_is_not_imported():
     """Next to `import transformers`, which imports no torch, nothing but modules of the package and of Python."""
     script = (

@@ -76,6 +76,7 @@ def check_equal(found: dict, expected: dict, rtol=1e-4, atol=1e-5) -> None:
 # What it answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision", ["vit", "resnet"])
 @pytest.mark.parametrize("audio", [None, "wav2vec2"])
 def test_behind_closed_gates_the_answers_are_those_of_linear_models(vision, audio):
@@ -307,6 +308,7 @@ def test_compiles_without_a_graph_break(fusion):
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @one_fusion_and_slowly_all
 @pytest.mark.parametrize("kind", ["torch", "onnx"])
 def test_exported_graphs_answer_alike(fusion, kind, tmp_path):
@@ -340,6 +342,7 @@ def close(found, expected, name):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=lambda text: f"{name}: {text}")
 
 
+@pytest.mark.slow
 @every_fusion
 @pytest.mark.parametrize("audio", [None, "wav2vec2"])
 def test_views_of_encoded_rows_are_those_of_changed_inputs(fusion, audio):
@@ -465,6 +468,7 @@ def test_features_of_a_cache_answer_alike():
     check_equal(logits_of(model, {**given, "image_index": batch["image_index"]}), logits_of(model, batch))
 
 
+@pytest.mark.slow
 def test_tasks_that_write_have_no_probe():
     from test_generation import make_writer
 

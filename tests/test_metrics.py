@@ -88,6 +88,7 @@ class TestLosses:
 
 
 class TestDefaultMetrics:
+    @pytest.mark.slow
     @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
     @settings(max_examples=25, deadline=None)
     @given(num_rows=st.integers(1, 12), seed=st.integers(0, 2**32 - 1))

@@ -216,6 +216,7 @@ def rows_in_order(mixture_sizes: list[int], args, batch_size=None) -> list[int]:
 
 
 class TestTraining:
+    @pytest.mark.slow
     @pytest.mark.parametrize("batches", ["mixed", "separate"])
     def test_stop_and_resume_is_as_without(self, tmp_path, batches):
         """Three epochs, with accumulation, stopped in the second: the same rows, the same weights."""
@@ -294,6 +295,7 @@ class TestTraining:
         make_trainer(tmp_path, rows, max_steps=2, eval_dataset=labelled, eval_strategy="epoch").train()
         assert said == ["No training row has a label of task 'tone', so its head was not trained."]
 
+    @pytest.mark.slow
     def test_labels_before_a_resume_are_remembered(self, tmp_path, monkeypatch):
         from mm_transformers.training import trainer
 
@@ -482,6 +484,7 @@ class TestRefusals:
 
 
 class TestStreams:
+    @pytest.mark.slow
     def test_shares_and_resume(self, tmp_path):
         """A stream that is over soon, one in shards and a table; conflicting and missing columns."""
 
@@ -536,6 +539,7 @@ class TestStreams:
         ):
             assert trainer.predict(source).label_ids["score"].tolist() == [0, 1, 2, 3, 4, 5, 6]
 
+    @pytest.mark.slow
     def test_other_rows_after_a_resume_are_told(self, tmp_path, caplog, monkeypatch):
         monkeypatch.setattr(logging.getLogger("mm_transformers"), "propagate", True)
 
@@ -557,6 +561,7 @@ class TestStreams:
             assert ("other rows of the epoch" in caplog.text) == bool(told)
             assert told in caplog.text
 
+    @pytest.mark.slow
     @given(st.integers(1, 3), st.integers(1, 3), st.integers(3, 12), st.booleans())
     @settings(max_examples=12, deadline=None)
     def test_processes_have_rows_of_their_own(self, num_processes, num_shards, size, separate):

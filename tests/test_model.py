@@ -50,6 +50,7 @@ def rows_of(batch: dict, rows: list[int]) -> dict:
     return result
 
 
+@pytest.mark.slow
 @every_fusion
 @every_width
 def test_rule_1_each_row_answers_as_it_does_alone(fusion, width):
@@ -79,6 +80,7 @@ def test_rule_1_absent_images_leave_no_trace(fusion):
     assert torch.equal(first, text_only.last_hidden_state[1])
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     index=st.lists(st.lists(st.integers(-1, 2), min_size=2, max_size=2), min_size=2, max_size=4),
@@ -342,6 +344,7 @@ def test_rule_9_attention_implementations_agree(fusion):
         torch.testing.assert_close(first.logits[name], second.logits[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_fusion
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_rule_9_gradient_checkpointing_agrees(fusion, use_reentrant):
@@ -362,6 +365,7 @@ def test_rule_9_gradient_checkpointing_agrees(fusion, use_reentrant):
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @every_fusion
 def test_rule_9_compiles_without_a_graph_break(fusion):
     model, batch = make_model(fusion_type=fusion), make_batch()
@@ -376,6 +380,7 @@ def test_rule_9_compiles_without_a_graph_break(fusion):
         compiled(**batch)
 
 
+@pytest.mark.slow
 @every_fusion
 def test_rule_9_exports(fusion):
     model, batch = make_model(fusion_type=fusion), make_batch(labels=False)
@@ -395,6 +400,7 @@ def test_rule_9_attentions_that_cannot_be_given_are_told(caplog):
     assert "attn_implementation='sdpa' returns no attentions; load the model with" in caplog.text
 
 
+@pytest.mark.slow
 @every_fusion
 def test_rule_9_half_precision_keeps_the_gates(fusion, tmp_path):
     make_model(fusion_type=fusion).save_pretrained(tmp_path)

@@ -92,6 +92,7 @@ def make() -> torch.nn.Module:
     return make_writer("bart", tasks=[TOPIC, Generation("german", max_length=4)], freeze=["vision"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_model_in_training_mode_answers_as_in_evaluation_mode(name, tmp_path):
     processor, answers = make_processor(), []

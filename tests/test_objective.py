@@ -64,6 +64,7 @@ def test_the_gradient_is_that_of_the_formula(whole):
     assert whole["logs"][0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_l2_sp_pulls_back_to_the_start(tmp_path):
     """In the second step, by 2 * lambda * (where it is - where it was)."""
     name = "heads.tags.dense.weight"
@@ -94,6 +95,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP"])
 def test_two_processes(tmp_path, whole, environment):
     """
@@ -152,6 +154,7 @@ def test_any_name_of_a_task_is_told_apart_under_adapters():
     torch.testing.assert_close(model.regularization_loss(), expected)
 
 
+@pytest.mark.slow
 def test_a_dropped_last_batch_takes_no_labels_along(tmp_path):
     """With `dataloader_drop_last` no row is repeated, so none may be taken for a repeated one."""
     result = train(tmp_path, batch_size=8, num_rows=27, max_steps=3, dataloader_drop_last=True)

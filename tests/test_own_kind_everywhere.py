@@ -203,6 +203,7 @@ def rows(folder):
     return [{**row, "image": str(folder / row["image"]) if row["image"] else None} for row in found]
 
 
+@pytest.mark.slow
 def test_labels_come_from_the_column_and_the_start_from_the_linear_model(folder, model):
     assert model.tasks["stars"].labels == ["1", "2", "3"]
     [probe] = probes_of(model)["stars"]
@@ -299,6 +300,7 @@ def test_card_names_the_task_of_the_hub(folder):
     assert "ordinal stars" in card
 
 
+@pytest.mark.slow
 def test_export_answers_alike(folder, model, processor):
     export_model(model, processor, folder / "graph", kind="onnx")
     inputs = processor(text=["the green dog is small"], images=[Image.new("RGB", (20, 30), "red")])

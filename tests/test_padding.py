@@ -153,6 +153,7 @@ def test_other_inputs_of_the_text_are_moved_along():
     torch.testing.assert_close(by_embeddings, by_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", MIXING)
 def test_encoder_that_mixes_padding_is_found_and_runs_by_length(text, tmp_path):
     path, vision = saved(MIXING[text](), tmp_path / "text"), saved(VISION_ENCODERS["vit"](), tmp_path / "vision")

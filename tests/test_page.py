@@ -99,6 +99,7 @@ def browser():
         opened.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1200, 390])
 def test_from_typing_to_heat_map(address, browser, width, tmp_path):
     """By keyboard and file chooser, on a wide screen and on a phone; nothing goes to the console or elsewhere."""
@@ -148,6 +149,7 @@ def test_from_typing_to_heat_map(address, browser, width, tmp_path):
     page.close()
 
 
+@pytest.mark.slow
 def test_from_the_microphone_to_what_was_heard(browser, tmp_path):
     pytest.importorskip("gradio")
     from mm_transformers.cli.page import launch_options
@@ -190,6 +192,7 @@ def test_from_the_microphone_to_what_was_heard(browser, tmp_path):
     served.close()
 
 
+@pytest.mark.slow
 def test_examples_turn_the_sentiment_by_the_picture(tmp_path):
     examples = demo_examples(tmp_path)
     assert len(examples) == 6

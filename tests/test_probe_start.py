@@ -148,6 +148,7 @@ def softmax(logits):
     return torch.from_numpy(logits).double().softmax(-1).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num", [16, 80])  # fewer rows than columns, and more
 @pytest.mark.parametrize("num_labels", [2, 4])
 def test_multinomial_solution_is_that_of_scikit_learn(num, num_labels):
@@ -354,6 +355,7 @@ def features_by_hand(model, row, per_token=False):
     return torch.cat([parts[0], vision.expand(len(text), -1)], 1).numpy()
 
 
+@pytest.mark.slow
 def test_the_started_model_answers_as_its_linear_models(started):
     trainer, _, start = started
     assert list(start.models) == [task.name for task in TASKS]
@@ -414,6 +416,7 @@ def _change(outputs):
     return outputs
 
 
+@pytest.mark.slow
 def test_a_model_of_text_alone_starts_as_a_linear_model_too(tmp_path):
     model = new_model(vision=None)
     rows = [{k: v for k, v in row.items() if k != "image"} for row in make_rows() if row["text"]]
@@ -437,6 +440,7 @@ def test_probes_that_are_not_new_stay_as_they_are(tmp_path, started):
     assert all(torch.equal(before[name], p) for name, p in loaded.named_parameters())
 
 
+@pytest.mark.slow
 def test_the_random_numbers_of_training_are_not_touched(tmp_path):
     trainer = make_trainer(tmp_path)
     torch.manual_seed(3)
@@ -482,6 +486,7 @@ def test_probe_features_ignore_what_is_absent():
 # Training
 
 
+@pytest.mark.slow
 def test_the_start_is_kept_where_training_makes_it_worse(tmp_path, caplog):
     trainer = make_trainer(tmp_path, learning_rate=3.0, max_grad_norm=1e9, num_train_epochs=2)
     trainer.train()
@@ -496,6 +501,7 @@ def test_the_start_is_kept_where_training_makes_it_worse(tmp_path, caplog):
     assert "the start is kept" in str(trainer.verdicts[0])
 
 
+@pytest.mark.slow
 def test_weights_that_are_better_on_validation_rows_are_kept(tmp_path):
     options = {"num_train_epochs": 3, "early_stopping_patience": 0, "head_learning_rate": 1e-2, "start_share": 0}
     trainer = make_trainer(tmp_path, **options)
@@ -507,6 +513,7 @@ def test_weights_that_are_better_on_validation_rows_are_kept(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_verdicts_are_the_metrics_of_simple_models_on_validation_rows(tmp_path):
     trainer = make_trainer(tmp_path, num_train_epochs=1)
     trainer.train()
@@ -539,6 +546,7 @@ def test_held_out_rows_are_used_to_choose_and_never_trained_on(tmp_path):
     assert sorted(map(str, train + held_out)) == sorted(str(row["score"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_probe_start_can_be_switched_off(tmp_path):
     trainer = make_trainer(tmp_path, probe_start=False, num_train_epochs=1)
     trainer.train()
@@ -546,6 +554,7 @@ def test_probe_start_can_be_switched_off(tmp_path):
     assert trainer.verdicts == []
 
 
+@pytest.mark.slow
 def test_plain_training_arguments_are_taken_as_they_are(tmp_path, caplog):
     args = TrainingArguments(str(tmp_path), num_train_epochs=1, **CPU)
     before = args.to_dict()
@@ -579,6 +588,7 @@ def test_default_rates_differ_by_part(tmp_path):
     assert {rates[id(p)] for p in model.model.vision_projection.parameters()} == {1e-4}
 
 
+@pytest.mark.slow
 def test_resumed_training_keeps_the_start_and_ends_alike(tmp_path):
     def trainer(folder):
         return make_trainer(folder, num_train_epochs=3, save_total_limit=10, early_stopping_patience=0)
@@ -606,6 +616,7 @@ class _StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step >= self.steps
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_the_balance_of_the_start(tmp_path):
     rows = [row for row in make_rows(60) if row["mood"]]
     rows = [row for i, row in enumerate(rows) if row["mood"] == "good" or i % 3 == 0]  # uneven
@@ -634,6 +645,7 @@ def test_balanced_weights_that_nobody_asked_for_are_bounded():
     assert task.class_weights["good"] == pytest.approx(1000 / 2 / 999)
 
 
+@pytest.mark.slow
 def test_a_start_is_kept_when_a_smaller_batch_is_tried(tmp_path):
     class Trainer(MMTrainer):
         fails = 1
@@ -663,6 +675,7 @@ def test_a_start_is_kept_when_a_smaller_batch_is_tried(tmp_path):
     assert torch.equal(start["heads.mood.probe.linear.weight"], expected)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_optimiser_has_the_balance_and_the_start(tmp_path):
     rows = [row for i, row in enumerate(make_rows(60)) if row["mood"] == "good" or i % 4 == 0]
     options = {"num_train_epochs": 1, "save_only_model": True, "save_total_limit": 10, "load_best_model_at_end": False}
@@ -677,6 +690,7 @@ def test_a_checkpoint_without_optimiser_has_the_balance_and_the_start(tmp_path):
     assert resumed.fused_model.tasks["mood"].class_weights == expected
 
 
+@pytest.mark.slow
 def test_weights_of_classes_that_a_user_gives_stay(tmp_path):
     tasks = [Classification("mood", labels=["bad", "good"], class_weights={})]
     trainer = make_trainer(tmp_path, new_model(tasks=tasks))
@@ -684,6 +698,7 @@ def test_weights_of_classes_that_a_user_gives_stay(tmp_path):
     assert trainer.fused_model.tasks["mood"].class_weights == {"bad": 1.0, "good": 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["l2", "l1", "l2_sp"])
 def test_the_regulariser_pulls_probes_to_their_start(tmp_path, kind):
     model = new_model(tasks=TASKS[:1], regularization={"kind": kind, "weight": 0.5})
@@ -715,6 +730,7 @@ def test_a_mixture_starts_from_the_rows_of_all_its_data_sets(tmp_path):
     assert start.models["mood"].num_items == sum(row["mood"] is not None for row in rows[15:])
 
 
+@pytest.mark.slow
 def test_streams_and_other_collators_are_told_and_train_as_before(tmp_path, caplog):
     rows = [{k: v for k, v in row.items() if k != "image"} for row in make_rows(12) if row["text"]]
     stream = Dataset.from_list(rows).to_iterable_dataset()
@@ -733,6 +749,7 @@ def test_streams_and_other_collators_are_told_and_train_as_before(tmp_path, capl
     assert trainer._start.models == {}
 
 
+@pytest.mark.slow
 def test_validation_rows_without_labels_choose_nothing_and_lose_nothing(tmp_path):
     rows = make_rows(16)
     unlabelled = [{"text": row["text"], "image": row["image"], "topic": None} for row in rows[:5]]

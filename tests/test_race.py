@@ -228,6 +228,7 @@ def test_the_number_of_trees_is_the_best_on_the_validation_rows(fitter):
     assert own == max(found)
 
 
+@pytest.mark.slow
 def test_every_cheap_method_answers_also_where_a_class_has_no_training_row(monkeypatch):
     monkeypatch.setattr(baselines, "TREES", 5)
     train, labels = made_features(0, 60)
@@ -261,6 +262,7 @@ found = {"answers": answers, "seconds": 1, "cpu_seconds": 2, "chosen": {"width":
 """
 
 
+@pytest.mark.slow
 def test_a_peer_gets_the_rows_and_its_answers_are_scored(the_race, tmp_path):
     (tmp_path / "peer.py").write_text(PEER)
     interpreter = tmp_path / "python"
@@ -380,6 +382,7 @@ def test_splits_that_lack_a_method_do_not_count():
     assert not gain.is_below
 
 
+@pytest.mark.slow
 def test_the_page_is_filled_from_the_lines(tmp_path):
     lines = [fake_line(setting, method) for setting, method in race.jobs(splits=range(2))]
     for line in lines:

@@ -57,6 +57,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_python_blocks_run_one_after_the_other(folder, capsys):
     names: dict = {"__name__": "readme"}
     for code in PYTHON_BLOCKS:
@@ -64,6 +65,7 @@ def test_python_blocks_run_one_after_the_other(folder, capsys):
     assert (folder / "my-model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_script_does_what_its_line_says(folder):
     """With the options of the README, and as few steps as possible."""
     [line] = [line for line in SHELL_LINES if line.startswith("python examples/finetune.py")]
@@ -75,6 +77,7 @@ def test_the_script_does_what_its_line_says(folder):
     assert (folder / "out/model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", SHELL_LINES)
 def test_shell_lines_can_be_run(line):
     """What they call exists: targets of make, extras of the package, commands, scripts and their options."""

@@ -55,6 +55,7 @@ def refitted(tmp_path_factory):
     return trainer, steps, start
 
 
+@pytest.mark.slow
 def test_the_model_is_that_of_a_training_on_all_rows(refitted, tmp_path):
     trainer, steps, start = refitted
     per_epoch = steps[0] // 2
@@ -67,6 +68,7 @@ def test_the_model_is_that_of_a_training_on_all_rows(refitted, tmp_path):
     assert trainer.linear_models["topic"].num_items == expected.linear_models["topic"].num_items
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_the_first_training(refitted, tmp_path):
     trainer, _, start = refitted
     once, _ = trained(tmp_path, copy.deepcopy(start), refit=False)
@@ -76,6 +78,7 @@ def test_what_is_measured_is_the_first_training(refitted, tmp_path):
     assert not same(trainer.fused_model, once.fused_model)
 
 
+@pytest.mark.slow
 def test_if_the_start_is_kept_the_model_is_the_linear_model_of_all_rows(tmp_path):
     torch.manual_seed(0)
     model = new_model()
@@ -89,6 +92,7 @@ def test_if_the_start_is_kept_the_model_is_the_linear_model_of_all_rows(tmp_path
     assert same(trainer.fused_model, start)
 
 
+@pytest.mark.slow
 def test_balanced_weights_are_those_of_all_rows(tmp_path):
     rows = make_rows(36)
     labels = [row["topic"] for row in rows]
@@ -101,6 +105,7 @@ def test_balanced_weights_are_those_of_all_rows(tmp_path):
     assert saved["class_weights"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_it_is_resumed_as_if_nothing_had_happened(refitted, tmp_path):
     trainer, steps, start = refitted
 
@@ -124,6 +129,7 @@ def test_steps_are_as_many_as_the_best_weights_had(tmp_path):
     assert steps == [4, trainer.state.best_global_step]
 
 
+@pytest.mark.slow
 def test_tasks_that_were_loaded_keep_their_probe(tmp_path):
     first, _ = trained(tmp_path / "first", new_model(tasks=TASKS[1:2]))
     model = new_model(tasks=[*first.fused_model.tasks.values(), TASKS[0]])

@@ -53,6 +53,7 @@ def model():
     return make_model(seed=2)
 
 
+@pytest.mark.slow
 def test_a_page_of_its_own(model, tmp_path):
     rows = [{**row, "text": row["text"] and f"{row['text']} <b> & co"} for row in make_rows(20)]
     for row in rows:

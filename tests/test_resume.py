@@ -55,6 +55,7 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_labels_in_another_order_are_told(tmp_path):
     """The head would answer with the names of other classes."""
 
@@ -83,6 +84,7 @@ def test_labels_in_another_order_are_told(tmp_path):
 # Recognition
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_lacks_anything_is_skipped(run_dir, caplog):
     """Any one file removed, cut, or grown."""
     newest, previous = run_dir / "checkpoint-2", str(run_dir / "checkpoint-1")
@@ -190,6 +192,7 @@ def test_rotation_deletes_what_is_of_no_use_first(run_dir, limit):
     )
 
 
+@pytest.mark.slow
 def test_there_is_always_a_complete_checkpoint(tmp_path, monkeypatch):
     """With save_total_limit=1, looked at before and after whatever changes the name of a folder or deletes one."""
     seen, first = [], []
@@ -218,6 +221,7 @@ def environment() -> dict:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
 def test_a_file_that_cannot_be_written(run_dir, file, monkeypatch):
     """The system refuses to let a file grow, as on a full disk, in the midst of the file named."""
@@ -289,6 +293,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_resumed_is_as_if_never_stopped(tmp_path, setting):
     """From checkpoints in the middle of an epoch (of 3 steps, or 5), at its end, at the very end."""
@@ -309,6 +314,7 @@ def test_resumed_is_as_if_never_stopped(tmp_path, setting):
         assert trainer.state.total_flos == whole.state.total_flos
 
 
+@pytest.mark.slow
 def test_early_stopping_is_as_if_never_stopped(tmp_path):
     """With a learning rate of 0 nothing gets better, so training stops at step 1 + patience."""
     options = dict(
@@ -327,6 +333,7 @@ def test_early_stopping_is_as_if_never_stopped(tmp_path):
     assert trainer.train(resume_from_checkpoint=True).global_step == 2
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_where_it_is_said_to_be(tmp_path):
     options = dict(
         eval_strategy="steps", eval_steps=1, metric_for_best_model="loss", load_best_model_at_end=True, max_steps=4,
@@ -341,6 +348,7 @@ def test_best_checkpoint_is_where_it_is_said_to_be(tmp_path):
     assert_equal(load_file(best / "model.safetensors"), dict(trainer.model.state_dict()))
 
 
+@pytest.mark.slow
 def test_saving_draws_no_random_numbers(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.train()
@@ -349,6 +357,7 @@ def test_saving_draws_no_random_numbers(tmp_path):
     assert_equal(before, (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()))
 
 
+@pytest.mark.slow
 def test_weights_alone(tmp_path):
     """save_only_model: complete, and resumed with a new optimiser."""
     make_trainer(tmp_path, max_steps=2, save_only_model=True).train()
@@ -357,6 +366,7 @@ def test_weights_alone(tmp_path):
     assert trainer.train(resume_from_checkpoint=True).global_step == 3
 
 
+@pytest.mark.slow
 def test_what_is_pushed_is_complete_and_stays_where_it_is(tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(
@@ -400,6 +410,7 @@ def test_two_processes(tmp_path):
     assert {"rng_state_0.pth", "rng_state_1.pth", MANIFEST_NAME} <= set(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 2), (1, 4), (2, 1), (4, 2)])
 def test_another_number_of_rows_per_step(batch_size, accumulation, tmp_path, monkeypatch, caplog):
     """With as many rows per step, training goes on with the rows that come next; otherwise it says so."""
@@ -503,6 +514,7 @@ def train_with_kills(tmp_path: Path, steps: int, kills: list[tuple[str, float]])
     return hits
 
 
+@pytest.mark.slow
 def test_killed_three_times(tmp_path):
     rng = random.Random(0)
     kills = [(SAVING, rng.uniform(0, 0.02)), ("anywhere", rng.uniform(0, 0.4)), (DELETING, 0.0)]

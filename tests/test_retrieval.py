@@ -83,6 +83,7 @@ def test_without_repetitions_it_is_the_loss_of_clip():
     torch.testing.assert_close(total / count, expected)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one_batch(tmp_path):
     """With 3 rows here and 2 there: every row is told apart from those of the other process, and learns from them."""
     script = tmp_path / "script.py"
@@ -370,6 +371,7 @@ def colored(number: int, seed: int) -> datasets.Dataset:
     )
 
 
+@pytest.mark.slow
 def test_it_learns_to_find_and_to_match(tmp_path):
     set_seed(0)
     tasks = [Retrieval("find", embedding_size=16), Matching("match", loss_weight=3.0)]
@@ -608,6 +610,7 @@ def test_a_diverged_model_is_not_scored_as_perfect():
     assert total.isnan()
 
 
+@pytest.mark.slow
 def test_rows_that_share_a_text_are_drawn_for_at_once():
     """Each text is looked through once, however many rows have it."""
     shared = torch.tensor([[1, 7, i, -1] for i in range(4_000)])

@@ -75,6 +75,7 @@ def test_base_model_and_tasks_exchange_weights(tmp_path):
     assert same_weights(again.model, base)
 
 
+@pytest.mark.slow
 def test_rule_7_loading_builds_from_the_config_alone(tmp_path):
     """In a fresh process whose network and cache are gone: the same answers."""
     model = make_model("roberta", "swin")
@@ -100,6 +101,7 @@ def test_rule_7_loading_builds_from_the_config_alone(tmp_path):
     assert result.stdout.strip() == "equal", result.stderr
 
 
+@pytest.mark.slow
 def test_loading_needs_neither_datasets_nor_evaluate():
     script = (
         "import sys\n"

@@ -40,6 +40,7 @@ def trained(folder, **kwargs):
     return trainer, weights.by_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
 def test_the_model_is_the_mean_of_the_start_and_the_best_trained_weights(tmp_path, share):
     trainer, by_step = trained(tmp_path, start_share=share)
@@ -49,6 +50,7 @@ def test_the_model_is_the_mean_of_the_start_and_the_best_trained_weights(tmp_pat
         assert torch.allclose(value.float(), expected[name].float(), atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_without_validation_rows_it_is_the_mean_with_the_last_weights(tmp_path):
     trainer, by_step = trained(tmp_path, validation_fraction=0)
     expected = mean_of(by_step[0], by_step[max(by_step)], 0.3)
@@ -57,6 +59,7 @@ def test_without_validation_rows_it_is_the_mean_with_the_last_weights(tmp_path):
     assert not torch.equal(found["heads.mood.probe.linear.weight"], by_step[0]["heads.mood.probe.linear.weight"])
 
 
+@pytest.mark.slow
 def test_evaluations_during_training_are_those_of_the_mean(tmp_path):
     trainer, by_step = trained(tmp_path, save_total_limit=10)
     for entry in [entry for entry in trainer.state.log_history if "eval_loss" in entry]:
@@ -64,6 +67,7 @@ def test_evaluations_during_training_are_those_of_the_mean(tmp_path):
         assert trainer.evaluate()["eval_loss"] == pytest.approx(entry["eval_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_the_weights_of_training_and_of_the_start(tmp_path):
     _, by_step = trained(tmp_path, save_total_limit=10)
     for step in set(by_step) - {0}:
@@ -95,6 +99,7 @@ class Sees(TrainerCallback):
         self.at_end = copy_of(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loads_best", [None, False])
 def test_callbacks_see_the_mean_at_the_end_of_training(tmp_path, loads_best):
     trainer = make_trainer(tmp_path, new_model(tasks=TASKS[1:2]), num_train_epochs=1, load_best_model_at_end=loads_best)
@@ -106,6 +111,7 @@ def test_callbacks_see_the_mean_at_the_end_of_training(tmp_path, loads_best):
         assert trainer.evaluate()["eval_loss"] == pytest.approx(sees.loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_parameters_may_be_unfrozen_during_training(tmp_path):
     class Unfreezes(TrainerCallback):
         def on_epoch_end(self, args, state, control, model=None, **kwargs):
@@ -144,6 +150,7 @@ def test_frozen_parameters_are_not_copied():
     assert any(name.startswith("model.text_model") for name in average.start)
 
 
+@pytest.mark.slow
 def test_plain_training_arguments_and_models_without_a_start_keep_the_trained_weights(tmp_path):
     def last_weights(args, model):
         trainer = MMTrainer(model, args, processing_class=make_processor(), train_dataset=make_rows())
@@ -160,6 +167,7 @@ def test_plain_training_arguments_and_models_without_a_start_keep_the_trained_we
         assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_a_training_that_had_ended_gives_the_same_model_when_it_is_resumed(tmp_path):
     whole, _ = trained(tmp_path)
     again = make_trainer(tmp_path, num_train_epochs=3, head_learning_rate=1e-2, early_stopping_patience=0)
@@ -199,6 +207,7 @@ def losses_then_best(tmp_path, losses, eval_dataset=None, **kwargs):
     return trainer.state.best_global_step // num_steps, trainer.state.global_step // num_steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("losses", "best", "last"),
     [
@@ -213,6 +222,7 @@ def test_of_nearly_equal_losses_the_latest_weights_are_kept(tmp_path, losses, be
     assert losses_then_best(tmp_path, losses) == (best, last)
 
 
+@pytest.mark.slow
 def test_a_user_who_asks_for_the_best_weights_gets_the_lowest_loss(tmp_path):
     given = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
     rows = make_rows(12)

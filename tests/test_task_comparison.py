@@ -79,6 +79,7 @@ def test_a_stopped_comparison_goes_on(tmp_path):
         run_comparison(train, ["a"], [0], tmp_path / "other.json", {})
 
 
+@pytest.mark.slow
 def test_from_a_recipe(tmp_path, monkeypatch):
     """The tasks of a recipe, with a weighting and a regulariser that name tasks; table, plot and report are there."""
     monkeypatch.chdir(tmp_path)

@@ -118,6 +118,7 @@ def test_eval_loss_is_exact(tmp_path):
         assert metrics[f"eval_{name}_loss"] == pytest.approx(outputs.losses[name].item(), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regularization", [None, {"kind": "l2", "weight": 0.05}])
 def test_accumulation_equals_one_big_batch(tmp_path, regularization):
     """12 rows at once, 4 at a time, 5 at a time: the same weights after two optimiser steps."""
@@ -175,6 +176,7 @@ def test_it_learns(tmp_path):
     assert trainer.evaluate(blind)["eval_topic_accuracy"] == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision", ["vit", "clip-vision", "siglip-vision", "dinov2", "swin"])
 def test_resume_restores_every_tensor(tmp_path, vision):
     """Three steps, stopped and resumed, are six steps: weights, optimiser, gates."""
@@ -192,6 +194,7 @@ def test_resume_restores_every_tensor(tmp_path, vision):
     same(resumed, whole, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_checkpoint_is_complete(tmp_path):
     data = make_dataset()
     model = make_model()
@@ -260,6 +263,7 @@ def test_missing_columns_are_named(tmp_path):
         MMTrainer(make_model(), args, processing_class=processor, eval_dataset={"test": nothing})
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_saved_and_loaded(tmp_path):
     """LoRA in the encoders; fusion and heads, which are new, are trained and saved whole."""
     peft = pytest.importorskip("peft")
@@ -287,6 +291,7 @@ def test_adapters_are_trained_saved_and_loaded(tmp_path):
     assert again.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_logged_losses_are_means_over_the_steps_that_have_labels(tmp_path, streaming):
     """Also while evaluation comes in between, and where a stream ends."""
@@ -309,6 +314,7 @@ def test_logged_losses_are_means_over_the_steps_that_have_labels(tmp_path, strea
     assert logs["score_loss"] == pytest.approx(losses["score"].item(), rel=1e-4)  # in one step of four
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["streaming", "torch", "numpy"])
 def test_broken_images_of_any_form_of_data_set(tmp_path, form):
     rows = [{"text": "red cat", "image": make_image(0), "topic": "food"} for _ in range(4)]
@@ -530,6 +536,7 @@ def test_evaluation_and_predict_leave_out_no_row(tmp_path):
     assert len(trainer.get_train_dataloader()) == 2
 
 
+@pytest.mark.slow
 def test_persistent_workers_evaluate_the_rows_that_are_asked(tmp_path):
     rows = make_dataset(8)
     others = {"first": rows.select(range(3)), "second": rows.select(range(3, 8)), "bare": rows.remove_columns("image")}
@@ -559,6 +566,7 @@ def test_the_worst_is_never_the_best(tmp_path):
             MMTrainer(model, args, processing_class=processor, eval_dataset=make_dataset(), compute_metrics=metrics)
 
 
+@pytest.mark.slow
 def test_persistent_workers_see_what_has_changed_in_place(tmp_path):
     rows = [{"text": f"a red {'cat ' * i}", "image": make_image(i), "score": float(i)} for i in range(4)]
     processor = make_processor()
@@ -590,6 +598,7 @@ def test_persistent_workers_see_what_has_changed_in_place(tmp_path):
     assert len(set(found[0])) == 4
 
 
+@pytest.mark.slow
 def test_persistent_workers_are_kept_during_a_training(tmp_path):
     """As long as nothing else is to be read."""
     loaders = []

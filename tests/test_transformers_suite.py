@@ -86,6 +86,7 @@ class ModelTest(ModelTesterMixin, unittest.TestCase):
             inputs["labels"] = make_batch(text_len=9, image_index=((0,), (1,), (2,)))["labels"]
         return inputs
 
+    @pytest.mark.slow
     def test_reverse_loading_mapping(self):
         # `save_pretrained` keeps the names that the model has: see `MMTransformerPreTrainedModel.save_pretrained`.
         super().test_reverse_loading_mapping(check_keys_were_modified=False)

@@ -211,6 +211,7 @@ def test_clear_errors():
         collator([{"text": "a", "video": []}])
 
 
+@pytest.mark.slow
 def test_it_learns_which_way_time_runs(tmp_path, caplog):
     """Brighter or darker? A bag of frames could not tell."""
 

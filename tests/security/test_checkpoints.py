@@ -69,6 +69,7 @@ WAYS = {
 # Weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_that_are_missing(folder, way):
     change_weights(folder, lambda weights: {k: x for k, x in weights.items() if not k.startswith("heads.topic.")})
@@ -233,6 +234,7 @@ def test_files_of_the_processor(folder, name, content):
 # Resuming
 
 
+@pytest.mark.slow
 def test_garbage_of_the_same_size_falls_back_to_the_older_checkpoint(tmp_path):
     make_trainer(tmp_path, max_steps=3).train()
     for name in ("model.safetensors", "optimizer.pt"):
@@ -253,6 +255,7 @@ def test_garbage_of_the_same_size_falls_back_to_the_older_checkpoint(tmp_path):
     assert newest_complete_checkpoint(tmp_path, verify=True) == str(tmp_path / "checkpoint-3")
 
 
+@pytest.mark.slow
 def test_pickles_and_other_weights_in_a_checkpoint(tmp_path):
     make_trainer(tmp_path, max_steps=1).train()
     folder = tmp_path / "checkpoint-1"

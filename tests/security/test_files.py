@@ -51,6 +51,7 @@ def is_whole(folder: Path) -> bool:
 # Folders
 
 
+@pytest.mark.slow
 def test_folders_of_the_user_survive_a_training(tmp_path):
     """Whatever is called like a folder of a training, or begins like the name of a checkpoint."""
     names = [SAVING, DELETING, "checkpoint-2", "checkpoint-1-backup", "checkpoint-best", "checkpoint-77"]
@@ -185,6 +186,7 @@ def test_saving_replaces_links(tmp_path, outside):
     assert snapshot(outside) == before
 
 
+@pytest.mark.slow
 def test_a_saved_model_has_no_weights_of_the_one_before(tmp_path):
     make_model(seed=1).save_pretrained(tmp_path)
     model = make_model(seed=2)
@@ -199,6 +201,7 @@ def test_a_saved_model_has_no_weights_of_the_one_before(tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 def test_a_training_replaces_links(tmp_path, outside):
     out = tmp_path / "out"
     trainer = make_trainer(tmp_path / "plain", max_steps=1)
@@ -277,6 +280,7 @@ def hold(folder: str, ready, seconds: float) -> None:
         time.sleep(seconds)
 
 
+@pytest.mark.slow
 def test_the_second_training_is_refused_and_a_killed_one_is_followed(tmp_path, caplog):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
@@ -385,6 +389,7 @@ def test_a_slow_process_does_not_take_the_lock_of_a_faster_one(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_several_trainings_of_one_process_one_after_another(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.train()

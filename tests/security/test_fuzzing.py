@@ -385,6 +385,7 @@ class TestCheckpoints:
             with torch.device("meta"):
                 MMTransformerForMultiTask(config)
 
+    @pytest.mark.slow
     @fuzz(changed_json(CONFIG))  # fmt: skip
     def test_loading(self, saved, content):
         with replaced(saved / "config.json", content), bounded(content, ValueError, OSError, ImportError):
@@ -482,6 +483,7 @@ class TestStates:
 
 
 class TestPage:
+    @pytest.mark.slow
     def test_answers(self, saved, tmp_path, monkeypatch):
         pytest.importorskip("gradio")
         from mm_transformers.cli.page import _answering

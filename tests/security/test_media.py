@@ -231,6 +231,7 @@ class TestPictures:
         same = processor(text=["a", "b"], images=read)["pixel_values"]
         assert np.array_equal(inputs["pixel_values"], same)
 
+    @pytest.mark.slow
     def test_a_row_of_many_large_pictures_takes_little_memory(self):
         done = run_child(
             """

@@ -95,6 +95,7 @@ def test_what_stays_here_needs_no_word(recipe, options):
     assert read_recipe(recipe("training", **options)).training.items() >= options.items()
 
 
+@pytest.mark.slow
 def test_code_of_an_encoder(recipe, tmp_path, encoders):
     """Only `--trust-remote-code` runs it, and nobody is asked in between."""
     code = tmp_path / "text"
@@ -275,6 +276,7 @@ def test_a_checkpoint_runs_nothing(saved, tmp_path):
     assert not ran.exists()
 
 
+@pytest.mark.slow
 def test_pickles_of_a_checkpoint_are_not_run(tmp_path, recipe):
     """Resuming reads optimiser, scheduler and random states."""
     path = recipe("training", max_steps=2, save_steps=1, save_strategy="steps", eval_strategy="no", output_dir="out")

@@ -78,6 +78,7 @@ def test_answers_are_readable_as_labels():
         label_of(known, "'=other")
 
 
+@pytest.mark.slow
 def test_predict_escapes_unless_told_otherwise(tmp_path):
     make_model(tasks=[Classification("topic", labels=["=a()", "=b()"])]).save_pretrained(tmp_path / "model")
     make_processor().save_pretrained(tmp_path / "model")
@@ -165,6 +166,7 @@ def test_markdown_of_ordinary_names_is_as_it_was():
         assert plain_markdown(name) == name
 
 
+@pytest.mark.slow
 def test_pages_and_figures_of_hostile_names(model, tmp_path):
     from mm_transformers.analysis import ablate, explain
     from mm_transformers.analysis.report import write_report
