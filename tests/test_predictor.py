@@ -1,5 +1,6 @@
 """One way from rows to answers: encoders run once, texts are tokenized once, and the answers are those of the model."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -128,3 +129,10 @@ def test_the_page_runs_the_encoders_once_for_answers_and_bars(model, monkeypatch
 
 def raise_no_explanation(*args, **kwargs):
     raise ValueError("no explanation")
+
+
+def test_texts_may_be_lists_and_arrays_of_words(model, predictor):
+    words = ["a", "red", "dog"]
+    expected = alone(model, {"text": " ".join(words), "image": None})
+    for text in (words, np.array(words)):
+        assert_alike(predictor([{"text": text, "image": None}])[0], expected)

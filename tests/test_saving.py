@@ -176,3 +176,17 @@ def test_from_encoders_from_local_folders(tmp_path):
     assert eager.config._attn_implementation == eager.config.text_config._attn_implementation == "eager"
     with pytest.raises(ValueError, match="Unknown fusion_type"):
         MMTransformerForMultiTask.from_encoders(text=encoders["text"], vision="no/such-model", fusion_type="nonsense")
+
+
+@pytest.mark.parametrize("half", ["model", "processor"])
+def test_saving_one_half_renews_the_code_of_both(tmp_path, half):
+    """Otherwise a folder of an older version would have files of two versions, which do not fit each other."""
+    parts = {"model": make_model(), "processor": make_processor()}
+    for part in parts.values():
+        part.save_pretrained(tmp_path)
+    files = {path.name: path.read_text() for path in tmp_path.glob("*.py")}
+    assert {"modeling_mm_transformer.py", "processing_mm_transformer.py", "task_base.py"} <= set(files)
+    for name in files:
+        (tmp_path / name).write_text("raise ImportError('of an older version')\n")
+    parts[half].save_pretrained(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.glob("*.py")} == files

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import numpy as np
 import pyarrow
@@ -11,6 +12,7 @@ import torch
 from hostile_media import wav
 from samples import sounds, tables
 from tiny import make_config, make_image, make_image_processor, make_model, make_processor, make_tokenizer
+from transformers import AutoModel, BertConfig, WhisperFeatureExtractor
 
 from mm_transformers import (
     Classification,
@@ -219,3 +221,32 @@ def test_a_column_of_parquet_that_is_far_larger_than_the_file(tmp_path, monkeypa
             assert "more than the limit file_bytes=1,000,000" in message
         else:
             assert len(list(TableRows(path))) == 1
+
+
+def test_settings_of_a_processor_do_not_take_memory(tmp_path):
+    processor = make_processor()
+    processor.tokenizer.init_kwargs |= {"padding": "max_length", "max_length": 20_000_000}
+    assert processor(text=["a b"])["input_ids"].shape == (1, processor.tokenizer.model_max_length)
+    make_processor().save_pretrained(tmp_path)
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=1200)
+    extractor.save_pretrained(tmp_path / "audio")
+    with pytest.raises(OSError, match=r"n_samples=19200000 is longer than the limit audio_seconds=600"):
+        MMTransformerProcessor.from_encoders(text=save_text(tmp_path), audio=str(tmp_path / "audio"))
+
+
+def save_text(folder):
+    model = AutoModel.from_config(BertConfig(vocab_size=99, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    model.save_pretrained(folder / "text")
+    make_tokenizer().save_pretrained(folder / "text")
+    return str(folder / "text")
+
+
+def test_many_columns_are_compared_in_time(tmp_path):
+    names = [f"column_{i}" for i in range(20_000)]
+    (tmp_path / "a.csv").write_text(",".join(names) + "\n" + "1," * 19_999 + "1\n")
+    start = time.process_time()
+    assert TableRows(tmp_path / "a.csv").schema.names == names
+    assert time.process_time() - start < 5
+    (tmp_path / "a.csv").write_text(",".join([*names, "column_7"]) + "\n")
+    with pytest.raises(ValueError, match="two columns .*column_7"):
+        TableRows(tmp_path / "a.csv")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from starlette.exceptions import HTTPException
 from tiny import make_feature_extractor, make_image, make_image_processor, make_model, make_tokenizer
 
 from mm_transformers import MMTransformerProcessor
@@ -24,6 +25,7 @@ from mm_transformers.model.limits import limits, set_limits
 
 pytest.importorskip("gradio")
 
+from mm_transformers.cli import gate as gate_module
 from mm_transformers.cli.gate import Gate
 from mm_transformers.cli.page import load_page
 from mm_transformers.cli.uploads import REFUSAL, upload_folder
@@ -280,6 +282,35 @@ def test_uploads_at_the_same_time_count_together(tmp_path, monkeypatch):
 
     gate, going_on = Gate(received), None
     asyncio.run(asyncio.wait_for(attack(), 20))
+
+
+def test_uploads_in_chunks_count_with_the_limit_whatever_they_declare():
+    headers = [(b"content-length", b"1"), (b"transfer-encoding", b"chunked")]
+    scope = {"type": "http", "path": f"/{API}/upload", "headers": headers}
+    assert gate_module._upload_bytes(scope) == limits().upload_bytes
+    assert gate_module._upload_bytes({**scope, "headers": headers[:1]}) == 1
+
+
+def test_a_body_that_does_not_arrive_ends_the_request(monkeypatch):
+    """It would keep its share of the room for uploads for ever."""
+    monkeypatch.setattr(gate_module, "_SECONDS", 0.2)
+    statuses = []
+
+    async def application(scope, receive, send):
+        try:
+            while (await receive()).get("more_body"):
+                pass
+        except HTTPException as error:
+            statuses.append(error.status_code)
+
+    async def dripping():
+        await asyncio.sleep(0.05)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    gate = Gate(application)
+    scope = {"type": "http", "path": f"/{API}/upload", "headers": [(b"content-length", b"100")]}
+    asyncio.run(asyncio.wait_for(gate(scope, dripping, None), 20))
+    assert (statuses, gate.running) == ([408], 0)
 
 
 def test_requests_are_bounded(client, monkeypatch):

@@ -10,13 +10,14 @@ import torch
 from recipes import make_rows, recipe_values, save_encoders, write_csv
 from safetensors.torch import load_file, save_file
 from tiny import make_model, make_processor
+from transformers import BertConfig
 from typer.testing import CliRunner
 
 from mm_transformers import MMTransformerConfig, MMTransformerForMultiTask, MMTransformerProcessor
 from mm_transformers.cli import app
 from mm_transformers.data.loading import load_named
 from mm_transformers.model.encoders import read_encoder_config
-from mm_transformers.model.hub_kernels import asks_for_kernel
+from mm_transformers.model.hub_kernels import asks_for_kernel, check_config
 from mm_transformers.training.recipe import read_recipe
 
 
@@ -221,6 +222,27 @@ def test_a_checkpoint_asks_for_no_code_of_the_hub(saved, tmp_path, place, key):
 )
 def test_names_that_are_code_of_the_hub(name):
     assert asks_for_kernel(name)
+
+
+class SimpleConfig(BertConfig):
+    """A config that holds others."""
+
+    sub_configs = {"backbone_config": BertConfig, "vision_config": BertConfig}
+
+    def __init__(self, **parts):
+        self.__dict__.update(parts)
+
+
+def test_configs_in_configs_ask_for_no_kernel():
+    inner = BertConfig()
+    middle = SimpleConfig(backbone_config=inner)
+    outer = SimpleConfig(vision_config=middle)
+    check_config(outer, "encoder")
+    inner._attn_implementation_internal = "stranger/kernel"
+    with pytest.raises(ValueError, match="asks for _attn_implementation='stranger/kernel', code of the Hub"):
+        check_config(outer, "encoder")
+    assert asks_for_kernel("sonicmoe")
+    assert asks_for_kernel("deepgemm")
 
 
 @pytest.mark.parametrize("installed", [[], ["kernels"], ["kernels", "flash_attn_2"], ["flash_attn_2"]])

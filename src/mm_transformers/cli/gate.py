@@ -1,5 +1,6 @@
 """Filters requests to the demo page: only the routes that the page needs, and limited bodies."""
 
+import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -18,6 +19,8 @@ _ROUTES = (
 _PREFIX = "/gradio_api/"
 _LOCAL_FILE = re.compile(r"file=(?![A-Za-z][A-Za-z0-9+.\-]+:)")  # an address has a scheme; C: is a drive
 _FORM_BYTES = 2**16  # around a file in a form
+# A body must arrive within so many seconds, and a second more for so many bytes of an upload.
+_SECONDS, _SLOWEST = 60, 2**16
 
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -46,17 +49,23 @@ class Gate:
             status, told = refusal
             await PlainTextResponse(told, status)(scope, receive, send)
             return
-        most, received = _most_bytes(scope), 0
+        most, received, is_complete = _most_bytes(scope), 0, False
+        size = _upload_bytes(scope)
+        deadline = time.monotonic() + _SECONDS + size / _SLOWEST
 
         async def bounded() -> MutableMapping[str, Any]:
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_complete
+            left = None if is_complete else max(deadline - time.monotonic(), 0.0)
+            try:
+                message = await asyncio.wait_for(receive(), left)
+            except asyncio.TimeoutError:
+                raise HTTPException(408, "The request took too long to arrive.") from None
+            is_complete = not message.get("more_body", False)
             received += len(message.get("body") or b"")
             if received > most:
                 raise HTTPException(413, _too_large(most))  # the application turns it into the answer
             return message
 
-        size = _upload_bytes(scope)
         self.running += size
         try:
             await self.app(scope, bounded, send)
@@ -102,8 +111,12 @@ def _upload_bytes(scope: MutableMapping[str, Any]) -> int:
     """The bytes that a request may add to the uploads: its declared size, or else the limit."""
     if not _is_upload(scope):
         return 0
-    declared = dict(scope["headers"]).get(b"content-length", b"")
-    return min(int(declared), limits().upload_bytes) if declared.isdigit() else limits().upload_bytes
+    headers = dict(scope["headers"])
+    declared = headers.get(b"content-length", b"")
+    # In chunks, a request may be longer than it declares.
+    if not declared.isdigit() or b"transfer-encoding" in headers:
+        return limits().upload_bytes
+    return min(int(declared), limits().upload_bytes)
 
 
 def _too_large(most: int) -> str:

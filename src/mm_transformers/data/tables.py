@@ -135,7 +135,8 @@ class TableRows:
             raise ValueError(f"{self.path} cannot be read as CSV: {str(error).strip()}.") from error
 
     def _check_names(self, names: Sequence[str]) -> None:
-        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+        seen: set[str] = set()
+        twice = next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
         if twice is not None:
             raise ValueError(f"{self.path} has two columns {shortened(twice)}: rename one.")
         if any("\0" in name for name in names):

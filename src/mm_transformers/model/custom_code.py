@@ -15,10 +15,16 @@ from .safe_writing import write_atomically, write_text_atomically
 
 logger = logging.get_logger(__name__)
 
+# The modules whose imports are all of the code.
+_ROOTS = ("modeling_mm_transformer.py", "processing_mm_transformer.py")
+
 
 def write_code(folder: str | os.PathLike, source: str, file: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """
     Copies code to a folder with a saved model or processor, and adds its entries to a JSON file there.
+
+    The code of model and processor is copied as a whole, so that a folder never has files of two versions: the other
+    half may have been saved there by an older version.
 
     Args:
         folder: The folder of the saved model or processor.
@@ -26,7 +32,9 @@ def write_code(folder: str | os.PathLike, source: str, file: str, entries: Mappi
         file: `config.json` or `processor_config.json`.
         entries: The new entries of that file, such as `{"auto_map": {"AutoConfig": "configuration_x.XConfig"}}`.
     """
-    for path in map(Path, [source, *get_relative_import_files(source)]):
+    roots = [Path(source), *map(Path(source).with_name, _ROOTS)]
+    files = [path for root in roots if root.exists() for path in (root, *get_relative_import_files(str(root)))]
+    for path in dict.fromkeys(map(Path, files)):
         target = Path(folder, path.name)
         if path.resolve() != target.absolute():  # a saved model may lie where this code runs
             with write_atomically(target) as copy:

@@ -1,10 +1,14 @@
 """Attention implementations that are code of the Hub: only the caller can request them, not a file."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import transformers.utils
 from transformers import PreTrainedConfig
+
+
+# Implementations of experts that transformers takes from the Hub.
+_KERNELS = ("deepgemm", "sonicmoe")
 
 
 def asks_for_kernel(implementation: Any) -> bool:
@@ -24,7 +28,7 @@ def asks_for_kernel(implementation: Any) -> bool:
     if isinstance(implementation, Mapping):
         return any(map(asks_for_kernel, implementation.values()))
     name = str(implementation).rpartition("|")[2]
-    if "/" in name or ":" in name:
+    if "/" in name or ":" in name or name in _KERNELS:
         return True
     # FlashAttention comes from the Hub if only the package `kernels` is installed.
     _, is_flash, version = name.partition("flash_attention_")
@@ -62,12 +66,20 @@ def check_config(config: PreTrainedConfig, path: Any) -> None:
     Args:
         path: Its folder or Hub id, for the message.
     """
-    parts = [getattr(config, name, None) for name in config.sub_configs]
-    for part in (config, *parts):
+    for part in _with_parts(config):
         for name in ("_attn_implementation", "_experts_implementation"):
             value = getattr(part, name, None)
             if asks_for_kernel(value):
                 raise ValueError(_refusal(f"config of {str(path)!r}", name, value))
+
+
+def _with_parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """The config and all configs in it, at any depth."""
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            yield from _with_parts(part)
 
 
 def _refusal(what: str, name: str, value: Any) -> str:

@@ -162,10 +162,10 @@ IMAGE = Modality(
     "image", "images", VISION, "picture", "pictures", as_list, image_key, _image_reader, (2, 3), 3, pixels_for_each
 )
 VIDEO = Modality(
-    "video", "videos", VISION, "video", "videos", as_one, video_key, _video_reader, (3, 4), 4, is_sequence=True
+    "video", "videos", VISION, "video", "video", as_one, video_key, _video_reader, (3, 4), 4, is_sequence=True
 )
 # An array with two axes is one clip with several channels; a list of lists is several clips.
-SOUND = Modality("audio", "audio", AUDIO, "sound", "sounds", as_clips, audio_key, _clip_reader, (1,), 2)
+SOUND = Modality("audio", "audio", AUDIO, "sound", "sound", as_clips, audio_key, _clip_reader, (1,), 2)
 
 # What a row may hold beside its text, by the argument of the processor.
 MODALITIES = {modality.argument: modality for modality in (IMAGE, VIDEO, SOUND)}

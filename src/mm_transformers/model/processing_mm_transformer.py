@@ -126,6 +126,13 @@ def _check_settings(part: Any) -> None:
     for name, is_right in _IS_RIGHT.items():
         if hasattr(part, name) and not is_right(value := getattr(part, name)):
             raise ValueError(f"its setting {name} cannot be {shortened(value)}")
+    # The window of an audio encoder, in samples or in frames of 10 ms; shorter sounds are padded to it.
+    rate = getattr(part, "sampling_rate", None) or 0
+    windows = {"n_samples": rate, "max_length": 100} if hasattr(part, "sampling_rate") else {}
+    for name, per_second in windows.items():
+        value = getattr(part, name, None)
+        if value is not None and value > limits().audio_seconds * per_second:
+            raise ValueError(f"its setting {name}={shortened(value)} is longer than {named('audio_seconds')}")
 
 
 def _check_size(image_processor: Any, path: Any) -> None:
@@ -386,7 +393,8 @@ class MMTransformerProcessor(ProcessorMixin):
             # Loaded with `padding="max_length", max_length=64`, a tokenizer makes all texts as long as that.
             padding = "max_length" if tokenizer.init_kwargs.get("padding") == "max_length" else True
             if padding == "max_length":
-                max_length = max_length or tokenizer.init_kwargs.get("max_length")
+                wanted = max_length or tokenizer.init_kwargs.get("max_length") or tokenizer.model_max_length
+                max_length = int(min(wanted, tokenizer.model_max_length, limits().text_characters))
         if return_word_index and not tokenizer.is_fast:
             raise ValueError(
                 f"Labels of words need a fast tokenizer, but {type(tokenizer).__name__} is a slow one: it does not say "

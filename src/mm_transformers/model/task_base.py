@@ -404,9 +404,15 @@ class Task:
 
         By default its first value, and the score if it has one.
         """
+        if isinstance(answer, list):
+            return ", ".join(map(self.show_answer, answer)) or "nothing"
         if not isinstance(answer, dict):
             return str(answer)
         value, score = next(iter(answer.values()), ""), answer.get("score")
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        if isinstance(value, list):
+            value = ", ".join(map(str, value)) or "none"
         told = f"{value:.3g}" if isinstance(value, float) else str(value)
         return told if score is None else f"{told} ({100 * score:.0f}%)"
 

@@ -205,5 +205,6 @@ class _Share(IterableDataset):
         inputs = self.collator(known)
         inputs.pop("labels")
         texts = [row[self.collator.text_column] for row in known]
-        texts = ["" if is_null(t) else " ".join(t) if isinstance(t, (list, tuple)) else t for t in texts]
+        texts = [t.tolist() if getattr(t, "ndim", 0) == 1 else t for t in texts]
+        texts = [" ".join(t) if isinstance(t, (list, tuple)) else "" if is_null(t) else t for t in texts]
         return [self.keep(row) for row in rows], inputs, inputs.pop("word_index", None), texts
