@@ -25,6 +25,7 @@ from mm_transformers.model.safe_writing import saved_aside, write_atomically
 from mm_transformers.training.card.card_file import write_card
 from mm_transformers.training.card.facts import CardFacts
 from mm_transformers.training.checkpoints import folders as checkpoints
+from mm_transformers.training.checkpoints import lock
 from mm_transformers.training.checkpoints.folders import (
     DELETING,
     SAVING,
@@ -325,6 +326,23 @@ def test_locks_that_others_have_left(tmp_path, change, message, monkeypatch):
         with pytest.raises(ValueError, match=message), locked(tmp_path):
             pass
         assert json.loads((tmp_path / LOCK_NAME).read_text()) == holder
+
+
+def test_a_clock_that_is_set_frees_no_lock(tmp_path, monkeypatch):
+    other = psutil.Process(os.getppid())
+    since_boot = lock._since_boot(other.pid)
+    if since_boot is None:
+        pytest.skip("this system does not count from its boot")
+    holder = {"host": platform.node(), "pid": other.pid, "started": other.create_time() + 3600}
+    (tmp_path / LOCK_NAME).write_text(json.dumps({**holder, "since_boot": since_boot}))
+    with pytest.raises(ValueError, match="is in use by another training"), locked(tmp_path):
+        pass
+    boot, ticks = since_boot.split()
+    for ended in (f"{boot[::-1]} {ticks}", f"{boot} {int(ticks) + 1}"):
+        (tmp_path / LOCK_NAME).write_text(json.dumps({**holder, "since_boot": ended}))
+        with locked(tmp_path):
+            assert json.loads((tmp_path / LOCK_NAME).read_text())["since_boot"] == lock._since_boot(os.getpid())
+        assert not (tmp_path / LOCK_NAME).exists()
 
 
 def race(folder: str, start, results, seconds: float = 0) -> None:

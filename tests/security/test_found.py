@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from child_process import run_child
 from hostile_media import wav
 from samples import sounds, tables
 from tiny import make_config, make_image, make_image_processor, make_model, make_processor, make_tokenizer
@@ -250,3 +251,25 @@ def test_many_columns_are_compared_in_time(tmp_path):
     (tmp_path / "a.csv").write_text(",".join([*names, "column_7"]) + "\n")
     with pytest.raises(ValueError, match="two columns .*column_7"):
         TableRows(tmp_path / "a.csv")
+
+
+@pytest.mark.slow
+def test_lists_of_large_cells_are_read_a_few_rows_at_a_time(tmp_path):
+    """Cells that are equal are stored once, but Arrow copies those in lists for each row."""
+    picture = {"bytes": bytes(2**20), "path": None}
+    table = pyarrow.table({"image": [[picture] * 3] * 500, "text": ["a"] * 500})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", dictionary_pagesize_limit=2**22)
+    del table
+    assert (tmp_path / "a.parquet").stat().st_size < 2**17
+    child = run_child(
+        f"""
+        from pathlib import Path
+        from mm_transformers.data.tables import TableRows
+        before = peak()
+        rows = TableRows(Path({str(tmp_path)!r}, "a.parquet"))
+        tell(before=before, items=len(next(iter(rows))["image"]), after=peak())
+        """
+    )
+    assert child.returncode == 0, child.stderr[-2000:]
+    assert child.told["items"] == 3
+    assert child.told["after"] - child.told["before"] < 500 * 2**20

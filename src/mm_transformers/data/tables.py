@@ -21,6 +21,7 @@ from .formulas import without_formula
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 # The number of rows that are read, or written, at a time.
 CHUNK_SIZE = 1024
+_FEW_ROWS = 16  # at a time, where one may be large
 # The largest compression of a large Parquet column. In a data set the file is rarely under a tenth.
 _MOST_COMPRESSED = 200
 
@@ -146,12 +147,14 @@ class TableRows:
         try:
             # Cells that are stored once for many rows stay so, and few rows at a time are unpacked. Otherwise a file
             # of a few kilobytes could fill the memory.
-            names = [name for field in pyarrow.parquet.read_schema(self.path) for name in _texts_in(field)]
+            schema = pyarrow.parquet.read_schema(self.path)
+            names = [name for field in schema for name in _texts_in(field)]
+            num_rows = CHUNK_SIZE if all(_stays_small(field.type) for field in schema) else _FEW_ROWS
             with pyarrow.parquet.ParquetFile(self.path, read_dictionary=names) as file:
                 self._check_pages(file.metadata)
-                for batch in file.iter_batches(CHUNK_SIZE):
-                    for start in range(0, len(batch), 16):
-                        yield from batch.slice(start, 16).to_pylist()
+                for batch in file.iter_batches(num_rows):
+                    for start in range(0, len(batch), _FEW_ROWS):
+                        yield from batch.slice(start, _FEW_ROWS).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} cannot be read as Parquet: {one_line(error)}") from error
 
@@ -210,6 +213,16 @@ def _whole_number(text: str) -> int:
 def _constant(name: str) -> float | None:
     """Constants that Python writes, but JSON lacks: NaN is an empty cell."""
     return None if name == "NaN" else float(name)
+
+
+def _stays_small(kind: pyarrow.DataType) -> bool:
+    """Whether many rows of a column take little memory: numbers, and texts and files that are read as a dictionary."""
+    types = pyarrow.types
+    if types.is_struct(kind):
+        return all(_stays_small(field.type) for field in kind)
+    return not (
+        types.is_nested(kind) or types.is_fixed_size_binary(kind) or isinstance(kind, pyarrow.BaseExtensionType)
+    )
 
 
 def plain_cells(names: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:

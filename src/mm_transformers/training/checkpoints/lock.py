@@ -88,7 +88,22 @@ def locked_for_all(folder: str | os.PathLike, process_index: int) -> Iterator[No
 
 
 def _own() -> dict[str, Any]:
-    return {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    own = {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    return {**own, "since_boot": _since_boot(os.getpid())}
+
+
+def _since_boot(pid: int) -> Optional[str]:
+    """
+    The boot of this machine and the start of a process in ticks since then, which no correction of the clock changes;
+    `None` on systems without them.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        # The name of the program before may hold spaces and brackets.
+        ticks = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        return f"{boot} {int(ticks)}"
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _is_same(one: Optional[dict[str, Any]], other: Optional[dict[str, Any]]) -> bool:
@@ -96,6 +111,8 @@ def _is_same(one: Optional[dict[str, Any]], other: Optional[dict[str, Any]]) -> 
     if one is None or other is None:
         return one is other
     is_one_start = abs(one["started"] - other["started"]) <= _TOLERANCE
+    if one["since_boot"] is not None and other["since_boot"] is not None:
+        is_one_start = one["since_boot"] == other["since_boot"]
     return is_one_start and all(one[name] == other[name] for name in ("host", "pid"))
 
 
@@ -172,7 +189,13 @@ def _read(path: Path) -> Optional[dict[str, Any]]:
             return None
         holder = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(holder["host"], str) and isinstance(holder["pid"], int) and holder["pid"] > 0:
-            return {"host": holder["host"], "pid": holder["pid"], "started": float(holder["started"])}
+            since_boot = holder.get("since_boot")
+            return {
+                "host": holder["host"],
+                "pid": holder["pid"],
+                "started": float(holder["started"]),
+                "since_boot": since_boot if isinstance(since_boot, str) else None,
+            }
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
@@ -196,7 +219,8 @@ def _why_not(path: Path, holder: Optional[dict[str, Any]]) -> Optional[str]:
         return None
     except psutil.Error:
         return f"{where}. Wait until it ends, or train into another folder."
-    if abs(started - holder["started"]) > _TOLERANCE:
+    found = {**holder, "started": started, "since_boot": _since_boot(holder["pid"])}
+    if not _is_same(found, holder):
         return None  # another process has the number now
     return f"{where}. Wait until it ends, or train into another folder."
 
