@@ -11,9 +11,10 @@ import pytest
 import torch
 from child_process import run_child
 from hostile_media import wav
+from PIL import Image
 from samples import sounds, tables
 from tiny import make_config, make_image, make_image_processor, make_model, make_processor, make_tokenizer
-from transformers import AutoModel, BertConfig, WhisperFeatureExtractor
+from transformers import AutoModel, BertConfig, CLIPImageProcessor, WhisperFeatureExtractor
 
 from mm_transformers import (
     Classification,
@@ -273,3 +274,15 @@ def test_lists_of_large_cells_are_read_a_few_rows_at_a_time(tmp_path):
     assert child.returncode == 0, child.stderr[-2000:]
     assert child.told["items"] == 3
     assert child.told["after"] - child.told["before"] < 500 * 2**20
+
+
+def test_pictures_that_a_shortest_edge_would_blow_up(tmp_path):
+    processor = make_processor()
+    processor.image_processor = CLIPImageProcessor(size={"shortest_edge": 1800}, do_center_crop=False)
+    thin, wide = Image.new("RGB", (20_000, 220)), Image.new("RGB", (60, 40))
+    with pytest.raises(
+        ValueError, match="image 91 times as long as wide, whose shortest edge is resized to 1,800 pixels"
+    ):
+        processor(text=["a"], images=[thin])
+    collator = MMDataCollator(processor, make_config(), on_bad_file="drop")
+    assert collator([{"text": "a", "image": thin}, {"text": "b", "image": wide}])["image_index"].tolist() == [[-1], [0]]

@@ -23,8 +23,8 @@ def write_code(folder: str | os.PathLike, source: str, file: str, entries: Mappi
     """
     Copies code to a folder with a saved model or processor, and adds its entries to a JSON file there.
 
-    The code of model and processor is copied as a whole, so that a folder never has files of two versions: the other
-    half may have been saved there by an older version.
+    The code of model and processor is copied as a whole. Otherwise a folder could have files of two versions, if an
+    older version saved the other half.
 
     Args:
         folder: The folder of the saved model or processor.

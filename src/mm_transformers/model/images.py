@@ -69,6 +69,29 @@ def _declared_pixels(image: Any, unknown: int) -> int:
     return unknown
 
 
+def check_resized(image: Any, image_processor: Any) -> None:
+    """
+    Checks the size that an image processor gives a picture. A shortest edge does not bound the longest one.
+
+    Args:
+        image (`PIL.Image.Image`): The picture.
+        image_processor: With a `size`, or `None`.
+
+    Raises:
+        ImageError: one sentence, if it is larger than `image_pixels`.
+    """
+    size = dict(getattr(image_processor, "size", None) or {})
+    side = size.get("shortest_edge") or 0
+    if "longest_edge" in size or not getattr(image_processor, "do_resize", False):
+        return
+    shorter, longer = sorted(image.size)
+    if side * side * longer > limits().image_pixels * shorter:
+        raise ImageError(
+            f"an image {longer / shorter:.0f} times as long as wide, whose shortest edge is resized to {side:,} pixels, has "
+            f"more than {named('image_pixels')}"
+        )
+
+
 def load_image(image: Any, fetch: Callable[[str], bytes] = fetch, most_pixels: Optional[int] = None):
     """
     An RGB `PIL.Image.Image`.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Optional
 
 from .audio import audio_key
 from .file_contents import is_absent
-from .images import image_key, load_image, pixels_for_each
+from .images import check_resized, image_key, load_image, pixels_for_each
 from .video import load_frames, video_key
 
 
@@ -109,7 +109,13 @@ class Reading(NamedTuple):
 
 
 def _image_reader(reading: Reading) -> Callable[..., Any]:
-    return partial(load_image, fetch=reading.fetch)
+    return partial(_load_image, reading)
+
+
+def _load_image(reading: Reading, image: Any, **options: Any) -> Any:
+    loaded = load_image(image, fetch=reading.fetch, **options)
+    check_resized(loaded, getattr(reading.processor, "image_processor", None))
+    return loaded
 
 
 def _video_reader(reading: Reading) -> Callable[..., Any]:

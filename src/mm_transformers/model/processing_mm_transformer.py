@@ -24,7 +24,7 @@ from .custom_code import reference, write_code
 from .downloads import fetch
 from .encoders import encoder_config_from_pretrained, max_text_positions
 from .file_contents import describe, is_absent
-from .images import image_key, load_image, pixels_for_each
+from .images import check_resized, image_key, load_image, pixels_for_each
 from .limits import limits, named
 from .messages import check_folder, one_line, shortened
 from .modalities import as_clips, as_list
@@ -456,7 +456,7 @@ class MMTransformerProcessor(ProcessorMixin):
             check_number(pictures, "images")
             most = pixels_for_each(pictures)
             row = [
-                distinct.add(("image", image_key(image), most), functools.partial(load_image, image, most_pixels=most))
+                distinct.add(("image", image_key(image), most), functools.partial(self._load_image, image, most))
                 for image in pictures
             ]
             numbers = [-1] * len(row)
@@ -465,7 +465,7 @@ class MMTransformerProcessor(ProcessorMixin):
                 if key not in decoded:
                     decoded[key] = load_frames(video, num_frames)
                 for number, picture in enumerate(decoded[key]):
-                    row.append(distinct.add((key, number), functools.partial(load_image, picture)))
+                    row.append(distinct.add((key, number), functools.partial(self._load_image, picture)))
                 numbers += range(len(decoded[key]))
             index.append(row)
             frames.append(numbers)
@@ -481,6 +481,11 @@ class MMTransformerProcessor(ProcessorMixin):
                 processed = self.image_processor(images=distinct.items, return_tensors="pt", **options)
                 data["pixel_values"] = processed["pixel_values"]
         return data
+
+    def _load_image(self, image: Any, most_pixels: Optional[int] = None) -> Any:
+        loaded = load_image(image, most_pixels=most_pixels)
+        check_resized(loaded, self.image_processor)
+        return loaded
 
     def _process_audio(self, audio: list[Any], sampling_rate: Optional[int] = None, **given) -> dict[str, torch.Tensor]:
         extractor = self.feature_extractor
