@@ -87,8 +87,8 @@ def check_resized(image: Any, image_processor: Any) -> None:
     shorter, longer = sorted(image.size)
     if side * side * longer > limits().image_pixels * shorter:
         raise ImageError(
-            f"an image {longer / shorter:.0f} times as long as wide, whose shortest edge is resized to {side:,} pixels, "
-            f"has more than {named('image_pixels')}"
+            f"an image {longer / shorter:.0f} times as long as wide, whose shortest edge becomes {side:,} pixels, has "
+            f"more than {named('image_pixels')}"
         )
 
 
