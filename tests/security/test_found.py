@@ -280,9 +280,7 @@ def test_pictures_that_a_shortest_edge_would_blow_up(tmp_path):
     processor = make_processor()
     processor.image_processor = CLIPImageProcessor(size={"shortest_edge": 1800}, do_center_crop=False)
     thin, wide = Image.new("RGB", (20_000, 220)), Image.new("RGB", (60, 40))
-    with pytest.raises(
-        ValueError, match="image 91 times as long as wide, whose shortest edge becomes 1,800 pixels"
-    ):
+    with pytest.raises(ValueError, match="image 91 times as long as wide, whose shortest edge becomes 1,800 pixels"):
         processor(text=["a"], images=[thin])
     collator = MMDataCollator(processor, make_config(), on_bad_file="drop")
     assert collator([{"text": "a", "image": thin}, {"text": "b", "image": wide}])["image_index"].tolist() == [[-1], [0]]

@@ -107,8 +107,7 @@ def complete_task(task: dict[str, Any], rows: datasets.Dataset, label_separator:
     completed = kind.infer_options(task, cells, column, names)
     for option in completed.keys() - task.keys():
         value = completed[option]
-        shown = (
-            f"{len(value)} {option}: {', '.join(map(str, value))}" if isinstance(value, list) else f"{option}: {value}"
-        )
-        logger.info(f"Task {task['name']!r}, inferred from the training rows: {shown}.")
+        is_list = isinstance(value, list)
+        count, shown = (f"{len(value)} ", ", ".join(map(str, value))) if is_list else ("", str(value))
+        logger.info(f"Task {task['name']!r}: {count}{option} inferred from the training rows: {shown}.")
     return task_from_dict(completed)
