@@ -3,11 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
-from matplotlib import color_sequences, rc_context
-from matplotlib.figure import Figure
 
 from ...model.tasks import Task
 from ...training.metrics import less_is_better, task_of_metric
@@ -15,6 +13,9 @@ from .calibration import Calibration
 from .tables import Table, as_markdown
 from .views import shown_name
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Metrics from 0 to 100.
 _FROM_0_TO_100 = ("bleu", "chrf")
@@ -125,8 +126,10 @@ class Ablation:
             found += [self._contributions_table(), self._interactions_table()]
         return [*found, *(self._slices_table(column, values) for column, values in self.slices.items())]
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """A `matplotlib.figure.Figure`: scores, contributions, reliability."""
+        from matplotlib import rc_context
+
         with rc_context({"text.parse_math": False}):  # "$" in a name must not begin a formula
             return _figure(self)
 
@@ -199,7 +202,9 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _figure(ablation: Ablation) -> Figure:
+def _figure(ablation: Ablation) -> "Figure":
+    from matplotlib.figure import Figure
+
     tasks = list(ablation.contributions)
     height = 2.6 * (1 + bool(ablation.calibration)) + 0.5
     # Not by pyplot, which would keep the figure open.
@@ -224,6 +229,8 @@ def _label(metric: str) -> str:
 
 
 def _draw_scores(axes: Any, ablation: Ablation, tasks: list[str]) -> None:
+    from matplotlib import color_sequences
+
     variants = list(ablation.variants)
     width = 0.8 / max(len(variants), 1)
     colors = color_sequences["tab10"]
@@ -245,6 +252,8 @@ def _draw_scores(axes: Any, ablation: Ablation, tasks: list[str]) -> None:
 
 
 def _draw_shapley(axes: Any, ablation: Ablation, tasks: list[str]) -> None:
+    from matplotlib import color_sequences
+
     names = list(next(iter(ablation.contributions.values())).shapley) if tasks else []
     for number, name in enumerate(names):
         found = [ablation.contributions[task] for task in tasks]

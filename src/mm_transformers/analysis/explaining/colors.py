@@ -3,8 +3,6 @@
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 
 
 def heat_map(image: Any, relevance: np.ndarray) -> np.ndarray:
@@ -16,6 +14,8 @@ def heat_map(image: Any, relevance: np.ndarray) -> np.ndarray:
     Args:
         relevance (height, width): from 0 to 1.
     """
+    from matplotlib import colormaps
+
     grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255
     grey = 0.25 + 0.75 * np.repeat(grey, 3, axis=2)
     strength = relevance.clip(0, 1)[..., None]
@@ -25,6 +25,9 @@ def heat_map(image: Any, relevance: np.ndarray) -> np.ndarray:
 
 def text_color(strength: float) -> tuple[str, str]:
     """Background and foreground of a word with this relevance, from 0 to 1; their contrast is readable."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
     background = colormaps["Reds"](0.75 * min(max(strength, 0.0), 1.0))
     # Relative luminance of WCAG 2.2; at 0.179 black and white have the same contrast, 4.6 to 1.
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background[:3])

@@ -2,15 +2,16 @@
 
 import textwrap
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from ..ablation.views import shown_name
 from .colors import heat_map, text_color
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _CHARACTERS_PER_LINE = 64
 
@@ -162,13 +163,17 @@ class Explanation:
             "sounds": [{"seconds": s.seconds, "steps": s.steps.tolist()} for s in self.sounds],
         }
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """A `matplotlib.figure.Figure`: the text coloured by relevance, heat maps over pictures, curves of sounds."""
+        from matplotlib import rc_context
+
         with rc_context({"text.parse_math": False}):  # "$" in a text must not begin a formula
             return _figure(self)
 
 
-def _figure(explanation: Explanation) -> Figure:
+def _figure(explanation: Explanation) -> "Figure":
+    from matplotlib.figure import Figure
+
     scales = explanation.scales
     # Each picture, and beside it its heat map.
     panels: list[Any] = []
