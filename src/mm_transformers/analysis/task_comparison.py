@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..data.markdown import plain_markdown
 from ..model.safe_writing import write_atomically
-from ..training.metrics import less_is_better
+from ..training.metrics import is_measured, less_is_better
 
 
 # Name of the training on all tasks; no task can have this name.
@@ -100,7 +100,7 @@ def run_comparison(
 def _is_runs(value: Any, levels: int = 4) -> bool:
     """Whether the content of a file has the form of `Runs`."""
     if levels == 0:
-        return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+        return is_measured(value)
     return isinstance(value, dict) and all(_is_runs(inner, levels - 1) for inner in value.values())
 
 

@@ -1,13 +1,12 @@
 """Prints metrics for reading; the files have all of them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ..analysis import Ablation
-from ..training.metrics import task_of_metric
+from ..training.metrics import is_measured, task_of_metric
 
 
 def print_metrics(
@@ -25,7 +24,7 @@ def print_metrics(
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for split, values in metrics.items():
         for name, value in values.items():
-            if not _is_number(value):
+            if not is_measured(value):
                 continue
             name = name.removeprefix(f"{prefixes[split]}_")
             task = task_of_metric(name, tasks)
@@ -48,11 +47,6 @@ def print_metrics(
         table.add_row(task if task != previous else "", metric, *shown)
         previous = task
     Console(markup=False).print(table)  # names are no styles
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value from a file can be shown as a number; integers may be too large for a float."""
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def print_ablation(ablation: Ablation) -> None:

@@ -11,7 +11,7 @@ from ..analysis import explain
 from ..analysis.explaining.html import colored_words, heat_map_url, picture_url, sound_colors
 from ..model.answers import check_tasks
 from ..model.limits import limits
-from ..model.modalities import ARGUMENTS, NOUNS, PARTS, Reading
+from ..model.modalities import ARGUMENTS, NOUNS, PARTS, ReaderContext
 from ..model.pipeline_mm_transformer import read_rows
 from ..model.predictions import Predictions
 from .time_limit import TimeLimitError, time_limit
@@ -61,7 +61,7 @@ def _read(processor: Any, row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
             raise UploadError  # a reader would read it as a path
         content, name = (part.content, f"{part.name}: ") if isinstance(part, Upload) else (part, "")
         try:
-            read[part_name] = PARTS[part_name].reader(Reading(processor, _fetch_nothing))(content)
+            read[part_name] = PARTS[part_name].reader(ReaderContext(processor, _fetch_nothing))(content)
         except ValueError as error:
             raise ValueError(f"{name}{error}") from error
     return read, note

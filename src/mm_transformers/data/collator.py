@@ -7,7 +7,7 @@ from typing import Any, Optional
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
 from ..model.label_cells import is_null, shorten_value
-from ..model.modalities import MODALITIES, OTHER_ENCODERS, Reading, modalities_of
+from ..model.modalities import MODALITIES, OTHER_ENCODERS, ReaderContext, modalities_of
 from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.task_base import LabelContext
@@ -106,11 +106,11 @@ class MMDataCollator:
         # By the argument of the processor. Inputs that the model does not take are not read.
         self.media: dict[str, MediaColumn] = {}
         columns = {"image": image_column, "video": video_column, "audio": audio_column}
-        reading = Reading(processor, addresses.fetch, sampling_rate)
+        context = ReaderContext(processor, addresses.fetch, sampling_rate)
         for modality in MODALITIES.values():
             if modality.encoder.name in config.modalities:
                 self.media[modality.argument] = MediaColumn(
-                    columns[modality.name], modality, modality.reader(reading), *rules
+                    columns[modality.name], modality, modality.reader(context), *rules
                 )
         limits = [max_length, max_text_positions(config.text_config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)

@@ -93,7 +93,7 @@ def no_pixel_limit(items: list[Any]) -> Optional[int]:
     return None
 
 
-class Reading(NamedTuple):
+class ReaderContext(NamedTuple):
     """
     How the items of a table are read.
 
@@ -108,27 +108,27 @@ class Reading(NamedTuple):
     sampling_rate: Optional[int] = None
 
 
-def _image_reader(reading: Reading) -> Callable[..., Any]:
-    return partial(_load_image, reading)
+def _image_reader(context: ReaderContext) -> Callable[..., Any]:
+    return partial(_load_image, context)
 
 
-def _load_image(reading: Reading, image: Any, **options: Any) -> Any:
-    loaded = load_image(image, fetch=reading.fetch, **options)
-    check_resized(loaded, getattr(reading.processor, "image_processor", None))
+def _load_image(context: ReaderContext, image: Any, **options: Any) -> Any:
+    loaded = load_image(image, fetch=context.fetch, **options)
+    check_resized(loaded, getattr(context.processor, "image_processor", None))
     return loaded
 
 
-def _video_reader(reading: Reading) -> Callable[..., Any]:
-    return partial(load_frames, num_frames=reading.processor.num_frames, fetch=reading.fetch)
+def _video_reader(context: ReaderContext) -> Callable[..., Any]:
+    return partial(load_frames, num_frames=context.processor.num_frames, fetch=context.fetch)
 
 
-def _clip_reader(reading: Reading) -> Callable[..., Any]:
-    return partial(_load_clip, reading)
+def _clip_reader(context: ReaderContext) -> Callable[..., Any]:
+    return partial(_load_clip, context)
 
 
-def _load_clip(reading: Reading, clip: Any) -> dict[str, Any]:
-    waveform = reading.processor.load_audio(clip, reading.sampling_rate, reading.fetch)
-    return {"array": waveform, "sampling_rate": reading.processor.feature_extractor.sampling_rate}
+def _load_clip(context: ReaderContext, clip: Any) -> dict[str, Any]:
+    waveform = context.processor.load_audio(clip, context.sampling_rate, context.fetch)
+    return {"array": waveform, "sampling_rate": context.processor.feature_extractor.sampling_rate}
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Modality:
     nouns: str
     items: Callable[[Any], list[Any]]
     key: Callable[[Any], Hashable]
-    reader: Callable[[Reading], Callable[..., Any]]
+    reader: Callable[[ReaderContext], Callable[..., Any]]
     axes: tuple[int, ...]
     most_axes: int
     pixels_for_each: Callable[[list[Any]], Optional[int]] = no_pixel_limit

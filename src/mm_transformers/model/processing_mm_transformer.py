@@ -24,10 +24,10 @@ from .custom_code import reference, write_code
 from .downloads import fetch
 from .encoders import encoder_config_from_pretrained, max_text_positions
 from .file_contents import describe, is_absent
-from .images import check_resized, image_key, load_image, pixels_for_each
+from .images import image_key, pixels_for_each
 from .limits import limits, named
 from .messages import check_folder, one_line, shortened
-from .modalities import as_clips, as_list
+from .modalities import IMAGE, ReaderContext, as_clips, as_list
 from .safe_writing import saved_aside
 from .task_token_classification import index_words
 from .text_tokens import needed_text, tokenize
@@ -393,8 +393,8 @@ class MMTransformerProcessor(ProcessorMixin):
             # Loaded with `padding="max_length", max_length=64`, a tokenizer makes all texts as long as that.
             padding = "max_length" if tokenizer.init_kwargs.get("padding") == "max_length" else True
             if padding == "max_length":
-                wanted = max_length or tokenizer.init_kwargs.get("max_length") or tokenizer.model_max_length
-                max_length = int(min(wanted, tokenizer.model_max_length, limits().text_characters))
+                saved = tokenizer.init_kwargs.get("max_length") or tokenizer.model_max_length  # a file may say anything
+                max_length = max_length or int(min(saved, tokenizer.model_max_length, limits().text_characters))
         if return_word_index and not tokenizer.is_fast:
             raise ValueError(
                 f"Labels of words need a fast tokenizer, but {type(tokenizer).__name__} is a slow one: it does not say "
@@ -448,7 +448,7 @@ class MMTransformerProcessor(ProcessorMixin):
         do_sample_frames: bool = True,
     ) -> dict[str, torch.Tensor]:
         num_frames = (num_frames or self.num_frames) if do_sample_frames else sys.maxsize
-        distinct = _Distinct()
+        distinct, read_image = _Distinct(), IMAGE.reader(ReaderContext(self, fetch))
         index, frames = [], []
         decoded: dict[Hashable, list[Any]] = {}
         for entry, video in zip(images, videos, strict=True):
@@ -456,7 +456,7 @@ class MMTransformerProcessor(ProcessorMixin):
             check_number(pictures, "images")
             most = pixels_for_each(pictures)
             row = [
-                distinct.add(("image", image_key(image), most), functools.partial(self._load_image, image, most))
+                distinct.add(("image", image_key(image), most), functools.partial(read_image, image, most_pixels=most))
                 for image in pictures
             ]
             numbers = [-1] * len(row)
@@ -465,7 +465,7 @@ class MMTransformerProcessor(ProcessorMixin):
                 if key not in decoded:
                     decoded[key] = load_frames(video, num_frames)
                 for number, picture in enumerate(decoded[key]):
-                    row.append(distinct.add((key, number), functools.partial(self._load_image, picture)))
+                    row.append(distinct.add((key, number), functools.partial(read_image, picture)))
                 numbers += range(len(decoded[key]))
             index.append(row)
             frames.append(numbers)
@@ -481,11 +481,6 @@ class MMTransformerProcessor(ProcessorMixin):
                 processed = self.image_processor(images=distinct.items, return_tensors="pt", **options)
                 data["pixel_values"] = processed["pixel_values"]
         return data
-
-    def _load_image(self, image: Any, most_pixels: Optional[int] = None) -> Any:
-        loaded = load_image(image, most_pixels=most_pixels)
-        check_resized(loaded, self.image_processor)
-        return loaded
 
     def _process_audio(self, audio: list[Any], sampling_rate: Optional[int] = None, **given) -> dict[str, torch.Tensor]:
         extractor = self.feature_extractor

@@ -145,7 +145,8 @@ def check_exporters(kind: str) -> None:
         ImportError: one sentence, if one is not.
     """
     needed = {"transformers.exporters.quantizers": "transformers 5.23 or newer"}
-    needed |= FORMATS[kind].packages if FORMATS.get(kind) else {}
+    known = FORMATS.get(kind)
+    needed |= known.packages if known is not None else {}
     for module, package in needed.items():
         try:
             importlib.import_module(module)

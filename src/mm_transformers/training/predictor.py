@@ -10,9 +10,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..data.collator import ROW_KEY, MMDataCollator
+from ..data.collator import MMDataCollator
+from ..data.sources import ROW_KEY, name_of_row
 from ..model.answers import check_tasks, unwrapped
-from ..model.label_cells import is_null
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.predictions import Predictions
 from ..model.processing_mm_transformer import MMTransformerProcessor
@@ -204,7 +204,5 @@ class _Share(IterableDataset):
         known = [{c: row[c] for c in self.columns if c in row} | {ROW_KEY: first + i} for i, row in enumerate(prepared)]
         inputs = self.collator(known)
         inputs.pop("labels")
-        texts = [row[self.collator.text_column] for row in known]
-        texts = [t.tolist() if getattr(t, "ndim", 0) == 1 else t for t in texts]
-        texts = [" ".join(t) if isinstance(t, (list, tuple)) else "" if is_null(t) else t for t in texts]
+        texts = [self.collator.text_of(row, True, name_of_row(row, i)) for i, row in enumerate(known)]
         return [self.keep(row) for row in rows], inputs, inputs.pop("word_index", None), texts

@@ -26,6 +26,7 @@ from ..data.mixture import DataMixture, check_sources
 from ..data.mixture_rows import MixedRows
 from ..data.sources import ROWS_PER_SOURCE, rows_of
 from ..data.splitting import Part, split_for_validation
+from ..model.answers import unwrapped
 from ..model.input_checks import check_finite_weights
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.regularization import penalties, take_starting_point
@@ -279,8 +280,7 @@ class MMTrainer(Trainer):
     @property
     def fused_model(self) -> MMTransformerForMultiTask:
         """The unwrapped model, with its adapters."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return unwrapped(self.accelerator.unwrap_model(self.model))
 
     @property
     def linear_models(self) -> dict[str, LinearModel]:

@@ -20,6 +20,7 @@ from ...model.predictions import Predictions
 from ...model.tasks import Task
 from ...training.metrics import MultiTaskMetrics, less_is_better
 from ...training.metrics.mismatches import Unlabelled, mismatched_rows
+from ...training.metrics.written_answers import losses_of_rows
 from .calibration import Calibration, calibration
 from .contributions import additive_projection, perceptual_score, shapley_values, subsets
 from .results import Ablation, Contribution, main_metric
@@ -250,9 +251,8 @@ class _Scores:
             elif task.needs_decoder:
                 given = labels[name].to(outputs.attention_mask.device)
                 read = predictions.labelled_logits(name, given)
-                losses = [task.loss(row[None], label[None])[0] for row, label in zip(read, given, strict=True)]
                 written = self.model.write(task, outputs, **self.generation_options)
-                answers[name] = {"generated_ids": written.cpu(), "losses": torch.stack(losses).cpu()}
+                answers[name] = {"generated_ids": written.cpu(), "losses": losses_of_rows(task, read, given).cpu()}
                 if name in references:
                     answers[name]["references"] = references[name]
             else:

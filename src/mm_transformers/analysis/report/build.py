@@ -98,18 +98,18 @@ def _section(task: Any, answers: list[Answered], draw: Any, num_examples: int, s
         "Highest loss": worst(answers, num_examples),
         "Drawn by lot": [answers[i] for i in sorted(chosen)],
     }
-    matrix, found = None, {label for answered in judged for pair in answered.label_pairs for label in pair}
-    if found:
-        names = task.label_names if found <= set(task.label_names) else sorted(found)
-        matrix = [(label, _shaded(row)) for label, row in zip(names, confusion(judged, names), strict=True)]
+    names, found = task.label_names, {label for answered in judged for pair in answered.label_pairs for label in pair}
+    if not found <= set(names):  # a kind of one's own may judge by other names
+        names = sorted(found)
+    matrix = [(label, _shaded(row)) for label, row in zip(names, confusion(judged, names), strict=True)]
     return {
         "name": task.name,
         "kind": task.kind.replace("_", " "),
         "num_labelled": len(labelled),
         "accuracy": sum(bool(a.is_right) for a in judged) / len(judged) if judged else None,
         "loss": float(np.mean(losses)) if losses else None,
-        "labels": names if matrix else task.label_names,
-        "confusion": matrix,
+        "labels": names,
+        "confusion": matrix if found else None,
         "groups": [(name, [draw(answered) for answered in group]) for name, group in groups.items() if group],
     }
 

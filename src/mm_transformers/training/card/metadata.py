@@ -19,9 +19,9 @@ def entries_of(facts: CardFacts) -> dict[str, Any]:
     """Name -> value: one entry for each key, each element of a list and each result."""
     tasks = facts.config.get_tasks()
     entries: dict[str, Any] = {"library_name": "transformers"}
-    first = next(iter(tasks.values()), Task("none"))
-    if first.hub_task != Task.hub_task:
-        entries["pipeline_tag"] = first.hub_task
+    hub_tasks = [task.hub_task for task in tasks.values()]
+    if hub_tasks and hub_tasks[0] != Task.hub_task:
+        entries["pipeline_tag"] = hub_tasks[0]
     media = [ENCODERS[name].hub_tag for name in facts.config.modalities]
     tags = ["mm_transformers", "multimodal", "multi-task", *media]
     entries.update({f"tags {tag}": tag for tag in tags})

@@ -6,6 +6,7 @@ from .multi_task_metrics import (
     MultiTaskMetrics,
     WithLosses,
     headline,
+    is_measured,
     less_is_better,
     task_of_metric,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "MultiTaskMetrics",
     "WithLosses",
     "headline",
+    "is_measured",
     "less_is_better",
     "task_of_metric",
 ]

@@ -174,6 +174,11 @@ LESS_IS_BETTER = ("loss", *(key for key, metric in METRICS.items() if getattr(me
 _ERRORS = ("error", "error_rate", "rmse", "wer", "cer", "ter", "perplexity")
 
 
+def is_measured(value: Any) -> bool:
+    """Whether a value from a file of results is a number; integers may be too large for a float."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
 def less_is_better(name: str) -> bool:
     """
     Whether a metric is the better the smaller it is, by its name; [`MultiTaskMetrics.less_is_better`] asks the metric.
