@@ -119,3 +119,14 @@ def picture_bytes(picture: PIL.Image.Image, format: str = "PNG", **options) -> b
     file = io.BytesIO()
     picture.save(file, format, **options)
     return file.getvalue()
+
+
+def model_and_processor():
+    """A tiny model of texts, pictures and sounds, and its processor, in a process that measures its memory."""
+    from tiny import make_feature_extractor, make_image_processor, make_model, make_tokenizer
+
+    from mm_transformers import Classification, MMTransformerProcessor, set_limits
+
+    set_limits(encoded_seconds=1)  # the tiny encoder makes thousands of tokens of a second
+    model = make_model(audio="wav2vec2", tasks=[Classification("topic", labels=["animals", "food"])])
+    return model, MMTransformerProcessor(make_image_processor(), make_tokenizer(), make_feature_extractor())

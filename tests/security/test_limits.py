@@ -153,15 +153,12 @@ def test_training_and_prediction_stay_within_memory_on_a_hostile_folder(tmp_path
         f"""
         import json, time
         from pathlib import Path
-        from tiny import make_feature_extractor, make_image_processor, make_model, make_tokenizer
-        from mm_transformers import Classification, MMDataCollator, MMTrainer, MMTrainingArguments
-        from mm_transformers import MMTransformerProcessor, set_limits
+        from hostile_media import model_and_processor
+        from mm_transformers import MMDataCollator, MMTrainer, MMTrainingArguments
         from mm_transformers.cli.predict import Reading, run_prediction
 
-        set_limits(encoded_seconds=1)  # the tiny encoder makes thousands of tokens of a second
         folder = Path({str(tmp_path)!r})
-        model = make_model(audio="wav2vec2", tasks=[Classification("topic", labels=["animals", "food"])])
-        processor = MMTransformerProcessor(make_image_processor(), make_tokenizer(), make_feature_extractor())
+        model, processor = model_and_processor()
         model.save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
 
@@ -200,15 +197,12 @@ def test_the_page_stays_within_memory_on_hostile_uploads(tmp_path):
         f"""
         import re, time
         from pathlib import Path
-        from tiny import make_feature_extractor, make_image_processor, make_model, make_tokenizer
-        from mm_transformers import Classification, MMTransformerProcessor, set_limits
+        from hostile_media import model_and_processor
         from mm_transformers.cli.page_answers import answers_as_html
         from mm_transformers.cli.uploads import Upload
 
-        set_limits(encoded_seconds=1)  # the tiny encoder makes thousands of tokens of a second
         folder = Path({str(tmp_path)!r})
-        model = make_model(audio="wav2vec2", tasks=[Classification("topic", labels=["animals", "food"])])
-        processor = MMTransformerProcessor(make_image_processor(), make_tokenizer(), make_feature_extractor())
+        model, processor = model_and_processor()
 
         def answer(name, text="a cat"):
             part = "audio" if name.endswith((".wav", ".flac")) else "image"
