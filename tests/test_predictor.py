@@ -1,12 +1,15 @@
 """One way from rows to answers: encoders run once, texts are tokenized once, and the answers are those of the model."""
 
+import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from datasets import Dataset
 from tiny import make_image, make_model, make_processor, make_tasks
 
 from mm_transformers import MMDataCollator, Predictor
+from mm_transformers.analysis.report import write_report
 from mm_transformers.cli.page_answers import answers_as_html
 from mm_transformers.model.predictions import Predictions
 
@@ -136,3 +139,23 @@ def test_texts_may_be_lists_and_arrays_of_words(model, predictor):
     expected = alone(model, {"text": " ".join(words), "image": None})
     for text in (words, np.array(words)):
         assert_alike(predictor([{"text": text, "image": None}])[0], expected)
+
+
+def test_tables_of_pandas_and_features_of_data_sets(model, predictor, tmp_path):
+    """Cells mean what they mean in training: empty ones are missing, and casts are kept."""
+    make_image(1).save(tmp_path / "a.webp", lossless=True)
+    path = str(tmp_path / "a.webp")
+    table = pandas.DataFrame({"text": ["a red dog", None], "image": [None, path], "price": [1.5, None]})
+    for answers, row in zip(
+        predictor(table), ({"text": "a red dog", "image": None}, {"text": "", "image": path}), strict=True
+    ):
+        assert_alike(answers, alone(model, row))
+    grey = Dataset.from_dict({"text": [""], "image": [path]}).cast_column("image", datasets.Image(mode="L"))
+    [[(row, answers)]] = predictor.stream(grey)
+    assert row["image"]["path"] == path
+    assert_alike(answers, alone(model, {"text": "", "image": make_image(1).convert("L")}))
+
+
+def test_a_report_may_be_named_by_a_text(model, tmp_path):
+    write_report(f"{tmp_path}/report.html", model, make_processor(), [{"text": "a red dog", "image": None}])
+    assert "topic" in (tmp_path / "report.html").read_text()

@@ -209,7 +209,8 @@ def as_records(dataset: Any) -> Any:
 
     A table with the features of a data set becomes a data set, since features hold the names of labels.
     """
-    if b"huggingface" in (getattr(getattr(dataset, "schema", None), "metadata", None) or {}):
+    metadata = getattr(getattr(dataset, "schema", None), "metadata", None) or {}
+    if b"huggingface" in metadata and hasattr(dataset, "to_batches"):
         import datasets
 
         is_plain = not isinstance(dataset, datasets.table.Table)

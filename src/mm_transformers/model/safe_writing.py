@@ -28,16 +28,18 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def write_atomically(path: Path) -> Iterator[IO[bytes]]:
+def write_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """
     A file to write to, which replaces `path` at the end of the block, and is removed after an exception.
 
     Args:
-        path (`Path`): Its folder is created if it does not exist. A link with this name is replaced, not followed.
+        path (`str` or `Path`): Its folder is created if it does not exist. A link with this name is replaced, not
+            followed.
 
     Raises:
         OSError: from writing.
     """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since only within a file system a file is renamed in one step.
     partial = path.with_name(f".{path.name[:100]}.{own_name()}.partial")
@@ -56,7 +58,7 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
-def write_text_atomically(path: Path, text: str) -> None:
+def write_text_atomically(path: str | os.PathLike, text: str) -> None:
     """As [`write_atomically`], a whole text as UTF-8."""
     with write_atomically(path) as file:
         file.write(text.encode())

@@ -10,8 +10,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..data.cells import opened
 from ..data.collator import MMDataCollator
-from ..data.sources import ROW_KEY, name_of_row
+from ..data.sources import ROW_KEY, media_of, name_of_row
 from ..model.answers import check_tasks, unwrapped
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.predictions import Predictions
@@ -88,7 +89,7 @@ class Predictor:
         Tasks that write answer `{"text": ...}`.
 
         Args:
-            rows: a list, a data set, or another iterable of dicts.
+            rows: a list, a data set, a table of pandas, or another iterable of dicts.
         """
         return [answers for batch in self.stream(rows, keep=_nothing) for _, answers in batch]
 
@@ -104,13 +105,16 @@ class Predictor:
         Args:
             rows: each process, and each worker, reads them on its own: they must be equal for all.
             prepare: a row -> the row for the collator.
-            keep: a row -> the part of it to return with its answers; by default all of it.
+            keep: a row -> the part of it to return with its answers; by default all of it. A data set has its pictures
+                and sounds there as they are stored.
 
         Yields:
             For each batch a list of pairs: the part that is kept, and the answers.
         """
         model, state = self.model, PartialState()
-        share = _Share(rows, self.collator, self.batch_size, state.process_index, state.num_processes, prepare, keep)
+        rows, reader = opened(rows, media_of(self.collator))
+        options = (self.batch_size, state.process_index, state.num_processes, reader, prepare, keep)
+        share = _Share(rows, self.collator, *options)
         batches = iter(DataLoader(share, batch_size=None, num_workers=self.num_workers))
         while True:
             batch = next(batches, None)
@@ -171,10 +175,12 @@ def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:
 class _Share(IterableDataset):
     """The batches of one process, or of one of its workers: the kept parts of the rows, and the model inputs."""
 
-    def __init__(self, rows, collator: MMDataCollator, batch_size: int, rank: int, num_processes: int, prepare, keep):
+    def __init__(
+        self, rows, collator: MMDataCollator, batch_size: int, rank: int, num_processes: int, reader, prepare, keep
+    ):
         self.rows, self.collator, self.batch_size = rows, collator.with_word_index(), batch_size
         self.rank, self.num_processes = rank, num_processes
-        self.prepare, self.keep = prepare, keep
+        self.reader, self.prepare, self.keep = reader, prepare, keep
         self.columns = [collator.text_column, *(column.column for column in collator.media.values())]
 
     def __iter__(self) -> Iterator[Any]:
@@ -199,7 +205,7 @@ class _Share(IterableDataset):
         self, rows: list[Mapping[str, Any]], first: int
     ) -> tuple[list[Any], dict[str, Any], torch.Tensor | None, list[str]]:
         # Without the columns of labels, which need not be labels, if there are any.
-        prepared = [self.prepare(row) for row in rows]
+        prepared = [self.prepare(self.reader(row)) for row in rows]
         known: list[Mapping[str, Any]]
         known = [{c: row[c] for c in self.columns if c in row} | {ROW_KEY: first + i} for i, row in enumerate(prepared)]
         inputs = self.collator(known)

@@ -2,9 +2,9 @@
 
 import base64
 import io
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Optional
 
 import jinja2
@@ -25,7 +25,7 @@ from .answered import Answered, answers_to, confusion, most_confident_errors, wo
 
 
 def write_report(
-    path: Path,
+    path: str | os.PathLike,
     model: Any,
     processor: Any,
     rows: Sequence[Mapping[str, Any]],
