@@ -9,7 +9,7 @@ The result files are those that the commands write. To take a new one and write 
     mm-transformers demo
     python docs/render.py --take demo=demo-output/results.json
 
-tests/test_readme.py checks that the pages hold what this script writes.
+tests/project/test_readme.py checks that the pages hold what this script writes.
 """
 
 import argparse

@@ -228,7 +228,7 @@ def test_a_column_of_parquet_that_is_far_larger_than_the_file(tmp_path, monkeypa
 def test_settings_of_a_processor_do_not_take_memory(tmp_path):
     processor = make_processor()
     processor.tokenizer.init_kwargs |= {"padding": "max_length", "max_length": 20_000_000}
-    assert processor(text=["a b"])["input_ids"].shape == (1, processor.tokenizer.model_max_length)
+    assert processor(text=["a b"])["input_ids"].shape[1] < 9
     make_processor().save_pretrained(tmp_path)
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=1200)
     extractor.save_pretrained(tmp_path / "audio")

@@ -40,6 +40,8 @@ class Limits:
             Bytes of one file of a picture, sound or video; characters of one cell of a table; bytes of a column of
             Parquet whose file is 200 times smaller.
         text_characters (`int`): Characters of one text. The rest is left out, as what exceeds `max_length` is.
+        padded_tokens (`int`):
+            The largest `max_length` to which a saved tokenizer may pad every text. Beyond, it pads to the longest text.
         download_bytes (`int`): Bytes of one download.
         download_seconds (`float`): Seconds of one download, in all.
         recipe_bytes (`int`): Bytes of a recipe.
@@ -80,6 +82,7 @@ class Limits:
     kept_frame_pixels: int = 1920 * 1080
     file_bytes: int = 256 * 2**20
     text_characters: int = 1_000_000
+    padded_tokens: int = 2**15
     download_bytes: int = 64 * 2**20
     download_seconds: float = 30.0
     recipe_bytes: int = 2**20

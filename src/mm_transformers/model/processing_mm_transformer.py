@@ -391,10 +391,10 @@ class MMTransformerProcessor(ProcessorMixin):
         tokenizer = self.tokenizer
         if padding is None:
             # Loaded with `padding="max_length", max_length=64`, a tokenizer makes all texts as long as that.
-            padding = "max_length" if tokenizer.init_kwargs.get("padding") == "max_length" else True
-            if padding == "max_length":
-                saved = tokenizer.init_kwargs.get("max_length") or tokenizer.model_max_length  # a file may say anything
-                max_length = max_length or int(min(saved, tokenizer.model_max_length, limits().text_characters))
+            saved = max_length or tokenizer.init_kwargs.get("max_length") or tokenizer.model_max_length
+            to_length = tokenizer.init_kwargs.get("padding") == "max_length" and saved <= limits().padded_tokens
+            padding = "max_length" if to_length else True
+            max_length = saved if to_length else max_length
         if return_word_index and not tokenizer.is_fast:
             raise ValueError(
                 f"Labels of words need a fast tokenizer, but {type(tokenizer).__name__} is a slow one: it does not say "

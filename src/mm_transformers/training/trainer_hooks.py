@@ -1,8 +1,8 @@
 """
 The internals of [`~transformers.Trainer`] that [`MMTrainer`] needs: methods that it overrides or calls, and attributes.
 
-A release of transformers may change any of these without notice. `tests/test_trainer_hooks.py` compares this table with
-the installed release.
+A release of transformers may change any of these without notice. `tests/training/test_trainer_hooks.py` compares this
+table with the installed release.
 """
 
 from typing import NamedTuple

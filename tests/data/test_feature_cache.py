@@ -355,7 +355,7 @@ class TestKeys:
             "print(hash_of_encoder(e, make_image_processor(), torch.float32), ItemHash(IMAGE, None)(b'abc').hex())"
         )
         run = lambda: subprocess.run(  # noqa: E731
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONHASHSEED": "random"},
         ).stdout  # fmt: skip
         assert run() == run() != ""
@@ -600,7 +600,7 @@ def build(path, rows, seed=0, **kwargs):
 
 def start(code: str, path: Path, **environment) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(path), str(Path(__file__).parent)], stdout=subprocess.PIPE,
+        [sys.executable, "-c", code, str(path), str(Path(__file__).parents[1])], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1",
              **environment},

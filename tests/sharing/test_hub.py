@@ -24,7 +24,7 @@ import mm_transformers
 from mm_transformers import MMTransformerForMultiTask, MMTransformerProcessor
 
 
-TESTS, SOURCE = Path(__file__).parent, Path(mm_transformers.__file__).parents[1]
+TESTS, SOURCE = Path(__file__).parents[1], Path(mm_transformers.__file__).parents[1]
 
 BEGIN = """
 import json, os, sys, urllib.request

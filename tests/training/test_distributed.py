@@ -27,7 +27,7 @@ from mm_transformers import (
 )
 
 
-CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate_configs"
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 
 
 def make_trainer(folder, model, **args) -> MMTrainer:

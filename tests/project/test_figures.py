@@ -7,7 +7,7 @@ import pytest
 from scripts import import_script
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 render = import_script(ROOT / "docs" / "render.py")
 benchmarks = import_script(ROOT / "benchmarks" / "render.py")
 

@@ -652,7 +652,7 @@ torch.distributed.destroy_process_group()
 def test_two_processes(tmp_path):
     """Disjoint rows whose union, step by step, is the global order; a resume in the second epoch; streams; logs."""
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(path=[str(Path(__file__).parent), *sys.path], here=repr(str(tmp_path))))
+    script.write_text(SCRIPT.format(path=[str(Path(__file__).parents[1]), *sys.path], here=repr(str(tmp_path))))
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

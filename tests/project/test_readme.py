@@ -14,7 +14,7 @@ from tiny import SEQ2SEQ, TEXT_ENCODERS, VISION_ENCODERS, make_image, make_image
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON_BLOCKS = [code for language, code in BLOCKS if language == "python"]

@@ -217,7 +217,7 @@ def test_there_is_always_a_complete_checkpoint(tmp_path, monkeypatch):
 
 
 def environment() -> dict:
-    paths = [str(Path(__file__).parent), *filter(None, sys.path)]
+    paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
@@ -445,7 +445,7 @@ class Nursery:
     def __init__(self, log: Path):
         self.log = log.open("w")
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("killable.py"))], env=environment(), text=True,
+            [sys.executable, str(Path(__file__).parents[1] / "killable.py")], env=environment(), text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """
 Checkpoints of older code still load, and answer as they did.
 
-`tests/data/checkpoint_0` was saved by the code of November 2026, before the model moved into one file. It has text,
+`tests/model/checkpoint_0` was saved by the code of November 2026, before the model moved into one file. It has text,
 vision and audio encoders, a decoder, and a task of each kind. `expected.safetensors` holds inputs and what that code
 answered. It is never made anew: a new format gets a folder of its own.
 """
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from mm_transformers import MMTransformerForMultiTask
 
 
-FOLDER = Path(__file__).parent / "data" / "checkpoint_0"
+FOLDER = Path(__file__).parent / "checkpoint_0"
 CLOSE = dict(rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
