@@ -16,9 +16,9 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtures import TASKS, RecordingTrainer, make_args, make_trainer, numbered, stream
 from tiny import make_image, make_model, make_processor
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
 
 from mm_transformers import (
     Classification,
@@ -26,7 +26,6 @@ from mm_transformers import (
     DataSource,
     Matching,
     MMDataCollator,
-    MMTrainer,
     Regression,
     Retrieval,
 )
@@ -34,24 +33,6 @@ from mm_transformers.data.mixture_rows import MixedRows, MixtureSampler
 
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
-TASKS = [Classification("tone", labels=["bad", "good"]), Regression("score")]
-
-
-def make_args(path, **kwargs) -> TrainingArguments:
-    defaults = dict(
-        per_device_train_batch_size=4, per_device_eval_batch_size=5, max_steps=3, logging_steps=1, save_strategy="no",
-        report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-    return TrainingArguments(str(path), **{**defaults, **kwargs})
-
-
-def numbered(first: int, n: int) -> list[dict]:
-    """Rows that are known by their score."""
-    return [{"text": "a red dog", "score": float(first + i)} for i in range(n)]
-
-
-def stream(rows: list[dict], num_shards: int = 1) -> datasets.IterableDataset:
-    return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=num_shards)
 
 
 def iter_again(rows: list[dict]):
@@ -62,21 +43,6 @@ def iter_again(rows: list[dict]):
             return iter(rows)
 
     return Rows()
-
-
-class RecordingTrainer(MMTrainer):
-    """Notes the scores of the rows of each batch that is trained on."""
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        self.__dict__.setdefault("seen", []).append([int(x) for x in inputs["labels"]["score"].nan_to_num(-1).tolist()])
-        return super().training_step(model, inputs, *args, **kwargs)
-
-
-def make_trainer(path, train_dataset, tasks=TASKS, vision=None, **kwargs) -> RecordingTrainer:
-    arguments = {name: kwargs.pop(name) for name in ("data_collator", "eval_dataset") if name in kwargs}
-    model = make_model(vision=vision, tasks=tasks)
-    args = make_args(path, **kwargs)
-    return RecordingTrainer(model, args, processing_class=make_processor(), train_dataset=train_dataset, **arguments)
 
 
 ARGS = make_args("unused")
@@ -610,7 +576,7 @@ SCRIPT = """
 import json, sys
 sys.path[:0] = {path}
 import torch
-from test_mixture import DataMixture, make_trainer, numbered, stream
+from mixtures import DataMixture, make_trainer, numbered, stream
 from pathlib import Path
 here = Path({here})
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_generation import LABELS, make_writer
-from test_trainer import make_args, make_dataset
+from rows import make_args, make_dataset
 from tiny import SEQ2SEQ, TEXT_ENCODERS, VISION_ENCODERS, make_batch, make_model, make_processor, make_tasks
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModel, AutoModelForSeq2SeqLM
+from writers import LABELS, make_writer
 
 from mm_transformers import Generation, MMTrainer, MMTransformerForMultiTask, MMTransformerModel
 
