@@ -1,5 +1,6 @@
 import os
 
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a mistake
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch

@@ -576,7 +576,8 @@ SCRIPT = """
 import json, sys
 sys.path[:0] = {path}
 import torch
-from mixtures import DataMixture, make_trainer, numbered, stream
+from mixtures import make_trainer, numbered, stream
+from mm_transformers import DataMixture
 from pathlib import Path
 here = Path({here})
 
