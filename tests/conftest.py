@@ -3,11 +3,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a mistake
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-import torch
+# As many threads as workers only get into each other's way. Set before torch is imported; child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import transformers_tests
-
-
-torch.set_num_threads(1)
 
 
 def pytest_configure(config):

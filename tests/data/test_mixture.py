@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -46,7 +47,11 @@ def iter_again(rows: list[dict]):
 
 
 ARGS = make_args("unused")
-COLLATOR = MMDataCollator(make_processor(), make_model(vision=None, tasks=TASKS).config)
+
+
+@cache
+def collator() -> MMDataCollator:
+    return MMDataCollator(make_processor(), make_model(vision=None, tasks=TASKS).config)
 
 
 def shares_of(sizes: list[int], temperature: float) -> list[float]:
@@ -136,7 +141,7 @@ class TestSampler:
     @settings(max_examples=30, deadline=None)
     def test_rows_of_indices(self, sizes, data):
         mixture = DataMixture({str(i): [{"text": f"{i} {j}"} for j in range(n)] for i, n in enumerate(sizes)})
-        parts = [source.rows(COLLATOR) for source in mixture.sources.values()]
+        parts = [source.rows(collator()) for source in mixture.sources.values()]
         rows = MixedRows(parts, MixtureSampler(sizes, None, 0))
         indices = data.draw(st.lists(st.integers(-1, sum(sizes) - 1), max_size=12))
         expected = [f"{i} {j}" for i, n in enumerate(sizes) for j in range(n)]
@@ -150,7 +155,7 @@ class TestSampler:
         from accelerate import skip_first_batches
 
         def batches(rank: int) -> list[list[float]]:
-            parts = [DataSource(numbered(1000 * i, n)).rows(COLLATOR) for i, n in enumerate(sizes)]
+            parts = [DataSource(numbered(1000 * i, n)).rows(collator()) for i, n in enumerate(sizes)]
             sampler = MixtureSampler(sizes, None, 5, batch_size if separate else None)
             loader = DataLoader(
                 MixedRows(parts, sampler),
@@ -537,7 +542,7 @@ class TestStreams:
         mixture = DataMixture(data, {"a": 1, "b": 1, "c": 1}, batches="separate" if separate else "mixed")
         first_pass: dict[int, list[float]] = {0: [], 1: [], 2: []}
         for rank in range(num_processes):
-            rows = mixture.rows(COLLATOR, 2, ARGS)
+            rows = mixture.rows(collator(), 2, ARGS)
             loader = DataLoader(rows, 2, collate_fn=lambda rows: [row["score"] for row in rows])
             loader = prepare_data_loader(loader, num_processes=num_processes, process_index=rank, put_on_device=False)
             rows.read_own_part(loader.dataset)

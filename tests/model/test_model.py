@@ -18,7 +18,6 @@ from tiny import (
     rows_of,
 )
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.utils import logging as transformers_logging
 
 from mm_transformers import (
@@ -359,6 +358,8 @@ def test_rule_9_compiles_without_a_graph_break(fusion):
     model, batch = make_model(fusion_type=fusion), make_batch()
     torch._dynamo.reset()
     # Not `fullgraph=True`, which forbids breaks but also permits what breaks the graph without it.
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
     torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss, rtol=1e-4, atol=1e-5)
