@@ -20,12 +20,11 @@ from PIL import Image
 from tiny import make_feature_extractor, make_image, make_image_processor, make_model, make_tokenizer
 
 from mm_transformers import MMTransformerProcessor
-from mm_transformers.model.limits import limits, set_limits
-
 from mm_transformers.cli import gate as gate_module
 from mm_transformers.cli.gate import Gate
 from mm_transformers.cli.page import load_page
 from mm_transformers.cli.uploads import REFUSAL, upload_folder
+from mm_transformers.model.limits import limits, set_limits
 
 
 # Importing gradio takes seconds, so that it is left to the tests that start a page.
