@@ -312,17 +312,18 @@ class TestSounds:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (wav(1, samples=bytes(20_000)), "1 Hz is below the limit lowest_sampling_rate=1,000"),
+            (lambda: wav(1, samples=bytes(20_000)), "1 Hz is below the limit lowest_sampling_rate=1,000"),
             (
-                wav(2**31 - 1, samples=bytes(20_000)),
+                lambda: wav(2**31 - 1, samples=bytes(20_000)),
                 "2,147,483,647 Hz is above the limit highest_sampling_rate",
             ),
-            (wav(8000, 65_535, samples=bytes(131_070)), "cannot be read"),
-            (flac(3600), "lasts 3,600.0 s, longer than the limit audio_seconds=600.0; set_limits"),
-            (wav(0), "cannot be read"),
+            (lambda: wav(8000, 65_535, samples=bytes(131_070)), "cannot be read"),
+            (lambda: flac(3600), "lasts 3,600.0 s, longer than the limit audio_seconds=600.0; set_limits"),
+            (lambda: wav(0), "cannot be read"),
         ],
     )
     def test_the_header_is_judged(self, content, message):
+        content = content()
         for source in (content, {"bytes": content, "path": None}):
             with pytest.raises(AudioError, match=message):
                 load_audio(source, RATE)
