@@ -90,7 +90,8 @@ class FeatureCache:
         """
         if not isinstance(collator, MMDataCollator):
             raise ValueError(f"A feature cache needs an MMDataCollator, not a {type(collator).__name__}.")
-        known = ["text", *model.config.modalities]
+        # Encoders of ours are small, and trained from new weights.
+        known = ["text", *(name for name in model.config.modalities if ENCODERS[name].own is None)]
         frozen = [modality for modality in known if model.model.is_frozen(modality)]
         if not frozen:
             raise ValueError(
@@ -160,7 +161,7 @@ class FeatureCache:
 
     def _store(self, modality: str, encoder: Any, processor: Any, dtype: torch.dtype) -> FeatureStore:
         # Texts are stored by their token ids.
-        preprocessing = None if modality == TEXT.name else getattr(processor, ENCODERS[modality].processor_part)
+        preprocessing = None if modality == TEXT.name else getattr(processor, str(ENCODERS[modality].processor_part))
         options = [part.to_json_string() for part in (encoder.config, preprocessing) if part is not None]
         version = (checksum(encoder.state_dict().values()), options, dtype)
         known = self._stores.get(modality)

@@ -1,6 +1,6 @@
-"""Reads the images, videos and sounds of a batch, once each; errors name the row."""
+"""Reads the images, videos, sounds and columns of a batch, once each; errors name the row."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -35,6 +35,37 @@ class SharedCounter:
     def __setstate__(self, state: dict[str, Any]):
         self.__dict__.update(state)
         self._counts.share_memory_()  # a copy is not
+
+
+class RowColumns:
+    """
+    Several columns that form one item of a row, such as numbers and categories.
+
+    Args:
+        columns: their names.
+        modality: the kind of the item.
+        load: a dict from column to cell -> the input of the processor, `None` if all cells are missing; raises
+            `ValueError` with one sentence.
+    """
+
+    def __init__(self, columns: Sequence[str], modality: Modality, load: Callable[[Any], Any]):
+        self.columns, self.modality, self.load = list(columns), modality, load
+
+    def read(self, rows: list[Mapping[str, Any]], names: list[str]) -> tuple[list[list[Any]], list[bool]]:
+        """
+        The item of each row, read, and whether the row has one. A wrong cell is an error, and not a bad file.
+
+        Args:
+            names: the names of the rows in messages.
+        """
+        result = []
+        for row, name in zip(rows, names, strict=True):
+            try:
+                item = self.load({column: row[column] for column in self.columns if column in row})
+            except ValueError as error:
+                raise type(error)(f"{name}, {error}; mend it, or leave the cell empty.") from None
+            result.append([] if item is None else [item])
+        return result, [bool(items) for items in result]
 
 
 class MediaColumn:

@@ -136,8 +136,7 @@ class DataSource:
                 raise ValueError(
                     f"{name} names the task {task!r}, but the tasks of the model are {_shown(collator.tasks)}."
                 )
-        known = [collator.text_column, *(media.column for media in collator.media.values())]
-        known += [task.column for task in collator.tasks.values()]
+        known = [*collator.input_columns, *(task.column for task in collator.tasks.values())]
         own = columns_of(self.dataset)
         for target, column in self.columns.items():
             if target not in known:
@@ -150,7 +149,7 @@ class DataSource:
                     f"{name} has no column {column!r}, which is to be {target!r}; its columns are {_shown(own)}."
                 )
         columns = self.column_names
-        if columns is not None and collator.text_column not in columns:
+        if columns is not None and collator.text_column not in (None, *columns):
             raise ValueError(
                 f"{name} has no column {collator.text_column!r} (its columns are {_shown(columns)}); name the column "
                 f"of its texts by DataSource(..., columns={{{collator.text_column!r}: '...'}})."
