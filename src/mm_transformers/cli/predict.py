@@ -23,6 +23,7 @@ from ..data.collator import MMDataCollator
 from ..data.files import check_writable
 from ..data.labels import check_labels, has_labels, prepare_labels
 from ..data.loading import load_files
+from ..data.row_labels import text_columns
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
 from ..model.answers import check_tasks
 from ..model.messages import check_folder
@@ -72,7 +73,7 @@ class Reading:
             said = recipe.get(name)
             for field in fields(section):
                 value = said.get(field.name) if isinstance(said, dict) else None
-                if isinstance(value, (str, int, float)):
+                if isinstance(value, (str, int, float)) or (field.name == "text" and isinstance(value, list)):
                     setattr(section, field.name, value)
         said = recipe.get("columns")
         if isinstance(said, dict):
@@ -254,10 +255,10 @@ def _check_columns(
 ) -> None:
     known = ", ".join(map(repr, names))
     for part in ("text", "image", "video", "audio"):
-        column = getattr(columns, part)
         asked = getattr(reading, f"{part}_column") is not None
-        if column not in (None, *names) and (asked or part == "text"):
-            raise ValueError(f"{file} has no column {column!r}; set --{part}_column to one of {known}.")
+        missing = [column for column in text_columns(getattr(columns, part)) if column not in names]
+        if missing and (asked or part == "text"):
+            raise ValueError(f"{file} has no column {missing[0]!r}; set --{part}_column to one of {known}.")
     for column in (column for table in collator.tables.values() for column in table.columns):
         if column not in names:
             raise ValueError(

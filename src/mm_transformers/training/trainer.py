@@ -48,6 +48,7 @@ from .linear_start.linear_models import LinearModel
 from .linear_start.probe_start import Start, probes_of, start_probes
 from .linear_start.refit import Refit
 from .linear_start.start_average import StartAverage, TolerantEarlyStopping, is_as_good
+from .linear_start.study import Study
 from .linear_start.verdict import Verdict, with_measured
 from .metrics import MultiTaskMetrics, WithLosses
 from .metrics.mismatches import Unlabelled, WithMismatches
@@ -230,6 +231,7 @@ class MMTrainer(Trainer):
         self._average: Optional[StartAverage] = None
         self._trained_from: Optional[StartAverage] = None
         self.verdicts: list[Verdict] = []
+        self.study: Study | None = None
         # `num_items_in_batch` holds the divisors of the whole optimiser step, so no further division is needed.
         self.model_accepts_loss_kwargs = True
         self._has_trained = self._has_evaluated = False  # the latter before training

@@ -16,12 +16,18 @@ from ...data.sources import rows_of
 from ...model.answers import unwrapped
 from ...model.modalities import MODALITIES
 from ...model.safe_writing import write_atomically
+from ...training.linear_start.study import DoubtfulLabel
+from ...training.linear_start.verdict import Verdict
 from ..ablation.results import Ablation
 from ..explaining.colors import text_color
 from ..explaining.explain import explain
 from ..explaining.explanation import Explanation
 from ..explaining.html import colored_words, heat_map_url, picture_url, sound_colors
 from .answered import Answered, answers_to, confusion, most_confident_errors, worst
+
+
+# Doubtful labels of a task on the page.
+MOST_DOUBTFUL = 30
 
 
 def write_report(
@@ -37,6 +43,8 @@ def write_report(
     collator: Optional[MMDataCollator] = None,
     batch_size: int = 32,
     seed: int = 0,
+    verdicts: Sequence[Verdict] = (),
+    doubtful: Optional[Mapping[str, Sequence[tuple[DoubtfulLabel, str]]]] = None,
 ) -> None:
     """
     Writes one HTML page, pictures included, about the answers and errors of a model.
@@ -55,6 +63,9 @@ def write_report(
         title (`str`, *optional*): The title of the page.
         ablation ([`Ablation`], *optional*): Of the same rows.
         collator ([`MMDataCollator`], *optional*): Needed if the columns have other names.
+        verdicts (`list[Verdict]`, *optional*): The scores of the model beside those of simple models.
+        doubtful (`dict[str, list]`, *optional*): Task -> labels of training rows that may be wrong, each with a
+            description of its row.
 
     Raises:
         ValueError: if there are no rows, or one cannot be read.
@@ -83,6 +94,9 @@ def write_report(
         method=method,
         sections=sections,
         ablation=_of_ablation(ablation),
+        verdicts=verdicts,
+        doubtful={name: labels[:MOST_DOUBTFUL] for name, labels in (doubtful or {}).items() if labels},
+        num_doubtful={name: len(labels) for name, labels in (doubtful or {}).items()},
     )
     with write_atomically(path) as file:
         file.write(page.encode())

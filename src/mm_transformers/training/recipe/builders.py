@@ -11,6 +11,7 @@ from transformers import TrainerCallback, set_seed
 from ...data.collator import MMDataCollator
 from ...data.labels import check_labels, complete_task, prepare_labels
 from ...data.loading import check_columns, first_rows, hold_out, load_files, load_named
+from ...data.row_labels import text_columns
 from ...data.table_columns import table_columns
 from ...model.encoders import HUB_KWARGS
 from ...model.messages import one_line
@@ -66,7 +67,9 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
         else:
             media = (columns.image, columns.video, columns.audio, *columns.own.values())
             splits = load_files(data.files, media, data.image_root, cache_dir, option="data.{split}")
-        wanted: dict[str, tuple[str, ...]] = {} if columns.text is None else {"columns.text": (columns.text,)}
+        for column in text_columns(columns.text):
+            check_columns(splits, {"columns.text": (column,)})
+        wanted: dict[str, tuple[str, ...]] = {}
         if recipe.model.get("vision") is not None:
             wanted["columns.image (or columns.video)"] = (columns.image, columns.video)
         if recipe.model.get("audio") is not None:
@@ -78,9 +81,12 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
     # Before rows are held out: they may hold the only rows of a rare label.
     tasks = [complete_task(task, splits["train"], data.label_separator) for task in recipe.tasks]
     check_labels(splits, tasks, columns.text, data.label_separator)
-    if data.validation_fraction is not None:
-        options = {**columns.plain, "label_separator": data.label_separator}
-        hold_out(splits, data.validation_fraction, options, tasks)
+    options = {**columns.plain, "label_separator": data.label_separator, "group_column": data.group_column}
+    count = len(splits["train"])
+    for split, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
+        if fraction is not None:
+            # Both are shares of all rows, of which the training rows are what is left.
+            hold_out(splits, split, fraction * count / len(splits["train"]), options, tasks)
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_eval_samples}
     splits = {split: first_rows(rows, limits[split]) for split, rows in splits.items()}
     table = None
