@@ -165,7 +165,9 @@ def test_shapley_values_are_means_over_all_orders_and_sum_to_the_gain(ablation):
     rng = np.random.default_rng(0)
     names = ["text", "vision", "audio"]
     worths = {kept: float(rng.random()) for kept in subsets(names)}
-    found = shapley_values(names, worths.__getitem__)
+    asked = []
+    found = shapley_values(names, lambda kept: asked.append(kept) or worths[kept])
+    assert sorted(map(sorted, asked)) == sorted(map(sorted, worths)), "each set is measured once"
     for name in names:
         gains = []
         for order in itertools.permutations(names):
@@ -458,6 +460,7 @@ def test_what_cannot_be_ablated_is_told(model):
         ablate(make_model(vision=None), make_processor(), make_rows(4))
 
 
+@pytest.mark.slow
 def test_a_collator_with_other_columns(model):
     rows = [{"message": row["text"], **{k: v for k, v in row.items() if k != "text"}} for row in make_rows(8)]
     collator = MMDataCollator(make_processor(), model.config, text_column="message")

@@ -24,6 +24,7 @@ from mm_transformers.analysis.explaining.faithfulness import _without
 from mm_transformers.data.embedded import load_pointing_dataset
 
 
+pytestmark = pytest.mark.usefixtures("without_shares")
 COLORS = {"red": (220, 40, 40), "blue": (40, 40, 220)}
 FILLERS = ["the", "on", "a", "is", "it"]
 PATCH = 8
@@ -112,6 +113,7 @@ def test_chefer_points_at_what_decides(model, processor, task, chance):
     assert hit_rate(model, processor, rows, task, "random") < chance + 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["color", "animal"])
 def test_the_answer_goes_with_what_is_relevant(model, processor, task):
     modality = "vision" if task == "color" else "text"
