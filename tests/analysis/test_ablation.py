@@ -562,6 +562,14 @@ def test_scores_up_to_100_are_drawn_beside_those_up_to_1():
     assert heights == [-0.3, 0.0, 0.01, 0.4]
     assert scores.get_ylim()[0] <= -0.3
     assert max(bar.get_width() for bar in contributions.patches) == pytest.approx(0.2)
+    # The bars of a task stand beside each other around its place, and so do its Shapley values.
+    centres = [bar.get_x() + bar.get_width() / 2 for bar in scores.patches]
+    assert centres == pytest.approx([-0.2, 0.8, 0.2, 1.2])
+    assert {round(bar.get_width(), 6) for bar in scores.patches} == {0.368}
+    centres = [bar.get_y() + bar.get_height() / 2 for bar in contributions.patches]
+    assert centres == pytest.approx([-0.2, 0.8, 0.2, 1.2])
+    assert {round(bar.get_height(), 6) for bar in contributions.patches} == {0.37}
+    assert [bar.get_width() for bar in contributions.patches] == pytest.approx([0.2, -0.2, 0.19, -0.1])
 
 
 @pytest.mark.slow
