@@ -10,7 +10,8 @@ FLOOR := .venv-floor
 # The tests use tiny models and nothing from the network; more threads than workers only get into each other's way.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 BENCH_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-PYTEST := -m pytest --numprocesses auto --maxprocesses 4
+# A worker takes tests that lie beside each other, so that what a file builds once is built once.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-nightly fuzz mutants test-floor coverage lint format bench bench-quick bench-gpu clean

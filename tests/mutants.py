@@ -94,7 +94,7 @@ def measure() -> None:
 
     FOLDER.mkdir(exist_ok=True)
     os.environ["COVERAGE_FILE"] = str(FOLDER / "coverage")
-    options = ["--numprocesses", "auto", "--maxprocesses", "4", "-q", "-m", QUICK]
+    options = ["--numprocesses", "auto", "--maxprocesses", "4", "--dist", "worksteal", "-q", "-m", QUICK]
     pytest.main([*options, "--cov", "--cov-context=test", "--cov-report=", str(ROOT / "tests")], plugins=[Durations()])
 
 
