@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import first_quickly
 
 import mm_transformers
 
@@ -71,7 +72,9 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("first", [*FIRST, *(pytest.param(lines, marks=pytest.mark.nightly) for lines in OTHERS)])
+@pytest.mark.parametrize(
+    "first", [*first_quickly(FIRST), *(pytest.param(lines, marks=pytest.mark.nightly) for lines in OTHERS)]
+)
 def test_auto_classes_know_the_model_whatever_is_imported_first(first):
     assert run(first + KNOWN) == "known"
 
