@@ -256,7 +256,7 @@ def _check_columns(
     for part in ("text", "image", "video", "audio"):
         column = getattr(columns, part)
         asked = getattr(reading, f"{part}_column") is not None
-        if column not in (None, *names) and (asked or part == "text"):
+        if column not in (None, *names) and (asked or (part == "text" and collator.text_column is not None)):
             raise ValueError(f"{file} has no column {column!r}; set --{part}_column to one of {known}.")
     for column in (column for table in collator.tables.values() for column in table.columns):
         if column not in names:

@@ -105,7 +105,8 @@ class MMDataCollator:
         self.processor = processor
         self.tasks = config.get_tasks()
         self.takes_images = config.vision_config is not None
-        self.text_column, self.image_column = text_column, image_column
+        self.text_column = text_column if config.reads_text else None
+        self.image_column = image_column
         self._num_bad_files = SharedCounter()
         addresses = Addresses(allow_urls)
         rules = (on_bad_file, self._num_bad_files, addresses)

@@ -50,7 +50,7 @@ AUDIO = EncoderKind(
     "sounds", "audio",
 )  # fmt: skip
 COLUMNS = EncoderKind(
-    "table", ("table_numbers", "table_categories"), "table_index", None, None, "table row", "table rows", "tabular",
+    "table", ("table_numbers", "table_categories"), "table_index", None, None, "table", "tables", "tabular",
     own=TableEncoder,
 )  # fmt: skip
 
@@ -214,7 +214,7 @@ VIDEO = Modality(
 # An array with two axes is one clip with several channels; a list of lists is several clips.
 SOUND = Modality("audio", "audio", AUDIO, "sound", "sound", as_clips, audio_key, _clip_reader, (1,), 2)
 TABLE = Modality(
-    "table", "table", COLUMNS, "table row", "numbers and categories", as_rows, row_key, _table_reader,
+    "table", "table", COLUMNS, "table", "numbers and categories", as_rows, row_key, _table_reader,
     columns=lambda config: config.names,
 )  # fmt: skip
 

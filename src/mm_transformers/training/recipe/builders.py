@@ -130,7 +130,7 @@ def build_trainer(
     else:
         names = ("text", "vision", "audio", *own_encoders())
         encoders: dict[str, Any] = {name: recipe.model.get(name) for name in names if recipe.model.get(name)}
-        encoders["table"] = data.table
+        encoders |= {"text": recipe.model.get("text"), "table": data.table}
         # Otherwise transformers would ask at the keyboard.
         options: dict[str, Any] = {"trust_remote_code": False}
         options |= {name: value for name, value in recipe.model.items() if name not in encoders}
