@@ -86,7 +86,7 @@ def test_numbers_are_read(cell, number):
     ("cell", "message"),
     [
         (math.inf, "inf is not finite"), ("-inf", "is not finite"), ("abc", "'abc' is no number"),
-        ("1_000", "'1_000' is no number"), ("3,5", "'3,5' is no number"), ([1], "expected a number, but got [1] of type"),
+        ("1_000", "'1_000' is no number"), ("3,5", "'3,5' is no number"), ([1], "expected a number, but got [1]"),
         (10**400, "is not finite"), ("1e999", "is not finite"), ("9" * 500, "is no number"),
     ],
 )  # fmt: skip

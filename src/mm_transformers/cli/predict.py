@@ -26,7 +26,7 @@ from ..data.loading import load_files
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
 from ..model.answers import check_tasks
 from ..model.messages import check_folder
-from ..model.modalities import PARTS
+from ..model.modalities import MODALITIES, PARTS
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import write_atomically
@@ -217,7 +217,7 @@ def run_prediction(
     _check_columns(rows.schema.names, collator, columns, reading, file)
     reader = RowReader(
         _features(rows.schema, collator.input_columns),
-        {column.column: kind for kind, column in collator.media.items()},
+        {column.column: kind for kind, column in collator.media.items() if MODALITIES[kind].has_files},
         data.image_root or str(file.parent),
     )
     options = {} if num_beams is None else {"num_beams": num_beams}

@@ -270,6 +270,9 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         fusion = getattr(self, "model", self).fusion
         if fusion is not None:
             warn_if_not_copied(type(fusion))
+        for name, kind in own_encoders().items():
+            if kind.own is not None and name in self.config.modalities:
+                warn_if_not_copied(kind.own)
         auto_map = {"AutoConfig": reference(MMTransformerConfig), "AutoModel": reference(MMTransformerModel)}
         if not hasattr(self, "tasks"):
             return {"auto_map": auto_map}
@@ -828,7 +831,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
 
 def is_single(encoder: str) -> bool:
     """Whether a row has one item of this encoder at most, so that its items have no order."""
-    return all(modality.columns is not None for modality in modalities_of(encoder))
+    return all(modality.is_single for modality in modalities_of(encoder))
 
 
 class _CanGenerate:

@@ -14,7 +14,7 @@ from ...data.loading import check_columns, first_rows, hold_out, load_files, loa
 from ...data.table_columns import table_columns
 from ...model.encoders import HUB_KWARGS
 from ...model.messages import one_line
-from ...model.modalities import own_encoders
+from ...model.modalities import PARTS, own_encoders
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.processing_mm_transformer import MMTransformerProcessor
 from ...model.table import TableConfig
@@ -64,7 +64,8 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
         if data.dataset_name is not None:
             splits = load_named(data.dataset_name, data.dataset_config_name, cache_dir)
         else:
-            media = (columns.image, columns.video, columns.audio, *columns.own.values())
+            own = (column for name, column in columns.own.items() if PARTS[name].has_files)
+            media = (columns.image, columns.video, columns.audio, *own)
             splits = load_files(data.files, media, data.image_root, cache_dir, option="data.{split}")
         wanted: dict[str, tuple[str, ...]] = {} if columns.text is None else {"columns.text": (columns.text,)}
         if recipe.model.get("vision") is not None:
