@@ -92,7 +92,7 @@ def test_a_file_is_predicted_as_its_rows(folder):
     assert [row["topic"] for row in answers] == [row["topic"]["label"] for row in found]
     for row, other in zip(answers, found, strict=True):
         assert float(row["stars"]) == pytest.approx(other["stars"]["value"], abs=1e-4)
-    mm("evaluate", folder / "out", folder / "train.csv", "--ablation", "--output", folder / "metrics.json")
+    mm("evaluate", folder / "out", folder / "train.csv", "--ablate", "--output", folder / "metrics.json")
     with (folder / "bad.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["text", "image", "price", "postal code"], ["a", "", "cheap", ""]])
     result = CliRunner().invoke(

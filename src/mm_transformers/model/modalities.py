@@ -249,7 +249,14 @@ def register_modality(modality: Modality) -> Modality:
     Raises:
         ValueError: if the encoder has no class, or a name is taken.
 
-    Example: `Sensor` in `tests/project/test_own_kind_everywhere.py`.
+    Example (`SENSOR` in `tests/project/test_own_kind_everywhere.py` is a whole modality):
+
+    ```python
+    >>> from mm_transformers.model.modalities import TABLE
+
+    >>> register_modality(TABLE).encoder.own.__name__  # registered already, as all modalities of this package
+    'TableEncoder'
+    ```
     """
     encoder = modality.encoder
     if encoder.own is None:
