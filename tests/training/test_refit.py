@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_probe_start import CPU, TASKS, make_rows, make_trainer
-from test_probe_start import new_model as model_with
+from probe_start import CPU, TASKS, make_rows, make_trainer
+from probe_start import new_model as model_with
 from tiny import make_processor
 from transformers import TrainerCallback
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import mm
 from recipes import make_rows, read_csv, recipe_values, save_encoders, write_csv
 from sklearn.linear_model import LogisticRegression
 from tiny import make_tokenizer
-from typer.testing import CliRunner
 
 from mm_transformers import (
     Classification,
@@ -24,15 +24,8 @@ from mm_transformers import (
     table_columns,
 )
 from mm_transformers.analysis import ablate, explain
-from mm_transformers.cli import app
 from mm_transformers.training.linear_start.probe_start import probes_of
 from mm_transformers.training.recipe import Recipe, read_recipe
-
-
-def mm(*arguments) -> str:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.output
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,18 +88,12 @@ def test_a_file_is_predicted_as_its_rows(folder):
     mm("evaluate", folder / "out", folder / "train.csv", "--ablate", "--output", folder / "metrics.json")
     with (folder / "bad.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["text", "image", "price", "postal code"], ["a", "", "cheap", ""]])
-    result = CliRunner().invoke(
-        app, ["predict", str(folder / "out"), str(folder / "bad.csv"), "--output", str(folder / "x.csv")]
-    )
-    assert result.exit_code == 2
-    assert "row 0, column 'price': 'cheap' is no number" in result.output.replace("\n", " ")
+    told = mm("predict", folder / "out", folder / "bad.csv", "--output", folder / "x.csv", ok=False)
+    assert "row 0, column 'price': 'cheap' is no number" in told.replace("\n", " ")
     with (folder / "less.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["text", "image", "price"], ["a", "", "1"]])
-    result = CliRunner().invoke(
-        app, ["predict", str(folder / "out"), str(folder / "less.csv"), "--output", str(folder / "x.csv")]
-    )
-    assert result.exit_code == 2
-    assert "no column 'postal code'" in result.output.replace("\n", " ")
+    told = mm("predict", folder / "out", folder / "less.csv", "--output", folder / "x.csv", ok=False)
+    assert "no column 'postal code'" in told.replace("\n", " ")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any, Optional
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
 from ..model.file_contents import is_absent
+from ..model.images import ProcessedPictures
 from ..model.label_cells import is_null, shorten_value
 from ..model.modalities import MODALITIES, OTHER_ENCODERS, PARTS, ReaderContext, modalities_of
 from ..model.pairs import fingerprint
@@ -130,7 +131,9 @@ class MMDataCollator:
                 self.tables[modality.argument] = RowColumns(own_columns, modality, modality.reader(context))
             else:
                 column = columns.get(f"{modality.name}_column", modality.name)
-                self.media[modality.argument] = MediaColumn(column, modality, modality.reader(context), *rules)
+                self.media[modality.argument] = MediaColumn(
+                    column, modality, modality.reader(context), *rules, process=self._process
+                )
         limits = [max_length, max_text_positions(config.text_config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
         self.pad_to_multiple_of, self.label_separator = pad_to_multiple_of, label_separator
@@ -231,12 +234,21 @@ class MMDataCollator:
         known: dict[int, bytes] = {}  # shared items are one object
         for modality in OTHER_ENCODERS:
             columns = [media[part.argument] for part in modalities_of(modality) if part.argument in media]
-            rows = [[item for cell in cells for item in cell or []] for cells in zip(*columns, strict=True)]
+            rows = [[item for cell in cells for item in _items(cell)] for cells in zip(*columns, strict=True)]
             for item in (item for row in rows for item in row):
                 if id(item) not in known:
-                    known[id(item)] = item.digest if isinstance(item, CachedItem) else digest_of(item)
+                    has_digest = isinstance(item, (CachedItem, ProcessedPictures))
+                    known[id(item)] = item.digest if has_digest else digest_of(item)
             result[modality] = [fingerprint(b"".join(known[id(x)] for x in row)) if row else None for row in rows]
         return {modality: rows or [None] * len(texts) for modality, rows in result.items()}
+
+    def _process(self, item: Any) -> Any:
+        """A picture or the frames of a video as the image processor resizes them; a sound unchanged."""
+        if isinstance(item, Mapping):
+            return item
+        pictures = item if isinstance(item, list) else [item]
+        digest = b"".join(map(digest_of, pictures))
+        return ProcessedPictures(self.processor.process_pictures(pictures), digest)
 
     def text_of(self, row: Mapping[str, Any], had_other: bool, name: str) -> str:
         """
@@ -294,6 +306,10 @@ class MMDataCollator:
             except ValueError as error:
                 raise ValueError(f"{name}, column {own_column(row, task.column)!r}: {error}.") from None
         return labels
+
+
+def _items(cell: Any) -> list[Any]:
+    return [cell] if isinstance(cell, ProcessedPictures) else cell or []
 
 
 def check_own_config(processor: MMTransformerProcessor, config: MMTransformerConfig, name: str) -> None:

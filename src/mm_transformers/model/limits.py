@@ -24,6 +24,9 @@ class Limits:
         row_pixels (`int`):
             Pixels in memory of all pictures of one row; likewise of all frames of its video. If there are more, the
             largest pictures are shrunk while they are read.
+        batch_pixels (`int`):
+            Pixels in memory of all pictures of a batch; likewise of all frames of its videos. Further ones are kept as
+            the image processor resizes them.
         audio_seconds (`float`): Seconds of one sound.
         audio_samples (`int`): Samples of one sound, all channels together, before and after resampling.
         encoded_seconds (`float`):
@@ -71,6 +74,7 @@ class Limits:
     slow_image_pixels: int = 1_000_000
     row_items: int = 100
     row_pixels: int = 32 * 2048 * 2048
+    batch_pixels: int = 32 * 2048 * 2048
     audio_seconds: float = 600.0
     audio_samples: int = 64_000_000
     encoded_seconds: float = 60.0

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Optional
 
 from .audio import audio_key
 from .file_contents import is_absent
-from .images import check_resized, image_key, load_image, pixels_for_each
+from .images import check_resized, image_key, load_image, num_pixels, pixels_for_each
 from .own_encoders import OwnEncoder
 from .table import TableEncoder, TableReader, as_rows, row_key
 from .video import load_frames, video_key
@@ -112,6 +112,11 @@ def no_pixel_limit(items: list[Any]) -> Optional[int]:
     return None
 
 
+def no_pixels(item: Any) -> int:
+    """An item that is no picture."""
+    return 0
+
+
 class ReaderContext(NamedTuple):
     """
     How the items of a table are read.
@@ -168,6 +173,7 @@ class Modality:
         key: an item -> a value that is equal for equal items.
         reader: makes the function that reads an item for the processor and raises `ValueError` with one sentence.
         pixels_for_each: the items of a row -> the most pixels that the reader may keep of each; `None` for no limit.
+        num_pixels: an item, read -> its pixels in memory.
         axes: the numbers of axes of an item that is stored as nested lists of numbers.
         most_axes: the largest number of axes of an item that is stored as an array with a shape.
         is_sequence: whether an item is several inputs of the encoder, such as the frames of a video.
@@ -187,6 +193,7 @@ class Modality:
     axes: tuple[int, ...] = ()
     most_axes: int = 0
     pixels_for_each: Callable[[list[Any]], Optional[int]] = no_pixel_limit
+    num_pixels: Callable[[Any], int] = no_pixels
     is_sequence: bool = False
     has_one: bool = False
     has_files: bool = True
@@ -210,11 +217,13 @@ class Modality:
 
 
 IMAGE = Modality(
-    "image", "images", VISION, "picture", "pictures", as_list, image_key, _image_reader, (2, 3), 3, pixels_for_each
-)
+    "image", "images", VISION, "picture", "pictures", as_list, image_key, _image_reader, (2, 3), 3, pixels_for_each,
+    num_pixels,
+)  # fmt: skip
 VIDEO = Modality(
-    "video", "videos", VISION, "video", "video", as_one, video_key, _video_reader, (3, 4), 4, is_sequence=True
-)
+    "video", "videos", VISION, "video", "video", as_one, video_key, _video_reader, (3, 4), 4, num_pixels=num_pixels,
+    is_sequence=True,
+)  # fmt: skip
 # An array with two axes is one clip with several channels; a list of lists is several clips.
 SOUND = Modality("audio", "audio", AUDIO, "sound", "sound", as_clips, audio_key, _clip_reader, (1,), 2)
 TABLE = Modality(

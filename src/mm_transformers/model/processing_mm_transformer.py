@@ -7,7 +7,7 @@ import inspect
 import numbers
 import os
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, TypedDict
 
@@ -25,7 +25,7 @@ from .custom_code import reference, write_code
 from .downloads import fetch
 from .encoders import encoder_config_from_pretrained, max_text_positions
 from .file_contents import describe, is_absent
-from .images import image_key, pixels_for_each
+from .images import ProcessedPictures, image_key, num_pixels, pixels_for_each
 from .limits import limits, named
 from .messages import check_folder, one_line, shortened
 from .modalities import (
@@ -580,13 +580,26 @@ class MMTransformerProcessor(ProcessorMixin):
         do_sample_frames: bool = True,
     ) -> dict[str, torch.Tensor]:
         num_frames = (num_frames or self.num_frames) if do_sample_frames else sys.maxsize
-        distinct, read_image = _Distinct(), IMAGE.reader(ReaderContext(self, fetch))
-        index, frames = [], []
-        decoded: dict[Hashable, list[Any]] = {}
+        distinct, load = _Distinct(), IMAGE.reader(ReaderContext(self, fetch))
+        index, frames, pixels = [], [], 0
+        decoded: dict[Hashable, Sequence[Any]] = {}
+
+        def read_image(image: Any, **kwargs: Any) -> Any:
+            nonlocal pixels
+            if isinstance(image, torch.Tensor):  # a processed frame
+                return image
+            if isinstance(image, ProcessedPictures):
+                return image.pixel_values[0]
+            picture = load(image, **kwargs)
+            pixels += num_pixels(picture)
+            # Beyond the limit, pictures are resized one by one as they are read.
+            return picture if pixels <= limits().batch_pixels else self.process_pictures([picture], **options)[0]
+
         for entry, video in zip(images, videos, strict=True):
             pictures = as_list(entry)
             check_number(pictures, "images")
-            most = pixels_for_each(pictures)
+            # What is processed already needs no limit.
+            most = pixels_for_each([image for image in pictures if not isinstance(image, ProcessedPictures)])
             row = [
                 distinct.add(("image", image_key(image), most), functools.partial(read_image, image, most_pixels=most))
                 for image in pictures
@@ -595,24 +608,57 @@ class MMTransformerProcessor(ProcessorMixin):
             if not is_absent(video):
                 key = video_key(video)
                 if key not in decoded:
-                    decoded[key] = load_frames(video, num_frames)
+                    is_processed = isinstance(video, ProcessedPictures)
+                    decoded[key] = video.pixel_values if is_processed else load_frames(video, num_frames)
                 for number, picture in enumerate(decoded[key]):
                     row.append(distinct.add((key, number), functools.partial(read_image, picture)))
                 numbers += range(len(decoded[key]))
             index.append(row)
             frames.append(numbers)
-        if distinct.items and self.image_processor is None:
-            raise ValueError(
-                "This processor has no image processor, but got images; it belongs to a model without images."
-            )
         data = {"image_index": _padded(index)}
         if any(not is_absent(video) for video in videos):
             data["frame_index"] = _padded(frames)
         if distinct.items:
-            with _errors_of("image processor"):
-                processed = self.image_processor(images=distinct.items, return_tensors="pt", **options)
-                data["pixel_values"] = processed["pixel_values"]
+            data["pixel_values"] = self._pixel_values(distinct.items, options)
         return data
+
+    def _pixel_values(self, pictures: list[Any], options: Mapping[str, Any]) -> torch.Tensor:
+        """
+        Args:
+            pictures: `PIL.Image.Image`s, and tensors (channels, height, width) of processed pictures.
+        """
+        unprocessed = [picture for picture in pictures if not isinstance(picture, torch.Tensor)]
+        if len(unprocessed) == len(pictures):
+            return self.process_pictures(unprocessed, **options)
+        rest = iter(self.process_pictures(unprocessed, **options) if unprocessed else ())
+        everything = [picture if isinstance(picture, torch.Tensor) else next(rest) for picture in pictures]
+        if len({picture.shape for picture in everything}) > 1:
+            raise ValueError(
+                "The image processor gives pictures of different sizes, which only fit into a batch of at most "
+                f"{named('batch_pixels')}; or give it do_resize=True and a fixed size."
+            )
+        return torch.stack(everything)
+
+    def process_pictures(self, pictures: list[Any], **options: Any) -> torch.Tensor:
+        """
+        Pictures as the image processor resizes and normalises them.
+
+        Args:
+            pictures: RGB `PIL.Image.Image`s.
+            options: of the image processor.
+
+        Returns:
+            (pictures, channels, height, width) float32.
+
+        Raises:
+            ValueError: one sentence, if the image processor cannot process them.
+        """
+        if self.image_processor is None:
+            raise ValueError(
+                "This processor has no image processor, but got images; it belongs to a model without images."
+            )
+        with _errors_of("image processor"):
+            return self.image_processor(images=pictures, return_tensors="pt", **options)["pixel_values"]
 
     def _process_audio(self, audio: list[Any], sampling_rate: Optional[int] = None, **given) -> dict[str, torch.Tensor]:
         extractor = self.feature_extractor
