@@ -27,7 +27,7 @@ from ..data.row_labels import text_columns
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
 from ..model.answers import check_tasks
 from ..model.messages import check_folder
-from ..model.modalities import PARTS
+from ..model.modalities import MODALITIES, PARTS
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import write_atomically
@@ -218,7 +218,7 @@ def run_prediction(
     _check_columns(rows.schema.names, collator, columns, reading, file)
     reader = RowReader(
         _features(rows.schema, collator.input_columns),
-        {column.column: kind for kind, column in collator.media.items()},
+        {column.column: kind for kind, column in collator.media.items() if MODALITIES[kind].has_files},
         data.image_root or str(file.parent),
     )
     options = {} if num_beams is None else {"num_beams": num_beams}
@@ -257,7 +257,7 @@ def _check_columns(
     for part in ("text", "image", "video", "audio"):
         asked = getattr(reading, f"{part}_column") is not None
         missing = [column for column in text_columns(getattr(columns, part)) if column not in names]
-        if missing and (asked or part == "text"):
+        if missing and (asked or (part == "text" and collator.text_column is not None)):
             raise ValueError(f"{file} has no column {missing[0]!r}; set --{part}_column to one of {known}.")
     for column in (column for table in collator.tables.values() for column in table.columns):
         if column not in names:

@@ -108,8 +108,9 @@ class MMDataCollator:
         self.processor = processor
         self.tasks = config.get_tasks()
         self.takes_images = config.vision_config is not None
-        self.text_column, self.image_column = text_column, image_column
-        self.text_columns = text_columns(text_column)
+        self.text_column = text_column if config.reads_text else None
+        self.image_column = image_column
+        self.text_columns = text_columns(self.text_column)
         if len(self.text_columns) > 1 and any(task.is_token_level for task in self.tasks.values()):
             raise ValueError(
                 f"A task that labels words needs one column of texts, but there are {len(self.text_columns)}: "

@@ -319,6 +319,11 @@ def row_key(cell: Any) -> tuple[str, int]:
     return "table", id(cell)
 
 
+def _not_empty(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors with columns: an exported graph takes no empty ones."""
+    return {name: value for name, value in tensors.items() if value.shape[1] > 0}
+
+
 class TableEncoder(OwnEncoder):
     """
     One token per column: the feature tokenizer of FT-Transformer (https://arxiv.org/abs/2106.11959).
@@ -332,6 +337,8 @@ class TableEncoder(OwnEncoder):
 
     def __init__(self, config: TableConfig):
         super().__init__(config)
+        if not config.columns:
+            raise ValueError("table_config has no columns; table_columns(rows, columns) makes one from training rows.")
         width, sizes = config.hidden_size, [len(column["values"]) + 1 for column in config.categories]
         self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         self.one_hots = config.one_hots
@@ -368,34 +375,48 @@ class TableEncoder(OwnEncoder):
 
         values = torch.from_numpy(np.stack(items))
         count = len(config.numbers)
-        return {"table_numbers": values[:, :count].float(), "table_categories": values[:, count:].long()}
+        return _not_empty(table_numbers=values[:, :count].float(), table_categories=values[:, count:].long())
 
     @classmethod
     def blank_input(cls, config: TableConfig) -> dict[str, torch.Tensor]:
-        return {
-            "table_numbers": torch.full((1, len(config.numbers)), math.nan),
-            "table_categories": torch.full((1, len(config.categories)), _MISSING),
-        }
+        numbers, categories = len(config.numbers), len(config.categories)
+        return _not_empty(
+            table_numbers=torch.full((1, numbers), math.nan), table_categories=torch.full((1, categories), _MISSING)
+        )
 
     @classmethod
     def linear_width(cls, config: TableConfig) -> int:
         return len(config.numbers) + len(config.one_hots)
 
+    @classmethod
+    def linear_tokens(cls, config: TableConfig) -> list[int]:
+        count = len(config.numbers)
+        return [*range(count), *(count + place for place, _ in config.one_hots)]
+
+    @classmethod
+    def neutral(cls, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Means instead of numbers, unknown values instead of categories; missing cells stay missing."""
+        return {
+            name: torch.where(value.isnan(), value, 0.0) if value.is_floating_point() else value.clamp(max=_UNKNOWN)
+            for name, value in inputs.items()
+        }
+
     def forward(  # type: ignore[override]
-        self, table_numbers: torch.Tensor, table_categories: torch.Tensor
+        self, table_numbers: Optional[torch.Tensor] = None, table_categories: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            table_numbers (num_tables, num_numbers) float32: standardised; NaN where missing.
+            table_numbers (num_tables, num_numbers) float32: standardised; NaN where missing. `None` without such
+                columns, and likewise:
             table_categories (num_tables, num_categories) int64: -1 where missing, 0 for an unknown value.
         """
         tokens, masks = [], []
-        if self.config.numbers:
+        if table_numbers is not None:
             is_missing = table_numbers.isnan()
             known = torch.where(is_missing, 0.0, table_numbers).to(self.number_weight.dtype)
             tokens.append(known[..., None] * self.number_weight + self.number_bias)
             masks.append(~is_missing)
-        if self.offsets:
+        if table_categories is not None:
             ids = table_categories.clamp(min=_UNKNOWN) + torch.tensor(self.offsets, device=table_categories.device)
             tokens.append(nn.functional.embedding(ids, self.value_weight) + self.category_bias)
             masks.append(table_categories != _MISSING)
@@ -407,11 +428,17 @@ class TableEncoder(OwnEncoder):
         return states, mask
 
     def linear_features(  # type: ignore[override]
-        self, tokens: torch.Tensor, mask: torch.Tensor, table_numbers: torch.Tensor, table_categories: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        table_numbers: Optional[torch.Tensor] = None,
+        table_categories: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """The standardised numbers, 0 if missing; and a one-hot of each category, 0 if missing or unknown."""
-        features = [torch.where(table_numbers.isnan(), 0.0, table_numbers).float()]
-        if self.one_hots:
+        features = []
+        if table_numbers is not None:
+            features.append(torch.where(table_numbers.isnan(), 0.0, table_numbers).float())
+        if table_categories is not None:
             places, values = torch.tensor(self.one_hots, device=table_categories.device).unbind(1)
             features.append((table_categories[:, places] == values).float())
         return torch.cat(features, 1)

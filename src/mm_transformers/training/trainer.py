@@ -696,8 +696,9 @@ class MMTrainer(Trainer):
         self.verdicts = with_measured(self._start.verdicts, self.state, self.args.load_best_model_at_end)
         for verdict in self.verdicts if self.is_world_process_zero() else []:
             logger.warning(str(verdict))
-            if not verdict.others_help and self.fused_model.config.modalities:
-                others = " and ".join(self.fused_model.config.modalities)
+            config = self.fused_model.config
+            if not verdict.others_help and config.modalities and config.reads_text:
+                others = " and ".join(config.modalities)
                 logger.warning(f"{verdict.task}: {others} did not help on the validation rows; text alone is as good.")
 
     # Checkpoints

@@ -144,6 +144,8 @@ class _Drawn:
             items, modality = column.read([row], [where])[0][0], MODALITIES[argument]
             if items:
                 parts[modality.name] = items[0] if modality.is_sequence else items
+        for table in collator.tables.values():
+            parts |= {name: row[name] for name in table.columns if name in row}
         # Rows that cannot be explained are shown too.
         self.problem, self.rests_on, explanation = "", "", None
         self.pictures: list[tuple[str, Optional[str]]] = []

@@ -15,7 +15,7 @@ from ...data.row_labels import text_columns
 from ...data.table_columns import table_columns
 from ...model.encoders import HUB_KWARGS
 from ...model.messages import one_line
-from ...model.modalities import own_encoders
+from ...model.modalities import PARTS, own_encoders
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.processing_mm_transformer import MMTransformerProcessor
 from ...model.table import TableConfig
@@ -65,7 +65,8 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
         if data.dataset_name is not None:
             splits = load_named(data.dataset_name, data.dataset_config_name, cache_dir)
         else:
-            media = (columns.image, columns.video, columns.audio, *columns.own.values())
+            own = (column for name, column in columns.own.items() if PARTS[name].has_files)
+            media = (columns.image, columns.video, columns.audio, *own)
             splits = load_files(data.files, media, data.image_root, cache_dir, option="data.{split}")
         for column in text_columns(columns.text):
             check_columns(splits, {"columns.text": (column,)})
@@ -136,7 +137,7 @@ def build_trainer(
     else:
         names = ("text", "vision", "audio", *own_encoders())
         encoders: dict[str, Any] = {name: recipe.model.get(name) for name in names if recipe.model.get(name)}
-        encoders["table"] = data.table
+        encoders |= {"text": recipe.model.get("text"), "table": data.table}
         # Otherwise transformers would ask at the keyboard.
         options: dict[str, Any] = {"trust_remote_code": False}
         options |= {name: value for name, value in recipe.model.items() if name not in encoders}

@@ -184,6 +184,8 @@ class Recipe:
         training = _checked(values["training"], _training_hints(), "training")
         tasks = [_checked_task(task, f"tasks.{i}") for i, task in enumerate(values["tasks"])]
         for section, key, known in (("model", "text", model), ("training", "output_dir", training)):
+            if key == "text" and columns.text is None:
+                continue  # a model that reads no text
             if known.get(key) is None:
                 raise ValueError(f"The recipe needs {section}.{key}.")
         if not tasks:
