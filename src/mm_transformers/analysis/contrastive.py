@@ -42,7 +42,7 @@ def contrastive_accuracy(
     """
     kind = model.tasks.get(task)
     if kind is None or not kind.needs_decoder:
-        raise ValueError(f"task must name a task that writes text, but is {task!r}.")
+        raise ValueError(f"task must be the name of a task that writes text, but is {task!r}.")
     if len(wrong) != len(rows):
         raise ValueError(f"There must be one wrong text per row, but there are {len(wrong)} for {len(rows)} rows.")
     wins = 0.0

@@ -40,7 +40,7 @@ def run_card(
         ValueError, OSError: one sentence.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model: a card is written beside its config.json.")
+        raise ValueError(f"{folder} holds no model: it has no config.json.")
     facts = CardFacts(
         name=name or folder.resolve().name,
         config=MMTransformerConfig.from_pretrained(folder),

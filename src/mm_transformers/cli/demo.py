@@ -75,7 +75,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     with console.status("Drawing pictures and writing messages ..."):
         data = load_demo_dataset(seed=seed)
     processor = make_processor([text for column in ("text", *TRANSLATIONS) for text in data["train"][column]])
-    console.print(f"{len(data['train']):,} messages with pictures to learn from; example: {data['train'][0]['text']!r}")
+    console.print(f"{len(data['train']):,} messages with pictures for training; example: {data['train'][0]['text']!r}")
 
     trainers: dict[str, MMTrainer] = {}
     for name, seen in MODELS.items():
@@ -116,17 +116,17 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
         }
     for name, row in contrast.items():
         console.print(
-            f"The right translation into {name.title()} is likelier than that of the other sense in "
+            f"The model prefers the right translation into {name.title()} to that of the other sense in "
             + ", ".join(f"{100 * value:.1f}% ({'right picture' if v == 'fused' else v})" for v, value in row.items())
         )
 
     model_dir = output_dir / "model"
     fused.save_model(str(model_dir))
     console.print(f"Saved to {model_dir}", soft_wrap=True)
-    with console.status("Loading it in a fresh process ..."):
+    with console.status("Loading the model in a new process ..."):
         difference = _check_in_fresh_process(fused, processor, test.select(range(32)), output_dir)
-    console.print(f"Loaded in a fresh process, it gives the same answers (largest difference {difference:.0e}).")
-    with console.status("Drawing what each part is good for ..."):
+    console.print(f"Loaded in a new process, the model gives the same answers (largest difference {difference:.0e}).")
+    with console.status("Drawing the contribution of each modality ..."):
         cards = _cards(fused, processor, test, seed)
         draw_results(output_dir / "demo.png", results, histories, cards)
         ablation = ablate(
@@ -143,7 +143,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
         row = {"text": cards[0]["text"], "image": cards[0]["image"]}
         explain(fused.model, processor, row, "sentiment").plot().savefig(output_dir / "explanation.png", dpi=100)
     for name in ("demo.png", "ablation.png", "explanation.png"):
-        console.print(f"Drawn to {output_dir / name}", soft_wrap=True)
+        console.print(f"Wrote {output_dir / name}", soft_wrap=True)
     console.print(f"All in {time.perf_counter() - start:.0f} s.")
     return results
 
@@ -182,7 +182,7 @@ def _majority(data: DatasetDict, task: str) -> float:
 
 
 def _table(results: dict[str, dict[str, float]], num_rows: int) -> Table:
-    table = Table(title=f"Test accuracy (%), {num_rows:,} rows; translations right to the letter (%)")
+    table = Table(title=f"Test accuracy (%), {num_rows:,} rows; translations that match exactly (%)")
     table.add_column("", style="bold")
     for task in results:
         table.add_column(task, justify="right")
@@ -214,7 +214,7 @@ def _check_in_fresh_process(trainer: MMTrainer, processor, rows: Dataset, output
     ]
     done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"The saved model could not be loaded in a fresh process:\n{done.stderr}")
+        raise RuntimeError(f"The saved model could not be loaded in a new process:\n{done.stderr}")
     inputs = processor(text=list(rows["text"]), images=list(rows["image"]))
     expected, actual = answers_of(trainer.model, inputs), load_file(answers)
     difference = max((actual[task] - expected[task]).abs().max().item() for task in TASK_LABELS)
@@ -224,7 +224,7 @@ def _check_in_fresh_process(trainer: MMTrainer, processor, rows: Dataset, output
         or not same
         or any((actual[t].argmax(-1) != expected[t].argmax(-1)).any() for t in TASK_LABELS)
     ):
-        raise RuntimeError(f"The saved model answers differently in a fresh process (by up to {difference}).")
+        raise RuntimeError(f"The saved model answers differently in a new process (by up to {difference}).")
     return difference
 
 

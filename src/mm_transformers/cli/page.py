@@ -55,7 +55,7 @@ def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequenc
     try:
         import gradio as gr
     except ImportError as error:
-        raise ImportError("The page needs a package more: pip install mm-transformers[demo]") from error
+        raise ImportError("The page needs `gradio`: pip install mm-transformers[demo]") from error
 
     kinds = [
         "text",
@@ -69,7 +69,7 @@ def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequenc
     upload_folder()  # before gradio asks for it
     kept = limits().upload_seconds
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(max(kept // 6, 1), kept)) as page:
-        told = f"Give {either(kinds)}. Colours show what an answer rests on, on one scale for all."
+        told = f"Give {either(kinds)}. Colours show which parts an answer depends on, on one scale for all."
         gr.Markdown(f"# {plain_markdown(title)}\n\n{told}")
         with gr.Row():
             with gr.Column(scale=1):
@@ -161,7 +161,7 @@ def run_page(model: str, is_default: bool, port: Optional[int]) -> None:
     """
     if is_default and not Path(model).exists():
         raise ValueError(
-            f"There is no model in {model} yet: train one by mm-transformers demo, or name yours by --model."
+            f"There is no model in {model} yet: train one by `mm-transformers demo`, or give yours by --model."
         )
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -173,7 +173,7 @@ def run_page(model: str, is_default: bool, port: Optional[int]) -> None:
         except OSError as error:  # from gradio, about its own options
             wanted = f"port {port} is" if port is not None else "all ports from 7860 are"
             raise ValueError(
-                f"The page cannot be served: {wanted} in use, or not allowed; give another --port."
+                f"The page cannot be served: {wanted} in use, or not allowed. Choose another --port."
             ) from error
 
 

@@ -34,11 +34,11 @@ def answers_as_html(model: Any, processor: Any, row: dict[str, Any], tasks: Any,
     try:
         text = row.get("text") or ""
         if not isinstance(text, str) or not isinstance(tasks, (list, tuple)):
-            raise ValueError("The text must be a text, and the tasks a list of names.")
+            raise ValueError("The text must be a string, and the tasks a list of names.")
         if not text.strip():
             row = {name: part for name, part in row.items() if name != "text"}
         if not row:
-            return render_page([], f"There is nothing to answer yet: give {either(kinds)}.", kinds)
+            return render_page([], f"There is no input yet: give {either(kinds)}.", kinds)
         if not tasks:
             return render_page([], "Tick at least one task.", kinds)
         names = check_tasks(model, [str(name) for name in tasks])

@@ -55,9 +55,9 @@ def _run(recipe: Recipe, args: MMTrainingArguments, allow_urls: bool | list[str]
     measured = {split: PREFIXES[split] for split in PREFIXES if split in data.splits}
     results = {split: folder / f"{prefix}_results.json" for split, prefix in measured.items()}
     if finished:
-        say(f"The model in {folder} has been trained already, for {steps_done(folder):,} steps; it stays as it is.")
+        say(f"The model in {folder} has already been trained, for {steps_done(folder):,} steps; it is not changed.")
         if differences := training_differences(recipe):
-            say(f"It takes another folder, by training.output_dir=..., for another training: {'; '.join(differences)}.")
+            say(f"Another training needs another folder (training.output_dir=...): {'; '.join(differences)}.")
         measured = {split: prefix for split, prefix in measured.items() if not _has_metrics(results[split])}
     if not finished or measured:
         trainer = build_trainer(recipe, args, data, saved=folder if finished else None, allow_urls=allow_urls)
@@ -67,7 +67,7 @@ def _run(recipe: Recipe, args: MMTrainingArguments, allow_urls: bool | list[str]
         if checkpoint is not None:
             check_checkpoint(checkpoint, data.tasks)
             start = steps_done(checkpoint)
-            say(f"Going on from {checkpoint}.")
+            say(f"Resuming from {checkpoint}.")
         # Training comes first: a Trainer that has evaluated before no longer trains on several processes.
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()

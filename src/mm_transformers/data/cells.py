@@ -141,14 +141,14 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
             for column in hidden if len(dataset) > 0 else ():
                 if column not in dataset[0]:
                     logger.warning_once(
-                        f"The transform of the data set hides its column {column!r}, so its rows have none; let it "
-                        "have all columns, by with_transform(..., output_all_columns=True)."
+                        f"The transform of the data set hides its column {column!r}, so the column cannot be read. "
+                        "Keep all columns by with_transform(..., output_all_columns=True)."
                     )
             return Source(dataset, RowReader(dataset.features))
         for column in hidden:
             logger.warning_once(
-                f"The format of the data set hides its column {column!r}, which is read all the same; leave it out by "
-                f"remove_columns({column!r})."
+                f"The format of the data set hides its column {column!r}, but the column is still read. To ignore "
+                f"the column, use remove_columns({column!r})."
             )
         if layout is not None or len(shown) < len(dataset.column_names):
             dataset = dataset.with_format(None)
@@ -254,7 +254,7 @@ def _name_of(cell: Any, names: Sequence[str], missing: Optional[int]) -> Any:
         return missing
     if names and isinstance(cell, int) and not isinstance(cell, bool):
         if not 0 <= cell < len(names):
-            raise ValueError(f"the id {cell} is none of the {len(names)} labels that the data set names")
+            raise ValueError(f"{cell} is not the id of one of the {len(names)} labels in the features of the data set")
         return names[cell]
     return cell
 
@@ -281,8 +281,9 @@ def _ids_told(cell: Any, task: str) -> Any:
     items = cell.tolist() if hasattr(cell, "tolist") else cell
     if any(type(item) is int for item in (items if isinstance(items, (list, tuple)) else [items])):
         logger.warning_once(
-            f"Task {task!r}: the whole numbers in its column are taken as places in labels=[...], since the stream has "
-            "no features that name them. map() drops features; keep them by map(..., features=dataset.features)."
+            f"Task {task!r}: the whole numbers in its column are used as positions in labels=[...], because the "
+            "stream has no features with label names. map() drops features; keep them by map(..., "
+            "features=dataset.features)."
         )
     return cell
 

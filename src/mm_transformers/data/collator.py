@@ -93,8 +93,8 @@ class MMDataCollator:
         check_tokenizer(processor.tokenizer, config)
         if config.frame_embedding == "learned" and processor.num_frames > config.num_frames:
             raise ValueError(
-                f"The processor takes {processor.num_frames} frames of a video, but the model has learned vectors for "
-                f"{config.num_frames}: set processor.num_frames = {config.num_frames}."
+                f"The processor takes {processor.num_frames} frames of a video, but the model has learned frame "
+                f"vectors for only {config.num_frames}: set processor.num_frames = {config.num_frames}."
             )
         self.processor = processor
         self.tasks = config.get_tasks()
@@ -236,7 +236,7 @@ class MMDataCollator:
         if not text.strip() and not had_other:
             known = [self.text_column, *(media.column for media in self.media.values())]
             columns = ", ".join(repr(own_column(row, column)) for column in known)
-            raise ValueError(f"{name} has nothing in {columns}; remove it.")
+            raise ValueError(f"{name} has no content in {columns}: remove the row.")
         return text
 
     def _labels(
@@ -296,13 +296,15 @@ def _check_writing(task: Any, tokenizer: Any, config: MMTransformerConfig) -> No
     forced = getattr(decoder, "forced_bos_token_id", None)
     if hasattr(tokenizer, "tgt_lang") and task.decoder_start_ids is None and forced is None:
         raise ValueError(
-            f"Task {task.name!r}: {type(tokenizer).__name__} is for several languages; say which is to be written by "
-            "Generation(..., decoder_start_ids=[start token, language code]), as the pretrained model expects them."
+            f"Task {task.name!r}: {type(tokenizer).__name__} is for several languages. Choose the language to write "
+            "by Generation(..., decoder_start_ids=[start token, language code]), as the pretrained model expects "
+            "them."
         )
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     stops = decoder.eos_token_id if isinstance(decoder.eos_token_id, (list, tuple)) else [decoder.eos_token_id]
     if end is not None and end not in stops and (config.decoder_config is not None or stops != [None]):
         raise ValueError(
             f"Task {task.name!r}: the tokenizer ends a text with id {end}, but the decoder stops at "
-            f"{decoder.eos_token_id}, so it would never stop: set eos_token_id={end} in the config of the decoder."
+            f"{decoder.eos_token_id}, so generation would never stop: set eos_token_id={end} in the config of the "
+            "decoder."
         )

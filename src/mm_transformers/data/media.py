@@ -122,9 +122,9 @@ class MediaColumn:
         where = f"{where}: {error}"
         if self.on_bad_file == "raise":
             raise type(error)(
-                f"{where}; mend or remove it, or pass on_bad_file='drop' to treat it as absent."
+                f"{where}; repair or remove it, or pass on_bad_file='drop' to treat it as missing."
             ) from None
         if int(self.num_bad_files) < MOST_NAMED:
-            logger.warning(f"{where}; treated as absent.")
+            logger.warning(f"{where}; treated as missing.")
         elif int(self.num_bad_files) == MOST_NAMED:
-            logger.warning(f"{MOST_NAMED} bad files have been named; further ones are counted only.")
+            logger.warning(f"{MOST_NAMED} bad files have been listed; more bad files are only counted.")

@@ -94,7 +94,7 @@ class DataSource:
     def __init__(self, dataset: Any, columns: Optional[Mapping[str, str]] = None, tasks: Optional[list[str]] = None):
         if isinstance(dataset, (dict, DataSource)):
             form = "several splits or data sets" if isinstance(dataset, dict) else "a DataSource itself"
-            raise ValueError(f"A DataSource takes one data set, but got {form}; give it one of them.")
+            raise ValueError(f"A DataSource takes one data set, but got {form}: give one of them.")
         columns = dict(columns or {})
         if not all(isinstance(x, str) for pair in columns.items() for x in pair):
             raise ValueError(f"columns must be a dict of names, {{'text': 'review', ...}}, but is {columns!r}.")
@@ -142,12 +142,13 @@ class DataSource:
         for target, column in self.columns.items():
             if target not in known:
                 raise ValueError(
-                    f"{name} maps its column {column!r} to {target!r}, which nothing reads; what is read is "
-                    f"{_shown(dict.fromkeys(known))}."
+                    f"{name} maps its column {column!r} to {target!r}, but no such column is read; the columns that "
+                    f"are read are {_shown(dict.fromkeys(known))}."
                 )
             if own and column not in own:
                 raise ValueError(
-                    f"{name} has no column {column!r}, which is to be {target!r}; its columns are {_shown(own)}."
+                    f"{name} has no column {column!r}, which columns={{...}} maps to {target!r}; its columns are "
+                    f"{_shown(own)}."
                 )
         columns = self.column_names
         if columns is not None and collator.text_column not in columns:
@@ -159,13 +160,13 @@ class DataSource:
         if self.tasks is not None and labelled != set(self.tasks):
             task = collator.tasks[min(set(self.tasks) - labelled)]
             raise ValueError(
-                f"{name} is to have labels of task {task.name!r}, but has no column {task.column!r} (its columns are "
-                f"{_shown(columns or [])}); name it by DataSource(..., columns={{{task.column!r}: '...'}})."
+                f"{name} should have labels of task {task.name!r}, but has no column {task.column!r} (its columns "
+                f"are {_shown(columns or [])}); name it by DataSource(..., columns={{{task.column!r}: '...'}})."
             )
         if not labelled:
             raise ValueError(
-                f"{name} has labels for none of the tasks {_shown(collator.tasks)}; leave it out, or name the columns "
-                "of its labels by DataSource(..., columns=...)."
+                f"{name} has no labels for any of the tasks {_shown(collator.tasks)}; leave it out, or name the "
+                "columns of its labels by DataSource(..., columns=...)."
             )
 
     def labelled_tasks(self, collator: Any) -> set[str]:

@@ -76,7 +76,7 @@ def _read_part(what: str, auto_class: Any, path: Any, **kwargs: Any) -> Any:
     except (ImportError, OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"The {what} in {os.fspath(path)!r} has code of its own, which is not run; pass trust_remote_code=True "
+                f"The {what} in {os.fspath(path)!r} has custom code, which is not run; pass trust_remote_code=True "
                 "if you trust it."
             ) from error
         # Of the two latter, those of JSON say nothing of the file.
@@ -324,9 +324,7 @@ class MMTransformerProcessor(ProcessorMixin):
             text = [text]
             media = {name: None if entry is None else [entry] for name, entry in media.items()}
         if not isinstance(text, (list, tuple)) or not text or not all(x is None or isinstance(x, str) for x in text):
-            raise ValueError(
-                "text must be a string or a list of strings, one per row; use '' where there is only an image."
-            )
+            raise ValueError("text must be a string or a list of strings, one per row; for a row without text, use ''.")
         entries = {name: _one_per_row(name, entry, len(text)) for name, entry in media.items()}
         data = self._tokenize([x or "" for x in text], **options["text_kwargs"])
         has_text = torch.tensor([bool(x and x.strip()) for x in text])
@@ -397,8 +395,8 @@ class MMTransformerProcessor(ProcessorMixin):
             max_length = saved if to_length else max_length
         if return_word_index and not tokenizer.is_fast:
             raise ValueError(
-                f"Labels of words need a fast tokenizer, but {type(tokenizer).__name__} is a slow one: it does not say "
-                "where in the text its tokens are."
+                f"Labels of words need a fast tokenizer, but {type(tokenizer).__name__} is a slow one, which does "
+                "not return the positions of tokens in the text."
             )
         max_length = max_length or tokenizer.model_max_length
         options = {
@@ -422,8 +420,8 @@ class MMTransformerProcessor(ProcessorMixin):
             if length > max_length and "text" not in self._warned:
                 self._warned.add("text")
                 logger.warning(
-                    f"A text of {'more than ' * (text != given)}{length} tokens was cut to the {max_length} that the "
-                    "text encoder takes; further ones are cut without a warning."
+                    f"A text of {'more than ' * (text != given)}{length} tokens was cut to {max_length}, the most "
+                    "that the text encoder accepts. More such texts are cut without a warning."
                 )
             # Rounding up would go past the last position.
             options["pad_to_multiple_of"] = None
@@ -471,7 +469,7 @@ class MMTransformerProcessor(ProcessorMixin):
             frames.append(numbers)
         if distinct.items and self.image_processor is None:
             raise ValueError(
-                "This processor has no image processor, but got images; it belongs to a model without images."
+                "This processor has no image processor, but got images. It belongs to a model without images."
             )
         data = {"image_index": _padded(index)}
         if any(not is_absent(video) for video in videos):
@@ -531,15 +529,15 @@ class MMTransformerProcessor(ProcessorMixin):
         waveform = load_audio(clip, rate, sampling_rate, fetch)
         if len(waveform) < SHORTEST_CLIP * rate:
             raise AudioError(
-                f"{name} lasts {1000 * len(waveform) / rate:.1f} ms, less than the "
-                f"{1000 * SHORTEST_CLIP:.0f} ms that audio encoders listen to at a time"
+                f"{name} lasts {1000 * len(waveform) / rate:.1f} ms, less than the {1000 * SHORTEST_CLIP:.0f} ms of "
+                "the shortest input of audio encoders"
             )
         longest = self.longest_clip
         if len(waveform) > longest and "audio" not in self._warned:
             self._warned.add("audio")
             logger.warning(
-                f"{name} of {len(waveform) / rate:.1f} s was cut to the {longest / rate:.1f} s that the "
-                "audio encoder takes; further ones are cut without a warning."
+                f"{name} of {len(waveform) / rate:.1f} s was cut to the {longest / rate:.1f} s that the audio "
+                "encoder accepts. More such sounds are cut without a warning."
             )
         # A feature extractor with its own window cuts better: it needs the samples just behind it.
         return waveform if self._window is not None else waveform[:longest]
@@ -566,7 +564,7 @@ class MMTransformerProcessor(ProcessorMixin):
         return list(dict.fromkeys(names))
 
 
-_NO_EXTRACTOR = "This processor has no feature extractor, but got sound; it belongs to a model without sound."
+_NO_EXTRACTOR = "This processor has no feature extractor, but got sound. It belongs to a model without sound."
 
 
 @contextlib.contextmanager

@@ -98,11 +98,12 @@ def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: st
         encoder_config = getattr(model.config, f"{modality}_config")
         if {"by_length", "one_by_one"} & set(traits_of(encoder_config)):
             raise ValueError(
-                f"A model whose {modality} encoder is {encoder_config.model_type!r} cannot be exported: this encoder "
-                "mixes the rows of a batch, or its padding, so it runs on few of them at a time, which no graph can."
+                f"A model whose {modality} encoder is {encoder_config.model_type!r} cannot be exported: with this "
+                "encoder, rows of a batch or padding change the answers of other rows. An exported graph cannot "
+                "prevent that."
             )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and not empty; name another folder.")
+        raise ValueError(f"{folder} exists and is not empty: choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     modes = ExitStack()
     modes.enter_context(evaluation_mode(model))

@@ -53,12 +53,14 @@ class ExportedModel:
     def __init__(self, folder: str | os.PathLike, trust_pickle: bool = False):
         path = Path(folder, SPEC_NAME)
         if not path.is_file():
-            raise OSError(f"{folder} holds no exported model: it has no {SPEC_NAME}; mm-transformers export makes one.")
+            raise OSError(
+                f"{folder} holds no exported model: it has no {SPEC_NAME}. Export a model by `mm-transformers export`."
+            )
         spec = read_spec(path)
         if spec["format"] == "torch" and not trust_pickle:
             raise ValueError(
-                f"{folder} holds programs of torch.export, which can run any code when they are loaded: export to ONNX "
-                "instead, or, if you trust whoever made them, pass trust_pickle=True."
+                f"{folder} holds programs of torch.export, which can run any code when they are loaded. Export to "
+                "ONNX instead, or pass trust_pickle=True if you trust their author."
             )
         self.config = MMTransformerConfig.from_pretrained(folder)
         self.tasks = self.config.get_tasks()
@@ -133,7 +135,7 @@ class _Fused:
         given = {name: value for name, value in locals().items() if isinstance(value, torch.Tensor)}
         given.pop("word_index", None)
         if frame_index is not None and (given.pop("frame_index") >= 0).any():
-            raise ValueError("An exported model takes pictures, but no videos.")
+            raise ValueError("An exported model takes pictures and no videos.")
         unknown = sorted(set(given) - set(self.shapes))
         if unknown:
             raise ValueError(f"The exported model takes {', '.join(self.shapes)}, but got {unknown[0]}.")

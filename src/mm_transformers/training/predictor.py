@@ -165,8 +165,8 @@ def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:
             column = name if i == 0 else f"{name}_{key}"
             if column in columns:
                 raise ValueError(
-                    f"The answers of task {name!r} and of another task would both be in a column {column!r}; choose "
-                    "the tasks to answer, one of the two at a time."
+                    f"The answers of task {name!r} and of another task would both be in a column {column!r}. Answer "
+                    "these two tasks one at a time, by tasks=[...]."
                 )
             columns[column] = value
     return columns

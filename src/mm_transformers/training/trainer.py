@@ -254,7 +254,7 @@ class MMTrainer(Trainer):
             alone = [task.name for task in self.fused_model.tasks.values() if task.needs_other_rows]
             if alone:
                 raise ValueError(
-                    f"Task {alone[0]!r} tells the pairs of a batch apart, but a batch holds one row: set "
+                    f"Task {alone[0]!r} compares the rows of a batch, but a batch has only one row: set "
                     "per_device_train_batch_size to 2 or more (accumulating gradients does not help)."
                 )
         if self.is_fsdp_enabled:
@@ -293,9 +293,9 @@ class MMTrainer(Trainer):
         if not isinstance(args, MMTrainingArguments):
             if probes_of(self.fused_model) and self.train_dataset is not None:
                 logger.warning_once(
-                    f"These are plain {type(args).__name__}, which are taken as they are: one learning rate of "
-                    f"{args.learning_rate:g} for all parts. MMTrainingArguments has defaults for pretrained encoders, "
-                    "validation rows, early stopping and the best weights."
+                    f"These are plain {type(args).__name__}, so all parts have the learning rate "
+                    f"{args.learning_rate:g}. MMTrainingArguments has defaults for pretrained encoders, validation "
+                    "rows, early stopping and the best weights."
                 )
             return
         if self.train_dataset is None:
@@ -424,8 +424,8 @@ class MMTrainer(Trainer):
         if 0 < len(batches) < num_batches:
             # Their gradients would stay until the next step, without the weights of its labels.
             logger.warning_once(
-                f"The stream ended with {len(batches)} of the {num_batches} batches of an optimiser step; such a rest "
-                "is left out, since what a step is made of must be known before it."
+                f"The stream ended with {len(batches)} of the {num_batches} batches of an optimiser step; these are "
+                "left out, since the number of labels of a step must be known before the step."
             )
             batches = []
         if batches and self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
@@ -551,9 +551,9 @@ class MMTrainer(Trainer):
         has_evaluated = self._has_evaluated or (wraps and getattr(self.model, "_is_accelerate_prepared", False))
         if has_evaluated and self.args.world_size > 1:
             raise ValueError(
-                "This trainer, or another with the same model, has evaluated before training, after which the "
-                "processes would train apart from each other: evaluate with a trainer and a model of its own, or set "
-                "eval_on_start=True in the training arguments."
+                "This trainer, or another with the same model, has evaluated before training, so the processes would "
+                "not exchange gradients. Evaluate with another trainer and another model, or set eval_on_start=True "
+                "in the training arguments."
             )
         self._has_trained = True
         self._kept.forget()
@@ -567,7 +567,8 @@ class MMTrainer(Trainer):
                 self.collator_for(self.rows_of(dataset)[0])
         if self.refitted is not None:
             logger.warning(
-                "The held-out rows were trained on before and cannot choose the best weights: give an eval_dataset."
+                "The model was already trained on the held-out rows, so they cannot choose the best weights: "
+                "give an eval_dataset."
             )
         self.refitted = None
 
@@ -671,7 +672,7 @@ class MMTrainer(Trainer):
         name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
         if self._chooses_best and self.args.load_best_model_at_end and name not in metrics:
             logger.warning_once(
-                f"The evaluation gives no {name}, since no validation row has a label: the last weights are kept."
+                f"The evaluation computes no {name}, since no validation row has a label. The last weights are kept."
             )
             return False
         lowest = self.state.best_metric
@@ -884,8 +885,8 @@ class MMTrainer(Trainer):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.refitted is not None and (eval_dataset is None or eval_dataset is self.eval_dataset):
             logger.warning(
-                "The model was trained on these rows in the end (refit), so this does not tell how good it is: "
-                "evaluate other rows, or train with refit=False."
+                "The model was finally trained on these rows too (refit), so these metrics are optimistic. Evaluate "
+                "other rows, or train with refit=False."
             )
             self.state.log_history[-1]["trained_on"] = True
         return metrics
@@ -897,7 +898,7 @@ class MMTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         if has_length(dataloader) and len(dataloader) == 0:
-            raise ValueError("There is nothing to evaluate or predict: the data set has no rows.")
+            raise ValueError("The data set to evaluate or predict has no rows.")
         with clear_errors(), nullcontext() if self._average is None else self._average.applied():
             return self._evaluated(dataloader, *args, **kwargs)
 
@@ -985,4 +986,4 @@ class MMTrainer(Trainer):
     def _report_bad_files(self) -> None:
         count = getattr(self.data_collator, "num_bad_files", 0)
         if count:
-            logger.warning(f"{count:,} times so far a file could not be read; it was treated as absent.")
+            logger.warning(f"Reading a file has failed {count:,} times so far; these files were treated as missing.")

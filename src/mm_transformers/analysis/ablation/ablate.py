@@ -98,7 +98,7 @@ def ablate(
     model = unwrapped(model)
     modalities = ["text", *model.config.modalities]
     if len(modalities) < 2:
-        raise ValueError("The model reads text alone, so there is nothing to leave out.")
+        raise ValueError("The model reads only text, so there is no modality to leave out.")
     if len(rows) == 0:
         raise ValueError("There are no rows to score the model on.")
     collator = collator or MMDataCollator(processor, model.config)

@@ -97,10 +97,10 @@ def explain(
     check_method(method)
     model = unwrapped(model)
     if task is None and len(model.tasks) > 1:
-        raise ValueError(f"Say which task is to be explained: task= one of {', '.join(model.tasks)}.")
+        raise ValueError(f"Choose the task to explain by task=, one of {', '.join(model.tasks)}.")
     names = check_tasks(model, None if task is None else [task])
     if word is not None and word < 0:
-        raise ValueError(f"word counts from 0, but is {word}.")
+        raise ValueError(f"word must be at least 0, but is {word}.")
     question = Question(names[0], answer, word, generation_options)
     is_one = isinstance(row, (str, Mapping))
     given = [row] if is_one else as_records(row)

@@ -86,7 +86,7 @@ def faithfulness(
     model = unwrapped(model)
     kind = model.tasks[check_tasks(model, [task])[0]]
     if kind.is_token_level or not kind.label_names:
-        raise ValueError(f"faithfulness needs a task that chooses among labels for the whole row; {task!r} does not.")
+        raise ValueError(f"faithfulness needs a task that chooses one label for each row; {task!r} does not.")
     explanations = explain(model, processor, list(rows), task, method, batch_size=batch_size, seed=seed)
     curves: dict[bool, list[np.ndarray]] = {True: [], False: []}
     for start in range(0, len(rows), batch_size):

@@ -47,7 +47,7 @@ def integrated_gradients(
     try:
         from captum.attr import IntegratedGradients
     except ImportError as error:
-        raise ImportError("Integrated gradients need a package more: pip install mm-transformers[explain]") from error
+        raise ImportError("Integrated gradients need `captum`: pip install mm-transformers[explain]") from error
     rows = [_Row(model, processor, inputs, question, asked, texts, word_index, number) for number in range(len(texts))]
     found: dict[str, torch.Tensor] = {"text": torch.zeros(inputs["input_ids"].shape)}
     for name, encoder in OTHER_ENCODERS.items():

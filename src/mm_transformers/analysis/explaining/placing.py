@@ -72,8 +72,8 @@ def patch_grid(config: Any, num_tokens: int, height: int, width: int) -> tuple[i
         if rows * columns <= num_tokens <= rows * columns + 16:
             return rows, columns
     raise ValueError(
-        f"It is not known where in a picture of {height} x {width} pixels the {num_tokens} tokens of "
-        f"{config.model_type!r} lie."
+        f"A picture of {height} x {width} pixels cannot be coloured: the places of the {num_tokens} tokens of "
+        f"{config.model_type!r} in it are not known."
     )
 
 

@@ -71,7 +71,7 @@ class Question(NamedTuple):
         if task.is_token_level:
             places, words = self._places_of_words(texts, word_index, first_row)
         elif self.word is not None:
-            raise ValueError(f"Task {self.task!r} answers for the whole row; leave out the word.")
+            raise ValueError(f"Task {self.task!r} has one answer for the whole row: leave out `word`.")
         scores, found = task.answer_scores(model(encoder_outputs=outputs).logits[self.task], answers, places)
         return Asked(scores, found, words)
 
@@ -82,8 +82,8 @@ class Question(NamedTuple):
         for row in range(len(texts)):
             if not places[row].any():
                 raise ValueError(
-                    f"Row {first_row + row} has no word {self.word}: the model reads {int(word_index[row].max()) + 1} "
-                    "words of its text."
+                    f"Row {first_row + row} has no word {self.word}: the model reads only "
+                    f"{int(word_index[row].max()) + 1} words of its text."
                 )
         return places, [text[slice(*split_words(text)[self.word])] for text in texts]
 

@@ -156,7 +156,9 @@ def embeddings_of_first_call(model: Any, embeddings: torch.Tensor) -> Iterator[N
         handle.remove()
     if waiting:
         kind = model.config.text_config.model_type
-        raise ValueError(f"Integrated gradients need word embeddings, which the text encoder {kind!r} does not use.")
+        raise ValueError(
+            f"Integrated gradients need word embeddings, but the text encoder {kind!r} has none: choose another method."
+        )
 
 
 def _shows_attentions(encoder: PreTrainedModel) -> bool:

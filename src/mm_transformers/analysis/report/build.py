@@ -60,7 +60,7 @@ def write_report(
         ValueError: if there are no rows, or one cannot be read.
     """
     if len(rows) == 0:
-        raise ValueError("There are no rows to report on.")
+        raise ValueError("The report needs at least one row, but there are none.")
     collator = collator or MMDataCollator(processor, model.config)
     rows, _ = rows_of(rows, collator)
     model = unwrapped(model)
@@ -78,7 +78,7 @@ def write_report(
         loader=jinja2.PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html.jinja").render(
-        title=title or "What the model answers, and why",
+        title=title or "Answers of the model, and their reasons",
         num_rows=len(rows),
         method=method,
         sections=sections,

@@ -43,7 +43,7 @@ def write_card(folder: str | os.PathLike, facts: CardFacts) -> ModelCard:
             card = ModelCard(content, ignore_metadata_errors=True)
         except Exception as error:  # from YAML
             raise ValueError(
-                f"{path} cannot be renewed, since its front matter is no YAML: {one_line(error)}"
+                f"{path} cannot be updated, since its front matter is not valid YAML: {one_line(error)}"
             ) from error
         data, text = card.data, card.text
     new_sections, new_entries = sections_of(facts), entries_of(facts)

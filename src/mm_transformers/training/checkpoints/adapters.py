@@ -31,7 +31,7 @@ def load_adapters(model: PreTrainedModel, folder: str) -> None:
     different = sorted(known.keys() ^ weights.keys())
     if different:
         raise ValueError(
-            f"The adapter in {folder} is not the one that the model has ({different[0]!r} is in one of them only): "
-            "give `add_adapter` the config that it had."
+            f"The adapter in {folder} differs from the adapter of the model ({different[0]!r} is in one of them "
+            "only): give `add_adapter` the config of the saved adapter."
         )
     set_peft_model_state_dict(model, weights, adapter_name=name)

@@ -45,7 +45,7 @@ logger = logging.get_logger(__name__)
 SAVING, DELETING = "_saving", "_deleting"
 MANIFEST_NAME = "checkpoint_manifest.json"
 MARK_NAME = ".mm_transformers"
-_MARK = "This folder belongs to a training of mm_transformers, which deletes it.\n"
+_MARK = "A training of mm_transformers uses this folder, and deletes it.\n"
 # One of these is in each checkpoint, complete or not.
 _OF_CHECKPOINTS = (MANIFEST_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)
 
@@ -90,7 +90,7 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
     if problem is not None:
         raise ValueError(
             f"Training cannot be resumed from {str(folder)!r}, which is not a complete checkpoint: {problem}; "
-            "trainer.train(resume_from_checkpoint=True) takes the newest complete one."
+            "trainer.train(resume_from_checkpoint=True) resumes from the newest complete checkpoint."
         )
 
 
@@ -144,7 +144,7 @@ def publish(staged: str | os.PathLike, final: str | os.PathLike) -> None:
     drop_link(final)
     if final.exists() and not is_own_checkpoint(final):
         kept = next(path for i in range(1, 10_000) if not (path := Path(f"{final}-kept-{i}")).exists())
-        logger.warning(f"{final} is not a checkpoint of a training; it stays, as {kept.name}.")
+        logger.warning(f"{final} is not a checkpoint of a training; it is kept as {kept.name}.")
         final.rename(kept)
     if final.exists():
         old = _set_aside(final)
@@ -170,7 +170,7 @@ def tidy(output_dir: str | os.PathLike) -> None:
         if (staged / MANIFEST_NAME).exists() and what_is_missing(staged) is None:
             publish(staged, Path(output_dir, staged.name))
         else:
-            logger.warning(f"{staged.name} was not yet written when training was stopped; what there is of it goes.")
+            logger.warning(f"{staged.name} was incomplete when training stopped; it is deleted.")
     for folder in own.values():
         _remove_own(folder)
     for path in list(Path(output_dir).iterdir()) if os.path.isdir(output_dir) else []:

@@ -23,8 +23,8 @@ def check_links(output_dir: str | os.PathLike) -> None:
     for path in folder.rglob("*"):
         if path.is_symlink() and leads_outside(path, folder):
             raise ValueError(
-                f"{path} is a link to {os.readlink(path)}, which a push would upload from outside of the folder: "
-                "remove it."
+                f"{path} is a link to {os.readlink(path)}, so a push would upload a file from outside of the folder: "
+                "remove the link."
             )
 
 
@@ -47,5 +47,5 @@ def make_room_for_metrics(path: Path) -> None:
         except (ValueError, RecursionError):
             pass
         kept = path.with_name(f"{path.name}.damaged")
-        logger.warning(f"{path} holds no metrics as JSON; it is renamed to {kept.name}, and a new one is written.")
+        logger.warning(f"{path} holds no metrics in JSON; it is renamed to {kept.name}, and a new file is written.")
         path.replace(kept)

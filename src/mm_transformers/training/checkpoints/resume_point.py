@@ -56,11 +56,11 @@ def checkpoint_to_resume(
     if problem is not None:
         raise ValueError(problem)
     if checkpoint is not None:
-        logger.info(f"Going on from {checkpoint}.")
+        logger.info(f"Resuming from {checkpoint}.")
         if not any(name.startswith(("optimizer", "global_step")) for name in os.listdir(checkpoint)):
             logger.warning(
-                f"{checkpoint} has no {OPTIMIZER_NAME}: weights and step are restored, but optimiser and learning rate "
-                "start anew."
+                f"{checkpoint} has no {OPTIMIZER_NAME}: weights and step are restored, but optimiser and learning "
+                "rate start again."
             )
     elif wanted is True:
         logger.warning(f"There is no complete checkpoint in {args.output_dir}: training starts from scratch.")
@@ -84,6 +84,6 @@ def check_same_weights(load_result: Any, model: Any) -> None:
     for what, names in {"lacks": missing, "has": sorted(load_result.unexpected_keys)}.items():
         if names:
             raise ValueError(
-                f"The checkpoint {what} the weight {names[0]!r}{and_more(names)}, unlike the model that is trained,"
-                " so it is of another model: train into another folder, or give the model that it was saved from."
+                f"The checkpoint {what} the weight {names[0]!r}{and_more(names)}, unlike the model in training. So "
+                "it belongs to another model: train into another folder, or give the model of the checkpoint."
             )

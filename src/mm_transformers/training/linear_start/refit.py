@@ -58,11 +58,11 @@ class Refit:
         wanted, kind = trainer.args.refit, type(trainer)
         why_not = None
         if has_own_optimizer:
-            why_not = "the optimizer was given, and the second training needs one of its own"
+            why_not = "the optimizer was given, but the second training needs a new one"
         elif trainer.is_deepspeed_enabled:
             why_not = "DeepSpeed cannot train a model twice"
         elif any("__init__" in vars(own) for own in kind.__mro__[: kind.__mro__.index(stock)]):
-            why_not = f"{kind.__name__} has an __init__ of its own, so that the second trainer cannot be made"
+            why_not = f"{kind.__name__} has its own __init__, so the second trainer cannot be made"
         if wanted and why_not is not None:
             raise ValueError(f"refit=True is not possible: {why_not}.")
         is_default = wanted is None and len(trainer.train_dataset) <= MAX_ROWS and kind is stock
@@ -95,8 +95,8 @@ class Refit:
         self.how = f"on all {len(self.rows):,} training rows, {length}"
         if trainer.is_world_process_zero():
             logger.warning(
-                f"Now again from the start, {self.how}: the held-out rows have done their work. What was measured so "
-                "far is the model without them. refit=False leaves this out."
+                f"Training again from the start, {self.how}, because the held-out rows are no longer needed. All "
+                "measurements so far are of the model without these rows. refit=False turns this off."
             )
         self._take_back(trainer, start, tasks)
         once = {
@@ -140,7 +140,7 @@ class Refit:
         if again.state.global_step < again.state.max_steps:
             logger.warning(
                 f"A callback stopped this second training after {again.state.global_step} of {again.state.max_steps} "
-                "steps; refit=False leaves it out."
+                "steps; refit=False turns the second training off."
             )
         trainer.data_collator = again.data_collator  # it has more cached features
         return again.linear_models

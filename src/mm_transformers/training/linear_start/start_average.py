@@ -120,8 +120,8 @@ class StartAverage:
         if not path.is_file():
             return False
         complaint = (
-            "{path} does not hold the start of {name}: resume with the parameters frozen that were frozen when the "
-            "checkpoint was written."
+            "{path} does not hold the start of {name}: freeze the same parameters as when the checkpoint was "
+            "written, and resume."
         )
         self.start = load_tensors(path, self.start, complaint)
         # Checkpoints of earlier versions have no buffers.

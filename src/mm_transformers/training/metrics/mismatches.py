@@ -179,8 +179,8 @@ class WithMismatches:
         self.tasks, self.rows, self.collator, self.answer, self.own = tasks, rows, collator, answer, own
         if tasks and is_iterable(rows):
             logger.warning_once(
-                f"The evaluation rows are a stream, so task {tasks[0].name!r} judges mismatched pairs of rows of one "
-                "batch: its metrics depend on the batch size."
+                f"The evaluation rows are a stream, so task {tasks[0].name!r} gets mismatched pairs from the rows of "
+                "one batch: its metrics depend on the batch size."
             )
             self.tasks = []
 

@@ -249,8 +249,8 @@ class MultiTaskMetrics:
         writing = [name for name, task in self.tasks.items() if task.needs_decoder and metrics.get(name, True)]
         if writing and self.tokenizer is None:
             raise ValueError(
-                f"Task {writing[0]!r} writes text, which only the processor can read: give "
-                "MultiTaskMetrics(config, processor)."
+                f"Task {writing[0]!r} writes text, and decoding it needs the processor: MultiTaskMetrics(config, "
+                "processor)."
             )
         unknown = sorted(set(metrics) - set(self.tasks))
         if unknown:
@@ -292,8 +292,8 @@ class MultiTaskMetrics:
             results[f"{name}_loss"] = (total / count).item()
             if not torch.isfinite(total):
                 logger.warning(
-                    f"The loss of task {name!r} is {total.item()}, so nothing else is measured of it; training has "
-                    "probably diverged (try a smaller learning rate)."
+                    f"The loss of task {name!r} is {total.item()}, so its other metrics are not computed. Training "
+                    "has probably diverged (try a smaller learning rate)."
                 )
                 continue
             if not self.metrics[name]:

@@ -88,7 +88,7 @@ class TaskBalancing(TrainerCallback):
         for name, is_there in obstacles.items():
             if is_there:
                 raise ValueError(
-                    f"{what} takes the gradient of each task apart, which does not work with {name}; use "
+                    f"{what} needs the gradient of each task, and does not work with {name}; use "
                     "task_weighting='static', 'uncertainty' or 'famo' there."
                 )
 
@@ -338,7 +338,7 @@ def probe_parameters(fused: MMTransformerForMultiTask) -> list[nn.Parameter]:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if parameters:
             return parameters
-    raise ValueError("All that the tasks share is frozen, so there are no gradients to compare.")
+    raise ValueError("All parameters that the tasks share are frozen, so there are no gradients to compare.")
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -38,7 +38,7 @@ def training_arguments(recipe: Recipe) -> MMTrainingArguments:
     try:
         return MMTrainingArguments(**recipe.training)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"The training options do not fit: {one_line(error, 1000)}") from error
+        raise ValueError(f"The training options are not valid: {one_line(error, 1000)}") from error
 
 
 def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:

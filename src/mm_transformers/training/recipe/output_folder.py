@@ -62,8 +62,8 @@ def check_checkpoint(checkpoint: str, tasks: list[Task]) -> None:
         if known != values:
             changed = [f"{key} {shortened(known.get(key))}" for key, value in values.items() if known.get(key) != value]
             raise ValueError(
-                f"{checkpoint} has task {task.name!r} with {', '.join(changed)}, unlike the data now: bring back the "
-                "data that it was trained on, or train into another folder, by training.output_dir=...."
+                f"{checkpoint} has task {task.name!r} with {', '.join(changed)}, unlike the present data: use the "
+                "data of that training, or train into another folder (training.output_dir=...)."
             )
 
 

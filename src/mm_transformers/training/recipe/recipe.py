@@ -160,7 +160,7 @@ class Recipe:
             raise ValueError("The recipe needs either data.train, a file, or data.dataset_name.")
         if data.dataset_name is not None and (data.files or data.image_root is not None):
             other = "image_root" if data.image_root is not None else next(iter(data.files))
-            raise ValueError(f"data.{other} goes with data.train; a data set that data.dataset_name names has its own.")
+            raise ValueError(f"data.{other} goes with data.train; leave it out with data.dataset_name.")
         if data.validation_fraction is not None and not 0 < data.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction must lie between 0 and 1, but is {data.validation_fraction}.")
         for name in ("max_train_samples", "max_eval_samples", "sampling_rate", "max_length", "pad_to_multiple_of"):
@@ -263,7 +263,7 @@ def _override(values: Any, parts: list[str], value: Any, whole: str) -> None:
     elif isinstance(values, dict):
         key = first
     else:
-        raise ValueError(f"{whole}: {'.'.join(here[:-1])} is {shortened(values)}, which has no keys.")
+        raise ValueError(f"{whole}: {'.'.join(here[:-1])} is {shortened(values)}, so it has no keys.")
     if not rest:
         values[key] = value
         return

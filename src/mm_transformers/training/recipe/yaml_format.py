@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):
             key_node.tag = "tag:yaml.org,2002:str"  # as keys of JSON are
             key = key_node.value
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key!r} is there twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"{key!r} occurs twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -80,13 +80,13 @@ def _count(node: yaml.Node, known: dict[int, int], parents: tuple[int, ...]) -> 
     if id(node) in known:
         return known[id(node)]
     if id(node) in parents:
-        raise yaml.MarkedYAMLError(problem="an alias stands for what it is in", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(problem="an alias refers to its own parent", problem_mark=node.start_mark)
     children: list[Any] = [] if isinstance(node, yaml.ScalarNode) else list(node.value)
     flat = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
     number = 1 + sum(_count(child, known, (*parents, id(node))) for child in flat)
     if number > _MOST_VALUES:
         raise yaml.MarkedYAMLError(
-            problem=f"its aliases stand for more than {_MOST_VALUES:,} values", problem_mark=node.start_mark
+            problem=f"its aliases expand to more than {_MOST_VALUES:,} values", problem_mark=node.start_mark
         )
     known[id(node)] = number
     return number
