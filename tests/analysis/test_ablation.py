@@ -454,7 +454,7 @@ def test_pairs_are_judged_with_mismatched_ones():
 def test_what_cannot_be_ablated_is_told(model):
     with pytest.raises(ValueError, match="There are no rows"):
         ablate(model, make_processor(), [])
-    with pytest.raises(ValueError, match="text alone"):
+    with pytest.raises(ValueError, match="only text"):
         ablate(make_model(vision=None), make_processor(), make_rows(4))
 
 

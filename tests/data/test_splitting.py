@@ -321,7 +321,7 @@ class TestDataSets:
         (ROWS, 1.5, "must lie between 0 and 1, but is 1.5"),
         (iter(ROWS), 0.1, r"Rows cannot be held out of a stream \(list_iterator\): give separate validation rows"),
         (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), 0.1, "of a stream"),
-        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), 0.1, "of one data set only, but got a DatasetDict"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), 0.1, "of one data set only, but got a Data"),
         ([], 0.1, "No rows can be held out, since there are fewer than two"),
         (ROWS[:1], 0.1, "there are fewer than two"),
         (ROWS[:2], 0.1, "since all rows share an image, a video, a sound or a text: give separate validation rows"),

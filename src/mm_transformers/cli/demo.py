@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from ..data.embedded import (
     render_image,
 )
 from ..model.fusion import fusion_class
+from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import drop_link, write_atomically, write_text_atomically
 from ..training.trainer import MMTrainer
 from .demo_model import make_config, make_processor, train
@@ -193,7 +195,9 @@ def _table(results: dict[str, dict[str, float]], num_rows: int) -> Table:
     return table
 
 
-def _check_in_fresh_process(trainer: MMTrainer, processor, rows: Dataset, output_dir: Path) -> float:
+def _check_in_fresh_process(
+    trainer: MMTrainer, processor: MMTransformerProcessor, rows: Dataset, output_dir: Path
+) -> float:
     """The largest difference between the logits here and those of the saved model in a fresh process."""
     folder = output_dir / "examples"
     folder.mkdir(exist_ok=True)
@@ -228,7 +232,7 @@ def _check_in_fresh_process(trainer: MMTrainer, processor, rows: Dataset, output
     return difference
 
 
-def _cards(trainer: MMTrainer, processor, rows: Dataset, seed: int) -> list[dict]:
+def _cards(trainer: MMTrainer, processor: MMTransformerProcessor, rows: Dataset, seed: int) -> list[dict[str, Any]]:
     """Some test rows with their answers, in pairs: the same message, another picture, another truth."""
     texts = list(rows["text"])
     pairs: list[int] = []

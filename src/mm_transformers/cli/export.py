@@ -47,7 +47,9 @@ def run_export(model_name: str, output: Path, kind: str, dtype: str) -> None:
 
 
 @torch.no_grad()
-def compare(model: Any, processor: Any, folder: str | os.PathLike) -> dict[str, float]:
+def compare(
+    model: MMTransformerForMultiTask, processor: MMTransformerProcessor, folder: str | os.PathLike[str]
+) -> dict[str, float]:
     """
     Task -> the largest difference between the logits of a model and those of its export.
 

@@ -44,7 +44,12 @@ def load_page(model: str, examples: Sequence[Sequence[Any]] = ()) -> Any:
     return make_page(fused.to(device), processor, Path(model).name, examples)
 
 
-def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequence[Any]] = ()) -> Any:
+def make_page(
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
+    title: str,
+    examples: Sequence[Sequence[Any]] = (),
+) -> Any:
     """
     The page of a loaded model; see [`load_page`].
 
@@ -133,7 +138,9 @@ def launch_options() -> dict[str, Any]:
     }
 
 
-def _answering(model: Any, processor: Any, kinds: Sequence[str]) -> Callable[..., str]:
+def _answering(
+    model: MMTransformerForMultiTask, processor: MMTransformerProcessor, kinds: Sequence[str]
+) -> Callable[..., str]:
     def answer(*given: Any) -> str:
         *parts, tasks = given
         try:

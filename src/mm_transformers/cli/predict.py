@@ -289,7 +289,13 @@ def _features(schema: pyarrow.Schema, columns: Collection[str]) -> dict[str, Any
     return dict(datasets.Features.from_arrow_schema(pyarrow.schema(fields, schema.metadata)))
 
 
-def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str, Any], escape_formulas: bool) -> int:
+def _write(
+    answered: Iterator[list[tuple[Any, dict[str, Any]]]],
+    output: Path,
+    suffix: str,
+    types: dict[str, Any],
+    escape_formulas: bool,
+) -> int:
     """Writes the answers, and returns the number of rows."""
     writer, num_rows, names = None, 0, {}
     bar = Progress(

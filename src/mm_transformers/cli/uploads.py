@@ -46,10 +46,10 @@ def upload_folder() -> Path:
     return Path(os.environ["GRADIO_TEMP_DIR"])
 
 
-_made: list[tempfile.TemporaryDirectory] = []
+_made: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def _own_folder() -> tempfile.TemporaryDirectory:
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
     if not _made:
         _made.append(tempfile.TemporaryDirectory(prefix="mm-transformers-page-", ignore_cleanup_errors=True))
     return _made[0]

@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from torch.utils.data import ChainDataset, ConcatDataset, Dataset, IterableDataset, Subset
 from transformers.utils import logging
@@ -18,6 +18,10 @@ from ..model.file_contents import is_absent, is_address
 from ..model.label_cells import PADDING, as_scalar, is_missing
 from ..model.modalities import MODALITIES
 from .formulas import with_formula
+
+
+if TYPE_CHECKING:
+    from ..model.task_base import Task
 
 
 logger = logging.get_logger(__name__)
@@ -29,7 +33,7 @@ LABEL_SEPARATOR = "|"
 Reader = Callable[[Any], Any]
 
 
-def label_of(task: Any, cell: Any, text: str = "", separator: str = LABEL_SEPARATOR) -> Any:
+def label_of(task: "Task", cell: Any, text: str = "", separator: str = LABEL_SEPARATOR) -> Any:
     """
     The encoded label of a cell, `None` if it is missing.
 
@@ -180,7 +184,7 @@ def _numpy_loses_nulls(column: Any, is_cell: bool = True) -> bool:
     return hasattr(column, "values") and _numpy_loses_nulls(column.values, False)
 
 
-class _Read(Dataset):
+class _Read(Dataset[dict[str, Any]]):
     """Rows of a part of a data set, read."""
 
     def __init__(self, dataset: Any, reader: RowReader):
@@ -193,7 +197,7 @@ class _Read(Dataset):
         return self.reader(self.dataset[index])
 
 
-class _ReadStream(IterableDataset):
+class _ReadStream(IterableDataset[dict[str, Any]]):
     """Rows of a part of a stream, read."""
 
     def __init__(self, dataset: Any, reader: RowReader):

@@ -22,7 +22,7 @@ MOST_NAMED = 100
 class SharedCounter:
     """A counter for the workers of a data loader. Each has a separate place, so that none waits."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._counts = torch.zeros(256, dtype=torch.int64).share_memory_()
 
     def __int__(self) -> int:
@@ -32,7 +32,7 @@ class SharedCounter:
         worker = torch.utils.data.get_worker_info()
         self._counts[0 if worker is None else 1 + worker.id % (len(self._counts) - 1)] += 1
 
-    def __setstate__(self, state: dict[str, Any]):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._counts.share_memory_()  # a copy is not
 

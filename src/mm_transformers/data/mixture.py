@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 from transformers.utils import logging
@@ -11,6 +11,10 @@ from transformers.utils import logging
 from .collator import MMDataCollator
 from .mixture_rows import MixedRows, MixedStream, MixtureSampler
 from .sources import DataSource
+
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 logger = logging.get_logger(__name__)
@@ -96,7 +100,7 @@ class DataMixture:
             raise TypeError("A mixture with a stream has no length.")
         return sum(len(source) for source in self.sources.values())
 
-    def check(self, collator: Any, args: Any) -> None:
+    def check(self, collator: MMDataCollator, args: "TrainingArguments") -> None:
         """
         Checks that the data sets fit the model and the training arguments.
 
@@ -133,7 +137,7 @@ class DataMixture:
             if not any(task in source.labelled_tasks(collator) for source in self.sources.values()):
                 logger.warning(f"None of the data sets has labels of task {task!r}.")
 
-    def rows(self, collator: MMDataCollator, batch_size: int, args: Any) -> MixedRows | MixedStream:
+    def rows(self, collator: MMDataCollator, batch_size: int, args: "TrainingArguments") -> MixedRows | MixedStream:
         """The rows for the data loader of one process; `batch_size` is that of a process."""
         parts = [
             source.rows(collator, name, place=(i, len(self.sources)))
@@ -149,7 +153,7 @@ class DataMixture:
         return MixedRows(parts, MixtureSampler(list(map(len, parts)), shares, seed, size, args.dataloader_drop_last))
 
 
-def check_sources(train_dataset: Any, eval_dataset: Any, collator: Any, args: Any) -> None:
+def check_sources(train_dataset: Any, eval_dataset: Any, collator: MMDataCollator, args: "TrainingArguments") -> None:
     """
     Checks the mixtures and [`DataSource`] objects among the data sets of a trainer.
 

@@ -13,18 +13,24 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..model.answers import evaluation_mode
 from ..model.encoder_probe import traits_of
 from ..model.safe_writing import drop_link
 from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES
+
+
+if TYPE_CHECKING:
+    from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+    from ..model.processing_mm_transformer import MMTransformerProcessor
 
 
 # The output of the graph of a model with a decoder beside the logits of its heads.
@@ -34,7 +40,7 @@ STATES, STATES_MASK = "fused_states", "fused_mask"
 class FusedGraph(nn.Module):
     """The first graph: the logits of the heads and, for the decoder, the fused states."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: "MMTransformerForMultiTask"):
         super().__init__()
         self.model, self.config = model, model.config
 
@@ -50,11 +56,13 @@ class FusedGraph(nn.Module):
 class DecoderGraph(nn.Module):
     """The second graph: the logits of the next token, (batch, 1, vocabulary)."""
 
-    def __init__(self, text_model: Any):
+    def __init__(self, text_model: PreTrainedModel):
         super().__init__()
         self.text_model, self.config = text_model, text_model.config
 
-    def forward(self, decoder_input_ids, fused_states, fused_mask) -> dict[str, torch.Tensor]:
+    def forward(
+        self, decoder_input_ids: torch.Tensor, fused_states: torch.Tensor, fused_mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         outputs = self.text_model(
             encoder_outputs=BaseModelOutput(last_hidden_state=fused_states),
             attention_mask=fused_mask,
@@ -71,7 +79,13 @@ class Sample(NamedTuple):
     dynamic: dict[str, list[int]]
 
 
-def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: str = "onnx", int8: bool = False) -> None:
+def export_model(
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
+    folder: str | os.PathLike[str],
+    kind: str = "onnx",
+    int8: bool = False,
+) -> None:
     """
     Writes the graphs, the processor and the config into a folder, atomically.
 
@@ -157,7 +171,9 @@ def check_exporters(kind: str) -> None:
             ) from error
 
 
-def sample_inputs(model: Any, processor: Any, size: int) -> dict[str, torch.Tensor]:
+def sample_inputs(
+    model: "MMTransformerForMultiTask", processor: "MMTransformerProcessor", size: int
+) -> dict[str, torch.Tensor]:
     """Inputs of `size` rows; the numbers and lengths of texts, images and sounds also depend on `size`."""
     modalities: dict[str, Any] = {}
     if model.config.vision_config is not None:
@@ -184,7 +200,7 @@ def _differing(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Ten
     }
 
 
-def _decoder_sample(model: Any, inputs: Mapping[str, torch.Tensor]) -> Sample:
+def _decoder_sample(model: "MMTransformerForMultiTask", inputs: Mapping[str, torch.Tensor]) -> Sample:
     with torch.no_grad():
         encoded = model.model(**inputs)
     states = encoded.last_hidden_state

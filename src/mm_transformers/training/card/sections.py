@@ -3,12 +3,16 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...data.markdown import plain_markdown
 from ...model.modalities import modalities_of
 from ...model.tasks import Task
 from .facts import CardFacts
+
+
+if TYPE_CHECKING:
+    from ...model.configuration_mm_transformer import MMTransformerConfig
 
 
 def sections_of(facts: CardFacts) -> dict[str, str]:
@@ -127,7 +131,7 @@ def _limits(facts: CardFacts) -> str:
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)?")
 
 
-def base_model_of(config: Any) -> str:
+def base_model_of(config: "MMTransformerConfig") -> str:
     """The Hub id of an encoder, "" if it has none."""
     name = str(getattr(config, "_name_or_path", "") or "")
     return name if _HUB_ID.fullmatch(name) else ""

@@ -1,11 +1,10 @@
 """Loads adapters of `model.add_adapter`, which the Trainer of transformers saves but does not load."""
 
-from typing import Any
-
+from torch import nn
 from transformers import PreTrainedModel
 
 
-def has_own_adapters(model: Any) -> bool:
+def has_own_adapters(model: nn.Module) -> bool:
     """Whether the model has adapters and is no `PeftModel`, which the Trainer can load."""
     return isinstance(model, PreTrainedModel) and getattr(model, "_hf_peft_config_loaded", False)
 

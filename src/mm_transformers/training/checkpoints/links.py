@@ -12,7 +12,7 @@ from ...model.safe_writing import drop_link, leads_outside, write_atomically
 logger = logging.get_logger(__name__)
 
 
-def check_links(output_dir: str | os.PathLike) -> None:
+def check_links(output_dir: str | os.PathLike[str]) -> None:
     """
     Checks the links in the folder.
 
@@ -28,7 +28,7 @@ def check_links(output_dir: str | os.PathLike) -> None:
             )
 
 
-def prepare_push(checkpoint: str | os.PathLike, output_dir: str | os.PathLike) -> None:
+def prepare_push(checkpoint: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> None:
     """Copies the model code, which the Trainer leaves out when it copies a checkpoint into the folder to push."""
     for code in Path(checkpoint).glob("*.py"):
         with write_atomically(Path(output_dir, code.name)) as copy:

@@ -29,7 +29,7 @@ _depths: dict[str, int] = {}  # folder -> the number of blocks of this process t
 
 
 @contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[None]:
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """
     Locks the folder against other processes while the block runs.
 
@@ -64,7 +64,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
 
 @contextmanager
-def locked_for_all(folder: str | os.PathLike, process_index: int) -> Iterator[None]:
+def locked_for_all(folder: str | os.PathLike[str], process_index: int) -> Iterator[None]:
     """
     [`locked`] for all processes of a training: the first one locks the folder.
 

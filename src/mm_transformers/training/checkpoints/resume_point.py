@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
@@ -17,11 +17,15 @@ from .folders import check_checkpoint, newest_complete_checkpoint, tidy
 from .running_losses import tasks_in
 
 
+if TYPE_CHECKING:
+    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+
+
 logger = logging.get_logger(__name__)
 
 
 def checkpoint_to_resume(
-    wanted: str | os.PathLike | bool | None, args: TrainingArguments, tasks: Callable[[], Mapping[str, Task]]
+    wanted: str | os.PathLike[str] | bool | None, args: TrainingArguments, tasks: Callable[[], Mapping[str, Task]]
 ) -> Optional[str]:
     """
     The checkpoint from which training resumes. The main process decides, since others may see different folders.
@@ -67,7 +71,7 @@ def checkpoint_to_resume(
     return checkpoint
 
 
-def check_same_weights(load_result: Any, model: Any) -> None:
+def check_same_weights(load_result: Any, model: "MMTransformerForMultiTask") -> None:
     """
     Checks that a checkpoint has exactly the weights of the model.
 

@@ -6,13 +6,15 @@ The same is the default of scikit-learn's
 """
 
 import gc
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Optional
 
 import torch
-from transformers import DefaultFlowCallback, EarlyStoppingCallback
+from transformers import DefaultFlowCallback, EarlyStoppingCallback, Trainer
 from transformers.utils import logging
 
+from ...model.tasks import Task
 from .linear_models import LinearModel
 from .probe_start import probes_of
 from .start_average import StartAverage
@@ -35,7 +37,7 @@ class Refit:
         tasks: the tasks as given; training determines some of their options.
     """
 
-    def __init__(self, rows: Any, tasks: dict[str, Any]):
+    def __init__(self, rows: Sequence[Any], tasks: Mapping[str, Task]):
         self.rows = rows
         self.how = ""
         self.options = {
@@ -43,7 +45,7 @@ class Refit:
         }
 
     @classmethod
-    def of(cls, trainer: Any, stock: type, has_own_optimizer: bool) -> Optional["Refit"]:
+    def of(cls, trainer: Trainer, stock: type, has_own_optimizer: bool) -> Optional["Refit"]:
         """
         The second training of a trainer; `None` if there is none.
 
@@ -72,7 +74,7 @@ class Refit:
             else None
         )
 
-    def run(self, trainer: Any, start: StartAverage, tasks: list[str]) -> dict[str, LinearModel]:
+    def run(self, trainer: Trainer, start: StartAverage, tasks: list[str]) -> dict[str, LinearModel]:
         """
         Resets the model to its start, and trains it on all rows.
 
@@ -145,7 +147,7 @@ class Refit:
         trainer.data_collator = again.data_collator  # it has more cached features
         return again.linear_models
 
-    def _take_back(self, trainer: Any, start: StartAverage, tasks: list[str]) -> None:
+    def _take_back(self, trainer: Trainer, start: StartAverage, tasks: list[str]) -> None:
         # Otherwise the moments of the first training would use memory, and each gradient would also enter the
         # averages of its processes.
         trainer.optimizer = trainer.lr_scheduler = None

@@ -4,7 +4,7 @@ import copy
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 import datasets
 import evaluate
@@ -20,6 +20,7 @@ from .text_metrics import Bleu, ChrF, ExactMatch, RougeL, TextMetric
 
 if TYPE_CHECKING:
     from ...model.configuration_mm_transformer import MMTransformerConfig
+    from ...model.processing_mm_transformer import MMTransformerProcessor
     from ...model.tasks import Task
 
 
@@ -240,7 +241,7 @@ class MultiTaskMetrics:
     def __init__(
         self,
         config: "MMTransformerConfig",
-        processor: Any = None,
+        processor: Optional["MMTransformerProcessor"] = None,
         metrics: Mapping[str, Sequence[str | evaluate.Metric]] | None = None,
     ):
         metrics = metrics or {}

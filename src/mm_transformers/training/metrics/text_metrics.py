@@ -49,7 +49,7 @@ class Bleu(TextMetric):
 
     key = "bleu"
 
-    def __init__(self, tokenize: str = "13a", **kwargs):
+    def __init__(self, tokenize: str = "13a", **kwargs: Any):
         super().__init__(**kwargs)
         self.tokenize = tokenize
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
@@ -147,7 +147,9 @@ class TaskBalancing(TrainerCallback):
         elif self.signals is None and not (self.is_static and not self.observed_by):
             self._take_signals()
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.signals is None or self.accelerator.optimizer_step_was_skipped:
             return
         if self.weighting.needs_losses_after:
