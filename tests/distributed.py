@@ -144,6 +144,18 @@ def run_in_processes(command: list[str], num_processes: int = 2, environment=Non
     return done.stdout + done.stderr
 
 
+def differ(first: dict, second: dict) -> float:
+    """The largest relative difference between the gradients of two trainings, over steps and parameters."""
+    differences = []
+    assert len(first["steps"]) == len(second["steps"]) > 0
+    for a, b in zip(first["steps"], second["steps"], strict=True):
+        assert a.keys() == b.keys()
+        # Some gradients are 0 but for rounding: those of the biases of keys.
+        noise = 1e-3 * torch.stack([gradient.norm() for gradient in a.values()]).norm()
+        differences += [((a[name] - b[name]).norm() / (a[name].norm() + noise)).item() for name in a]
+    return max(differences)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     for i, run in enumerate(json.loads((folder / "runs.json").read_text())):

@@ -9,8 +9,13 @@ import sys
 
 import torch
 from tiny import make_image, make_model, make_processor
+from transformers import TrainingArguments
 
 from mm_transformers import Classification, MMTrainer, Regression
+
+
+# The ends of the names of what a log says of time.
+TIMES = ("runtime", "per_second")
 
 
 def make_rows(n: int = 10) -> list[dict]:
@@ -27,8 +32,6 @@ def make_rows(n: int = 10) -> list[dict]:
 
 
 def make_trainer(output_dir, seed: int = 0, callbacks=None, **kwargs) -> MMTrainer:
-    from transformers import TrainingArguments
-
     tasks = [Classification("topic", labels=["animals", "food"]), Regression("score")]
     model = make_model(tasks=tasks, modality_dropout=0.3, num_fusion_layers=1, seed=seed)
     defaults = dict(
@@ -41,6 +44,27 @@ def make_trainer(output_dir, seed: int = 0, callbacks=None, **kwargs) -> MMTrain
         model, args, processing_class=make_processor(), train_dataset=make_rows(), eval_dataset=make_rows(4),
         callbacks=callbacks,
     )  # fmt: skip
+
+
+def log_of(state) -> list[dict]:
+    return [{key: x for key, x in entry.items() if not key.endswith(TIMES)} for entry in state.log_history]
+
+
+def assert_equal(first, second) -> None:
+    """Of weights, states of optimisers, logs: nested and without any tolerance."""
+    if isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_equal(first[key], second[key])
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second)
+        for a, b in zip(first, second, strict=True):
+            assert_equal(a, b)
+    else:
+        assert first == second
 
 
 def main(output_dir: str, steps: str) -> None:

@@ -307,3 +307,21 @@ def to_pad_id(batch: dict, pad_token_id: int) -> dict:
     """The same batch for an encoder that pads with another id."""
     ids = torch.where(batch["attention_mask"].bool(), batch["input_ids"], pad_token_id)
     return {**batch, "input_ids": ids}
+
+
+def make_audio_processor(audio="wav2vec2", images=True) -> MMTransformerProcessor:
+    image_processor = make_image_processor() if images else None
+    return MMTransformerProcessor(image_processor, make_tokenizer(), make_feature_extractor(audio))
+
+
+def rows_of(batch: dict, rows: list[int]) -> dict:
+    """Some rows of a batch, with the images that they have, and no padding that they do not need."""
+    index = batch["image_index"][rows]
+    images = sorted({i for row in index.tolist() for i in row if i >= 0})
+    index = torch.tensor([[images.index(i) if i >= 0 else -1 for i in row] for row in index.tolist()])
+    index = index[:, : max(1, int((index >= 0).sum(1).max()))]
+    length = int(batch["attention_mask"][rows].sum(1).max())
+    result = {name: batch[name][rows, :length] for name in ("input_ids", "attention_mask")}
+    if images:
+        result.update(pixel_values=batch["pixel_values"][images], image_index=index)
+    return result

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from .data.feature_cache import FeatureCache
     from .data.mixture import DataMixture
     from .data.sources import DataSource
+    from .data.table_columns import table_columns
     from .model.configuration_mm_transformer import MMTransformerConfig
     from .model.fusion import Fusion, Stream, register_fusion
     from .model.limits import Limits, set_limits
+    from .model.modalities import register_modality
     from .model.modeling_mm_transformer import (
         MMTransformerForMultiTask,
         MMTransformerModel,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
         MMTransformerPreTrainedModel,
     )
     from .model.processing_mm_transformer import MMTransformerProcessor
+    from .model.table import TableConfig
     from .model.tasks import (
         Classification,
         Generation,
@@ -53,9 +56,11 @@ _MODULES = {
     "data.feature_cache": ["FeatureCache"],
     "data.mixture": ["DataMixture"],
     "data.sources": ["DataSource"],
+    "data.table_columns": ["table_columns"],
     "model.configuration_mm_transformer": ["MMTransformerConfig"],
     "model.fusion": ["Fusion", "Stream", "register_fusion"],
     "model.limits": ["Limits", "set_limits"],
+    "model.modalities": ["register_modality"],
     "model.modeling_mm_transformer": [
         "MMTransformerForMultiTask",
         "MMTransformerModel",
@@ -64,6 +69,7 @@ _MODULES = {
         "MMTransformerPreTrainedModel",
     ],
     "model.processing_mm_transformer": ["MMTransformerProcessor"],
+    "model.table": ["TableConfig"],
     "model.tasks": [
         "Classification",
         "Generation",
@@ -137,11 +143,14 @@ __all__ = [
     "Regression",
     "Retrieval",
     "Stream",
+    "TableConfig",
     "Task",
     "TaskGradientsCallback",
     "TokenClassification",
     "load_demo_dataset",
     "register_fusion",
+    "register_modality",
     "register_task",
     "set_limits",
+    "table_columns",
 ]

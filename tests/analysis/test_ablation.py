@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_generation import make_writer
-from test_trainer import make_dataset, make_rows
+from rows import make_dataset, make_rows
 from tiny import make_image, make_model, make_processor, open_gates
 from transformers import EvalPrediction, TrainingArguments
+from writers import make_writer
 
 from mm_transformers import Classification, Generation, Matching, MMDataCollator, MMTrainer, MultiTaskMetrics, Retrieval
 from mm_transformers.analysis import ablate

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_generation import make_writer
 from tiny import (
     AUDIO_ENCODERS,
     FUSION_KINDS,
@@ -20,6 +19,7 @@ from tiny import (
     make_processor,
     open_gates,
 )
+from writers import make_writer
 
 from mm_transformers import Classification, Generation, Matching, Regression, Retrieval
 from mm_transformers.analysis import explain

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_linear_probe_model import make_probed, set_probes
+from probes import make_probed, set_probes
 from tiny import FUSION_KINDS, make_batch, make_image, make_processor, open_gates
 
 from mm_transformers.analysis import explain

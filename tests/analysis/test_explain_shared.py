@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from test_generation import make_writer
 from tiny import (
     SEQ2SEQ,
     VISION_ENCODERS,
@@ -20,6 +19,7 @@ from tiny import (
     make_tokenizer,
 )
 from transformers import ViTImageProcessor
+from writers import make_writer
 
 from mm_transformers import Generation, MMTransformerProcessor
 from mm_transformers.analysis import explain

@@ -1,12 +1,12 @@
 """The page on many rows: what is on it, that it needs nothing else, and that its numbers are those of the rows."""
 
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
-from test_trainer import make_rows
+from pages import Page
+from rows import make_rows
 from tiny import (
     make_clip,
     make_feature_extractor,
@@ -21,31 +21,6 @@ from mm_transformers import MMDataCollator, MMTransformerProcessor, Regression, 
 from mm_transformers.analysis import ablate, explain
 from mm_transformers.analysis.report import write_report
 from mm_transformers.analysis.report.answered import answers_to, confusion, most_confident_errors, worst
-
-
-class Page(HTMLParser):
-    """What a reader sees, and what a browser would fetch."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.fetched, self.texts, self.ids, self.open, self.images = [], [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        if tag not in ("meta", "img", "br", "link"):
-            self.open.append(tag)
-        self.fetched += [attrs[name] for name in ("src", "href") if name in attrs]
-        if "id" in attrs:
-            self.ids.append(attrs["id"])
-        if tag == "img":
-            self.images.append(attrs)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, "every element is closed in its turn"
-
-    def handle_data(self, data):
-        self.texts.append(data)
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from test_report import Page
-from test_trainer import make_rows
+from pages import Page
+from rows import make_rows
 from tiny import make_image, make_model, make_processor
 from typer.testing import CliRunner
 

@@ -12,26 +12,14 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from command_line import mm
 from recipes import make_rows, read_csv, recipe_values, save_encoders, write_csv, write_jsonl
 from safetensors.torch import load_file
 from scripts import EXAMPLES, import_script
-from typer.testing import CliRunner
 
 from mm_transformers import MMDataCollator, MMTransformerForMultiTask, MMTransformerProcessor
-from mm_transformers.cli import app
 from mm_transformers.data.embedded import load_demo_dataset
 from mm_transformers.training.predictor import Predictor, answer_columns
-
-
-def mm(*arguments, ok: bool = True) -> str:
-    """What the command prints; its error is one sentence."""
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    if ok:
-        assert result.exit_code == 0, (result.output, result.exception)
-    else:
-        assert (result.exit_code, result.exception.__class__) == (2, SystemExit), (result.output, result.exception)
-        assert "Error: " in result.output
-    return result.output
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import re
 import shutil
 
 import pytest
+from pages import Page
 from PIL import Image
-from test_report import Page
 from tiny import make_feature_extractor, make_image, make_image_processor, make_model, make_processor, make_tokenizer
 
 from mm_transformers import MMTransformerProcessor

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image
-from test_audio import make_audio_processor
-from test_generation import make_writer
-from test_trainer import make_args, make_dataset, make_rows
+from rows import make_args, make_dataset, make_rows
 from tiny import (
+    make_audio_processor,
     make_clip,
     make_image,
     make_image_processor,
@@ -28,6 +27,7 @@ from tiny import (
 )
 from torch.utils.data import DataLoader
 from transformers import AutoModel, FNetConfig, Seq2SeqTrainingArguments
+from writers import make_writer
 
 from mm_transformers import (
     Classification,
@@ -168,7 +168,7 @@ def test_sounds_of_different_length(audio, tmp_path):
 
 def test_videos_are_stored_with_their_frames(tmp_path):
     pytest.importorskip("av")
-    from test_video import encode, make_frames
+    from videos import encode, make_frames
 
     path = tmp_path / "video.mp4"
     path.write_bytes(encode(make_frames(9)))

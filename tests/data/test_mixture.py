@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -16,9 +17,9 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtures import TASKS, RecordingTrainer, make_args, make_trainer, numbered, stream
 from tiny import make_image, make_model, make_processor
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
 
 from mm_transformers import (
     Classification,
@@ -26,7 +27,6 @@ from mm_transformers import (
     DataSource,
     Matching,
     MMDataCollator,
-    MMTrainer,
     Regression,
     Retrieval,
 )
@@ -34,24 +34,6 @@ from mm_transformers.data.mixture_rows import MixedRows, MixtureSampler
 
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
-TASKS = [Classification("tone", labels=["bad", "good"]), Regression("score")]
-
-
-def make_args(path, **kwargs) -> TrainingArguments:
-    defaults = dict(
-        per_device_train_batch_size=4, per_device_eval_batch_size=5, max_steps=3, logging_steps=1, save_strategy="no",
-        report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-    return TrainingArguments(str(path), **{**defaults, **kwargs})
-
-
-def numbered(first: int, n: int) -> list[dict]:
-    """Rows that are known by their score."""
-    return [{"text": "a red dog", "score": float(first + i)} for i in range(n)]
-
-
-def stream(rows: list[dict], num_shards: int = 1) -> datasets.IterableDataset:
-    return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=num_shards)
 
 
 def iter_again(rows: list[dict]):
@@ -64,23 +46,12 @@ def iter_again(rows: list[dict]):
     return Rows()
 
 
-class RecordingTrainer(MMTrainer):
-    """Notes the scores of the rows of each batch that is trained on."""
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        self.__dict__.setdefault("seen", []).append([int(x) for x in inputs["labels"]["score"].nan_to_num(-1).tolist()])
-        return super().training_step(model, inputs, *args, **kwargs)
-
-
-def make_trainer(path, train_dataset, tasks=TASKS, vision=None, **kwargs) -> RecordingTrainer:
-    arguments = {name: kwargs.pop(name) for name in ("data_collator", "eval_dataset") if name in kwargs}
-    model = make_model(vision=vision, tasks=tasks)
-    args = make_args(path, **kwargs)
-    return RecordingTrainer(model, args, processing_class=make_processor(), train_dataset=train_dataset, **arguments)
-
-
 ARGS = make_args("unused")
-COLLATOR = MMDataCollator(make_processor(), make_model(vision=None, tasks=TASKS).config)
+
+
+@cache
+def collator() -> MMDataCollator:
+    return MMDataCollator(make_processor(), make_model(vision=None, tasks=TASKS).config)
 
 
 def shares_of(sizes: list[int], temperature: float) -> list[float]:
@@ -170,7 +141,7 @@ class TestSampler:
     @settings(max_examples=30, deadline=None)
     def test_rows_of_indices(self, sizes, data):
         mixture = DataMixture({str(i): [{"text": f"{i} {j}"} for j in range(n)] for i, n in enumerate(sizes)})
-        parts = [source.rows(COLLATOR) for source in mixture.sources.values()]
+        parts = [source.rows(collator()) for source in mixture.sources.values()]
         rows = MixedRows(parts, MixtureSampler(sizes, None, 0))
         indices = data.draw(st.lists(st.integers(-1, sum(sizes) - 1), max_size=12))
         expected = [f"{i} {j}" for i, n in enumerate(sizes) for j in range(n)]
@@ -184,7 +155,7 @@ class TestSampler:
         from accelerate import skip_first_batches
 
         def batches(rank: int) -> list[list[float]]:
-            parts = [DataSource(numbered(1000 * i, n)).rows(COLLATOR) for i, n in enumerate(sizes)]
+            parts = [DataSource(numbered(1000 * i, n)).rows(collator()) for i, n in enumerate(sizes)]
             sampler = MixtureSampler(sizes, None, 5, batch_size if separate else None)
             loader = DataLoader(
                 MixedRows(parts, sampler),
@@ -574,7 +545,7 @@ class TestStreams:
         mixture = DataMixture(data, {"a": 1, "b": 1, "c": 1}, batches="separate" if separate else "mixed")
         first_pass: dict[int, list[float]] = {0: [], 1: [], 2: []}
         for rank in range(num_processes):
-            rows = mixture.rows(COLLATOR, 2, ARGS)
+            rows = mixture.rows(collator(), 2, ARGS)
             loader = DataLoader(rows, 2, collate_fn=lambda rows: [row["score"] for row in rows])
             loader = prepare_data_loader(loader, num_processes=num_processes, process_index=rank, put_on_device=False)
             rows.read_own_part(loader.dataset)
@@ -613,7 +584,8 @@ SCRIPT = """
 import json, sys
 sys.path[:0] = {path}
 import torch
-from test_mixture import DataMixture, make_trainer, numbered, stream
+from mixtures import make_trainer, numbered, stream
+from mm_transformers import DataMixture
 from pathlib import Path
 here = Path({here})
 

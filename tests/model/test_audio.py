@@ -16,6 +16,7 @@ from tiny import (
     FUSION_KINDS,
     TEXT_ENCODERS,
     VISION_ENCODERS,
+    make_audio_processor,
     make_clip,
     make_config,
     make_feature_extractor,
@@ -49,11 +50,6 @@ def wav(samples: np.ndarray, rate: int = RATE, **kwargs) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format="WAV", **kwargs)
     return file.getvalue()
-
-
-def make_audio_processor(audio="wav2vec2", images=True) -> MMTransformerProcessor:
-    image_processor = make_image_processor() if images else None
-    return MMTransformerProcessor(image_processor, make_tokenizer(), make_feature_extractor(audio))
 
 
 CLIPS = [make_clip(0.1), make_clip(0.16, 880, seed=1), make_clip(0.05, 220, seed=2)]

@@ -14,31 +14,19 @@ from tiny import (
     FUSION_KINDS,
     SEQ2SEQ,
     TEXT_ENCODERS,
-    VISION_ENCODERS,
     make_batch,
     make_config,
     make_model,
-    open_gates,
 )
 from torch import nn
 from transformers import AutoModel, BertModel, Wav2Vec2Model
+from writers import make_small_writer
 
-from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask, MMTransformerModel
+from mm_transformers import MMTransformerForMultiTask, MMTransformerModel
 
 
 TEXTS = ["bert", "roberta", "t5", "modernbert"]
 VISIONS = ["vit", "clip-vision", "siglip-vision", "convnextv2", "swin"]
-
-
-def make_writer(kind="bart", seed=0, **kwargs) -> MMTransformerForMultiTask:
-    torch.manual_seed(seed)
-    config = MMTransformerConfig(
-        text_config=SEQ2SEQ[kind](), vision_config=VISION_ENCODERS["vit"](), num_fusion_layers=1,
-        tasks=[Generation("german", max_length=6)], **kwargs,
-    )  # fmt: skip
-    model = MMTransformerForMultiTask(config).eval()
-    open_gates(model)
-    return model
 
 
 def padded_for(model, **kwargs) -> dict:
@@ -260,7 +248,7 @@ def test_copies_are_independent_and_equal():
 @pytest.mark.parametrize("kind", SEQ2SEQ)
 @pytest.mark.parametrize("pad_to_multiple_of", [None, 16])
 def test_resized_embeddings(kind, pad_to_multiple_of, tmp_path):
-    model = make_writer(kind)
+    model = make_small_writer(kind)
     batch = padded_for(model)
     old = model.get_input_embeddings().weight.detach().clone()
     tied = model.get_output_embeddings() is not None and model.config.text_config.tie_word_embeddings
@@ -302,7 +290,7 @@ def test_resized_embeddings_of_an_encoder(text):
 
 @pytest.mark.parametrize("kind", SEQ2SEQ)
 def test_ties_stay_ties(kind, tmp_path):
-    model = make_writer(kind)
+    model = make_small_writer(kind)
 
     def shared(model):
         places: dict[int, list[str]] = {}
@@ -455,7 +443,7 @@ def test_a_small_batch_can_be_learned_by_heart(fusion):
 )
 @pytest.mark.parametrize("kind", ["bart", "t5"])
 def test_generation_in_every_way(kind, options):
-    model = make_writer(kind)
+    model = make_small_writer(kind)
     batch = padded_for(model)
     torch.manual_seed(1)
     ids = model.generate(**batch, **options)
@@ -469,9 +457,9 @@ def test_generation_in_every_way(kind, options):
 
 
 def test_an_assistant_is_refused():
-    model = make_writer()
+    model = make_small_writer()
     with pytest.raises(ValueError, match="assistant_model"):
-        model.generate(**padded_for(model), assistant_model=make_writer(seed=1))
+        model.generate(**padded_for(model), assistant_model=make_small_writer(seed=1))
 
 
 # Slow: they compile

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -25,30 +26,35 @@ from mm_transformers import (
 )
 
 
-def configs():
-    """One of each kind of encoder, and of each kind of fusion."""
-    yield from (make_config(text=text) for text in TEXT_ENCODERS)
-    yield from (make_config(vision=vision) for vision in VISION_ENCODERS)
-    yield from (make_config(vision=None, audio=audio) for audio in AUDIO_ENCODERS)
-    yield from (make_config(fusion_type=fusion) for fusion in FUSION_KINDS)
-    for kind in SEQ2SEQ.values():
-        yield MMTransformerConfig(text_config=kind(), tasks=[Generation("german", max_length=6)])
-    yield make_config(
-        tasks=[], freeze=["vision"], modality_dropout={"vision": 0.1, "text": 0.2}, frame_embedding="learned",
-        regularization={"kind": "l2", "weight": 0.1}, task_weighting={"kind": "famo", "learning_rate": 0.1},
-    )  # fmt: skip
-    yield MMTransformerConfig()
+# One of each kind of encoder, and of each kind of fusion. They are built when a test asks for them.
+CONFIGS = {
+    **{name: partial(make_config, text=name) for name in TEXT_ENCODERS},
+    **{name: partial(make_config, vision=name) for name in VISION_ENCODERS},
+    **{name: partial(make_config, vision=None, audio=name) for name in AUDIO_ENCODERS},
+    **{name: partial(make_config, fusion_type=name) for name in FUSION_KINDS},
+    **{
+        f"{name}, writing": lambda kind=kind: MMTransformerConfig(
+            text_config=kind(), tasks=[Generation("german", max_length=6)]
+        )
+        for name, kind in SEQ2SEQ.items()
+    },
+    "options": partial(
+        make_config, tasks=[], freeze=["vision"], modality_dropout={"vision": 0.1, "text": 0.2},
+        frame_embedding="learned", regularization={"kind": "l2", "weight": 0.1},
+        task_weighting={"kind": "famo", "learning_rate": 0.1},
+    ),
+    "defaults": MMTransformerConfig,
+}  # fmt: skip
+every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 def without(values: dict, *names: str) -> dict:
     return {name: value for name, value in values.items() if name not in names}
 
 
-CONFIGS = [pytest.param(config, id=f"{i}") for i, config in enumerate(configs())]
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_round_trip_gives_an_equal_config(config, tmp_path):
+@every_config
+def test_every_round_trip_gives_an_equal_config(name, tmp_path):
+    config = CONFIGS[name]()
     config.save_pretrained(tmp_path)
     again = {
         "dict": MMTransformerConfig.from_dict(config.to_dict()),
@@ -69,9 +75,9 @@ def test_every_round_trip_gives_an_equal_config(config, tmp_path):
     assert again["folder"].to_json_string() == again["AutoConfig"].to_json_string()
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_a_config_is_not_changed_by_what_is_made_of_it(config):
-    config = copy.deepcopy(config)
+@every_config
+def test_a_config_is_not_changed_by_what_is_made_of_it(name):
+    config = CONFIGS[name]()
     MMTransformerModel._from_config(config) if config.text_config.hidden_size < 100 else None
     before = config.to_json_string()
     copied = MMTransformerConfig.from_dict(config.to_dict())

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from test_generation import LABELS, make_writer
-from test_trainer import make_args, make_dataset
+from rows import make_args, make_dataset
 from tiny import SEQ2SEQ, TEXT_ENCODERS, VISION_ENCODERS, make_batch, make_model, make_processor, make_tasks
-from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModel, AutoModelForSeq2SeqLM
+from writers import LABELS, make_writer
 
 from mm_transformers import Generation, MMTrainer, MMTransformerForMultiTask, MMTransformerModel
 
@@ -212,6 +211,8 @@ def test_half_precision_keeps_what_is_frozen(tmp_path):
 def test_compiles_without_a_graph_break():
     model, batch = make_model(freeze=["text", "vision"]), make_batch()
     torch._dynamo.reset()
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
     torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss, rtol=1e-4, atol=1e-5)

@@ -18,18 +18,15 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
-    BartConfig,
-    BertConfig,
     GenerationConfig,
-    GPT2Config,
     Seq2SeqTrainingArguments,
     Trainer,
     TrainingArguments,
     pipeline,
 )
+from writers import DECODERS, LABELS, TOPIC, make_writer
 
 from mm_transformers import (
-    Classification,
     Generation,
     MMDataCollator,
     MMTrainer,
@@ -42,40 +39,7 @@ from mm_transformers.analysis import ablate
 from mm_transformers.model.task_base import LabelContext
 
 
-TOPIC = Classification("topic", labels=["animals", "food", "travel"])
-LABELS = {
-    "topic": torch.tensor([0, 2, -100, 1]),
-    "german": torch.tensor([[5, 6, 7, 2], [8, 2, -100, -100], [-100] * 4, [9, 9, 2, -100]]),
-}
-DECODERS = {
-    "bert": lambda: BertConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=40,
-    ),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=VOCAB_SIZE, n_embd=24, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        n_positions=40,
-    ),
-    "bart": lambda: BartConfig(
-        vocab_size=VOCAB_SIZE, d_model=24, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=37,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0, decoder_start_token_id=1, max_position_embeddings=40,
-    ),
-}  # fmt: skip
-
 every_seq2seq = pytest.mark.parametrize("kind", SEQ2SEQ)
-
-
-def make_writer(kind="marian", seed=0, gates_open=True, tasks=None, **kwargs) -> MMTransformerForMultiTask:
-    torch.manual_seed(seed)
-    tasks = [TOPIC, Generation("german", max_length=8)] if tasks is None else tasks
-    config = MMTransformerConfig(
-        text_config=SEQ2SEQ[kind](), vision_config=VISION_ENCODERS["vit"](), tasks=tasks, num_fusion_layers=2,
-        num_fusion_attention_heads=4, initializer_range=0.2, **kwargs,
-    )  # fmt: skip
-    model = MMTransformerForMultiTask(config).eval()
-    if gates_open:
-        open_gates(model)
-    return model
 
 
 def save_encoders(folder, kind: str) -> dict[str, str]:

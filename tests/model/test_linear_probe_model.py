@@ -5,14 +5,12 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from test_model import rows_of
+from probes import make_probed, set_probes
 from tiny import (
     FUSION_KINDS,
-    MAPPED_ENCODERS,
     VOCAB_SIZE,
     make_batch,
     make_clip,
-    make_config,
     make_feature_extractor,
     make_image,
     make_image_processor,
@@ -20,8 +18,9 @@ from tiny import (
     make_processor,
     make_tasks,
     make_tokenizer,
-    open_gates,
+    rows_of,
 )
+from writers import make_writer
 
 from mm_transformers import Generation, Matching, MMTransformerForMultiTask, MMTransformerProcessor, Retrieval
 from mm_transformers.analysis import ablate
@@ -35,32 +34,6 @@ every_fusion = pytest.mark.parametrize("fusion", FUSION_KINDS)
 one_fusion_and_slowly_all = pytest.mark.parametrize(
     "fusion", [pytest.param(kind, marks=[pytest.mark.nightly] if i else []) for i, kind in enumerate(FUSION_KINDS)]
 )
-
-
-def set_probes(model, **scales: float) -> None:
-    """Random weights for all probes, the same at each call; those of a modality times its scale."""
-    generator = torch.Generator().manual_seed(7)
-    for part in model.modules():
-        if isinstance(part, LinearProbe):
-            with torch.no_grad():
-                part.linear.weight.copy_(2 * torch.randn(part.linear.weight.shape, generator=generator))
-                part.linear.bias.copy_(torch.randn(part.linear.bias.shape, generator=generator))
-                for name, (block, _) in zip(part.widths, part.blocks, strict=True):
-                    part.linear.weight[:, block] *= scales.get(name, 1.0)
-
-
-def make_probed(vision="vit", gates_open=True, **kwargs) -> MMTransformerForMultiTask:
-    """What the fusion adds is as large as what the probes say, so that each is seen to go wrong."""
-    torch.manual_seed(0)
-    config = make_config(vision="vit" if vision in MAPPED_ENCODERS else vision, linear_probe=True, **kwargs)
-    config.initializer_range = 0.3
-    if vision in MAPPED_ENCODERS:
-        config.vision_config = MAPPED_ENCODERS[vision]()
-    model = MMTransformerForMultiTask(config).eval()
-    if gates_open:
-        open_gates(model)
-    set_probes(model)
-    return model
 
 
 def logits_of(model, batch: dict) -> dict[str, torch.Tensor]:
@@ -470,8 +443,6 @@ def test_features_of_a_cache_answer_alike():
 
 @pytest.mark.slow
 def test_tasks_that_write_have_no_probe():
-    from test_generation import make_writer
-
     tasks = [*make_tasks()[:1], Generation("german", max_length=8)]
     model, plain = (make_writer(tasks=tasks, linear_probe=probe) for probe in (True, False))
     plain.load_state_dict(model.state_dict(), strict=False)

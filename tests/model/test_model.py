@@ -15,9 +15,9 @@ from tiny import (
     make_model,
     make_tasks,
     open_gates,
+    rows_of,
 )
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.utils import logging as transformers_logging
 
 from mm_transformers import (
@@ -35,19 +35,6 @@ from mm_transformers.model.fusion_base import FUSION_KINDS as REGISTERED
 every_fusion = pytest.mark.parametrize("fusion", FUSION_KINDS)
 # The same width as the text, or another, for which the fusion projects down and up.
 every_width = pytest.mark.parametrize("width", [32, 16])
-
-
-def rows_of(batch: dict, rows: list[int]) -> dict:
-    """Some rows of a batch, with the images that they have, and no padding that they do not need."""
-    index = batch["image_index"][rows]
-    images = sorted({i for row in index.tolist() for i in row if i >= 0})
-    index = torch.tensor([[images.index(i) if i >= 0 else -1 for i in row] for row in index.tolist()])
-    index = index[:, : max(1, int((index >= 0).sum(1).max()))]
-    length = int(batch["attention_mask"][rows].sum(1).max())
-    result = {name: batch[name][rows, :length] for name in ("input_ids", "attention_mask")}
-    if images:
-        result.update(pixel_values=batch["pixel_values"][images], image_index=index)
-    return result
 
 
 @pytest.mark.slow
@@ -371,6 +358,8 @@ def test_rule_9_compiles_without_a_graph_break(fusion):
     model, batch = make_model(fusion_type=fusion), make_batch()
     torch._dynamo.reset()
     # Not `fullgraph=True`, which forbids breaks but also permits what breaks the graph without it.
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
     torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss, rtol=1e-4, atol=1e-5)

@@ -5,9 +5,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from test_generation import TOPIC, make_writer
 from tiny import make_image, make_model, make_processor
 from transformers import pipeline
+from writers import TOPIC, make_writer
 
 from mm_transformers import Generation, MMDataCollator
 from mm_transformers.analysis import ablate, contrastive_accuracy, explain, faithfulness

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import mm
 from PIL import Image
 from recipes import make_rows, read_csv, recipe_values, save_encoders, write_csv
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from torch import nn
-from typer.testing import CliRunner
 
 from mm_transformers import (
     MMDataCollator,
@@ -24,7 +24,6 @@ from mm_transformers import (
 )
 from mm_transformers.analysis import ablate, explain, faithfulness
 from mm_transformers.analysis.report.answered import answers_to, confusion
-from mm_transformers.cli import app
 from mm_transformers.cli.page_answers import answers_as_html
 from mm_transformers.model.fusion import FUSION_KINDS, Fusion, register_fusion
 from mm_transformers.model.fusion_layers import Gate, masked_mean
@@ -149,12 +148,6 @@ class InverseLoss(TaskWeighting):
 
     def load_state_dict(self, state):
         self.last = state["last"]
-
-
-def mm(*arguments) -> str:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.output
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,6 +10,7 @@ import numpy as np
 import PIL.GifImagePlugin
 import PIL.Image
 import pytest
+import torch
 from child_process import run_child
 from hostile_media import (
     eps,
@@ -26,7 +27,7 @@ from hostile_media import (
 )
 from tiny import make_config, make_processor
 
-from mm_transformers import Limits, MMDataCollator
+from mm_transformers import Limits, MMDataCollator, Retrieval
 from mm_transformers.data.splitting import hold_out_rows
 from mm_transformers.model.audio import AudioError, load_audio
 from mm_transformers.model.images import ImageError, load_image
@@ -233,6 +234,61 @@ class TestPictures:
         same = processor(text=["a", "b"], images=read)["pixel_values"]
         assert np.array_equal(inputs["pixel_values"], same)
 
+    def test_pictures_of_a_batch_are_resized_as_they_are_read(self, set_limits):
+        """Beyond the limit: the same tensors and the same hashes, bit for bit, from the collator and the processor."""
+        files = [picture_bytes(picture(90 + i, 60, seed=i)) for i in range(4)]
+        frames = [np.asarray(picture(50, 40, seed=i)) for i in range(3)]
+        rows = [
+            {"text": "a red cat", "image": [files[0], files[1]], "video": np.stack(frames)},
+            {"text": "b", "image": files[2:]},
+            {"text": "c", "image": files[0], "video": np.stack(frames[::-1])},
+        ]
+        config = make_config(tasks=[Retrieval("find")])
+        collator = MMDataCollator(make_processor(), config)
+        cells = {"images": [row["image"] for row in rows], "videos": [row.get("video") for row in rows]}
+        whole = [collator(rows), make_processor()(text=["a", "b", "c"], **cells)]
+        set_limits(batch_pixels=90 * 60 + 1)  # the first picture is kept, all others are not
+        calls, processor = [], make_processor()
+        process = processor.process_pictures
+        processor.process_pictures = lambda pictures, **options: (
+            calls.append(len(pictures)) or process(pictures, **options)
+        )
+        few = [MMDataCollator(processor, config)(rows), processor(text=["a", "b", "c"], **cells)]
+        assert calls[:3] == [1, 1, 1]
+        assert max(calls) == 3  # the frames of one video
+        for one, other in zip(whole, few, strict=True):
+            assert one.keys() == other.keys()
+            for name in one.keys() - {"labels"}:
+                assert torch.equal(one[name], other[name]), name
+        assert torch.equal(whole[0]["labels"]["find"], few[0]["labels"]["find"])
+
+    def test_pictures_of_different_sizes_in_a_large_batch(self, set_limits):
+        set_limits(batch_pixels=90 * 60)
+        processor = make_processor()
+        processor.image_processor.do_resize = False
+        with pytest.raises(ValueError, match="pictures of different sizes"):
+            processor(text=["a", "b"], images=[picture(90, 60), picture(60, 90)])
+
+    @pytest.mark.slow
+    def test_a_batch_of_many_large_pictures_takes_little_memory(self):
+        done = run_child(
+            """
+            from hostile_media import png
+            from tiny import make_config, make_processor
+            from mm_transformers import MMDataCollator, set_limits
+
+            set_limits(kept_image_pixels=1_000_000, batch_pixels=8_000_000)
+            content = [png(1000, 1000 - i) for i in range(64)]
+            collator = MMDataCollator(make_processor(), make_config())
+            collator([{"text": "a", "image": content[:1]}])
+            before = peak()
+            batch = collator([{"text": "a", "image": content[i : i + 4]} for i in range(0, 64, 4)])
+            tell(taken=peak() - before, number=len(batch["pixel_values"]))
+            """
+        )
+        assert done.told["number"] == 64, done.stderr
+        assert done.told["taken"] < 100 * 2**20  # all at full size would take 256 MB
+
     @pytest.mark.slow
     def test_a_row_of_many_large_pictures_takes_little_memory(self):
         done = run_child(
@@ -258,17 +314,18 @@ class TestSounds:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (wav(1, samples=bytes(20_000)), "1 Hz is below the limit lowest_sampling_rate=1,000"),
+            (lambda: wav(1, samples=bytes(20_000)), "1 Hz is below the limit lowest_sampling_rate=1,000"),
             (
-                wav(2**31 - 1, samples=bytes(20_000)),
+                lambda: wav(2**31 - 1, samples=bytes(20_000)),
                 "2,147,483,647 Hz is above the limit highest_sampling_rate",
             ),
-            (wav(8000, 65_535, samples=bytes(131_070)), "cannot be read"),
-            (flac(3600), "lasts 3,600.0 s, longer than the limit audio_seconds=600.0; set_limits"),
-            (wav(0), "cannot be read"),
+            (lambda: wav(8000, 65_535, samples=bytes(131_070)), "cannot be read"),
+            (lambda: flac(3600), "lasts 3,600.0 s, longer than the limit audio_seconds=600.0; set_limits"),
+            (lambda: wav(0), "cannot be read"),
         ],
     )
     def test_the_header_is_judged(self, content, message):
+        content = content()
         for source in (content, {"bytes": content, "path": None}):
             with pytest.raises(AudioError, match=message):
                 load_audio(source, RATE)

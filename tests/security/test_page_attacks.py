@@ -2,6 +2,7 @@
 
 import asyncio
 import http.server
+import importlib.util
 import io
 import json
 import os
@@ -16,21 +17,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from starlette.exceptions import HTTPException
 from tiny import make_feature_extractor, make_image, make_image_processor, make_model, make_tokenizer
 
 from mm_transformers import MMTransformerProcessor
-from mm_transformers.model.limits import limits, set_limits
-
-
-pytest.importorskip("gradio")
-
 from mm_transformers.cli import gate as gate_module
 from mm_transformers.cli.gate import Gate
 from mm_transformers.cli.page import load_page
 from mm_transformers.cli.uploads import REFUSAL, upload_folder
+from mm_transformers.model.limits import limits, set_limits
 
 
+# Importing gradio takes seconds, so that it is left to the tests that start a page.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs mm-transformers[demo]")
 META = {"_type": "gradio.FileData"}
 API = "gradio_api"
 TASKS = ["topic"]
@@ -293,6 +291,8 @@ def test_uploads_in_chunks_count_with_the_limit_whatever_they_declare():
 
 def test_a_body_that_does_not_arrive_ends_the_request(monkeypatch):
     """It would keep its share of the room for uploads for ever."""
+    from starlette.exceptions import HTTPException
+
     monkeypatch.setattr(gate_module, "_SECONDS", 0.2)
     statuses = []
 

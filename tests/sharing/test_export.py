@@ -6,9 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_cli_train import mm
-from test_first_class import make_writer
-from test_generation import DECODERS
+from command_line import mm
 from tiny import (
     FUSION_KINDS,
     TEXT_ENCODERS,
@@ -23,6 +21,7 @@ from tiny import (
 )
 from transformers import TorchAoConfig
 from typer.testing import CliRunner
+from writers import DECODERS, make_small_writer
 
 from mm_transformers import (
     Classification,
@@ -106,7 +105,7 @@ def test_every_fusion(fusion, text, vision, kind, tmp_path):
     ],
 )
 def test_writing(writer, kind, tmp_path):
-    model, processor = make_writer(writer), make_processor()
+    model, processor = make_small_writer(writer), make_processor()
     export_model(model, processor, tmp_path / "out", kind)
     exported = ExportedModel(tmp_path / "out", trust_pickle=True)
     for inputs in batches(processor):
@@ -170,7 +169,7 @@ def test_integers_are_smaller_and_near(tmp_path):
 def test_quantizers_of_transformers(kind, tmp_path):
     """Heads and gates included; generation too."""
     quantization = pytest.importorskip("torchao.quantization")
-    model = make_writer("bart")
+    model = make_small_writer("bart")
     model.save_pretrained(tmp_path)
     config = TorchAoConfig(getattr(quantization, kind)())
     smaller = MMTransformerForMultiTask.from_pretrained(tmp_path, quantization_config=config)

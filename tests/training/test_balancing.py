@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from distributed import FSDP, NUM_ROWS, make_rows, make_tasks, train, train_in_processes
-from test_objective import differ
+from distributed import FSDP, NUM_ROWS, differ, make_rows, make_tasks, train, train_in_processes
 from tiny import SEQ2SEQ, VISION_ENCODERS, make_model, make_processor
 from transformers import TrainerCallback
 

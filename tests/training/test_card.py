@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer import make_args, make_dataset
+from rows import make_args, make_dataset
 from tiny import SEQ2SEQ, make_model, make_processor
 
 from mm_transformers import Generation, MMTrainer, MMTransformerConfig, MMTransformerForMultiTask
@@ -286,7 +286,7 @@ def test_a_model_that_writes_has_a_card(kind, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_measures_and_writes(trained, card, tmp_path):
-    from test_cli_train import mm
+    from command_line import mm
 
     rows = make_dataset(8)
     (tmp_path / "images").mkdir()

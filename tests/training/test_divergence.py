@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_probe_start import CPU, TASKS, make_rows, new_model
+from probe_start import CPU, TASKS, make_rows, new_model
 from tiny import make_processor
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 

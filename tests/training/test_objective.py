@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distributed import FSDP, KeepGradients, make_rows, make_tasks, train, train_in_processes
+from distributed import FSDP, KeepGradients, differ, make_rows, make_tasks, train, train_in_processes
 from tiny import SEQ2SEQ, make_batch, make_model, make_processor
 from transformers import TrainingArguments
 
@@ -15,18 +15,6 @@ REGULARIZATION = {
     "tasks": {"topic": {"kind": "l1"}, "score": {"weight": 0.5}, "tags": {"kind": "l2_sp", "weight": 0.1}},
     "encoders": {"kind": "l2_sp", "weight": 0.3},
 }
-
-
-def differ(first: dict, second: dict) -> float:
-    """The largest relative difference between the gradients of two trainings, over steps and parameters."""
-    differences = []
-    assert len(first["steps"]) == len(second["steps"]) > 0
-    for a, b in zip(first["steps"], second["steps"], strict=True):
-        assert a.keys() == b.keys()
-        # Some gradients are 0 but for rounding: those of the biases of keys.
-        noise = 1e-3 * torch.stack([gradient.norm() for gradient in a.values()]).norm()
-        differences += [((a[name] - b[name]).norm() / (a[name].norm() + noise)).item() for name in a]
-    return max(differences)
 
 
 @pytest.fixture(scope="module")

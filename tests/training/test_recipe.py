@@ -77,7 +77,7 @@ def test_a_key_that_is_there_twice_is_told(tmp_path):
         (["model.fusion_typ=late"], "model.fusion_typ is unknown; did you mean model.fusion_type?"),
         (["model.text_config={}"], "model.text_config is unknown"),
         (["data.valdation=x.csv"], "data.valdation is unknown; did you mean data.validation?"),
-        (["columns.zzz=x"], "columns.zzz is unknown; known are audio, image, text, video."),
+        (["columns.zzz=x"], "columns.zzz is unknown; known are audio, image, table, text, video."),
         (["tasks.1.loss_wieght=2"], "tasks.1.loss_wieght is unknown; did you mean tasks.1.loss_weight?"),
         (["tasks.0.kind=clasification"], "tasks.0.kind is 'clasification', which is unknown; did you mean"),
         (["tasks.2.loss_weight=2"], "tasks.2.loss_weight: there is no tasks.2; the places of this list are 0 to 1"),

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_probe_start import CPU, TASKS, make_rows, make_trainer
-from test_probe_start import new_model as model_with
+from probe_start import CPU, TASKS, make_rows, make_trainer
+from probe_start import new_model as model_with
 from tiny import make_processor
 from transformers import TrainerCallback
 
@@ -183,7 +183,7 @@ def test_rows_that_were_trained_on_say_nothing_more(refitted, caplog, tmp_path):
     found = trainer.evaluate(make_rows(8, seed=1))
     assert "trained on these rows" not in caplog.text
     assert measurements_of(trainer)[0].metrics["topic_accuracy"] == found["eval_topic_accuracy"]
-    assert training_of(trainer).rows["then again"].startswith("on all 36 training rows, ")
+    assert training_of(trainer).rows["second training"].startswith("on all 36 training rows, ")
 
 
 def test_running_statistics_begin_anew(tmp_path):

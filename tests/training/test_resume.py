@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from killable import make_trainer
+from killable import TIMES, assert_equal, log_of, make_trainer
 from safetensors.torch import load_file
 from tiny import make_model, make_processor
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
@@ -33,9 +33,6 @@ from mm_transformers.training.checkpoints.folders import (
     rotate,
     write_manifest,
 )
-
-
-TIMES = ("runtime", "per_second")
 
 
 @pytest.fixture(scope="module")
@@ -257,27 +254,6 @@ def test_a_file_that_cannot_be_written(run_dir, file, monkeypatch):
 # Exactness
 
 
-def log_of(state) -> list[dict]:
-    return [{key: x for key, x in entry.items() if not key.endswith(TIMES)} for entry in state.log_history]
-
-
-def assert_equal(first, second) -> None:
-    """Of weights, states of optimisers, logs: nested and without any tolerance."""
-    if isinstance(first, torch.Tensor):
-        assert first.dtype == second.dtype
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_equal(first[key], second[key])
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second)
-        for a, b in zip(first, second, strict=True):
-            assert_equal(a, b)
-    else:
-        assert first == second
-
-
 SETTINGS = {
     "accumulation": dict(),
         "workers": dict(dataloader_num_workers=1, gradient_accumulation_steps=1),
@@ -383,8 +359,7 @@ def test_what_is_pushed_is_complete_and_stays_where_it_is(tmp_path, monkeypatch)
 
 _TWO_PROCESSES = """
 import sys
-from killable import make_trainer
-from test_resume import assert_equal, log_of
+from killable import assert_equal, log_of, make_trainer
 folder = sys.argv[1]
 options = dict(max_steps=5, save_total_limit=2, gradient_accumulation_steps=1)
 whole = make_trainer(folder + "/whole", **options)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from probe_start import CPU, TASKS, logits_of, make_rows, make_trainer, new_model
 from safetensors.torch import load_file
-from test_probe_start import CPU, TASKS, logits_of, make_rows, make_trainer, new_model
 from tiny import make_processor
 from transformers import TrainerCallback, TrainingArguments
 

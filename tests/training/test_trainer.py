@@ -5,10 +5,11 @@ import io
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, Value
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Value
+from rows import make_args, make_dataset, make_rows
 from tiny import make_image, make_model, make_processor, make_tasks
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.utils import logging as transformers_logging
 
 from mm_transformers import (
@@ -22,50 +23,6 @@ from mm_transformers import (
     Regression,
 )
 from mm_transformers.training.learning_rates import GATE_LEARNING_RATE_FACTOR
-
-
-WORDS = [
-    "red cat",
-    "green dog in the rain",
-    "blue crane",
-    "a lovely small picnic is over",
-    "ruined desk",
-    "bat on river",
-]
-
-
-def make_rows(n=12) -> list[dict]:
-    """Rows of which some lack an image or labels, unevenly."""
-    rows = []
-    for i in range(n):
-        text = WORDS[i % len(WORDS)]
-        rows.append({
-            "text": text,
-            "image": None if i % 4 == 1 else make_image(i % 3),
-            "topic": ["animals", "food", "travel", None][i % 4],
-            "sentiment": None if i < n - 3 else ["negative", "positive"][i % 2],
-            "tags": None if i % 3 == 2 else ["red", "blue"][: i % 3],
-            "score": None if i % 5 else float(i) / 10,
-            "entities": None if i % 2 else ["O"] * (len(text.split()) - 1) + ["NAME"],
-        })  # fmt: skip
-    return rows
-
-
-def make_dataset(n=12) -> Dataset:
-    strings = List(Value("string"))
-    features = Features({
-        "text": Value("string"), "image": Image(), "topic": Value("string"), "sentiment": Value("string"),
-        "tags": strings, "score": Value("float32"), "entities": strings,
-    })  # fmt: skip
-    return Dataset.from_list(make_rows(n), features=features)
-
-
-def make_args(path, **kwargs) -> TrainingArguments:
-    defaults = dict(
-        per_device_train_batch_size=4, per_device_eval_batch_size=5, max_steps=3, logging_steps=1, save_strategy="no",
-        report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, learning_rate=1e-2,
-    )  # fmt: skip
-    return TrainingArguments(str(path), **{**defaults, **kwargs})
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

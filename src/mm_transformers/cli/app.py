@@ -285,8 +285,8 @@ def explain(
     ] = "chefer",
     text: Annotated[str | None, typer.Option(help="Instead of a file: the text of one row.")] = None,
     image: Annotated[list[str] | None, typer.Option(help="The picture of that row. Can be repeated.")] = None,
-    video: Annotated[str | None, typer.Option(help="its video,")] = None,
-    audio: Annotated[str | None, typer.Option(help="its sound.")] = None,
+    video: Annotated[str | None, typer.Option(help="The video of that row.")] = None,
+    audio: Annotated[str | None, typer.Option(help="The sound of that row.")] = None,
     answer: Annotated[
         str | None, typer.Option(help="For one row: the answer to explain. Default: the answer of the model.")
     ] = None,

@@ -44,13 +44,8 @@ class Gate:
         from starlette.exceptions import HTTPException
         from starlette.responses import PlainTextResponse
 
-        refusal = _refusal(scope, self.running)
-        if refusal is not None:
-            status, told = refusal
-            await PlainTextResponse(told, status)(scope, receive, send)
-            return
         most, received, is_complete = _most_bytes(scope), 0, False
-        size = _upload_bytes(scope)
+        size, others = _upload_bytes(scope), self.running
         deadline = time.monotonic() + _SECONDS + size / _SLOWEST
 
         async def bounded() -> MutableMapping[str, Any]:
@@ -68,6 +63,12 @@ class Gate:
 
         self.running += size
         try:
+            # In a thread: looking through many uploads takes time.
+            refusal = await asyncio.to_thread(_refusal, scope, others)
+            if refusal is not None:
+                status, told = refusal
+                await PlainTextResponse(told, status)(scope, receive, send)
+                return
             await self.app(scope, bounded, send)
         finally:
             self.running -= size

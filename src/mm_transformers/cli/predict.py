@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..data.loading import load_files
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
 from ..model.answers import check_tasks
 from ..model.messages import check_folder
+from ..model.modalities import PARTS
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import write_atomically
@@ -73,8 +74,13 @@ class Reading:
                 value = said.get(field.name) if isinstance(said, dict) else None
                 if isinstance(value, (str, int, float)):
                     setattr(section, field.name, value)
-        for field in fields(columns):
-            setattr(columns, field.name, getattr(self, f"{field.name}_column") or getattr(columns, field.name))
+        said = recipe.get("columns")
+        if isinstance(said, dict):
+            columns.text = None if said.get("text", "") is None else columns.text
+            columns.own = {name: column for name, column in said.items() if name in PARTS and isinstance(column, str)}
+        for name in ("text", "image", "video", "audio"):
+            columns.own.pop(name, None)
+            setattr(columns, name, getattr(self, f"{name}_column") or getattr(columns, name))
         data.image_root = self.image_root or data.image_root
         data.on_bad_file = self.on_bad_file or data.on_bad_file
         return columns, data
@@ -110,7 +116,7 @@ def run_evaluation(
                 picture = output.with_suffix(".png")
                 with write_atomically(picture) as drawn:
                     ablation.plot().savefig(drawn, format="png", dpi=120)
-                say(f"Drawn to {picture}.")
+                say(f"Wrote {picture}.")
         if output is not None:
             with write_atomically(output) as target:
                 target.write((json.dumps(metrics, indent=2) + "\n").encode())
@@ -210,7 +216,7 @@ def run_prediction(
     show_progress_of_package(state.is_main_process)
     _check_columns(rows.schema.names, collator, columns, reading, file)
     reader = RowReader(
-        _features(rows.schema, asdict(columns).values()),
+        _features(rows.schema, collator.input_columns),
         {column.column: kind for kind, column in collator.media.items()},
         data.image_root or str(file.parent),
     )
@@ -247,10 +253,17 @@ def _check_columns(
     names: list[str], collator: MMDataCollator, columns: ColumnsSection, reading: Reading, file: Path
 ) -> None:
     known = ", ".join(map(repr, names))
-    for part, column in asdict(columns).items():
+    for part in ("text", "image", "video", "audio"):
+        column = getattr(columns, part)
         asked = getattr(reading, f"{part}_column") is not None
-        if column not in names and (asked or part == "text"):
+        if column not in (None, *names) and (asked or part == "text"):
             raise ValueError(f"{file} has no column {column!r}; set --{part}_column to one of {known}.")
+    for column in (column for table in collator.tables.values() for column in table.columns):
+        if column not in names:
+            raise ValueError(
+                f"{file} has no column {column!r}, which the model reads as a number or a category; its columns are "
+                f"{known}."
+            )
     media = {kind: column.column for kind, column in collator.media.items()}
     if media and not set(media.values()) & set(names):
         logger.warning(

@@ -6,22 +6,26 @@ from typing import Any, Optional
 
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
+from ..model.file_contents import is_absent
+from ..model.images import ProcessedPictures
 from ..model.label_cells import is_null, shorten_value
-from ..model.modalities import MODALITIES, OTHER_ENCODERS, ReaderContext, modalities_of
+from ..model.modalities import MODALITIES, OTHER_ENCODERS, PARTS, ReaderContext, modalities_of
 from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor
-from ..model.task_base import LabelContext
+from ..model.task_base import LabelContext, Task
 from .addresses import Addresses
 from .cells import LABEL_SEPARATOR, label_of
 from .feature_keys import digest_of, hash_of_text
 from .feature_reading import CachedFeatures, CachedItem, unpadded_texts
-from .media import MediaColumn, SharedCounter
+from .media import MediaColumn, RowColumns, SharedCounter
 from .sources import ANY_SOURCE, ROW_KEY, SOURCE_KEY, count_rows, name_of_row, own_column
 
 
 class MMDataCollator:
     """
     Makes a batch of rows with plain columns: a text, images, a video, sound, and one column per task.
+
+    Columns of numbers and categories are read by their names in `config.table_config`.
 
     Files are read here, in the workers of the data loader if there are any. An image that several rows of the batch
     share, by object, path or bytes, becomes one entry of `pixel_values`. Sounds are shared in the same way. Every task
@@ -31,7 +35,8 @@ class MMDataCollator:
         processor ([`MMTransformerProcessor`]): The processor of the model.
         config ([`MMTransformerConfig`]): The config of the model, with its tasks.
         text_column (`str`, *optional*, defaults to `"text"`):
-            Column of strings (or lists of words). `None` and "" are allowed in rows with another input.
+            Column of strings (or lists of words). `None` and "" are allowed in rows with another input. With
+            `text_column=None`, no row has a text.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of images: PIL, path, bytes, array, a cell of `datasets.Image`, a list of those, or `None`.
         video_column (`str`, *optional*, defaults to `"video"`):
@@ -50,6 +55,7 @@ class MMDataCollator:
             Whether addresses in cells are fetched. `True` allows http(s) addresses of the public Internet and stores
             such as `hf://`. A list allows only its hosts, which may be private, and its stores (`"hf://"`). Without
             permission, a cell with an address is a bad file.
+        columns: the columns of modalities of your own, such as `sensor_column="sensor"`.
 
     [`~mm_transformers.set_limits`] sets how large a picture, a sound, a video or a text may be.
 
@@ -74,7 +80,7 @@ class MMDataCollator:
         self,
         processor: MMTransformerProcessor,
         config: MMTransformerConfig,
-        text_column: str = "text",
+        text_column: Optional[str] = "text",
         image_column: str = "image",
         video_column: str = "video",
         audio_column: str = "audio",
@@ -84,6 +90,7 @@ class MMDataCollator:
         pad_to_multiple_of: Optional[int] = None,
         label_separator: str = LABEL_SEPARATOR,
         allow_urls: bool | Collection[str] = False,
+        **columns: str,
     ):
         if on_bad_file not in ("raise", "drop"):
             raise ValueError(f"on_bad_file must be 'raise' or 'drop', but is {on_bad_file!r}.")
@@ -103,14 +110,28 @@ class MMDataCollator:
         self._num_bad_files = SharedCounter()
         addresses = Addresses(allow_urls)
         rules = (on_bad_file, self._num_bad_files, addresses)
+        columns |= {"image_column": image_column, "video_column": video_column, "audio_column": audio_column}
+        unknown = [name for name in columns if name.removesuffix("_column") not in PARTS or "_column" not in name]
+        if unknown:
+            raise TypeError(f"MMDataCollator takes no argument {unknown[0]!r}.")
         # By the argument of the processor. Inputs that the model does not take are not read.
         self.media: dict[str, MediaColumn] = {}
-        columns = {"image": image_column, "video": video_column, "audio": audio_column}
+        # Likewise, modalities with several columns each.
+        self.tables: dict[str, RowColumns] = {}
         context = ReaderContext(processor, addresses.fetch, sampling_rate)
         for modality in MODALITIES.values():
-            if modality.encoder.name in config.modalities:
+            name = modality.encoder.name
+            if name not in config.modalities:
+                continue
+            if modality.encoder.own is not None:
+                check_own_config(processor, config, name)
+            if modality.columns is not None:
+                own_columns = modality.columns(getattr(config, f"{name}_config"))
+                self.tables[modality.argument] = RowColumns(own_columns, modality, modality.reader(context))
+            else:
+                column = columns.get(f"{modality.name}_column", modality.name)
                 self.media[modality.argument] = MediaColumn(
-                    columns[modality.name], modality, modality.reader(context), *rules
+                    column, modality, modality.reader(context), *rules, process=self._process
                 )
         limits = [max_length, max_text_positions(config.text_config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
@@ -124,6 +145,23 @@ class MMDataCollator:
     def num_bad_files(self) -> int:
         """How many times an image, a video or a sound could not be read and was treated as absent."""
         return int(self._num_bad_files)
+
+    @property
+    def input_columns(self) -> list[str]:
+        """The columns that hold inputs of the model: texts, then images and the like, then numbers and categories."""
+        texts = [] if self.text_column is None else [self.text_column]
+        return [*texts, *(column for name in (*self.media, *self.tables) for column in self.columns_of(name))]
+
+    def columns_of(self, argument: str) -> list[str]:
+        """The columns of a modality, by the argument of the processor; none if the model does not read it."""
+        if argument in self.tables:
+            return self.tables[argument].columns
+        return [self.media[argument].column] if argument in self.media else []
+
+    def has_other_input(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has a cell that is not empty, beside its text."""
+        in_media = any(column.split(row.get(column.column)) for column in self.media.values())
+        return in_media or any(not is_absent(row.get(c)) for table in self.tables.values() for c in table.columns)
 
     def with_references(self) -> "MMDataCollator":
         """
@@ -145,7 +183,8 @@ class MMDataCollator:
         names = [name_of_row(row, i) for i, row in enumerate(rows)]
         media: dict[str, Any] = {}
         had_any, has_any = [False] * len(rows), [False] * len(rows)
-        for name, column in self.media.items():
+        columns: dict[str, MediaColumn | RowColumns] = {**self.media, **self.tables}
+        for name, column in columns.items():
             media[name], were_there = column.read(rows, names)
             had_any = [a or b for a, b in zip(had_any, were_there, strict=True)]
             has_any = [a or bool(b) for a, b in zip(has_any, media[name], strict=True)]
@@ -153,7 +192,7 @@ class MMDataCollator:
         # A row whose only inputs could not be read has nothing to learn from.
         is_empty = [not text.strip() and not has for text, has in zip(texts, has_any, strict=True)]
         for name in media:
-            if MODALITIES[name].is_sequence:  # one per row
+            if MODALITIES[name].is_single:  # one per row
                 media[name] = [row[0] if row else None for row in media[name]]
         batch = dict(
             self.processor(
@@ -194,12 +233,21 @@ class MMDataCollator:
         known: dict[int, bytes] = {}  # shared items are one object
         for modality in OTHER_ENCODERS:
             columns = [media[part.argument] for part in modalities_of(modality) if part.argument in media]
-            rows = [[item for cell in cells for item in cell or []] for cells in zip(*columns, strict=True)]
+            rows = [[item for cell in cells for item in _items(cell)] for cells in zip(*columns, strict=True)]
             for item in (item for row in rows for item in row):
                 if id(item) not in known:
-                    known[id(item)] = item.digest if isinstance(item, CachedItem) else digest_of(item)
+                    has_digest = isinstance(item, (CachedItem, ProcessedPictures))
+                    known[id(item)] = item.digest if has_digest else digest_of(item)
             result[modality] = [fingerprint(b"".join(known[id(x)] for x in row)) if row else None for row in rows]
         return {modality: rows or [None] * len(texts) for modality, rows in result.items()}
+
+    def _process(self, item: Any) -> Any:
+        """A picture or the frames of a video as the image processor resizes them; a sound unchanged."""
+        if isinstance(item, Mapping):
+            return item
+        pictures = item if isinstance(item, list) else [item]
+        digest = b"".join(map(digest_of, pictures))
+        return ProcessedPictures(self.processor.process_pictures(pictures), digest)
 
     def text_of(self, row: Mapping[str, Any], had_other: bool, name: str) -> str:
         """
@@ -209,6 +257,10 @@ class MMDataCollator:
             had_other: whether the row has another input.
             name: the name of the row in messages.
         """
+        if self.text_column is None:
+            if not had_other:
+                raise ValueError(f"{name} has no content in {self._shown_inputs(row)}: remove the row.")
+            return ""
         if self.text_column not in row:
             columns = ", ".join(repr(column) for column in row if column not in (ROW_KEY, SOURCE_KEY))
             raise ValueError(
@@ -234,26 +286,59 @@ class MMDataCollator:
                 f"{name}, column {own_column(row, self.text_column)!r}: the text is not valid Unicode ({error})."
             ) from error
         if not text.strip() and not had_other:
-            known = [self.text_column, *(media.column for media in self.media.values())]
-            columns = ", ".join(repr(own_column(row, column)) for column in known)
-            raise ValueError(f"{name} has no content in {columns}: remove the row.")
+            raise ValueError(f"{name} has no content in {self._shown_inputs(row)}: remove the row.")
         return text
 
+    def _shown_inputs(self, row: Mapping[str, Any]) -> str:
+        columns = [repr(own_column(row, column)) for column in self.input_columns]
+        return ", ".join([*columns[:20], *(["..."] if len(columns) > 20 else [])])
+
     def _labels(
-        self, task, rows: list[Mapping[str, Any]], texts: list[str], names: list[str], is_empty: list[bool]
+        self, task: Task, rows: list[Mapping[str, Any]], texts: list[str], names: list[str], is_empty: list[bool]
     ) -> list[Any]:
-        labels = []
+        labels, column = [], task.column or task.name
         for row, text, name, empty in zip(rows, texts, names, is_empty, strict=True):
             unlabelled = empty or not row.get(SOURCE_KEY, ANY_SOURCE).labels(task.name)
             try:
-                cell = row.get(task.column, task.default_cell)
+                cell = row.get(column, task.default_cell)
                 labels.append(None if unlabelled else label_of(task, cell, text, self.label_separator))
             except ValueError as error:
-                raise ValueError(f"{name}, column {own_column(row, task.column)!r}: {error}.") from None
+                raise ValueError(f"{name}, column {own_column(row, column)!r}: {error}.") from None
         return labels
 
 
-def check_tokenizer(tokenizer, config: MMTransformerConfig) -> None:
+def _items(cell: Any) -> list[Any]:
+    return [cell] if isinstance(cell, ProcessedPictures) else cell or []
+
+
+def check_own_config(processor: MMTransformerProcessor, config: MMTransformerConfig, name: str) -> None:
+    """
+    Checks that processor and model have the same config of an encoder that transformers lacks.
+
+    Args:
+        name: of the encoder, such as "table".
+
+    Raises:
+        ValueError: if the processor has none, or another one.
+    """
+    field = f"{name}_config"
+    mine, wanted = getattr(processor, field, None), getattr(config, field)
+    if mine is None or _own_fields(mine) != _own_fields(wanted):
+        what = f"no {field}, unlike the model" if mine is None else f"another {field} than the model"
+        raise ValueError(
+            f"The processor has {what}: load the processor that belongs to the model, or make both "
+            f"by from_encoders(..., {name}=...) with the same value."
+        )
+
+
+def _own_fields(config: Any) -> dict[str, Any]:
+    """The fields of a config without those that loading and saving change."""
+    changed = ("dtype", "transformers_version", "architectures")
+    values = config.to_diff_dict()
+    return {name: value for name, value in values.items() if name not in changed and not name.startswith("_")}
+
+
+def check_tokenizer(tokenizer: Any, config: MMTransformerConfig) -> None:
     """
     Checks that the tokenizer fits the text encoder.
 

@@ -207,7 +207,7 @@ class Builder:
                 "encoders without padding."
             )
 
-    def _loader(self, rows: Dataset, batch_size: int, collate: Callable[[list[Any]], Any]) -> DataLoader:
+    def _loader(self, rows: Dataset[Any], batch_size: int, collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
         # A separate generator: training has the same dropout and row order as without a cache.
         return DataLoader(
             rows,

@@ -63,7 +63,9 @@ class FeatureCache:
     ```
     """
 
-    def __init__(self, cache_dir: str | os.PathLike, max_size_gb: Optional[float] = None, dtype: Optional[str] = None):
+    def __init__(
+        self, cache_dir: str | os.PathLike[str], max_size_gb: Optional[float] = None, dtype: Optional[str] = None
+    ):
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(
                 f"The dtype of a feature cache must be 'float32', 'bfloat16' or 'float16', but is {dtype!r}."
@@ -74,7 +76,7 @@ class FeatureCache:
         self.dtype = None if dtype is None else getattr(torch, dtype)
         # By modality: the encoder (weakly, since another may come to lie at the same address), what it was when it was
         # hashed, and the store.
-        self._stores: dict[str, tuple[weakref.ref, Any, FeatureStore]] = {}
+        self._stores: dict[str, tuple[weakref.ref[torch.nn.Module], Any, FeatureStore]] = {}
 
     @classmethod
     def of(cls, cache: Any) -> Optional["FeatureCache"]:
@@ -90,7 +92,8 @@ class FeatureCache:
         """
         if not isinstance(collator, MMDataCollator):
             raise ValueError(f"A feature cache needs an MMDataCollator, not a {type(collator).__name__}.")
-        known = ["text", *model.config.modalities]
+        # Encoders of ours are small, and trained from new weights.
+        known = ["text", *(name for name in model.config.modalities if ENCODERS[name].own is None)]
         frozen = [modality for modality in known if model.model.is_frozen(modality)]
         if not frozen:
             raise ValueError(
@@ -160,7 +163,7 @@ class FeatureCache:
 
     def _store(self, modality: str, encoder: Any, processor: Any, dtype: torch.dtype) -> FeatureStore:
         # Texts are stored by their token ids.
-        preprocessing = None if modality == TEXT.name else getattr(processor, ENCODERS[modality].processor_part)
+        preprocessing = None if modality == TEXT.name else getattr(processor, str(ENCODERS[modality].processor_part))
         options = [part.to_json_string() for part in (encoder.config, preprocessing) if part is not None]
         version = (checksum(encoder.state_dict().values()), options, dtype)
         known = self._stores.get(modality)

@@ -45,7 +45,7 @@ class Read(NamedTuple):
     dropped: list[bytes]
 
 
-class Rows(Dataset):
+class Rows(Dataset[tuple[int, Mapping[str, Any]]]):
     def __init__(self, dataset: Any, numbers: range):
         self.dataset, self.numbers = dataset, numbers
 
@@ -59,7 +59,7 @@ class Rows(Dataset):
         return [(number, self.dataset[number]) for number in numbers]
 
 
-class Items(Dataset):
+class Items(Dataset[tuple[Found, Any]]):
     """Items, each with its row."""
 
     def __init__(self, dataset: Any, items: list[Found]):
@@ -108,8 +108,7 @@ class Scanner:
     def _texts(self, rows: list[tuple[int, Mapping[str, Any]]]) -> list[Found]:
         texts = []
         for number, row in rows:
-            had_other = any(column.split(row.get(column.column)) for column in self.collator.media.values())
-            texts.append(self.collator.text_of(row, had_other, _name(row, number)))
+            texts.append(self.collator.text_of(row, self.collator.has_other_input(row), _name(row, number)))
         batch = self.collator.processor(text=texts, max_length=self.collator.max_length)
         found = []
         for (number, _), inputs in zip(rows, unpadded_texts(batch), strict=True):

@@ -113,7 +113,7 @@ def unpadded_texts(batch: Mapping[str, torch.Tensor]) -> list[Optional[dict[str,
 def replace_load(column: MediaColumn, load: Callable[[Any], Any], **kwargs: Any) -> MediaColumn:
     """A copy of the column with another reader."""
     column = copy.copy(column)
-    column.load, column.pixels_for_each = load, no_pixel_limit
+    column.load, column.pixels_for_each, column.process = load, no_pixel_limit, None
     for name, value in kwargs.items():
         setattr(column, name, value)
     return column

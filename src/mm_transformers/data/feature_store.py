@@ -84,7 +84,7 @@ class FeatureStore:
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "width": self.width}
 
-    def __setstate__(self, state: dict[str, Any]):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.folder, self.width = state["folder"], state["width"]
         self._forget()
         self.refresh(verify=False)  # the sending process has verified it

@@ -66,7 +66,7 @@ def _with_numbers(rows: datasets.Dataset, column: str) -> datasets.Dataset:
 def check_labels(
     data: Mapping[str, datasets.Dataset],
     tasks: Iterable[Task],
-    text_column: str,
+    text_column: str | None,
     label_separator: str = LABEL_SEPARATOR,
 ) -> None:
     """
@@ -83,7 +83,9 @@ def check_labels(
             raise ValueError(f"{split} rows: {error}") from error
 
 
-def has_labels(rows: datasets.Dataset, task: Task, text_column: str, label_separator: str = LABEL_SEPARATOR) -> bool:
+def has_labels(
+    rows: datasets.Dataset, task: Task, text_column: str | None, label_separator: str = LABEL_SEPARATOR
+) -> bool:
     """Whether any row has a label of the task."""
     labels = encoded_labels(rows, [task], text_column, label_separator)[task.name]
     return any(label is not None for label in labels)

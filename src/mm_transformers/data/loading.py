@@ -15,12 +15,14 @@ from ..model.messages import one_line
 from ..model.tasks import Task
 from .cells import with_root
 from .splitting import hold_out_rows
-from .tables import SUFFIXES, TableRows
+from .tables import CHUNK_SIZE, SUFFIXES, TableRows
 
 
 logger = logging.get_logger(__name__)
 
 SPLITS = ("train", "validation", "test")
+# Bytes of 16 rows of Parquet. If they are larger, `datasets` converts fewer rows at a time.
+_PART_BYTES = 2**22
 TEXT_TYPES = (datasets.Value("string"), datasets.Value("large_string"))
 
 
@@ -66,7 +68,11 @@ def load_files(
 def _read(path: str, split: str, cache_dir: str | None) -> datasets.Dataset:
     table = TableRows(Path(path))
     if table.path.suffix == ".parquet":  # may store features, such as images, beside the types of its columns
-        return datasets.load_dataset("parquet", data_files={split: path}, split=split, cache_dir=cache_dir)
+        # The loader of `datasets` unpacks as many rows at a time as it is told.
+        num_rows = CHUNK_SIZE * _PART_BYTES // max(table.largest_part(), _PART_BYTES)
+        return datasets.load_dataset(
+            "parquet", data_files={split: path}, split=split, cache_dir=cache_dir, batch_size=max(num_rows, 1)
+        )
     # The loaders of `datasets` guess types from the first rows of each part of a file; later rows may differ.
     stat = table.path.stat()
     return datasets.Dataset.from_generator(

@@ -1,12 +1,12 @@
-"""Reads the images, videos and sounds of a batch, once each; errors name the row."""
+"""Reads the images, videos, sounds and columns of a batch, once each; errors name the row."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
 from transformers.utils import logging
 
-from ..model.limits import CarriedLimits
+from ..model.limits import CarriedLimits, limits
 from ..model.modalities import Modality
 from ..model.processing_mm_transformer import check_number
 from .addresses import NO_ADDRESSES, Addresses
@@ -37,6 +37,37 @@ class SharedCounter:
         self._counts.share_memory_()  # a copy is not
 
 
+class RowColumns:
+    """
+    Several columns that form one item of a row, such as numbers and categories.
+
+    Args:
+        columns: their names.
+        modality: the kind of the item.
+        load: a dict from column to cell -> the input of the processor, `None` if all cells are missing; raises
+            `ValueError` with one sentence.
+    """
+
+    def __init__(self, columns: Sequence[str], modality: Modality, load: Callable[[Any], Any]):
+        self.columns, self.modality, self.load = list(columns), modality, load
+
+    def read(self, rows: list[Mapping[str, Any]], names: list[str]) -> tuple[list[list[Any]], list[bool]]:
+        """
+        The item of each row, read, and whether the row has one. A wrong cell is an error, and not a bad file.
+
+        Args:
+            names: the names of the rows in messages.
+        """
+        result = []
+        for row, name in zip(rows, names, strict=True):
+            try:
+                item = self.load({column: row[column] for column in self.columns if column in row})
+            except ValueError as error:
+                raise type(error)(f"{name}, {error}; correct it, or leave the cell empty.") from None
+            result.append([] if item is None else [item])
+        return result, [bool(items) for items in result]
+
+
 class MediaColumn:
     """
     One column of images, videos or sounds.
@@ -49,6 +80,7 @@ class MediaColumn:
         on_bad_file: `"raise"`, or `"drop"` to count and drop items that cannot be read.
         num_bad_files: the counter of dropped items.
         addresses: the addresses in cells that may be fetched; none by default.
+        process: an item, read -> the same as the image processor resizes it, for items beyond the limit `batch_pixels`.
     """
 
     def __init__(
@@ -59,10 +91,12 @@ class MediaColumn:
         on_bad_file: str,
         num_bad_files: SharedCounter,
         addresses: Addresses = NO_ADDRESSES,
+        process: Optional[Callable[[Any], Any]] = None,
     ):
         self.column, self.split, self.key, self.load = column, modality.items, modality.key, load
         self.on_bad_file, self.num_bad_files, self.addresses = on_bad_file, num_bad_files, addresses
         self.pixels_for_each: Callable[[list[Any]], Optional[int]] = modality.pixels_for_each
+        self.num_pixels, self.process = modality.num_pixels, process
         self.limits = CarriedLimits()
 
     def read(self, rows: list[Mapping[str, Any]], names: list[str]) -> tuple[list[list[Any]], list[bool]]:
@@ -74,7 +108,7 @@ class MediaColumn:
         """
         loaded: dict[Hashable, Any] = {}
         kept = []  # a key may be the id of an object, which is reused after its deletion
-        result, were_there = [], []
+        result, were_there, pixels = [], [], 0
         for row, name in zip(rows, names, strict=True):
             cells = self.split(row.get(self.column))
             items = []
@@ -84,7 +118,12 @@ class MediaColumn:
                 key = (self.key(cell), most)
                 kept.append(cell)
                 if key not in loaded:
-                    loaded[key] = self.load_item(cell, f"{name}, column {own_column(row, self.column)!r}", most)
+                    item = self.load_item(cell, f"{name}, column {own_column(row, self.column)!r}", most)
+                    if item is not None and self.process is not None:
+                        pixels += self.num_pixels(item)
+                        if pixels > limits().batch_pixels:
+                            item = self.process(item)
+                    loaded[key] = item
                 if loaded[key] is None:
                     self.num_bad_files.add_one()
                 else:

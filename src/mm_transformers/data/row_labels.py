@@ -39,7 +39,7 @@ def rows_with_columns(dataset: Any, columns: Iterable[str]) -> Iterator[Mapping[
 
 
 def encoded_labels(
-    dataset: Any, tasks: Iterable[Task], text_column: str, label_separator: str = LABEL_SEPARATOR
+    dataset: Any, tasks: Iterable[Task], text_column: str | None, label_separator: str = LABEL_SEPARATOR
 ) -> dict[str, list[Any]]:
     """
     Task name -> the encoded label of each row, `None` where it is missing.
@@ -55,11 +55,11 @@ def encoded_labels(
     """
     tasks = list(tasks)
     columns = [task.column or task.name for task in tasks]
-    if any(task.is_token_level for task in tasks):
+    if text_column is not None and any(task.is_token_level for task in tasks):
         columns.append(text_column)
     labels: dict[str, list[Any]] = {task.name: [] for task in tasks}
     for number, row in enumerate(rows_with_columns(dataset, columns)):
-        text = text_of(row.get(text_column))
+        text = "" if text_column is None else text_of(row.get(text_column))
         for task, column in zip(tasks, columns, strict=False):
             if not row.get(SOURCE_KEY, ANY_SOURCE).labels(task.name):
                 labels[task.name].append(None)

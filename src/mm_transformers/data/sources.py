@@ -20,8 +20,11 @@ class NamedColumn(Protocol):
 class ReadColumns(Protocol):
     """The part of [`MMDataCollator`] that says which columns it reads."""
 
-    text_column: str
+    text_column: Optional[str]
     tasks: dict[str, Task]
+
+    @property
+    def input_columns(self) -> list[str]: ...
 
     @property
     def media(self) -> Mapping[str, NamedColumn]: ...
@@ -154,8 +157,7 @@ class DataSource:
                 raise ValueError(
                     f"{name} names the task {wanted!r}, but the tasks of the model are {_shown(collator.tasks)}."
                 )
-        known: list[Optional[str]] = [collator.text_column, *(media.column for media in collator.media.values())]
-        known += [task.column for task in collator.tasks.values()]
+        known: list[Optional[str]] = [*collator.input_columns, *(task.column for task in collator.tasks.values())]
         own = columns_of(self.dataset)
         for target, column in self.columns.items():
             if target not in known:
@@ -169,7 +171,7 @@ class DataSource:
                     f"{_shown(own)}."
                 )
         columns = self.column_names
-        if columns is not None and collator.text_column not in columns:
+        if columns is not None and collator.text_column not in (None, *columns):
             raise ValueError(
                 f"{name} has no column {collator.text_column!r} (its columns are {_shown(columns)}); name the column "
                 f"of its texts by DataSource(..., columns={{{collator.text_column!r}: '...'}})."

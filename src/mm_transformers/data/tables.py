@@ -8,7 +8,7 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -16,14 +16,25 @@ import pyarrow.parquet
 from ..model.limits import limits, named
 from ..model.messages import one_line, shortened
 from .formulas import without_formula
+from .parquet_sizes import MOST_COMPRESSED, check_columns, num_bytes
 
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 # The number of rows that are read, or written, at a time.
 CHUNK_SIZE = 1024
 _FEW_ROWS = 16  # at a time, where one may be large
-# The largest compression of a large Parquet column. In a data set the file is rarely under a tenth.
-_MOST_COMPRESSED = 200
+_LARGE_PART = 2**25  # bytes of as many rows; larger parts become Python objects row by row
+
+
+class _Part(NamedTuple):
+    """
+    Args:
+        rows ([`pyarrow.RecordBatch`]): A few rows.
+        size: their bytes as Python objects, about.
+    """
+
+    rows: Any
+    size: int
 
 
 def check_suffix(path: Path) -> str:
@@ -144,36 +155,58 @@ class TableRows:
             raise ValueError(f"{self.path} is not a table: the name of a column has a zero byte.")
 
     def _read_parquet(self) -> Iterator[dict[str, Any]]:
+        number = 0
+        for part in self._parquet_parts():
+            if part.size <= _LARGE_PART:
+                yield from part.rows.to_pylist()
+            else:
+                for i in range(len(part.rows)):
+                    row = part.rows.slice(i, 1)
+                    size = num_bytes(row.to_struct_array())
+                    if size > limits().file_bytes:
+                        raise ValueError(
+                            f"{self.path}: row {number + i:,} has {size:,} bytes, more than {named('file_bytes')}."
+                        )
+                    yield from row.to_pylist()
+            number += len(part.rows)
+
+    def _parquet_parts(self) -> Iterator["_Part"]:
+        """At most 16 rows each."""
         try:
             # Cells that are stored once for many rows stay so, and few rows at a time are unpacked. Otherwise a file
             # of a few kilobytes could fill the memory.
             schema = pyarrow.parquet.read_schema(self.path)
-            names = [name for field in schema for name in _texts_in(field)]
+            largest = check_columns(self.path, pyarrow.parquet.read_metadata(self.path))
             num_rows = CHUNK_SIZE if all(_stays_small(field.type) for field in schema) else _FEW_ROWS
+            if largest * num_rows > limits().file_bytes:
+                num_rows = 1
+            # Arrow cannot do so within lists and structures; `check_columns` bounds those.
+            names = [field.name for field in schema if _is_text(field.type)]
             with pyarrow.parquet.ParquetFile(self.path, read_dictionary=names) as file:
-                self._check_pages(file.metadata)
                 for batch in file.iter_batches(num_rows):
                     for start in range(0, len(batch), _FEW_ROWS):
-                        yield from batch.slice(start, _FEW_ROWS).to_pylist()
+                        rows = batch.slice(start, _FEW_ROWS)
+                        yield _Part(rows, num_bytes(rows.to_struct_array()))
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} cannot be read as Parquet: {one_line(error)}") from error
 
-    def _check_pages(self, metadata: pyarrow.parquet.FileMetaData) -> None:
+    def largest_part(self) -> int:
         """
-        Checks the sizes of the columns.
+        The bytes of the largest 16 rows. All of the table is read once, part by part.
 
         Raises:
-            ValueError: if a column is far larger than the file, so that one cell, or one page, may fill the memory.
+            ValueError: if all rows together are far larger than the file.
         """
-        for group in range(metadata.num_row_groups):
-            for number in range(metadata.num_columns):
-                column = metadata.row_group(group).column(number)
-                size, stored = column.total_uncompressed_size, max(column.total_compressed_size, 1)
-                if size > limits().file_bytes and size > _MOST_COMPRESSED * stored:
-                    raise ValueError(
-                        f"{self.path} cannot be read as Parquet: column {shortened(column.path_in_schema)} has "
-                        f"{size:,} bytes in {stored:,}, which is more than {named('file_bytes')}."
-                    )
+        most = total = 0
+        for part in self._parquet_parts():
+            most, total = max(most, part.size), total + part.size
+            stored = self.path.stat().st_size
+            if total > limits().file_bytes and total > MOST_COMPRESSED * stored:
+                raise ValueError(
+                    f"{self.path} cannot be read as Parquet: its rows have more than {total:,} bytes in {stored:,}, "
+                    f"which is more than {named('file_bytes')}."
+                )
+        return most
 
     def _read_json(self) -> Iterator[dict[str, Any]]:
         number = 0
@@ -218,11 +251,15 @@ def _constant(name: str) -> float | None:
 def _stays_small(kind: pyarrow.DataType) -> bool:
     """Whether many rows of a column take little memory: numbers, and texts and files that are read as a dictionary."""
     types = pyarrow.types
-    if types.is_struct(kind):
-        return all(_stays_small(field.type) for field in kind)
     return not (
         types.is_nested(kind) or types.is_fixed_size_binary(kind) or isinstance(kind, pyarrow.BaseExtensionType)
     )
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    types = pyarrow.types
+    kinds = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    return any(is_kind(kind) for is_kind in kinds)
 
 
 def plain_cells(names: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:
@@ -250,15 +287,6 @@ def _plain_type(kind: pyarrow.DataType) -> pyarrow.DataType | None:
         return pyarrow.string()
     is_plain = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_null(kind)
     return kind if is_plain or types.is_string(kind) or types.is_large_string(kind) else None
-
-
-def _texts_in(field: pyarrow.Field) -> list[str]:
-    """The Parquet names of the texts and bytes of a column."""
-    types = pyarrow.types
-    if types.is_struct(field.type):
-        return [f"{field.name}.{name}" for inner in field.type for name in _texts_in(inner)]
-    kinds = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-    return [field.name] if any(is_kind(field.type) for is_kind in kinds) else []
 
 
 def table_writer(

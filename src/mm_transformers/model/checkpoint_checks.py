@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from .messages import and_more, check_folder, one_line
+from .modalities import OTHER_ENCODERS
 
 
 _AGAIN = "copy or download it again"
@@ -164,25 +165,24 @@ def _weight_files(loading: Checkpoint) -> list[str]:
     return [file for shard in shards if (file := _find(loading.path, shard, where)) is not None]
 
 
-# Parts of the model, and the fields of the config without which they are absent.
-_FIELDS = {
-    "vision_model": ["vision_config"],
-    "vision_projection": ["vision_config"],
-    "vision_reduction": ["vision_token_reduction"],
-    "vision_order": ["vision_config", "item_order"],
-    "frame_embedding": ["vision_config", "frame_embedding"],
-    "audio_model": ["audio_config"],
-    "audio_projection": ["audio_config"],
-    "audio_order": ["audio_config", "item_order"],
-}
+def _fields_of_parts() -> dict[str, list[str]]:
+    """Parts of the model, and the fields of the config without which they are absent."""
+    found = {
+        "vision_reduction": ["vision_token_reduction"],
+        "frame_embedding": ["vision_config", "frame_embedding"],
+    }
+    for name in OTHER_ENCODERS:
+        config = f"{name}_config"
+        found |= {f"{name}_model": [config], f"{name}_projection": [config], f"{name}_order": [config, "item_order"]}
+    return found
 
 
 def _parts_without_field(loading: Checkpoint) -> set[str]:
     """The parts whose field the saved config lacks: the caller has added them, or the checkpoint is older."""
     path = _find(loading.path, "config.json", _where(loading.options))
     saved = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
-    parts = {part for part, fields in _FIELDS.items() if not all(saved.get(field) for field in fields)}
-    if not saved.get("vision_config") and not saved.get("audio_config"):
+    parts = {part for part, fields in _fields_of_parts().items() if not all(saved.get(field) for field in fields)}
+    if not any(saved.get(f"{name}_config") for name in OTHER_ENCODERS):
         parts |= {"fusion", "null_text"}
     return parts
 

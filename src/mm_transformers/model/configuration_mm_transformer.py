@@ -20,9 +20,10 @@ from .fusion import fusion_class
 from .hub_kernels import check_values
 from .limits import limits
 from .messages import check_folder, one_line, shortened
-from .modalities import OTHER_ENCODERS
+from .modalities import OTHER_ENCODERS, own_encoders
 from .regularization import check_regularization
 from .safe_writing import drop_link
+from .table import TableConfig
 from .tasks import Task, task_from_dict
 from .token_reduction import check_token_reduction
 
@@ -45,6 +46,9 @@ class MMTransformerConfig(PreTrainedConfig):
         audio_config (`dict` or `PreTrainedConfig`, *optional*):
             Config of any audio encoder of `AutoModel` (Wav2Vec2, HuBERT, WavLM, Whisper, AST, ...). `None` for a model
             without sound.
+        table_config (`dict` or [`TableConfig`], *optional*):
+            The columns of numbers and categories; [`table_columns`] makes it from training rows. `None` for a model
+            without them. A modality of your own has a field of its own, `{encoder}_config`.
         decoder_config (`dict` or `PreTrainedConfig`, *optional*):
             Config of a decoder of `AutoModelForCausalLM` (BERT, GPT-2, BART, ...), for tasks that write text if the
             text encoder has no decoder. It must have `decoder_start_token_id` (or `bos_token_id`), `eos_token_id` and
@@ -120,6 +124,7 @@ class MMTransformerConfig(PreTrainedConfig):
         "text_config": AutoConfig,
         "vision_config": AutoConfig,
         "audio_config": AutoConfig,
+        "table_config": TableConfig,
         "decoder_config": AutoConfig,
     }
     attribute_map = {
@@ -134,6 +139,7 @@ class MMTransformerConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
     audio_config: dict | PreTrainedConfig | None = None
+    table_config: dict | PreTrainedConfig | None = None
     decoder_config: dict | PreTrainedConfig | None = None
     fusion_type: str = "cross_attention"
     fusion_kwargs: dict | None = None
@@ -159,6 +165,10 @@ class MMTransformerConfig(PreTrainedConfig):
         self.text_config = _resolve(self.text_config or {"model_type": "bert"}, "text")
         self.vision_config = _resolve(self.vision_config, "vision")
         self.audio_config = _resolve(self.audio_config, "audio")
+        for name, encoder in own_encoders().items():
+            field = f"{name}_config"
+            self.sub_configs[field] = encoder.own.config_class  # of a modality that was registered later
+            setattr(self, field, resolve_own(kwargs.pop(field, getattr(self, field, None)), name))
         self.decoder_config = _resolve(self.decoder_config, "decoder")
         if self.decoder_config is not None:
             self.decoder_config.is_decoder = self.decoder_config.add_cross_attention = True
@@ -250,7 +260,12 @@ class MMTransformerConfig(PreTrainedConfig):
     @property
     def modalities(self) -> list[str]:
         """The modalities of the model beside text, in the order of the streams of fusions."""
-        return [name for name in OTHER_ENCODERS if getattr(self, f"{name}_config") is not None]
+        return [name for name in OTHER_ENCODERS if getattr(self, f"{name}_config", None) is not None]
+
+    @property
+    def table_columns(self) -> list[str]:
+        """The names of the columns of numbers and categories that the model reads; none without `table_config`."""
+        return [] if self.table_config is None else self.table_config.names
 
     @property
     def modality_dropout_probabilities(self) -> dict[str, float]:
@@ -320,6 +335,13 @@ class MMTransformerConfig(PreTrainedConfig):
     def validate_tasks(self):
         """Part of `@strict`-powered validation."""
         seen = set()
+        inputs = set(self.table_columns)
+        for task in (task_from_dict(task) for task in self.tasks):
+            if task.column in inputs:
+                raise ValueError(
+                    f"Column {task.column!r} has the labels of task {task.name!r}, so it cannot be an input of the "
+                    "table."
+                )
         for task in (task_from_dict(task) for task in self.tasks):
             if task.name in seen:
                 raise ValueError(f"Two tasks are called {task.name!r}; give each task a different name.")
@@ -432,6 +454,36 @@ def _check_auto_map(values: dict[str, Any], path: Any) -> None:
                     f"({name}: {reference!r}), which is not run; it must name a file beside config.json, as in "
                     f"'{MMTransformerConfig.__module__.rpartition('.')[2]}.MMTransformerConfig'."
                 )
+
+
+def resolve_own(config: Any, name: str) -> Optional[PreTrainedConfig]:
+    """
+    The config of an encoder that transformers lacks, from a dict or as it is.
+
+    Raises:
+        ValueError: one sentence, if it has another type or a wrong value.
+    """
+    if config is None:
+        return None
+    encoder = own_encoders()[name].own
+    kind = encoder.config_class
+    if isinstance(config, dict):
+        values = {key: value for key, value in config.items() if key != "model_type"}
+        if config.get("model_type", kind.model_type) != kind.model_type:
+            raise ValueError(
+                f"{name}_config has the model_type {config['model_type']!r}, but must have {kind.model_type!r}."
+            )
+        check_sizes(values, f"{name}_config")
+        try:
+            config = kind(**values)
+        except StrictDataclassError as error:
+            raise ValueError(f"{name}_config has a wrong value: {_without_preamble(error)}") from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"{name}_config has a wrong value: {type(error).__name__}: {one_line(error)}") from error
+    # Not `isinstance`: code from a folder has classes of its own.
+    if getattr(config, "model_type", None) != kind.model_type:
+        raise ValueError(f"{name}_config must be a {kind.__name__} or a dict, but is {shortened(config)}.")
+    return config
 
 
 def _resolve(config: Any, modality: str) -> Optional[PreTrainedConfig]:

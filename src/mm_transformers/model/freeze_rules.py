@@ -6,6 +6,8 @@ from typing import Optional
 
 from torch import nn
 
+from .modalities import ENCODERS
+
 
 def check_freeze(entries: Optional[list[str]], modalities: list[str]) -> None:
     """
@@ -22,7 +24,7 @@ def check_freeze(entries: Optional[list[str]], modalities: list[str]) -> None:
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) for entry in entries):
         raise ValueError(f"freeze must be a list of strings, such as ['vision'], but is {entries!r}.")
     for entry in entries:
-        if entry in ("text", "vision", "audio") and entry not in modalities:
+        if entry in ENCODERS and entry not in modalities:
             raise ValueError(f"freeze names {entry!r}, but the encoders of this model are {', '.join(modalities)}.")
 
 

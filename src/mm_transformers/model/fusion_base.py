@@ -31,7 +31,7 @@ class Stream(NamedTuple):
         scales (batch, max_items, fusion_hidden_size), *optional*: the tokens are first multiplied by 1 plus these.
         is_full: whether every place of every row is known to hold a token, without reading the tensors.
         item_means (num_items, encoder width), *optional*: the mean of the encoder outputs of each item, for linear
-            probes; 0 for a missing text.
+            probes; 0 for a missing text. Of an encoder of ours, its linear features.
 
     Example:
 

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from .modalities import own_inputs
 from .task_base import Task
 
 
@@ -189,6 +190,7 @@ def split_inputs(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> t
         arguments: With `labels` and `word_index`, which neither of them takes, if the caller gives a whole batch.
     """
     known = {name for name in inspect.signature(forward).parameters if not name.startswith("output_")}
+    known |= own_inputs(dict(arguments)).keys()
     inputs = {name: value for name, value in arguments.items() if name in known}
     others = {name: value for name, value in arguments.items() if name not in {*known, "labels", "word_index"}}
     return inputs, others

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Optional
 
 from .downloads import fetch, is_url
@@ -44,6 +45,25 @@ def pixels_for_each(images: Sequence[Any]) -> Optional[int]:
     if len(images) * kept <= most or sum(min(_declared_pixels(image, kept), kept) for image in images) <= most:
         return None
     return max(1, most // len(images))
+
+
+@dataclass(frozen=True)
+class ProcessedPictures:
+    """
+    A picture, or the frames of a video, as the image processor returns them.
+
+    Args:
+        pixel_values (`torch.Tensor`): (frames, channels, height, width) float32.
+        digest (`bytes`): The hashes of the pictures before processing, one after the other, to compare pictures.
+    """
+
+    pixel_values: Any
+    digest: bytes = b""
+
+
+def num_pixels(item: Any) -> int:
+    """Pixels of a picture, or of all pictures of a list, in memory."""
+    return sum(picture.width * picture.height for picture in (item if isinstance(item, list) else [item]))
 
 
 def _declared_pixels(image: Any, unknown: int) -> int:
@@ -119,6 +139,7 @@ def load_image(image: Any, fetch: Callable[[str], bytes] = fetch, most_pixels: O
     most = min(limits().kept_image_pixels, most_pixels or limits().kept_image_pixels)
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken EXIF data, in several lines
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             content = content_of(image)
             picture = _open(content, fetch)

@@ -24,6 +24,9 @@ class Limits:
         row_pixels (`int`):
             Pixels in memory of all pictures of one row; likewise of all frames of its video. If there are more, the
             largest pictures are shrunk while they are read.
+        batch_pixels (`int`):
+            Pixels in memory of all pictures of a batch; likewise of all frames of its videos. Further ones are kept as
+            the image processor resizes them.
         audio_seconds (`float`): Seconds of one sound.
         audio_samples (`int`): Samples of one sound, all channels together, before and after resampling.
         encoded_seconds (`float`):
@@ -44,6 +47,8 @@ class Limits:
             The largest `max_length` to which a saved tokenizer may pad every text. Beyond, it pads to the longest text.
         download_bytes (`int`): Bytes of one download.
         download_seconds (`float`): Seconds of one download, in all.
+        table_columns (`int`): Columns of numbers and categories of one model.
+        category_values (`int`): Known values of one column of categories.
         recipe_bytes (`int`): Bytes of a recipe.
         config_layers (`int`): The largest number of layers, stages or blocks in the config of an encoder.
         request_seconds (`float`): Seconds of one request to the demo page.
@@ -69,6 +74,7 @@ class Limits:
     slow_image_pixels: int = 1_000_000
     row_items: int = 100
     row_pixels: int = 32 * 2048 * 2048
+    batch_pixels: int = 32 * 2048 * 2048
     audio_seconds: float = 600.0
     audio_samples: int = 64_000_000
     encoded_seconds: float = 60.0
@@ -85,6 +91,8 @@ class Limits:
     padded_tokens: int = 2**15
     download_bytes: int = 64 * 2**20
     download_seconds: float = 30.0
+    table_columns: int = 1_000
+    category_values: int = 10_000
     recipe_bytes: int = 2**20
     config_layers: int = 300
     request_seconds: float = 60.0

@@ -1,5 +1,6 @@
 """A linear model of the mean encoder outputs inside each head, as the start of a task."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import initialization as init
 
 from .encoders import encoder_width
 from .fusion_layers import masked_mean
+from .modalities import ENCODERS, own_encoders
 
 
 class LinearProbe(nn.Module):
@@ -18,16 +20,20 @@ class LinearProbe(nn.Module):
     until [`start_probes`] or training sets them.
 
     The features are, for text and each other modality: the mean of the encoder outputs, scaled to length 1, and 1. Both
-    are 0 if a row lacks the modality. With `per_token`, the text part is the encoder output of each token instead.
+    are 0 if a row lacks the modality. With `per_token`, the text part is the encoder output of each token instead. An
+    encoder of ours may have other features, such as the numbers and one-hot categories of a table, without scaling.
 
     Args:
-        widths: modality -> width of its encoder, "text" first.
+        widths: modality -> width of its features, "text" first.
         num_outputs, per_token: see [`LinearProblem`].
+        unscaled: the modalities whose features are not scaled to length 1.
     """
 
-    def __init__(self, widths: dict[str, int], num_outputs: int, per_token: bool = False):
+    def __init__(
+        self, widths: dict[str, int], num_outputs: int, per_token: bool = False, unscaled: Collection[str] = ()
+    ):
         super().__init__()
-        self.widths, self.per_token = dict(widths), per_token
+        self.widths, self.per_token, self.unscaled = dict(widths), per_token, frozenset(unscaled)
         self.linear = nn.Linear(sum(widths.values()) + len(widths), num_outputs)
 
     def init_own_parameters(self, std: float):
@@ -61,16 +67,23 @@ class LinearProbe(nn.Module):
             means = None if stream is None else stream.row_means
             if means is None:
                 means = text.hidden_states.new_zeros(batch, width)
+            if stream is not None and name in self.unscaled:
+                # All features of a row with average numbers are 0.
+                is_there = stream.present[:, None]
+                parts.append(self._expanded(torch.cat([means.float(), is_there.float()], -1), length))
+                continue
             is_there = (means != 0).any(-1, keepdim=True)
             if self.per_token and name == "text":
                 means, is_there = torch.where(is_there[:, None], text.hidden_states, 0), is_there[:, None]
             # For zeros the gradient would be too large for half precision.
             vectors = nn.functional.normalize(torch.where(is_there, means.float(), 1), dim=-1) * is_there
             part = torch.cat([vectors, is_there.float().expand(*vectors.shape[:-1], 1)], -1)
-            if self.per_token and name != "text":
-                part = part[:, None].expand(-1, length, -1)
-            parts.append(part)
+            parts.append(part if name == "text" else self._expanded(part, length))
         return torch.cat(parts, -1)
+
+    def _expanded(self, part: torch.Tensor, length: int) -> torch.Tensor:
+        """The features of a modality, for each token if the probe is for tokens."""
+        return part[:, None].expand(-1, length, -1) if self.per_token else part
 
     def forward(self, outputs: Any) -> torch.Tensor:
         return self.linear(self.features(outputs).to(self.linear.weight.dtype))
@@ -112,8 +125,12 @@ class ProbedHead(nn.Module):
 
 
 def probe_widths(config: Any) -> dict[str, int]:
-    """Modality -> width of its encoder, "text" first."""
-    return {name: encoder_width(getattr(config, f"{name}_config")) for name in ("text", *config.modalities)}
+    """Modality -> width of its linear features, "text" first."""
+    widths = {}
+    for name in ("text", *config.modalities):
+        encoder_config, own = getattr(config, f"{name}_config"), ENCODERS[name].own
+        widths[name] = encoder_width(encoder_config) if own is None else own.linear_width(encoder_config)
+    return widths
 
 
 def with_probe(head: nn.Module, task: Any, config: Any) -> nn.Module:
@@ -125,7 +142,8 @@ def with_probe(head: nn.Module, task: Any, config: Any) -> nn.Module:
     problem = task.linear_problem() if config.linear_probe else None
     if problem is None or _owner(task, "build_head") is not _owner(task, "linear_problem"):
         return head
-    probe = LinearProbe(probe_widths(config), problem.num_outputs, problem.per_token)
+    unscaled = [name for name, kind in own_encoders().items() if kind.own and not kind.own.scales_linear_features]
+    probe = LinearProbe(probe_widths(config), problem.num_outputs, problem.per_token, unscaled)
     return ProbedHead(head, probe, has_fusion=bool(config.modalities))
 
 

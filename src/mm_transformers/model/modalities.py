@@ -1,14 +1,16 @@
 """The list of all modalities: the inputs of a row, their encoders and their names."""
 
 import numbers
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
 from .audio import audio_key
 from .file_contents import is_absent
-from .images import check_resized, image_key, load_image, pixels_for_each
+from .images import check_resized, image_key, load_image, num_pixels, pixels_for_each
+from .own_encoders import OwnEncoder
+from .table import TableEncoder, TableReader, as_rows, row_key
 from .video import load_frames, video_key
 
 
@@ -19,22 +21,24 @@ class EncoderKind:
 
     Args:
         name: `{name}_config` of the config, `{name}_model` of the model.
-        inputs: the names of its main input; a class of transformers takes one of them.
+        inputs: the names of its main input; a class of transformers takes one of them, an encoder of ours all.
         index: the tensor with the items of each row; `None` for text, since each row has one.
-        features: the tensor that may replace the output of the encoder.
-        processor_part: the attribute of the processor that prepares the input.
+        features: the tensor that may replace the output of the encoder; `None` for encoders of ours.
+        processor_part: the attribute of the processor that prepares the input; `None` for encoders of ours.
         noun, plural: one of its inputs, and several, in messages and tables.
         hub_tag: its tag on the Hub.
+        own: the class of the encoder, if transformers has none.
     """
 
     name: str
     inputs: tuple[str, ...]
     index: Optional[str]
-    features: str
-    processor_part: str
+    features: Optional[str]
+    processor_part: Optional[str]
     noun: str
     plural: str
     hub_tag: str
+    own: Optional[type[OwnEncoder]] = None
 
 
 TEXT = EncoderKind("text", ("input_ids",), None, "text_features", "tokenizer", "text", "texts", "text")
@@ -45,11 +49,26 @@ AUDIO = EncoderKind(
     "audio", ("input_values", "input_features"), "audio_index", "audio_features", "feature_extractor", "sound",
     "sounds", "audio",
 )  # fmt: skip
+COLUMNS = EncoderKind(
+    "table", ("table_numbers", "table_categories"), "table_index", None, None, "table row", "table rows", "tabular",
+    own=TableEncoder,
+)  # fmt: skip
 
 # By name, in the order of the streams of fusions.
-ENCODERS = {encoder.name: encoder for encoder in (TEXT, VISION, AUDIO)}
+ENCODERS = {encoder.name: encoder for encoder in (TEXT, VISION, AUDIO, COLUMNS)}
 # All encoders except that of the text, which every model has.
 OTHER_ENCODERS = {name: encoder for name, encoder in ENCODERS.items() if encoder is not TEXT}
+
+
+def own_encoders() -> dict[str, EncoderKind]:
+    """The encoders that transformers lacks, by name."""
+    return {name: encoder for name, encoder in ENCODERS.items() if encoder.own is not None}
+
+
+def own_inputs(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Takes the inputs of encoders that transformers lacks out of the keyword arguments of a model."""
+    names = [name for encoder in own_encoders().values() for name in (*encoder.inputs, encoder.index)]
+    return {name: arguments.pop(name) for name in names if name in arguments}
 
 
 def as_one(cell: Any) -> list[Any]:
@@ -93,6 +112,11 @@ def no_pixel_limit(items: list[Any]) -> Optional[int]:
     return None
 
 
+def no_pixels(item: Any) -> int:
+    """An item that is no picture."""
+    return 0
+
+
 class ReaderContext(NamedTuple):
     """
     How the items of a table are read.
@@ -131,6 +155,10 @@ def _load_clip(context: ReaderContext, clip: Any) -> dict[str, Any]:
     return {"array": waveform, "sampling_rate": context.processor.feature_extractor.sampling_rate}
 
 
+def _table_reader(context: ReaderContext) -> Callable[..., Any]:
+    return TableReader(context.processor.table_config)
+
+
 @dataclass(frozen=True)
 class Modality:
     """
@@ -145,9 +173,11 @@ class Modality:
         key: an item -> a value that is equal for equal items.
         reader: makes the function that reads an item for the processor and raises `ValueError` with one sentence.
         pixels_for_each: the items of a row -> the most pixels that the reader may keep of each; `None` for no limit.
+        num_pixels: an item, read -> its pixels in memory.
         axes: the numbers of axes of an item that is stored as nested lists of numbers.
         most_axes: the largest number of axes of an item that is stored as an array with a shape.
         is_sequence: whether an item is several inputs of the encoder, such as the frames of a video.
+        columns: the config of the encoder -> the columns of a row that form one item; `None` if it has one column.
     """
 
     name: str
@@ -158,29 +188,89 @@ class Modality:
     items: Callable[[Any], list[Any]]
     key: Callable[[Any], Hashable]
     reader: Callable[[ReaderContext], Callable[..., Any]]
-    axes: tuple[int, ...]
-    most_axes: int
+    axes: tuple[int, ...] = ()
+    most_axes: int = 0
     pixels_for_each: Callable[[list[Any]], Optional[int]] = no_pixel_limit
+    num_pixels: Callable[[Any], int] = no_pixels
     is_sequence: bool = False
+    columns: Optional[Callable[[Any], list[str]]] = None
+
+    @property
+    def is_single(self) -> bool:
+        """Whether a row has one item at most, which the processor takes without a list."""
+        return self.is_sequence or self.columns is not None
+
+    def cell(self, row: Mapping[str, Any], config: Any) -> Any:
+        """
+        The cell of a row; a dict from column to cell, if the modality has several columns.
+
+        Args:
+            config: the config of the encoder.
+        """
+        if self.columns is None:
+            return row.get(self.name)
+        return {name: row[name] for name in self.columns(config) if name in row}
 
 
 IMAGE = Modality(
-    "image", "images", VISION, "picture", "pictures", as_list, image_key, _image_reader, (2, 3), 3, pixels_for_each
-)
+    "image", "images", VISION, "picture", "pictures", as_list, image_key, _image_reader, (2, 3), 3, pixels_for_each,
+    num_pixels,
+)  # fmt: skip
 VIDEO = Modality(
-    "video", "videos", VISION, "video", "video", as_one, video_key, _video_reader, (3, 4), 4, is_sequence=True
-)
+    "video", "videos", VISION, "video", "video", as_one, video_key, _video_reader, (3, 4), 4, num_pixels=num_pixels,
+    is_sequence=True,
+)  # fmt: skip
 # An array with two axes is one clip with several channels; a list of lists is several clips.
 SOUND = Modality("audio", "audio", AUDIO, "sound", "sound", as_clips, audio_key, _clip_reader, (1,), 2)
+TABLE = Modality(
+    "table", "table", COLUMNS, "table row", "numbers and categories", as_rows, row_key, _table_reader,
+    columns=lambda config: config.names,
+)  # fmt: skip
 
 # What a row may hold beside its text, by the argument of the processor.
-MODALITIES = {modality.argument: modality for modality in (IMAGE, VIDEO, SOUND)}
-# The same by the key of a row.
-PARTS = {modality.name: modality for modality in MODALITIES.values()}
+MODALITIES = {modality.argument: modality for modality in (IMAGE, VIDEO, SOUND, TABLE)}
+# Those with one column, by the key of a row.
+PARTS = {modality.name: modality for modality in MODALITIES.values() if modality.columns is None}
 # The keys of a row, and the arguments of the processor.
 ARGUMENTS = {"text": "text", **{name: modality.argument for name, modality in PARTS.items()}}
 # The noun of each key of a row.
 NOUNS = {"text": "text", **{name: modality.noun for name, modality in PARTS.items()}}
+
+
+def own_modalities() -> dict[str, Modality]:
+    """The modalities whose encoders transformers lacks, by the argument of the processor."""
+    return {name: modality for name, modality in MODALITIES.items() if modality.encoder.own is not None}
+
+
+def register_modality(modality: Modality) -> Modality:
+    """
+    Adds a modality of your own, with its encoder.
+
+    It must be registered before a model with it is made or loaded. The config then has the field `{encoder}_config`.
+
+    Args:
+        modality ([`Modality`]): Its encoder is an [`EncoderKind`] with the class of the encoder, `own`.
+
+    Raises:
+        ValueError: if the encoder has no class, or a name is taken.
+
+    Example: `Sensor` in `tests/project/test_own_kind_everywhere.py`.
+    """
+    encoder = modality.encoder
+    if encoder.own is None:
+        raise ValueError(f"The encoder of the modality {modality.name!r} needs its class: EncoderKind(..., own=...).")
+    taken = {"text": TEXT, **MODALITIES, **PARTS}
+    for name in (modality.name, modality.argument):
+        if name in taken and getattr(taken[name], "encoder", None) != encoder:
+            raise ValueError(f"The modality {name!r} already exists; choose another name.")
+    if ENCODERS.get(encoder.name, encoder).own is None:
+        raise ValueError(f"The encoder {encoder.name!r} already exists; choose another name.")
+    ENCODERS[encoder.name] = OTHER_ENCODERS[encoder.name] = encoder
+    MODALITIES[modality.argument] = modality
+    if modality.columns is None:
+        PARTS[modality.name] = modality
+        ARGUMENTS[modality.name], NOUNS[modality.name] = modality.argument, modality.noun
+    return modality
 
 
 def modalities_of(encoder: str) -> list[Modality]:

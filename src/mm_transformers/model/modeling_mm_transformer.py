@@ -36,6 +36,7 @@ from .fusion_layers import Gate, StreamProjection, masked_mean
 from .generation import AnswerDecoder, WritingTask, split_inputs, task_that_writes, writing_tasks
 from .input_checks import check_finite_weights, check_layout, is_finite, what_is_wrong_with_inputs
 from .linear_probe import with_probe
+from .modalities import ENCODERS, OTHER_ENCODERS, modalities_of, own_encoders, own_inputs
 from .new_heads import load_with_tasks
 from .pairs import PairTask, choose_partners, may_mismatch
 from .pretrained_encoders import default_dtype, load_encoders, split_options, with_defaults
@@ -75,9 +76,9 @@ class MMTransformerModelOutput(ModelOutput):
         attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
             Self-attention of each fusion layer, in the fusion kinds that have it.
         cross_attentions (`tuple(torch.FloatTensor)`, *optional*, when `output_attentions=True`):
-            Attention of text tokens to the tokens of images and sound in each fusion layer,
-            `(batch, heads, text_len, max_images * tokens per image + max_clips * tokens per clip)`; 0 in rows without
-            any. Needs `attn_implementation="eager"`.
+            Attention of text tokens to the tokens of images, sound and columns in each fusion layer,
+            `(batch, heads, text_len, max_images * tokens per image + max_clips * tokens per clip + columns)`; 0 in
+            rows without any. Needs `attn_implementation="eager"`.
     """
 
     last_hidden_state: Optional[torch.Tensor] = None
@@ -313,7 +314,9 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         return loaded
 
     @classmethod
-    def from_encoders(cls, text: str, vision: Optional[str] = None, audio: Optional[str] = None, **kwargs):
+    def from_encoders(
+        cls, text: str, vision: Optional[str] = None, audio: Optional[str] = None, table: Any = None, **kwargs
+    ):
         """
         A model with pretrained encoders and a new fusion.
 
@@ -325,6 +328,8 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             vision (`str`, *optional*): Hub id or local folder of a vision encoder; for CLIP and SigLIP the vision
                 tower.
             audio (`str`, *optional*): Hub id or local folder of an audio encoder; for Whisper its encoder.
+            table ([`TableConfig`], *optional*): The columns of numbers and categories, from [`table_columns`]. Their
+                encoder is new. Likewise a config for each modality of your own, by the name of its encoder.
             kwargs: fields of [`MMTransformerConfig`] (`tasks`, `fusion_type`, `num_fusion_layers`, ...). Some have
                 other defaults here: `num_fusion_layers` 1, `linear_probe`, `freeze_batch_norm` and `item_order` `True`.
                 `freeze` defaults to `["vision"]` (Zhai et al. 2022, https://arxiv.org/abs/2111.07991); `[]` trains all,
@@ -347,8 +352,12 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         """
         given = {"text": text, "vision": vision, "audio": audio}
         paths = {modality: path for modality, path in given.items() if path is not None}
+        own = {"table": table, **{name: kwargs.pop(name) for name in own_encoders() if name in kwargs}}
         options, kwargs = split_options(kwargs)
-        loaded = load_encoders(paths, with_defaults(options, list(paths)), **kwargs)
+        options |= {f"{name}_config": config for name, config in own.items() if config is not None}
+        loaded = load_encoders(
+            paths, with_defaults(options, [*paths, *(m for m in own if own[m] is not None)]), **kwargs
+        )
         with default_dtype(loaded.models["text_model"].dtype):
             model = cls(loaded.config, **loaded.models).eval()
         loaded.restore_attention()
@@ -403,8 +412,14 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             self.audio_model = audio_model or build_encoder(config.audio_config, "audio")
             self.audio_takes_mask = takes_audio_mask(self.audio_model)
             self.audio_projection = StreamProjection(config, encoder_width(config.audio_config))
+        for name, kind in own_encoders().items():
+            own_config = getattr(config, f"{name}_config", None)
+            if kind.own is not None and own_config is not None:
+                setattr(self, f"{name}_model", kind.own(own_config))
+                setattr(self, f"{name}_projection", StreamProjection(config, own_config.hidden_size))
         for name in config.modalities if config.item_order else []:
-            setattr(self, f"{name}_order", ItemOrder(config.fusion_hidden_size))
+            if not is_single(name):
+                setattr(self, f"{name}_order", ItemOrder(config.fusion_hidden_size))
         self.post_init()
         self.freeze()
 
@@ -412,8 +427,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
     def text_encoder(self) -> PreTrainedModel:
         return self.text_model.get_encoder() if self.has_decoder else self.text_model
 
-    def encoder(self, modality: str) -> PreTrainedModel:
-        """The encoder of "text", "vision" or "audio"; of an encoder-decoder the encoder."""
+    def encoder(self, modality: str) -> Any:
+        """The encoder of "text", "vision" or another modality; of an encoder-decoder the encoder."""
         return self.text_encoder if modality == "text" else getattr(self, f"{modality}_model")
 
     def get_input_embeddings(self) -> nn.Module:
@@ -504,6 +519,12 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
                 Instead of `input_values` or `input_features`.
             audio_feature_mask (`torch.BoolTensor` of shape `(num_clips, tokens)`, *optional*):
                 Which of `audio_features` belong to the clip and not to its padding; all by default.
+            table_numbers (`torch.FloatTensor` of shape `(num_tables, num_numbers)`, *optional*):
+                The standardised numbers of the rows that have columns; NaN where one is missing.
+            table_categories (`torch.LongTensor` of shape `(num_tables, num_categories)`, *optional*):
+                The ids of their categories; -1 where one is missing, 0 for an unknown value.
+            table_index (`torch.LongTensor` of shape `(batch, 1)`, *optional*):
+                Which of them belongs to each row, -1 for none. Defaults to one per row, in order.
             output_attentions, output_hidden_states (`bool`, *optional*):
                 Whether to return those of the fusion; default to those of the config. `output_hidden_states=[0, -1]`
                 returns those layers, and `None` in the places of others.
@@ -513,6 +534,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
                 them.
             TypeError: if there is no such argument.
         """
+        own = own_inputs(kwargs)
         check_keywords(self, kwargs)
         encoded, kept = self.encode_rows(
             input_ids=input_ids,
@@ -530,6 +552,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             image_features=image_features,
             audio_features=audio_features,
             audio_feature_mask=audio_feature_mask,
+            **own,
         )
         return self.fuse(encoded, output_attentions, output_hidden_states, kept)
 
@@ -550,6 +573,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         image_features: Optional[torch.Tensor] = None,
         audio_features: Optional[torch.Tensor] = None,
         audio_feature_mask: Optional[torch.Tensor] = None,
+        **own: Optional[torch.Tensor],
     ) -> tuple[dict[str, Stream], Optional[dict[str, torch.Tensor]]]:
         """
         The part of [`forward`] before the fusion, with the same arguments.
@@ -558,6 +582,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             The tokens of each modality, for [`fuse`]; in training with modality dropout also the modalities that each
                 row keeps.
         """
+        given_own = own_inputs(own)
+        check_keywords(self, own)
         text = next((x for x in (input_ids, inputs_embeds, text_features) if x is not None), None)
         if text is None:
             raise ValueError(
@@ -575,9 +601,15 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             items[name] = {key: value for key, value in values.items() if value is not None and value.shape[0] > 0}
             if len(items[name]) > 1:
                 raise ValueError(f"The {name} input is given as {' and as '.join(items[name])}; give one of them.")
+        for name, kind in own_encoders().items():
+            given = {key: given_own.get(key) for key in kind.inputs}
+            items[name] = {key: value for key, value in given.items() if value is not None and value.shape[0] > 0}
+            if items[name] and len(items[name]) < len(kind.inputs):
+                raise ValueError(f"The {name} input needs {' and '.join(kind.inputs)}.")
+        indexes = {"image_index": image_index, "audio_index": audio_index, **given_own}
         checked = {
-            "vision": self._item_index("vision", image_index, items["vision"], batch_size, device),
-            "audio": self._item_index("audio", audio_index, items["audio"], batch_size, device),
+            name: self._item_index(name, indexes.get(kind.index or ""), items[name], batch_size, device)
+            for name, kind in OTHER_ENCODERS.items()
         }
         index = {name: rows for name, (rows, _) in checked.items()}
         is_full = {name: full for name, (_, full) in checked.items()}
@@ -650,16 +682,19 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
 
     def encode(self, modality: str, **inputs: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """
-        The features that the encoder of "text", "vision" or "audio" outputs, before the fusion.
+        The features that the encoder of a modality outputs, before the fusion.
 
         Args:
             inputs: `input_ids`, `attention_mask`, ... of texts; `pixel_values` of images; `input_values` or
-                `input_features`, and `attention_mask` at the rate of these, of sounds.
+                `input_features`, and `attention_mask` at the rate of these, of sounds; `table_numbers` and
+                `table_categories` of columns.
 
         Returns:
             The features (items, tokens, encoder width), and for sounds which of them belong to the clip and not to its
-            padding, (items, tokens) bool, if the encoder says so.
+            padding, (items, tokens) bool, if the encoder says so; for columns, which are not missing.
         """
+        if ENCODERS[modality].own is not None:
+            return self.encoder(modality)(**inputs)
         run = EncoderFeatures(
             modality,
             self.encoder(modality),
@@ -716,10 +751,13 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             # Encoder and projection run in every training step, even if one rank has no item: DDP refuses unused
             # parameters, and FSDP waits for this rank, in evaluation too. A frozen encoder that is not sharded need
             # not run.
-            if self.is_frozen(name) and not is_sharded(self.encoder(name)):
-                blank = {"features": torch.zeros(1, 1, encoder_width(getattr(self.config, f"{name}_config")))}
+            own, config = ENCODERS[name].own, getattr(self.config, f"{name}_config")
+            if own is not None:
+                blank = own.blank_input(config)
+            elif self.is_frozen(name) and not is_sharded(self.encoder(name)):
+                blank = {"features": torch.zeros(1, 1, encoder_width(config))}
             else:
-                blank = blank_input(getattr(self.config, f"{name}_config"), name)
+                blank = blank_input(config, name)
             with frozen_batch_norm(getattr(self, f"{name}_model")):
                 tokens, token_mask, means = self._item_tokens(name, {k: v.to(index.device) for k, v in blank.items()})
             # Masked, so one token is enough.
@@ -741,7 +779,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
                 # Its parameters need a gradient in every step.
                 offsets = self.frame_embedding(torch.full_like(index, -1), tokens.dtype)
         scales = None
-        if self.config.item_order:
+        if self.config.item_order and not is_single(name):
             tokens, scales, shifts = getattr(self, f"{name}_order")(index, tokens)
             offsets = shifts if offsets is None or shifts is None else offsets + shifts
         return Stream(name, tokens, token_mask, index, offsets, is_full and token_mask is None, means, scales)
@@ -753,12 +791,17 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         The tokens of each item, (num_items, tokens per item, fusion_hidden_size), their mask, and for linear probes the
         mean of the encoder outputs, (num_items, encoder width).
         """
+        means = None
+        if ENCODERS[name].own is not None:
+            features, mask = self.encoder(name)(**items)
+            if self.config.linear_probe:
+                means = self.encoder(name).linear_features(features, mask, **items)
+            return getattr(self, f"{name}_projection")(features), mask, means
         if "features" in items:
             features, mask = items["features"].to(self.encoder(name).dtype), items.get("feature_mask")
         else:
             features, mask = self.encode(name, **{key: x for key, x in items.items() if key != "feature_mask"})
         tokens = getattr(self, f"{name}_projection")(features)
-        means = None
         if self.config.linear_probe:
             means = features.mean(1) if mask is None else masked_mean(features, mask)
         return (self.vision_reduction(tokens) if name == "vision" else tokens), mask, means
@@ -767,13 +810,17 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         self, name: str, index: Optional[torch.Tensor], items: dict[str, torch.Tensor], batch_size: int, device
     ) -> tuple[torch.Tensor, bool]:
         num_items = next(iter(items.values())).shape[0] if items else 0
+        kind = ENCODERS[name]
         if items and name not in self.config.modalities:
-            raise ValueError(
-                f"This model has no {name} encoder (its config has no `{name}_config`), but got "
-                f"{'images' if name == 'vision' else 'sound'}."
-            )
-        names = ("image_index", "images") if name == "vision" else ("audio_index", "clips")
-        return check_index(index, batch_size, num_items, device, *names)
+            got = "sound" if name == "audio" else kind.plural
+            raise ValueError(f"This model has no {name} encoder (its config has no `{name}_config`), but got {got}.")
+        plural = "clips" if name == "audio" else kind.plural
+        return check_index(index, batch_size, num_items, device, kind.index or "", plural)
+
+
+def is_single(encoder: str) -> bool:
+    """Whether a row has one item of this encoder at most, so that its items have no order."""
+    return all(modality.columns is not None for modality in modalities_of(encoder))
 
 
 class _CanGenerate:
@@ -898,7 +945,8 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 The output of `self.model` for these inputs, if it is known already.
             input_ids, attention_mask, token_type_ids, pixel_values, image_index, frame_index, input_values,
             input_features, audio_attention_mask, audio_index, inputs_embeds, text_features, image_features,
-            audio_features, audio_feature_mask, output_attentions, output_hidden_states:
+            audio_features, audio_feature_mask, table_numbers, table_categories, table_index, output_attentions,
+            output_hidden_states:
                 See [`MMTransformerModel.forward`].
 
         Raises:
@@ -906,6 +954,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 task wants, or the images do not fit the rows.
             TypeError: if there is no such argument.
         """
+        own = own_inputs(kwargs)
         check_keywords(self, kwargs)
         if encoder_outputs is None:
             encoder_outputs = self.model(
@@ -926,6 +975,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 audio_feature_mask=audio_feature_mask,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
+                **own,
             )
         logits = self.heads(encoder_outputs)
         loss = losses = None

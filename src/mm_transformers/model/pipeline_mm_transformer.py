@@ -14,17 +14,18 @@ from .downloads import is_url
 from .file_contents import content_of, describe
 from .label_cells import is_null
 from .limits import CarriedLimits
-from .modalities import ARGUMENTS, as_list
+from .modalities import ARGUMENTS, PARTS, as_list
 from .predictions import Predictions
 from .task_token_classification import split_words
 
 
 class MultimodalPipeline(Pipeline):
     """
-    Answers the tasks of a [`MMTransformerForMultiTask`] for rows of text, images, video and sound.
+    Answers the tasks of a [`MMTransformerForMultiTask`] for rows of text, images, video, sound and columns.
 
     A row is a dict with any of `"text"`, `"image"` (or a list of images), `"video"` and `"audio"`. Each is as
-    [`MMTransformerProcessor`] takes it: a path, a URL, a PIL image, bytes, an array. A string is a text. In a
+    [`MMTransformerProcessor`] takes it: a path, a URL, a PIL image, bytes, an array. A string is a text. Columns of
+    numbers and categories have their own names: `{"text": "A lamp", "price": 3.5}`. In a
     `datasets` data set, label columns and other columns are ignored, and addresses in cells are not fetched.
 
     For one row the pipeline returns a dict from task to answer; for a list of rows, a list. For a generator or a data
@@ -107,7 +108,7 @@ class MultimodalPipeline(Pipeline):
         read = functools.partial(
             read_rows,
             processor=self.processor,
-            known=None if is_table else (*ARGUMENTS, *(task.column for task in self.model.tasks.values())),
+            known=None if is_table else (*self.processor.row_keys, *(t.column for t in self.model.tasks.values())),
             wants_words=any(self.model.tasks[name].is_token_level for name in names),
             limits=CarriedLimits(),
             is_table=is_table,
@@ -160,7 +161,7 @@ def read_rows(
         is_table: whether the rows come from a data set, whose addresses the user has not typed. These are not fetched.
     """
     try:
-        rows = [_checked(row, number, known) for number, row in numbered]
+        rows = [_checked(row, number, known, processor) for number, row in numbered]
         for (number, _), row in zip(numbered if is_table else (), rows, strict=False):
             _refuse_addresses(row, number)
         try:
@@ -183,39 +184,47 @@ def read_rows(
 
 
 def _process(rows: list[dict[str, Any]], processor: Any, wants_words: bool) -> dict[str, Any]:
-    parts = {argument: [row.get(name) for row in rows] for name, argument in ARGUMENTS.items()}
+    cells = [processor.cells_of(row) for row in rows]
+    parts = {argument: [row[argument] for row in cells] for argument in cells[0]}
     given = {name: part for name, part in parts.items() if name == "text" or any(x is not None for x in part)}
     return dict(processor(**given, return_word_index=wants_words))
 
 
-def _checked(row: Any, number: int, known: Optional[Sequence[str]]) -> dict[str, Any]:
+def _checked(row: Any, number: int, known: Optional[Sequence[str]], processor: Any) -> dict[str, Any]:
     """The inputs of the row."""
+    keys = processor.row_keys
     if isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, dict):
         raise ValueError(
-            f"Row {number} must be a dict with any of 'text', 'image', 'video' and 'audio', or a string, but is a "
-            f"{type(row).__name__}."
+            f"Row {number} must be a dict with any of {_listed(keys)}, or a string, but is a {type(row).__name__}."
         )
     for key in row:
         if known is not None and key not in known:
-            near = difflib.get_close_matches(str(key), ARGUMENTS, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "a row has any of 'text', 'image', 'video' and 'audio'."
+            near = difflib.get_close_matches(str(key), keys, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"a row has any of {_listed(keys)}."
             raise ValueError(f"Row {number} has the key {key!r}; {hint}")
-    parts = {name: row[name] for name in ARGUMENTS if name in row and not is_null(row[name])}
+    parts = {name: row[name] for name in keys if name in row and not is_null(row[name])}
     if isinstance(parts.get("image"), (list, tuple)):
         parts["image"] = as_list(parts["image"]) or None
     if not isinstance(parts.get("text", ""), str):
         raise ValueError(f"Row {number}: the text must be a string, but is a {type(parts['text']).__name__}.")
     parts = {name: part for name, part in parts.items() if part is not None}
-    if not any(name != "text" or part.strip() for name, part in parts.items()):
-        raise ValueError(f"Row {number} has neither a text nor an image, a video or a sound.")
+    if not any(name in PARTS or not isinstance(part, str) or part.strip() for name, part in parts.items()):
+        others = "" if len(keys) == len(ARGUMENTS) else f", and no content in {_listed(keys[len(ARGUMENTS) :])}"
+        raise ValueError(f"Row {number} has neither a text nor an image, a video or a sound{others}.")
     return parts
 
 
+def _listed(names: Sequence[str]) -> str:
+    """Names for messages; of many, the first ones."""
+    shown = [repr(name) for name in names[:20]]
+    return f"{', '.join(shown)}, ..." if len(names) > 20 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
 def _refuse_addresses(row: dict[str, Any], number: int) -> None:
-    for name in row:
-        waiting = [row[name]] if name != "text" else []
+    for name in PARTS:
+        waiting = [row.get(name)]
         while waiting:
             item = waiting.pop()
             content = content_of(item)

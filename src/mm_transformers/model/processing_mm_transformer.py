@@ -7,7 +7,7 @@ import inspect
 import numbers
 import os
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, TypedDict
 
@@ -20,15 +20,28 @@ from transformers.processing_utils import AudioKwargs, ImagesKwargs, ProcessingK
 from transformers.utils import logging
 
 from .audio import AudioError, audio_key, load_audio
+from .configuration_mm_transformer import resolve_own
 from .custom_code import reference, write_code
 from .downloads import fetch
 from .encoders import encoder_config_from_pretrained, max_text_positions
 from .file_contents import describe, is_absent
-from .images import image_key, pixels_for_each
+from .images import ProcessedPictures, image_key, num_pixels, pixels_for_each
 from .limits import limits, named
 from .messages import check_folder, one_line, shortened
-from .modalities import IMAGE, ReaderContext, as_clips, as_list
+from .modalities import (
+    ARGUMENTS,
+    ENCODERS,
+    IMAGE,
+    MODALITIES,
+    Modality,
+    ReaderContext,
+    as_clips,
+    as_list,
+    own_encoders,
+    own_modalities,
+)
 from .safe_writing import saved_aside
+from .table import TableConfig
 from .task_token_classification import index_words
 from .text_tokens import needed_text, tokenize
 from .video import load_frames, video_key
@@ -163,6 +176,9 @@ class MMTransformerProcessor(ProcessorMixin):
         tokenizer (`PreTrainedTokenizerBase`): That of the text encoder.
         feature_extractor (`SequenceFeatureExtractor`, *optional*): That of the audio encoder.
         num_frames (`int`, *optional*, defaults to 8): The largest number of frames of a video.
+        table_config ([`TableConfig`], *optional*):
+            The columns of numbers and categories, as in the config of the model. A modality of your own has an argument
+            `{encoder}_config`, too.
 
     Example:
 
@@ -181,7 +197,14 @@ class MMTransformerProcessor(ProcessorMixin):
     feature_extractor: Any = None
     valid_processor_kwargs = MMTransformerProcessorKwargs
 
+    # The columns of numbers and categories; set by `table_config`.
+    table_config: Optional[TableConfig] = None
+
     def __init__(self, image_processor=None, tokenizer=None, feature_extractor=None, num_frames: int = 8, **kwargs):
+        for name in own_encoders():
+            config = resolve_own(kwargs.pop(f"{name}_config", None), name)
+            if config is not None:
+                setattr(self, f"{name}_config", config)
         parts = {"image_processor": image_processor, "tokenizer": tokenizer, "feature_extractor": feature_extractor}
         parts = {name: part for name, part in parts.items() if part is not None}
         # The base class has no optional parts; this object has the given ones.
@@ -224,7 +247,46 @@ class MMTransformerProcessor(ProcessorMixin):
                 parts[name] = _read_part(what, auto_class, pretrained_model_name_or_path, **kwargs)
         if num_frames is None:
             num_frames = (saved or {}).get("num_frames", 8)
-        return cls(**parts, num_frames=num_frames)
+        own = {field: saved.get(field) for field in (f"{name}_config" for name in own_encoders())}
+        return cls(**parts, num_frames=num_frames, **own)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        return {**values, **{f"{name}_config": config.to_diff_dict() for name, config in self.own_configs.items()}}
+
+    @property
+    def own_configs(self) -> dict[str, Any]:
+        """The configs of the encoders that transformers lacks, by name."""
+        found = {name: getattr(self, f"{name}_config", None) for name in own_encoders()}
+        return {name: config for name, config in found.items() if config is not None}
+
+    @property
+    def row_keys(self) -> list[str]:
+        """The keys of a row that this processor reads: "text", "image", ..., and the columns of a table."""
+        configs = self.own_configs
+        several = [
+            m.columns(configs[m.encoder.name]) for m in MODALITIES.values() if m.columns and m.encoder.name in configs
+        ]
+        return [*ARGUMENTS, *(name for names in several for name in names)]
+
+    def cells_of(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        The cells of a row, by the argument of the processor that takes them.
+
+        Example:
+
+        ```python
+        >>> processor.cells_of({"text": "Lovely weather!", "image": None})
+        {'text': 'Lovely weather!', 'image': None}
+        ```
+        """
+        configs, cells = self.own_configs, {"text": row.get("text")}
+        for argument, modality in MODALITIES.items():
+            if modality.columns is None:
+                cells[argument] = row.get(modality.name)
+            elif modality.encoder.name in configs:
+                cells[argument] = modality.cell(row, configs[modality.encoder.name]) or None
+        return cells
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
@@ -250,6 +312,7 @@ class MMTransformerProcessor(ProcessorMixin):
         audio: Optional[str] = None,
         backend: Optional[str] = None,
         num_frames: int = 8,
+        table: Any = None,
         **kwargs,
     ):
         """
@@ -262,8 +325,12 @@ class MMTransformerProcessor(ProcessorMixin):
             backend (`str`, *optional*):
                 `"pil"` or `"torchvision"`, which does the resizing. Defaults to torchvision where it is installed.
             num_frames (`int`, *optional*, defaults to 8): How many frames are taken of a video, at most.
+            table ([`TableConfig`], *optional*): The columns of numbers and categories, from [`table_columns`]. Likewise
+                a config for each modality of your own, by the name of its encoder.
             kwargs: for all `from_pretrained` (`revision`, `token`, `cache_dir`, ...).
         """
+        own = {"table_config": table}
+        own |= {f"{name}_config": kwargs.pop(name) for name in own_encoders() if name in kwargs}
         for name, path in {"text": text, "vision": vision, "audio": audio}.items():
             if path is not None:
                 check_folder(path, f"the {name} encoder")
@@ -277,10 +344,10 @@ class MMTransformerProcessor(ProcessorMixin):
             image_processor = _read_part("image processor", AutoImageProcessor, vision, **chosen, **kwargs)
         if audio is not None:
             feature_extractor = _read_part("feature extractor", AutoFeatureExtractor, audio, **kwargs)
-        return cls(image_processor, tokenizer, feature_extractor, num_frames)
+        return cls(image_processor, tokenizer, feature_extractor, num_frames, **own)
 
     def __call__(
-        self, text: Any = None, images: Any = None, videos: Any = None, audio: Any = None, **kwargs
+        self, text: Any = None, images: Any = None, videos: Any = None, audio: Any = None, table: Any = None, **kwargs
     ) -> BatchFeature:
         """
         Args:
@@ -292,6 +359,9 @@ class MMTransformerProcessor(ProcessorMixin):
             videos (*optional*):
                 One entry per row: a video, as [`load_frames`] takes it, or `None`. Its frames come after the images.
             audio (*optional*): One entry per row: a clip, as [`load_audio`] takes it, a list of clips, or `None`.
+            table (*optional*):
+                One entry per row: a dict from column to cell, such as `{"price": 3.5}`, or `None`. Missing columns and
+                empty cells are absent. A modality of your own has an argument, too.
             kwargs:
                 Options, by name or as the dicts `text_kwargs`, `images_kwargs`, `videos_kwargs`, `audio_kwargs`:
 
@@ -310,16 +380,20 @@ class MMTransformerProcessor(ProcessorMixin):
             rows without a text; `pixel_values` (num_images, channels, height, width) float32, unless no row has an
             image; `image_index` (batch, max_images) int64; `frame_index` of the same shape, if there is a video; and
             for models with sound `input_values` or `input_features` (num_clips, ...) float32 with
-            `audio_attention_mask`, unless no row has a clip, and `audio_index` (batch, max_clips) int64.
+            `audio_attention_mask`, unless no row has a clip, and `audio_index` (batch, max_clips) int64; for models
+            with columns `table_numbers` (num_tables, num_numbers) float32 and `table_categories` (num_tables,
+            num_categories) int64, unless no row has a cell, and `table_index` (batch, 1) int64.
 
         Raises:
             ValueError: if texts are not strings, if there are not as many entries in `images`, `videos` or `audio` as
                 texts, if the model has no encoder for them, or if an option is given twice.
-            ImageError, VideoError, AudioError: if one of them cannot be read.
+            ImageError, VideoError, AudioError, TableError: if one of them cannot be read.
             TypeError: if neither the processor nor its parts take an argument.
         """
+        own = own_modalities()
+        media = {"images": images, "videos": videos, "audio": audio, "table": table}
+        media |= {name: kwargs.pop(name) for name in own if name in kwargs}
         options = self._options(kwargs)
-        media = {"images": images, "videos": videos, "audio": audio}
         if isinstance(text, str):
             text = [text]
             media = {name: None if entry is None else [entry] for name, entry in media.items()}
@@ -328,7 +402,7 @@ class MMTransformerProcessor(ProcessorMixin):
         entries = {name: _one_per_row(name, entry, len(text)) for name, entry in media.items()}
         data = self._tokenize([x or "" for x in text], **options["text_kwargs"])
         has_text = torch.tensor([bool(x and x.strip()) for x in text])
-        if self.image_processor is not None or self.feature_extractor is not None:
+        if self.image_processor is not None or self.feature_extractor is not None or self.own_configs:
             data["attention_mask"] = data["attention_mask"] * has_text[:, None]
         data.update(
             self._process_images(
@@ -336,7 +410,38 @@ class MMTransformerProcessor(ProcessorMixin):
             )
         )
         data.update(self._process_audio(entries["audio"], **options["audio_kwargs"]))
+        for name, modality in own.items():
+            if name in entries:
+                data.update(self._process_own(modality, entries[name]))
         return BatchFeature(data)
+
+    def _process_own(self, modality: Modality, entries: list[Any]) -> dict[str, torch.Tensor]:
+        """The items of a modality whose encoder transformers lacks."""
+        encoder = modality.encoder
+        config = self.own_configs.get(encoder.name)
+        if config is None or encoder.own is None:
+            if any(modality.items(entry) for entry in entries):
+                raise ValueError(
+                    f"This processor has no {encoder.name}_config, but got {modality.argument}. It belongs to a "
+                    f"model without {modality.nouns}."
+                )
+            return {}
+        distinct, read = _Distinct(), modality.reader(ReaderContext(self, fetch))
+        index = []
+        for number, entry in enumerate(entries):
+            check_number(modality.items(entry), modality.nouns)
+            try:
+                found = [
+                    distinct.add(modality.key(item), functools.partial(read, item)) for item in modality.items(entry)
+                ]
+            except ValueError as error:
+                where = f"{modality.argument}[{number}]: " if len(entries) > 1 else ""
+                raise type(error)(f"{where}{error}") from None
+            index.append([place for place in found if place is not None])
+        data = {str(encoder.index): _padded(index)}
+        if distinct.items:
+            data.update(encoder.own.prepare(config, distinct.items))
+        return data
 
     def _options(self, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """
@@ -358,7 +463,7 @@ class MMTransformerProcessor(ProcessorMixin):
             # Text comes first: `padding` and `max_length` of sound are in `audio_kwargs` only.
             kind = next((kind for kind, names in kinds.items() if name in names), None)
             if kind is None:
-                own = {"text", "images", "videos", "audio", *kinds}
+                own = {"text", *MODALITIES, *kinds}
                 raise TypeError(f"The processor takes no argument {name!r}; {_hint(name, own.union(*kinds.values()))}")
             options[kind].setdefault(name, value)
         for kind, values in options.items():
@@ -446,13 +551,26 @@ class MMTransformerProcessor(ProcessorMixin):
         do_sample_frames: bool = True,
     ) -> dict[str, torch.Tensor]:
         num_frames = (num_frames or self.num_frames) if do_sample_frames else sys.maxsize
-        distinct, read_image = _Distinct(), IMAGE.reader(ReaderContext(self, fetch))
-        index, frames = [], []
-        decoded: dict[Hashable, list[Any]] = {}
+        distinct, load = _Distinct(), IMAGE.reader(ReaderContext(self, fetch))
+        index, frames, pixels = [], [], 0
+        decoded: dict[Hashable, Sequence[Any]] = {}
+
+        def read_image(image: Any, **kwargs: Any) -> Any:
+            nonlocal pixels
+            if isinstance(image, torch.Tensor):  # a processed frame
+                return image
+            if isinstance(image, ProcessedPictures):
+                return image.pixel_values[0]
+            picture = load(image, **kwargs)
+            pixels += num_pixels(picture)
+            # Beyond the limit, pictures are resized one by one as they are read.
+            return picture if pixels <= limits().batch_pixels else self.process_pictures([picture], **options)[0]
+
         for entry, video in zip(images, videos, strict=True):
             pictures = as_list(entry)
             check_number(pictures, "images")
-            most = pixels_for_each(pictures)
+            # What is processed already needs no limit.
+            most = pixels_for_each([image for image in pictures if not isinstance(image, ProcessedPictures)])
             row = [
                 distinct.add(("image", image_key(image), most), functools.partial(read_image, image, most_pixels=most))
                 for image in pictures
@@ -461,24 +579,57 @@ class MMTransformerProcessor(ProcessorMixin):
             if not is_absent(video):
                 key = video_key(video)
                 if key not in decoded:
-                    decoded[key] = load_frames(video, num_frames)
+                    is_processed = isinstance(video, ProcessedPictures)
+                    decoded[key] = video.pixel_values if is_processed else load_frames(video, num_frames)
                 for number, picture in enumerate(decoded[key]):
                     row.append(distinct.add((key, number), functools.partial(read_image, picture)))
                 numbers += range(len(decoded[key]))
             index.append(row)
             frames.append(numbers)
-        if distinct.items and self.image_processor is None:
-            raise ValueError(
-                "This processor has no image processor, but got images. It belongs to a model without images."
-            )
         data = {"image_index": _padded(index)}
         if any(not is_absent(video) for video in videos):
             data["frame_index"] = _padded(frames)
         if distinct.items:
-            with _errors_of("image processor"):
-                processed = self.image_processor(images=distinct.items, return_tensors="pt", **options)
-                data["pixel_values"] = processed["pixel_values"]
+            data["pixel_values"] = self._pixel_values(distinct.items, options)
         return data
+
+    def _pixel_values(self, pictures: list[Any], options: Mapping[str, Any]) -> torch.Tensor:
+        """
+        Args:
+            pictures: `PIL.Image.Image`s, and tensors (channels, height, width) of processed pictures.
+        """
+        unprocessed = [picture for picture in pictures if not isinstance(picture, torch.Tensor)]
+        if len(unprocessed) == len(pictures):
+            return self.process_pictures(unprocessed, **options)
+        rest = iter(self.process_pictures(unprocessed, **options) if unprocessed else ())
+        everything = [picture if isinstance(picture, torch.Tensor) else next(rest) for picture in pictures]
+        if len({picture.shape for picture in everything}) > 1:
+            raise ValueError(
+                "The image processor returns pictures of different sizes, which fit only into a batch of at most "
+                f"{named('batch_pixels')}; or give it do_resize=True and a fixed size."
+            )
+        return torch.stack(everything)
+
+    def process_pictures(self, pictures: list[Any], **options: Any) -> torch.Tensor:
+        """
+        Pictures as the image processor resizes and normalises them.
+
+        Args:
+            pictures: RGB `PIL.Image.Image`s.
+            options: of the image processor.
+
+        Returns:
+            (pictures, channels, height, width) float32.
+
+        Raises:
+            ValueError: one sentence, if the image processor cannot process them.
+        """
+        if self.image_processor is None:
+            raise ValueError(
+                "This processor has no image processor, but got images. It belongs to a model without images."
+            )
+        with _errors_of("image processor"):
+            return self.image_processor(images=pictures, return_tensors="pt", **options)["pixel_values"]
 
     def _process_audio(self, audio: list[Any], sampling_rate: Optional[int] = None, **given) -> dict[str, torch.Tensor]:
         extractor = self.feature_extractor
@@ -561,6 +712,8 @@ class MMTransformerProcessor(ProcessorMixin):
             names += ["pixel_values", "image_index", "frame_index"]
         if self.feature_extractor is not None:
             names += [*self.feature_extractor.model_input_names, "audio_attention_mask", "audio_index"]
+        for name in self.own_configs:
+            names += [*ENCODERS[name].inputs, str(ENCODERS[name].index)]
         return list(dict.fromkeys(names))
 
 
@@ -597,15 +750,16 @@ class _Distinct:
 
     def __init__(self):
         self.items: list[Any] = []
-        self._numbers: dict[Hashable, int] = {}
+        self._numbers: dict[Hashable, Any] = {}
         self._kept: list[Any] = []  # a key may be the id of an object, which is reused after its deletion
 
-    def add(self, key: Hashable, load: Callable[[], Any]) -> int:
-        """The number of the item, which is loaded if it is new."""
+    def add(self, key: Hashable, load: Callable[[], Any]) -> Any:
+        """The number of the item, which is loaded if it is new; `None` if it is empty."""
         self._kept.append(load)
         if key not in self._numbers:
-            self.items.append(load())
-            self._numbers[key] = len(self.items) - 1
+            item = load()
+            self._numbers[key] = None if item is None else len(self.items)
+            self.items += [] if item is None else [item]
         return self._numbers[key]
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .modalities import ENCODERS
+
 
 class Omega(NamedTuple):
     """
@@ -34,7 +36,7 @@ _PENALTIES = {
 }
 # All penalties use the distance of linear probes from their start; for other matrices only L2-SP does.
 _IS_PROBE = ".probe.linear."
-_ENCODERS = ("text_model", "vision_model", "audio_model")
+_ENCODERS = tuple(f"{name}_model" for name, encoder in ENCODERS.items() if encoder.own is None)  # pretrained
 
 
 class Penalty(NamedTuple):

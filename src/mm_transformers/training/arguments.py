@@ -147,7 +147,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
     rows_per_image: int = field(
         default=1, metadata={"help": "Number of rows with the same image that follow each other in the training order."}
     )
-    automatic: Optional[dict[str, Any]] = field(default=None, metadata={"help": "Not for users."})
+    automatic: Optional[dict[str, Any]] = field(default=None, metadata={"help": "Set by the trainer."})
 
     def __post_init__(self) -> None:
         known = self.automatic or {}

@@ -189,7 +189,7 @@ class _Share(IterableDataset[dict[str, Any]]):
         self.rows, self.collator, self.batch_size = rows, collator.with_word_index(), batch_size
         self.rank, self.num_processes = rank, num_processes
         self.reader, self.prepare, self.keep = reader, prepare, keep
-        self.columns = [collator.text_column, *(column.column for column in collator.media.values())]
+        self.columns = collator.input_columns
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()

@@ -161,7 +161,7 @@ def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
             check_any_label(dataset, collator)
         return
     shown = ", ".join(repr(column) for column in columns)
-    if collator.text_column not in columns:
+    if collator.text_column not in (None, *columns):
         raise ValueError(
             f"The {name} data set has no column {collator.text_column!r} (its columns are {shown}); name the column of "
             "your texts by data_collator=MMDataCollator(processor, model.config, text_column=...)."
@@ -173,6 +173,12 @@ def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
             f"its rows have no {' or '.join(media)}; if they do, name the column by "
             "data_collator=MMDataCollator(..., image_column=...)."
         )
+    for column in (column for table in collator.tables.values() for column in table.columns):
+        if column not in columns:
+            raise ValueError(
+                f"The {name} data set has no column {column!r}, which the model reads as a number or a category (its "
+                f"columns are {shown}); rename one by DataSource(..., columns={{{column!r}: '...'}})."
+            )
     tasks = collator.tasks.values()
     missing = [task for task in tasks if task.default_cell is None and task.column not in columns]
     if missing and len(missing) == len(tasks):

@@ -166,7 +166,7 @@ class Ablation:
             owed = "" if found.interaction is None else f"{found.interaction:+.3f}"
             error = f"{self.calibration[task].ece:.3f}" if task in self.calibration else ""
             rows.append([task, owed, error])
-        return Table(["task", "owed to interaction", "calibration error"], rows, num_keys=1)
+        return Table(["task", "effect of interactions", "calibration error"], rows, num_keys=1)
 
     def _slices_table(self, column: str, values: dict[str, dict[str, dict[str, float]]]) -> Table:
         rows = []

@@ -124,7 +124,7 @@ def training_of(trainer: TrainedModel) -> Optional[Training]:
     rows = {
         "steps": f"{state.global_step:,}",
         "epochs": f"{state.epoch:.3g}" if state.epoch is not None else "",
-        "then again": trainer.refitted or "",
+        "second training": trainer.refitted or "",
         "rows per step": f"{batch:,}",
         "learning rate": f"{args.learning_rate:g}",
         "learning rates by part": ", ".join(

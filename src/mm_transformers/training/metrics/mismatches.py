@@ -125,14 +125,13 @@ def mismatched_rows(
     Yields:
         The column of their logits; the numbers of their rows; the pairs.
     """
-    text, media = collator.text_column, collator.media
+    text = [] if collator.text_column is None else [collator.text_column]
     drawn = draw_mismatches(torch.as_tensor(labels)).numpy()
-    items = [media[part.argument].column for part in modalities_of(task.modality) if part.argument in media]
-    everything = [text, *(column.column for column in media.values())]
-    for side, columns in enumerate((items, [text])):
+    items = [column for part in modalities_of(task.modality) for column in collator.columns_of(part.argument)]
+    for side, columns in enumerate((items, text)):
         numbers = np.flatnonzero(drawn[:, side] >= 0)
         if len(numbers):
-            kept = [column for column in everything if column not in columns]
+            kept = [column for column in collator.input_columns if column not in columns]
             yield (
                 1 + side,
                 numbers,

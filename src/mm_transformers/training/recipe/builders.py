@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ...data.collator import MMDataCollator
 from ...data.labels import check_labels, complete_task, prepare_labels
 from ...data.loading import check_columns, first_rows, hold_out, load_files, load_named
+from ...data.table_columns import table_columns
 from ...model.encoders import HUB_KWARGS
 from ...model.messages import one_line
+from ...model.modalities import own_encoders
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.processing_mm_transformer import MMTransformerProcessor
+from ...model.table import TableConfig
 from ...model.tasks import Task
 from ..arguments import MMTrainingArguments
 from ..trainer import MMTrainer
@@ -22,10 +25,18 @@ from .recipe import Recipe
 
 
 class RecipeData(NamedTuple):
-    """The rows of "train", perhaps of "validation" and "test", and the tasks with all of their labels."""
+    """
+    The rows of "train", perhaps of "validation" and "test", and what training rows determine.
+
+    Args:
+        splits: split -> rows.
+        tasks: the tasks with all of their labels.
+        table: the columns of numbers and categories with their statistics; `None` without such columns.
+    """
 
     splits: dict[str, datasets.Dataset]
     tasks: list[Task]
+    table: TableConfig | None = None
 
 
 def training_arguments(recipe: Recipe) -> MMTrainingArguments:
@@ -53,30 +64,37 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
         if data.dataset_name is not None:
             splits = load_named(data.dataset_name, data.dataset_config_name, cache_dir)
         else:
-            media = (columns.image, columns.video, columns.audio)
+            media = (columns.image, columns.video, columns.audio, *columns.own.values())
             splits = load_files(data.files, media, data.image_root, cache_dir, option="data.{split}")
-        wanted: dict[str, tuple[str, ...]] = {"columns.text": (columns.text,)}
+        wanted: dict[str, tuple[str, ...]] = {} if columns.text is None else {"columns.text": (columns.text,)}
         if recipe.model.get("vision") is not None:
             wanted["columns.image (or columns.video)"] = (columns.image, columns.video)
         if recipe.model.get("audio") is not None:
             wanted["columns.audio"] = (columns.audio,)
         check_columns(splits, wanted)
+        for column in columns.table or ():
+            check_columns(splits, {"columns.table": (column,)})
         splits = prepare_labels(splits, recipe.tasks)
     # Before rows are held out: they may hold the only rows of a rare label.
     tasks = [complete_task(task, splits["train"], data.label_separator) for task in recipe.tasks]
     check_labels(splits, tasks, columns.text, data.label_separator)
     if data.validation_fraction is not None:
-        options = {**columns.collator_options, "label_separator": data.label_separator}
+        options = {**columns.plain, "label_separator": data.label_separator}
         hold_out(splits, data.validation_fraction, options, tasks)
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_eval_samples}
-    return RecipeData({split: first_rows(rows, limits[split]) for split, rows in splits.items()}, tasks)
+    splits = {split: first_rows(rows, limits[split]) for split, rows in splits.items()}
+    table = None
+    if columns.table:
+        # Of the training rows alone: validation and test rows are new to the model.
+        table = table_columns(splits["train"], columns.table, **(recipe.model.get("table") or {}))
+    return RecipeData(splits, tasks, table)
 
 
 def build_trainer(
     recipe: Recipe,
     args: MMTrainingArguments | None = None,
     data: RecipeData | None = None,
-    saved: str | os.PathLike | None = None,
+    saved: str | os.PathLike[str] | None = None,
     allow_urls: bool | Collection[str] = False,
     **kwargs: Any,
 ) -> MMTrainer:
@@ -110,7 +128,9 @@ def build_trainer(
         processor = MMTransformerProcessor.from_pretrained(saved)
         model = MMTransformerForMultiTask.from_pretrained(saved)
     else:
-        encoders: dict[str, Any] = {name: recipe.model.get(name) for name in ("text", "vision", "audio")}
+        names = ("text", "vision", "audio", *own_encoders())
+        encoders: dict[str, Any] = {name: recipe.model.get(name) for name in names if recipe.model.get(name)}
+        encoders["table"] = data.table
         # Otherwise transformers would ask at the keyboard.
         options: dict[str, Any] = {"trust_remote_code": False}
         options |= {name: value for name, value in recipe.model.items() if name not in encoders}
@@ -138,11 +158,13 @@ class RecipeCallback(TrainerCallback):
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             self.recipe.save(Path(args.output_dir))
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             self.recipe.save(folder)

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from ...model.configuration_mm_transformer import MMTransformerConfig
 from ...model.encoders import HUB_KWARGS
 from ...model.messages import shortened
+from ...model.modalities import ENCODERS, PARTS, own_encoders
 from ...model.safe_writing import write_atomically
 from ...model.tasks import TASK_KINDS
 from ..arguments import MMTrainingArguments
@@ -64,19 +65,42 @@ class DataSection:
 class ColumnsSection:
     """The names of the columns of the data."""
 
-    text: str = "text"
+    text: str | None = "text"
     image: str = "image"
     video: str = "video"
     audio: str = "audio"
+    # The columns of numbers and categories: names, or name -> kind, as in [`table_columns`].
+    table: list[Any] | dict[str, Any] | None = None
+    # The columns of modalities of your own: name -> column.
+    own: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def hints(cls) -> dict[str, Any]:
+        """The keys of the section in a file, with their types."""
+        hints = {name: hint for name, hint in get_type_hints(cls).items() if name != "own"}
+        return {**dict.fromkeys(PARTS, str), **hints}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ColumnsSection":
+        """The section from its checked content in a file."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        own = {name: column for name, column in values.items() if name not in known}
+        return cls(**{name: value for name, value in values.items() if name in known}, own=own)
 
     @property
-    def collator_options(self) -> dict[str, str]:
-        return {f"{name}_column": column for name, column in dataclasses.asdict(self).items()}
+    def plain(self) -> dict[str, str | None]:
+        """The columns of texts, images, videos and sounds, as arguments."""
+        names = ("text", "image", "video", "audio")
+        return {f"{name}_column": getattr(self, name) for name in names}
+
+    @property
+    def collator_options(self) -> dict[str, Any]:
+        return {**self.plain, **{f"{name}_column": column for name, column in self.own.items()}}
 
 
 def _model_hints() -> dict[str, Any]:
     """The encoders, the config fields that do not come from them, and the options of loading an encoder."""
-    made = ("text_config", "vision_config", "audio_config", "tasks")
+    made = (*(f"{name}_config" for name in ENCODERS), "tasks")
     config = {
         name: hint
         for name, hint in MMTransformerConfig.__annotations__.items()
@@ -84,7 +108,8 @@ def _model_hints() -> dict[str, Any]:
     }
     loading: dict[str, type] = dict.fromkeys(HUB_KWARGS, bool)
     loading |= dict.fromkeys(("revision", "cache_dir", "token", "dtype", "attn_implementation", "backend"), str)
-    return {"text": str, "vision": str | None, "audio": str | None, **config, **loading}
+    own = dict.fromkeys(own_encoders(), dict | None)
+    return {"text": str, "vision": str | None, "audio": str | None, **own, **config, **loading}
 
 
 def _training_hints() -> dict[str, Any]:
@@ -117,8 +142,8 @@ class Recipe:
 
     Args:
         data, columns: see [`DataSection`] and [`ColumnsSection`].
-        model: `text`, `vision` and `audio`, ids of the Hub or folders; fields of [`MMTransformerConfig`]; and options
-            of `from_encoders`.
+        model: `text`, `vision` and `audio`, ids of the Hub or folders; `table`, sizes of [`TableConfig`]; fields of
+            [`MMTransformerConfig`]; and options of `from_encoders`.
         tasks: the tasks in the form of `config.json`; labels may be missing.
         training: fields of `TrainingArguments`.
     """
@@ -147,7 +172,7 @@ class Recipe:
                 raise ValueError(f"{name} must be {what}, but is {shortened(value)}.")
             values = {**values, name: value}
         data = DataSection(**_checked(values["data"], get_type_hints(DataSection), "data"))
-        columns = ColumnsSection(**_checked(values["columns"], get_type_hints(ColumnsSection), "columns"))
+        columns = ColumnsSection.from_dict(_checked(values["columns"], ColumnsSection.hints(), "columns"))
         model = _checked(values["model"], _model_hints(), "model")
         training = _checked(values["training"], _training_hints(), "training")
         tasks = [_checked_task(task, f"tasks.{i}") for i, task in enumerate(values["tasks"])]
@@ -172,7 +197,7 @@ class Recipe:
         """A dict that can be read again; without defaults, and without secrets."""
         values: dict[str, Any] = {
             "data": _not_default(self.data),
-            "columns": _not_default(self.columns),
+            "columns": {**_not_default(self.columns), **self.columns.own},
             "model": self.model,
             "tasks": self.tasks,
             "training": self.training,
@@ -215,7 +240,7 @@ class Recipe:
         return flat
 
 
-def read_recipe(path: str | os.PathLike, overrides: typing.Sequence[str] = ()) -> Recipe:
+def read_recipe(path: str | os.PathLike[str], overrides: typing.Sequence[str] = ()) -> Recipe:
     """
     The recipe of a YAML or JSON file.
 
@@ -297,7 +322,7 @@ def _keys_of_sections() -> dict[str, Any]:
     """Section -> its known keys; without tasks, since each task has its own keys."""
     return {
         "data": get_type_hints(DataSection),
-        "columns": get_type_hints(ColumnsSection),
+        "columns": ColumnsSection.hints(),
         "model": _model_hints(),
         "training": _training_hints(),
     }
@@ -368,6 +393,5 @@ def _task_defaults(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _not_default(section: Any) -> dict[str, Any]:
-    return {
-        f.name: getattr(section, f.name) for f in dataclasses.fields(section) if getattr(section, f.name) != f.default
-    }
+    values = {f.name: (getattr(section, f.name), f.default) for f in dataclasses.fields(section) if f.name != "own"}
+    return {name: value for name, (value, default) in values.items() if value != default}

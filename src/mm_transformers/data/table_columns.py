@@ -1,0 +1,111 @@
+"""Finds the kinds and the statistics of columns of numbers and categories in training rows."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ..model.label_cells import is_null, shorten
+from ..model.limits import limits, named
+from ..model.table import CATEGORY_KIND, KINDS, NUMBER_KIND, TableConfig, TableError, read_category, read_number
+from .row_labels import rows_with_columns
+
+
+def table_columns(rows: Any, columns: Sequence[str] | Mapping[str, str | None], **options: Any) -> TableConfig:
+    """
+    The columns of numbers and categories of a model, with their statistics in the training rows.
+
+    A column without a kind is one of numbers, if all of its cells are numbers, or texts that are numbers. Truth values
+    are categories. So give the kind of numbers that are names, such as postal codes.
+
+    Args:
+        rows: the training rows: a `datasets.Dataset`, a pandas `DataFrame`, a list of dicts or a [`DataSource`].
+        columns (`list[str]` or `dict[str, str]`): The names; or name -> `"number"`, `"category"`, or `None` to find it.
+        options: the sizes of the encoder, see [`TableConfig`].
+
+    Returns:
+        [`TableConfig`], for `MMTransformerProcessor.from_encoders(..., table=...)` and
+        `MMTransformerForMultiTask.from_encoders(..., table=...)`.
+
+    Raises:
+        ValueError: one sentence, if a column does not exist or is empty, has too many values, or a cell does not fit
+            the kind of its column.
+
+    Example:
+
+    ```python
+    >>> rows = [{"price": 2.0, "brand": "acme"}, {"price": 4.0, "brand": None}]
+    >>> table_columns(rows, ["price", "brand"]).columns[0]
+    {'name': 'price', 'kind': 'number', 'mean': 3.0, 'std': 1.0}
+    ```
+    """
+    if isinstance(columns, str) or not isinstance(columns, (Sequence, Mapping)):
+        raise ValueError(f"columns must be a list of names, or a dict from name to kind, but is {columns!r}.")
+    kinds = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns)
+    for name, kind in kinds.items():
+        if kind not in (None, *KINDS):
+            raise ValueError(f"Column {name!r} must have the kind 'number' or 'category', but has {kind!r}.")
+    if not kinds:
+        raise ValueError("columns is empty: give the names of the columns of numbers and categories.")
+    cells: dict[str, list[Any]] = {name: [] for name in kinds}
+    seen: set[str] = set()
+    for row in rows_with_columns(rows, list(kinds)):
+        seen.update(row.keys() & kinds.keys())
+        for name in kinds:
+            cells[name].append(row.get(name))
+    if kinds.keys() - seen:
+        raise ValueError(f"The training rows have no column {min(kinds.keys() - seen)!r}.")
+    found = [_column(name, kind, cells[name]) for name, kind in kinds.items()]
+    return TableConfig(columns=found, **options)
+
+
+def _column(name: str, kind: str | None, cells: list[Any]) -> dict[str, Any]:
+    where = f"Column {shorten(str(name))!r}"
+    if all(is_null(cell) or (isinstance(cell, str) and not cell.strip()) for cell in cells):
+        raise ValueError(f"{where} has no value in the training rows; leave it out.")
+    if kind is None:
+        kind = NUMBER_KIND if are_numbers(cells) else CATEGORY_KIND
+    read: Callable[[Any], Any] = read_number if kind == NUMBER_KIND else read_category
+    values: list[Any] = []
+    for number, cell in enumerate(cells):
+        try:
+            value = read(cell)
+        except TableError as error:
+            raise ValueError(f"Row {number:,}, column {name!r}: {error}.") from None
+        if value is not None:
+            values.append(value)
+    if kind == NUMBER_KIND:
+        return {"name": name, "kind": kind, **_statistics(values)}
+    counts = Counter(values)
+    most = limits().category_values
+    if len(counts) > most:
+        raise ValueError(
+            f"{where} has {len(counts):,} different values, too many for a category ({named('category_values')}); "
+            "leave it out, or use it as a text."
+        )
+    ordered = sorted(counts, key=lambda value: (-counts[value], value))
+    return {"name": name, "kind": kind, "values": ordered}
+
+
+def are_numbers(cells: Iterable[Any]) -> bool:
+    """Whether the cells of a column that are not empty are numbers, and not truth values."""
+    for cell in cells:
+        if type(cell).__name__ in ("bool", "bool_"):
+            return False
+        try:
+            read_number(cell)
+        except TableError:
+            return False
+    return True
+
+
+def _statistics(values: list[float]) -> dict[str, float]:
+    """The mean and the standard deviation; the latter is 1 if all values are equal."""
+    # Scaled first, since the square of a large number is not finite.
+    largest = max(map(abs, values)) or 1.0
+    scaled = [value / largest for value in values]
+    mean = math.fsum(scaled) / len(scaled)
+    variance = math.fsum((value - mean) ** 2 for value in scaled) / len(scaled)
+    # Equal values may differ from their mean by rounding.
+    std = math.sqrt(variance) * largest if len(set(values)) > 1 else 0.0
+    return {"mean": mean * largest, "std": std if std > 0 and math.isfinite(std) else 1.0}

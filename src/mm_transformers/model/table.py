@@ -1,0 +1,407 @@
+"""Columns of numbers and categories: their config, the reader of their cells, and their encoder."""
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+
+from .label_cells import NUMBER, as_scalar, is_null, shorten, shorten_value
+from .limits import limits, named
+from .own_encoders import OwnEncoder
+
+
+NUMBER_KIND, CATEGORY_KIND = "number", "category"
+KINDS = (NUMBER_KIND, CATEGORY_KIND)
+# Keys of a row with another meaning.
+RESERVED = ("text", "image", "video", "audio", "table")
+# A number that is further from the mean, in standard deviations, counts as this.
+FURTHEST = 100.0
+# The largest number of one-hot features of a linear model, of one column and of all together.
+_ONE_HOTS, _ALL_ONE_HOTS = 256, 4096
+_MISSING, _UNKNOWN = -1, 0
+_LONGEST_VALUE = 1_000
+
+
+class TableError(ValueError):
+    """A cell of a table that cannot be read."""
+
+
+@strict
+class TableConfig(PreTrainedConfig):
+    r"""
+    The columns of numbers and categories that a model reads, and the sizes of their encoder.
+
+    [`~mm_transformers.table_columns`] makes it from training rows.
+
+    Args:
+        columns (`list[dict]`):
+            One dict per column: `{"name": "price", "kind": "number", "mean": 3.1, "std": 0.7}` with the mean and the
+            standard deviation over the training rows, or `{"name": "brand", "kind": "category", "values": ["acme"]}`
+            with the known values, the most frequent first. All other values count as one, the unknown one.
+        hidden_size (`int`, *optional*, defaults to 64): The width of the tokens; there is one per column.
+        num_hidden_layers (`int`, *optional*, defaults to 0):
+            Self-attention layers between the columns of a row, as in FT-Transformer (https://arxiv.org/abs/2106.11959).
+        num_attention_heads (`int`, *optional*, defaults to 4): Of these layers.
+        dropout (`float`, *optional*, defaults to 0.1): Of these layers.
+
+    Raises:
+        ValueError: one sentence, if a column is not as above, two have one name, or there are more than
+            [`~mm_transformers.set_limits`] allows.
+
+    Example:
+
+    ```python
+    >>> table = TableConfig(
+    ...     columns=[
+    ...         {"name": "price", "kind": "number", "mean": 3.0, "std": 2.0},
+    ...         {"name": "brand", "kind": "category", "values": ["acme", "other"]},
+    ...     ]
+    ... )
+    >>> table.names
+    ['price', 'brand']
+    ```
+    """
+
+    model_type = "mm_table"
+
+    columns: list | None = None
+    hidden_size: int = 64
+    num_hidden_layers: int = 0
+    num_attention_heads: int = 4
+    dropout: float | int = 0.1
+
+    def __post_init__(self, **kwargs):
+        self.columns = [_checked_column(column, i) for i, column in enumerate(self.columns or [])]
+        if len(self.columns) > limits().table_columns:
+            raise ValueError(f"The table has {len(self.columns):,} columns, more than {named('table_columns')}.")
+        seen = set()
+        for name in self.names:
+            if name in seen:
+                raise ValueError(f"The table has two columns {name!r}.")
+            seen.add(name)
+        sizes = (self.hidden_size, self.num_attention_heads)
+        if min(sizes) < 1 or self.num_hidden_layers < 0 or self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) of the table must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads}), and num_hidden_layers ({self.num_hidden_layers}) at least 0."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout of the table must be at least 0 and less than 1, but is {self.dropout}.")
+        super().__post_init__(**kwargs)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the columns."""
+        return [column["name"] for column in self.columns or []]
+
+    @property
+    def numbers(self) -> list[dict[str, Any]]:
+        """The columns of numbers."""
+        return [column for column in self.columns or [] if column["kind"] == NUMBER_KIND]
+
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        """The columns of categories."""
+        return [column for column in self.columns or [] if column["kind"] == CATEGORY_KIND]
+
+    @property
+    def token_names(self) -> list[str]:
+        """The columns in the order of the tokens of the encoder: numbers, then categories."""
+        return [column["name"] for column in (*self.numbers, *self.categories)]
+
+    @property
+    def one_hots(self) -> list[tuple[int, int]]:
+        """The one-hot features of a linear model: number of the category column, id of the value."""
+        most = min(_ONE_HOTS, max(1, _ALL_ONE_HOTS // max(len(self.categories), 1)))
+        return [
+            (place, value)
+            for place, column in enumerate(self.categories)
+            for value in range(1, 1 + min(most, len(column["values"])))
+        ]
+
+
+def _checked_column(column: Any, place: int) -> dict[str, Any]:
+    where = f"Column {place} of the table"
+    if not isinstance(column, Mapping) or not isinstance(column.get("name"), str) or not column["name"]:
+        raise ValueError(f"{where} must be a dict with a name and a kind, but is {shorten_value(column)}.")
+    where = f"Column {shorten(column['name'])!r} of the table"
+    if column["name"] in RESERVED:
+        raise ValueError(f"{where} has the name of another input of the row; rename it.")
+    if column.get("kind") not in KINDS:
+        raise ValueError(f"{where} must have the kind 'number' or 'category', but has {column.get('kind')!r}.")
+    known = {"name", "kind", *(("mean", "std") if column["kind"] == NUMBER_KIND else ("values",))}
+    if set(column) != known:
+        raise ValueError(
+            f"{where} must have {', '.join(sorted(known))}, but has {', '.join(sorted(map(str, column)))}; "
+            "table_columns(rows, columns) finds them in the training rows."
+        )
+    if column["kind"] == NUMBER_KIND:
+        mean, std = column["mean"], column["std"]
+        are_numbers = all(isinstance(x, numbers.Real) and not isinstance(x, bool) for x in (mean, std))
+        if not are_numbers or not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+            raise ValueError(f"{where} must have a finite mean and a std above 0, but has {mean!r} and {std!r}.")
+        return {**column, "mean": float(mean), "std": float(std)}
+    values = column["values"]
+    if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) and value for value in values):
+        raise ValueError(f"{where} must have values that are a list of texts.")
+    if len(set(values)) < len(values):
+        raise ValueError(f"{where} lists a value twice.")
+    if len(values) > limits().category_values:
+        raise ValueError(f"{where} has {len(values):,} values, more than {named('category_values')}.")
+    return {**column, "values": list(values)}
+
+
+# Cells
+
+
+def read_number(cell: Any) -> Optional[float]:
+    """
+    The number in a cell; `None` if the cell is empty.
+
+    Args:
+        cell: an `int`, a `float`, a scalar of NumPy, or a text such as "3.5".
+
+    Raises:
+        TableError: one sentence without a full stop, if it is no finite number.
+
+    Example:
+
+    ```python
+    >>> read_number(" 3.5 ")
+    3.5
+    ```
+    """
+    cell = as_scalar(cell)
+    if is_null(cell):
+        return None
+    if isinstance(cell, str):
+        text = cell.strip()
+        if not text or text.lower() == "nan":
+            return None
+        if not NUMBER.fullmatch(text) or len(text) > 400:
+            raise TableError(f"{shorten(cell)!r} is no number")
+        cell = float(text)
+    if type(cell).__name__ == "Decimal":
+        cell = float(cell)
+    if not isinstance(cell, numbers.Real):
+        raise TableError(f"expected a number, but got {shorten_value(cell)} of type {type(cell).__name__}")
+    try:
+        number = float(cell)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise TableError(f"{shorten_value(cell)} is not finite; leave the cell empty if it is not known")
+    return number
+
+
+def read_category(cell: Any) -> Optional[str]:
+    """
+    The value in a cell of a category, as a text; `None` if the cell is empty.
+
+    Args:
+        cell: a text, a whole number (3 and 3.0 are the value "3"), or a truth value.
+
+    Raises:
+        TableError: one sentence without a full stop, if it is of another type.
+
+    Example:
+
+    ```python
+    >>> read_category(3.0)
+    '3'
+    ```
+    """
+    cell = as_scalar(cell)
+    if is_null(cell):
+        return None
+    if isinstance(cell, str):
+        return cell.strip() or None
+    if isinstance(cell, (bool, int)):
+        return str(cell)
+    if isinstance(cell, numbers.Real) and math.isfinite(cell):
+        number = float(cell)
+        return str(int(number)) if number.is_integer() else repr(number)
+    raise TableError(f"expected a text or a whole number, but got {shorten_value(cell)} of type {type(cell).__name__}")
+
+
+READERS = {NUMBER_KIND: read_number, CATEGORY_KIND: read_category}
+
+
+def read_cell(column: Mapping[str, Any], cells: Mapping[str, Any]) -> Any:
+    """
+    The value of a column in a row.
+
+    Raises:
+        TableError: one sentence that names the column.
+    """
+    try:
+        return READERS[column["kind"]](cells.get(column["name"]))
+    except TableError as error:
+        raise TableError(f"column {column['name']!r}: {error}") from None
+
+
+class TableReader:
+    """
+    Reads the cells of one row: column -> cell becomes numbers in the order of the tokens.
+
+    The result is an array of `TableConfig.token_names`: standardised numbers, NaN if missing; then ids of values, -1
+    if missing and 0 if unknown. It is `None` if all are missing. The reader returns its own results unchanged.
+
+    Args:
+        config ([`TableConfig`]): The columns.
+
+    Example:
+
+    ```python
+    >>> read = TableReader(TableConfig(columns=[{"name": "price", "kind": "number", "mean": 3.0, "std": 2.0}]))
+    >>> read({"price": "7"})
+    array([2.])
+    ```
+    """
+
+    def __init__(self, config: TableConfig):
+        self.numbers, self.categories = config.numbers, config.categories
+        self.ids = [{value: i for i, value in enumerate(column["values"], 1)} for column in self.categories]
+
+    def __call__(self, cells: Any) -> Any:
+        import numpy as np
+
+        if isinstance(cells, np.ndarray):
+            return cells
+        if not isinstance(cells, Mapping):
+            raise TableError(
+                f"the columns of a row must be a dict from column to cell, but are {shorten_value(cells)} of type "
+                f"{type(cells).__name__}"
+            )
+        found = [self._number(column, cells) for column in self.numbers]
+        found += [self._id(column, ids, cells) for column, ids in zip(self.categories, self.ids, strict=True)]
+        values, count = np.array(found, dtype=np.float64), len(self.numbers)
+        is_empty = np.isnan(values[:count]).all() and (values[count:] == _MISSING).all()
+        return None if is_empty else values
+
+    def _number(self, column: Mapping[str, Any], cells: Mapping[str, Any]) -> float:
+        number = read_cell(column, cells)
+        if number is None:
+            return math.nan
+        return min(max((number - column["mean"]) / column["std"], -FURTHEST), FURTHEST)
+
+    def _id(self, column: Mapping[str, Any], ids: Mapping[str, int], cells: Mapping[str, Any]) -> int:
+        value = read_cell(column, cells)
+        return _MISSING if value is None else ids.get(value, _UNKNOWN)
+
+
+def as_rows(cell: Any) -> list[Any]:
+    """The columns of a row as a list of at most one item."""
+    return [] if cell is None or (isinstance(cell, (Mapping, list, tuple)) and not cell) else [cell]
+
+
+def row_key(cell: Any) -> tuple[str, int]:
+    """The columns of a row are an item of that row alone."""
+    return "table", id(cell)
+
+
+class TableEncoder(OwnEncoder):
+    """
+    One token per column: the feature tokenizer of FT-Transformer (https://arxiv.org/abs/2106.11959).
+
+    The token of a number is a vector times the number, plus another vector. That of a category is the vector of its
+    value plus one of the column. Missing cells are masked. The vector of an unknown value is 0 at the start.
+    """
+
+    config_class = TableConfig
+    scales_linear_features = False
+
+    def __init__(self, config: TableConfig):
+        super().__init__(config)
+        width, sizes = config.hidden_size, [len(column["values"]) + 1 for column in config.categories]
+        self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.one_hots = config.one_hots
+        if config.numbers:
+            self.number_weight = nn.Parameter(torch.zeros(len(config.numbers), width))
+            self.number_bias = nn.Parameter(torch.zeros(len(config.numbers), width))
+        if sizes:
+            self.value_weight = nn.Parameter(torch.zeros(sum(sizes), width))
+            self.category_bias = nn.Parameter(torch.zeros(len(sizes), width))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width,
+                config.num_attention_heads,
+                4 * width,
+                config.dropout,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+
+    def init_own_parameters(self, std: float):
+        bound = self.config.hidden_size**-0.5
+        for parameter in self.parameters(recurse=False):
+            init.uniform_(parameter, -bound, bound)
+        if self.offsets:
+            with torch.no_grad():
+                self.value_weight[self.offsets] = 0.0
+
+    @classmethod
+    def prepare(cls, config: TableConfig, items: list[Any]) -> dict[str, torch.Tensor]:
+        import numpy as np
+
+        values = torch.from_numpy(np.stack(items))
+        count = len(config.numbers)
+        return {"table_numbers": values[:, :count].float(), "table_categories": values[:, count:].long()}
+
+    @classmethod
+    def blank_input(cls, config: TableConfig) -> dict[str, torch.Tensor]:
+        return {
+            "table_numbers": torch.full((1, len(config.numbers)), math.nan),
+            "table_categories": torch.full((1, len(config.categories)), _MISSING),
+        }
+
+    @classmethod
+    def linear_width(cls, config: TableConfig) -> int:
+        return len(config.numbers) + len(config.one_hots)
+
+    def forward(  # type: ignore[override]
+        self, table_numbers: torch.Tensor, table_categories: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            table_numbers (num_tables, num_numbers) float32: standardised; NaN where missing.
+            table_categories (num_tables, num_categories) int64: -1 where missing, 0 for an unknown value.
+        """
+        tokens, masks = [], []
+        if self.config.numbers:
+            is_missing = table_numbers.isnan()
+            known = torch.where(is_missing, 0.0, table_numbers).to(self.number_weight.dtype)
+            tokens.append(known[..., None] * self.number_weight + self.number_bias)
+            masks.append(~is_missing)
+        if self.offsets:
+            ids = table_categories.clamp(min=_UNKNOWN) + torch.tensor(self.offsets, device=table_categories.device)
+            tokens.append(nn.functional.embedding(ids, self.value_weight) + self.category_bias)
+            masks.append(table_categories != _MISSING)
+        states, mask = torch.cat(tokens, 1), torch.cat(masks, 1)
+        # Attention without any key is NaN; such an item is masked later.
+        hidden = ~mask & mask.any(1, keepdim=True)
+        for layer in self.layers:
+            states = layer(states, src_key_padding_mask=hidden)
+        return states, mask
+
+    def linear_features(  # type: ignore[override]
+        self, tokens: torch.Tensor, mask: torch.Tensor, table_numbers: torch.Tensor, table_categories: torch.Tensor
+    ) -> torch.Tensor:
+        """The standardised numbers, 0 if missing; and a one-hot of each category, 0 if missing or unknown."""
+        features = [torch.where(table_numbers.isnan(), 0.0, table_numbers).float()]
+        if self.one_hots:
+            places, values = torch.tensor(self.one_hots, device=table_categories.device).unbind(1)
+            features.append((table_categories[:, places] == values).float())
+        return torch.cat(features, 1)
+
+
+__all__ = ["TableConfig"]
