@@ -388,7 +388,7 @@ def test_tables_values_and_figure(model, ablation, tmp_path):
     assert cells[0] == ["task", "metric", "all", "text only", "image only", "nothing"]
     topic = next(line for line in cells if line[0] == "topic")
     assert topic[2] == f"{ablation.variants['all']['topic_accuracy']:.3f}"
-    assert ["task", "modality", "Shapley value", "lost with that of another row"] in cells
+    assert ["task", "modality", "Shapley value", "lost with the input of another row"] in cells
     values = json.loads(json.dumps(ablation.to_dict()))
     assert all(math.isfinite(value) for value in values["variants"]["all"].values())
     assert values["num_rows"] == NUM_ROWS
@@ -456,7 +456,7 @@ def test_pairs_are_judged_with_mismatched_ones():
 def test_what_cannot_be_ablated_is_told(model):
     with pytest.raises(ValueError, match="There are no rows"):
         ablate(model, make_processor(), [])
-    with pytest.raises(ValueError, match="text alone"):
+    with pytest.raises(ValueError, match="only text"):
         ablate(make_model(vision=None), make_processor(), make_rows(4))
 
 

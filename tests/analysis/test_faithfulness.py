@@ -214,7 +214,7 @@ def test_what_is_taken_away_is_what_was_asked(processor):
                 differs = (changed["pixel_values"][i] != inputs["pixel_values"][i]).any(0)
                 patches = differs.unfold(0, PATCH, PATCH).unfold(1, PATCH, PATCH).flatten(2).any(-1)
                 assert patches.sum() == round(share * 16)
-    with pytest.raises(ValueError, match="chooses among labels"):
+    with pytest.raises(ValueError, match="chooses one label"):
         faithfulness(model, processor, rows, "score")
 
 

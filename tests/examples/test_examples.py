@@ -450,7 +450,7 @@ def test_finetune_on_an_image_folder(encoders, tmp_path, run_finetune):
 
     # The same command again goes on where training stopped.
     command[command.index("--max_steps") + 1] = 3
-    assert f"Going on from {tmp_path / 'out/checkpoint-2'}" in run_finetune(*command)
+    assert f"Resuming from {tmp_path / 'out/checkpoint-2'}" in run_finetune(*command)
     assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 3
 
 
@@ -502,7 +502,7 @@ def test_finetune_knows_all_labels_and_measures_the_trained_model(encoders, tmp_
         (["--tasks", "mood:classification"], "have no column 'mood' for task 'mood'"),
         (["--tasks", "topic"], "--tasks must read 'name:kind,name:kind,...'"),
         (["--tasks", "topic:sorting"], "Unknown task kind 'sorting'"),
-        (["--tasks", "score:classification"], "is its task a regression?"),
+        (["--tasks", "score:classification"], "numbers that are not whole"),
         (["--validation_file", "rows.xlsx"], "must end in one of .csv, .json, .jsonl, .parquet"),
         (["--validation_file", "none.csv"], "none.csv does not exist"),
         (["--dataset_name", "photos"], "either --train_file or --dataset_name"),

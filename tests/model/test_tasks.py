@@ -43,7 +43,7 @@ TASKS = [TOPIC, TAGS, SCORE, ENTITIES]
 by_kind = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
 
 NO_LABEL = "a label must be a name or an id (None if it is missing), but is "
-NO_LIST = "expected a list of labels ([] if none holds, None if it is not known), but got "
+NO_LIST = "expected a list of labels ([] if none applies, None if it is not known), but got "
 NO_NUMBER = "expected a finite number (of float32; None if it is missing), but got "
 
 MISSING = [None, float("nan"), np.float32("nan"), np.float64("nan"), pd.NA, pd.NaT, -100, -100.0, np.int64(-100)]
@@ -339,7 +339,7 @@ class TestDefinition:
 
     @pytest.mark.parametrize("cls", [Classification, TokenClassification])
     def test_a_choice_needs_two_labels(self, cls):
-        with pytest.raises(ValueError, match="Task 'x': a choice needs at least two labels"):
+        with pytest.raises(ValueError, match="Task 'x': it needs at least two labels"):
             cls("x", labels=["only"])
         assert MultiLabel("x", labels=["only"]).labels == ["only"]
 
@@ -460,7 +460,7 @@ class TestOwnKind:
     def test_that_is_not_imported_is_unknown(self, own_kind):
         del TASK_KINDS["count"]
         try:
-            with pytest.raises(ValueError, match=r"Unknown task kind 'count' of task 'x'.*must be imported"):
+            with pytest.raises(ValueError, match=r"Unknown task kind 'count' of task 'x'.*Import the module"):
                 task_from_dict({"kind": "count", "name": "x"})
         finally:
             TASK_KINDS["count"] = own_kind

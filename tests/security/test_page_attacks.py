@@ -326,7 +326,7 @@ def test_requests_are_bounded(client, monkeypatch):
     body = json.dumps({"data": ["x" * limits().request_bytes, None, None, TASKS]})
     assert client.http.post(f"{API}/call/answer", content=body).status_code == 413
     set_limits(request_seconds=1e-6)
-    assert "longer than the 1e-06 seconds that are allowed" in client.call("a cat", client.uploaded(png(make_image(1))))
+    assert "longer than the limit of 1e-06 seconds" in client.call("a cat", client.uploaded(png(make_image(1))))
 
 
 def test_a_slow_request_does_not_stop_the_others(client, monkeypatch):

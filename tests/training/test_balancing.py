@@ -214,7 +214,7 @@ def test_the_start_of_l2_sp_survives_a_resume(tmp_path):
     for name, value in uninterrupted["state"].items():
         assert torch.equal(resumed["state"][name], value), name
     train(tmp_path / "c", **{**change, "model": {}}, callbacks=[Stop()])
-    with pytest.raises(ValueError, match="towards where training started, which"):
+    with pytest.raises(ValueError, match="towards its value at the start of training"):
         train(tmp_path / "c", **change, resume=True)
 
 

@@ -167,7 +167,7 @@ def test_what_cannot_be_trained_twice_is_refused_at_once(tmp_path):
 
     args = MMTrainingArguments(str(tmp_path), refit=True, **CPU)
     kwargs = {"args": args, "processing_class": make_processor(), "train_dataset": make_rows()}
-    with pytest.raises(ValueError, match="Other has an __init__ of its own"):
+    with pytest.raises(ValueError, match="Other has its own __init__"):
         Other(1.0, new_model(), **kwargs)
     model = new_model()
     with pytest.raises(ValueError, match="the optimizer was given"):
@@ -179,13 +179,13 @@ def test_rows_that_were_trained_on_say_nothing_more(refitted, caplog, tmp_path):
     assert measurements_of(trainer) == []
     with caplog.at_level("WARNING", logger="mm_transformers"):
         trainer.evaluate()
-    assert "The model was trained on these rows in the end" in caplog.text
+    assert "The model was finally trained on these rows" in caplog.text
     assert measurements_of(trainer) == []
     caplog.clear()
     found = trainer.evaluate(make_rows(8, seed=1))
     assert "trained on these rows" not in caplog.text
     assert measurements_of(trainer)[0].metrics["topic_accuracy"] == found["eval_topic_accuracy"]
-    assert training_of(trainer).rows["then again"].startswith("on all 36 training rows, ")
+    assert training_of(trainer).rows["second training"].startswith("on all 36 training rows, ")
 
 
 def test_running_statistics_begin_anew(tmp_path):

@@ -117,7 +117,7 @@ def run_evaluation(
                 picture = output.with_suffix(".png")
                 with write_atomically(picture) as drawn:
                     ablation.plot().savefig(drawn, format="png", dpi=120)
-                say(f"Drawn to {picture}.")
+                say(f"Wrote {picture}.")
         if output is not None:
             with write_atomically(output) as target:
                 target.write((json.dumps(metrics, indent=2) + "\n").encode())
@@ -234,7 +234,7 @@ def run_prediction(
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if collator.num_bad_files:
-        logger.warning(f"{collator.num_bad_files:,} times a file could not be read; it was treated as absent.")
+        logger.warning(f"Reading a file failed {collator.num_bad_files:,} times; these files were treated as missing.")
 
 
 def _load(
@@ -242,7 +242,7 @@ def _load(
 ) -> tuple[MMTransformerForMultiTask, MMDataCollator]:
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         checkpoint = newest_checkpoint(name)
-        advice = "" if checkpoint is None else f"; its training has not ended, but there is {checkpoint}"
+        advice = "" if checkpoint is None else f"; its training has not ended, but it has the checkpoint {checkpoint}"
         raise ValueError(f"{name} holds no model{advice}.")
     model = MMTransformerForMultiTask.from_pretrained(name).eval()
     processor = MMTransformerProcessor.from_pretrained(name)
@@ -285,8 +285,8 @@ def _check_labelled(rows: datasets.Dataset, collator: MMDataCollator, file: Path
     if not labelled and len(wanted) == len(collator.tasks):
         columns = ", ".join(repr(task.column) for task in wanted)
         raise ValueError(
-            f"{file} has no label of any task (looked for in column {columns}), so there is nothing to measure; what "
-            "the model answers, mm-transformers predict tells."
+            f"{file} has no label of any task (looked for in column {columns}), so there is nothing to measure. For "
+            "the answers of the model, use `mm-transformers predict`."
         )
     for task in wanted:
         if task not in labelled and task.column in rows.column_names:
@@ -303,7 +303,13 @@ def _features(schema: pyarrow.Schema, columns: Collection[str]) -> dict[str, Any
     return dict(datasets.Features.from_arrow_schema(pyarrow.schema(fields, schema.metadata)))
 
 
-def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str, Any], escape_formulas: bool) -> int:
+def _write(
+    answered: Iterator[list[tuple[Any, dict[str, Any]]]],
+    output: Path,
+    suffix: str,
+    types: dict[str, Any],
+    escape_formulas: bool,
+) -> int:
     """Writes the answers, and returns the number of rows."""
     writer, num_rows, names = None, 0, {}
     bar = Progress(
@@ -320,8 +326,8 @@ def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str,
                 twice = next((name for name in names if f"{name}_input" in types and names[name] != name), None)
                 if twice is not None:
                     raise ValueError(
-                        f"its columns {twice!r}, which is called like an answer, and '{twice}_input' would both be in "
-                        f"a column '{twice}_input' of the output; rename one."
+                        f"its columns {twice!r}, which has the name of an answer, and '{twice}_input' would have the "
+                        f"same name '{twice}_input' in the output; rename one of them."
                     )
                 renamed = {names[name]: dtype for name, dtype in types.items()}
                 writer = table_writer(file, suffix, renamed, escape_formulas)

@@ -12,7 +12,7 @@ from ..model.label_cells import is_null, shorten_value
 from ..model.modalities import MODALITIES, OTHER_ENCODERS, PARTS, ReaderContext, modalities_of
 from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor
-from ..model.task_base import LabelContext
+from ..model.task_base import LabelContext, Task
 from .addresses import Addresses
 from .cells import LABEL_SEPARATOR, label_of
 from .feature_keys import digest_of, hash_of_text
@@ -102,8 +102,8 @@ class MMDataCollator:
         check_tokenizer(processor.tokenizer, config)
         if config.frame_embedding == "learned" and processor.num_frames > config.num_frames:
             raise ValueError(
-                f"The processor takes {processor.num_frames} frames of a video, but the model has learned vectors for "
-                f"{config.num_frames}: set processor.num_frames = {config.num_frames}."
+                f"The processor takes {processor.num_frames} frames of a video, but the model has learned frame "
+                f"vectors for only {config.num_frames}: set processor.num_frames = {config.num_frames}."
             )
         self.processor = processor
         self.tasks = config.get_tasks()
@@ -270,7 +270,7 @@ class MMDataCollator:
         """
         text = join_texts({column: self._text(row, column, name) for column in self.text_columns} or {"": ""})
         if not text.strip() and not had_other:
-            raise ValueError(f"{name} has nothing in {self._shown_inputs(row)}; remove it.")
+            raise ValueError(f"{name} has no content in {self._shown_inputs(row)}: remove the row.")
         return text
 
     def _text(self, row: Mapping[str, Any], column: str, name: str) -> str:
@@ -305,16 +305,16 @@ class MMDataCollator:
         return ", ".join([*columns[:20], *(["..."] if len(columns) > 20 else [])])
 
     def _labels(
-        self, task, rows: list[Mapping[str, Any]], texts: list[str], names: list[str], is_empty: list[bool]
+        self, task: Task, rows: list[Mapping[str, Any]], texts: list[str], names: list[str], is_empty: list[bool]
     ) -> list[Any]:
-        labels = []
+        labels, column = [], task.column or task.name
         for row, text, name, empty in zip(rows, texts, names, is_empty, strict=True):
             unlabelled = empty or not row.get(SOURCE_KEY, ANY_SOURCE).labels(task.name)
             try:
-                cell = row.get(task.column, task.default_cell)
+                cell = row.get(column, task.default_cell)
                 labels.append(None if unlabelled else label_of(task, cell, text, self.label_separator))
             except ValueError as error:
-                raise ValueError(f"{name}, column {own_column(row, task.column)!r}: {error}.") from None
+                raise ValueError(f"{name}, column {own_column(row, column)!r}: {error}.") from None
         return labels
 
 
@@ -349,7 +349,7 @@ def _own_fields(config: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in changed and not name.startswith("_")}
 
 
-def check_tokenizer(tokenizer, config: MMTransformerConfig) -> None:
+def check_tokenizer(tokenizer: Any, config: MMTransformerConfig) -> None:
     """
     Checks that the tokenizer fits the text encoder.
 
@@ -392,13 +392,15 @@ def _check_writing(task: Any, tokenizer: Any, config: MMTransformerConfig) -> No
     forced = getattr(decoder, "forced_bos_token_id", None)
     if hasattr(tokenizer, "tgt_lang") and task.decoder_start_ids is None and forced is None:
         raise ValueError(
-            f"Task {task.name!r}: {type(tokenizer).__name__} is for several languages; say which is to be written by "
-            "Generation(..., decoder_start_ids=[start token, language code]), as the pretrained model expects them."
+            f"Task {task.name!r}: {type(tokenizer).__name__} is for several languages. Choose the language to write "
+            "by Generation(..., decoder_start_ids=[start token, language code]), as the pretrained model expects "
+            "them."
         )
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     stops = decoder.eos_token_id if isinstance(decoder.eos_token_id, (list, tuple)) else [decoder.eos_token_id]
     if end is not None and end not in stops and (config.decoder_config is not None or stops != [None]):
         raise ValueError(
             f"Task {task.name!r}: the tokenizer ends a text with id {end}, but the decoder stops at "
-            f"{decoder.eos_token_id}, so it would never stop: set eos_token_id={end} in the config of the decoder."
+            f"{decoder.eos_token_id}, so generation would never stop: set eos_token_id={end} in the config of the "
+            "decoder."
         )

@@ -84,7 +84,7 @@ def column_kinds(
     rows: datasets.Dataset,
     targets: Iterable[str] = (),
     said: Mapping[str, str] | None = None,
-    root: str | os.PathLike = ".",
+    root: str | os.PathLike[str] = ".",
 ) -> list[ColumnKind]:
     """
     What each column is taken for, targets left aside.

@@ -116,7 +116,9 @@ def _check_local(folder: Path) -> None:
     found = (metadata_load(card) if card.is_file() else None) or {}
     configs = [found.get("configs"), yaml.safe_load(plain.read_text("utf-8")) if plain.is_file() else None]
     if any("://" in text for text in _texts_in(configs)):
-        raise ValueError(f"The data set in {folder} names files elsewhere, which are not fetched; download them first.")
+        raise ValueError(
+            f"The data set in {folder} refers to files elsewhere, which are not fetched: download them first."
+        )
 
 
 def _texts_in(value: Any) -> Iterator[str]:

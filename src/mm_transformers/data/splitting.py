@@ -146,18 +146,18 @@ def _split(
         raise ValueError(f"The fraction of rows to hold out must lie between 0 and 1, but is {fraction}.")
     inner = dataset.dataset if isinstance(dataset, DataSource) else dataset
     if isinstance(inner, (dict, DataMixture)):
-        raise ValueError(f"Rows are held out of one data set, but got a {type(inner).__name__} of several.")
+        raise ValueError(f"Rows can be held out of one data set only, but got a {type(inner).__name__} of several.")
     if is_iterable(inner):
         raise ValueError(
-            f"Rows cannot be held out of a stream ({type(inner).__name__}): give validation rows of their own, or a "
-            "data set with a length."
+            f"Rows cannot be held out of a stream ({type(inner).__name__}): give separate validation rows, or a data "
+            "set with a length."
         )
     readable = _with_records(dataset)
     groups = find_groups(readable, fraction, text_column, media, group_column)
     if len(groups) == 0 or groups.max() == 0:
-        reason = "there are fewer than two" if len(groups) < 2 else "all of them share an image, a video, a sound or "
+        reason = "there are fewer than two" if len(groups) < 2 else "all rows share an image, a video, a sound or "
         reason += "" if len(groups) < 2 else f"a cell of {group_column!r}" if group_column else "a text"
-        raise _OneGroup(f"No rows can be held out, since {reason}: give validation rows of their own.")
+        raise _OneGroup(f"No rows can be held out, since {reason}: give separate validation rows.")
     strata = strata_of(readable, tasks, text_column, label_separator)
     held_out = allocate(groups, strata, fraction, seed, max(len(tasks), 1))
     order = np.random.default_rng([seed, 1]).permutation(len(groups))
@@ -223,7 +223,7 @@ def find_groups(
         if text:
             texts.setdefault(text, []).append(number)
     if num_rows and not has_group_column:
-        raise ValueError(f"No row has the column {group_column!r}, whose equal cells are to be held out together.")
+        raise ValueError(f"No row has the column {group_column!r}, by which the rows to hold out are grouped.")
     joined = DisjointSet(range(num_rows))
     first: dict[Hashable, int] = {}
     for number, key in members:

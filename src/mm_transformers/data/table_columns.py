@@ -58,7 +58,7 @@ def table_columns(rows: Any, columns: Sequence[str] | Mapping[str, str | None], 
         if kind not in (None, *KINDS):
             raise ValueError(f"Column {name!r} must have the kind 'number', 'date' or 'category', but has {kind!r}.")
     if not kinds:
-        raise ValueError("columns names no column; give the names of the numbers and categories.")
+        raise ValueError("columns is empty: give the names of the columns of numbers and categories.")
     cells: dict[str, list[Any]] = {name: [] for name in kinds}
     seen: set[str] = set()
     for row in rows_with_columns(rows, list(kinds)):

@@ -140,7 +140,7 @@ def _checked_column(column: Any, place: int) -> dict[str, Any]:
         raise ValueError(f"{where} must be a dict with a name and a kind, but is {shorten_value(column)}.")
     where = f"Column {shorten(column['name'])!r} of the table"
     if column["name"] in RESERVED:
-        raise ValueError(f"{where} has the name of another input of a row; rename it.")
+        raise ValueError(f"{where} has the name of another input of the row; rename it.")
     if column.get("kind") not in KINDS:
         raise ValueError(f"{where} must have the kind 'number', 'date' or 'category', but has {column.get('kind')!r}.")
     known = {"name", "kind", *_KEYS[column["kind"]]}

@@ -129,7 +129,7 @@ def start_probes(trainer: StartedTrainer) -> Start:
         return Start()
     why_not = _why_not(trainer)
     if why_not is not None:
-        logger.warning(f"The tasks do not start as linear models: {why_not}. probe_start=False leaves out this start.")
+        logger.warning(f"The tasks do not start as linear models: {why_not}. probe_start=False turns this start off.")
         return Start()
     waiting = {name: probes for name, probes in probes_of(fused).items() if all(map(is_new, probes))}
     if not waiting:
@@ -169,7 +169,7 @@ def _why_not(trainer: StartedTrainer) -> str | None:
     if _map_style(trainer.train_dataset, trainer) is None:
         return "the training rows are a stream"
     if is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled:
-        return "FSDP and ZeRO-3 cut the model into pieces"
+        return "FSDP and ZeRO-3 split the model"
     return None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ...data.collator import MMDataCollator
 from ...data.labels import check_labels, complete_task, prepare_labels
@@ -50,7 +50,7 @@ def training_arguments(recipe: Recipe) -> MMTrainingArguments:
     try:
         return MMTrainingArguments(**recipe.training)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"The training options do not fit: {one_line(error, 1000)}") from error
+        raise ValueError(f"The training options are not valid: {one_line(error, 1000)}") from error
 
 
 def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
@@ -101,7 +101,7 @@ def build_trainer(
     recipe: Recipe,
     args: MMTrainingArguments | None = None,
     data: RecipeData | None = None,
-    saved: str | os.PathLike | None = None,
+    saved: str | os.PathLike[str] | None = None,
     allow_urls: bool | Collection[str] = False,
     **kwargs: Any,
 ) -> MMTrainer:
@@ -165,11 +165,13 @@ class RecipeCallback(TrainerCallback):
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             self.recipe.save(Path(args.output_dir))
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             self.recipe.save(folder)

@@ -69,12 +69,12 @@ class DataSection:
 class ColumnsSection:
     """The names of the columns of the data."""
 
-    text: str | list | None = "text"
+    text: str | list[str] | None = "text"
     image: str = "image"
     video: str = "video"
     audio: str = "audio"
     # The columns of numbers and categories: names, or name -> kind, as in [`table_columns`].
-    table: list | dict | None = None
+    table: list[Any] | dict[str, Any] | None = None
     # The columns of modalities of your own: name -> column.
     own: dict[str, str] = field(default_factory=dict)
 
@@ -194,7 +194,7 @@ class Recipe:
             raise ValueError("The recipe needs either data.train, a file, or data.dataset_name.")
         if data.dataset_name is not None and (data.files or data.image_root is not None):
             other = "image_root" if data.image_root is not None else next(iter(data.files))
-            raise ValueError(f"data.{other} goes with data.train; a data set that data.dataset_name names has its own.")
+            raise ValueError(f"data.{other} goes with data.train; leave it out with data.dataset_name.")
         for name in ("validation_fraction", "test_fraction"):
             if (share := getattr(data, name)) is not None and not 0 < share < 1:
                 raise ValueError(f"data.{name} must lie between 0 and 1, but is {share}.")
@@ -255,7 +255,7 @@ class Recipe:
         return flat
 
 
-def read_recipe(path: str | os.PathLike, overrides: typing.Sequence[str] = ()) -> Recipe:
+def read_recipe(path: str | os.PathLike[str], overrides: typing.Sequence[str] = ()) -> Recipe:
     """
     The recipe of a YAML or JSON file.
 
@@ -311,7 +311,7 @@ def _override(values: Any, parts: list[str], value: Any, whole: str) -> None:
     elif isinstance(values, dict):
         key = first
     else:
-        raise ValueError(f"{whole}: {'.'.join(here[:-1])} is {shortened(values)}, which has no keys.")
+        raise ValueError(f"{whole}: {'.'.join(here[:-1])} is {shortened(values)}, so it has no keys.")
     if not rest:
         values[key] = value
         return

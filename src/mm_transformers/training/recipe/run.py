@@ -63,9 +63,9 @@ def run_recipe(
     measured = {split: PREFIXES[split] for split in PREFIXES if split in data.splits}
     results = {split: folder / f"{prefix}_results.json" for split, prefix in measured.items()}
     if finished:
-        say(f"The model in {folder} has been trained already, for {steps_done(folder):,} steps; it stays as it is.")
+        say(f"The model in {folder} has already been trained, for {steps_done(folder):,} steps; it is not changed.")
         if differences := training_differences(recipe):
-            say(f"For another training, set training.output_dir to another folder: {'; '.join(differences)}.")
+            say(f"Another training needs another folder (training.output_dir=...): {'; '.join(differences)}.")
         measured = {split: prefix for split, prefix in measured.items() if not _has_metrics(results[split])}
     trainer: MMTrainer | None = None
     if not finished or measured:
@@ -97,7 +97,7 @@ def _train(
     if checkpoint is not None:
         check_checkpoint(checkpoint, data.tasks)
         start = steps_done(checkpoint)
-        say(f"Going on from {checkpoint}.")
+        say(f"Resuming from {checkpoint}.")
     elif before_training is not None:
         before_training(trainer)
     trainer.study = study
