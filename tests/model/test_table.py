@@ -537,7 +537,7 @@ def test_collator_names_row_and_column():
     with pytest.raises(ValueError, match=message):
         collator([{"text": "a"}, {"text": "b", "price": "abc"}])
     with pytest.raises(
-        ValueError, match="^row 0 of the batch has nothing in 'text', 'image', 'video', 'price', 'brand'"
+        ValueError, match="^row 0 of the batch has no content in 'text', 'image', 'video', 'price', 'brand'"
     ):
         collator([{"text": "", "price": None}])
 
