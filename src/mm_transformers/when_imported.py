@@ -19,7 +19,9 @@ class _Watch(MetaPathFinder):
     def __init__(self, names: Sequence[str], action: Callable[[], None]):
         self.names, self.action = names, action
 
-    def find_spec(self, fullname, path=None, target=None) -> Optional[ModuleSpec]:
+    def find_spec(
+        self, fullname: str, path: Optional[Sequence[str]] = None, target: Optional[ModuleType] = None
+    ) -> Optional[ModuleSpec]:
         if not fullname.startswith("transformers."):
             return None
         spec = PathFinder.find_spec(fullname, path, target)

@@ -85,7 +85,7 @@ def test_what_does_not_look_has_one_half(model):
 
 def test_clear_errors(model):
     collator = MMDataCollator(make_processor(), model.config)
-    with pytest.raises(ValueError, match="task must name a task that writes text, but is 'topic'"):
+    with pytest.raises(ValueError, match="task must be the name of a task that writes text, but is 'topic'"):
         contrastive_accuracy(model, collator, ROWS, "topic", WRONG)
     with pytest.raises(ValueError, match="one wrong text per row, but there are 2 for 6 rows"):
         contrastive_accuracy(model, collator, ROWS, "german", WRONG[:2])

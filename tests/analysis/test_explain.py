@@ -29,6 +29,7 @@ from mm_transformers.analysis.explaining.reading import relevance_of_inputs
 from mm_transformers.analysis.explaining.watching import watched
 
 
+pytestmark = pytest.mark.usefixtures("without_shares")
 ROW = {"text": "a cat sat on the mat", "image": make_image(1)}
 ATTENTION = list(ATTENTION_METHODS)
 
@@ -179,9 +180,9 @@ def test_words_are_explained_one_by_one(processor):
     all_words = explain(model, processor, ROW, "entities")
     assert len(all_words.answer) == 6
     assert first.tokens != explain(model, processor, ROW, "entities", word=5).tokens
-    with pytest.raises(ValueError, match=r"Row 0 has no word 6: the model reads 6 words"):
+    with pytest.raises(ValueError, match=r"Row 0 has no word 6: the model reads only 6 words"):
         explain(model, processor, ROW, "entities", word=6)
-    with pytest.raises(ValueError, match="answers for the whole row"):
+    with pytest.raises(ValueError, match="has one answer for the whole row"):
         explain(model, processor, ROW, "topic", word=0)
 
 
@@ -210,7 +211,7 @@ def test_tasks_that_read_the_encoders_or_give_numbers(processor):
     assert explain(model, processor, ROW, "rating").answer == pytest.approx(
         explain(model, processor, ROW, "rating").score
     )
-    with pytest.raises(ValueError, match="gives a number"):
+    with pytest.raises(ValueError, match="answers with a number"):
         explain(model, processor, ROW, "rating", answer=3.0)
 
 
@@ -251,7 +252,7 @@ def test_values_for_json_and_a_figure(processor, tmp_path):
 
 def test_what_cannot_be_explained_is_told(processor):
     model = make_model()
-    with pytest.raises(ValueError, match="Say which task"):
+    with pytest.raises(ValueError, match="Choose the task"):
         explain(model, processor, ROW)
     with pytest.raises(ValueError, match="no task 'topik'; did you mean 'topic'"):
         explain(model, processor, ROW, "topik")
@@ -301,7 +302,7 @@ def test_patches_lie_where_the_encoder_says():
     assert patch_grid(config, 17, 32, 32) == (4, 4)
     assert patch_grid(config, 8 * 4 + 1, 64, 32) == (8, 4)
     assert patch_grid(VISION_ENCODERS["swin"](), 16, 32, 32) == (4, 4)
-    with pytest.raises(ValueError, match="not known where"):
+    with pytest.raises(ValueError, match="cannot be coloured"):
         patch_grid(config, 5 * 31, 32, 32)
 
 

@@ -9,6 +9,7 @@ from mm_transformers import MMTransformerProcessor, Regression, Retrieval
 from mm_transformers.analysis import explain
 
 
+pytestmark = pytest.mark.usefixtures("without_shares")
 ROW = {"text": "a cat sat on the mat", "image": make_image(1)}
 
 
@@ -94,7 +95,7 @@ def test_rows_are_numbered_from_the_first_of_all(processor):
     rows = [{"text": "a cat sat"}, {"text": "a cat sat"}, {"text": "cat"}]
     with pytest.raises(ValueError, match="Row 2 has no word 2"):
         explain(make_model(), processor, rows, "entities", word=2, batch_size=1)
-    with pytest.raises(ValueError, match="word counts from 0, but is -1"):
+    with pytest.raises(ValueError, match="word must be at least 0, but is -1"):
         explain(make_model(), processor, rows, "entities", word=-1)
 
 
@@ -113,5 +114,5 @@ def test_sound_that_the_encoder_does_not_hear_has_no_time():
 
 def test_numbers_have_no_other_answer(processor):
     model = make_model(tasks=[Regression("rating")])
-    with pytest.raises(ValueError, match="gives a number"):
+    with pytest.raises(ValueError, match="answers with a number"):
         explain(model, processor, ROW, "rating", "integrated_gradients", answer=2.0)

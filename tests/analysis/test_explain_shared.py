@@ -349,7 +349,7 @@ def test_colours_are_on_one_scale_for_all_modalities():
     assert dict(strengths(found)) == {"cat": pytest.approx(1.0), "a": pytest.approx(0.5)}
     assert found.images[0].pixels.max() * found.scales["vision"] == pytest.approx(1 / 3)
     assert found.rests_on == "text 75%, image 25%"
-    assert "rests on: text 75%, image 25%" in found.plot().get_suptitle()
+    assert "depends on: text 75%, image 25%" in found.plot().get_suptitle()
     hot, pale, none = (explanation_of(*shares) for shares in ((0.0, 1.0), (0.9, 0.1), (1.0, 0.0)))
     reds = [redness(one) for one in (hot, pale, none)]
     assert reds[0] > 4 * reds[1] > 0
@@ -374,11 +374,11 @@ def test_shares_come_first_on_pages(tmp_path):
     model, processor = make_sensitive(), make_processor()
     told = explain(model, processor, ROWS[0], "topic").rests_on
     page = answers_as_html(model, processor, ROWS[0], ["topic"], ("text", "image"))
-    assert page.index(f"Rests on: {told}") < page.index('<p class="text">') < page.index('class="heat"')
+    assert page.index(f"Depends on: {told}") < page.index('<p class="text">') < page.index('class="heat"')
     write_report(tmp_path / "report.html", model, processor, [{**ROWS[0], "topic": "food"}], tasks=["topic"])
     report = (tmp_path / "report.html").read_text()
     card = re.search(r'<article class="card">(.*?)</article>', report, re.S)[1]
-    assert card.index(f"Rests on: {told}") < card.index("<img")
+    assert card.index(f"Depends on: {told}") < card.index("<img")
     assert math.isclose(sum(int(x) for x in re.findall(r"(\d+)%", told)), 100, abs_tol=1)
 
 

@@ -85,7 +85,7 @@ def test_other_kinds_and_rows_without_labels(tmp_path):
     text = path.read_text()
     assert "1.5" in text
     assert re.search(r"1 labelled rows", text)
-    with pytest.raises(ValueError, match="There are no rows"):
+    with pytest.raises(ValueError, match="at least one row"):
         write_report(path, model, make_processor(), [])
     with pytest.raises(ValueError, match="row 1"):
         write_report(tmp_path / "other.html", model, make_processor(), [{"text": "a"}, {"text": None}])

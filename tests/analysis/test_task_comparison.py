@@ -73,7 +73,7 @@ def test_a_stopped_comparison_goes_on(tmp_path):
     assert done == [(("b",), 1), (("a", "b"), 1)]
     assert runs == json.loads(path.read_text())["runs"]
     assert runs["a"]["1"]["a"]["accuracy"] == pytest.approx(0.1 * len(first))
-    with pytest.raises(ValueError, match="is of another comparison; choose another output folder"):
+    with pytest.raises(ValueError, match="is the result of another comparison. Choose another output folder"):
         run_comparison(train, ["a", "b"], [0, 1], path, {"steps": 4})
     with pytest.raises(ValueError, match="There is only one task, a, so there is nothing to train jointly"):
         run_comparison(train, ["a"], [0], tmp_path / "other.json", {})

@@ -29,7 +29,7 @@ def run_demo(path, *options: str) -> str:
 @pytest.mark.slow
 def test_demo_trains_prints_saves_reloads_and_draws(tmp_path):
     shown = run_demo(tmp_path, "--steps", "3", "--fusion", "late", "--seed", "1")
-    assert "in a fresh process, it gives the same answers" in shown
+    assert "in a new process, the model gives the same answers" in shown
     saved = json.loads((tmp_path / "results.json").read_text())
     results = saved["accuracy"]
     assert list(results) == ["sentiment", "topic", "intent", "german", "french"]

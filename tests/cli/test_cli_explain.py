@@ -43,13 +43,13 @@ def test_a_report_on_rows(folder, tmp_path):
     assert "task-topic" in page.ids
     assert "task-sentiment" not in page.ids
     assert "modalities" in page.ids
-    assert any("relevan" in text or "rests on" in text for text in page.texts)
+    assert any("relevan" in text or "depends on" in text for text in page.texts)
 
 
 def test_one_row(folder, tmp_path):
     row = ["--text", "a cat", "--image", folder / "rain.png", "--task", "topic"]
     shown = run("explain", folder / "model", *row, "--output", tmp_path / "why.png", "--answer", "food")
-    assert re.search(r"topic: food\. It rests on: text \d+%, image \d+%\. Wrote", shown)
+    assert re.search(r"topic: food\. It depends on: text \d+%, image \d+%\. Wrote", shown)
     assert (tmp_path / "why.png").stat().st_size > 5000
     run("explain", folder / "model", *row, "--output", tmp_path / "why.json", "--method", "rollout")
     found = json.loads((tmp_path / "why.json").read_text())
@@ -64,7 +64,7 @@ def test_one_row(folder, tmp_path):
         (["rows.jsonl", "--text", "a"], "Give either a file of rows or one row"),
         (["rows.jsonl", "--output", "report.pdf"], "must end in .html"),
         (["--text", "a", "--output", "report.html"], "must end in .png, .svg, .pdf or .json"),
-        (["--text", "a", "--output", "why.png"], "Say which task is to be explained"),
+        (["--text", "a", "--output", "why.png"], "Choose the task to explain"),
         (["--text", "a", "--task", "topik", "--output", "why.png"], "did you mean 'topic'"),
         (["rows.jsonl", "--method", "shap"], "method must be one of"),
         (["--image", "no.png", "--task", "topic", "--output", "why.png"], "does not exist"),
@@ -87,6 +87,7 @@ def test_whether_a_pair_matches_is_asked_in_words(tmp_path):
     assert "must be True or False" in run("explain", tmp_path / "model", *row, "--answer", "maybe", fails=True)
 
 
+@pytest.mark.slow
 def test_tables_are_whole_on_a_terminal_and_in_a_file(folder, monkeypatch, capsys):
     """Printed to few columns, and to something that is no terminal: each cell is there, and no line is cut."""
     from mm_transformers.analysis import ablate

@@ -81,10 +81,10 @@ def test_train_goes_on_and_knows_when_it_is_done(trained, tmp_path):
 
     shutil.rmtree(out)
     recipe = folder / "recipe.yaml"
-    assert "Going on" not in mm("train", recipe)
+    assert "Resuming" not in mm("train", recipe)
     weights = load_file(out / "model.safetensors")
     stamp = (out / "model.safetensors").stat().st_mtime_ns
-    assert "has been trained already, for 3 steps" in mm("train", recipe)
+    assert "has already been trained, for 3 steps" in mm("train", recipe)
     assert "another training" not in mm("train", recipe)
     said = " ".join(mm("train", recipe, "training.learning_rate=0.1").split())
     assert "for another training: training.learning_rate was 0.001 and is 0.1." in said
@@ -93,7 +93,7 @@ def test_train_goes_on_and_knows_when_it_is_done(trained, tmp_path):
     shutil.rmtree(out / "checkpoint-3")
     for name in ("trainer_state.json", "model.safetensors", "config.json"):
         (out / name).unlink()
-    assert f"Going on from {out}/checkpoint-2." in mm("train", recipe)
+    assert f"Resuming from {out}/checkpoint-2." in mm("train", recipe)
     again = load_file(out / "model.safetensors")
     assert set(again) == set(weights)
     assert all(torch.equal(again[name], weights[name]) for name in weights)
@@ -101,7 +101,7 @@ def test_train_goes_on_and_knows_when_it_is_done(trained, tmp_path):
     mm("train", recipe, "training.max_steps=4")
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 4
     (out / "eval_results.json").unlink()
-    assert "has been trained already, for 4 steps" in mm("train", recipe)
+    assert "has already been trained, for 4 steps" in mm("train", recipe)
     assert (out / "eval_results.json").is_file()
     # Other labels in the rows would be another task.
     rows = make_rows(folder)
@@ -109,7 +109,7 @@ def test_train_goes_on_and_knows_when_it_is_done(trained, tmp_path):
         folder / "train.csv", [{**row, "topic": "travel" if i == 7 else row["topic"]} for i, row in enumerate(rows)]
     )
     said = mm("train", recipe, "training.max_steps=5", ok=False)
-    assert "has task 'topic' with labels ['animals', 'food'], unlike the data now" in " ".join(said.split())
+    assert "has task 'topic' with labels ['animals', 'food'], unlike the present data" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(
@@ -120,15 +120,19 @@ def test_train_goes_on_and_knows_when_it_is_done(trained, tmp_path):
         (["columns.text=caption"], "have no column 'caption'; set columns.text to one of"),
         (["columns.image=photo"], "set columns.image (or columns.video) to one of"),
         (["tasks.0.name=mood"], "have no column 'mood' for task 'mood'"),
-        (["tasks.1.kind=classification"], "is its task a regression?"),
+        (["tasks.1.kind=classification"], "numbers that are not whole"),
         (["model.fusion_type=lat"], "Unknown fusion_type 'lat'"),
         (["training.eval_strategy=often"], "often is not a valid IntervalStrategy"),
         (["training.resume_from_checkpoint=none"], "There is no checkpoint 'none' to resume from"),
         (
             ["training.metric_for_best_model=topic_acuracy"],
-            "metric_for_best_model is 'topic_acuracy', which is not measured; did you mean 'eval_topic_accuracy'?",
+            "metric_for_best_model is 'topic_acuracy', but no such metric is computed; "
+            "did you mean 'eval_topic_accuracy'?",
         ),
-        (["training.metric_for_best_model=stars_mae"], "'stars_mae', the less the better: set greater_is_better to"),
+        (
+            ["training.metric_for_best_model=stars_mae"],
+            "'stars_mae', and lower values are better: set greater_is_better to",
+        ),
     ],
 )
 def test_train_says_what_is_wrong(encoders, tmp_path, overrides, message):
@@ -290,10 +294,10 @@ def test_predict_names_what_cannot_be_read(trained, tmp_path):
         ("text\n", ["--output", "a.csv"], "rows.csv has no rows"),
         ("", ["--output", "a.csv"], "rows.csv has no rows"),
         ("text,id\na,1\nb,2,3\n", ["--output", "a.csv"], "cannot be read as CSV"),
-        ("text\na\n\"\"\n", ["--output", "a.csv"], "row 1 has nothing in 'text'"),
-        ("text\na\n", ["--output", "rows.csv/a.csv"], "rows.csv is no folder"),
+        ("text\na\n\"\"\n", ["--output", "a.csv"], "row 1 has no content in 'text'"),
+        ("text\na\n", ["--output", "rows.csv/a.csv"], "rows.csv is not a folder"),
         ("text\na\n", ["--output", "."], ". must end in one of"),
-        ("text,topic,topic_input\na,b,c\n", ["--output", "a.csv"], "columns 'topic', which is called like an answer"),
+        ("text,topic,topic_input\na,b,c\n", ["--output", "a.csv"], "columns 'topic', which has the name of an answer"),
     ],
 )  # fmt: skip
 def test_predict_says_what_is_wrong(trained, tmp_path, monkeypatch, text, arguments, message):
@@ -326,7 +330,7 @@ def test_answers_of_two_tasks_in_one_column_are_told():
 def test_predict_needs_a_model_that_is_done(trained, tmp_path):
     shutil.copytree(trained / "out/checkpoint-1", tmp_path / "out/checkpoint-1")
     said = mm("predict", tmp_path / "out", trained / "train.csv", "--output", tmp_path / "a.csv", ok=False)
-    assert "its training has not ended, but there is" in " ".join(said.split())
+    assert "its training has not ended, but it has the checkpoint" in " ".join(said.split())
     mm("predict", tmp_path / "out/checkpoint-1", trained / "train.csv", "--output", tmp_path / "a.csv")
 
 

@@ -36,8 +36,8 @@ def test_answers_with_and_without_the_picture():
 @pytest.mark.parametrize(
     ("row", "tasks", "said"),
     [
-        ({}, ["topic"], "There is nothing to answer yet: give a text or a picture."),
-        ({"text": "   "}, ["topic"], "There is nothing to answer yet"),
+        ({}, ["topic"], "There is no input yet: give a text or a picture."),
+        ({"text": "   "}, ["topic"], "There is no input yet"),
         (ROW, [], "Tick at least one task."),
         ({"image": Upload("a.png", b"no picture")}, ["topic"], "a.png: the image (10 bytes) is not an image"),
         ({"text": "x", "image": "missing.png"}, ["topic"], "Upload the file to this page"),

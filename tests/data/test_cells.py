@@ -176,7 +176,7 @@ class TestClassLabels:
             else {"topic": [1], "tags": [[0, 1, 1]]}[column]
         )
         assert len(set(told)) == (0 if named else 1)
-        assert named or f"Task '{column}': the whole numbers in its column are taken as places in labels" in told[0]
+        assert named or f"Task '{column}': the whole numbers in its column are used as positions in labels" in told[0]
 
     def test_names_and_numbers_of_a_stream_without_features_are_not_told(self, monkeypatch):
         told = []
@@ -211,9 +211,7 @@ class TestClassLabels:
 
     def test_an_id_without_a_name_is_told(self):
         reader = RowReader(self.FEATURES)
-        with pytest.raises(
-            ValueError, match="column 'topic': the id 7 is none of the 3 labels that the data set names"
-        ):
+        with pytest.raises(ValueError, match="column 'topic': 7 is not the id of one of the 3 labels in the features"):
             reader({"topic": 7})
 
     @pytest.mark.parametrize(("names", "expected"), [(["2.5", "4"], [2.5, 4.0]), (["low", "high"], None)])
@@ -448,7 +446,7 @@ class TestLabels:
             label_of(task, float(2**53 + 2))
         with pytest.raises(ValueError, match="holds floats beyond 9,007,199,254,740,992, which are not exact"):
             infer_labels([float(2**60), None], "t")
-        with pytest.raises(ValueError, match="expected the id"):
+        with pytest.raises(ValueError, match="expected an id"):
             label_of(Retrieval("t"), float(2**60))
 
     @pytest.mark.parametrize("labels", [[False, True], ["false", "true"], ["FALSE", "TRUE"], ["0", "1"]])
@@ -483,7 +481,7 @@ class TestLabels:
 
     def test_texts_numbers_and_truth_values_are_not_mixed(self):
         for cells in (["a", 1], [True, 1], [True, "a"]):
-            with pytest.raises(ValueError, match="holds .* and .*; labels are one or the other"):
+            with pytest.raises(ValueError, match="holds .* and .*, but labels must all have one type"):
                 infer_labels(cells, "t")
 
     def test_long_cells_are_shortened(self):
@@ -898,7 +896,7 @@ class TestAddresses:
             ("data:image/png;base64,$$$" + "A" * 409_000, r"a text of 409,025 characters\) is not valid base64"),
             ("data:image/png;base64," + "A" * 409_000, r"a text of 409,022 characters\) is not an image that Pillow"),
             ("x" * 409_000, r"\.\.\. \(409,000 characters\)' (cannot be read|does not exist)"),
-            ("s3://bucket/a.png", "image 's3://bucket/a.png' is an address that only data sets open"),
+            ("s3://bucket/a.png", "image 's3://bucket/a.png' is an address, which only data sets can open"),
         ],
     )
     def test_what_is_no_picture_is_told_in_a_line(self, text, message):
@@ -910,7 +908,7 @@ class TestAddresses:
     def test_the_length_of_a_text_is_bounded(self, monkeypatch):
         monkeypatch.setattr("mm_transformers.model.limits._current", Limits(file_bytes=100))
         with pytest.raises(
-            ImageError, match=r"is longer than the limit file_bytes=100; set_limits\(file_bytes=...\), or the option"
+            ImageError, match=r"is longer than the limit file_bytes=100; .* use set_limits\(file_bytes=...\) or --limit"
         ):
             load_image(f"data:image/png;base64,{TEXT}")
         with pytest.raises(ImageError, match="does not exist"):
@@ -967,7 +965,7 @@ class TestCasts:
 
     def test_another_stream_of_a_sound_is_told(self):
         cell = {"array": [0.5], "sampling_rate": 16_000, "cast": {"stream_index": 1}}
-        with pytest.raises(AudioError, match="stream 1 of the file is asked for, but only the first is read"):
+        with pytest.raises(AudioError, match="stream 1 of the file is requested, but only the first stream is read"):
             load_audio(cell, 16_000)
 
 

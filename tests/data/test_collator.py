@@ -170,7 +170,7 @@ class TestBatch:
             batch = collator(rows)
             assert set(batch) == {"input_ids", "attention_mask", "labels"}
             assert same(batch, expected)
-        assert "row 0 of the batch has nothing in 'text'; remove it." in message_of(
+        assert "row 0 of the batch has no content in 'text': remove the row." in message_of(
             collator, [{"text": "", "image": png()}]
         )
 
@@ -298,8 +298,8 @@ class TestBadImages:
         path = str(tmp_path / "lost.jpg")
         rows = [{"text": "a", ROW_KEY: 3}, {"text": "b", "image": path, ROW_KEY: 7314}]
         assert message_of(COLLATOR, rows, ImageError) == (
-            f"row 7,314, column 'image': image '{path}' does not exist; mend or remove it, or pass on_bad_file='drop' "
-            "to treat it as absent."
+            f"row 7,314, column 'image': image '{path}' does not exist; repair or remove it, or pass "
+            "on_bad_file='drop' to treat it as missing."
         )
         del rows[1][ROW_KEY]
         assert message_of(COLLATOR, rows, ImageError).startswith(f"row 1 of the batch, column 'image': image '{path}'")
@@ -381,7 +381,7 @@ class TestTexts:
         assert batch["input_ids"].tolist() == [[tokenizer.cls_token_id, tokenizer.sep_token_id]]
         for row in ({"text": cell}, {"text": cell, "image": None}, {"text": cell, "image": []}):
             assert message_of(COLLATOR, [{"text": "a"}, {**row, ROW_KEY: 1_000_000}]) == (
-                "row 1,000,000 has nothing in 'text', 'image', 'video'; remove it."
+                "row 1,000,000 has no content in 'text', 'image', 'video': remove the row."
             )
 
     def test_missing_column(self):

@@ -142,7 +142,7 @@ def test_a_text_encoder_that_depends_on_padding_is_refused(tmp_path):
     torch.manual_seed(0)
     model, rows = MMTransformerForMultiTask(config), [{"text": "a big dog" + " sat" * i, "topic": 0} for i in range(4)]
     collator = MMDataCollator(MMTransformerProcessor(tokenizer=make_tokenizer()), config)
-    with pytest.raises(ValueError, match="'fnet'.*depends on its padding.*load it by `from_encoders`"):
+    with pytest.raises(ValueError, match="'fnet'.*depends on the padding.*Load the encoder by `from_encoders`"):
         FeatureCache(tmp_path / "cache").prepare(model, collator, rows)
     AutoModel.from_config(config.text_config).save_pretrained(tmp_path / "text")
     loaded = MMTransformerForMultiTask.from_encoders(tmp_path / "text", freeze=["text"], tasks=[TOPIC])
@@ -376,7 +376,9 @@ class TestKeys:
         with torch.no_grad():
             model.model.vision_model.layernorm.weight.fill_(1e6)
         collator = MMDataCollator(make_processor(), model.config)
-        with pytest.raises(ValueError, match="vision encoder gives is too large for float16: .* dtype='bfloat16'"):
+        with pytest.raises(
+            ValueError, match="The outputs of the vision encoder are too large for float16: .* dtype='bfloat16'"
+        ):
             FeatureCache(tmp_path, dtype="float16").prepare(model, collator, rows)
 
 
@@ -452,7 +454,10 @@ class TestTasks:
 class TestRefusals:
     def test_nothing_is_frozen(self, tmp_path):
         for freeze in (None, ["text_model.embeddings"]):
-            with pytest.raises(ValueError, match="none of this model is frozen as a whole: give the model freeze="):
+            with pytest.raises(
+                ValueError,
+                match="an encoder that is frozen as a whole, but this model has none: give the model freeze=",
+            ):
                 MMTrainer(
                     make_model(freeze=freeze), make_args(tmp_path), processing_class=make_processor(),
                     feature_cache=tmp_path,
@@ -544,7 +549,9 @@ class TestSize:
         third_folder = third.cached.stores["vision"].folder
         # What is in use stays: the first by this process again, so the fourth finds no room.
         first = self.build(tmp_path, 0)
-        with pytest.raises(ValueError, match="The features of 20 images need about .*: raise it, store them in half"):
+        with pytest.raises(
+            ValueError, match="The features of 20 images need about .*: set a larger limit, store them in half"
+        ):
             self.build(tmp_path, 3, max_size_gb=2.5 * size / 1e9)
         assert names[0].exists()
         assert third_folder.exists()
@@ -574,7 +581,7 @@ class TestSize:
         )
         done = run(code, tmp_path)
         assert "cannot be written" in done.stdout
-        assert "is kept: make room or take another folder" in done.stdout
+        assert "are kept, and the next run continues from there: free space" in done.stdout
         assert list(tmp_path.glob("*/*.tmp")) == []
         cached = self.build(tmp_path, 0, rows=30)
         assert len(cached.cached.stores["vision"]) == 30
@@ -686,7 +693,7 @@ def test_a_bit_that_flipped_is_noticed(place, tmp_path, monkeypatch, caplog):
 def test_features_that_are_not_finite_are_refused(tmp_path):
     model = make_model(freeze=["vision"])
     model.model.vision_model.embeddings.cls_token.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="Row 0: the vision encoder gives values that are not finite"):
+    with pytest.raises(ValueError, match="Row 0: the vision encoder outputs values that are not finite"):
         FeatureCache(tmp_path).prepare(model, MMDataCollator(make_processor(), model.config), make_rows(4))
     assert not shards(tmp_path)
 

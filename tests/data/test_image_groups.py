@@ -99,7 +99,7 @@ def test_what_cannot_be_heeded_is_refused(tmp_path):
         MMTrainingArguments(str(tmp_path), rows_per_image=0)
     with pytest.raises(ValueError, match="leave out train_sampling_strategy='group_by_length'"):
         MMTrainingArguments(str(tmp_path), rows_per_image=2, train_sampling_strategy="group_by_length")
-    with pytest.raises(ValueError, match="a stream is read in its own order"):
+    with pytest.raises(ValueError, match="the order of a stream cannot be changed"):
         trainer_of(tmp_path, Dataset.from_list(rows_that_share()).to_iterable_dataset(), rows_per_image=2, max_steps=1)
-    with pytest.raises(ValueError, match="a mixture has an order of its own"):
+    with pytest.raises(ValueError, match="a mixture defines the order of its rows"):
         trainer_of(tmp_path, {"one": rows_that_share(), "two": rows_that_share()}, rows_per_image=2)

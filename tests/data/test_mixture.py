@@ -337,7 +337,7 @@ class TestLabels:
         rows = [{"review": "a dog", "photo": {"bytes": b"bad", "path": None}, "score": 1.0}]
         broken = datasets.Dataset.from_list(rows, features=features)
         columns = {"text": "review", "image": "photo"}
-        with pytest.raises(ValueError, match="^row 0 of 'reviews', column 'photo': .*; mend or remove it"):
+        with pytest.raises(ValueError, match="^row 0 of 'reviews', column 'photo': .*; repair or remove it"):
             a_batch({"a": numbered(0, 3), "reviews": DataSource(broken, columns)}, TASKS, vision="vit")
         mixture = DataMixture({"reviews": DataSource(broken.to_iterable_dataset(), columns)}, {"reviews": 1})
         trainer = make_trainer(tmp_path, mixture, vision="vit", max_steps=1)
@@ -347,7 +347,7 @@ class TestLabels:
         with pytest.raises(ValueError, match="^row 2 of 'b', column 'mark': task 'score'"):
             a_batch({"a": numbered(0, 3), "b": source}, TASKS)
         source = DataSource([{"title": None, "score": 1}], {"text": "title"})
-        with pytest.raises(ValueError, match="^row 0 of 'a' has nothing in 'title'; remove it"):
+        with pytest.raises(ValueError, match="^row 0 of 'a' has no content in 'title': remove"):
             a_batch({"a": source}, TASKS)
 
 
@@ -366,11 +366,11 @@ class TestRefusals:
             (({"a": datasets.DatasetDict(train=TABLE)},), "Data set 'a' is several splits, 'train': give one"),
             (({"a": TABLE, "b": []},), "Data set 'b' is empty; leave it out"),
             (({"a": TABLE}, "uniform"), "sampling must be 'proportional', 'temperature' or a dict"),
-            (({"a": TABLE}, "proportional", 2.0), "temperature is for sampling='temperature'"),
+            (({"a": TABLE}, "proportional", 2.0), "temperature needs sampling='temperature'"),
             (({"a": TABLE}, "temperature", 0), "temperature must be a number above 0, but is 0"),
             (({"a": TABLE}, "temperature", float("nan")), "temperature must be a number above 0, but is nan"),
             (({"a": TABLE}, {"a": 1, "c": 2}), "a weight for 'c', but the data sets are 'a'"),
-            (({"a": TABLE, "b": TABLE}, {"a": 1}), "no weight for the data set 'b'; 0 leaves it out"),
+            (({"a": TABLE, "b": TABLE}, {"a": 1}), "no weight for the data set 'b'; give 0 to leave it out"),
             (({"a": TABLE}, {"a": -1}), "weight of data set 'a' must be a number of 0 or more, but is -1"),
             (({"a": TABLE, "b": TABLE}, {"a": 0, "b": 0.0}), "The weights of all data sets are 0"),
             (({"a": TABLE}, "proportional", None, "alone"), "batches must be 'mixed' or 'separate', but is 'alone'"),
@@ -392,13 +392,16 @@ class TestRefusals:
                 dict(tasks=["stance"]),
                 "^Data set 'a' names the task 'stance', but the tasks of the model are 'tone', 's",
             ),
-            (dict(tasks=["tone"]), "^Data set 'a' is to have labels of task 'tone', but has no column 'tone'"),
-            (dict(tasks=[]), "^Data set 'a' has labels for none of the tasks 'tone', 'score'"),
+            (dict(tasks=["tone"]), "^Data set 'a' should have labels of task 'tone', but has no column 'tone'"),
+            (dict(tasks=[]), "^Data set 'a' has no labels for any of the tasks 'tone', 'score'"),
             (
                 dict(columns={"score": "mark"}),
-                "^Data set 'a' has no column 'mark', which is to be 'score'; its columns",
+                "^Data set 'a' has no column 'mark', which columns=\\{...\\} maps to 'score'; its columns",
             ),
-            (dict(columns={"scor": "stars"}), "^Data set 'a' maps its column 'stars' to 'scor', which nothing reads"),
+            (
+                dict(columns={"scor": "stars"}),
+                "^Data set 'a' maps its column 'stars' to 'scor', but no such column is read",
+            ),
             (dict(columns={"score": "text"}), "^Data set 'a' has no column 'text' .its columns are 'score', 'stars'"),
         ],
     )
@@ -411,7 +414,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "mixture", "message"),
         [
-            ({"train_sampling_strategy": "group_by_length"}, {}, "a mixture has an order of its own"),
+            ({"train_sampling_strategy": "group_by_length"}, {}, "a mixture defines the order of its rows"),
             ({"dataloader_drop_last": True}, {"batches": "separate"}, "'a' has 3 rows, fewer than a batch of 4"),
             ({"accelerator_config": {"split_batches": True}}, {"batches": "separate"}, "Leave out split_batches"),
             ({"data_collator": list}, {}, "DataMixture needs MMDataCollator"),
@@ -442,7 +445,7 @@ class TestRefusals:
         assert said == ["None of the data sets has labels of task 'tone'."]
         make_trainer(tmp_path, {"a": DataSource(TABLE, {"tone": "stars"})}, vision="vit")
         assert said[1:] == [
-            "None of the data sets has a column 'image' or 'video', so no row has images or videos; if some do, name "
+            "None of the data sets has a column 'image' or 'video', so no row has images or videos; if some have, name "
             "the column by DataSource(..., columns=...)."
         ]
 

@@ -218,7 +218,9 @@ class TestContent:
         assert self.joined([1, 1, np.int64(1)], "author", group_column="author")
         assert self.joined([["x", 1], ["x", 1]], "author", group_column="author")
         assert not self.joined([1, 2], "author", group_column="author")
-        with pytest.raises(ValueError, match="No row has the column 'artist', whose equal cells are to be held out"):
+        with pytest.raises(
+            ValueError, match="No row has the column 'artist', by which the rows to hold out are grouped"
+        ):
             self.joined([1, 1], "author", group_column="artist")
 
 
@@ -317,12 +319,12 @@ class TestDataSets:
     @pytest.mark.parametrize(("dataset", "fraction", "message"), [
         (ROWS, 0, "The fraction of rows to hold out must lie between 0 and 1, but is 0"),
         (ROWS, 1.5, "must lie between 0 and 1, but is 1.5"),
-        (iter(ROWS), 0.1, r"Rows cannot be held out of a stream \(list_iterator\): give validation rows"),
+        (iter(ROWS), 0.1, r"Rows cannot be held out of a stream \(list_iterator\): give separate validation rows"),
         (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), 0.1, "of a stream"),
-        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), 0.1, "of one data set, but got a DatasetDict"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), 0.1, "of one data set only, but got a Data"),
         ([], 0.1, "No rows can be held out, since there are fewer than two"),
         (ROWS[:1], 0.1, "there are fewer than two"),
-        (ROWS[:2], 0.1, "since all of them share an image, a video, a sound or a text: give validation rows"),
+        (ROWS[:2], 0.1, "since all rows share an image, a video, a sound or a text: give separate validation rows"),
         ([*ROWS, {"text": "x", "topic": "z"}], 0.1, "^row 40, column 'topic': task 'topic': label 'z' is not one of"),
     ])  # fmt: skip
     def test_errors(self, dataset, fraction, message):
@@ -364,9 +366,9 @@ class TestForValidation:
 def test_recipes_and_examples_hold_out_rows_of_one_picture():
     columns = {"text_column": "text", "image_column": "image", "video_column": "video", "audio_column": "audio"}
     data = datasets.DatasetDict(train=datasets.Dataset.from_list(TestDataSets.ROWS))
-    hold_out(data, 0.2, columns, [TOPIC])
+    hold_out(data, "validation", 0.2, columns, [TOPIC])
     TestDataSets().check(data["train"], data["validation"])
     assert Counter(data["validation"]["topic"]) == {"a": 4, "b": 4}
     before = data["validation"]
-    hold_out(data, 0.2, columns, [TOPIC])
+    hold_out(data, "validation", 0.2, columns, [TOPIC])
     assert data["validation"] is before

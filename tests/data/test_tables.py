@@ -72,9 +72,9 @@ def test_csv_as_it_comes(tmp_path, text, rows):
         ("rows.csv", "text,topic\n", "has no rows"),
         ("rows.jsonl", '{"text": "a"}\n{"text": \n', "row 1 cannot be read as JSON"),
         ("rows.jsonl", '{"text": "a"}\n["b"]\n', "row 1 must be a JSON object, but is \"['b']\""),
-        ("rows.jsonl", '{"n": 1, "m": 1}\n{"n": 1, "m": [2]}\n', "column 'm' holds values of several types"),
-        ("rows.jsonl", '{"n": 99999999999999999999999}\n', "column 'n' holds values of several types"),
-        ("rows.jsonl", '{"n": "\\ud800"}\n', "column 'n' holds values of several types, or what no table can"),
+        ("rows.jsonl", '{"n": 1, "m": 1}\n{"n": 1, "m": [2]}\n', "column 'm' has values of several types"),
+        ("rows.jsonl", '{"n": 99999999999999999999999}\n', "column 'n' has values of several types"),
+        ("rows.jsonl", '{"n": "\\ud800"}\n', "column 'n' has values of several types, or of a type that tables"),
         ("rows.jsonl", '{"n": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "row 0 cannot be read as JSON"),
         ("rows.parquet", "PAR1 it is not", "cannot be read as Parquet"),
     ],
@@ -180,10 +180,10 @@ def test_labels_are_inferred(cells, labels):
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        ([0.5, 1.0], "numbers that are not whole: is its task a regression"),
-        (["0.5", "1"], "numbers that are not whole: is its task a regression"),
+        ([0.5, 1.0], "numbers that are not whole: for a regression"),
+        (["0.5", "1"], "numbers that are not whole: for a regression"),
         (["a", 1], "holds texts and numbers"),
-        ([{"a": 1}], "which is no label"),
+        ([{"a": 1}], "which cannot be a label"),
         ([None, -100], "has no label in the training rows"),
     ],
 )
@@ -201,7 +201,7 @@ def test_where_nothing_can_be_written_is_told_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     check_writable(tmp_path / "new" / "rows.csv")
     assert not (tmp_path / "new").exists()
-    for path, message in [(tmp_path, "is a folder"), (tmp_path / "file" / "rows.csv", "is no folder")]:
+    for path, message in [(tmp_path, "is a folder"), (tmp_path / "file" / "rows.csv", "is not a folder")]:
         with pytest.raises(ValueError, match=message):
             check_writable(path)
 

@@ -187,6 +187,7 @@ def test_splits_have_the_same_share_of_every_stratum():
     assert split_of != build_dataset.split_families(strata, seed=2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(FONT is None, reason="needs the font (apt install fonts-noto-color-emoji)")
 def test_the_data_set_is_built(npm_dir, tmp_path):
     run(BUILD, "--npm_dir", npm_dir, "--output_dir", tmp_path / "data", "--size", 40, cwd=tmp_path)
@@ -449,7 +450,7 @@ def test_finetune_on_an_image_folder(encoders, tmp_path, run_finetune):
 
     # The same command again goes on where training stopped.
     command[command.index("--max_steps") + 1] = 3
-    assert f"Going on from {tmp_path / 'out/checkpoint-2'}" in run_finetune(*command)
+    assert f"Resuming from {tmp_path / 'out/checkpoint-2'}" in run_finetune(*command)
     assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 3
 
 
@@ -470,6 +471,7 @@ def test_finetune_labels_words(encoders, tmp_path, run_finetune):
     assert [len(answer["colours"]) for answer in answers] == [3, 2] * 4
 
 
+@pytest.mark.slow
 def test_finetune_knows_all_labels_and_measures_the_trained_model(encoders, tmp_path, run_finetune):
     rows = [{"text": "the red dog", "image": None, "mood": mood} for mood in ["None", "NA", "null", *"abcdefg"]]
     train_file = write_csv(tmp_path / "train.csv", rows)
@@ -500,7 +502,7 @@ def test_finetune_knows_all_labels_and_measures_the_trained_model(encoders, tmp_
         (["--tasks", "mood:classification"], "have no column 'mood' for task 'mood'"),
         (["--tasks", "topic"], "--tasks must read 'name:kind,name:kind,...'"),
         (["--tasks", "topic:sorting"], "Unknown task kind 'sorting'"),
-        (["--tasks", "score:classification"], "is its task a regression?"),
+        (["--tasks", "score:classification"], "numbers that are not whole"),
         (["--validation_file", "rows.xlsx"], "must end in one of .csv, .json, .jsonl, .parquet"),
         (["--validation_file", "none.csv"], "none.csv does not exist"),
         (["--dataset_name", "photos"], "either --train_file or --dataset_name"),

@@ -94,7 +94,7 @@ def test_other_weights_that_do_not_fit_are_still_told(folder):
 def test_what_cannot_be_added_is_told(folder, tmp_path):
     with pytest.raises(ValueError, match="writes text, but text_config .* has no decoder"):
         MMTransformerForMultiTask.from_pretrained(folder, tasks=[TOPIC, Generation("german")])
-    with pytest.raises(ValueError, match="num_labels belongs to a task"):
+    with pytest.raises(ValueError, match="num_labels is not an option of the model"):
         MMTransformerForMultiTask.from_pretrained(folder, num_labels=5)
     config = MMTransformerConfig(
         text_config=SEQ2SEQ["bart"](), vision_config=VISION_ENCODERS["vit"](), num_fusion_layers=1,

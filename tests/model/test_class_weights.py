@@ -244,7 +244,7 @@ class TestPrepareTasks:
             torch.testing.assert_close(each(**batch).losses["topic"], expected)
         # A recipe says "balanced", its checkpoint has the numbers.
         check_checkpoint(str(tmp_path), self.TASKS)
-        with pytest.raises(ValueError, match="has task 'other' with class_weights .*unlike the data now"):
+        with pytest.raises(ValueError, match="has task 'other' with class_weights .*unlike the present data"):
             check_checkpoint(
                 str(tmp_path), [*self.TASKS[:2], Classification("other", LABELS, class_weights={"red": 3})]
             )

@@ -9,7 +9,7 @@ from encoder_matrix import Tried, page_of, try_all, try_type
 # The causes are those of the classes themselves; each was looked up in transformers.
 REFUSED = {
     "reformer": "axial_pos_shape|multiple",  # in training it takes one length of text only
-    "fsmt": "its encoder is no PreTrainedModel",
+    "fsmt": "its encoder is not a PreTrainedModel",
     "sam2_vision_model": "its output has the shape",
     "siglip2_vision_model": "pixel_attention_mask",  # patches of pictures of any shape, beside their places
     "videomae": "it takes videos",

@@ -107,7 +107,7 @@ def test_a_misspelt_field_is_told(name, data):
 
 
 def test_a_misspelt_option_of_from_encoders_is_told():
-    with pytest.raises(ValueError, match="knows no 'fusion_typ'; did you mean 'fusion_type'"):
+    with pytest.raises(ValueError, match="has no argument 'fusion_typ'; did you mean 'fusion_type'"):
         MMTransformerForMultiTask.from_encoders(text="none", fusion_typ="late")
 
 

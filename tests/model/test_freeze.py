@@ -60,7 +60,7 @@ def test_from_encoders(cls, tmp_path):
     ("freeze", "message"),
     [
         (["audio"], "freeze names 'audio', but the encoders of this model are text, vision."),
-        (["text_model.embedding"], "freeze names 'text_model.embedding', but there are no such parameters: it takes "
+        (["text_model.embedding"], "freeze names 'text_model.embedding', but there are no such parameters. Use "
          "text, vision, or a sub-module of the model, one of text_model, .*fusion.*, or of one of these"),
         (["vision_model.lay"], "freeze names 'vision_model.lay', but there are no such parameters"),
         (["heads"], "freeze names 'heads', but there are no such parameters"),

@@ -278,7 +278,7 @@ class TestArrays:
         array[1, 2] = value
         for image in (array, torch.from_numpy(array)):
             assert message_of(image) == (
-                "an image array of floats must lie between 0 and 1; divide it by 255, or make it uint8"
+                "an image array of floats must lie between 0 and 1; divide it by 255, or convert it to uint8"
             )
 
     @pytest.mark.parametrize("value", [-1, 256])

@@ -451,7 +451,7 @@ class TestSequenceClassification:
         assert answer["score"] == pytest.approx(whole["score"], abs=1e-6)
 
     def test_other_tasks_are_refused(self, folder):
-        with pytest.raises(ValueError, match=r"takes models with one task, a classification; the tasks of this one"):
+        with pytest.raises(ValueError, match=r"loads models with one Classification task, but this model has"):
             AutoModelForSequenceClassification.from_pretrained(folder)
 
 

@@ -188,7 +188,7 @@ class TestRetrievalModel:
         assert (labels[:, 0] == -100).tolist() == [False, False, False, True, True, True]
         assert labels[0, 2] == labels[2, 2] >= 0
         assert labels[1, 2] == -1
-        with pytest.raises(ValueError, match=r"row 0 of the batch, column 'subject': task 'find': expected the id of"):
+        with pytest.raises(ValueError, match=r"row 0 of the batch, column 'subject': task 'find': expected an id"):
             collator([{**ROWS[0], "subject": [1]}])
 
     def test_texts_and_pictures_apart_are_as_in_the_model(self):
@@ -269,7 +269,7 @@ class TestRetrievalModel:
     def test_a_batch_of_one(self, tmp_path):
         arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=1, report_to=[])
         with pytest.raises(
-            ValueError, match=r"Task 'find' tells the pairs of a batch apart, but a batch holds one row: set"
+            ValueError, match=r"Task 'find' compares the rows of a batch, but a batch has only one row: set"
         ):
             MMTrainer(make_pair_model([FIND]), arguments, processing_class=make_processor(), train_dataset=ROWS)
 

@@ -229,7 +229,7 @@ class TestFewerTokens:
     ("reduction", "message"),
     [
         ({"kind": "prune", "num_tokens": 4}, "must be {'kind': 'merge' or 'resampler', 'num_tokens': ...}"),
-        ({"kind": "merge"}, "does not say how many tokens are left"),
+        ({"kind": "merge"}, "has no num_tokens"),
         ({"kind": "merge", "num_tokens": 0}, "integers >= 1, but has num_tokens = 0"),
         (
             {"kind": "merge", "num_tokens": 4, "num_layers": 2},

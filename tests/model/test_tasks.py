@@ -18,6 +18,7 @@ from torch import nn
 
 from mm_transformers import (
     Classification,
+    Generation,
     MMDataCollator,
     MMTransformerConfig,
     MMTransformerForMultiTask,
@@ -42,7 +43,7 @@ TASKS = [TOPIC, TAGS, SCORE, ENTITIES]
 by_kind = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
 
 NO_LABEL = "a label must be a name or an id (None if it is missing), but is "
-NO_LIST = "expected a list of labels ([] if none holds, None if it is not known), but got "
+NO_LIST = "expected a list of labels ([] if none applies, None if it is not known), but got "
 NO_NUMBER = "expected a finite number (of float32; None if it is missing), but got "
 
 MISSING = [None, float("nan"), np.float32("nan"), np.float64("nan"), pd.NA, pd.NaT, -100, -100.0, np.int64(-100)]
@@ -338,7 +339,7 @@ class TestDefinition:
 
     @pytest.mark.parametrize("cls", [Classification, TokenClassification])
     def test_a_choice_needs_two_labels(self, cls):
-        with pytest.raises(ValueError, match="Task 'x': a choice needs at least two labels"):
+        with pytest.raises(ValueError, match="Task 'x': it needs at least two labels"):
             cls("x", labels=["only"])
         assert MultiLabel("x", labels=["only"]).labels == ["only"]
 
@@ -459,7 +460,7 @@ class TestOwnKind:
     def test_that_is_not_imported_is_unknown(self, own_kind):
         del TASK_KINDS["count"]
         try:
-            with pytest.raises(ValueError, match=r"Unknown task kind 'count' of task 'x'.*must be imported"):
+            with pytest.raises(ValueError, match=r"Unknown task kind 'count' of task 'x'.*Import the module"):
                 task_from_dict({"kind": "count", "name": "x"})
         finally:
             TASK_KINDS["count"] = own_kind
@@ -685,3 +686,50 @@ class TestWordsWithoutTokens:
         labels = collator([{"text": text, task.name: ["NAME"] * len(text.split())}])["labels"][task.name]
         assert ("some words with labels have no token" in caplog.text) == is_told
         assert int((labels != -100).sum()) == {"red cat": 2, "red \u200b cat": 2}.get(text, 38)
+
+
+# Scores of answers
+
+
+def test_the_score_of_an_answer_is_its_logit():
+    logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    for task in (TOPIC, TAGS):
+        scores, answers = task.answer_scores(logits, [task.labels[2], None, task.labels[0]])
+        best = int(logits[1].argmax())
+        assert answers == [task.labels[2], task.labels[best], task.labels[0]]
+        assert torch.equal(scores, torch.stack([logits[0, 2], logits[1, best], logits[2, 0]]))
+    scores, answers = SCORE.answer_scores(logits[:, 0], [None] * 3)
+    assert torch.equal(scores, logits[:, 0])
+    assert answers == logits[:, 0].tolist()
+    with pytest.raises(ValueError, match="gives a number, which speaks for itself"):
+        SCORE.answer_scores(logits[:, 0], [None, 1.0, None])
+
+
+def test_the_score_of_labels_of_words_is_the_sum_over_the_words():
+    logits = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([[False, True, True, False], [True, True, True, True], [False, False, True, False]])
+    scores, answers = ENTITIES.answer_scores(logits, [["PLACE", "O"], None, "NAME"], places)
+    best = logits[1].argmax(-1).tolist()
+    assert answers == [["PLACE", "O"], [ENTITIES.labels[i] for i in best], "NAME"]
+    expected = [logits[0, 1, 2] + logits[0, 2, 0], logits[1].max(-1).values.sum(), logits[2, 2, 1]]
+    torch.testing.assert_close(scores, torch.stack(expected))
+    with pytest.raises(ValueError, match="the answer has 2 labels for 1 words"):
+        ENTITIES.answer_scores(logits, [None, None, ["O", "O"]], places)
+    of_all, _ = ENTITIES.answer_scores(logits, ["O", "O", "O"])
+    torch.testing.assert_close(of_all, logits[..., 0].sum(-1))
+
+
+def test_the_score_of_a_written_answer_is_the_sum_over_its_tokens():
+    """Answers of different lengths; the logits may go on beyond the longest."""
+    task = Generation("german", max_length=8)
+    logits = torch.randn(3, 5, 9, generator=torch.Generator().manual_seed(0))
+    ids = [[4, 8, 2], [3], [0, 7, 1]]
+    scores, answers = task.answer_scores(logits, ids)
+    assert answers == ids
+    expected = [sum(logits[row, place, token] for place, token in enumerate(ids[row])) for row in range(3)]
+    torch.testing.assert_close(scores, torch.stack(expected))
+    places = torch.tensor([[False, True, False], [True, False, False], [True, True, False]])
+    scores, _ = task.answer_scores(logits, ids, places)
+    torch.testing.assert_close(
+        scores, torch.stack([logits[0, 1, 8], logits[1, 0, 3], logits[2, 0, 0] + logits[2, 1, 7]])
+    )

@@ -115,9 +115,9 @@ DAMAGED = {
     "brackets": ("data: " + "[" * 3000, "nested more than 50 levels deep"),
     "closed": ("data: " + "[" * 3000 + "]" * 3000, "nested more than 50 levels deep"),
     "braces": ("data: " + "{a: " * 3000 + "1" + "}" * 3000, "nested more than 50 levels deep"),
-    "bomb": (NINES, "its aliases stand for more than 100,000 values"),
-    "bomb of tasks": (NINES + "tasks: *a9", "its aliases stand for more than 100,000 values"),
-    "itself": ("data: &x [*x]", "an alias stands for what it is in"),
+    "bomb": (NINES, "its aliases expand to more than 100,000 values"),
+    "bomb of tasks": (NINES + "tasks: *a9", "its aliases expand to more than 100,000 values"),
+    "itself": ("data: &x [*x]", "an alias refers to its own parent"),
     "digits": ("data: {max_train_samples: " + "9" * 5000 + "}", "cannot be read as int"),
     "size": ("a: " + "x" * 3_000_000, "recipe_bytes=1,048,576"),
     "null byte": ("data: \x00", "special characters are not allowed"),
@@ -171,7 +171,7 @@ def test_recipes_with_options_that_do_not_fit(tmp_path):
         "training: {output_dir: out}\n"
     )
     for override in ("gradient_accumulation_steps=0", "lr_scheduler_type=evil", "optim=evil", "eval_strategy=evil"):
-        with pytest.raises(ValueError, match="The training options do not fit") as info:
+        with pytest.raises(ValueError, match="The training options are not valid") as info:
             training_arguments(read_recipe(path, [f"training.{override}"]))
         assert "\n" not in str(info.value)
 

@@ -155,7 +155,7 @@ def train_save_and_resume(folder: Path) -> None:
         })  # fmt: skip
     trainer.save_model(str(folder / "model"))
     # FSDP shares a model out when it is trained; here it learns nothing.
-    with pytest.raises(ValueError, match="shares its embeddings with the decoder, which FSDP cannot"):
+    with pytest.raises(ValueError, match="shares its embeddings with the decoder, and FSDP cannot"):
         make_trainer(folder, make_writer("marian"))
     writer = make_trainer(folder, make_writer(), max_steps=1, learning_rate=0.0)
     writer.train()
@@ -209,6 +209,7 @@ def test_rows_of_streams_count_once(tmp_path):
         assert metrics["test_loss"] == pytest.approx(rows[2]["test_loss"], rel=1e-4), kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.nightly), "FULL_STATE_DICT"])
 def test_fsdp_saves_resumes_evaluates_and_writes(tmp_path, kind):
     environment = {**FSDP, "FSDP_STATE_DICT_TYPE": kind}
@@ -261,7 +262,7 @@ def test_processes_that_know_nothing_of_each_other_are_told(tmp_path):
     assert done.stdout.count("world size 2") == 2, done.stderr[-3000:]
     if not torch.cuda.is_available():
         done = launch(script, str(tmp_path), "no")
-        assert "ValueError: 2 processes were started, but each would train by itself" in done.stderr
+        assert "ValueError: 2 processes were started, but each would train alone" in done.stderr
 
 
 if __name__ == "__main__":

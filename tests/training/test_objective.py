@@ -125,7 +125,7 @@ def test_a_wrong_regularization_is_told(spec, message):
 
 def test_a_task_without_layers_of_its_own_has_no_penalty_of_its_own():
     spec = {"kind": "l2", "weight": 1, "tasks": {"german": {"weight": 2}}}
-    with pytest.raises(ValueError, match="'german', which has no layers of its own: it writes with the decoder"):
+    with pytest.raises(ValueError, match="'german', which has no layers except the decoder"):
         MMTransformerConfig(text_config=SEQ2SEQ["t5"](), tasks=[Generation("german")], regularization=spec)
 
 

@@ -62,7 +62,7 @@ def test_texts_stay_texts(text):
 
 def test_a_key_that_is_there_twice_is_told(tmp_path):
     (tmp_path / "r.yaml").write_text("data:\n  train: a\n  train: b\n")
-    with pytest.raises(ValueError, match=r"r.yaml cannot be read as YAML: line 3, column 3: 'train' is there twice"):
+    with pytest.raises(ValueError, match=r"r.yaml cannot be read as YAML: line 3, column 3: 'train' occurs twice"):
         read_recipe(tmp_path / "r.yaml")
 
 
@@ -89,7 +89,7 @@ def test_a_key_that_is_there_twice_is_told(tmp_path):
         (["model.num_fusion_layers=1.5"], "model.num_fusion_layers must be a whole number, but is 1.5"),
         (["data.max_length=long"], "data.max_length must be a whole number or null, but is 'long'"),
         (["training=[1]"], "training must be a section with keys, but is [1]"),
-        (["data.train.x=1"], "which has no keys"),
+        (["data.train.x=1"], "so it has no keys"),
         (["training.output_dir=null"], "The recipe needs training.output_dir"),
         (["model.text="], "model.text must be a text, but is None"),
         (["data.dataset_name=x"], "either data.train, a file, or data.dataset_name"),

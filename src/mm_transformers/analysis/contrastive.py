@@ -1,15 +1,19 @@
 """Measures whether the picture makes the right text more probable than a wrong one."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..model.answers import evaluation_mode
 
 
+if TYPE_CHECKING:
+    from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+
+
 def contrastive_accuracy(
-    model,
+    model: "MMTransformerForMultiTask",
     collator: Callable[[list[Any]], dict[str, Any]],
     rows: Sequence[Any],
     task: str,
@@ -42,7 +46,7 @@ def contrastive_accuracy(
     """
     kind = model.tasks.get(task)
     if kind is None or not kind.needs_decoder:
-        raise ValueError(f"task must name a task that writes text, but is {task!r}.")
+        raise ValueError(f"task must be the name of a task that writes text, but is {task!r}.")
     if len(wrong) != len(rows):
         raise ValueError(f"There must be one wrong text per row, but there are {len(wrong)} for {len(rows)} rows.")
     wins = 0.0
@@ -61,7 +65,7 @@ def contrastive_accuracy(
 
 
 @torch.no_grad()
-def _perplexities(model, batch: dict[str, Any], task: str) -> torch.Tensor:
+def _perplexities(model: "MMTransformerForMultiTask", batch: dict[str, Any], task: str) -> torch.Tensor:
     """(rows,): log-perplexity of each row's text, NaN without a text."""
     labels = batch.pop("labels")[task].to(model.device)
     inputs = {name: value.to(model.device) for name, value in batch.items()}

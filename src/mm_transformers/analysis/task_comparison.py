@@ -83,9 +83,11 @@ def run_comparison(
         except (ValueError, KeyError, TypeError, RecursionError):
             is_report = False
         if not is_report:
-            raise ValueError(f"{path} is damaged: it holds no comparison; remove it, or choose another output folder.")
+            raise ValueError(f"{path} is damaged: it holds no comparison. Remove it, or choose another output folder.")
         if report.get("settings") != json.loads(json.dumps(settings)):
-            raise ValueError(f"{path} is of another comparison; choose another output folder, or remove that file.")
+            raise ValueError(
+                f"{path} is the result of another comparison. Choose another output folder, or remove that file."
+            )
     runs: Runs = report["runs"]
     for seed in seeds:
         for name, trained in [*((task, [task]) for task in tasks), (JOINTLY, list(tasks))]:

@@ -21,8 +21,8 @@ def main(
     limit: Annotated[
         list[str] | None,
         typer.Option(
-            help="A limit on what is read of pictures, sounds, videos and texts, such as image_pixels=2e8 (see "
-            "docs/limits.md). May be given again."
+            help="A limit on the size of pictures, sounds, videos and texts, such as image_pixels=2e8 (see "
+            "docs/limits.md). Can be repeated."
         ),
     ] = None,
 ) -> None:
@@ -53,7 +53,7 @@ AllowHost = Annotated[
     list[str] | None,
     typer.Option(
         "--allow-host",
-        help="Instead: fetch from this host only, which may be in a private network. May be given again.",
+        help="Fetch from this host only, which may be in a private network. Can be repeated.",
     ),
 ]
 
@@ -68,20 +68,24 @@ def _allowed(allow_urls: bool, hosts: list[str] | None) -> bool | list[str]:
 @app.command()
 def demo(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each of the three models.")] = 250,
-    output_dir: Annotated[Path, typer.Option(help="Where model, picture and results go.")] = Path("demo-output"),
+    output_dir: Annotated[Path, typer.Option(help="Folder for the model, the plot and the results.")] = Path(
+        "demo-output"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of the data, the weights and the order of the rows.")] = 0,
     fusion: Annotated[
         str, typer.Option(help="cross_attention, co_attention, bottleneck, merged or late.")
     ] = "cross_attention",
     ui: Annotated[
-        bool, typer.Option("--ui", help="Instead: a page in the browser on which to try a model; needs the extra demo.")
+        bool,
+        typer.Option("--ui", help="Do not train: open a page in the browser to try a model. Needs the extra `demo`."),
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help="With --ui: folder or Hub id; by default what this command has trained.")
+        str | None,
+        typer.Option(help="With --ui: folder or Hub id of the model. Default: the model that this command trained."),
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="With --ui: the port; by default the first free one from 7860."),
+        typer.Option(min=1, max=65535, help="With --ui: the port. Default: the first free port from 7860."),
     ] = None,
 ) -> None:
     """Train a small model on the data set of the package, and show what the pictures contribute."""
@@ -99,7 +103,7 @@ def demo(
 @app.command()
 def space(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id of a model.")],
-    output: Annotated[Path, typer.Option(help="Folder to write to; what is there stays.")] = Path("space"),
+    output: Annotated[Path, typer.Option(help="Output folder. Existing files are kept.")] = Path("space"),
 ) -> None:
     """Write the files with which the Hub runs the demo page of a model as a Space."""
     from .processes import say
@@ -112,9 +116,7 @@ def space(
 
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option(
-        "--trust-remote-code", help="Run the code that comes with the encoders; a recipe cannot ask for this itself."
-    ),
+    typer.Option("--trust-remote-code", help="Run the code that comes with the encoders. A recipe cannot set this."),
 ]
 _TRUST = ["model.trust_remote_code=true"]
 
@@ -124,7 +126,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="YAML or JSON file.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Keys of the recipe with other values, such as training.learning_rate=1e-4."),
+        typer.Argument(help="New values for keys of the recipe, such as training.learning_rate=1e-4."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_urls: AllowUrls = False,
@@ -170,27 +172,112 @@ def train(
     leave_processes()
 
 
+TableArgument = Annotated[Path, typer.Argument(metavar="TABLE", help="CSV, JSON lines or Parquet file.")]
+Predict = Annotated[
+    str, typer.Option(help="Columns to predict, with commas between: category,price. price:regression says the kind.")
+]
+ModelFolder = Annotated[Path, typer.Option(help="Folder of the model, its recipe and its report.")]
+ColumnKinds = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What a column holds, if the guess is wrong: zip:category. Kinds: text, image, video, audio, number, "
+        "date, category, ignore. May be given again."
+    ),
+]
+TextEncoder = Annotated[str | None, typer.Option("--text", help="Text encoder, by Hub id or folder.")]
+VisionEncoder = Annotated[str | None, typer.Option("--vision", help="Vision encoder, by Hub id or folder.")]
+AudioEncoder = Annotated[str | None, typer.Option("--audio", help="Audio encoder, by Hub id or folder.")]
+PresetName = Annotated[
+    str, typer.Option("--preset", help="fast: encoders stay as they are; balanced: up to 5 epochs; best: up to 20.")
+]
+Validation = Annotated[Path | None, typer.Option(help="Table of validation rows; by default 15% are held out.")]
+Test = Annotated[Path | None, typer.Option(help="Table of test rows; by default 15% are held out.")]
+Group = Annotated[str | None, typer.Option(help="Column whose equal cells stay on one side of the split.")]
+PathsFrom = Annotated[
+    str | None, typer.Option("--image-root", help="Where relative paths start; by default at the folder of the table.")
+]
+
+
+@app.command()
+def fit(
+    table: TableArgument,
+    predict: Predict,
+    output: ModelFolder = Path("fitted-model"),
+    column: ColumnKinds = None,
+    text: TextEncoder = None,
+    vision: VisionEncoder = None,
+    audio: AudioEncoder = None,
+    preset: PresetName = "balanced",
+    minutes: Annotated[float | None, typer.Option(help="The time for everything, in minutes.")] = None,
+    validation: Validation = None,
+    test: Test = None,
+    group: Group = None,
+    image_root: PathsFrom = None,
+    allow_urls: AllowUrls = False,
+    allow_host: AllowHost = None,
+) -> None:
+    """
+    Train a model on a table: it finds out what each column holds, and writes model, recipe and report.
+
+    Held-out rows measure the model beside a linear model, the text alone and a constant answer. The report shows
+    errors, explanations, what each input is good for, and labels that may be wrong.
+    """
+    with _errors_as_sentences():
+        from .fit import run_fit
+
+        run_fit(
+            table, predict, output, column or [], text=text, vision=vision, audio=audio, preset=preset, minutes=minutes,
+            validation=validation, test=test, group=group, image_root=image_root,
+            allow_urls=_allowed(allow_urls, allow_host),
+        )  # fmt: skip
+
+
+@app.command()
+def init(
+    table: TableArgument,
+    predict: Predict,
+    output: ModelFolder = Path("fitted-model"),
+    column: ColumnKinds = None,
+    text: TextEncoder = None,
+    vision: VisionEncoder = None,
+    audio: AudioEncoder = None,
+    preset: PresetName = "balanced",
+    validation: Validation = None,
+    test: Test = None,
+    group: Group = None,
+    image_root: PathsFrom = None,
+) -> None:
+    """Write the recipe with which `fit` would train on a table, without a training."""
+    with _errors_as_sentences():
+        from .fit import run_init
+
+        run_init(
+            table, predict, output, column or [], text=text, vision=vision, audio=audio, preset=preset,
+            validation=validation, test=test, group=group, image_root=image_root,
+        )  # fmt: skip
+
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a trained model.")]
 DataArgument = Annotated[Path, typer.Argument(metavar="FILE", help="CSV, JSON lines or Parquet file.")]
 BatchSize = Annotated[int, typer.Option("--batch_size", "--batch-size", min=1, help="Rows per batch and process.")]
 
 
 # Underscores, as the columns of the collator and the options of transformers have them; dashes, as other commands do.
-_COLUMN_HELP = "By default as in the recipe beside the model, or else the name of this kind."
+_COLUMN_HELP = "Default: the column in the recipe of the model, or the name of the modality."
 TextColumn = Annotated[str | None, typer.Option("--text_column", "--text-column", help=_COLUMN_HELP)]
 ImageColumn = Annotated[str | None, typer.Option("--image_column", "--image-column", help=_COLUMN_HELP)]
 VideoColumn = Annotated[str | None, typer.Option("--video_column", "--video-column", help=_COLUMN_HELP)]
 AudioColumn = Annotated[str | None, typer.Option("--audio_column", "--audio-column", help=_COLUMN_HELP)]
 ImageRoot = Annotated[
     str | None,
-    typer.Option(
-        "--image_root", "--image-root", help="Where relative paths start; by default at the folder of the file."
-    ),
+    typer.Option("--image_root", "--image-root", help="Folder for relative paths. Default: the folder of the file."),
 ]
 OnBadFile = Annotated[
     str | None,
     typer.Option(
-        "--on_bad_file", "--on-bad-file", help="raise: stop at a picture or sound that cannot be read; drop: go on."
+        "--on_bad_file",
+        "--on-bad-file",
+        help="What to do if a picture or sound cannot be read. raise: stop; drop: treat it as missing.",
     ),
 ]
 
@@ -233,13 +320,19 @@ def _reads_rows(command: Callable[..., None]) -> Callable[..., None]:
 def evaluate(
     model: ModelArgument,
     file: DataArgument,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the metrics.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the metrics to.")] = None,
     ablate: Annotated[
-        bool, typer.Option("--ablate", help="Also score with modalities missing or exchanged; drawn beside the output.")
+        bool,
+        typer.Option(
+            "--ablate",
+            help="Also score without each modality, and with exchanged inputs. The plot is written beside the output.",
+        ),
     ] = False,
     slices: Annotated[
         list[str] | None,
-        typer.Option("--slice", help="With --ablate: a column; scores also by its values. May be given again."),
+        typer.Option(
+            "--slice", help="With --ablate: a column; also score the rows of each of its values. Can be repeated."
+        ),
     ] = None,
     batch_size: BatchSize = 32,
     *,
@@ -252,7 +345,7 @@ def evaluate(
     join_processes()
     with _errors_as_sentences():
         if slices and not ablate:
-            raise ValueError("--slice says by which columns --ablate scores: give both.")
+            raise ValueError("--slice needs --ablate: give both.")
         run_evaluation(model, file, output, batch_size, reading, ablate, slices or ())
     leave_processes()
 
@@ -262,26 +355,31 @@ def evaluate(
 def explain(
     model: ModelArgument,
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="CSV, JSON lines or Parquet file of rows to report on.")
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="CSV, JSON lines or Parquet file with the rows of the report."),
     ] = None,
     output: Annotated[
-        Path, typer.Option(help="Of rows: an HTML page. Of one row: a picture (PNG, SVG, PDF) or JSON.")
+        Path, typer.Option(help="Output file. For a file of rows: HTML. For one row: PNG, SVG, PDF or JSON.")
     ] = Path("report.html"),
-    task: Annotated[list[str] | None, typer.Option(help="Task; may be given again. All by default.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task to explain. Default: all tasks. Can be repeated.")
+    ] = None,
     method: Annotated[
         str,
         typer.Option(help="chefer, rollout, gradient_attention, attention, integrated_gradients or random."),
     ] = "chefer",
-    text: Annotated[str | None, typer.Option(help="Instead of a file: the text of one row,")] = None,
-    image: Annotated[list[str] | None, typer.Option(help="its picture; may be given again,")] = None,
-    video: Annotated[str | None, typer.Option(help="its video,")] = None,
-    audio: Annotated[str | None, typer.Option(help="its sound.")] = None,
+    text: Annotated[str | None, typer.Option(help="Instead of a file: the text of one row.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="The picture of that row. Can be repeated.")] = None,
+    video: Annotated[str | None, typer.Option(help="The video of that row.")] = None,
+    audio: Annotated[str | None, typer.Option(help="The sound of that row.")] = None,
     answer: Annotated[
-        str | None, typer.Option(help="Of one row: the answer to explain, whatever the model says.")
+        str | None, typer.Option(help="For one row: the answer to explain. Default: the answer of the model.")
     ] = None,
-    word: Annotated[int | None, typer.Option(min=0, help="Of one row: which word's answer, counted from 0.")] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Rows of each kind on the page, at most.")] = 6,
-    ablate: Annotated[bool, typer.Option("--ablate", help="Also measure what each modality is good for.")] = False,
+    word: Annotated[
+        int | None, typer.Option(min=0, help="For one row: the word whose answer is explained, counted from 0.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Largest number of rows of each kind on the page.")] = 6,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Also measure the contribution of each modality.")] = False,
     batch_size: BatchSize = 32,
     *,
     reading: "Reading",
@@ -310,15 +408,15 @@ def explain(
 def card(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
     data: Annotated[Path | None, typer.Option(help="CSV, JSON lines or Parquet file to measure the model on.")] = None,
-    split: Annotated[str, typer.Option(help="What the card calls these rows.")] = "test",
+    split: Annotated[str, typer.Option(help="Name of these rows in the card.")] = "test",
     ablation: Annotated[
-        bool, typer.Option("--ablate/--no-ablate", help="Measure what each modality is good for.")
+        bool, typer.Option("--ablate/--no-ablate", help="Measure the contribution of each modality.")
     ] = True,
-    name: Annotated[str | None, typer.Option(help="Hub id that the example loads; by default the folder.")] = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a data set; may be given again.")] = None,
+    name: Annotated[str | None, typer.Option(help="Hub id in the example of the card. Default: the folder.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a data set. Can be repeated.")] = None,
     license: Annotated[str | None, typer.Option(help="License of the model.")] = None,
-    language: Annotated[list[str] | None, typer.Option(help="Code of a language; may be given again.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="Tag; may be given again.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Code of a language. Can be repeated.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Tag. Can be repeated.")] = None,
     batch_size: BatchSize = 32,
     *,
     reading: "Reading",
@@ -341,9 +439,9 @@ def card(
 @app.command()
 def export(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option(help="Folder for the graphs; must not be there.")],
-    format: Annotated[str, typer.Option(help="onnx, or torch for programs of torch.export.")] = "onnx",
-    dtype: Annotated[str, typer.Option(help="float32, or int8 (onnx).")] = "float32",
+    output: Annotated[Path, typer.Option(help="Folder for the graphs. It must not exist, or be empty.")],
+    format: Annotated[str, typer.Option(help="onnx, or torch (programs of torch.export).")] = "onnx",
+    dtype: Annotated[str, typer.Option(help="float32, or int8 (only onnx).")] = "float32",
 ) -> None:
     """Export a model to ONNX or torch.export, and compare the result with it."""
     from .export import run_export
@@ -357,20 +455,23 @@ def export(
 def predict(
     model: ModelArgument,
     file: DataArgument,
-    output: Annotated[Path, typer.Option(help="CSV, JSON lines or Parquet file for rows and answers.")],
-    tasks: Annotated[str | None, typer.Option(help="Names of tasks, with commas; by default all.")] = None,
+    output: Annotated[Path, typer.Option(help="CSV, JSON lines or Parquet file to write the rows and answers to.")],
+    tasks: Annotated[str | None, typer.Option(help="Names of the tasks, separated by commas. Default: all.")] = None,
     batch_size: BatchSize = 32,
     num_workers: Annotated[
         int, typer.Option("--num_workers", "--num-workers", min=0, help="Processes that read files in the background.")
     ] = 0,
     num_beams: Annotated[
-        int | None, typer.Option("--num_beams", "--num-beams", min=1, help="Beams, for tasks that write.")
+        int | None, typer.Option("--num_beams", "--num-beams", min=1, help="Beams of tasks that write text.")
     ] = None,
     escape_formulas: Annotated[
         bool,
         typer.Option(
             "--escape-formulas/--no-escape-formulas",
-            help="In CSV, put ' before texts that begin like a formula (=, +, -, @), which a spreadsheet would run.",
+            help=(
+                "In CSV, put ' before texts that begin like a formula (=, +, -, @), because a spreadsheet would run "
+                "them."
+            ),
         ),
     ] = True,
     *,
@@ -395,15 +496,15 @@ def predict(
 
 @app.command("compare-tasks")
 def compare_tasks(
-    recipe: Annotated[Path, typer.Argument(help="YAML or JSON file, as `train` takes it.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe, as for `train`: a YAML or JSON file.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Keys of the recipe with other values, such as training.max_steps=500."),
+        typer.Argument(help="New values for keys of the recipe, such as training.max_steps=500."),
     ] = None,
     output_dir: Annotated[
-        Path, typer.Option("--output_dir", "--output-dir", help="Where table, plot and results go.")
+        Path, typer.Option("--output_dir", "--output-dir", help="Folder for the table, the plot and the results.")
     ] = Path("comparison"),
-    seeds: Annotated[int, typer.Option(min=1, help="How many times each is trained.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model, with different seeds.")] = 3,
     trust_remote_code: TrustRemoteCode = False,
     allow_urls: AllowUrls = False,
     allow_host: AllowHost = None,

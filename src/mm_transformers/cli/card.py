@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..data.sources import media_of
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.safe_writing import write_atomically
 from ..training.card.card_file import CARD_NAME, licenses_of, write_card
@@ -40,7 +41,7 @@ def run_card(
         ValueError, OSError: one sentence.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model: a card is written beside its config.json.")
+        raise ValueError(f"{folder} holds no model: it has no config.json.")
     facts = CardFacts(
         name=name or folder.resolve().name,
         config=MMTransformerConfig.from_pretrained(folder),
@@ -49,7 +50,11 @@ def run_card(
     facts.encoder_licenses = licenses_of(facts.config)
     if file is not None:
         with evaluator(str(folder), file, batch_size, reading) as (trainer, rows):
-            if with_ablation and facts.config.modalities and set(_media(trainer)) & set(rows.column_names):
+            if (
+                with_ablation
+                and facts.config.modalities
+                and set(media_of(trainer.data_collator)) & set(rows.column_names)
+            ):
                 ablation = ablation_of(trainer, rows, batch_size)
                 metrics = next(iter(ablation.variants.values()))
                 with write_atomically(folder / ABLATION_PICTURE) as picture:
@@ -64,7 +69,3 @@ def run_card(
             facts.num_parameters = trainer.fused_model.num_parameters()
     write_card(folder, facts)
     say(f"Wrote {folder / CARD_NAME}.")
-
-
-def _media(trainer: Any) -> list[str]:
-    return [column.column for column in trainer.data_collator.media.values()]

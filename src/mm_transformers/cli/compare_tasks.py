@@ -33,7 +33,7 @@ def run_compare_tasks(
     data = load_data(recipe, args)
     split = next((name for name in ("test", "validation") if name in data.splits), None)
     if split is None:
-        raise ValueError("Comparing tasks needs rows to measure on: name data.validation, or data.test, in the recipe.")
+        raise ValueError("Comparing tasks needs rows to measure on: set data.validation or data.test in the recipe.")
     for task in data.tasks:
         for name in ("train", split):
             about = (task, recipe.columns.text, recipe.data.label_separator)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from ..data.embedded import (
     render_image,
 )
 from ..model.fusion import fusion_class
+from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import drop_link, write_atomically, write_text_atomically
 from ..training.trainer import MMTrainer
 from .demo_model import make_config, make_processor, train
@@ -75,7 +77,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     with console.status("Drawing pictures and writing messages ..."):
         data = load_demo_dataset(seed=seed)
     processor = make_processor([text for column in ("text", *TRANSLATIONS) for text in data["train"][column]])
-    console.print(f"{len(data['train']):,} messages with pictures to learn from; example: {data['train'][0]['text']!r}")
+    console.print(f"{len(data['train']):,} messages with pictures for training; example: {data['train'][0]['text']!r}")
 
     trainers: dict[str, MMTrainer] = {}
     for name, seen in MODELS.items():
@@ -116,17 +118,17 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
         }
     for name, row in contrast.items():
         console.print(
-            f"The right translation into {name.title()} is likelier than that of the other sense in "
+            f"The model prefers the right translation into {name.title()} to that of the other sense in "
             + ", ".join(f"{100 * value:.1f}% ({'right picture' if v == 'fused' else v})" for v, value in row.items())
         )
 
     model_dir = output_dir / "model"
     fused.save_model(str(model_dir))
     console.print(f"Saved to {model_dir}", soft_wrap=True)
-    with console.status("Loading it in a fresh process ..."):
+    with console.status("Loading the model in a new process ..."):
         difference = _check_in_fresh_process(fused, processor, test.select(range(32)), output_dir)
-    console.print(f"Loaded in a fresh process, it gives the same answers (largest difference {difference:.0e}).")
-    with console.status("Drawing what each part is good for ..."):
+    console.print(f"Loaded in a new process, the model gives the same answers (largest difference {difference:.0e}).")
+    with console.status("Drawing the contribution of each modality ..."):
         cards = _cards(fused, processor, test, seed)
         draw_results(output_dir / "demo.png", results, histories, cards)
         ablation = ablate(
@@ -143,7 +145,7 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
         row = {"text": cards[0]["text"], "image": cards[0]["image"]}
         explain(fused.model, processor, row, "sentiment").plot().savefig(output_dir / "explanation.png", dpi=100)
     for name in ("demo.png", "ablation.png", "explanation.png"):
-        console.print(f"Drawn to {output_dir / name}", soft_wrap=True)
+        console.print(f"Wrote {output_dir / name}", soft_wrap=True)
     console.print(f"All in {time.perf_counter() - start:.0f} s.")
     return results
 
@@ -182,7 +184,7 @@ def _majority(data: DatasetDict, task: str) -> float:
 
 
 def _table(results: dict[str, dict[str, float]], num_rows: int) -> Table:
-    table = Table(title=f"Test accuracy (%), {num_rows:,} rows; translations right to the letter (%)")
+    table = Table(title=f"Test accuracy (%), {num_rows:,} rows; translations that match exactly (%)")
     table.add_column("", style="bold")
     for task in results:
         table.add_column(task, justify="right")
@@ -193,7 +195,9 @@ def _table(results: dict[str, dict[str, float]], num_rows: int) -> Table:
     return table
 
 
-def _check_in_fresh_process(trainer: MMTrainer, processor, rows: Dataset, output_dir: Path) -> float:
+def _check_in_fresh_process(
+    trainer: MMTrainer, processor: MMTransformerProcessor, rows: Dataset, output_dir: Path
+) -> float:
     """The largest difference between the logits here and those of the saved model in a fresh process."""
     folder = output_dir / "examples"
     folder.mkdir(exist_ok=True)
@@ -214,7 +218,7 @@ def _check_in_fresh_process(trainer: MMTrainer, processor, rows: Dataset, output
     ]
     done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"The saved model could not be loaded in a fresh process:\n{done.stderr}")
+        raise RuntimeError(f"The saved model could not be loaded in a new process:\n{done.stderr}")
     inputs = processor(text=list(rows["text"]), images=list(rows["image"]))
     expected, actual = answers_of(trainer.model, inputs), load_file(answers)
     difference = max((actual[task] - expected[task]).abs().max().item() for task in TASK_LABELS)
@@ -224,11 +228,11 @@ def _check_in_fresh_process(trainer: MMTrainer, processor, rows: Dataset, output
         or not same
         or any((actual[t].argmax(-1) != expected[t].argmax(-1)).any() for t in TASK_LABELS)
     ):
-        raise RuntimeError(f"The saved model answers differently in a fresh process (by up to {difference}).")
+        raise RuntimeError(f"The saved model answers differently in a new process (by up to {difference}).")
     return difference
 
 
-def _cards(trainer: MMTrainer, processor, rows: Dataset, seed: int) -> list[dict]:
+def _cards(trainer: MMTrainer, processor: MMTransformerProcessor, rows: Dataset, seed: int) -> list[dict[str, Any]]:
     """Some test rows with their answers, in pairs: the same message, another picture, another truth."""
     texts = list(rows["text"])
     pairs: list[int] = []

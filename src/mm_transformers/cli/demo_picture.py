@@ -2,7 +2,11 @@
 
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 COLORS = {
@@ -45,7 +49,7 @@ def draw_results(
     figure.savefig(path, dpi=110)
 
 
-def _draw_curves(axis, task: str, row: dict[str, float], histories: dict[str, list[dict[str, Any]]]) -> None:
+def _draw_curves(axis: "Axes", task: str, row: dict[str, float], histories: dict[str, list[dict[str, Any]]]) -> None:
     key = f"eval_{task}_{CURVES[task]}"
     for name, history in histories.items():
         points = [(entry["step"], 100 * entry[key]) for entry in history if key in entry]
@@ -58,7 +62,7 @@ def _draw_curves(axis, task: str, row: dict[str, float], histories: dict[str, li
     axis.legend(frameon=False, fontsize=8, loc="lower right")
 
 
-def _draw_bars(axis, results: dict[str, dict[str, float]]) -> None:
+def _draw_bars(axis: "Axes", results: dict[str, dict[str, float]]) -> None:
     width = 0.165
     for i, (name, color) in enumerate(COLORS.items()):
         positions = [x + (i - 2) * width for x in range(len(results))]
@@ -75,7 +79,7 @@ def _draw_bars(axis, results: dict[str, dict[str, float]]) -> None:
     axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper center")
 
 
-def _draw_card(axis, card: dict[str, Any]) -> None:
+def _draw_card(axis: "Axes", card: dict[str, Any]) -> None:
     axis.imshow(card["image"])
     axis.set_xticks([])
     axis.set_yticks([])

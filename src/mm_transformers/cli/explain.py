@@ -38,7 +38,7 @@ def explain_rows(
         ValueError, OSError: one sentence.
     """
     if output.suffix not in (".html", ".htm"):
-        raise ValueError(f"The report on rows is an HTML page, so --output must end in .html, but is {output}.")
+        raise ValueError(f"For a file of rows, --output must end in .html, but is {output}.")
     check_writable(output)
     check_method(method)
     model, collator, rows = load_with_rows(model_name, file, reading)
@@ -70,13 +70,13 @@ def explain_one(
         ValueError, OSError: one sentence.
     """
     if output.suffix not in (*_PICTURES, ".json"):
-        raise ValueError(f"Of one row, --output must end in {', '.join(_PICTURES)} or .json, but is {output}.")
+        raise ValueError(f"For one row, --output must end in {', '.join(_PICTURES)} or .json, but is {output}.")
     check_writable(output)
     model = MMTransformerForMultiTask.from_pretrained(model_name).eval()
     processor = MMTransformerProcessor.from_pretrained(model_name)
     names = check_tasks(model, tasks)
     if len(names) > 1:
-        raise ValueError(f"Say which task is to be explained: --task, one of {', '.join(names)}.")
+        raise ValueError(f"Choose the task to explain by --task, one of {', '.join(names)}.")
     told = None if answer is None else model.tasks[names[0]].read_answer(answer)
     explanation = explain(model, processor, row, names[0], method, told, word)
     with write_atomically(output) as file:
@@ -84,4 +84,4 @@ def explain_one(
             file.write((json.dumps(explanation.to_dict(), indent=2) + "\n").encode())
         else:
             explanation.plot().savefig(file, format=output.suffix[1:], dpi=120)
-    say(f"{explanation.task}: {explanation.answer}. It rests on: {explanation.rests_on}. Wrote {output}.")
+    say(f"{explanation.task}: {explanation.answer}. It depends on: {explanation.rests_on}. Wrote {output}.")

@@ -29,7 +29,7 @@ def run_export(model_name: str, output: Path, kind: str, dtype: str) -> None:
         raise ValueError(f"--dtype must be float32 or int8, but is {dtype!r}.")
     model = MMTransformerForMultiTask.from_pretrained(model_name, dtype=torch.float32)
     processor = MMTransformerProcessor.from_pretrained(model_name)
-    say(f"Exporting {model_name}; this takes a minute or more.")
+    say(f"Exporting {model_name}; this can take minutes.")
     export_model(model, processor, output, kind, int8=dtype == "int8")
     differences = compare(model, processor, output)
     table = Table("task", "largest difference")
@@ -41,12 +41,15 @@ def run_export(model_name: str, output: Path, kind: str, dtype: str) -> None:
     worst = max(differences.values())
     if dtype == "float32" and not worst <= TOLERANCE:
         raise ValueError(
-            f"The exported model differs from the model by {worst:.1e}, more than {TOLERANCE:.0e}: do not use it."
+            f"The exported model differs from the model by {worst:.1e}, more than the allowed {TOLERANCE:.0e}: "
+            "do not use it."
         )
 
 
 @torch.no_grad()
-def compare(model: Any, processor: Any, folder: str | os.PathLike) -> dict[str, float]:
+def compare(
+    model: MMTransformerForMultiTask, processor: MMTransformerProcessor, folder: str | os.PathLike[str]
+) -> dict[str, float]:
     """
     Task -> the largest difference between the logits of a model and those of its export.
 

@@ -90,13 +90,13 @@ def _refusal(scope: MutableMapping[str, Any], running: int) -> Optional[tuple[in
     route = _route(scope)
     # gradio may serve only its own files of this machine.
     if route is not None and not _LOCAL_FILE.match(route) and route.partition("/")[0] not in _ROUTES:
-        return 404, "This page has nothing of this name."
+        return 404, "This page does not exist."
     most = _most_bytes(scope)
     declared = dict(scope["headers"]).get(b"content-length", b"0")
     if not declared.isdigit() or int(declared) > most:
         return 413, _too_large(most)
     if _is_upload(scope) and not _has_room(running):
-        return 507, "This page has no room for more uploads at the moment; try again later."
+        return 507, "There is no space for more uploads at the moment; try again later."
     return None
 
 

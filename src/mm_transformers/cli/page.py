@@ -44,7 +44,12 @@ def load_page(model: str, examples: Sequence[Sequence[Any]] = ()) -> Any:
     return make_page(fused.to(device), processor, Path(model).name, examples)
 
 
-def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequence[Any]] = ()) -> Any:
+def make_page(
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
+    title: str,
+    examples: Sequence[Sequence[Any]] = (),
+) -> Any:
     """
     The page of a loaded model; see [`load_page`].
 
@@ -55,7 +60,7 @@ def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequenc
     try:
         import gradio as gr
     except ImportError as error:
-        raise ImportError("The page needs a package more: pip install mm-transformers[demo]") from error
+        raise ImportError("The page needs `gradio`: pip install mm-transformers[demo]") from error
 
     kinds = [
         "text",
@@ -69,7 +74,7 @@ def make_page(model: Any, processor: Any, title: str, examples: Sequence[Sequenc
     upload_folder()  # before gradio asks for it
     kept = limits().upload_seconds
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(max(kept // 6, 1), kept)) as page:
-        told = f"Give {either(kinds)}. Colours show what an answer rests on, on one scale for all."
+        told = f"Give {either(kinds)}. Colours show which parts an answer depends on, on one scale for all."
         gr.Markdown(f"# {plain_markdown(title)}\n\n{told}")
         with gr.Row():
             with gr.Column(scale=1):
@@ -133,7 +138,9 @@ def launch_options() -> dict[str, Any]:
     }
 
 
-def _answering(model: Any, processor: Any, kinds: Sequence[str]) -> Callable[..., str]:
+def _answering(
+    model: MMTransformerForMultiTask, processor: MMTransformerProcessor, kinds: Sequence[str]
+) -> Callable[..., str]:
     def answer(*given: Any) -> str:
         *parts, tasks = given
         try:
@@ -161,7 +168,7 @@ def run_page(model: str, is_default: bool, port: Optional[int]) -> None:
     """
     if is_default and not Path(model).exists():
         raise ValueError(
-            f"There is no model in {model} yet: train one by mm-transformers demo, or name yours by --model."
+            f"There is no model in {model} yet: train one by `mm-transformers demo`, or give yours by --model."
         )
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -173,7 +180,7 @@ def run_page(model: str, is_default: bool, port: Optional[int]) -> None:
         except OSError as error:  # from gradio, about its own options
             wanted = f"port {port} is" if port is not None else "all ports from 7860 are"
             raise ValueError(
-                f"The page cannot be served: {wanted} in use, or not allowed; give another --port."
+                f"The page cannot be served: {wanted} in use, or not allowed. Choose another --port."
             ) from error
 
 

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
@@ -18,10 +18,21 @@ from .time_limit import TimeLimitError, time_limit
 from .uploads import Upload, UploadError
 
 
+if TYPE_CHECKING:
+    from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+    from ..model.processing_mm_transformer import MMTransformerProcessor
+
+
 _MOST_LETTERS = 20  # of a word, on average; some languages put no spaces between words
 
 
-def answers_as_html(model: Any, processor: Any, row: dict[str, Any], tasks: Any, kinds: Sequence[str]) -> str:
+def answers_as_html(
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
+    row: dict[str, Any],
+    tasks: Any,
+    kinds: Sequence[str],
+) -> str:
     """
     The answers of the page to a row; an error sentence, if they take longer than `limits().request_seconds`.
 
@@ -34,11 +45,11 @@ def answers_as_html(model: Any, processor: Any, row: dict[str, Any], tasks: Any,
     try:
         text = row.get("text") or ""
         if not isinstance(text, str) or not isinstance(tasks, (list, tuple)):
-            raise ValueError("The text must be a text, and the tasks a list of names.")
+            raise ValueError("The text must be a string, and the tasks a list of names.")
         if not text.strip():
             row = {name: part for name, part in row.items() if name != "text"}
         if not row:
-            return render_page([], f"There is nothing to answer yet: give {either(kinds)}.", kinds)
+            return render_page([], f"There is no input yet: give {either(kinds)}.", kinds)
         if not tasks:
             return render_page([], "Tick at least one task.", kinds)
         names = check_tasks(model, [str(name) for name in tasks])
@@ -50,7 +61,7 @@ def answers_as_html(model: Any, processor: Any, row: dict[str, Any], tasks: Any,
     return render_page(cards, "", kinds, note)
 
 
-def _read(processor: Any, row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def _read(processor: "MMTransformerProcessor", row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The row with its files decoded once, and a sentence about what was left out."""
     read, note = dict(row), ""
     for part_name, part in row.items():
@@ -82,7 +93,11 @@ def _first_words(text: str) -> tuple[str, str]:
 
 
 def _cards(
-    model: Any, processor: Any, row: dict[str, Any], tasks: Sequence[str], check: Callable[[], None]
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
+    row: dict[str, Any],
+    tasks: Sequence[str],
+    check: Callable[[], None],
 ) -> list[dict[str, Any]]:
     variants = {"": row}
     for name in row:
@@ -108,8 +123,8 @@ def _cards(
 
 
 def _card(
-    model: Any,
-    processor: Any,
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
     row: dict[str, Any],
     task: str,
     answers: dict[str, Any],

@@ -23,6 +23,7 @@ from ..data.collator import MMDataCollator
 from ..data.files import check_writable
 from ..data.labels import check_labels, has_labels, prepare_labels
 from ..data.loading import load_files
+from ..data.row_labels import text_columns
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
 from ..model.answers import check_tasks
 from ..model.messages import check_folder
@@ -72,7 +73,7 @@ class Reading:
             said = recipe.get(name)
             for field in fields(section):
                 value = said.get(field.name) if isinstance(said, dict) else None
-                if isinstance(value, (str, int, float)):
+                if isinstance(value, (str, int, float)) or (field.name == "text" and isinstance(value, list)):
                     setattr(section, field.name, value)
         said = recipe.get("columns")
         if isinstance(said, dict):
@@ -116,7 +117,7 @@ def run_evaluation(
                 picture = output.with_suffix(".png")
                 with write_atomically(picture) as drawn:
                     ablation.plot().savefig(drawn, format="png", dpi=120)
-                say(f"Drawn to {picture}.")
+                say(f"Wrote {picture}.")
         if output is not None:
             with write_atomically(output) as target:
                 target.write((json.dumps(metrics, indent=2) + "\n").encode())
@@ -233,7 +234,7 @@ def run_prediction(
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if collator.num_bad_files:
-        logger.warning(f"{collator.num_bad_files:,} times a file could not be read; it was treated as absent.")
+        logger.warning(f"Reading a file failed {collator.num_bad_files:,} times; these files were treated as missing.")
 
 
 def _load(
@@ -241,7 +242,7 @@ def _load(
 ) -> tuple[MMTransformerForMultiTask, MMDataCollator]:
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         checkpoint = newest_checkpoint(name)
-        advice = "" if checkpoint is None else f"; its training has not ended, but there is {checkpoint}"
+        advice = "" if checkpoint is None else f"; its training has not ended, but it has the checkpoint {checkpoint}"
         raise ValueError(f"{name} holds no model{advice}.")
     model = MMTransformerForMultiTask.from_pretrained(name).eval()
     processor = MMTransformerProcessor.from_pretrained(name)
@@ -254,10 +255,10 @@ def _check_columns(
 ) -> None:
     known = ", ".join(map(repr, names))
     for part in ("text", "image", "video", "audio"):
-        column = getattr(columns, part)
         asked = getattr(reading, f"{part}_column") is not None
-        if column not in (None, *names) and (asked or (part == "text" and collator.text_column is not None)):
-            raise ValueError(f"{file} has no column {column!r}; set --{part}_column to one of {known}.")
+        missing = [column for column in text_columns(getattr(columns, part)) if column not in names]
+        if missing and (asked or (part == "text" and collator.text_column is not None)):
+            raise ValueError(f"{file} has no column {missing[0]!r}; set --{part}_column to one of {known}.")
     for column in (column for table in collator.tables.values() for column in table.columns):
         if column not in names:
             raise ValueError(
@@ -284,8 +285,8 @@ def _check_labelled(rows: datasets.Dataset, collator: MMDataCollator, file: Path
     if not labelled and len(wanted) == len(collator.tasks):
         columns = ", ".join(repr(task.column) for task in wanted)
         raise ValueError(
-            f"{file} has no label of any task (looked for in column {columns}), so there is nothing to measure; what "
-            "the model answers, mm-transformers predict tells."
+            f"{file} has no label of any task (looked for in column {columns}), so there is nothing to measure. For "
+            "the answers of the model, use `mm-transformers predict`."
         )
     for task in wanted:
         if task not in labelled and task.column in rows.column_names:
@@ -302,7 +303,13 @@ def _features(schema: pyarrow.Schema, columns: Collection[str]) -> dict[str, Any
     return dict(datasets.Features.from_arrow_schema(pyarrow.schema(fields, schema.metadata)))
 
 
-def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str, Any], escape_formulas: bool) -> int:
+def _write(
+    answered: Iterator[list[tuple[Any, dict[str, Any]]]],
+    output: Path,
+    suffix: str,
+    types: dict[str, Any],
+    escape_formulas: bool,
+) -> int:
     """Writes the answers, and returns the number of rows."""
     writer, num_rows, names = None, 0, {}
     bar = Progress(
@@ -319,8 +326,8 @@ def _write(answered: Iterator[list], output: Path, suffix: str, types: dict[str,
                 twice = next((name for name in names if f"{name}_input" in types and names[name] != name), None)
                 if twice is not None:
                     raise ValueError(
-                        f"its columns {twice!r}, which is called like an answer, and '{twice}_input' would both be in "
-                        f"a column '{twice}_input' of the output; rename one."
+                        f"its columns {twice!r}, which has the name of an answer, and '{twice}_input' would have the "
+                        f"same name '{twice}_input' in the output; rename one of them."
                     )
                 renamed = {names[name]: dtype for name, dtype in types.items()}
                 writer = table_writer(file, suffix, renamed, escape_formulas)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, BatchFeature
 
 import mm_transformers  # noqa: F401 (registers the auto classes)
 from mm_transformers.model.answers import evaluation_mode
+from mm_transformers.model.modeling_mm_transformer import MMTransformerForMultiTask
 
 
-def answers_of(model, inputs) -> dict[str, torch.Tensor]:
+def answers_of(model: MMTransformerForMultiTask, inputs: BatchFeature) -> dict[str, torch.Tensor]:
     """For each task the logits, or the written token ids."""
     inputs = inputs.to(model.device)
     with evaluation_mode(model), torch.no_grad():

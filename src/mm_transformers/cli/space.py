@@ -54,9 +54,7 @@ def write_space(folder: Path, model: str) -> list[Path]:
     ```
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or Path(model).exists():
-        raise ValueError(
-            f"A Space loads its model from the Hub, so give its id, such as 'me/my-model'; {model!r} is none."
-        )
+        raise ValueError(f"A Space loads its model from the Hub, so give its id, such as 'me/my-model', not {model!r}.")
     title = re.sub(r"[^\w .-]", " ", model.rpartition("/")[2])
     contents = {
         "app.py": _APP.format(model=model),

@@ -31,8 +31,8 @@ def time_limit(seconds: float) -> Iterator[Callable[..., None]]:
     def check(*_: Any) -> None:
         if threading.get_ident() == thread and time.monotonic() > end:
             raise TimeLimitError(
-                f"This takes longer than the {seconds:g} seconds that are allowed (request_seconds): give a shorter "
-                "text, a smaller file or fewer tasks."
+                f"This takes longer than the limit of {seconds:g} seconds (request_seconds): give a shorter text, a "
+                "smaller file or fewer tasks."
             )
 
     hook = register_module_forward_pre_hook(check)

@@ -11,7 +11,7 @@ from ..model.limits import limits
 
 
 # The same sentence for all errors: details would reveal the files of this machine.
-REFUSAL = "Upload the file to this page: it reads no paths and no addresses, and forgets files after a while."
+REFUSAL = "Upload the file to this page again: it reads no paths and no addresses, and deletes uploads after some time."
 _META = {"_type": "gradio.FileData"}
 
 
@@ -46,10 +46,10 @@ def upload_folder() -> Path:
     return Path(os.environ["GRADIO_TEMP_DIR"])
 
 
-_made: list[tempfile.TemporaryDirectory] = []
+_made: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def _own_folder() -> tempfile.TemporaryDirectory:
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
     if not _made:
         _made.append(tempfile.TemporaryDirectory(prefix="mm-transformers-page-", ignore_cleanup_errors=True))
     return _made[0]
@@ -97,7 +97,7 @@ def opened_upload(given: Any) -> Optional[Upload]:
     except OSError:
         raise UploadError from None
     if len(content) > most:
-        raise ValueError(f"The file is larger than the {most:,} bytes that are allowed (upload_bytes).")
+        raise ValueError(f"The file is larger than the limit of {most:,} bytes (upload_bytes).")
     return Upload(path.name, content)
 
 

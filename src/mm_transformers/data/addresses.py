@@ -96,7 +96,7 @@ class Addresses:
         scheme = scheme.lower()
         if not separator or (scheme == "file" and not is_last):
             raise UnreadableFile(
-                f"{shorten(part)!r} stands before '::', where only the member of an archive may stand, as in "
+                f"{shorten(part)!r} is before '::', but only a file in an archive may be there, as in "
                 "zip://a.png::b.zip"
             )
         if scheme in _ARCHIVES:
@@ -107,7 +107,7 @@ class Addresses:
         elif is_url(part):
             # Here `datasets` connects without a check of the IP address, so the user must name the host.
             if urlsplit(part).hostname not in self.names:
-                raise UnreadableFile(f"{_refused(part)}; an archive there is opened only if allow_urls names its host")
+                raise UnreadableFile(f"{_refused(part)}; to open an archive there, give its host in allow_urls")
         else:
             raise UnreadableFile(
                 f"addresses that begin with {scheme[:20]}:// are not opened: give a file, or its bytes"
@@ -117,8 +117,8 @@ class Addresses:
 def _refused(address: str) -> str:
     named_host = urlsplit(address).hostname if is_url(address) else f"{address.partition('://')[0]}://"
     return (
-        "it is an address on the network, which is not opened unless you allow it: allow_urls=True for the public "
-        f"Internet, or allow_urls=[{shorten(str(named_host))!r}]; on the command line --allow-urls or --allow-host"
+        "it is a network address, which is opened only if you allow it: allow_urls=True for the public Internet, or "
+        f"allow_urls=[{shorten(str(named_host))!r}]; on the command line --allow-urls or --allow-host"
     )
 
 

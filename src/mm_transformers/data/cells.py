@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from torch.utils.data import ChainDataset, ConcatDataset, Dataset, IterableDataset, Subset
 from transformers.utils import logging
@@ -18,6 +18,10 @@ from ..model.file_contents import is_absent, is_address
 from ..model.label_cells import PADDING, as_scalar, is_missing
 from ..model.modalities import MODALITIES
 from .formulas import with_formula
+
+
+if TYPE_CHECKING:
+    from ..model.task_base import Task
 
 
 logger = logging.get_logger(__name__)
@@ -29,7 +33,7 @@ LABEL_SEPARATOR = "|"
 Reader = Callable[[Any], Any]
 
 
-def label_of(task: Any, cell: Any, text: str = "", separator: str = LABEL_SEPARATOR) -> Any:
+def label_of(task: "Task", cell: Any, text: str = "", separator: str = LABEL_SEPARATOR) -> Any:
     """
     The encoded label of a cell, `None` if it is missing.
 
@@ -141,14 +145,14 @@ def opened(dataset: Any, media: Mapping[str, Optional[str]]) -> Source:
             for column in hidden if len(dataset) > 0 else ():
                 if column not in dataset[0]:
                     logger.warning_once(
-                        f"The transform of the data set hides its column {column!r}, so its rows have none; let it "
-                        "have all columns, by with_transform(..., output_all_columns=True)."
+                        f"The transform of the data set hides its column {column!r}, so the column cannot be read. "
+                        "Keep all columns by with_transform(..., output_all_columns=True)."
                     )
             return Source(dataset, RowReader(dataset.features))
         for column in hidden:
             logger.warning_once(
-                f"The format of the data set hides its column {column!r}, which is read all the same; leave it out by "
-                f"remove_columns({column!r})."
+                f"The format of the data set hides its column {column!r}, but the column is still read. To ignore "
+                f"the column, use remove_columns({column!r})."
             )
         if layout is not None or len(shown) < len(dataset.column_names):
             dataset = dataset.with_format(None)
@@ -180,7 +184,7 @@ def _numpy_loses_nulls(column: Any, is_cell: bool = True) -> bool:
     return hasattr(column, "values") and _numpy_loses_nulls(column.values, False)
 
 
-class _Read(Dataset):
+class _Read(Dataset[dict[str, Any]]):
     """Rows of a part of a data set, read."""
 
     def __init__(self, dataset: Any, reader: RowReader):
@@ -193,7 +197,7 @@ class _Read(Dataset):
         return self.reader(self.dataset[index])
 
 
-class _ReadStream(IterableDataset):
+class _ReadStream(IterableDataset[dict[str, Any]]):
     """Rows of a part of a stream, read."""
 
     def __init__(self, dataset: Any, reader: RowReader):
@@ -254,7 +258,7 @@ def _name_of(cell: Any, names: Sequence[str], missing: Optional[int]) -> Any:
         return missing
     if names and isinstance(cell, int) and not isinstance(cell, bool):
         if not 0 <= cell < len(names):
-            raise ValueError(f"the id {cell} is none of the {len(names)} labels that the data set names")
+            raise ValueError(f"{cell} is not the id of one of the {len(names)} labels in the features of the data set")
         return names[cell]
     return cell
 
@@ -281,8 +285,9 @@ def _ids_told(cell: Any, task: str) -> Any:
     items = cell.tolist() if hasattr(cell, "tolist") else cell
     if any(type(item) is int for item in (items if isinstance(items, (list, tuple)) else [items])):
         logger.warning_once(
-            f"Task {task!r}: the whole numbers in its column are taken as places in labels=[...], since the stream has "
-            "no features that name them. map() drops features; keep them by map(..., features=dataset.features)."
+            f"Task {task!r}: the whole numbers in its column are used as positions in labels=[...], because the "
+            "stream has no features with label names. map() drops features; keep them by map(..., "
+            "features=dataset.features)."
         )
     return cell
 

@@ -1,7 +1,7 @@
 """Makes batches of rows."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Optional
 
 from ..model.configuration_mm_transformer import MMTransformerConfig
@@ -12,12 +12,13 @@ from ..model.label_cells import is_null, shorten_value
 from ..model.modalities import MODALITIES, OTHER_ENCODERS, PARTS, ReaderContext, modalities_of
 from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor
-from ..model.task_base import LabelContext
+from ..model.task_base import LabelContext, Task
 from .addresses import Addresses
 from .cells import LABEL_SEPARATOR, label_of
 from .feature_keys import digest_of, hash_of_text
 from .feature_reading import CachedFeatures, CachedItem, unpadded_texts
 from .media import MediaColumn, RowColumns, SharedCounter
+from .row_labels import join_texts, text_columns
 from .sources import ANY_SOURCE, ROW_KEY, SOURCE_KEY, count_rows, name_of_row, own_column
 
 
@@ -34,9 +35,10 @@ class MMDataCollator:
     Args:
         processor ([`MMTransformerProcessor`]): The processor of the model.
         config ([`MMTransformerConfig`]): The config of the model, with its tasks.
-        text_column (`str`, *optional*, defaults to `"text"`):
-            Column of strings (or lists of words). `None` and "" are allowed in rows with another input. With
-            `text_column=None`, no row has a text.
+        text_column (`str` or `list[str]`, *optional*, defaults to `"text"`):
+            Column of strings (or lists of words). `None` and "" are allowed in rows with another input. The texts of
+            several columns become one, each with the name of its column before it. With `text_column=None`, no row has
+            a text.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of images: PIL, path, bytes, array, a cell of `datasets.Image`, a list of those, or `None`.
         video_column (`str`, *optional*, defaults to `"video"`):
@@ -80,7 +82,7 @@ class MMDataCollator:
         self,
         processor: MMTransformerProcessor,
         config: MMTransformerConfig,
-        text_column: Optional[str] = "text",
+        text_column: Optional[str | Sequence[str]] = "text",
         image_column: str = "image",
         video_column: str = "video",
         audio_column: str = "audio",
@@ -100,14 +102,20 @@ class MMDataCollator:
         check_tokenizer(processor.tokenizer, config)
         if config.frame_embedding == "learned" and processor.num_frames > config.num_frames:
             raise ValueError(
-                f"The processor takes {processor.num_frames} frames of a video, but the model has learned vectors for "
-                f"{config.num_frames}: set processor.num_frames = {config.num_frames}."
+                f"The processor takes {processor.num_frames} frames of a video, but the model has learned frame "
+                f"vectors for only {config.num_frames}: set processor.num_frames = {config.num_frames}."
             )
         self.processor = processor
         self.tasks = config.get_tasks()
         self.takes_images = config.vision_config is not None
         self.text_column = text_column if config.reads_text else None
         self.image_column = image_column
+        self.text_columns = text_columns(self.text_column)
+        if len(self.text_columns) > 1 and any(task.is_token_level for task in self.tasks.values()):
+            raise ValueError(
+                f"A task that labels words needs one column of texts, but there are {len(self.text_columns)}: "
+                f"{', '.join(self.text_columns)}."
+            )
         self._num_bad_files = SharedCounter()
         addresses = Addresses(allow_urls)
         rules = (on_bad_file, self._num_bad_files, addresses)
@@ -150,8 +158,10 @@ class MMDataCollator:
     @property
     def input_columns(self) -> list[str]:
         """The columns that hold inputs of the model: texts, then images and the like, then numbers and categories."""
-        texts = [] if self.text_column is None else [self.text_column]
-        return [*texts, *(column for name in (*self.media, *self.tables) for column in self.columns_of(name))]
+        return [
+            *self.text_columns,
+            *(column for name in (*self.media, *self.tables) for column in self.columns_of(name)),
+        ]
 
     def columns_of(self, argument: str) -> list[str]:
         """The columns of a modality, by the argument of the processor; none if the model does not read it."""
@@ -258,17 +268,19 @@ class MMDataCollator:
             had_other: whether the row has another input.
             name: the name of the row in messages.
         """
-        if self.text_column is None:
-            if not had_other:
-                raise ValueError(f"{name} has nothing in {self._shown_inputs(row)}; remove it.")
-            return ""
-        if self.text_column not in row:
+        text = join_texts({column: self._text(row, column, name) for column in self.text_columns} or {"": ""})
+        if not text.strip() and not had_other:
+            raise ValueError(f"{name} has no content in {self._shown_inputs(row)}: remove the row.")
+        return text
+
+    def _text(self, row: Mapping[str, Any], column: str, name: str) -> str:
+        if column not in row:
             columns = ", ".join(repr(column) for column in row if column not in (ROW_KEY, SOURCE_KEY))
             raise ValueError(
-                f"{name} has no column {self.text_column!r} (its columns are {columns}); name the column of your texts "
-                "by text_column=."
+                f"{name} has no column {column!r} (its columns are {columns}); name the column of your texts by "
+                "text_column=."
             )
-        text = row[self.text_column]
+        text = row[column]
         if getattr(text, "ndim", 0) == 1:
             text = text.tolist()
         if isinstance(text, (list, tuple)) and all(isinstance(word, str) for word in text):
@@ -277,17 +289,15 @@ class MMDataCollator:
             text = ""
         if not isinstance(text, str):
             raise ValueError(
-                f"{name}, column {own_column(row, self.text_column)!r}: expected a text (or a list of words), but got "
+                f"{name}, column {own_column(row, column)!r}: expected a text (or a list of words), but got "
                 f"{shorten_value(text)} of type {type(text).__name__}."
             )
         try:
             text.encode()
         except UnicodeEncodeError as error:  # the error of tokenizers would only be "no string"
             raise ValueError(
-                f"{name}, column {own_column(row, self.text_column)!r}: the text is not valid Unicode ({error})."
+                f"{name}, column {own_column(row, column)!r}: the text is not valid Unicode ({error})."
             ) from error
-        if not text.strip() and not had_other:
-            raise ValueError(f"{name} has nothing in {self._shown_inputs(row)}; remove it.")
         return text
 
     def _shown_inputs(self, row: Mapping[str, Any]) -> str:
@@ -295,16 +305,16 @@ class MMDataCollator:
         return ", ".join([*columns[:20], *(["..."] if len(columns) > 20 else [])])
 
     def _labels(
-        self, task, rows: list[Mapping[str, Any]], texts: list[str], names: list[str], is_empty: list[bool]
+        self, task: Task, rows: list[Mapping[str, Any]], texts: list[str], names: list[str], is_empty: list[bool]
     ) -> list[Any]:
-        labels = []
+        labels, column = [], task.column or task.name
         for row, text, name, empty in zip(rows, texts, names, is_empty, strict=True):
             unlabelled = empty or not row.get(SOURCE_KEY, ANY_SOURCE).labels(task.name)
             try:
-                cell = row.get(task.column, task.default_cell)
+                cell = row.get(column, task.default_cell)
                 labels.append(None if unlabelled else label_of(task, cell, text, self.label_separator))
             except ValueError as error:
-                raise ValueError(f"{name}, column {own_column(row, task.column)!r}: {error}.") from None
+                raise ValueError(f"{name}, column {own_column(row, column)!r}: {error}.") from None
         return labels
 
 
@@ -339,7 +349,7 @@ def _own_fields(config: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in changed and not name.startswith("_")}
 
 
-def check_tokenizer(tokenizer, config: MMTransformerConfig) -> None:
+def check_tokenizer(tokenizer: Any, config: MMTransformerConfig) -> None:
     """
     Checks that the tokenizer fits the text encoder.
 
@@ -382,13 +392,15 @@ def _check_writing(task: Any, tokenizer: Any, config: MMTransformerConfig) -> No
     forced = getattr(decoder, "forced_bos_token_id", None)
     if hasattr(tokenizer, "tgt_lang") and task.decoder_start_ids is None and forced is None:
         raise ValueError(
-            f"Task {task.name!r}: {type(tokenizer).__name__} is for several languages; say which is to be written by "
-            "Generation(..., decoder_start_ids=[start token, language code]), as the pretrained model expects them."
+            f"Task {task.name!r}: {type(tokenizer).__name__} is for several languages. Choose the language to write "
+            "by Generation(..., decoder_start_ids=[start token, language code]), as the pretrained model expects "
+            "them."
         )
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     stops = decoder.eos_token_id if isinstance(decoder.eos_token_id, (list, tuple)) else [decoder.eos_token_id]
     if end is not None and end not in stops and (config.decoder_config is not None or stops != [None]):
         raise ValueError(
             f"Task {task.name!r}: the tokenizer ends a text with id {end}, but the decoder stops at "
-            f"{decoder.eos_token_id}, so it would never stop: set eos_token_id={end} in the config of the decoder."
+            f"{decoder.eos_token_id}, so generation would never stop: set eos_token_id={end} in the config of the "
+            "decoder."
         )

@@ -93,8 +93,8 @@ class Builder:
                 self.stores[modality].refresh()
                 if any(item.key not in self.stores[modality] and item.key not in unread for item in items):
                     raise ValueError(
-                        f"{self.stores[modality].folder} does not hold what other processes have written: the folder "
-                        "of the feature cache must be on a disk that all of them see."
+                        f"{self.stores[modality].folder} lacks the features that other processes wrote: put the "
+                        "folder of the feature cache on a disk that all processes can read."
                     )
 
     def _scan(self, dataset: Any) -> list[Found]:
@@ -102,7 +102,7 @@ class Builder:
         numbers = range(self.state.process_index, len(dataset), self.state.num_processes)
         rows = self._loader(Rows(dataset, numbers), 64, Scanner(self.collator, self.stores, self.hashes))
         found: dict[bytes, Found] = {}
-        for batch in logging.tqdm(rows, desc="Looking into the feature cache", leave=False, disable=self._is_silent):
+        for batch in logging.tqdm(rows, desc="Reading the feature cache", leave=False, disable=self._is_silent):
             for item in batch:
                 found.setdefault(item.key, item)
         return list(found.values())
@@ -129,8 +129,8 @@ class Builder:
         stored = features.to(dtype)
         if dtype == torch.float16 and bool((stored.isinf() & features.isfinite()).any()):
             raise ValueError(
-                f"What the {modality} encoder gives is too large for float16: let the feature cache take "
-                "dtype='bfloat16'."
+                f"The outputs of the {modality} encoder are too large for float16: use FeatureCache(..., "
+                "dtype='bfloat16')."
             )
         stored, mask = stored.cpu(), None if mask is None else mask.cpu()
         result = []
@@ -142,8 +142,8 @@ class Builder:
                 tokens = tokens[mask[numbers]]
             if not tokens.isfinite().all():
                 raise ValueError(
-                    f"Row {item.row:,}: the {modality} encoder gives values that are not finite, so they cannot be "
-                    "cached: its weights, or what its processor does, are damaged."
+                    f"Row {item.row:,}: the {modality} encoder outputs values that are not finite, so they cannot be "
+                    "cached. Its weights or the settings of its processor are damaged."
                 )
             result.append(Features(item.key, tokens, digest))
         return _Encoded(result, read.dropped, len(read.items) + len(read.dropped))
@@ -202,12 +202,12 @@ class Builder:
         difference = (states[padded["attention_mask"].bool()] - expected[0]).norm()
         if difference > 0.05 * expected.norm():
             raise ValueError(
-                f"What the text encoder ({self.model.text_encoder.config.model_type!r}) outputs for a text depends on "
-                "its padding, so it cannot be cached: load it by `from_encoders`, which finds such encoders and runs "
-                "them without padding."
+                f"What the text encoder ({self.model.text_encoder.config.model_type!r}) outputs for a text depends "
+                "on the padding, so it cannot be cached. Load the encoder by `from_encoders`, which runs such "
+                "encoders without padding."
             )
 
-    def _loader(self, rows: Dataset, batch_size: int, collate: Callable[[list[Any]], Any]) -> DataLoader:
+    def _loader(self, rows: Dataset[Any], batch_size: int, collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
         # A separate generator: training has the same dropout and row order as without a cache.
         return DataLoader(
             rows,
@@ -241,4 +241,4 @@ def _all_or_none() -> Iterator[None]:
         raise error
     told = [failure for failure in failures if failure is not None]
     if told:
-        raise ValueError(f"Another process could not fill the feature cache: {told[0]}")
+        raise ValueError(f"Another process could not write the feature cache: {told[0]}")

@@ -63,7 +63,9 @@ class FeatureCache:
     ```
     """
 
-    def __init__(self, cache_dir: str | os.PathLike, max_size_gb: Optional[float] = None, dtype: Optional[str] = None):
+    def __init__(
+        self, cache_dir: str | os.PathLike[str], max_size_gb: Optional[float] = None, dtype: Optional[str] = None
+    ):
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(
                 f"The dtype of a feature cache must be 'float32', 'bfloat16' or 'float16', but is {dtype!r}."
@@ -74,7 +76,7 @@ class FeatureCache:
         self.dtype = None if dtype is None else getattr(torch, dtype)
         # By modality: the encoder (weakly, since another may come to lie at the same address), what it was when it was
         # hashed, and the store.
-        self._stores: dict[str, tuple[weakref.ref, Any, FeatureStore]] = {}
+        self._stores: dict[str, tuple[weakref.ref[torch.nn.Module], Any, FeatureStore]] = {}
 
     @classmethod
     def of(cls, cache: Any) -> Optional["FeatureCache"]:
@@ -95,15 +97,15 @@ class FeatureCache:
         frozen = [modality for modality in known if model.model.is_frozen(modality)]
         if not frozen:
             raise ValueError(
-                "A feature cache is for encoders that are not trained, but none of this model is frozen as a whole: "
-                f"give the model freeze=[...] with some of {', '.join(map(repr, known))}, or leave out feature_cache "
-                "(adapters within an encoder are trained, too)."
+                "A feature cache needs an encoder that is frozen as a whole, but this model has none: give the model "
+                f"freeze=[...] with some of {', '.join(map(repr, known))}, or leave out feature_cache (an encoder "
+                "with adapters is not frozen as a whole)."
             )
         is_fsdp = is_initialized() and AcceleratorState().distributed_type == DistributedType.FSDP
         if is_fsdp or is_deepspeed_zero3_enabled() or is_sharded(model):
             raise ValueError(
-                "A feature cache needs whole encoders, but FSDP and ZeRO-3 cut them into pieces: train with DDP; "
-                "frozen encoders have neither gradients nor optimizer states that would be worth cutting."
+                "A feature cache needs whole encoders, but FSDP and ZeRO-3 split them: train with DDP. Frozen "
+                "encoders have no gradients and no optimizer states, so splitting them saves little memory."
             )
         return frozen
 
@@ -198,7 +200,8 @@ class FeatureCache:
             left = limit - sum(size for path, size in sizes.items() if path not in idle)
             if needed > left:
                 raise ValueError(
-                    f"{message}max_size_gb={self.max_size_gb:g} leaves {_gigabytes(max(left, 0))}: raise it, {advice}"
+                    f"{message}max_size_gb={self.max_size_gb:g} leaves {_gigabytes(max(left, 0))}: set a larger "
+                    f"limit, {advice}"
                 )
             while idle and needed > limit - sum(sizes.values()):
                 sizes.pop(_evict(idle.pop(0)))
@@ -208,7 +211,7 @@ class FeatureCache:
 
 
 def _evict(folder: Path) -> Path:
-    logger.warning(f"{folder} was used longest ago, and is removed from the feature cache to make room.")
+    logger.warning(f"{folder} is the least recently used folder of the feature cache; it is removed to free space.")
     # Renamed first, so that no process finds a half-deleted store.
     doomed = folder.with_name(f"removed-{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):  # another process was faster

@@ -45,7 +45,7 @@ class Read(NamedTuple):
     dropped: list[bytes]
 
 
-class Rows(Dataset):
+class Rows(Dataset[tuple[int, Mapping[str, Any]]]):
     def __init__(self, dataset: Any, numbers: range):
         self.dataset, self.numbers = dataset, numbers
 
@@ -59,7 +59,7 @@ class Rows(Dataset):
         return [(number, self.dataset[number]) for number in numbers]
 
 
-class Items(Dataset):
+class Items(Dataset[tuple[Found, Any]]):
     """Items, each with its row."""
 
     def __init__(self, dataset: Any, items: list[Found]):

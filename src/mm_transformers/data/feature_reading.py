@@ -145,8 +145,8 @@ def _images(rows: list[list[CachedItem]], names: list[str]) -> dict[str, torch.T
         lengths = {len(tokens) for tokens in distinct}
         if len(lengths) > 1:
             raise ValueError(
-                f"The images of a batch have {min(lengths)} to {max(lengths)} tokens, but must have as many each: let "
-                "the image processor bring them to one size."
+                f"The images of a batch have {min(lengths)} to {max(lengths)} tokens, but must have equally many: "
+                "set the image processor to resize images to one size."
             )
         batch["image_features"] = torch.stack(distinct)
     return batch
@@ -180,6 +180,6 @@ def _padded(rows: list[list[int]]) -> torch.Tensor:
 
 def _missing(name: str, what: str) -> str:
     return (
-        f"{name}: its {what} is not in the feature cache, though the data set was encoded; if rows are changed at "
-        "random when they are read (augmentation), they cannot be cached: leave out feature_cache."
+        f"{name}: its {what} is not in the feature cache, although the data set was encoded. Rows that change at "
+        "random when they are read (augmentation) cannot be cached: leave out feature_cache."
     )

@@ -84,7 +84,7 @@ class FeatureStore:
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "width": self.width}
 
-    def __setstate__(self, state: dict[str, Any]):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.folder, self.width = state["folder"], state["width"]
         self._forget()
         self.refresh(verify=False)  # the sending process has verified it
@@ -121,11 +121,11 @@ class FeatureStore:
             return
         except (SafetensorError, OSError) as error:
             # After a power failure a file may lack its content; disks and memory can flip bits.
-            logger.warning(f"{path} cannot be used ({error}); it is removed, and its features are computed anew.")
+            logger.warning(f"{path} cannot be used ({error}); it is removed, and its features are computed again.")
             path.unlink(missing_ok=True)
             return
         if not self._fits(tensors):
-            logger.warning(f"{path} is of another encoder, or was changed; it is not used.")
+            logger.warning(f"{path} belongs to another encoder, or was changed; it is not used.")
             return
         keys, digests = (tensors[name].numpy().tobytes() for name in ("keys", "digests"))
         shapes = tensors["shapes"].tolist()
@@ -187,8 +187,8 @@ class FeatureStore:
             unfinished.replace(self.folder / f"{uuid.uuid4().hex}.safetensors")
         except (SafetensorError, OSError) as error:
             raise OSError(
-                f"The feature cache in {self.folder} cannot be written ({error}); what it holds so far is kept: make "
-                "room or take another folder, and the next run goes on from there."
+                f"The feature cache in {self.folder} cannot be written ({error}). The features so far are kept, and "
+                "the next run continues from there: free space on the disk, or choose another folder."
             ) from error
         finally:
             unfinished.unlink(missing_ok=True)

@@ -12,11 +12,11 @@ def check_writable(path: Path) -> None:
         ValueError: if it is a folder, or lies in what is none or may not be written to.
     """
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file in it.")
+        raise ValueError(f"{path} is a folder: give a file.")
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        raise ValueError(f"{path} cannot be written: {folder} is no folder.")
+        raise ValueError(f"{path} cannot be written: {folder} is not a folder.")
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"{path} cannot be written: {folder} may not be written to.")
+        raise ValueError(f"{path} cannot be written: you have no permission to write to {folder}.")

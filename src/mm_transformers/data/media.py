@@ -22,7 +22,7 @@ MOST_NAMED = 100
 class SharedCounter:
     """A counter for the workers of a data loader. Each has a separate place, so that none waits."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._counts = torch.zeros(256, dtype=torch.int64).share_memory_()
 
     def __int__(self) -> int:
@@ -32,7 +32,7 @@ class SharedCounter:
         worker = torch.utils.data.get_worker_info()
         self._counts[0 if worker is None else 1 + worker.id % (len(self._counts) - 1)] += 1
 
-    def __setstate__(self, state: dict[str, Any]):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._counts.share_memory_()  # a copy is not
 
@@ -63,7 +63,7 @@ class RowColumns:
             try:
                 item = self.load({column: row[column] for column in self.columns if column in row})
             except ValueError as error:
-                raise type(error)(f"{name}, {error}; mend it, or leave the cell empty.") from None
+                raise type(error)(f"{name}, {error}; correct it, or leave the cell empty.") from None
             result.append([] if item is None else [item])
         return result, [bool(items) for items in result]
 
@@ -161,9 +161,9 @@ class MediaColumn:
         where = f"{where}: {error}"
         if self.on_bad_file == "raise":
             raise type(error)(
-                f"{where}; mend or remove it, or pass on_bad_file='drop' to treat it as absent."
+                f"{where}; repair or remove it, or pass on_bad_file='drop' to treat it as missing."
             ) from None
         if int(self.num_bad_files) < MOST_NAMED:
-            logger.warning(f"{where}; treated as absent.")
+            logger.warning(f"{where}; treated as missing.")
         elif int(self.num_bad_files) == MOST_NAMED:
-            logger.warning(f"{MOST_NAMED} bad files have been named; further ones are counted only.")
+            logger.warning(f"{MOST_NAMED} bad files have been listed; more bad files are only counted.")

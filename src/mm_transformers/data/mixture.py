@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 from transformers.utils import logging
@@ -11,6 +11,10 @@ from transformers.utils import logging
 from .collator import MMDataCollator
 from .mixture_rows import MixedRows, MixedStream, MixtureSampler
 from .sources import DataSource
+
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 logger = logging.get_logger(__name__)
@@ -96,7 +100,7 @@ class DataMixture:
             raise TypeError("A mixture with a stream has no length.")
         return sum(len(source) for source in self.sources.values())
 
-    def check(self, collator: Any, args: Any) -> None:
+    def check(self, collator: MMDataCollator, args: "TrainingArguments") -> None:
         """
         Checks that the data sets fit the model and the training arguments.
 
@@ -106,34 +110,34 @@ class DataMixture:
         strategy = getattr(args, "train_sampling_strategy", "random")
         if strategy != "random":
             raise ValueError(
-                f"train_sampling_strategy={strategy!r} is for one data set, but a mixture has an order of its own: "
-                "leave it at 'random'."
+                f"train_sampling_strategy={strategy!r} is for one data set, but a mixture defines the order of its "
+                "rows: leave it at 'random'."
             )
         separate = self.batches == "separate"
         if separate and args.accelerator_config.split_batches:
             raise ValueError(
-                "Leave out split_batches: it cuts the batches that DataMixture makes of one data set each."
+                "Leave out split_batches: it would split the batches of DataMixture, each of which is of one data set."
             )
         for name, source in self.sources.items():
             source.check(collator, f"Data set {name!r}")
             small = not self.is_stream and self.shares is None and len(source) < args.train_batch_size
             if separate and args.dataloader_drop_last and small:
                 raise ValueError(
-                    f"Data set {name!r} has {len(source):,} rows, fewer than a batch of {args.train_batch_size}, and "
-                    "would be left out by dataloader_drop_last: leave that out, or make batches smaller."
+                    f"Data set {name!r} has {len(source):,} rows, fewer than a batch of {args.train_batch_size}, so "
+                    "dataloader_drop_last would drop all its rows: leave that out, or use smaller batches."
                 )
         media = {kind: column.column for kind, column in collator.media.items()}
         columns = [source.column_names for source in self.sources.values()]
         if media and not any(names is None or set(names) & set(media.values()) for names in columns):
             logger.warning(
                 f"None of the data sets has a column {' or '.join(map(repr, media.values()))}, so no row has "
-                f"{' or '.join(media)}; if some do, name the column by DataSource(..., columns=...)."
+                f"{' or '.join(media)}; if some have, name the column by DataSource(..., columns=...)."
             )
         for task in collator.tasks:
             if not any(task in source.labelled_tasks(collator) for source in self.sources.values()):
                 logger.warning(f"None of the data sets has labels of task {task!r}.")
 
-    def rows(self, collator: MMDataCollator, batch_size: int, args: Any) -> MixedRows | MixedStream:
+    def rows(self, collator: MMDataCollator, batch_size: int, args: "TrainingArguments") -> MixedRows | MixedStream:
         """The rows for the data loader of one process; `batch_size` is that of a process."""
         parts = [
             source.rows(collator, name, place=(i, len(self.sources)))
@@ -149,7 +153,7 @@ class DataMixture:
         return MixedRows(parts, MixtureSampler(list(map(len, parts)), shares, seed, size, args.dataloader_drop_last))
 
 
-def check_sources(train_dataset: Any, eval_dataset: Any, collator: Any, args: Any) -> None:
+def check_sources(train_dataset: Any, eval_dataset: Any, collator: MMDataCollator, args: "TrainingArguments") -> None:
     """
     Checks the mixtures and [`DataSource`] objects among the data sets of a trainer.
 
@@ -190,7 +194,7 @@ def _size(source: DataSource) -> Optional[int]:
 def _shares(sampling: Any, temperature: Optional[float], sizes: dict[str, Optional[int]]) -> Optional[dict[str, float]]:
     """The share of each data set with a positive share; `None` for proportional."""
     if temperature is not None and sampling != "temperature":
-        raise ValueError("temperature is for sampling='temperature'; leave it out, or choose that.")
+        raise ValueError("temperature needs sampling='temperature': set that, or leave out temperature.")
     if isinstance(sampling, Mapping):
         return _checked_weights(sampling, list(sizes))
     if sampling not in ("proportional", "temperature"):
@@ -201,8 +205,8 @@ def _shares(sampling: Any, temperature: Optional[float], sizes: dict[str, Option
     for name, size in sizes.items():
         if size is None:
             raise ValueError(
-                f"Data set {name!r} is a stream of unknown length, so sampling={sampling!r} cannot be: give weights, "
-                f"sampling={{{', '.join(f'{n!r}: ...' for n in sizes)}}}."
+                f"Data set {name!r} is a stream of unknown length, so sampling={sampling!r} is not possible: give "
+                f"weights, sampling={{{', '.join(f'{n!r}: ...' for n in sizes)}}}."
             )
     if sampling == "proportional":
         return None
@@ -222,10 +226,10 @@ def _checked_weights(weights: Mapping[str, float], names: list[str]) -> dict[str
     for name in names:
         weight = weights.get(name)
         if weight is None:
-            raise ValueError(f"sampling has no weight for the data set {name!r}; 0 leaves it out.")
+            raise ValueError(f"sampling has no weight for the data set {name!r}; give 0 to leave it out.")
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
             raise ValueError(f"The weight of data set {name!r} must be a number of 0 or more, but is {weight!r}.")
     total = float(sum(weights.values()))
     if total == 0:
-        raise ValueError("The weights of all data sets are 0; at least one must be more.")
+        raise ValueError("The weights of all data sets are 0; at least one must be more than 0.")
     return {name: weights[name] / total for name in names if weights[name] > 0}

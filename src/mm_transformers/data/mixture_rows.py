@@ -94,10 +94,10 @@ def apportion(total: int, shares: list[float]) -> list[int]:
     while (counts == 0).any() and counts.max() > 1:
         counts[counts.argmin()] += 1
         counts[counts.argmax()] -= 1
-    return np.maximum(counts, 1).tolist()
+    return [max(int(count), 1) for count in counts]
 
 
-class MixedRows(Dataset):
+class MixedRows(Dataset[dict[str, Any]]):
     """The concatenated rows of map-style data sets, with their sampler."""
 
     def __init__(self, parts: list[Any], sampler: MixtureSampler):
@@ -125,7 +125,7 @@ class MixedRows(Dataset):
         return [rows[index] for index in kept.tolist()]
 
 
-class MixedStream(IterableDataset):
+class MixedStream(IterableDataset[dict[str, Any]]):
     """
     An endless stream of rows from streams and map-style data sets, drawn by the shares.
 

@@ -2,12 +2,32 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Protocol
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from ..model.task_base import Task
 from .cells import RowReader, opened, warn_of_ids
+
+
+class NamedColumn(Protocol):
+    """A column with files, such as [`MediaColumn`]."""
+
+    column: str
+
+
+class ReadColumns(Protocol):
+    """The part of [`MMDataCollator`] that says which columns it reads."""
+
+    text_columns: list[str]
+    tasks: dict[str, Task]
+
+    @property
+    def input_columns(self) -> list[str]: ...
+
+    @property
+    def media(self) -> Mapping[str, NamedColumn]: ...
 
 
 class RowKey(Enum):
@@ -56,7 +76,8 @@ def name_of_row(row: Mapping[str, Any], i: int) -> str:
 
 def own_column(row: Mapping[str, Any], column: str) -> str:
     """The name of a column in the data set of the row."""
-    return row.get(SOURCE_KEY, ANY_SOURCE).columns.get(column, column)
+    source: RowSource = row.get(SOURCE_KEY, ANY_SOURCE)
+    return source.columns.get(column, column)
 
 
 def count_rows(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -94,7 +115,7 @@ class DataSource:
     def __init__(self, dataset: Any, columns: Optional[Mapping[str, str]] = None, tasks: Optional[list[str]] = None):
         if isinstance(dataset, (dict, DataSource)):
             form = "several splits or data sets" if isinstance(dataset, dict) else "a DataSource itself"
-            raise ValueError(f"A DataSource takes one data set, but got {form}; give it one of them.")
+            raise ValueError(f"A DataSource takes one data set, but got {form}: give one of them.")
         columns = dict(columns or {})
         if not all(isinstance(x, str) for pair in columns.items() for x in pair):
             raise ValueError(f"columns must be a dict of names, {{'text': 'review', ...}}, but is {columns!r}.")
@@ -119,7 +140,7 @@ class DataSource:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def check(self, collator: Any, name: str) -> None:
+    def check(self, collator: ReadColumns, name: str) -> None:
         """
         Checks columns and tasks against the data set.
 
@@ -131,43 +152,45 @@ class DataSource:
             ValueError: if a task is unknown, a mapped column does not exist or has no use, the text column is missing,
                 or no task has labels.
         """
-        for task in self.tasks or []:
-            if task not in collator.tasks:
+        for wanted in self.tasks or []:
+            if wanted not in collator.tasks:
                 raise ValueError(
-                    f"{name} names the task {task!r}, but the tasks of the model are {_shown(collator.tasks)}."
+                    f"{name} names the task {wanted!r}, but the tasks of the model are {_shown(collator.tasks)}."
                 )
-        known = [*collator.input_columns, *(task.column for task in collator.tasks.values())]
+        known: list[Optional[str]] = [*collator.input_columns, *(task.column for task in collator.tasks.values())]
         own = columns_of(self.dataset)
         for target, column in self.columns.items():
             if target not in known:
                 raise ValueError(
-                    f"{name} maps its column {column!r} to {target!r}, which nothing reads; what is read is "
-                    f"{_shown(dict.fromkeys(known))}."
+                    f"{name} maps its column {column!r} to {target!r}, but no such column is read; the columns that "
+                    f"are read are {_shown(dict.fromkeys(known))}."
                 )
             if own and column not in own:
                 raise ValueError(
-                    f"{name} has no column {column!r}, which is to be {target!r}; its columns are {_shown(own)}."
+                    f"{name} has no column {column!r}, which columns={{...}} maps to {target!r}; its columns are "
+                    f"{_shown(own)}."
                 )
         columns = self.column_names
-        if columns is not None and collator.text_column not in (None, *columns):
+        missing = [] if columns is None else [column for column in collator.text_columns if column not in columns]
+        if columns is not None and missing:
             raise ValueError(
-                f"{name} has no column {collator.text_column!r} (its columns are {_shown(columns)}); name the column "
-                f"of its texts by DataSource(..., columns={{{collator.text_column!r}: '...'}})."
+                f"{name} has no column {missing[0]!r} (its columns are {_shown(columns)}); name the column "
+                f"of its texts by DataSource(..., columns={{{missing[0]!r}: '...'}})."
             )
         labelled = self.labelled_tasks(collator)
         if self.tasks is not None and labelled != set(self.tasks):
             task = collator.tasks[min(set(self.tasks) - labelled)]
             raise ValueError(
-                f"{name} is to have labels of task {task.name!r}, but has no column {task.column!r} (its columns are "
-                f"{_shown(columns or [])}); name it by DataSource(..., columns={{{task.column!r}: '...'}})."
+                f"{name} should have labels of task {task.name!r}, but has no column {task.column!r} (its columns "
+                f"are {_shown(columns or [])}); name it by DataSource(..., columns={{{task.column!r}: '...'}})."
             )
         if not labelled:
             raise ValueError(
-                f"{name} has labels for none of the tasks {_shown(collator.tasks)}; leave it out, or name the columns "
-                "of its labels by DataSource(..., columns=...)."
+                f"{name} has no labels for any of the tasks {_shown(collator.tasks)}; leave it out, or name the "
+                "columns of its labels by DataSource(..., columns=...)."
             )
 
-    def labelled_tasks(self, collator: Any) -> set[str]:
+    def labelled_tasks(self, collator: ReadColumns) -> set[str]:
         """The tasks that may have labels in this data set, by its columns."""
         tasks = collator.tasks.values() if self.tasks is None else [collator.tasks[name] for name in self.tasks]
         columns = self.column_names
@@ -175,7 +198,7 @@ class DataSource:
 
     def rows(
         self,
-        collator: Any,
+        collator: ReadColumns,
         name: Optional[str] = None,
         place: Optional[tuple[int, int]] = None,
         numbers: Optional[Sequence[int]] = None,
@@ -195,7 +218,7 @@ class DataSource:
         return RowsOfSource(dataset, source, numbers, reader)
 
 
-def rows_of(dataset: Any, collator: Any, numbers: Optional[Sequence[int]] = None) -> tuple[Any, Any]:
+def rows_of(dataset: Any, collator: ReadColumns, numbers: Optional[Sequence[int]] = None) -> tuple[Any, Any]:
     """The rows for the data loader and the data set for samplers, of a data set or a [`DataSource`]."""
     source = dataset if isinstance(dataset, DataSource) else DataSource(dataset)
     if source.is_stream and source is not dataset:
@@ -207,12 +230,12 @@ def rows_of(dataset: Any, collator: Any, numbers: Optional[Sequence[int]] = None
     return source.rows(collator, numbers=numbers), source.dataset
 
 
-def media_of(collator: Any, columns: Mapping[str, str] = {}) -> dict[str, str]:
+def media_of(collator: ReadColumns, columns: Mapping[str, str] = {}) -> dict[str, str]:
     """The columns of pictures, videos and sounds, by their names in the data set -> the argument of the processor."""
     return {columns.get(media.column, media.column): kind for kind, media in collator.media.items()}
 
 
-class RowsOfSource(Dataset):
+class RowsOfSource(Dataset[dict[str, Any]]):
     def __init__(
         self,
         dataset: Any,
@@ -247,7 +270,7 @@ class RowsOfSource(Dataset):
         ]
 
 
-class StreamOfSource(IterableDataset):
+class StreamOfSource(IterableDataset[dict[str, Any]]):
     def __init__(self, dataset: Any, source: RowSource, reader: RowReader):
         self.dataset, self.source, self.reader = dataset, source, reader
         # The number of consecutive rows for one worker of a data loader: one batch, so that batches keep their order.

@@ -22,7 +22,7 @@ from ..model.modalities import as_clips, as_list, as_one
 from ..model.tasks import Task
 from .cells import LABEL_SEPARATOR, as_records
 from .mixture import DataMixture
-from .row_labels import encoded_labels, rows_with_columns, text_of
+from .row_labels import encoded_labels, rows_with_columns, text_columns, text_in
 from .sources import DataSource, is_iterable
 
 
@@ -36,7 +36,7 @@ def hold_out_rows(
     dataset: Any,
     fraction: float,
     *,
-    text_column: str | None = "text",
+    text_column: str | Sequence[str] | None = "text",
     image_column: str = "image",
     video_column: str = "video",
     audio_column: str = "audio",
@@ -135,7 +135,7 @@ class _OneGroup(ValueError):
 def _split(
     dataset: Any,
     fraction: float,
-    text_column: str | None,
+    text_column: str | Sequence[str] | None,
     media: Media,
     tasks: list[Task],
     group_column: str | None,
@@ -146,18 +146,18 @@ def _split(
         raise ValueError(f"The fraction of rows to hold out must lie between 0 and 1, but is {fraction}.")
     inner = dataset.dataset if isinstance(dataset, DataSource) else dataset
     if isinstance(inner, (dict, DataMixture)):
-        raise ValueError(f"Rows are held out of one data set, but got a {type(inner).__name__} of several.")
+        raise ValueError(f"Rows can be held out of one data set only, but got a {type(inner).__name__} of several.")
     if is_iterable(inner):
         raise ValueError(
-            f"Rows cannot be held out of a stream ({type(inner).__name__}): give validation rows of their own, or a "
-            "data set with a length."
+            f"Rows cannot be held out of a stream ({type(inner).__name__}): give separate validation rows, or a data "
+            "set with a length."
         )
     readable = _with_records(dataset)
     groups = find_groups(readable, fraction, text_column, media, group_column)
     if len(groups) == 0 or groups.max() == 0:
-        reason = "there are fewer than two" if len(groups) < 2 else "all of them share an image, a video, a sound or "
+        reason = "there are fewer than two" if len(groups) < 2 else "all rows share an image, a video, a sound or "
         reason += "" if len(groups) < 2 else f"a cell of {group_column!r}" if group_column else "a text"
-        raise _OneGroup(f"No rows can be held out, since {reason}: give validation rows of their own.")
+        raise _OneGroup(f"No rows can be held out, since {reason}: give separate validation rows.")
     strata = strata_of(readable, tasks, text_column, label_separator)
     held_out = allocate(groups, strata, fraction, seed, max(len(tasks), 1))
     order = np.random.default_rng([seed, 1]).permutation(len(groups))
@@ -188,7 +188,11 @@ def _take(dataset: Any, rows: list[int]) -> Any:
 
 
 def find_groups(
-    dataset: Any, fraction: float, text_column: str | None, media: Media, group_column: str | None = None
+    dataset: Any,
+    fraction: float,
+    text_column: str | Sequence[str] | None,
+    media: Media,
+    group_column: str | None = None,
 ) -> np.ndarray:
     """
     (num_rows,) int64: the number of the group of each row; see [`hold_out_rows`].
@@ -202,7 +206,7 @@ def find_groups(
     has_group_column = group_column is None
     num_rows = 0
     wanted = [
-        *([] if text_column is None else [text_column]),
+        *text_columns(text_column),
         *media,
         *([] if group_column is None else [group_column]),
     ]
@@ -215,11 +219,11 @@ def find_groups(
             cell = as_scalar(row[group_column])
             if not is_null(cell):
                 members.append((number, ("group", cell if isinstance(cell, (str, int, float)) else repr(cell))))
-        text = "" if text_column is None else " ".join(text_of(row.get(text_column)).casefold().split())
+        text = " ".join(text_in(row, text_column).casefold().split())
         if text:
             texts.setdefault(text, []).append(number)
     if num_rows and not has_group_column:
-        raise ValueError(f"No row has the column {group_column!r}, whose equal cells are to be held out together.")
+        raise ValueError(f"No row has the column {group_column!r}, by which the rows to hold out are grouped.")
     joined = DisjointSet(range(num_rows))
     first: dict[Hashable, int] = {}
     for number, key in members:
@@ -306,7 +310,7 @@ def _hash_of_file(path: str, num_bytes: int | None = None) -> Hashable:
 
 
 def strata_of(
-    dataset: Any, tasks: Sequence[Task], text_column: str | None, label_separator: str = LABEL_SEPARATOR
+    dataset: Any, tasks: Sequence[Task], text_column: str | Sequence[str] | None, label_separator: str = LABEL_SEPARATOR
 ) -> list[list[Hashable]]:
     """The strata of each row: for each task the values of [`Task.strata`], or a stratum of missing labels."""
     strata: list[list[Hashable]] = []

@@ -103,8 +103,8 @@ class TableRows:
                     types[name] = pyarrow.unify_schemas(fields, promote_options="permissive").field(0).type
                 except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
                     raise ValueError(
-                        f"{self.path} is no table: column {shortened(name)} holds values of several types, or what no "
-                        f"table can hold ({one_line(error).rstrip('.')})."
+                        f"{self.path} is not a table: column {shortened(name)} has values of several types, or of a "
+                        f"type that tables do not support ({one_line(error).rstrip('.')})."
                     ) from error
         return pyarrow.schema(types)
 
@@ -126,7 +126,7 @@ class TableRows:
                         continue
                     if len(cells) < len(names) or any(cells[len(names) :]):
                         hint = "a text with a comma must be in quotes"
-                        hint = hint if len(cells) > len(names) else "an empty cell still has its comma"
+                        hint = hint if len(cells) > len(names) else "an empty cell needs its comma, too"
                         raise ValueError(
                             f"{self.path} cannot be read as CSV: row {number:,} has {len(cells)} cells, but there are "
                             f"{len(names)} columns (line {line:,}; {hint})."
@@ -141,7 +141,7 @@ class TableRows:
                 ) from error
             raise ValueError(
                 f"{self.path} cannot be read as CSV: the row that begins in line {start:,} has a quote that is not "
-                f"closed, or that is not doubled within a text ({error})."
+                f"closed, or a quote within a text that is not doubled ({error})."
             ) from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} cannot be read as CSV: {str(error).strip()}.") from error
@@ -152,7 +152,7 @@ class TableRows:
         if twice is not None:
             raise ValueError(f"{self.path} has two columns {shortened(twice)}: rename one.")
         if any("\0" in name for name in names):
-            raise ValueError(f"{self.path} is no table: the name of a column has a zero byte.")
+            raise ValueError(f"{self.path} is not a table: the name of a column has a zero byte.")
 
     def _read_parquet(self) -> Iterator[dict[str, Any]]:
         number = 0

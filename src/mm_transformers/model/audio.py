@@ -69,8 +69,8 @@ def load_audio(
         waveform, rate = _read(_content(clip), name, fetch)
     if rate is None:
         raise AudioError(
-            f"{name} comes without a sampling rate: give {{'array': ..., 'sampling_rate': ...}}, a file, or the rate "
-            "of all arrays by sampling_rate="
+            f"{name} has no sampling rate: give {{'array': ..., 'sampling_rate': ...}}, a file, or one rate for all "
+            "arrays by sampling_rate="
         )
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or rate != rate // 1 or rate <= 0:
         raise AudioError(f"{name} has the sampling rate {rate!r}, but it must be a whole number of samples per second")
@@ -82,7 +82,9 @@ def load_audio(
     waveform = _one_channel(waveform, name)
     _check_length(len(waveform), len(waveform), rate, name)
     if cast.get("stream_index"):
-        raise AudioError(f"{name}: stream {cast['stream_index']} of the file is asked for, but only the first is read")
+        raise AudioError(
+            f"{name}: stream {cast['stream_index']} of the file is requested, but only the first stream is read"
+        )
     if cast.get("sampling_rate"):
         # As in the data set: with the frequencies of that rate only.
         waveform, rate = _resample(waveform, rate, int(cast["sampling_rate"]), name), int(cast["sampling_rate"])
@@ -142,7 +144,7 @@ def _read(content: Any, name: str, fetch: Callable[[str], bytes]) -> tuple[Any, 
     try:
         import soundfile
     except ImportError as error:
-        raise ImportError("Reading files of sound needs a package more: pip install mm-transformers[audio]") from error
+        raise ImportError("Reading audio needs `soundfile`: pip install mm-transformers[audio]") from error
     try:
         with soundfile.SoundFile(_Bytes(content) if isinstance(content, bytes) else content) as file:
             _check_rate(file.samplerate, name)
@@ -194,8 +196,8 @@ def waveform_of_integers(samples: Any, name: str):
     if limits.bits == 64 and loudest <= 2**15 and not -128 <= low <= high <= 255:
         return samples / 2**15
     raise AudioError(
-        f"{name} holds {samples.dtype} samples from {low:,} to {high:,}, which may have 8, 16, 24 or 32 bits: make it "
-        "int16, or floats from -1 to 1"
+        f"{name} holds {samples.dtype} samples from {low:,} to {high:,}, so the number of bits (8, 16, 24 or 32) is "
+        "not known: convert it to int16, or to floats from -1 to 1"
     )
 
 
@@ -204,7 +206,7 @@ def _check_range(samples: Any, name: str) -> None:
     loudest = max(samples.max(), -samples.min())
     if loudest > 64 or (loudest > 1 and (samples == samples.round()).all()):
         raise AudioError(
-            f"{name} holds floats up to {loudest:g}, but 1 is the loudest: divide 16-bit samples by 32,768"
+            f"{name} holds floats up to {loudest:g}, but the largest value is 1: divide 16-bit samples by 32,768"
         )
 
 
@@ -217,6 +219,6 @@ def _resample(waveform, rate: int, wanted: int, name: str):
         import soxr
     except ImportError as error:
         raise ImportError(
-            f"Resampling from {rate:,} to {wanted:,} Hz needs a package more: pip install mm-transformers[audio]"
+            f"Resampling from {rate:,} to {wanted:,} Hz needs `soxr`: pip install mm-transformers[audio]"
         ) from error
     return soxr.resample(waveform, rate, wanted)

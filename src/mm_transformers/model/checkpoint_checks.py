@@ -103,8 +103,8 @@ def check_fit(model: PreTrainedModel, info: LoadingInfo) -> None:
         name, saved, wanted = mismatched[0]
         raise ValueError(
             f"The weight {name!r}{and_more(mismatched)} in {where} has the shape {tuple(saved)}, but its config asks "
-            f"for {tuple(wanted)}: config.json and weights are not of one model; ignore_mismatched_sizes=True loads "
-            "the rest and gives new values to what does not fit."
+            f"for {tuple(wanted)}: config.json and weights belong to different models. ignore_mismatched_sizes=True "
+            "loads the other weights, and initialises these anew."
         )
     missing = set(info.missing_keys)
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
@@ -120,8 +120,8 @@ def check_fit(model: PreTrainedModel, info: LoadingInfo) -> None:
     if left:
         raise ValueError(
             f"{where} lacks the weight {left[0]!r}{and_more(left)} of its model, which would get random values; "
-            f"{_AGAIN}. New tasks are named by from_pretrained(..., tasks=[...]); ignore_mismatched_sizes=True loads "
-            "what there is."
+            f"{_AGAIN}. To add tasks, use from_pretrained(..., tasks=[...]). ignore_mismatched_sizes=True loads the "
+            "weights that exist."
         )
     if not hasattr(model, "heads"):
         new = ("heads.",)
@@ -131,7 +131,8 @@ def check_fit(model: PreTrainedModel, info: LoadingInfo) -> None:
     if unexpected:
         raise ValueError(
             f"{where} has the weight {unexpected[0]!r}{and_more(unexpected)}, which the model of its config does not "
-            "have: config.json and weights are not of one model; ignore_mismatched_sizes=True loads the rest."
+            "have: config.json and weights belong to different models. ignore_mismatched_sizes=True loads the other "
+            "weights."
         )
     _check_types(model, files, where)
 
@@ -282,7 +283,7 @@ def _problem_of_files(path: str | os.PathLike, name: str, where: Mapping[str, An
     files = {shard: _find(path, shard, where) for shard in shards}
     missing = [shard for shard in shards if files[shard] is None]
     if missing:
-        return f"{str(path)!r} lacks {missing[0]}{and_more(missing)} of its {len(shards)} files of weights; {_AGAIN}."
+        return f"{str(path)!r} lacks {missing[0]}{and_more(missing)} of its {len(shards)} weight files; {_AGAIN}."
     return next((problem for file in files.values() if (problem := _problem_of_file(file, path))), None)
 
 

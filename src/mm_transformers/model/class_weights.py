@@ -53,8 +53,8 @@ def weight_tensor(task: Any, option: str, device: torch.device) -> Optional[torc
         return None
     if value == BALANCED:
         raise ValueError(
-            f"Task {task.name!r}: {option}={BALANCED!r} has no numbers yet, since MMTrainer finds them in the training "
-            "rows; train with it, or give a dict from label to weight."
+            f"Task {task.name!r}: {option}={BALANCED!r} has no numbers yet, since MMTrainer computes them from the "
+            "training rows. Train with MMTrainer, or give a dict from label to weight."
         )
     return torch.tensor([value[label] for label in task.labels], dtype=torch.float32, device=device)
 

@@ -224,7 +224,7 @@ class MMTransformerConfig(PreTrainedConfig):
         if values.get("model_type") != cls.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a model of type {values.get('model_type')!r}, not "
-                f"{cls.model_type!r}; to put it into a new model, use `from_encoders`."
+                f"{cls.model_type!r}. To use it as an encoder of a new model, call `from_encoders`."
             )
         _check_auto_map(values, pretrained_model_name_or_path)
         check_values(values)
@@ -239,7 +239,7 @@ class MMTransformerConfig(PreTrainedConfig):
             ValueError: one sentence, if a value has a wrong type or does not fit.
         """
         if not isinstance(config_dict, dict):
-            raise ValueError(f"A config is a mapping of names to values, but this is a {type(config_dict).__name__}.")
+            raise ValueError(f"A config must be a dict, but is a {type(config_dict).__name__}.")
         _check_auto_map(config_dict, kwargs.get("name_or_path"))
         check_values(config_dict)
         if kwargs.get("tasks") is not None:  # objects, which only a new config accepts
@@ -350,7 +350,7 @@ class MMTransformerConfig(PreTrainedConfig):
                 )
         for task in (task_from_dict(task) for task in self.tasks):
             if task.name in seen:
-                raise ValueError(f"Two tasks are called {task.name!r}; every task needs a name of its own.")
+                raise ValueError(f"Two tasks are called {task.name!r}; give each task a different name.")
             seen.add(task.name)
         writing = [task for task in self.get_tasks().values() if task.needs_decoder]
         check_decoder(self.text_config, self.decoder_config, writing)
@@ -372,9 +372,9 @@ def _read(cls: Any, path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     try:
         values, _ = cls.get_config_dict(path, **kwargs)
     except (AttributeError, TypeError, RecursionError, UnicodeDecodeError) as error:
-        raise OSError(f"config.json of {str(path)!r} is no config: {one_line(error)}") from error
+        raise OSError(f"config.json of {str(path)!r} is not a config: {one_line(error)}") from error
     if not isinstance(values, dict):
-        raise OSError(f"config.json of {str(path)!r} is no config: it holds a {type(values).__name__}.")
+        raise OSError(f"config.json of {str(path)!r} is not a config: it holds a {type(values).__name__}.")
     if not values and os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(f"{path} holds no model: it has no config.json.")
     return values
@@ -398,8 +398,8 @@ def check_sizes(values: Any, where: str) -> None:
             is_number = isinstance(number, int) and not isinstance(number, bool)
             if is_number and _LAYERS.search(name) and number > limits().config_layers:
                 raise ValueError(
-                    f"{where}.{name} is {number:,}, but at most {limits().config_layers:,} layers are built; more are "
-                    "allowed by set_limits(config_layers=...)."
+                    f"{where}.{name} is {number:,}, but the limit is {limits().config_layers:,} layers. To raise it, "
+                    "call set_limits(config_layers=...)."
                 )
             if is_number and name == "image_size" and number**2 > limits().image_pixels:
                 raise ValueError(
@@ -439,7 +439,7 @@ def check_traits(config: Any, where: str) -> None:
         and all(isinstance(name, str) for name in unused)
     )
     if not is_right:
-        raise ValueError(f"{where}.encoder_traits is not as this package writes it: {shortened(traits)}.")
+        raise ValueError(f"{where}.encoder_traits is not in the format of this package: {shortened(traits)}.")
 
 
 def _is_folder(name_or_path: Any) -> bool:
@@ -449,7 +449,7 @@ def _is_folder(name_or_path: Any) -> bool:
 def _check_auto_map(values: dict[str, Any], path: Any) -> None:
     """Checks that code is named `module.Class`, beside the config; transformers adds the Hub id before it."""
     if not isinstance(values.get("auto_map") or {}, dict):
-        raise ValueError("auto_map must say for each Auto class which code it loads, as in a saved model.")
+        raise ValueError("auto_map must name the code of each Auto class, as in a saved model.")
     for name, references in (values.get("auto_map") or {}).items():
         for reference in references if isinstance(references, (list, tuple)) else [references]:
             repo, _, code = str(reference).rpartition("--")
@@ -500,13 +500,11 @@ def _resolve(config: Any, modality: str) -> Optional[PreTrainedConfig]:
         values = dict(config)
         model_type = values.pop("model_type", None)
         if model_type is None:
-            raise ValueError(
-                f"{modality}_config is a dict without 'model_type', so it is not known which encoder it is."
-            )
+            raise ValueError(f"{modality}_config is a dict without 'model_type', so its kind of encoder is not known.")
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise ValueError(
                 f"{modality}_config has the model_type {model_type!r}, which transformers does not know; update "
-                "transformers, or make a config of your own known with AutoConfig.register first."
+                "transformers, or register your own config by AutoConfig.register first."
             )
         check_sizes(values, f"{modality}_config")
         try:
@@ -515,7 +513,7 @@ def _resolve(config: Any, modality: str) -> Optional[PreTrainedConfig]:
             raise ValueError(f"{modality}_config has a wrong value: {_without_preamble(error)}") from error
     config = sub_config_of(config, modality)
     if not isinstance(config.dtype, (torch.dtype, str, type(None))):
-        raise ValueError(f"{modality}_config has the dtype {config.dtype!r}, which is no type of torch.")
+        raise ValueError(f"{modality}_config has the dtype {config.dtype!r}, which is not a dtype of torch.")
     check_traits(config, f"{modality}_config")
     if hasattr(config, "auto_map"):
         # Only encoders of transformers or registered by the user; code named by a config is not run.

@@ -56,6 +56,6 @@ def warn_if_not_copied(kind: type) -> None:
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     if file is None or not Path(__file__).with_name(Path(file).name).exists():
         logger.warning_once(
-            f"{kind.__name__} of the module {kind.__module__!r} is saved by its name only: whoever loads the model "
-            "must have mm_transformers installed and import that module first."
+            f"{kind.__name__} of the module {kind.__module__!r} is saved by its name only. To load the model, "
+            "mm_transformers must be installed, and this module imported first."
         )

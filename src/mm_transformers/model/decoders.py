@@ -92,15 +92,13 @@ def check_decoder(text_config: PreTrainedConfig, decoder_config: Optional[PreTra
             positions.
     """
     if decoder_config is not None and text_config.is_encoder_decoder:
-        raise ValueError(
-            f"text_config ({text_config.model_type!r}) has a decoder of its own; leave out decoder_config."
-        )
+        raise ValueError(f"text_config ({text_config.model_type!r}) already has a decoder: leave out decoder_config.")
     if decoder_config is not None and not tasks:
         raise ValueError("decoder_config is given, but no task writes text; add a Generation task or leave it out.")
     if tasks and decoder_config is None and not text_config.is_encoder_decoder:
         raise ValueError(
-            f"Task {tasks[0].name!r} writes text, but text_config ({text_config.model_type!r}) has no decoder: take an "
-            "encoder-decoder (Marian, BART, T5, ...) as text encoder, or give a decoder_config."
+            f"Task {tasks[0].name!r} writes text, but text_config ({text_config.model_type!r}) has no decoder: use "
+            "an encoder-decoder (Marian, BART, T5, ...) as text encoder, or give a decoder_config."
         )
     positions = max_text_positions(text_config) if decoder_config is None else _decoder_positions(decoder_config)
     for task in tasks:

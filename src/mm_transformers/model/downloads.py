@@ -132,7 +132,7 @@ class _Rule:
         if "@" in parts.netloc:
             raise OSError("an address must not hold a user name or a password")
         if self.hosts is not None and parts.hostname not in self.hosts:
-            raise OSError(f"the host {parts.hostname[:100]!r} is not among those that are allowed")
+            raise OSError(f"the host {parts.hostname[:100]!r} is not an allowed host")
 
     def connect(self, deadline: _Deadline, address: tuple[str, int], *_: Any) -> socket.socket:
         """A connection to one of the host's addresses. If only public ones are allowed, none may be private."""
@@ -142,8 +142,8 @@ class _Rule:
             for ip in (str(where[0]) for *_, where in found):
                 if not is_public(ip):
                     raise OSError(
-                        f"the host {host[:100]!r} has the address {ip}, which is not of the public Internet; name the "
-                        "host in allow_urls=[...] if it is to be asked"
+                        f"the host {host[:100]!r} has the address {ip}, which is not on the public Internet; to "
+                        "allow it, give the host in allow_urls=[...]"
                     )
         error: Optional[OSError] = None
         for family, kind, protocol, _name, where in found:

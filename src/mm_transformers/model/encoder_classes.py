@@ -60,7 +60,7 @@ def check_class(config: PreTrainedConfig, modality: str) -> type[PreTrainedModel
     if cls is None:
         raise ValueError(
             f"{config.model_type!r} cannot be the {modality} encoder: transformers has no model for its config, and "
-            "code that a checkpoint names is not run; make a class of your own known with AutoModel.register first."
+            "code from a checkpoint is not run. Register your own class by AutoModel.register first."
         )
     if cls.main_input_name not in wanted:
         raise ValueError(
@@ -76,7 +76,7 @@ def encoder_part(model: PreTrainedModel, modality: str) -> PreTrainedModel:
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{model_type!r} cannot be the {modality} encoder: its encoder is no PreTrainedModel.")
+        raise ValueError(f"{model_type!r} cannot be the {modality} encoder: its encoder is not a PreTrainedModel.")
     wanted = ENCODERS[modality].inputs
     if not set(wanted) & set(inspect.signature(model.forward).parameters):
         raise ValueError(
@@ -147,8 +147,8 @@ def blank_input(config: PreTrainedConfig, modality: str) -> dict[str, torch.Tens
     if hasattr(config, "input_feat_per_channel"):  # Speech2Text
         return {"input_features": torch.zeros(1, 16, config.input_feat_per_channel * config.input_channels)}
     raise ValueError(
-        f"{config.model_type!r} cannot be the audio encoder: it is not known what it takes; choose one of the kinds of "
-        "Wav2Vec2, HuBERT, WavLM, Whisper or AST."
+        f"{config.model_type!r} cannot be the audio encoder: its inputs are not known. Use a kind like Wav2Vec2, "
+        "HuBERT, WavLM, Whisper or AST."
     )
 
 

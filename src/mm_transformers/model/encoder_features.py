@@ -102,9 +102,9 @@ class EncoderFeatures:
         by_length = attention_mask is not None and traits.get("by_length", False)
         if (by_length or traits.get("one_by_one")) and is_sharded(self.encoder):
             raise ValueError(
-                f"The {self.modality} encoder ({self.encoder.config.model_type!r}) mixes the rows of a batch, or its "
-                "padding, so it runs on few of them at a time, which FSDP and DeepSpeed ZeRO-3 do not allow: train it "
-                "with DDP, or choose another encoder."
+                f"The {self.modality} encoder ({self.encoder.config.model_type!r}) lets rows or padding change the "
+                "outputs of other rows, so it runs on few rows at a time. FSDP and DeepSpeed ZeRO-3 do not support "
+                "that: train with DDP, or choose another encoder."
             )
         # A frozen encoder keeps nothing for a backward pass, unless an explanation asks for gradients of the inputs.
         needs_gradients = not self.is_frozen or any(value.requires_grad for value in inputs.values())

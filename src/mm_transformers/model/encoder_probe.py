@@ -115,7 +115,7 @@ def _forward_blank(config: PreTrainedConfig, modality: str, device: str) -> Obse
         if modality == "text":
             inputs = {"input_ids": torch.ones(1, 8, dtype=torch.int64)}
         else:
-            with one_sentence(f"{name}: it takes no blank input"):
+            with one_sentence(f"{name}: it has no blank input"):
                 inputs = {key: x.to(model.dtype) for key, x in blank_input(config, modality).items()}
         # Loading sets `requires_grad` on parameters that were built without it, such as tables of sinusoids.
         parameters = _floating_parameters(model)

@@ -113,8 +113,8 @@ def without_pickles(path: str) -> Iterator[None]:
         if not is_pickle_error(error):
             raise
         raise ValueError(
-            f"The weights of {path!r}, a pytorch_model.bin, hold more than tensors, which could run any code, so they "
-            "are not loaded; choose an encoder with weights in model.safetensors."
+            f"The weights of {path!r}, a pytorch_model.bin, hold more than tensors and could run any code, so they "
+            "are not loaded. Choose an encoder with weights in model.safetensors."
         ) from None
 
 
@@ -137,8 +137,8 @@ def encoder_width(config: PreTrainedConfig) -> int:
         if isinstance(width, int):
             return width
         raise ValueError(
-            f"The width of the tokens of {config.model_type!r} is not known: its config has no `hidden_size`, and "
-            "transformers has no encoder for it; choose another encoder."
+            f"The width of the tokens of {config.model_type!r} is not known, because its config has no `hidden_size` "
+            "and transformers has no encoder for it. Choose another encoder."
         )
     return observe(config, modality).width
 

@@ -114,7 +114,7 @@ def not_there(cell: Any, kind: str) -> str:
             return f"{describe(cell, kind)} is longer than {named('file_bytes')}"
         return f"{describe(cell, kind)} is not valid base64"
     if is_address(text):
-        return f"{describe(cell, kind)} is an address that only data sets open; give a file, or its bytes"
+        return f"{describe(cell, kind)} is an address, which only data sets can open; give a file, or its bytes"
     is_relative = bool(text) and not os.path.isabs(text) and len(text) < 4096
     return f"{describe(cell, kind)} does not exist{' in the current folder' if is_relative else ''}"
 

@@ -61,7 +61,7 @@ def freeze_parameters(model: nn.Module, entries: list[str], encoders: Mapping[st
         if not named:
             known = list(dict.fromkeys(name.partition(".")[0] for name in parameters))
             raise ValueError(
-                f"freeze names {entry!r}, but there are no such parameters: it takes {', '.join(encoders)}, or a "
+                f"freeze names {entry!r}, but there are no such parameters. Use {', '.join(encoders)}, or a "
                 f"sub-module of the model, one of {', '.join(known)}, or of one of these, as 'text_model.embeddings'."
             )
         frozen.update(map(id, named))

@@ -304,8 +304,8 @@ def fusion_class(kind: str, options: dict[str, Any]) -> type[Fusion]:
     """
     if kind not in FUSION_KINDS:
         raise ValueError(
-            f"Unknown fusion_type {kind!r}; known are {', '.join(sorted(FUSION_KINDS))}. "
-            "A kind of your own must be imported (and so registered by @register_fusion) before it is used."
+            f"Unknown fusion_type {kind!r}; known are {', '.join(sorted(FUSION_KINDS))}. Import the module of your "
+            "own kind (with @register_fusion) before you use it."
         )
     cls = FUSION_KINDS[kind]
     known = list(inspect.signature(cls.__init__).parameters)[4:]

@@ -66,8 +66,8 @@ class AnswerDecoder:
         start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
         if start is None:
             raise ValueError(
-                f"Task {task.name!r}: the decoder does not say with which token it starts; say it by "
-                "Generation(..., decoder_start_ids=[...])."
+                f"Task {task.name!r}: the config of the decoder has no start token. Give it by Generation(..., "
+                "decoder_start_ids=[...])."
             )
         return [start] if config.forced_bos_token_id is None else [start, config.forced_bos_token_id]
 
@@ -114,8 +114,8 @@ class AnswerDecoder:
         """
         if options.get("assistant_model") is not None:
             raise ValueError(
-                "generate cannot use assistant_model, to which the fused states of this model mean nothing; "
-                "leave it out."
+                "generate does not support assistant_model, which cannot read the fused states of this model: leave "
+                "it out."
             )
         states = fused.last_hidden_state
         given = options.get("generation_config")
@@ -142,8 +142,8 @@ class AnswerDecoder:
         """
         if not isinstance(ids, torch.Tensor) or len(ids) != num_rows:
             raise ValueError(
-                f"Task {task.name!r}: a row has one answer, so num_return_sequences must be 1, and "
-                "return_dict_in_generate False; model.generate(...) gives more."
+                f"Task {task.name!r}: a row has one answer, so num_return_sequences must be 1 and "
+                "return_dict_in_generate False. For more, call model.generate(...)."
             )
         return ids[:, len(self.start_ids(task)) :]
 

@@ -84,6 +84,6 @@ def _with_parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 def _refusal(what: str, name: str, value: Any) -> str:
     return (
-        f"The {what} asks for {name}={str(value)[:100]!r}, code of the Hub, which a checkpoint cannot ask for; remove "
-        "it, and pass it to from_pretrained if you trust it."
+        f"The {what} asks for {name}={str(value)[:100]!r}, which is code of the Hub, and a checkpoint may not load "
+        "it. Remove it, and pass it to from_pretrained if you trust it."
     )

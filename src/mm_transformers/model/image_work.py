@@ -86,7 +86,7 @@ def check_icon(content: Any) -> None:
         for start in range(0, len(entries) - 15, 16):
             file.seek(int.from_bytes(entries[start + 12 : start + 16], "little") + 16)
             if int.from_bytes(file.read(4), "little") in _RUN_LENGTHS:
-                raise UnreadableFile("it is an icon with run lengths, which no icon may have")
+                raise UnreadableFile("it is an icon with run-length encoding, which icons must not have")
 
 
 def count_scans(content: bytes) -> int:

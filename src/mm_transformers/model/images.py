@@ -220,7 +220,8 @@ def _check_size(picture: Any, name: str) -> None:
         raise ImageError(f"{name} has {width:,} x {height:,} pixels, more than {named('image_pixels')}")
     if max(width, height) > limits().image_aspect_ratio * min(width, height):
         raise ImageError(
-            f"{name} has {width:,} x {height:,} pixels, so its sides differ by more than {named('image_aspect_ratio')}"
+            f"{name} has {width:,} x {height:,} pixels, so the ratio of its sides is more than "
+            f"{named('image_aspect_ratio')}"
         )
 
 
@@ -281,7 +282,9 @@ def _from_array(array: Any):
         array = array if array.dtype == np.uint8 else _from_integers(array, f"an image array of {array.dtype}")
     elif np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):
-            raise ImageError("an image array of floats must lie between 0 and 1; divide it by 255, or make it uint8")
+            raise ImageError(
+                "an image array of floats must lie between 0 and 1; divide it by 255, or convert it to uint8"
+            )
         scaled = np.empty(array.shape, np.uint8)
         for rows, into in zip(_in_blocks(array), _in_blocks(scaled), strict=True):
             into[...] = (rows * 255 + 0.5).astype(np.uint8)
@@ -300,8 +303,8 @@ def _from_sixteen_bits(values: Any, what: str):
     """Scales to 8 bits, unless so little of the range is used that white must be another number."""
     if 0 < values.max() < 2**12:
         raise ImageError(
-            f"{what} has no value above {int(values.max()):,}, so white cannot be 65,535: scale it to uint8 by the "
-            "value that is white"
+            f"{what} has no value above {int(values.max()):,}, so 65,535 cannot be white: scale it to uint8 by the "
+            "value of white"
         )
     return values // 257
 
@@ -311,7 +314,10 @@ def _from_integers(values: Any, what: str):
     if not (values.min() >= 0 and values.max() <= 255):
         raise ImageError(f"{what} must lie between 0 and 255")
     if values.max() == 1:
-        raise ImageError(f"{what} holds 0 and 1 only, so white is not known: make it bool, or uint8 from 0 to 255")
+        raise ImageError(
+            f"{what} holds only 0 and 1, so the value of white is not known: convert it to bool, or to uint8 from 0 "
+            "to 255"
+        )
     return values
 
 

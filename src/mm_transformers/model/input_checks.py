@@ -146,8 +146,8 @@ def check_finite_weights(model: nn.Module) -> None:
     bad = [name for name, x in weights if name in set(bad) and not x.isfinite().all()]
     if bad:
         raise ValueError(
-            f"The weight {bad[0]!r}{and_more(bad)} of the model is NaN or infinite, so nothing can be computed with it:"
-            " its checkpoint is damaged, or its training has diverged; take another checkpoint."
+            f"The weight {bad[0]!r}{and_more(bad)} of the model is NaN or infinite: its checkpoint is damaged, or "
+            "its training has diverged. Use another checkpoint."
         )
 
 
@@ -230,5 +230,5 @@ def _refused(inner: PreTrainedModel, modality: str, name: str, value: torch.Tens
     except Exception as error:
         yield (
             f"The {modality} encoder takes no {name} of shape {tuple(value.shape)} and type {value.dtype} "
-            f"({one_line(error)[:-1]}): let the processor make them."
+            f"({one_line(error)[:-1]}): create the inputs with the processor."
         )

@@ -67,22 +67,26 @@ def infer_labels(cells: Iterable[Any], column: str) -> list[str]:
         for label in cell if isinstance(cell, (list, tuple)) else [cell]:
             if not isinstance(label, (str, bool, numbers.Real, type(None))):
                 raise ValueError(
-                    f"Column {column!r} holds {shorten_value(label)} of type {type(label).__name__}, which is no label."
+                    f"Column {column!r} holds {shorten_value(label)} of type {type(label).__name__}, which "
+                    "cannot be a label."
                 )
             if not is_missing(label):
                 kinds.add(type(label) if isinstance(label, (str, bool)) else float)
                 values.add(label.strip() if isinstance(label, str) else label)
     if not values:
-        raise ValueError(f"Column {column!r} has no label in the training rows, so there is nothing to learn from.")
+        raise ValueError(
+            f"Column {column!r} has no label in the training rows: leave out its task, or give rows with labels."
+        )
     if len(kinds) > 1:
         one, other = sorted({str: "texts", bool: "truth values", float: "numbers"}[held] for held in kinds)[::-1][:2]
-        raise ValueError(f"Column {column!r} holds {one} and {other}; labels are one or the other.")
+        raise ValueError(f"Column {column!r} holds {one} and {other}, but labels must all have one type.")
     if kinds == {bool}:
         return sorted(str(value).lower() for value in values)
     are_numbers = all(not isinstance(value, str) or NUMBER.fullmatch(value) for value in values)
     if are_numbers and not all(float(value).is_integer() for value in values):
         raise ValueError(
-            f"Column {column!r} holds numbers that are not whole: is its task a regression? If not, name its labels."
+            f"Column {column!r} holds numbers that are not whole: for a regression, set the kind of the task to "
+            "regression; for a classification, name its labels."
         )
     if kinds == {str}:
         return sorted(values)

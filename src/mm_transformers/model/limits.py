@@ -149,7 +149,7 @@ def set_limits(**changes: Any) -> Limits:
 def named(name: str) -> str:
     """The name of a limit in messages, with the way to change it."""
     value = getattr(_current, name)
-    return f"the limit {name}={value:,}; set_limits({name}=...), or the option --limit {name}=..., changes it"
+    return f"the limit {name}={value:,}; to change it, use set_limits({name}=...) or --limit {name}=..."
 
 
 class CarriedLimits:

@@ -273,9 +273,9 @@ def register_modality(modality: Modality) -> Modality:
     taken = {"text": TEXT, **MODALITIES, **PARTS}
     for name in (modality.name, modality.argument):
         if name in taken and getattr(taken[name], "encoder", None) != encoder:
-            raise ValueError(f"There is a modality {name!r} already; choose another name.")
+            raise ValueError(f"The modality {name!r} already exists; choose another name.")
     if ENCODERS.get(encoder.name, encoder).own is None:
-        raise ValueError(f"There is an encoder {encoder.name!r} already; choose another name.")
+        raise ValueError(f"The encoder {encoder.name!r} already exists; choose another name.")
     ENCODERS[encoder.name] = OTHER_ENCODERS[encoder.name] = encoder
     MODALITIES[modality.argument] = modality
     if modality.columns is None:

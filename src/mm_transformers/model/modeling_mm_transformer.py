@@ -596,8 +596,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         text = next((x for x in (input_ids, inputs_embeds, text_features) if x is not None), None)
         if text is None:
             raise ValueError(
-                "Give the texts as input_ids, inputs_embeds or text_features; attention_mask 0 says that there are "
-                "none."
+                "Give the texts as input_ids, inputs_embeds or text_features. For rows without text, set "
+                "attention_mask to 0."
             )
         batch_size, device = text.shape[0], text.device
         if attention_mask is None:
@@ -910,7 +910,9 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         ```
         """
         if "num_labels" in kwargs:
-            raise ValueError("num_labels belongs to a task: give tasks=[Classification('name', labels=[...])].")
+            raise ValueError(
+                "num_labels is not an option of the model: give tasks=[Classification('name', labels=[...])]."
+            )
         load = partial(super().from_pretrained, pretrained_model_name_or_path, *args)
         if tasks is None and kwargs.get("config") is None:
             return load(**kwargs)
@@ -1315,8 +1317,8 @@ class MMTransformerForSequenceClassification(MMTransformerForMultiTask):
         if not self.takes(self.tasks):
             found = ", ".join(f"{name} ({task.kind})" for name, task in self.tasks.items()) or "none"
             raise ValueError(
-                f"AutoModelForSequenceClassification takes models with one task, a classification; the tasks of this "
-                f"one are: {found}. Load it by AutoModel."
+                "AutoModelForSequenceClassification loads models with one Classification task, but this model has: "
+                f"{found}. Load it by AutoModel."
             )
 
     @staticmethod

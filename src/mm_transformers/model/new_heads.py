@@ -59,7 +59,7 @@ def load_with_tasks(
     given = MMTransformerConfig.from_pretrained(config, **where) if isinstance(config, (str, os.PathLike)) else config
     if path is None or (given is not None and given.model_type != MMTransformerConfig.model_type):
         if tasks is not None:
-            raise ValueError("tasks=[...] needs the folder or the Hub id of a saved model, and no foreign config.")
+            raise ValueError("tasks=[...] needs the folder or the Hub id of a saved model, without config=.")
         return load(config=given, output_loading_info=output_loading_info, **kwargs)
     saved = MMTransformerConfig.from_pretrained(path, **where)
     if given is None:
@@ -103,8 +103,8 @@ def tasks_with_new_heads(saved: MMTransformerConfig, config: MMTransformerConfig
     if saved.has_decoder != config.has_decoder:
         which = "no decoder, so it cannot get a task" if config.has_decoder else "a decoder, so it must keep a task"
         raise ValueError(
-            f"The saved model has {which} that writes: make a new model by from_encoders(..., tasks=[...]), or keep to "
-            "tasks of the same sort."
+            f"The saved model has {which} that writes: make a new model by from_encoders(..., tasks=[...]), or "
+            "change only other tasks."
         )
     before = saved.get_tasks()
     return [name for name, task in config.get_tasks().items() if _has_other_head(task, before.get(name))]

@@ -43,8 +43,8 @@ def encode_pair(name: str, value: Any) -> Optional[int]:
         value = value.strip()
     if not isinstance(value, (str, int)):
         raise ValueError(
-            f"task {name!r}: expected the id of what text and {name} are about, True, False or None, but got "
-            f"{shorten_value(value)} of type {type(value).__name__}"
+            f"task {name!r}: expected an id (equal for a text and {name} that belong together), True, False or None, "
+            f"but got {shorten_value(value)} of type {type(value).__name__}"
         )
     return fingerprint(value)
 

@@ -123,7 +123,7 @@ class MultimodalPipeline(Pipeline):
         self.processor.save_pretrained(save_directory)
 
     def preprocess(self, input_, **kwargs):
-        raise NotImplementedError("Rows are read by batches: see get_iterator.")
+        raise NotImplementedError("Rows are preprocessed in batches by get_iterator.")
 
     def _forward(self, inputs, tasks=None, decode_options=None, generate_kwargs=None):
         if "error" in inputs:
@@ -212,7 +212,7 @@ def _checked(row: Any, number: int, known: Optional[Sequence[str]], processor: A
     parts = {name: part for name, part in parts.items() if part is not None}
     if not any(name in PARTS or not isinstance(part, str) or part.strip() for name, part in parts.items()):
         if set(keys) != set(ARGUMENTS):
-            raise ValueError(f"Row {number} has nothing in {_listed(keys)}.")
+            raise ValueError(f"Row {number} has no content in {_listed(keys)}.")
         raise ValueError(f"Row {number} has neither a text nor an image, a video or a sound.")
     return parts
 
@@ -233,8 +233,8 @@ def _refuse_addresses(row: dict[str, Any], number: int) -> None:
                 waiting += content
             if is_url(content):
                 raise ValueError(
-                    f"Row {number}: {describe(item, name)} is an address in a data set, which is not fetched; give the "
-                    "rows as dicts, in a list or a generator, if you trust them."
+                    f"Row {number}: {describe(item, name)} is an address in a data set, which is not fetched. If you "
+                    "trust the rows, give them as dicts, in a list or a generator."
                 )
 
 

@@ -50,7 +50,7 @@ def split_options(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     for name in arguments:
         meant = difflib.get_close_matches(name, fields, n=1, cutoff=0.85) if name not in fields else []
         if meant:
-            raise ValueError(f"from_encoders knows no {name!r}; did you mean {meant[0]!r}?")
+            raise ValueError(f"from_encoders has no argument {name!r}; did you mean {meant[0]!r}?")
     options = {name: value for name, value in arguments.items() if name in fields}
     return options, {name: value for name, value in arguments.items() if name not in fields}
 

@@ -90,7 +90,7 @@ def _read_part(what: str, auto_class: Any, path: Any, **kwargs: Any) -> Any:
     except (ImportError, OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"The {what} in {os.fspath(path)!r} has code of its own, which is not run; pass trust_remote_code=True "
+                f"The {what} in {os.fspath(path)!r} has custom code, which is not run; pass trust_remote_code=True "
                 "if you trust it."
             ) from error
         # Of the two latter, those of JSON say nothing of the file.
@@ -425,9 +425,7 @@ class MMTransformerProcessor(ProcessorMixin):
             text = [text]
             media = {name: None if entry is None else [entry] for name, entry in media.items()}
         if not isinstance(text, (list, tuple)) or not text or not all(x is None or isinstance(x, str) for x in text):
-            raise ValueError(
-                "text must be a string or a list of strings, one per row; use '' where there is only an image."
-            )
+            raise ValueError("text must be a string or a list of strings, one per row; for a row without text, use ''.")
         entries = {name: _one_per_row(name, entry, len(text)) for name, entry in media.items()}
         data = self._tokenize([x or "" for x in text], **options["text_kwargs"])
         has_text = torch.tensor([bool(x and x.strip()) for x in text])
@@ -451,8 +449,8 @@ class MMTransformerProcessor(ProcessorMixin):
         if config is None or encoder.own is None:
             if any(modality.items(entry) for entry in entries):
                 raise ValueError(
-                    f"This processor has no {encoder.name}_config, but got {modality.argument}; it belongs to a model "
-                    f"without {modality.nouns}."
+                    f"This processor has no {encoder.name}_config, but got {modality.argument}. It belongs to a "
+                    f"model without {modality.nouns}."
                 )
             return {}
         distinct, read = _Distinct(), modality.reader(ReaderContext(self, fetch))
@@ -529,8 +527,8 @@ class MMTransformerProcessor(ProcessorMixin):
             max_length = saved if to_length else max_length
         if return_word_index and not tokenizer.is_fast:
             raise ValueError(
-                f"Labels of words need a fast tokenizer, but {type(tokenizer).__name__} is a slow one: it does not say "
-                "where in the text its tokens are."
+                f"Labels of words need a fast tokenizer, but {type(tokenizer).__name__} is a slow one, which does "
+                "not return the positions of tokens in the text."
             )
         max_length = max_length or tokenizer.model_max_length
         options = {
@@ -554,8 +552,8 @@ class MMTransformerProcessor(ProcessorMixin):
             if length > max_length and "text" not in self._warned:
                 self._warned.add("text")
                 logger.warning(
-                    f"A text of {'more than ' * (text != given)}{length} tokens was cut to the {max_length} that the "
-                    "text encoder takes; further ones are cut without a warning."
+                    f"A text of {'more than ' * (text != given)}{length} tokens was cut to {max_length}, the most "
+                    "that the text encoder accepts. More such texts are cut without a warning."
                 )
             # Rounding up would go past the last position.
             options["pad_to_multiple_of"] = None
@@ -634,7 +632,7 @@ class MMTransformerProcessor(ProcessorMixin):
         everything = [picture if isinstance(picture, torch.Tensor) else next(rest) for picture in pictures]
         if len({picture.shape for picture in everything}) > 1:
             raise ValueError(
-                "The image processor gives pictures of different sizes, which only fit into a batch of at most "
+                "The image processor returns pictures of different sizes, which fit only into a batch of at most "
                 f"{named('batch_pixels')}; or give it do_resize=True and a fixed size."
             )
         return torch.stack(everything)
@@ -655,7 +653,7 @@ class MMTransformerProcessor(ProcessorMixin):
         """
         if self.image_processor is None:
             raise ValueError(
-                "This processor has no image processor, but got images; it belongs to a model without images."
+                "This processor has no image processor, but got images. It belongs to a model without images."
             )
         with _errors_of("image processor"):
             return self.image_processor(images=pictures, return_tensors="pt", **options)["pixel_values"]
@@ -709,15 +707,15 @@ class MMTransformerProcessor(ProcessorMixin):
         waveform = load_audio(clip, rate, sampling_rate, fetch)
         if len(waveform) < SHORTEST_CLIP * rate:
             raise AudioError(
-                f"{name} lasts {1000 * len(waveform) / rate:.1f} ms, less than the "
-                f"{1000 * SHORTEST_CLIP:.0f} ms that audio encoders listen to at a time"
+                f"{name} lasts {1000 * len(waveform) / rate:.1f} ms, less than the {1000 * SHORTEST_CLIP:.0f} ms of "
+                "the shortest input of audio encoders"
             )
         longest = self.longest_clip
         if len(waveform) > longest and "audio" not in self._warned:
             self._warned.add("audio")
             logger.warning(
-                f"{name} of {len(waveform) / rate:.1f} s was cut to the {longest / rate:.1f} s that the "
-                "audio encoder takes; further ones are cut without a warning."
+                f"{name} of {len(waveform) / rate:.1f} s was cut to the {longest / rate:.1f} s that the audio "
+                "encoder accepts. More such sounds are cut without a warning."
             )
         # A feature extractor with its own window cuts better: it needs the samples just behind it.
         return waveform if self._window is not None else waveform[:longest]
@@ -746,7 +744,7 @@ class MMTransformerProcessor(ProcessorMixin):
         return list(dict.fromkeys(names))
 
 
-_NO_EXTRACTOR = "This processor has no feature extractor, but got sound; it belongs to a model without sound."
+_NO_EXTRACTOR = "This processor has no feature extractor, but got sound. It belongs to a model without sound."
 
 
 @contextlib.contextmanager

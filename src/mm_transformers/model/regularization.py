@@ -70,8 +70,8 @@ def check_regularization(spec: Optional[dict[str, Any]], tasks: dict[str, Any]) 
         return
     if not isinstance(spec, dict) or not {"kind", "weight"} <= set(spec) <= {"kind", "weight", "tasks", "encoders"}:
         raise ValueError(
-            'regularization must be {"kind": "l2", "l1" or "l2_sp", "weight": lambda}, with "tasks" and "encoders" if '
-            f"something else holds for them, but is {spec!r}."
+            'regularization must be {"kind": "l2", "l1" or "l2_sp", "weight": lambda}, and optionally other values '
+            f'for "tasks" and "encoders", but is {spec!r}.'
         )
     unknown = sorted(set(spec.get("tasks") or {}) - set(tasks))
     if unknown:
@@ -79,8 +79,8 @@ def check_regularization(spec: Optional[dict[str, Any]], tasks: dict[str, Any]) 
     for name in spec.get("tasks") or {}:
         if tasks[name].needs_decoder:
             raise ValueError(
-                f"regularization names the task {name!r}, which has no layers of its own: it writes with the decoder, "
-                'which is a part of the text model that "encoders" stands for.'
+                f"regularization names the task {name!r}, which has no layers except the decoder; the decoder "
+                'belongs to "encoders".'
             )
     parts = {"": spec, " of the encoders": spec.get("encoders")}
     parts.update({f" of task {name!r}": part for name, part in (spec.get("tasks") or {}).items()})

@@ -171,7 +171,7 @@ def check_index(
     if index is None:
         if num_items not in (0, batch_size):
             raise ValueError(
-                f"Got {num_items} {items} for {batch_size} rows: say by `{name}` which belong to which row."
+                f"Got {num_items} {items} for {batch_size} rows: give `{name}`, which says to which row each belongs."
             )
         first = torch.arange(batch_size, device=device)[:, None]
         return (first, True) if num_items else (torch.full_like(first, -1), False)

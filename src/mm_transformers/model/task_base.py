@@ -58,8 +58,8 @@ def task_from_dict(values: dict[str, Any]) -> "Task":
     kind, name = values.pop("kind", None), values.get("name")
     if not isinstance(kind, str) or kind not in TASK_KINDS:
         raise ValueError(
-            f"Unknown task kind {kind!r} of task {name!r}; known kinds are {', '.join(sorted(TASK_KINDS))}. "
-            "A kind of your own must be imported (and so registered by @register_task) before it is loaded."
+            f"Unknown task kind {kind!r} of task {name!r}; known kinds are {', '.join(sorted(TASK_KINDS))}. Import "
+            "the module of your own kind (with @register_task) before you load the model."
         )
     cls = TASK_KINDS[kind]
     options = {f.name for f in dataclasses.fields(cls)}
@@ -195,7 +195,7 @@ class Task:
         if not isinstance(self.name, str) or not _VALID_NAME.fullmatch(self.name):
             raise ValueError(
                 f"Task name {self.name!r} is not valid: it must start with a letter and hold only letters, digits "
-                "and underscores; use `column=` if the column of your data is called otherwise."
+                "and underscores; use `column=` if the column of your data has another name."
             )
         if self.name in _RESERVED_NAMES or hasattr(TaskHeads({}), self.name):
             raise ValueError(f"Task name {self.name!r} is reserved; choose another and say `column={self.name!r}`.")
@@ -516,7 +516,7 @@ class Task:
         Raises:
             ValueError: if this task cannot give an answer.
         """
-        raise ValueError(f"Task {self.name!r}: tasks of kind {self.kind!r} do not say how to explain their answers.")
+        raise ValueError(f"Task {self.name!r}: tasks of kind {self.kind!r} do not support explanations.")
 
     def predictions_and_references(
         self, logits: torch.Tensor, labels: torch.Tensor

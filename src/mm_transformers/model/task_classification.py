@@ -63,7 +63,7 @@ class Classification(Task):
         super().__post_init__()
         self.labels = check_labels(self.name, self.labels)
         if len(self.labels) < 2:
-            raise ValueError(f"Task {self.name!r}: a choice needs at least two labels, but got {self.labels}.")
+            raise ValueError(f"Task {self.name!r}: it needs at least two labels, but got {self.labels}.")
         self.class_weights = check_weights(self, "class_weights")
         self.label_smoothing = check_label_smoothing(self)
 

@@ -109,7 +109,7 @@ class Generation(Task):
         """
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if end is None:
-            raise ValueError(f"task {self.name!r}: the tokenizer has no token that ends a text; set its eos_token")
+            raise ValueError(f"task {self.name!r}: the tokenizer has no eos_token, which ends a text: set it")
         if not texts:
             return []
         # M2M100's tokenizer has a mode for targets. It needs a language, which is not used without special tokens.
@@ -120,9 +120,9 @@ class Generation(Task):
         longest = max(map(len, encoded))
         if longest >= self.max_length:
             logger.warning_once(
-                f"Task {self.name!r}: a text of {'more than ' * (needed != texts)}{longest + 1} tokens with its end is "
-                "longer than max_length="
-                f"{self.max_length}: the loss counts its beginning only; metrics compare with the whole text."
+                f"Task {self.name!r}: a text of {'more than ' * (needed != texts)}{longest + 1} tokens (with the end "
+                f"token) is longer than max_length={self.max_length}. The loss uses only its beginning; metrics use "
+                "the whole text."
             )
         return [[*ids[: self.max_length - 1], end] for ids in encoded]
 

@@ -85,8 +85,8 @@ class MultiLabel(Task):
             value = value.tolist()
         if not isinstance(value, (list, tuple, set)):
             raise ValueError(
-                f"task {self.name!r}: expected a list of labels ([] if none holds, None if it is not known), but got "
-                f"{shorten_value(value)} of type {type(value).__name__}"
+                f"task {self.name!r}: expected a list of labels ([] if none applies, None if it is not known), but "
+                f"got {shorten_value(value)} of type {type(value).__name__}"
             )
         value = [as_scalar(item) for item in value]
         value = [item for item in value if not isinstance(item, numbers.Real) or item != PADDING]

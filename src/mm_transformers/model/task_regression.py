@@ -80,7 +80,9 @@ class Regression(Task):
     ) -> tuple[torch.Tensor, list[Any]]:
         """The score is the number itself."""
         if any(answer is not None for answer in answers):
-            raise ValueError(f"Task {self.name!r} gives a number, which speaks for itself; leave out the answer.")
+            raise ValueError(
+                f"Task {self.name!r} answers with a number, so there is no other answer to explain: leave out `answer`."
+            )
         return logits, logits.float().tolist()
 
     def predictions_and_references(

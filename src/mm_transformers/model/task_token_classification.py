@@ -85,7 +85,7 @@ class TokenClassification(Task):
         super().__post_init__()
         self.labels = check_labels(self.name, self.labels)
         if len(self.labels) < 2:
-            raise ValueError(f"Task {self.name!r}: a choice needs at least two labels, but got {self.labels}.")
+            raise ValueError(f"Task {self.name!r}: it needs at least two labels, but got {self.labels}.")
         self.class_weights = check_weights(self, "class_weights")
         self.label_smoothing = check_label_smoothing(self)
 
@@ -142,7 +142,7 @@ class TokenClassification(Task):
                 if (words != -100).sum() > (labels[row] != -100).sum():
                     logger.warning_once(
                         f"Task {self.name!r}: some words with labels have no token, since the text is longer than "
-                        "max_length or the tokenizer drops their characters. Neither loss nor metrics count them."
+                        "max_length or the tokenizer drops their characters. Loss and metrics ignore them."
                     )
         return labels
 

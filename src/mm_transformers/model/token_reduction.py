@@ -139,4 +139,4 @@ def check_token_reduction(options: Optional[dict[str, Any]]) -> None:
                 f"has {name} = {value!r}."
             )
     if "num_tokens" not in options:
-        raise ValueError(f"vision_token_reduction {options!r} does not say how many tokens are left: num_tokens.")
+        raise ValueError(f"vision_token_reduction {options!r} has no num_tokens, the number of tokens that remain.")

@@ -83,7 +83,7 @@ def _check_frames(total: int, wanted: int, name: str) -> None:
     if total > limits().video_frames:
         raise VideoError(f"{name} has {total:,} frames, more than {named('video_frames')}")
     if min(total, wanted) > limits().kept_frames:
-        raise VideoError(f"{name}: {min(total, wanted):,} frames are to be taken, more than {named('kept_frames')}")
+        raise VideoError(f"{name}: {min(total, wanted):,} frames are requested, more than {named('kept_frames')}")
 
 
 def _read(
@@ -94,7 +94,7 @@ def _read(
     try:
         import av
     except ImportError as error:
-        raise ImportError("Reading videos needs a package more: pip install mm-transformers[video]") from error
+        raise ImportError("Reading videos needs `av`: pip install mm-transformers[video]") from error
     if is_url(content):
         try:
             content = fetch(content)
@@ -139,7 +139,7 @@ def _check_header(container: Any, stream: Any, name: str) -> None:
         raise VideoError(f"{name} has frames of {width:,} x {height:,} pixels, more than {named('video_frame_pixels')}")
     if stream.frames * width * height > limits().video_pixels:
         raise VideoError(
-            f"{name} has {stream.frames:,} frames of {width:,} x {height:,} pixels, more in all than "
+            f"{name} has {stream.frames:,} frames of {width:,} x {height:,} pixels, in total more than "
             f"{named('video_pixels')}"
         )
 
@@ -157,7 +157,7 @@ def _decoded(container: Any, stream: Any, name: str) -> Iterator[Any]:
         in_packets += context.width * context.height if packet.size else 0
         in_frames += sum(frame.width * frame.height for frame in frames)
         if max(in_packets, in_frames) > limits().video_pixels:
-            raise VideoError(f"the frames of {name} have more pixels in all than {named('video_pixels')}")
+            raise VideoError(f"the frames of {name} have in total more pixels than {named('video_pixels')}")
         yield from frames
 
 

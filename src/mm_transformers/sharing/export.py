@@ -13,12 +13,13 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..model.answers import evaluation_mode
@@ -28,6 +29,11 @@ from ..model.safe_writing import drop_link
 from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES
 
 
+if TYPE_CHECKING:
+    from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+    from ..model.processing_mm_transformer import MMTransformerProcessor
+
+
 # The output of the graph of a model with a decoder beside the logits of its heads.
 STATES, STATES_MASK = "fused_states", "fused_mask"
 
@@ -35,7 +41,7 @@ STATES, STATES_MASK = "fused_states", "fused_mask"
 class FusedGraph(nn.Module):
     """The first graph: the logits of the heads and, for the decoder, the fused states."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: "MMTransformerForMultiTask"):
         super().__init__()
         self.model, self.config = model, model.config
 
@@ -51,11 +57,13 @@ class FusedGraph(nn.Module):
 class DecoderGraph(nn.Module):
     """The second graph: the logits of the next token, (batch, 1, vocabulary)."""
 
-    def __init__(self, text_model: Any):
+    def __init__(self, text_model: PreTrainedModel):
         super().__init__()
         self.text_model, self.config = text_model, text_model.config
 
-    def forward(self, decoder_input_ids, fused_states, fused_mask) -> dict[str, torch.Tensor]:
+    def forward(
+        self, decoder_input_ids: torch.Tensor, fused_states: torch.Tensor, fused_mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         outputs = self.text_model(
             encoder_outputs=BaseModelOutput(last_hidden_state=fused_states),
             attention_mask=fused_mask,
@@ -72,7 +80,13 @@ class Sample(NamedTuple):
     dynamic: dict[str, list[int]]
 
 
-def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: str = "onnx", int8: bool = False) -> None:
+def export_model(
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
+    folder: str | os.PathLike[str],
+    kind: str = "onnx",
+    int8: bool = False,
+) -> None:
     """
     Writes the graphs, the processor and the config into a folder, atomically.
 
@@ -99,11 +113,12 @@ def export_model(model: Any, processor: Any, folder: str | os.PathLike, kind: st
         encoder_config = getattr(model.config, f"{modality}_config")
         if {"by_length", "one_by_one"} & set(traits_of(encoder_config)):
             raise ValueError(
-                f"A model whose {modality} encoder is {encoder_config.model_type!r} cannot be exported: this encoder "
-                "mixes the rows of a batch, or its padding, so it runs on few of them at a time, which no graph can."
+                f"A model whose {modality} encoder is {encoder_config.model_type!r} cannot be exported: with this "
+                "encoder, rows of a batch or padding change the answers of other rows. An exported graph cannot "
+                "prevent that."
             )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and not empty; name another folder.")
+        raise ValueError(f"{folder} exists and is not empty: choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     modes = ExitStack()
     modes.enter_context(evaluation_mode(model))
@@ -157,7 +172,9 @@ def check_exporters(kind: str) -> None:
             ) from error
 
 
-def sample_inputs(model: Any, processor: Any, size: int) -> dict[str, torch.Tensor]:
+def sample_inputs(
+    model: "MMTransformerForMultiTask", processor: "MMTransformerProcessor", size: int
+) -> dict[str, torch.Tensor]:
     """Inputs of `size` rows; the numbers and lengths of texts, images and sounds also depend on `size`."""
     modalities: dict[str, Any] = {}
     if model.config.vision_config is not None:
@@ -189,7 +206,7 @@ def _differing(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Ten
     }
 
 
-def _decoder_sample(model: Any, inputs: Mapping[str, torch.Tensor]) -> Sample:
+def _decoder_sample(model: "MMTransformerForMultiTask", inputs: Mapping[str, torch.Tensor]) -> Sample:
     with torch.no_grad():
         encoded = model.model(**inputs)
     states = encoded.last_hidden_state

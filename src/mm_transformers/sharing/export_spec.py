@@ -38,7 +38,9 @@ def read_spec(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         is_known = False
     if not is_known:
-        raise ValueError(f"{path} does not describe exported graphs as mm-transformers export does; export once more.")
+        raise ValueError(
+            f"{path} is not a description of exported graphs by mm-transformers export: export the model again."
+        )
     return spec
 
 

@@ -51,15 +51,17 @@ class ExportedModel:
     ```
     """
 
-    def __init__(self, folder: str | os.PathLike, trust_pickle: bool = False):
+    def __init__(self, folder: str | os.PathLike[str], trust_pickle: bool = False):
         path = Path(folder, SPEC_NAME)
         if not path.is_file():
-            raise OSError(f"{folder} holds no exported model: it has no {SPEC_NAME}; mm-transformers export makes one.")
+            raise OSError(
+                f"{folder} holds no exported model: it has no {SPEC_NAME}. Export a model by `mm-transformers export`."
+            )
         spec = read_spec(path)
         if spec["format"] == "torch" and not trust_pickle:
             raise ValueError(
-                f"{folder} holds programs of torch.export, which can run any code when they are loaded: export to ONNX "
-                "instead, or, if you trust whoever made them, pass trust_pickle=True."
+                f"{folder} holds programs of torch.export, which can run any code when they are loaded. Export to "
+                "ONNX instead, or pass trust_pickle=True if you trust their author."
             )
         self.config = MMTransformerConfig.from_pretrained(folder)
         self.tasks = self.config.get_tasks()
@@ -119,23 +121,23 @@ class _Fused:
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        pixel_values=None,
-        image_index=None,
-        frame_index=None,
-        input_values=None,
-        input_features=None,
-        audio_attention_mask=None,
-        audio_index=None,
-        word_index=None,
+        input_ids: Optional[torch.Tensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        token_type_ids: Optional[torch.Tensor] = None,
+        pixel_values: Optional[torch.Tensor] = None,
+        image_index: Optional[torch.Tensor] = None,
+        frame_index: Optional[torch.Tensor] = None,
+        input_values: Optional[torch.Tensor] = None,
+        input_features: Optional[torch.Tensor] = None,
+        audio_attention_mask: Optional[torch.Tensor] = None,
+        audio_index: Optional[torch.Tensor] = None,
+        word_index: Optional[torch.Tensor] = None,
         **own: Any,
     ) -> _FusedOutput:
         given = {name: value for name, value in {**locals(), **own}.items() if isinstance(value, torch.Tensor)}
         given.pop("word_index", None)
         if frame_index is not None and (given.pop("frame_index") >= 0).any():
-            raise ValueError("An exported model takes pictures, but no videos.")
+            raise ValueError("An exported model takes pictures and no videos.")
         unknown = sorted(set(given) - set(self.shapes))
         if unknown:
             raise ValueError(f"The exported model takes {', '.join(self.shapes)}, but got {unknown[0]}.")
@@ -170,18 +172,24 @@ class _Decoder(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_cache_class = False
 
-    def __init__(self, config: Any, run: _Run):
+    def __init__(self, config: MMTransformerConfig, run: _Run):
         super().__init__(config)
         self.run = run
         self.nothing = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
 
-    def get_encoder(self, *args, **kwargs):
+    def get_encoder(self, *args: Any, **kwargs: Any) -> None:
         return None  # it has run
 
-    def prepare_inputs_for_generation(self, input_ids, encoder_outputs=None, attention_mask=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        encoder_outputs: Optional[BaseModelOutput] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         return {"decoder_input_ids": input_ids, "encoder_outputs": encoder_outputs, "attention_mask": attention_mask}
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return super().generate(*args, **{**kwargs, "use_cache": False})
 
     def forward(
@@ -189,7 +197,7 @@ class _Decoder(PreTrainedModel, GenerationMixin):
         decoder_input_ids: Optional[torch.Tensor] = None,
         encoder_outputs: Optional[BaseModelOutput] = None,
         attention_mask: Optional[torch.Tensor] = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         states = encoder_outputs[0]
         feed = {"decoder_input_ids": decoder_input_ids, STATES: states, STATES_MASK: attention_mask}

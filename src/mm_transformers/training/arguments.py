@@ -91,7 +91,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
     """
 
     learning_rate: Optional[float] = field(
-        default=None, metadata={"help": "Learning rate of all parts whose own rate is not given."}
+        default=None, metadata={"help": "Learning rate of all parts without a learning rate of their own."}
     )
     encoder_learning_rate: Optional[float] = field(
         default=None, metadata={"help": "Learning rate of the encoders; 5e-5 if no learning_rate is given."}
@@ -107,42 +107,49 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
     )
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per batch and process."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows per batch and process, in evaluation."})
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Number of epochs, at most."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1 a share of all steps."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Largest number of epochs."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Warm-up steps. A number below 1 is a share of all steps."}
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of all matrices."})
     eval_strategy: IntervalStrategy | str = field(
-        default=AUTO, metadata={"help": "When to evaluate; auto: after each epoch, if there are validation rows."}
+        default=AUTO, metadata={"help": "When to evaluate. auto: after each epoch if there are validation rows."}
     )
     save_strategy: SaveStrategy | str = field(
-        default=AUTO, metadata={"help": "When to save; auto: whenever there is an evaluation, or after each epoch."}
+        default=AUTO, metadata={"help": "When to save. auto: at each evaluation, or else after each epoch."}
     )
     load_best_model_at_end: Optional[bool] = field(
-        default=None, metadata={"help": "Keep the weights with the best validation loss; by default if there is one."}
+        default=None,
+        metadata={"help": "Keep the weights with the best validation loss. Default: if there are validation rows."},
     )
     early_stopping_patience: int = field(
-        default=3, metadata={"help": "After how many evaluations without a better one training ends; 0: never."}
+        default=3, metadata={"help": "Number of evaluations without improvement after which training stops. 0: never."}
     )
     validation_fraction: float = field(
-        default=0.15, metadata={"help": "Share of the training rows to hold out if there is no eval_dataset."}
+        default=0.15, metadata={"help": "Share of the training rows that is held out if there is no eval_dataset."}
     )
     probe_start: Optional[bool] = field(
-        default=None, metadata={"help": "Whether tasks start as linear models; by default where they can."}
+        default=None, metadata={"help": "Whether tasks start as linear models. Default: where possible."}
     )
     start_share: float = field(
-        default=0.3, metadata={"help": "Share of a linear start in the weights that are kept; the rest are trained."}
+        default=0.3,
+        metadata={"help": "Share of the linear start in the final weights. The rest comes from the trained weights."},
     )
     refit: Optional[bool] = field(
-        default=None, metadata={"help": "Train again on all rows after rows were held out; by default if rows are few."}
+        default=None,
+        metadata={
+            "help": "Whether to train again on all rows, including the held-out rows. Default: if there are few rows."
+        },
     )
     predict_with_generate: bool = field(
-        default=True, metadata={"help": "Whether tasks that write do so in evaluation."}
+        default=True, metadata={"help": "Whether tasks that write text generate it in evaluation."}
     )
     rows_per_image: int = field(
-        default=1, metadata={"help": "How many rows that share an image come together in the order of training."}
+        default=1, metadata={"help": "Number of rows with the same image that follow each other in the training order."}
     )
-    automatic: Optional[dict] = field(default=None, metadata={"help": "Not for users."})
+    automatic: Optional[dict[str, Any]] = field(default=None, metadata={"help": "Set by the trainer."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         known = self.automatic or {}
         self.automatic = {
             name: None
@@ -169,7 +176,7 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(f"rows_per_image must be at least 1, but is {self.rows_per_image}.")
         if self.rows_per_image > 1 and self.train_sampling_strategy != "random":
             raise ValueError(
-                f"rows_per_image={self.rows_per_image} is an order of the rows of its own: leave out "
+                f"rows_per_image={self.rows_per_image} defines the order of the rows: leave out "
                 f"train_sampling_strategy={self.train_sampling_strategy!r}."
             )
         if not 0 < self.layerwise_lr_decay <= 1:

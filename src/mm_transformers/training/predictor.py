@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..data.cells import opened
+from ..data.cells import RowReader, opened
 from ..data.collator import MMDataCollator
 from ..data.sources import ROW_KEY, media_of, name_of_row
 from ..model.answers import check_tasks, unwrapped
@@ -61,13 +61,13 @@ class Predictor:
         num_workers: int = 0,
         **generation_options: Any,
     ):
-        self.model: Any = unwrapped(model)
+        self.model: MMTransformerForMultiTask = unwrapped(model)
         self.collator, self.tasks = collator, check_tasks(self.model, tasks)
         self.batch_size, self.num_workers, self.generation_options = batch_size, num_workers, generation_options
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike, tasks: Sequence[str] | None = None, **options: Any
+        cls, name: str | os.PathLike[str], tasks: Sequence[str] | None = None, **options: Any
     ) -> "Predictor":
         """
         Loads a model and its processor.
@@ -165,18 +165,26 @@ def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:
             column = name if i == 0 else f"{name}_{key}"
             if column in columns:
                 raise ValueError(
-                    f"The answers of task {name!r} and of another task would both be in a column {column!r}; choose "
-                    "the tasks to answer, one of the two at a time."
+                    f"The answers of task {name!r} and of another task would both be in a column {column!r}. Answer "
+                    "these two tasks one at a time, by tasks=[...]."
                 )
             columns[column] = value
     return columns
 
 
-class _Share(IterableDataset):
+class _Share(IterableDataset[dict[str, Any]]):
     """The batches of one process, or of one of its workers: the kept parts of the rows, and the model inputs."""
 
     def __init__(
-        self, rows, collator: MMDataCollator, batch_size: int, rank: int, num_processes: int, reader, prepare, keep
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        collator: MMDataCollator,
+        batch_size: int,
+        rank: int,
+        num_processes: int,
+        reader: RowReader,
+        prepare: Callable[[Any], Mapping[str, Any]],
+        keep: Callable[[Any], Any],
     ):
         self.rows, self.collator, self.batch_size = rows, collator.with_word_index(), batch_size
         self.rank, self.num_processes = rank, num_processes

@@ -31,7 +31,7 @@ def check_arguments(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise ValueError(
             f"This process sees {args.n_gpu} GPUs, and nn.DataParallel cannot split a batch of images: start one "
-            "process per GPU by `accelerate launch`, or show it one GPU by CUDA_VISIBLE_DEVICES=0."
+            "process per GPU by `accelerate launch`, or limit it to one GPU by CUDA_VISIBLE_DEVICES=0."
         )
     if args.label_smoothing_factor != 0:
         raise ValueError(
@@ -40,20 +40,21 @@ def check_arguments(args: TrainingArguments) -> None:
         )
     if getattr(args, "sortish_sampler", False):
         raise ValueError(
-            "sortish_sampler is not taken; train_sampling_strategy='group_by_length' groups rows by length."
+            "MMTrainer does not support sortish_sampler; to group rows by length, use "
+            "train_sampling_strategy='group_by_length'."
         )
     if args.batch_eval_metrics:
         raise ValueError("MMTrainer computes metrics over all rows at once; leave out batch_eval_metrics.")
     if args.label_names not in (None, ["labels"]):
         raise ValueError(
-            f"label_names={args.label_names!r} is not taken: a batch holds the labels of all tasks under 'labels', and "
-            "tasks name their columns themselves. Leave it out."
+            f"label_names={args.label_names!r} is not supported: leave it out. A batch holds the labels of all tasks "
+            "under 'labels', and each task names its column."
         )
     num_started = int(os.environ.get("WORLD_SIZE", 1))
     if num_started != args.world_size:
         raise ValueError(
-            f"{num_started} processes were started, but each would train by itself, since torch sees no GPU; on "
-            "CPUs pass use_cpu=True to the training arguments (--use_cpu)."
+            f"{num_started} processes were started, but each would train alone, since torch finds no GPU. To train "
+            "on CPUs, set use_cpu=True in the training arguments (--use_cpu)."
         )
 
 
@@ -101,7 +102,7 @@ def check_best_metric(args: TrainingArguments, tasks: Iterable[Task], eval_datas
     if name not in known and not any(name.startswith(f"{task}_") for task in of_retrieval):
         near = difflib.get_close_matches(name, known, 1) or known
         raise ValueError(
-            f"metric_for_best_model is {wanted!r}, which is not measured; "
+            f"metric_for_best_model is {wanted!r}, but no such metric is computed; "
             + (f"did you mean 'eval_{near[0]}'?" if len(near) == 1 else f"known are {', '.join(near)}.")
         )
     columns = None if isinstance(eval_dataset, (dict, DataSource)) else getattr(eval_dataset, "column_names", None)
@@ -123,7 +124,9 @@ def check_direction(args: TrainingArguments) -> None:
     """
     wanted = args.metric_for_best_model
     if wanted is not None and wanted.endswith(LESS_IS_BETTER) and args.greater_is_better:
-        raise ValueError(f"metric_for_best_model is {wanted!r}, the less the better: set greater_is_better to False.")
+        raise ValueError(
+            f"metric_for_best_model is {wanted!r}, and lower values are better: set greater_is_better to False."
+        )
 
 
 def check_adapters(fused: MMTransformerForMultiTask) -> None:
@@ -135,8 +138,8 @@ def check_adapters(fused: MMTransformerForMultiTask) -> None:
             idle.append(name)
     if idle:
         logger.warning(
-            f"{', '.join(idle)} will not be trained, nor saved with the adapters: unless that is meant, give the "
-            "config of the adapters modules_to_save=model.new_modules."
+            f"{', '.join(idle)} will neither be trained nor saved with the adapters. To train them, set "
+            "modules_to_save=model.new_modules in the config of the adapters."
         )
 
 
@@ -158,9 +161,10 @@ def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
             check_any_label(dataset, collator)
         return
     shown = ", ".join(repr(column) for column in columns)
-    if collator.text_column not in (None, *columns):
+    without = [column for column in collator.text_columns if column not in columns]
+    if without:
         raise ValueError(
-            f"The {name} data set has no column {collator.text_column!r} (its columns are {shown}); name the column of "
+            f"The {name} data set has no column {without[0]!r} (its columns are {shown}); name the column of "
             "your texts by data_collator=MMDataCollator(processor, model.config, text_column=...)."
         )
     media = {kind: column.column for kind, column in collator.media.items()}
@@ -179,7 +183,7 @@ def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
     tasks = collator.tasks.values()
     missing = [task for task in tasks if task.default_cell is None and task.column not in columns]
     if missing and len(missing) == len(tasks):
-        raise ValueError(f"The {name} data set has a column for none of the tasks (its columns are {shown}).")
+        raise ValueError(f"The {name} data set has no column for any of the tasks (its columns are {shown}).")
     if name == "train":
         check_any_label(dataset, collator)
     for task in missing:
@@ -207,8 +211,8 @@ def check_any_label(dataset: Any, collator: MMDataCollator) -> None:
         if any(labels(t.name) and not is_missing(row.get(c)) for t, c in zip(tasks, columns, strict=True)):
             return
     raise ValueError(
-        f"No row of the train data set has a label of any task: the columns {', '.join(map(repr, columns))} are empty "
-        "or not there. A task reads the column of its name, or the one that its column= names."
+        f"No row of the train data set has a label of any task: the columns {', '.join(map(repr, columns))} are "
+        "empty or missing. A task reads the column with its name, or the column given by column=."
     )
 
 
@@ -240,10 +244,10 @@ def check_rows_per_image(dataset: Any, collator: MMDataCollator, args: TrainingA
         return
     why = None
     if isinstance(dataset, DataMixture):
-        why = "a mixture has an order of its own"
+        why = "a mixture defines the order of its rows"
     elif is_iterable(dataset.dataset if isinstance(dataset, DataSource) else dataset):
-        why = "a stream is read in its own order"
+        why = "the order of a stream cannot be changed"
     elif "images" not in collator.media:
         why = "the model takes no images"
     if why is not None:
-        raise ValueError(f"rows_per_image={wanted} cannot be heeded: {why}; leave it out.")
+        raise ValueError(f"rows_per_image={wanted} is not possible, because {why}: leave it out.")

@@ -22,8 +22,8 @@ def layer_classes(model: PreTrainedModel) -> list[str]:
     embeddings = model.get_input_embeddings()
     if sum(getattr(module, "weight", None) is embeddings.weight for module in model.modules()) > 1:
         raise ValueError(
-            "The text encoder shares its embeddings with the decoder, which FSDP cannot share out over processes: "
-            "train this model without FSDP (by DDP, or DeepSpeed ZeRO)."
+            "The text encoder shares its embeddings with the decoder, and FSDP cannot split shared weights: train "
+            "this model without FSDP (by DDP, or DeepSpeed ZeRO)."
         )
     around = {type(m).__name__ for m in model.modules() if m is not embeddings and embeddings in m.modules()}
     return sorted(set(model._no_split_modules or ()) - around)
@@ -41,7 +41,7 @@ def check_sharding(plugin: FullyShardedDataParallelPlugin, model: PreTrainedMode
         ValueError: if it is FSDP1; or as in [`layer_classes`].
     """
     if plugin.fsdp_version == 1:
-        raise ValueError("MMTrainer shards by FSDP2: set fsdp_version: 2 in the config of accelerate.")
+        raise ValueError("MMTrainer supports FSDP2 only: set fsdp_version: 2 in the config of accelerate.")
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = layer_classes(model)
 

@@ -26,8 +26,8 @@ def clear_errors(checkpoint: Optional[str] = None) -> Iterator[None]:
         if checkpoint is not None and is_pickle_error(error):
             # The message of torch tells how to load it anyway.
             raise ValueError(
-                f"A file of {checkpoint} is a pickle that holds more than tensors, and might run code; it was not "
-                "loaded. Train from another checkpoint."
+                f"A file of {checkpoint} is a pickle that holds more than tensors, and might run code, so it was not "
+                "loaded. Use another checkpoint."
             ) from None
         if isinstance(error, RuntimeError) and re.match(r"DataLoader worker \(pid", str(error)):
             raise RuntimeError(

@@ -3,7 +3,7 @@
 import itertools
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,11 +12,25 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, SequentialSampler
-from transformers import EarlyStoppingCallback, GenerationConfig, Seq2SeqTrainer, Trainer, TrainingArguments
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    GenerationConfig,
+    Seq2SeqTrainer,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, has_length
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    HubStrategy,
+    SaveStrategy,
+    TrainOutput,
+    has_length,
+)
 from transformers.utils import logging
 
 from ..data.collator import MMDataCollator
@@ -29,6 +43,7 @@ from ..data.splitting import Part, split_for_validation
 from ..model.answers import unwrapped
 from ..model.input_checks import check_finite_weights
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.regularization import penalties, take_starting_point
 from ..model.safe_writing import drop_link, saved_aside
 from .arguments import MMTrainingArguments
@@ -48,6 +63,7 @@ from .linear_start.linear_models import LinearModel
 from .linear_start.probe_start import Start, probes_of, start_probes
 from .linear_start.refit import Refit
 from .linear_start.start_average import StartAverage, TolerantEarlyStopping, is_as_good
+from .linear_start.study import Study
 from .linear_start.verdict import Verdict, with_measured
 from .metrics import MultiTaskMetrics, WithLosses
 from .metrics.mismatches import Unlabelled, WithMismatches
@@ -56,7 +72,7 @@ from .objective.balancing import TaskBalancing
 from .objective.step_losses import StepLosses, divisors_of
 from .objective.task_options import balance_tasks, prepare_tasks
 from .rows.kept_loaders import KeptLoaders
-from .rows.loader_inputs import LoaderInputs
+from .rows.loader_inputs import LoaderInputs, SamplerFn
 from .rows.row_order import order_of_rows, tell_changes
 from .rows.source_counts import RowCounts
 from .rows.stream_shares import IS_REPEATED, gather_once, unlabel_repeated_rows
@@ -166,7 +182,7 @@ class MMTrainer(Trainer):
     _tr_loss: torch.Tensor
     train_dataset: Any
     eval_dataset: Any
-    data_collator: Any
+    data_collator: Any  # an `MMDataCollator`, but a user may give another callable
     gather_function: Any
     preprocess_logits_for_metrics: Any
 
@@ -174,13 +190,13 @@ class MMTrainer(Trainer):
         self,
         model: Optional[nn.Module] = None,
         args: Optional[TrainingArguments] = None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        compute_metrics=None,
-        feature_cache=None,
-        **kwargs,
+        data_collator: Optional[Callable[[list[Any]], dict[str, Any]]] = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Optional[MMTransformerProcessor] = None,
+        compute_metrics: Optional[Callable[[EvalPrediction], dict[str, float]]] = None,
+        feature_cache: FeatureCache | str | os.PathLike[str] | None = None,
+        **kwargs: Any,
     ):
         args = args if args is not None else MMTrainingArguments("tmp_trainer")
         check_arguments(args)
@@ -210,7 +226,7 @@ class MMTrainer(Trainer):
         # Only now is there a model, if it comes from `model_init`.
         self._check_model()
         if data_collator is None:
-            self.data_collator = MMDataCollator(processing_class, self.model.config)
+            self.data_collator = MMDataCollator(self.processing_class, self.model.config)
         self._refit: Optional[Refit] = None
         self._parts: list[Part] = []  # held-out rows, and the remaining rows
         self.refitted: Optional[str] = None  # the second training on all rows, if any
@@ -230,10 +246,11 @@ class MMTrainer(Trainer):
         self._average: Optional[StartAverage] = None
         self._trained_from: Optional[StartAverage] = None
         self.verdicts: list[Verdict] = []
+        self.study: Study | None = None
         # `num_items_in_batch` holds the divisors of the whole optimiser step, so no further division is needed.
         self.model_accepts_loss_kwargs = True
         self._has_trained = self._has_evaluated = False  # the latter before training
-        self._eval_dataloaders: dict[str, DataLoader] = {}  # those that the Trainer keeps
+        self._eval_dataloaders: dict[str, DataLoader[Any]] = {}  # those that the Trainer keeps
         self._kept = KeptLoaders(self._eval_dataloaders)
         self._balancing: Optional[TaskBalancing] = None
         self._rows_per_epoch: Optional[int] = None
@@ -254,7 +271,7 @@ class MMTrainer(Trainer):
             alone = [task.name for task in self.fused_model.tasks.values() if task.needs_other_rows]
             if alone:
                 raise ValueError(
-                    f"Task {alone[0]!r} tells the pairs of a batch apart, but a batch holds one row: set "
+                    f"Task {alone[0]!r} compares the rows of a batch, but a batch has only one row: set "
                     "per_device_train_batch_size to 2 or more (accumulating gradients does not help)."
                 )
         if self.is_fsdp_enabled:
@@ -280,7 +297,8 @@ class MMTrainer(Trainer):
     @property
     def fused_model(self) -> MMTransformerForMultiTask:
         """The unwrapped model, with its adapters."""
-        return unwrapped(self.accelerator.unwrap_model(self.model))
+        model: MMTransformerForMultiTask = unwrapped(self.accelerator.unwrap_model(self.model))
+        return model
 
     @property
     def linear_models(self) -> dict[str, LinearModel]:
@@ -293,9 +311,9 @@ class MMTrainer(Trainer):
         if not isinstance(args, MMTrainingArguments):
             if probes_of(self.fused_model) and self.train_dataset is not None:
                 logger.warning_once(
-                    f"These are plain {type(args).__name__}, which are taken as they are: one learning rate of "
-                    f"{args.learning_rate:g} for all parts. MMTrainingArguments has defaults for pretrained encoders, "
-                    "validation rows, early stopping and the best weights."
+                    f"These are plain {type(args).__name__}, so all parts have the learning rate "
+                    f"{args.learning_rate:g}. MMTrainingArguments has defaults for pretrained encoders, validation "
+                    "rows, early stopping and the best weights."
                 )
             return
         if self.train_dataset is None:
@@ -342,7 +360,7 @@ class MMTrainer(Trainer):
             )
         return self.data_collator
 
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Optional[Sampler[int]]:
         args = self.args
         if getattr(args, "rows_per_image", 1) > 1:
             rows, _ = self.rows_of(self.train_dataset if train_dataset is None else train_dataset)
@@ -354,13 +372,13 @@ class MMTrainer(Trainer):
         self._rows_per_epoch = None if sampler is None else len(sampler)
         return sampler
 
-    def _get_eval_sampler(self, eval_dataset):
+    def _get_eval_sampler(self, eval_dataset: Any) -> Optional[Sampler[int]]:
         # In the order of the rows, also if training groups them by length: `predict` answers row by row.
         if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
             return None
         return SequentialSampler(eval_dataset)
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """
         As [`~transformers.Trainer.get_eval_dataloader`], with loaders that are kept during a training.
 
@@ -383,7 +401,14 @@ class MMTrainer(Trainer):
             self._kept.forget()
         return loader
 
-    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Optional[SamplerFn] = None,
+        **kwargs: Any,
+    ) -> DataLoader[Any]:
         is_training = kwargs.get("is_training", False)
         drop_last = self.args.dataloader_drop_last
         # Training may leave out the last rows of an epoch, evaluation and `predict` may not.
@@ -403,7 +428,9 @@ class MMTrainer(Trainer):
             self._rows_per_epoch = len(inputs.rows.sampler)
         return loader
 
-    def _loader_inputs(self, dataset: Any, batch_size: int, sampler_fn: Any, is_training: bool) -> LoaderInputs:
+    def _loader_inputs(
+        self, dataset: Any, batch_size: int, sampler_fn: Optional[SamplerFn], is_training: bool
+    ) -> LoaderInputs:
         if isinstance(self.data_collator, MMDataCollator) and isinstance(dataset, DataMixture):
             rows = dataset.rows(self.data_collator, batch_size, self.args)
             return LoaderInputs.of_mixture(rows, self.collator_for(rows))
@@ -419,13 +446,15 @@ class MMTrainer(Trainer):
 
     # Loss
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if 0 < len(batches) < num_batches:
             # Their gradients would stay until the next step, without the weights of its labels.
             logger.warning_once(
-                f"The stream ended with {len(batches)} of the {num_batches} batches of an optimiser step; such a rest "
-                "is left out, since what a step is made of must be known before it."
+                f"The stream ended with {len(batches)} of the {num_batches} batches of an optimiser step; these are "
+                "left out, since the number of labels of a step must be known before the step."
             )
             batches = []
         if batches and self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
@@ -442,10 +471,10 @@ class MMTrainer(Trainer):
             self._balancing.start_step(batches, divisors, self.state.global_step)
         return batches, divisors
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, torch.Tensor]:
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> dict[str, torch.Tensor]:
         return divisors_of(self.fused_model.tasks, batch_samples, self.accelerator, device)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         if self._balancing is not None:
             self._balancing.before_forward(model)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -457,7 +486,9 @@ class MMTrainer(Trainer):
             self._balancing.after_backward()
         return loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
         if model.training:
@@ -472,7 +503,7 @@ class MMTrainer(Trainer):
         with self.compute_loss_context_manager():
             return model(**self._prepare_inputs(batch), num_items_in_batch=divisors).losses
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs.update(self._losses.take_logs(self.accelerator))
             if self._balancing is not None:
@@ -502,7 +533,7 @@ class MMTrainer(Trainer):
         free = {name for name, p in model.named_parameters() if never_decays(name) or id(p) in regularized}
         return [name for name in names if name not in free]
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Optional[nn.Module] = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new:
@@ -511,7 +542,12 @@ class MMTrainer(Trainer):
 
     # Training
 
-    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Optional[list[str]] = None,
+    ) -> TrainOutput:
         """
         As [`~transformers.Trainer.train`].
 
@@ -551,9 +587,9 @@ class MMTrainer(Trainer):
         has_evaluated = self._has_evaluated or (wraps and getattr(self.model, "_is_accelerate_prepared", False))
         if has_evaluated and self.args.world_size > 1:
             raise ValueError(
-                "This trainer, or another with the same model, has evaluated before training, after which the "
-                "processes would train apart from each other: evaluate with a trainer and a model of its own, or set "
-                "eval_on_start=True in the training arguments."
+                "This trainer, or another with the same model, has evaluated before training, so the processes would "
+                "not exchange gradients. Evaluate with another trainer and another model, or set eval_on_start=True "
+                "in the training arguments."
             )
         self._has_trained = True
         self._kept.forget()
@@ -567,11 +603,12 @@ class MMTrainer(Trainer):
                 self.collator_for(self.rows_of(dataset)[0])
         if self.refitted is not None:
             logger.warning(
-                "The held-out rows were trained on before and cannot choose the best weights: give an eval_dataset."
+                "The model was already trained on the held-out rows, so they cannot choose the best weights: "
+                "give an eval_dataset."
             )
         self.refitted = None
 
-    def _inner_training_loop(self, *args, **kwargs):
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # Only here the model is certainly the trained one: a `model_init` makes a new one for each trial.
         fused, checkpoint = self.fused_model, kwargs.get("resume_from_checkpoint")
         self._run = Run(to_restore=checkpoint)
@@ -608,7 +645,7 @@ class MMTrainer(Trainer):
         elif (share != 0 or self._refit is not None) and (checkpoint is not None or self._start.models):
             self._average = StartAverage.of(self.accelerator.unwrap_model(self.model), share, checkpoint)
 
-    def _run_epoch(self, *args, **kwargs) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step == 0 and self._run.to_restore is None and not self._run.has_started:
             self._run.has_started = True
             if self._keeps_start:
@@ -623,7 +660,9 @@ class MMTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
         # Called after each step, and at the end of an epoch a second time. A checkpoint due at the last step of an
         # epoch is written then, since a resumed training would leave out what else happens there.
         is_epoch_end = self.state.global_step == self._run.last_step_seen
@@ -637,7 +676,7 @@ class MMTrainer(Trainer):
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _finalize_training(self, trial, *args, **kwargs):
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> TrainOutput:
         # Before callbacks see the end of the training.
         best = self.state.best_model_checkpoint
         if best is None or not self.args.load_best_model_at_end:
@@ -671,7 +710,7 @@ class MMTrainer(Trainer):
         name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
         if self._chooses_best and self.args.load_best_model_at_end and name not in metrics:
             logger.warning_once(
-                f"The evaluation gives no {name}, since no validation row has a label: the last weights are kept."
+                f"The evaluation computes no {name}, since no validation row has a label. The last weights are kept."
             )
             return False
         lowest = self.state.best_metric
@@ -701,11 +740,11 @@ class MMTrainer(Trainer):
 
     # Checkpoints
 
-    def _get_output_dir(self, trial) -> str:
+    def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return staging_folder(folder) if self._is_saving else folder
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_weights()
         run_dir, step = self._get_output_dir(trial), self.state.global_step
         folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
@@ -757,7 +796,7 @@ class MMTrainer(Trainer):
         self._total_loss_scalar = float(saved.numbers["total_loss"])
         self._run.knows_all_losses = True
 
-    def save_model(self, output_dir: Optional[str] = None, _internal_call: bool = False):
+    def save_model(self, output_dir: Optional[str] = None, _internal_call: bool = False) -> None:
         if self.is_fsdp_enabled and not _internal_call:
             # The stock method leaves it out if checkpoints are saved as shards of FSDP.
             state = self.accelerator.get_state_dict(self.model)
@@ -773,7 +812,7 @@ class MMTrainer(Trainer):
             if self._average is not None:
                 self._average.save(output_dir)
 
-    def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
+    def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict[str, Any]] = None) -> None:
         if not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
@@ -784,7 +823,7 @@ class MMTrainer(Trainer):
                 shutil.copy2(card, staged)
             super()._save(str(staged), state_dict)
 
-    def save_metrics(self, split, metrics, combined=True) -> None:
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
         if self.is_world_process_zero():
             for name in (split, "all"):
                 make_room_for_metrics(Path(self.args.output_dir, f"{name}_results.json"))
@@ -810,7 +849,7 @@ class MMTrainer(Trainer):
                 self._balancing.load(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Optional[nn.Module] = None) -> None:
         model = self.model if model is None else model
         if has_own_adapters(model):
             load_adapters(model, resume_from_checkpoint)
@@ -839,7 +878,7 @@ class MMTrainer(Trainer):
         model_name: str | None = None,
         dataset_tags: str | list[str] | None = None,
         dataset: str | list[str] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """
         Writes the card of the model, `README.md`, into `args.output_dir`.
@@ -861,7 +900,7 @@ class MMTrainer(Trainer):
             language=language, license=license, tags=tags, datasets=dataset_tags or dataset,
         )  # fmt: skip
 
-    def push_to_hub(self, *args, **kwargs):
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """
         As [`~transformers.Trainer.push_to_hub`].
 
@@ -881,28 +920,30 @@ class MMTrainer(Trainer):
 
     # Evaluation
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Optional[list[str]] = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.refitted is not None and (eval_dataset is None or eval_dataset is self.eval_dataset):
             logger.warning(
-                "The model was trained on these rows in the end (refit), so this does not tell how good it is: "
-                "evaluate other rows, or train with refit=False."
+                "The model was finally trained on these rows too (refit), so these metrics are optimistic. Evaluate "
+                "other rows, or train with refit=False."
             )
             self.state.log_history[-1]["trained_on"] = True
         return metrics
 
-    def _evaluate(self, *args, **kwargs):
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super()._evaluate(*args, **kwargs)
         self._check_finite({name: value for name, value in metrics.items() if name.endswith("_loss")}, "value")
         return metrics
 
-    def evaluation_loop(self, dataloader, *args, **kwargs):
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> EvalLoopOutput:
         if has_length(dataloader) and len(dataloader) == 0:
-            raise ValueError("There is nothing to evaluate or predict: the data set has no rows.")
+            raise ValueError("The data set to evaluate or predict has no rows.")
         with clear_errors(), nullcontext() if self._average is None else self._average.applied():
             return self._evaluated(dataloader, *args, **kwargs)
 
-    def _evaluated(self, dataloader, *args, **kwargs):
+    def _evaluated(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self._has_evaluated = self._has_evaluated or not self._has_trained
         loss_only = kwargs.get("prediction_loss_only")
         loss_only = self.args.prediction_loss_only if loss_only is None else loss_only
@@ -948,7 +989,13 @@ class MMTrainer(Trainer):
         finally:
             handler.callbacks, handler.eval_dataloader = callbacks, evaluated
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: Optional[list[str]] = None,
+    ) -> tuple[Any, Any, Any]:
         fused = self.fused_model
         if IS_REPEATED in inputs:
             self.gather_function = gather_once(self.accelerator, inputs.pop(IS_REPEATED))
@@ -986,4 +1033,4 @@ class MMTrainer(Trainer):
     def _report_bad_files(self) -> None:
         count = getattr(self.data_collator, "num_bad_files", 0)
         if count:
-            logger.warning(f"{count:,} times so far a file could not be read; it was treated as absent.")
+            logger.warning(f"Reading a file has failed {count:,} times so far; these files were treated as missing.")

@@ -1,7 +1,7 @@
 """`ablate`: measures the contribution of each modality."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, cast
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from transformers.utils import logging
 from ...data.collator import MMDataCollator
 from ...data.sources import rows_of
 from ...model.answers import check_tasks, evaluation_mode, unwrapped
+from ...model.generation import writing_tasks
 from ...model.label_cells import as_scalar, is_null
 from ...model.modeling_mm_transformer import MMTransformerModelOutput
+from ...model.pairs import PairTask
 from ...model.predictions import Predictions
 from ...model.tasks import Task
 from ...training.metrics import MultiTaskMetrics, less_is_better
@@ -27,6 +29,12 @@ from .results import Ablation, Contribution, main_metric
 from .views import EncodedRows, exchanged, pairs, shown_name
 
 
+if TYPE_CHECKING:
+    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+    from ...model.processing_mm_transformer import MMTransformerProcessor
+
+
+ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
 ALL, NOTHING = "all", "nothing"
 # Modalities are exchanged among this number of rows, with all encoder outputs in memory. Not `batch_size`, since no
 # score may depend on it.
@@ -36,8 +44,8 @@ _PAIRS_AT_ONCE = 256
 
 @torch.no_grad()
 def ablate(
-    model: Any,
-    processor: Any,
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
     rows: Sequence[Mapping[str, Any]],
     tasks: Optional[Sequence[str]] = None,
     collator: Optional[MMDataCollator] = None,
@@ -46,7 +54,7 @@ def ablate(
     slices: Sequence[str] = (),
     batch_size: int = 64,
     seed: int = 0,
-    compute_metrics: Optional[Callable[[EvalPrediction], dict[str, float]]] = None,
+    compute_metrics: Optional[ComputeMetrics] = None,
     **generation_options: Any,
 ) -> Ablation:
     """
@@ -98,7 +106,7 @@ def ablate(
     model = unwrapped(model)
     modalities = [*(["text"] if model.config.reads_text else []), *model.config.modalities]
     if len(modalities) < 2:
-        raise ValueError(f"The model reads {modalities[0]} alone, so there is nothing to leave out.")
+        raise ValueError(f"The model reads {modalities[0]} alone, so there is no modality to leave out.")
     if len(rows) == 0:
         raise ValueError("There are no rows to score the model on.")
     num_additive_rows = num_additive_rows if model.config.reads_text else 0
@@ -132,7 +140,7 @@ class _Scores:
 
     def __init__(
         self,
-        model: Any,
+        model: "MMTransformerForMultiTask",
         modalities: list[str],
         wanted: list[str],
         batch_size: int,
@@ -191,7 +199,7 @@ class _Scores:
         """
         places = np.argsort(order)
         for name in (name for name in self.wanted if self.tasks[name].needs_mismatches):
-            task: Any = self.tasks[name]
+            task = cast(PairTask, self.tasks[name])
             compared = {shuffle_name(m, n) for m in ("text", task.modality) for n in range(num_permutations)}
             self.unscored[name] = compared  # it is unknown whether these pairs match
             scored = [variant for variant in self.answers if variant not in compared]
@@ -243,7 +251,7 @@ class _Scores:
     def _answers(
         self, outputs: MMTransformerModelOutput, labels: dict[str, torch.Tensor], references: dict[str, torch.Tensor]
     ) -> dict[str, Any]:
-        predictions = Predictions(self.model, outputs)
+        predictions, writing = Predictions(self.model, outputs), writing_tasks(self.tasks)
         answers: dict[str, Any] = {}
         for name, task in self.tasks.items():
             if task.needs_decoder and name not in self.wanted:
@@ -252,7 +260,7 @@ class _Scores:
             elif task.needs_decoder:
                 given = labels[name].to(outputs.attention_mask.device)
                 read = predictions.labelled_logits(name, given)
-                written = self.model.write(task, outputs, **self.generation_options)
+                written = self.model.write(writing[name], outputs, **self.generation_options)
                 answers[name] = {"generated_ids": written.cpu(), "losses": losses_of_rows(task, read, given).cpu()}
                 if name in references:
                     answers[name]["references"] = references[name]
@@ -329,7 +337,9 @@ class _Scores:
             }
         return result
 
-    def _metrics(self, variant: str, compute_metrics, rows: Optional[np.ndarray] = None) -> dict[str, float]:
+    def _metrics(
+        self, variant: str, compute_metrics: ComputeMetrics, rows: Optional[np.ndarray] = None
+    ) -> dict[str, float]:
         answers, labels = self.answers[variant], self.labels
         if variant in self.without_words:
             labels = {n: _missing(v) if self.tasks[n].is_token_level else v for n, v in labels.items()}
@@ -340,7 +350,7 @@ class _Scores:
         found = compute_metrics(EvalPrediction(predictions=answers, label_ids=labels))
         return {key: float(value) for key, value in found.items()}
 
-    def _add_contributions(self, result: Ablation, compute_metrics) -> None:
+    def _add_contributions(self, result: Ablation, compute_metrics: ComputeMetrics) -> None:
         everything = frozenset(self.modalities)
         additive = self._additive_metrics(compute_metrics)
         for name in self.tasks:
@@ -362,7 +372,7 @@ class _Scores:
             num_rows = self.num_additive if own is not None and summed is not None else 0
             result.contributions[name] = Contribution(metric, values, lost, own, summed, num_rows, less)
 
-    def _additive_metrics(self, compute_metrics) -> Optional[tuple[dict[str, float], dict[str, float]]]:
+    def _additive_metrics(self, compute_metrics: ComputeMetrics) -> Optional[tuple[dict[str, float], dict[str, float]]]:
         """The metrics of the model and of the nearest sum, on the rows of the sample."""
         if not self.additive:
             return None

@@ -117,7 +117,7 @@ class Ablation:
         rows = (
             f"all {count:,} rows" if count == self.num_rows else f"{count:,} of {self.num_rows:,} rows, drawn at random"
         )
-        return f"What is owed to interaction was measured on {rows}."
+        return f"The effect of interactions was measured on {rows}."
 
     def tables(self) -> list[Table]:
         """The tables of [`to_markdown`] as cells, of any width."""
@@ -158,7 +158,7 @@ class Ablation:
             for name, value in found.shapley.items():
                 lost = f"{100 * found.perceptual[name]:.0f}%" if name in found.perceptual else ""
                 rows.append([task, shown_name(name), f"{value:+.3f}", lost])
-        return Table(["task", "modality", "Shapley value", "lost with that of another row"], rows, num_keys=2)
+        return Table(["task", "modality", "Shapley value", "lost with the input of another row"], rows, num_keys=2)
 
     def _interactions_table(self) -> Table:
         rows = []
@@ -166,7 +166,7 @@ class Ablation:
             owed = "" if found.interaction is None else f"{found.interaction:+.3f}"
             error = f"{self.calibration[task].ece:.3f}" if task in self.calibration else ""
             rows.append([task, owed, error])
-        return Table(["task", "owed to interaction", "calibration error"], rows, num_keys=1)
+        return Table(["task", "effect of interactions", "calibration error"], rows, num_keys=1)
 
     def _slices_table(self, column: str, values: dict[str, dict[str, dict[str, float]]]) -> Table:
         rows = []
@@ -245,7 +245,7 @@ def _draw_scores(axes: Any, ablation: Ablation, tasks: list[str]) -> None:
         if task in ablation.majority:
             axes.hlines(ablation.majority[task], place - 0.45, place + 0.45, colors="black", linestyles="dotted")
     axes.set_xticks(range(len(tasks)), [_label(ablation.contributions[task].metric) for task in tasks])
-    axes.set_title("with all inputs, with some, with those of other rows (dotted: majority class)", fontsize=9)
+    axes.set_title("all inputs, some inputs, inputs of other rows (dotted: majority class)", fontsize=9)
     axes.set_ylim(min(0.0, axes.get_ylim()[0]), max(1.0, axes.get_ylim()[1]) * 1.22)
     axes.legend(fontsize=7, ncols=len(variants), loc="upper center", columnspacing=1.0, handlelength=1.2)
     axes.spines[["top", "right"]].set_visible(False)
@@ -278,6 +278,6 @@ def _draw_reliability(axes: Any, ablation: Ablation, task: str) -> None:
     axes.set_xlim(0, 1.05)
     axes.set_ylim(0, 1.05)
     axes.set_xlabel("confidence", fontsize=8)
-    axes.set_ylabel("share that is right", fontsize=8)
+    axes.set_ylabel("share of right answers", fontsize=8)
     axes.set_title(f"{task}: calibration error {found.ece:.3f}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, overload
 
 import numpy as np
 import torch
@@ -24,10 +24,45 @@ from .shares import shares_of_modalities
 from .watching import watched
 
 
+if TYPE_CHECKING:
+    from ...model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
+    from ...model.processing_mm_transformer import MMTransformerProcessor
+
+
+@overload
 def explain(
-    model: Any,
-    processor: Any,
-    row: Any,
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
+    row: str | Mapping[str, Any],
+    task: Optional[str] = ...,
+    method: str = ...,
+    answer: Any = ...,
+    word: Optional[int] = ...,
+    batch_size: int = ...,
+    seed: int = ...,
+    **generation_options: Any,
+) -> Explanation: ...
+
+
+@overload
+def explain(
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
+    row: Sequence[str | Mapping[str, Any]],
+    task: Optional[str] = ...,
+    method: str = ...,
+    answer: Any = ...,
+    word: Optional[int] = ...,
+    batch_size: int = ...,
+    seed: int = ...,
+    **generation_options: Any,
+) -> list[Explanation]: ...
+
+
+def explain(
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
+    row: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
     task: Optional[str] = None,
     method: str = "chefer",
     answer: Any = None,
@@ -35,7 +70,7 @@ def explain(
     batch_size: int = 8,
     seed: int = 0,
     **generation_options: Any,
-) -> Any:
+) -> Explanation | list[Explanation]:
     """
     The words, image patches and parts of the sound that an answer depends on.
 
@@ -97,10 +132,10 @@ def explain(
     check_method(method)
     model = unwrapped(model)
     if task is None and len(model.tasks) > 1:
-        raise ValueError(f"Say which task is to be explained: task= one of {', '.join(model.tasks)}.")
+        raise ValueError(f"Choose the task to explain by task=, one of {', '.join(model.tasks)}.")
     names = check_tasks(model, None if task is None else [task])
     if word is not None and word < 0:
-        raise ValueError(f"word counts from 0, but is {word}.")
+        raise ValueError(f"word must be at least 0, but is {word}.")
     question = Question(names[0], answer, word, generation_options)
     is_one = isinstance(row, (str, Mapping))
     given = [row] if is_one else as_records(row)
@@ -115,8 +150,8 @@ def explain(
 
 
 def _explain_batch(
-    model: Any,
-    processor: Any,
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
     numbered: list[tuple[int, Any]],
     question: Question,
     method: str,
@@ -149,7 +184,9 @@ def _explain_batch(
     return [placing.explanation(i, row, question.task, asked, method) for i, row in enumerate(rows)]
 
 
-def _known_keys(model: Any, processor: Any, numbered: list[tuple[int, Any]]) -> list[str]:
+def _known_keys(
+    model: "MMTransformerForMultiTask", processor: "MMTransformerProcessor", numbered: list[tuple[int, Any]]
+) -> list[str]:
     """The known keys of rows. Other columns of a table are ignored, but a name close to a key is an error."""
     keys = {key for _, row in numbered if isinstance(row, Mapping) for key in row}
     others = [key for key in keys if not difflib.get_close_matches(str(key), processor.row_keys, 1)]
@@ -191,7 +228,16 @@ def _random(outputs: Any, num_tokens: Mapping[str, int], seed: int) -> dict[str,
 class _Placing:
     """Assigns the relevance of tokens to their places in the row."""
 
-    def __init__(self, model, processor, inputs, outputs, relevance: dict[str, torch.Tensor], maps, shares):
+    def __init__(
+        self,
+        model: "MMTransformerForMultiTask",
+        processor: "MMTransformerProcessor",
+        inputs: dict[str, torch.Tensor],
+        outputs: "MMTransformerModelOutput",
+        relevance: dict[str, torch.Tensor],
+        maps: dict[str, tuple[int, int]],
+        shares: list[dict[str, float]],
+    ):
         self.shares = shares
         self.model, self.processor, self.inputs, self.outputs = model, processor, inputs, outputs
         self.relevance = {name: values.float().cpu().numpy() for name, values in relevance.items()}

@@ -207,7 +207,7 @@ def _figure(explanation: Explanation) -> "Figure":
     figure = Figure(figsize=(max(3.2 * columns, 7.2), sum(heights) + 0.8), layout="constrained")
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     told = f" (word {explanation.word!r})" if explanation.word is not None else ""
-    rests_on = f"\nrests on: {explanation.rests_on}" if explanation.shares else ""
+    rests_on = f"\ndepends on: {explanation.rests_on}" if explanation.shares else ""
     figure.suptitle(f"{explanation.task}{told}: {_shown(explanation.answer)}{rests_on}", fontsize=12)
     _draw_text(figure.add_subplot(grid[0, :]), lines)
     for number, panel in enumerate(panels):

@@ -1,7 +1,7 @@
 """Measures whether explanations are faithful to the model, by removing relevant parts of the inputs."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,6 +9,11 @@ import torch
 from ...model.answers import check_tasks, evaluation_mode, unwrapped
 from ...model.pipeline_mm_transformer import read_rows
 from .explain import apart, explain
+
+
+if TYPE_CHECKING:
+    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+    from ...model.processing_mm_transformer import MMTransformerProcessor
 
 
 SHARES = tuple(i / 10 for i in range(10))
@@ -46,8 +51,8 @@ def _area(shares: Sequence[float], curves: np.ndarray) -> float:
 
 
 def faithfulness(
-    model: Any,
-    processor: Any,
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
     rows: Sequence[Any],
     task: str,
     method: str = "chefer",
@@ -86,7 +91,7 @@ def faithfulness(
     model = unwrapped(model)
     kind = model.tasks[check_tasks(model, [task])[0]]
     if kind.is_token_level or not kind.label_names:
-        raise ValueError(f"faithfulness needs a task that chooses among labels for the whole row; {task!r} does not.")
+        raise ValueError(f"faithfulness needs a task that chooses one label for each row; {task!r} does not.")
     explanations = explain(model, processor, list(rows), task, method, batch_size=batch_size, seed=seed)
     curves: dict[bool, list[np.ndarray]] = {True: [], False: []}
     for start in range(0, len(rows), batch_size):
@@ -108,7 +113,9 @@ def faithfulness(
 
 
 @torch.no_grad()
-def _probabilities(model: Any, kind: Any, inputs: dict[str, torch.Tensor], batch: list[Any]) -> np.ndarray:
+def _probabilities(
+    model: "MMTransformerForMultiTask", kind: Any, inputs: dict[str, torch.Tensor], batch: list[Any]
+) -> np.ndarray:
     with evaluation_mode(model):
         logits = model(**inputs).logits[kind.name].float()
     probabilities = kind.probabilities(logits)

@@ -1,6 +1,6 @@
 """Integrated gradients, through captum: a reference without attention."""
 
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 
@@ -12,6 +12,11 @@ from .shares import blank_text
 from .watching import Seen, embeddings_of_first_call, through_frozen_encoders, word_embeddings
 
 
+if TYPE_CHECKING:
+    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+    from ...model.processing_mm_transformer import MMTransformerProcessor
+
+
 # The number of points on the path: more, if the sum misses the difference of the scores by more than this share.
 NUM_STEPS = (32, 128, 512)
 TOLERANCE = 0.01
@@ -19,8 +24,8 @@ _SOUNDS = ("input_values", "input_features")
 
 
 def integrated_gradients(
-    model: Any,
-    processor: Any,
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
     inputs: dict[str, torch.Tensor],
     question: Question,
     asked: Asked,
@@ -47,7 +52,7 @@ def integrated_gradients(
     try:
         from captum.attr import IntegratedGradients
     except ImportError as error:
-        raise ImportError("Integrated gradients need a package more: pip install mm-transformers[explain]") from error
+        raise ImportError("Integrated gradients need `captum`: pip install mm-transformers[explain]") from error
     others = [kind for kind in own_encoders().values() if kind.index in inputs]
     if others:
         raise ValueError(
@@ -86,7 +91,17 @@ def integrated_gradients(
 class _Row:
     """One row as a function of its varied inputs: (copies, ...) of each -> (copies,) scores."""
 
-    def __init__(self, model, processor, inputs, question, asked, texts, word_index, number: int):
+    def __init__(
+        self,
+        model: "MMTransformerForMultiTask",
+        processor: "MMTransformerProcessor",
+        inputs: dict[str, torch.Tensor],
+        question: Question,
+        asked: Asked,
+        texts: list[str],
+        word_index: Optional[torch.Tensor],
+        number: int,
+    ):
         self.model, self.processor, self.question = model, processor, question
         self.answer, self.text = asked.answers[number], texts[number]
         if isinstance(self.answer, float):
@@ -136,7 +151,7 @@ class _Row:
         return asked.scores
 
 
-def _over_patches(model: Any, seen: Seen, pixels: torch.Tensor) -> torch.Tensor:
+def _over_patches(model: "MMTransformerForMultiTask", seen: Seen, pixels: torch.Tensor) -> torch.Tensor:
     """(height, width) of pixels -> (tokens,): the sum over each patch, 0 for tokens that are no patches."""
     num_tokens = seen.num_tokens["vision"]
     shape = seen.maps.get("vision") or patch_grid(model.config.vision_config, num_tokens, *pixels.shape)
@@ -144,7 +159,7 @@ def _over_patches(model: Any, seen: Seen, pixels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(sums, (num_tokens - len(sums), 0))
 
 
-def _over_clip(model: Any, seen: Seen, values: torch.Tensor, num_heard: int) -> torch.Tensor:
+def _over_clip(model: "MMTransformerForMultiTask", seen: Seen, values: torch.Tensor, num_heard: int) -> torch.Tensor:
     """
     (samples,), or (features, frames), of a clip -> (tokens,): the sum over the part of each token.
 

@@ -1,6 +1,6 @@
 """Finds the places of tokens in the text, the pictures and the sound."""
 
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 import torch
@@ -8,11 +8,15 @@ import torch
 from ...model.text_tokens import needed_text, tokenize
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
 # The marks of tokenizers without offsets for a space, or for a later piece of a word.
 _MARKS = ("▁", "Ġ", "##", "</w>", "@@")
 
 
-def token_spans(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, int]]:
+def token_spans(tokenizer: "PreTrainedTokenizerBase", text: str, ids: list[int]) -> list[tuple[int, int]]:
     """
     Start and end in the text of each token; equal for tokens outside the text, such as special tokens.
 
@@ -48,7 +52,7 @@ def _without_spaces(text: str, start: int, end: int) -> tuple[int, int]:
     return start, end
 
 
-def patch_grid(config: Any, num_tokens: int, height: int, width: int) -> tuple[int, int]:
+def patch_grid(config: "PreTrainedConfig", num_tokens: int, height: int, width: int) -> tuple[int, int]:
     """
     (rows, columns) of the patches of a picture of height x width pixels, for a vision encoder and its number of tokens.
 
@@ -72,12 +76,12 @@ def patch_grid(config: Any, num_tokens: int, height: int, width: int) -> tuple[i
         if rows * columns <= num_tokens <= rows * columns + 16:
             return rows, columns
     raise ValueError(
-        f"It is not known where in a picture of {height} x {width} pixels the {num_tokens} tokens of "
-        f"{config.model_type!r} lie."
+        f"A picture of {height} x {width} pixels cannot be coloured: the places of the {num_tokens} tokens of "
+        f"{config.model_type!r} in it are not known."
     )
 
 
-def sums_over_patches(config: Any, pixels: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def sums_over_patches(config: "PreTrainedConfig", pixels: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """
     (height, width) of pixels -> (rows, columns): the sum over each patch of a grid, from [`patch_grid`].
 
@@ -101,7 +105,7 @@ def sums_over_parts(values: torch.Tensor, num_parts: int, size: Optional[int] = 
     return sums.index_add(-1, parts.clamp(max=num_parts - 1), values)
 
 
-def _patch_size(config: Any) -> Optional[int]:
+def _patch_size(config: "PreTrainedConfig") -> Optional[int]:
     size = getattr(config, "patch_size", None)
     return size if isinstance(size, int) else None
 
@@ -141,7 +145,7 @@ def spread_over_pixels(
     return pixels
 
 
-def over_time(config: Any, relevance: np.ndarray) -> np.ndarray:
+def over_time(config: "PreTrainedConfig", relevance: np.ndarray) -> np.ndarray:
     """The relevance of an audio encoder's tokens in the order of time, one value per step."""
     if config.model_type != "audio-spectrogram-transformer":
         return relevance

@@ -1,12 +1,20 @@
 """The answer to explain, and its score."""
 
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 
+from ...model.generation import writing_tasks
 from ...model.modeling_mm_transformer import MMTransformerModelOutput
 from ...model.task_base import LabelContext
 from ...model.task_token_classification import split_words
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+    from ...model.processing_mm_transformer import MMTransformerProcessor
 
 
 class Asked(NamedTuple):
@@ -42,8 +50,8 @@ class Question(NamedTuple):
 
     def ask(
         self,
-        model: Any,
-        processor: Any,
+        model: "MMTransformerForMultiTask",
+        processor: "MMTransformerProcessor",
         outputs: MMTransformerModelOutput,
         texts: list[str],
         word_index: Optional[torch.Tensor],
@@ -71,7 +79,7 @@ class Question(NamedTuple):
         if task.is_token_level:
             places, words = self._places_of_words(texts, word_index, first_row)
         elif self.word is not None:
-            raise ValueError(f"Task {self.task!r} answers for the whole row; leave out the word.")
+            raise ValueError(f"Task {self.task!r} has one answer for the whole row: leave out `word`.")
         scores, found = task.answer_scores(model(encoder_outputs=outputs).logits[self.task], answers, places)
         return Asked(scores, found, words)
 
@@ -82,17 +90,23 @@ class Question(NamedTuple):
         for row in range(len(texts)):
             if not places[row].any():
                 raise ValueError(
-                    f"Row {first_row + row} has no word {self.word}: the model reads {int(word_index[row].max()) + 1} "
-                    "words of its text."
+                    f"Row {first_row + row} has no word {self.word}: the model reads only "
+                    f"{int(word_index[row].max()) + 1} words of its text."
                 )
         return places, [text[slice(*split_words(text)[self.word])] for text in texts]
 
     def _ask_written(
-        self, model: Any, processor: Any, outputs: MMTransformerModelOutput, answers: list[Any], first_row: int
+        self,
+        model: "MMTransformerForMultiTask",
+        processor: "MMTransformerProcessor",
+        outputs: MMTransformerModelOutput,
+        answers: list[Any],
+        first_row: int,
     ) -> Asked:
         task, tokenizer = model.tasks[self.task], processor.tokenizer
+        writing = writing_tasks(model.tasks)[self.task]
         if any(answer is None for answer in answers):
-            written = model.write(task, outputs, **self.generation_options)
+            written = model.write(writing, outputs, **self.generation_options)
             texts = processor.batch_decode(written, skip_special_tokens=True)
             answers = [text.strip() if answer is None else answer for answer, text in zip(answers, texts, strict=True)]
         encoded = [task.encode_label(answer, "") for answer in answers]
@@ -105,10 +119,12 @@ class Question(NamedTuple):
             for row, row_ids in enumerate(ids):
                 numbers, words[row] = self._written_word(tokenizer, first_row + row, row_ids, answers[row])
                 places[row, numbers] = True
-        scores, _ = task.answer_scores(model.read_written(task, outputs, labels), ids, places)
+        scores, _ = task.answer_scores(model.read_written(writing, outputs, labels), ids, places)
         return Asked(scores, answers, words)
 
-    def _written_word(self, tokenizer: Any, row: int, ids: list[int], answer: str) -> tuple[list[int], str]:
+    def _written_word(
+        self, tokenizer: "PreTrainedTokenizerBase", row: int, ids: list[int], answer: str
+    ) -> tuple[list[int], str]:
         # The number of words after a token gives the word of the token.
         counts = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True).split()) for i in range(len(ids))]
         numbers = [i for i, count in enumerate(counts[:-1]) if count - 1 == self.word]

@@ -1,7 +1,7 @@
 """The share of each modality in an answer, measured on the model, independent of the method of explanation."""
 
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
@@ -11,6 +11,13 @@ from ..ablation.contributions import shapley_values
 from .questions import Asked, Question
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+    from ...model.processing_mm_transformer import MMTransformerProcessor
+
+
 # Smaller changes of the score, relative to it, count as rounding.
 _NOTHING = 1e-5
 # Plain pictures, in standard deviations of pixels from their mean: grey, dark, bright.
@@ -18,8 +25,8 @@ _LEVELS = (0.0, -1.0, 1.0)
 
 
 def shares_of_modalities(
-    model: Any,
-    processor: Any,
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
     inputs: Mapping[str, torch.Tensor],
     encoded: Mapping[str, Stream],
     question: Question,
@@ -74,7 +81,7 @@ def shares_of_modalities(
     ]
 
 
-def blank_text(tokenizer: Any, ids: torch.Tensor) -> torch.Tensor:
+def blank_text(tokenizer: "PreTrainedTokenizerBase", ids: torch.Tensor) -> torch.Tensor:
     """Ids with padding instead of all words, unknown ones too; other special tokens stay."""
     words = {tokenizer.unk_token_id, tokenizer.mask_token_id}
     kept = [i for i in tokenizer.all_special_ids if i not in words]
@@ -83,7 +90,10 @@ def blank_text(tokenizer: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _blank_rows(
-    model: Any, processor: Any, inputs: Mapping[str, torch.Tensor], level: float = 0.0
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
+    inputs: Mapping[str, torch.Tensor],
+    level: float = 0.0,
 ) -> dict[str, Stream]:
     given = {**inputs, "input_ids": blank_text(processor.tokenizer, inputs["input_ids"])}
     if "pixel_values" in given:

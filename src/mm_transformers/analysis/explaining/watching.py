@@ -1,10 +1,10 @@
 """Runs a model and records all its attentions and their gradients."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import nn
@@ -15,6 +15,14 @@ from ...model.fusion_base import AttentionStep
 from ...model.linear_probe import LinearProbe
 from ...model.modalities import ENCODERS
 from ...model.token_reduction import Resampler, TokenMerging
+
+
+if TYPE_CHECKING:
+    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+# What `register_forward_hook` takes.
+_Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
 
 @dataclass
@@ -60,7 +68,7 @@ class Seen:
 
 
 @contextmanager
-def watched(model: Any) -> Iterator[Seen]:
+def watched(model: "MMTransformerForMultiTask") -> Iterator[Seen]:
     """
     Records the next forward pass of the model ([`MMTransformerForMultiTask`], in evaluation mode) within the block.
 
@@ -99,7 +107,7 @@ def watched(model: Any) -> Iterator[Seen]:
 
 
 @contextmanager
-def through_frozen_encoders(model: Any) -> Iterator[None]:
+def through_frozen_encoders(model: "MMTransformerForMultiTask") -> Iterator[None]:
     """Within the block, gradients also go through frozen encoders, which otherwise run without."""
     fused, before = model.model, model.model._frozen_encoders
     fused._frozen_encoders = []
@@ -131,13 +139,13 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation_internal = implementation
 
 
-def word_embeddings(model: Any) -> nn.Module:
+def word_embeddings(model: "MMTransformerForMultiTask") -> nn.Module:
     """The layer that the text encoder calls; `get_input_embeddings` of an encoder-decoder may return another."""
     return model.model.encoder("text").get_input_embeddings()
 
 
 @contextmanager
-def embeddings_of_first_call(model: Any, embeddings: torch.Tensor) -> Iterator[None]:
+def embeddings_of_first_call(model: "MMTransformerForMultiTask", embeddings: torch.Tensor) -> Iterator[None]:
     """
     Replaces the word embeddings of the text encoder within the block, since not every encoder takes embeddings.
 
@@ -148,7 +156,7 @@ def embeddings_of_first_call(model: Any, embeddings: torch.Tensor) -> Iterator[N
     """
     waiting = [embeddings]
 
-    def hook(module, args, output):
+    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         return waiting.pop().to(output.dtype) if waiting else output
 
     handle = word_embeddings(model).register_forward_hook(hook)
@@ -158,7 +166,9 @@ def embeddings_of_first_call(model: Any, embeddings: torch.Tensor) -> Iterator[N
         handle.remove()
     if waiting:
         kind = model.config.text_config.model_type
-        raise ValueError(f"Integrated gradients need word embeddings, which the text encoder {kind!r} does not use.")
+        raise ValueError(
+            f"Integrated gradients need word embeddings, but the text encoder {kind!r} has none: choose another method."
+        )
 
 
 def _shows_attentions(encoder: PreTrainedModel) -> bool:
@@ -166,17 +176,17 @@ def _shows_attentions(encoder: PreTrainedModel) -> bool:
     return "output_attentions" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _ask_for_attentions(module, args, kwargs):
+def _ask_for_attentions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
     return args, {**_ask_for_gradients(module, args, kwargs)[1], "output_attentions": True}
 
 
-def _ask_for_gradients(module, args, kwargs):
+def _ask_for_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
     """Makes pixels and samples require gradients; for words, see [`_require_gradient`]."""
     floats = {name: x for name, x in kwargs.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
     return args, {**kwargs, **{name: x.detach().requires_grad_() for name, x in floats.items() if not x.requires_grad}}
 
 
-def _require_gradient(module, args, output):
+def _require_gradient(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
     return output if output.requires_grad else output.requires_grad_()
 
 
@@ -186,7 +196,7 @@ class _Remember:
     def __init__(self, seen: Seen, name: str):
         self.seen, self.name = seen, name
 
-    def __call__(self, module, args, output):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, tuple) and len(output) == 2:  # of an encoder of ours: tokens and their mask
             states = output[0] if output[0].requires_grad else output[0].requires_grad_()
             self.seen.states[self.name], self.seen.num_tokens[self.name] = states, states.shape[1]
@@ -203,29 +213,29 @@ class _Remember:
         self.seen.encoders[self.name] = attentions if whole else ()
 
 
-def _remember_fusion(seen: Seen):
-    def hook(module, args, output):
+def _remember_fusion(seen: Seen) -> _Hook:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.fusion = output.layers
 
     return hook
 
 
-def _remember_merging(seen: Seen):
-    def hook(module, args, output):
+def _remember_merging(seen: Seen) -> _Hook:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.merged = module.shares(args[0])
 
     return hook
 
 
-def _remember_reading(seen: Seen):
-    def hook(module, args, output):
+def _remember_reading(seen: Seen) -> _Hook:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.reduction.append(AttentionStep(("vision",), ("tokens",), output[1]))
 
     return hook
 
 
-def _remember_features(seen: Seen, probe: LinearProbe):
-    def hook(module, args):
+def _remember_features(seen: Seen, probe: LinearProbe) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.probes.append((probe, args[0]))
 
     return hook

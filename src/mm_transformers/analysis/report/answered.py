@@ -1,13 +1,17 @@
 """Rows with the answers of a model and their losses."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from accelerate.utils import send_to_device
 
 from ...data.collator import MMDataCollator
 from ...model.label_cells import is_missing
 from ...model.predictions import Predictions
+
+
+if TYPE_CHECKING:
+    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 
 
 class Answered(NamedTuple):
@@ -32,7 +36,7 @@ class Answered(NamedTuple):
 
 
 def answers_to(
-    model: Any, collator: MMDataCollator, rows: Sequence[Mapping[str, Any]], batch_size: int
+    model: "MMTransformerForMultiTask", collator: MMDataCollator, rows: Sequence[Mapping[str, Any]], batch_size: int
 ) -> Iterator[list[Answered]]:
     """
     All answers of heads, batch by batch; for tasks that write, the likelihood of the label.
@@ -46,7 +50,7 @@ def answers_to(
 
 
 def _answer_batch(
-    model: Any, collator: MMDataCollator, numbers: Sequence[int], rows: list[Mapping[str, Any]]
+    model: "MMTransformerForMultiTask", collator: MMDataCollator, numbers: Sequence[int], rows: list[Mapping[str, Any]]
 ) -> list[Answered]:
     batch = send_to_device(collator(rows), model.device)
     labels = batch.pop("labels")
@@ -59,7 +63,7 @@ def _answer_batch(
             loss = float(total / count) if count > 0 else None
             if task.needs_other_rows:
                 loss = None
-            judged, cell = task.judge(of_task[i], labels[name][i]), row.get(task.column)
+            judged, cell = task.judge(of_task[i], labels[name][i]), row.get(task.column or task.name)
             if judged.truth is None and loss is not None and not is_missing(cell):
                 judged = judged._replace(truth=cell)
             found.append(Answered(number, name, loss, *judged))

@@ -3,9 +3,9 @@
 import base64
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import jinja2
 import numpy as np
@@ -16,6 +16,8 @@ from ...data.sources import rows_of
 from ...model.answers import unwrapped
 from ...model.modalities import MODALITIES
 from ...model.safe_writing import write_atomically
+from ...training.linear_start.study import DoubtfulLabel
+from ...training.linear_start.verdict import Verdict
 from ..ablation.results import Ablation
 from ..explaining.colors import text_color
 from ..explaining.explain import explain
@@ -24,10 +26,20 @@ from ..explaining.html import colored_words, heat_map_url, picture_url, sound_co
 from .answered import Answered, answers_to, confusion, most_confident_errors, worst
 
 
+if TYPE_CHECKING:
+    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+    from ...model.processing_mm_transformer import MMTransformerProcessor
+    from ...model.task_base import Task
+
+
+# Doubtful labels of a task on the page.
+MOST_DOUBTFUL = 30
+
+
 def write_report(
-    path: str | os.PathLike,
-    model: Any,
-    processor: Any,
+    path: str | os.PathLike[str],
+    model: "MMTransformerForMultiTask",
+    processor: "MMTransformerProcessor",
     rows: Sequence[Mapping[str, Any]],
     tasks: Optional[Sequence[str]] = None,
     method: str = "chefer",
@@ -37,6 +49,8 @@ def write_report(
     collator: Optional[MMDataCollator] = None,
     batch_size: int = 32,
     seed: int = 0,
+    verdicts: Sequence[Verdict] = (),
+    doubtful: Optional[Mapping[str, Sequence[tuple[DoubtfulLabel, str]]]] = None,
 ) -> None:
     """
     Writes one HTML page, pictures included, about the answers and errors of a model.
@@ -55,12 +69,15 @@ def write_report(
         title (`str`, *optional*): The title of the page.
         ablation ([`Ablation`], *optional*): Of the same rows.
         collator ([`MMDataCollator`], *optional*): Needed if the columns have other names.
+        verdicts (`list[Verdict]`, *optional*): The scores of the model beside those of simple models.
+        doubtful (`dict[str, list]`, *optional*): Task -> labels of training rows that may be wrong, each with a
+            description of its row.
 
     Raises:
         ValueError: if there are no rows, or one cannot be read.
     """
     if len(rows) == 0:
-        raise ValueError("There are no rows to report on.")
+        raise ValueError("The report needs at least one row, but there are none.")
     collator = collator or MMDataCollator(processor, model.config)
     rows, _ = rows_of(rows, collator)
     model = unwrapped(model)
@@ -78,17 +95,22 @@ def write_report(
         loader=jinja2.PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html.jinja").render(
-        title=title or "What the model answers, and why",
+        title=title or "Answers of the model, and their reasons",
         num_rows=len(rows),
         method=method,
         sections=sections,
         ablation=_of_ablation(ablation),
+        verdicts=verdicts,
+        doubtful={name: labels[:MOST_DOUBTFUL] for name, labels in (doubtful or {}).items() if labels},
+        num_doubtful={name: len(labels) for name, labels in (doubtful or {}).items()},
     )
     with write_atomically(path) as file:
         file.write(page.encode())
 
 
-def _section(task: Any, answers: list[Answered], draw: Any, num_examples: int, seed: int) -> dict[str, Any]:
+def _section(
+    task: "Task", answers: list[Answered], draw: Callable[[Answered], "_Drawn"], num_examples: int, seed: int
+) -> dict[str, Any]:
     labelled = [answered for answered in answers if answered.truth is not None]
     judged = [answered for answered in labelled if answered.is_right is not None]
     losses = [answered.loss for answered in labelled if answered.loss is not None]
@@ -96,7 +118,7 @@ def _section(task: Any, answers: list[Answered], draw: Any, num_examples: int, s
     groups = {
         "Most confident errors": most_confident_errors(answers, num_examples),
         "Highest loss": worst(answers, num_examples),
-        "Drawn by lot": [answers[i] for i in sorted(chosen)],
+        "Random rows": [answers[i] for i in sorted(chosen)],
     }
     names, found = task.label_names, {label for answered in judged for pair in answered.label_pairs for label in pair}
     if not found <= set(names):  # a kind of one's own may judge by other names
@@ -121,7 +143,15 @@ def _shaded(counts: list[int]) -> list[tuple[int, str, str]]:
 class _Drawn:
     """An answered row on the page."""
 
-    def __init__(self, model, processor, collator: MMDataCollator, rows, method: str, answered: Answered):
+    def __init__(
+        self,
+        model: "MMTransformerForMultiTask",
+        processor: "MMTransformerProcessor",
+        collator: MMDataCollator,
+        rows: Sequence[Mapping[str, Any]],
+        method: str,
+        answered: Answered,
+    ):
         self.answered = answered
         row, where = rows[answered.number], f"row {answered.number}"
         parts: dict[str, Any] = {"text": collator.text_of(row, True, where)}

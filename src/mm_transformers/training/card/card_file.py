@@ -3,7 +3,7 @@
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import huggingface_hub
 from huggingface_hub import ModelCard, ModelCardData
@@ -11,16 +11,20 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from ...model.messages import one_line
 from ...model.safe_writing import leads_outside, write_text_atomically
-from .facts import CardFacts, Measurement, measurements_of, training_of
+from .facts import CardFacts, Measurement, TrainedModel, measurements_of, training_of
 from .merging import add_memory, fingerprint, join_sections, merge, split_sections, take_memory
 from .metadata import entries_in, entries_of, to_card_data
 from .sections import base_model_of, sections_of
 
 
+if TYPE_CHECKING:
+    from ...model.configuration_mm_transformer import MMTransformerConfig
+
+
 CARD_NAME = "README.md"
 
 
-def write_card(folder: str | os.PathLike, facts: CardFacts) -> ModelCard:
+def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> ModelCard:
     """
     Writes `README.md`, or renews the generated parts of an existing one.
 
@@ -43,7 +47,7 @@ def write_card(folder: str | os.PathLike, facts: CardFacts) -> ModelCard:
             card = ModelCard(content, ignore_metadata_errors=True)
         except Exception as error:  # from YAML
             raise ValueError(
-                f"{path} cannot be renewed, since its front matter is no YAML: {one_line(error)}"
+                f"{path} cannot be updated, since its front matter is not valid YAML: {one_line(error)}"
             ) from error
         data, text = card.data, card.text
     new_sections, new_entries = sections_of(facts), entries_of(facts)
@@ -67,7 +71,11 @@ def write_card(folder: str | os.PathLike, facts: CardFacts) -> ModelCard:
 
 
 def write_trainer_card(
-    trainer: Any, folder: str | os.PathLike, name: Optional[str] = None, ablation: Optional[str] = None, **said: Any
+    trainer: TrainedModel,
+    folder: str | os.PathLike[str],
+    name: Optional[str] = None,
+    ablation: Optional[str] = None,
+    **said: Any,
 ) -> ModelCard:
     """
     The card of a trainer's training and measurements.
@@ -97,7 +105,7 @@ def write_trainer_card(
     return write_card(folder, facts)
 
 
-def licenses_of(config: Any) -> dict[str, str]:
+def licenses_of(config: "MMTransformerConfig") -> dict[str, str]:
     """Hub id of an encoder -> its license; empty if the Hub cannot be reached."""
     parts = [getattr(config, f"{name}_config", None) for name in ("text", "vision", "audio")]
     sources = {base_model_of(part) for part in parts if part is not None} - {""}

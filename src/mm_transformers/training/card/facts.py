@@ -3,12 +3,20 @@
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, Protocol
 
 import torch
 import transformers
 
 from ...model.tasks import Task
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import TrainerState, TrainingArguments
+
+    from ...model.configuration_mm_transformer import MMTransformerConfig
+    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 
 
 @dataclass
@@ -61,7 +69,7 @@ class CardFacts:
     """
 
     name: str
-    config: Any
+    config: "MMTransformerConfig"
     measurements: list[Measurement] = field(default_factory=list)
     training: Optional[Training] = None
     ablation: Optional[str] = None
@@ -71,7 +79,20 @@ class CardFacts:
     is_adapter: bool = False
 
 
-def measurements_of(trainer: Any) -> list[Measurement]:
+class TrainedModel(Protocol):
+    """The part of [`MMTrainer`] that a card needs."""
+
+    args: "TrainingArguments"
+    state: "TrainerState"
+    accelerator: "Accelerator"
+    model: Any
+    refitted: Optional[str]
+
+    @property
+    def fused_model(self) -> "MMTransformerForMultiTask": ...
+
+
+def measurements_of(trainer: TrainedModel) -> list[Measurement]:
     """The metrics of the trainer for the weights that it would save now."""
     state = trainer.state
     history = state.log_history
@@ -93,7 +114,7 @@ def measurements_of(trainer: Any) -> list[Measurement]:
     return list(found.values())
 
 
-def training_of(trainer: Any) -> Optional[Training]:
+def training_of(trainer: TrainedModel) -> Optional[Training]:
     """The training of a trainer; `None` if it has not trained."""
     args, state = trainer.args, trainer.state
     if state.global_step == 0:
@@ -103,7 +124,7 @@ def training_of(trainer: Any) -> Optional[Training]:
     rows = {
         "steps": f"{state.global_step:,}",
         "epochs": f"{state.epoch:.3g}" if state.epoch is not None else "",
-        "then again": trainer.refitted or "",
+        "second training": trainer.refitted or "",
         "rows per step": f"{batch:,}",
         "learning rate": f"{args.learning_rate:g}",
         "learning rates by part": ", ".join(

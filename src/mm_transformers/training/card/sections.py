@@ -3,12 +3,16 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...data.markdown import plain_markdown
 from ...model.modalities import modalities_of
 from ...model.tasks import Task
 from .facts import CardFacts
+
+
+if TYPE_CHECKING:
+    from ...model.configuration_mm_transformer import MMTransformerConfig
 
 
 def sections_of(facts: CardFacts) -> dict[str, str]:
@@ -77,8 +81,10 @@ def _use(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
     ]
     others = "Images may also be paths, addresses or bytes. " if "vision" in facts.config.modalities else ""
     return (
-        "```python\n" + "\n".join(code) + f"\n```\n\n{others}Each of the inputs may be left out. With `import "
-        "mm_transformers` before, `trust_remote_code=True` is not needed, and no code of this repository is run."
+        "```python\n"
+        + "\n".join(code)
+        + f"\n```\n\n{others}Each input can be left out. After `import mm_transformers`, `trust_remote_code=True` is "
+        "not needed, and no code of this repository is run."
     )
 
 
@@ -119,21 +125,21 @@ def _results(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
 
 
 def _limits(facts: CardFacts) -> str:
-    lines = ["It knows only the labels above, and answers with one of them also where none fits."]
+    lines = ["It knows only the labels above, and answers with one of them even if none fits."]
     if not facts.measurements:
-        lines.append("How good it is has not been measured.")
+        lines.append("Its quality has not been measured.")
     else:
-        lines.append("The results hold for data like those that it was measured on; nothing else has been measured.")
+        lines.append("The results are valid for data like the test data. Nothing else has been measured.")
     if facts.config.modalities and not facts.ablation:
-        lines.append("Whether it makes use of more than the text has not been measured.")
-    lines.append("What its encoders have learned from their data, biases included, it has too.")
+        lines.append("It has not been measured whether it uses more than the text.")
+    lines.append("It has the biases of its pretrained encoders.")
     return "\n".join(f"- {line}" for line in lines)
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)?")
 
 
-def base_model_of(config: Any) -> str:
+def base_model_of(config: "MMTransformerConfig") -> str:
     """The Hub id of an encoder, "" if it has none."""
     name = str(getattr(config, "_name_or_path", "") or "")
     return name if _HUB_ID.fullmatch(name) else ""

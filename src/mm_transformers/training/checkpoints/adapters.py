@@ -1,11 +1,10 @@
 """Loads adapters of `model.add_adapter`, which the Trainer of transformers saves but does not load."""
 
-from typing import Any
-
+from torch import nn
 from transformers import PreTrainedModel
 
 
-def has_own_adapters(model: Any) -> bool:
+def has_own_adapters(model: nn.Module) -> bool:
     """Whether the model has adapters and is no `PeftModel`, which the Trainer can load."""
     return isinstance(model, PreTrainedModel) and getattr(model, "_hf_peft_config_loaded", False)
 
@@ -31,7 +30,7 @@ def load_adapters(model: PreTrainedModel, folder: str) -> None:
     different = sorted(known.keys() ^ weights.keys())
     if different:
         raise ValueError(
-            f"The adapter in {folder} is not the one that the model has ({different[0]!r} is in one of them only): "
-            "give `add_adapter` the config that it had."
+            f"The adapter in {folder} differs from the adapter of the model ({different[0]!r} is in one of them "
+            "only): give `add_adapter` the config of the saved adapter."
         )
     set_peft_model_state_dict(model, weights, adapter_name=name)

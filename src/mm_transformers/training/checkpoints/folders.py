@@ -45,14 +45,14 @@ logger = logging.get_logger(__name__)
 SAVING, DELETING = "_saving", "_deleting"
 MANIFEST_NAME = "checkpoint_manifest.json"
 MARK_NAME = ".mm_transformers"
-_MARK = "This folder belongs to a training of mm_transformers, which deletes it.\n"
+_MARK = "A training of mm_transformers uses this folder, and deletes it.\n"
 # One of these is in each checkpoint, complete or not.
 _OF_CHECKPOINTS = (MANIFEST_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)
 
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
-def newest_complete_checkpoint(output_dir: str | os.PathLike, verify: bool = False) -> Optional[str]:
+def newest_complete_checkpoint(output_dir: str | os.PathLike[str], verify: bool = False) -> Optional[str]:
     """
     The complete checkpoint of the highest step in `output_dir`, or `None`.
 
@@ -77,7 +77,7 @@ def newest_complete_checkpoint(output_dir: str | os.PathLike, verify: bool = Fal
     return None
 
 
-def check_checkpoint(folder: str | os.PathLike) -> None:
+def check_checkpoint(folder: str | os.PathLike[str]) -> None:
     """
     Checks that training can resume from this folder. Without a manifest, weights and `trainer_state.json` are enough.
 
@@ -90,11 +90,13 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
     if problem is not None:
         raise ValueError(
             f"Training cannot be resumed from {str(folder)!r}, which is not a complete checkpoint: {problem}; "
-            "trainer.train(resume_from_checkpoint=True) takes the newest complete one."
+            "trainer.train(resume_from_checkpoint=True) resumes from the newest complete checkpoint."
         )
 
 
-def what_is_missing(folder: str | os.PathLike, weights_are_enough: bool = False, verify: bool = False) -> Optional[str]:
+def what_is_missing(
+    folder: str | os.PathLike[str], weights_are_enough: bool = False, verify: bool = False
+) -> Optional[str]:
     """
     The problem of a checkpoint, as a part of a sentence; `None` if it is complete.
 
@@ -111,7 +113,7 @@ def what_is_missing(folder: str | os.PathLike, weights_are_enough: bool = False,
         return f"it cannot be read ({error})"
 
 
-def write_manifest(folder: str | os.PathLike) -> None:
+def write_manifest(folder: str | os.PathLike[str]) -> None:
     """
     Lists all the files of a checkpoint, those in folders included, with their sizes and checksums.
 
@@ -138,13 +140,13 @@ def write_manifest(folder: str | os.PathLike) -> None:
         _sync(inner)
 
 
-def publish(staged: str | os.PathLike, final: str | os.PathLike) -> None:
+def publish(staged: str | os.PathLike[str], final: str | os.PathLike[str]) -> None:
     """Moves a complete checkpoint to its place, and replaces an older one."""
     staged, final = Path(staged), Path(final)
     drop_link(final)
     if final.exists() and not is_own_checkpoint(final):
         kept = next(path for i in range(1, 10_000) if not (path := Path(f"{final}-kept-{i}")).exists())
-        logger.warning(f"{final} is not a checkpoint of a training; it stays, as {kept.name}.")
+        logger.warning(f"{final} is not a checkpoint of a training; it is kept as {kept.name}.")
         final.rename(kept)
     if final.exists():
         old = _set_aside(final)
@@ -155,7 +157,7 @@ def publish(staged: str | os.PathLike, final: str | os.PathLike) -> None:
     _sync(final.parent)
 
 
-def discard(folder: str | os.PathLike) -> None:
+def discard(folder: str | os.PathLike[str]) -> None:
     """Deletes a checkpoint atomically."""
     try:
         _remove_own(_set_aside(Path(folder)).parent)
@@ -163,14 +165,14 @@ def discard(folder: str | os.PathLike) -> None:
         logger.warning(f"{folder} could not be deleted ({error}).")
 
 
-def tidy(output_dir: str | os.PathLike) -> None:
+def tidy(output_dir: str | os.PathLike[str]) -> None:
     """Removes incomplete folders of a killed training, and publishes a completely written checkpoint."""
     own = {name: own_folder(output_dir, name) for name in (SAVING, DELETING)}
     for staged in own[SAVING].glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if (staged / MANIFEST_NAME).exists() and what_is_missing(staged) is None:
             publish(staged, Path(output_dir, staged.name))
         else:
-            logger.warning(f"{staged.name} was not yet written when training was stopped; what there is of it goes.")
+            logger.warning(f"{staged.name} was incomplete when training stopped; it is deleted.")
     for folder in own.values():
         _remove_own(folder)
     for path in list(Path(output_dir).iterdir()) if os.path.isdir(output_dir) else []:
@@ -182,7 +184,7 @@ def tidy(output_dir: str | os.PathLike) -> None:
                 path.unlink(missing_ok=True)
 
 
-def own_folder(output_dir: str | os.PathLike, name: str) -> Path:
+def own_folder(output_dir: str | os.PathLike[str], name: str) -> Path:
     """
     The folder in `output_dir` that a training may write to and delete; it may not exist yet.
 
@@ -198,7 +200,7 @@ def own_folder(output_dir: str | os.PathLike, name: str) -> Path:
     raise OSError(f"{output_dir} has too many folders called {name}-1, {name}-2, ...: remove them.")
 
 
-def make_own_folder(output_dir: str | os.PathLike, name: str) -> Path:
+def make_own_folder(output_dir: str | os.PathLike[str], name: str) -> Path:
     """Creates [`own_folder`], empty, and with the mark."""
     folder = own_folder(output_dir, name)
     _remove_own(folder)
@@ -207,7 +209,7 @@ def make_own_folder(output_dir: str | os.PathLike, name: str) -> Path:
     return folder
 
 
-def remove_own_folder(output_dir: str | os.PathLike, name: str) -> None:
+def remove_own_folder(output_dir: str | os.PathLike[str], name: str) -> None:
     """Deletes the folder of [`make_own_folder`], if it exists."""
     _remove_own(own_folder(output_dir, name))
 
@@ -248,7 +250,7 @@ def rotate(output_dir: str, limit: Optional[int], keep: set[str]) -> None:
             discard(path)
 
 
-def why_not_written(error: BaseException, folder: str | os.PathLike) -> Optional[str]:
+def why_not_written(error: BaseException, folder: str | os.PathLike[str]) -> Optional[str]:
     """The reason why a file could not be written to the disk, or `None` if the error is of another kind."""
     seen: Optional[BaseException] = error
     while seen is not None:

@@ -12,7 +12,7 @@ from ...model.safe_writing import drop_link, leads_outside, write_atomically
 logger = logging.get_logger(__name__)
 
 
-def check_links(output_dir: str | os.PathLike) -> None:
+def check_links(output_dir: str | os.PathLike[str]) -> None:
     """
     Checks the links in the folder.
 
@@ -23,12 +23,12 @@ def check_links(output_dir: str | os.PathLike) -> None:
     for path in folder.rglob("*"):
         if path.is_symlink() and leads_outside(path, folder):
             raise ValueError(
-                f"{path} is a link to {os.readlink(path)}, which a push would upload from outside of the folder: "
-                "remove it."
+                f"{path} is a link to {os.readlink(path)}, so a push would upload a file from outside of the folder: "
+                "remove the link."
             )
 
 
-def prepare_push(checkpoint: str | os.PathLike, output_dir: str | os.PathLike) -> None:
+def prepare_push(checkpoint: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> None:
     """Copies the model code, which the Trainer leaves out when it copies a checkpoint into the folder to push."""
     for code in Path(checkpoint).glob("*.py"):
         with write_atomically(Path(output_dir, code.name)) as copy:
@@ -47,5 +47,5 @@ def make_room_for_metrics(path: Path) -> None:
         except (ValueError, RecursionError):
             pass
         kept = path.with_name(f"{path.name}.damaged")
-        logger.warning(f"{path} holds no metrics as JSON; it is renamed to {kept.name}, and a new one is written.")
+        logger.warning(f"{path} holds no metrics in JSON; it is renamed to {kept.name}, and a new file is written.")
         path.replace(kept)

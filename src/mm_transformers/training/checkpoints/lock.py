@@ -29,7 +29,7 @@ _depths: dict[str, int] = {}  # folder -> the number of blocks of this process t
 
 
 @contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[None]:
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """
     Locks the folder against other processes while the block runs.
 
@@ -64,7 +64,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
 
 @contextmanager
-def locked_for_all(folder: str | os.PathLike, process_index: int) -> Iterator[None]:
+def locked_for_all(folder: str | os.PathLike[str], process_index: int) -> Iterator[None]:
     """
     [`locked`] for all processes of a training: the first one locks the folder.
 
@@ -163,7 +163,9 @@ def _acquire_alone(path: Path) -> None:
             why_not = _why_not(path, holder)
             if why_not is not None:
                 raise ValueError(why_not)
-            logger.warning(f"The training that held {path.parent} (process {holder['pid']}) has ended; it is free.")
+            logger.warning(
+                f"The training that used {path.parent} (process {holder['pid']}) has ended; the folder is free."
+            )
             _remove_stale(path, holder)
     finally:
         draft.unlink(missing_ok=True)
@@ -204,7 +206,7 @@ def _read(path: Path) -> Optional[dict[str, Any]]:
 def _why_not(path: Path, holder: Optional[dict[str, Any]]) -> Optional[str]:
     """Why the lock may not be taken over, as a sentence; `None` if it may."""
     if holder is None:
-        return f"{path} is not a lock of this package: move it, or train into another folder."
+        return f"{path} is not a lock file of this package: move it, or train into another folder."
     where = f"{path.parent} is in use by another training: process {holder['pid']} on {holder['host'][:100]!r}"
     with suppress(OverflowError, OSError, ValueError):
         where += f", started {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(holder['started']))}"

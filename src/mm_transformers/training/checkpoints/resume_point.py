@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
@@ -17,11 +17,15 @@ from .folders import check_checkpoint, newest_complete_checkpoint, tidy
 from .running_losses import tasks_in
 
 
+if TYPE_CHECKING:
+    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+
+
 logger = logging.get_logger(__name__)
 
 
 def checkpoint_to_resume(
-    wanted: str | os.PathLike | bool | None, args: TrainingArguments, tasks: Callable[[], Mapping[str, Task]]
+    wanted: str | os.PathLike[str] | bool | None, args: TrainingArguments, tasks: Callable[[], Mapping[str, Task]]
 ) -> Optional[str]:
     """
     The checkpoint from which training resumes. The main process decides, since others may see different folders.
@@ -56,18 +60,18 @@ def checkpoint_to_resume(
     if problem is not None:
         raise ValueError(problem)
     if checkpoint is not None:
-        logger.info(f"Going on from {checkpoint}.")
+        logger.info(f"Resuming from {checkpoint}.")
         if not any(name.startswith(("optimizer", "global_step")) for name in os.listdir(checkpoint)):
             logger.warning(
-                f"{checkpoint} has no {OPTIMIZER_NAME}: weights and step are restored, but optimiser and learning rate "
-                "start anew."
+                f"{checkpoint} has no {OPTIMIZER_NAME}: weights and step are restored, but optimiser and learning "
+                "rate start again."
             )
     elif wanted is True:
         logger.warning(f"There is no complete checkpoint in {args.output_dir}: training starts from scratch.")
     return checkpoint
 
 
-def check_same_weights(load_result: Any, model: Any) -> None:
+def check_same_weights(load_result: Any, model: "MMTransformerForMultiTask") -> None:
     """
     Checks that a checkpoint has exactly the weights of the model.
 
@@ -84,6 +88,6 @@ def check_same_weights(load_result: Any, model: Any) -> None:
     for what, names in {"lacks": missing, "has": sorted(load_result.unexpected_keys)}.items():
         if names:
             raise ValueError(
-                f"The checkpoint {what} the weight {names[0]!r}{and_more(names)}, unlike the model that is trained,"
-                " so it is of another model: train into another folder, or give the model that it was saved from."
+                f"The checkpoint {what} the weight {names[0]!r}{and_more(names)}, unlike the model in training. So "
+                "it belongs to another model: train into another folder, or give the model of the checkpoint."
             )

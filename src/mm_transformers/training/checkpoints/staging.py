@@ -58,6 +58,6 @@ def staged_checkpoint(run_dir: str, step: int, writes: bool, wait: Callable[[], 
         raise OSError(
             f"The checkpoint of step {step} could not be written to {run_dir} ({reason}); "
             f"{'there is none before it' if newest is None else f'{Path(newest).name} is the newest, unharmed'}: "
-            "make room and start again with resume_from_checkpoint=True."
+            "free space on the disk, and start again with resume_from_checkpoint=True."
         ) from error
     wait()

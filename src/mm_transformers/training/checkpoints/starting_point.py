@@ -47,7 +47,7 @@ def load_starting_point(model: MMTransformerForMultiTask, folder: str) -> None:
     """
     if model.starting_point:
         complaint = (
-            "The regularization pulls {name} towards where training started, which {path} does not hold; resume with "
-            "the regularization with which the checkpoint was trained."
+            "The regularization pulls {name} towards its value at the start of training, but {path} does not hold "
+            "it: resume with the regularization of the checkpoint."
         )
         model.starting_point = load_tensors(Path(folder, FILE_NAME), model.starting_point, complaint)

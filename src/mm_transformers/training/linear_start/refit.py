@@ -6,13 +6,15 @@ The same is the default of scikit-learn's
 """
 
 import gc
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Optional
 
 import torch
-from transformers import DefaultFlowCallback, EarlyStoppingCallback
+from transformers import DefaultFlowCallback, EarlyStoppingCallback, Trainer
 from transformers.utils import logging
 
+from ...model.tasks import Task
 from .linear_models import LinearModel
 from .probe_start import probes_of
 from .start_average import StartAverage
@@ -35,7 +37,7 @@ class Refit:
         tasks: the tasks as given; training determines some of their options.
     """
 
-    def __init__(self, rows: Any, tasks: dict[str, Any]):
+    def __init__(self, rows: Sequence[Any], tasks: Mapping[str, Task]):
         self.rows = rows
         self.how = ""
         self.options = {
@@ -43,7 +45,7 @@ class Refit:
         }
 
     @classmethod
-    def of(cls, trainer: Any, stock: type, has_own_optimizer: bool) -> Optional["Refit"]:
+    def of(cls, trainer: Trainer, stock: type, has_own_optimizer: bool) -> Optional["Refit"]:
         """
         The second training of a trainer; `None` if there is none.
 
@@ -58,11 +60,11 @@ class Refit:
         wanted, kind = trainer.args.refit, type(trainer)
         why_not = None
         if has_own_optimizer:
-            why_not = "the optimizer was given, and the second training needs one of its own"
+            why_not = "the optimizer was given, but the second training needs a new one"
         elif trainer.is_deepspeed_enabled:
             why_not = "DeepSpeed cannot train a model twice"
         elif any("__init__" in vars(own) for own in kind.__mro__[: kind.__mro__.index(stock)]):
-            why_not = f"{kind.__name__} has an __init__ of its own, so that the second trainer cannot be made"
+            why_not = f"{kind.__name__} has its own __init__, so the second trainer cannot be made"
         if wanted and why_not is not None:
             raise ValueError(f"refit=True is not possible: {why_not}.")
         is_default = wanted is None and len(trainer.train_dataset) <= MAX_ROWS and kind is stock
@@ -72,7 +74,7 @@ class Refit:
             else None
         )
 
-    def run(self, trainer: Any, start: StartAverage, tasks: list[str]) -> dict[str, LinearModel]:
+    def run(self, trainer: Trainer, start: StartAverage, tasks: list[str]) -> dict[str, LinearModel]:
         """
         Resets the model to its start, and trains it on all rows.
 
@@ -95,8 +97,8 @@ class Refit:
         self.how = f"on all {len(self.rows):,} training rows, {length}"
         if trainer.is_world_process_zero():
             logger.warning(
-                f"Now again from the start, {self.how}: the held-out rows have done their work. What was measured so "
-                "far is the model without them. refit=False leaves this out."
+                f"Training again from the start, {self.how}, because the held-out rows are no longer needed. All "
+                "measurements so far are of the model without these rows. refit=False turns this off."
             )
         self._take_back(trainer, start, tasks)
         once = {
@@ -140,12 +142,12 @@ class Refit:
         if again.state.global_step < again.state.max_steps:
             logger.warning(
                 f"A callback stopped this second training after {again.state.global_step} of {again.state.max_steps} "
-                "steps; refit=False leaves it out."
+                "steps; refit=False turns the second training off."
             )
         trainer.data_collator = again.data_collator  # it has more cached features
         return again.linear_models
 
-    def _take_back(self, trainer: Any, start: StartAverage, tasks: list[str]) -> None:
+    def _take_back(self, trainer: Trainer, start: StartAverage, tasks: list[str]) -> None:
         # Otherwise the moments of the first training would use memory, and each gradient would also enter the
         # averages of its processes.
         trainer.optimizer = trainer.lr_scheduler = None

@@ -12,7 +12,7 @@ from typing import Optional
 
 import torch
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints.starting_point import load_tensors, save_tensors
 
@@ -46,7 +46,9 @@ class TolerantEarlyStopping(EarlyStoppingCallback):
         super().__init__(early_stopping_patience, early_stopping_threshold)
         self.is_tolerant = is_tolerant
 
-    def check_metric_value(self, args, state, control, metric_value):
+    def check_metric_value(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metric_value: float
+    ) -> None:
         if not self.is_tolerant():
             super().check_metric_value(args, state, control, metric_value)
         elif state.best_metric is None or is_as_good(metric_value, state.best_metric):
@@ -120,8 +122,8 @@ class StartAverage:
         if not path.is_file():
             return False
         complaint = (
-            "{path} does not hold the start of {name}: resume with the parameters frozen that were frozen when the "
-            "checkpoint was written."
+            "{path} does not hold the start of {name}: freeze the same parameters as when the checkpoint was "
+            "written, and resume."
         )
         self.start = load_tensors(path, self.start, complaint)
         # Checkpoints of earlier versions have no buffers.

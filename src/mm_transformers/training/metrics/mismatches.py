@@ -1,7 +1,7 @@
 """Mismatched pairs for the evaluation of tasks that judge pairs, independent of batches and processes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,11 @@ from transformers.utils import logging
 from ...data.collator import MMDataCollator
 from ...data.sources import is_iterable
 from ...model.modalities import modalities_of
-from ...model.pairs import Pairs
+from ...model.pairs import Pairs, PairTask
+
+
+if TYPE_CHECKING:
+    from ...model.task_base import Task
 
 
 logger = logging.get_logger(__name__)
@@ -74,7 +78,7 @@ def draw_mismatches(labels: torch.Tensor, seed: int = 0) -> torch.Tensor:
     return drawn
 
 
-class MismatchedRows(Dataset):
+class MismatchedRows(Dataset[dict[str, Any]]):
     """
     Rows with some cells of other rows, without labels.
 
@@ -105,7 +109,7 @@ class MismatchedRows(Dataset):
 
 
 def mismatched_rows(
-    task: Any, rows: Any, labels: np.ndarray | torch.Tensor, collator: MMDataCollator
+    task: PairTask, rows: Any, labels: np.ndarray | torch.Tensor, collator: MMDataCollator
 ) -> Iterator[tuple[int, np.ndarray, MismatchedRows]]:
     """
     The mismatched pairs with which a task is evaluated.
@@ -121,7 +125,7 @@ def mismatched_rows(
     Yields:
         The column of their logits; the numbers of their rows; the pairs.
     """
-    text = [] if collator.text_column is None else [collator.text_column]
+    text = collator.text_columns
     drawn = draw_mismatches(torch.as_tensor(labels)).numpy()
     items = [column for part in modalities_of(task.modality) for column in collator.columns_of(part.argument)]
     for side, columns in enumerate((items, text)):
@@ -169,17 +173,17 @@ class WithMismatches:
 
     def __init__(
         self,
-        tasks: list[Any],
+        tasks: Sequence["Task"],
         rows: Any,
         collator: MMDataCollator,
-        answer: Callable[[Dataset], dict[str, np.ndarray]],
+        answer: Callable[[MismatchedRows], dict[str, np.ndarray]],
         own: Callable[[EvalPrediction], dict[str, float]],
     ):
         self.tasks, self.rows, self.collator, self.answer, self.own = tasks, rows, collator, answer, own
         if tasks and is_iterable(rows):
             logger.warning_once(
-                f"The evaluation rows are a stream, so task {tasks[0].name!r} judges mismatched pairs of rows of one "
-                "batch: its metrics depend on the batch size."
+                f"The evaluation rows are a stream, so task {tasks[0].name!r} gets mismatched pairs from the rows of "
+                "one batch: its metrics depend on the batch size."
             )
             self.tasks = []
 
@@ -187,6 +191,6 @@ class WithMismatches:
         for task in self.tasks:
             logits, labels = prediction.predictions[task.name], prediction.label_ids[task.name]
             logits[:, 1:] = np.nan  # other rows of the same batch
-            for column, numbers, rows in mismatched_rows(task, self.rows, labels, self.collator):
+            for column, numbers, rows in mismatched_rows(cast(PairTask, task), self.rows, labels, self.collator):
                 logits[numbers, column] = self.answer(rows)[task.name][:, 0]
         return self.own(prediction)

@@ -4,7 +4,7 @@ import copy
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 import datasets
 import evaluate
@@ -20,6 +20,7 @@ from .text_metrics import Bleu, ChrF, ExactMatch, RougeL, TextMetric
 
 if TYPE_CHECKING:
     from ...model.configuration_mm_transformer import MMTransformerConfig
+    from ...model.processing_mm_transformer import MMTransformerProcessor
     from ...model.tasks import Task
 
 
@@ -240,7 +241,7 @@ class MultiTaskMetrics:
     def __init__(
         self,
         config: "MMTransformerConfig",
-        processor: Any = None,
+        processor: Optional["MMTransformerProcessor"] = None,
         metrics: Mapping[str, Sequence[str | evaluate.Metric]] | None = None,
     ):
         metrics = metrics or {}
@@ -249,8 +250,8 @@ class MultiTaskMetrics:
         writing = [name for name, task in self.tasks.items() if task.needs_decoder and metrics.get(name, True)]
         if writing and self.tokenizer is None:
             raise ValueError(
-                f"Task {writing[0]!r} writes text, which only the processor can read: give "
-                "MultiTaskMetrics(config, processor)."
+                f"Task {writing[0]!r} writes text, and decoding it needs the processor: MultiTaskMetrics(config, "
+                "processor)."
             )
         unknown = sorted(set(metrics) - set(self.tasks))
         if unknown:
@@ -292,8 +293,8 @@ class MultiTaskMetrics:
             results[f"{name}_loss"] = (total / count).item()
             if not torch.isfinite(total):
                 logger.warning(
-                    f"The loss of task {name!r} is {total.item()}, so nothing else is measured of it; training has "
-                    "probably diverged (try a smaller learning rate)."
+                    f"The loss of task {name!r} is {total.item()}, so its other metrics are not computed. Training "
+                    "has probably diverged (try a smaller learning rate)."
                 )
                 continue
             if not self.metrics[name]:

@@ -49,7 +49,7 @@ class Bleu(TextMetric):
 
     key = "bleu"
 
-    def __init__(self, tokenize: str = "13a", **kwargs):
+    def __init__(self, tokenize: str = "13a", **kwargs: Any):
         super().__init__(**kwargs)
         self.tokenize = tokenize
 
@@ -104,7 +104,7 @@ class RougeL(TextMetric):
         try:
             from rouge_score.rouge_scorer import RougeScorer
         except ImportError as error:
-            raise ImportError("The metric 'rouge_l' needs a package more: pip install rouge-score") from error
+            raise ImportError("The metric 'rouge_l' needs `rouge-score`: pip install rouge-score") from error
         scorer = RougeScorer(["rougeL"], tokenizer=_Words())
         scores = [scorer.score(r, p)["rougeL"].fmeasure for r, p in zip(references, predictions, strict=True)]
         return sum(scores) / len(scores)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
@@ -88,7 +88,7 @@ class TaskBalancing(TrainerCallback):
         for name, is_there in obstacles.items():
             if is_there:
                 raise ValueError(
-                    f"{what} takes the gradient of each task apart, which does not work with {name}; use "
+                    f"{what} needs the gradient of each task, and does not work with {name}; use "
                     "task_weighting='static', 'uncertainty' or 'famo' there."
                 )
 
@@ -147,7 +147,9 @@ class TaskBalancing(TrainerCallback):
         elif self.signals is None and not (self.is_static and not self.observed_by):
             self._take_signals()
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.signals is None or self.accelerator.optimizer_step_was_skipped:
             return
         if self.weighting.needs_losses_after:
@@ -338,7 +340,7 @@ def probe_parameters(fused: MMTransformerForMultiTask) -> list[nn.Parameter]:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if parameters:
             return parameters
-    raise ValueError("All that the tasks share is frozen, so there are no gradients to compare.")
+    raise ValueError("All parameters that the tasks share are frozen, so there are no gradients to compare.")
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:

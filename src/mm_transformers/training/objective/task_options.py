@@ -51,8 +51,8 @@ def prepare_tasks(
     for source in sources:
         if is_iterable(source.dataset if isinstance(source, DataSource) else source):
             raise ValueError(
-                f"Task {waiting[0].name!r}: {waiting[0].unresolved[0]} depends on all training rows, but these are a "
-                "stream: give its numbers, as a dict from label to weight."
+                f"Task {waiting[0].name!r}: {waiting[0].unresolved[0]} depends on all training rows, but they are a "
+                "stream: give the weights as a dict from label to weight."
             )
     labels: dict[str, list[Any]] = {task.name: [] for task in waiting}
     for source in sources:
@@ -63,7 +63,7 @@ def prepare_tasks(
         options = task.unresolved
         task.prepare_for(labels[task.name])
         for option in options:
-            logger.info(f"Task {task.name!r}: {option} found in the training rows: {getattr(task, option)}.")
+            logger.info(f"Task {task.name!r}: {option} computed from the training rows: {getattr(task, option)}.")
     _take(model, waiting, holders)
     return waiting
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ...data.collator import MMDataCollator
 from ...data.labels import check_labels, complete_task, prepare_labels
 from ...data.loading import check_columns, first_rows, hold_out, load_files, load_named
+from ...data.row_labels import text_columns
 from ...data.table_columns import table_columns
 from ...model.encoders import HUB_KWARGS
 from ...model.messages import one_line
@@ -49,7 +50,7 @@ def training_arguments(recipe: Recipe) -> MMTrainingArguments:
     try:
         return MMTrainingArguments(**recipe.training)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"The training options do not fit: {one_line(error, 1000)}") from error
+        raise ValueError(f"The training options are not valid: {one_line(error, 1000)}") from error
 
 
 def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
@@ -67,7 +68,9 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
             own = (column for name, column in columns.own.items() if PARTS[name].has_files)
             media = (columns.image, columns.video, columns.audio, *own)
             splits = load_files(data.files, media, data.image_root, cache_dir, option="data.{split}")
-        wanted: dict[str, tuple[str, ...]] = {} if columns.text is None else {"columns.text": (columns.text,)}
+        for column in text_columns(columns.text):
+            check_columns(splits, {"columns.text": (column,)})
+        wanted: dict[str, tuple[str, ...]] = {}
         if recipe.model.get("vision") is not None:
             wanted["columns.image (or columns.video)"] = (columns.image, columns.video)
         if recipe.model.get("audio") is not None:
@@ -79,9 +82,12 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
     # Before rows are held out: they may hold the only rows of a rare label.
     tasks = [complete_task(task, splits["train"], data.label_separator) for task in recipe.tasks]
     check_labels(splits, tasks, columns.text, data.label_separator)
-    if data.validation_fraction is not None:
-        options = {**columns.plain, "label_separator": data.label_separator}
-        hold_out(splits, data.validation_fraction, options, tasks)
+    options = {**columns.plain, "label_separator": data.label_separator, "group_column": data.group_column}
+    count = len(splits["train"])
+    for split, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
+        if fraction is not None:
+            # Both are shares of all rows, of which the training rows are what is left.
+            hold_out(splits, split, fraction * count / len(splits["train"]), options, tasks)
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_eval_samples}
     splits = {split: first_rows(rows, limits[split]) for split, rows in splits.items()}
     table = None
@@ -95,7 +101,7 @@ def build_trainer(
     recipe: Recipe,
     args: MMTrainingArguments | None = None,
     data: RecipeData | None = None,
-    saved: str | os.PathLike | None = None,
+    saved: str | os.PathLike[str] | None = None,
     allow_urls: bool | Collection[str] = False,
     **kwargs: Any,
 ) -> MMTrainer:
@@ -159,11 +165,13 @@ class RecipeCallback(TrainerCallback):
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             self.recipe.save(Path(args.output_dir))
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             self.recipe.save(folder)

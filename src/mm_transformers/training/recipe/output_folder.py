@@ -17,7 +17,7 @@ from .recipe import RECIPE_NAME, SECRETS, Recipe
 from .yaml_format import read_yaml
 
 
-def newest_checkpoint(folder: str | os.PathLike) -> str | None:
+def newest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     return newest_complete_checkpoint(folder, verify=True) if os.path.isdir(folder) else None
 
 
@@ -62,12 +62,12 @@ def check_checkpoint(checkpoint: str, tasks: list[Task]) -> None:
         if known != values:
             changed = [f"{key} {shortened(known.get(key))}" for key, value in values.items() if known.get(key) != value]
             raise ValueError(
-                f"{checkpoint} has task {task.name!r} with {', '.join(changed)}, unlike the data now: bring back the "
-                "data that it was trained on, or train into another folder, by training.output_dir=...."
+                f"{checkpoint} has task {task.name!r} with {', '.join(changed)}, unlike the present data: use the "
+                "data of that training, or train into another folder (training.output_dir=...)."
             )
 
 
-def steps_done(folder: str | os.PathLike) -> int:
+def steps_done(folder: str | os.PathLike[str]) -> int:
     """The number of training steps of this checkpoint or model; 0 if there is none."""
     state = Path(folder) / TRAINER_STATE_NAME
     return read_state(state).global_step if state.is_file() else 0

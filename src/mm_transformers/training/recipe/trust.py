@@ -36,8 +36,8 @@ _POWERS: dict[tuple[str, str], tuple[Callable[[Section, str], bool], str]] = {
     ("model", "trust_remote_code"): (_is_true, "runs code that comes with an encoder"),
     ("model", "attn_implementation"): (_is_kernel, "runs code of the Hub"),
     ("training", "push_to_hub"): (_is_true, "sends the model away"),
-    ("training", "hub_model_id"): (_pushes, "says where the model is sent"),
-    ("training", "hub_token"): (_pushes, "says in whose name the model is sent"),
+    ("training", "hub_model_id"): (_pushes, "sets where the model is sent"),
+    ("training", "hub_token"): (_pushes, "sets the account that sends the model"),
     ("training", "report_to"): (_reports, "sends metrics away"),
     ("training", "trackio_space_id"): (_reports, "says where metrics are sent"),
     ("training", "trackio_bucket_id"): (_reports, "says where metrics are sent"),
@@ -71,5 +71,5 @@ def check_powers(asked: Mapping[str, Any], settled: Mapping[str, Any], overrides
         wanted.append("--trust-remote-code" if key == "trust_remote_code" else f"{section}.{key}={value}")
     if refused:
         raise ValueError(
-            f"a recipe cannot ask for {', and '.join(refused)}: if you want it, add {' '.join(wanted)} to the command."
+            f"a recipe cannot ask for {', and '.join(refused)}: to allow it, add {' '.join(wanted)} to the command."
         )

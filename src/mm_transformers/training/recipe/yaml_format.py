@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
     depth = 0
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.depth += 1
         if self.depth > _DEEPEST:
             mark = self.peek_event().start_mark
@@ -44,13 +44,13 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-    def get_single_node(self):
+    def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
         if node is not None:
             _count(node, {}, ())
         return node
 
-    def construct_object(self, node, deep=False):
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
         except yaml.YAMLError:
@@ -62,7 +62,7 @@ class _Loader(yaml.SafeLoader):
                 problem=f"{value} cannot be read as {kind}", problem_mark=node.start_mark
             ) from error
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):
             key_node.tag = "tag:yaml.org,2002:str"  # as keys of JSON are
             key = key_node.value
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key!r} is there twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"{key!r} occurs twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -80,13 +80,13 @@ def _count(node: yaml.Node, known: dict[int, int], parents: tuple[int, ...]) -> 
     if id(node) in known:
         return known[id(node)]
     if id(node) in parents:
-        raise yaml.MarkedYAMLError(problem="an alias stands for what it is in", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(problem="an alias refers to its own parent", problem_mark=node.start_mark)
     children: list[Any] = [] if isinstance(node, yaml.ScalarNode) else list(node.value)
     flat = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
     number = 1 + sum(_count(child, known, (*parents, id(node))) for child in flat)
     if number > _MOST_VALUES:
         raise yaml.MarkedYAMLError(
-            problem=f"its aliases stand for more than {_MOST_VALUES:,} values", problem_mark=node.start_mark
+            problem=f"its aliases expand to more than {_MOST_VALUES:,} values", problem_mark=node.start_mark
         )
     known[id(node)] = number
     return number
@@ -95,7 +95,7 @@ def _count(node: yaml.Node, known: dict[int, int], parents: tuple[int, ...]) -> 
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
-    def ignore_aliases(self, data):
+    def ignore_aliases(self, data: Any) -> bool:
         return True
 
 

@@ -11,6 +11,7 @@ from ...data.sources import StreamOfSource
 from .stream_shares import ShareOfStream, WithoutRepeats
 
 
+Collate = Callable[[list[Any]], dict[str, Any]]
 SamplerFn = Callable[[Any], Optional[Sampler[int]]]
 
 
@@ -26,15 +27,15 @@ class LoaderInputs:
     """
 
     rows: Any
-    collator: Any
+    collator: Collate
     sampler_fn: Optional[SamplerFn] = None
 
     @classmethod
-    def of_mixture(cls, rows: MixedRows | MixedStream, collator: Any) -> "LoaderInputs":
+    def of_mixture(cls, rows: MixedRows | MixedStream, collator: Collate) -> "LoaderInputs":
         return cls(rows, collator, lambda rows: rows.sampler)
 
     @classmethod
-    def of_rows(cls, rows: Any, original: Any, collator: Any, sampler_fn: Optional[SamplerFn]) -> "LoaderInputs":
+    def of_rows(cls, rows: Any, original: Any, collator: Collate, sampler_fn: Optional[SamplerFn]) -> "LoaderInputs":
         """
         The inputs of a loader for these rows.
 

@@ -44,12 +44,13 @@ def tell_changes(before: Mapping[str, str], now: Mapping[str, int]) -> None:
             continue
         if name == "rows_per_step":
             logger.warning(
-                f"The checkpoint was written with {saved} rows per optimiser step, but now a step has {number} (batch "
-                "size x accumulation x processes), so training goes on at another place of the epoch. For the same "
-                f"place, make it {saved} again, for example by gradient_accumulation_steps."
+                f"The checkpoint was written with {saved} rows per optimiser step, but now a step has {number} "
+                "(batch size x accumulation x processes), so training resumes at another place of the epoch. For the "
+                f"same place, use {saved} rows again, for example by gradient_accumulation_steps."
             )
         else:
             logger.warning(
-                f"The checkpoint was written with {name}={saved}, but now it is {number}, so training may go on with "
-                f"other rows of the epoch, some of them seen before. For the same rows, make it {saved} again."
+                f"The checkpoint was written with {name}={saved}, but now it is {number}, so training may resume "
+                f"with other rows of the epoch, some of them for the second time. For the same rows, use {saved} "
+                "again."
             )

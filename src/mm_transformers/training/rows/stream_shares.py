@@ -20,7 +20,7 @@ class Repeated(NamedTuple):
     row: Any
 
 
-class ShareOfStream(IterableDataset):
+class ShareOfStream(IterableDataset[dict[str, Any]]):
     """
     The rows of one process: one batch in each group of as many batches as processes.
 

@@ -133,8 +133,8 @@ def build_weighting(spec: str | dict[str, Any] | None, tasks: WeightedTasks) -> 
     kind = options.pop("kind", None)
     if kind not in WEIGHTINGS:
         raise ValueError(
-            f"Unknown task_weighting {kind!r}; known are {', '.join(sorted(WEIGHTINGS))}. "
-            "A kind of your own must be imported (and so registered by @register_weighting) before it is used."
+            f"Unknown task_weighting {kind!r}; known are {', '.join(sorted(WEIGHTINGS))}. Import the module of your "
+            "own kind (with @register_weighting) before you use it."
         )
     parameters = inspect.signature(WEIGHTINGS[kind].__init__).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
