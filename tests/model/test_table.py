@@ -393,6 +393,11 @@ def test_modality_dropout_drops_the_table():
         (lambda x: x.pop("table_categories"), "The table input of this model consists of table_numbers and"),
         (lambda x: x.update(table_index=torch.tensor([[5]])), "table_index must hold numbers from -1"),
         (lambda x: x.update(table_number=1), "takes no argument 'table_number'"),
+        (lambda x: x.update(table_numbers=torch.zeros(1, 1)), "table_numbers must have 2 columns, one per column of"),
+        (lambda x: x.update(table_numbers=torch.zeros(1)), "table_numbers must have 2 axes, but has the shape"),
+        (lambda x: x.update(table_numbers=[[1.0, 2.0]]), "table_numbers must be a tensor of floating-point numbers"),
+        (lambda x: x.update(table_categories=torch.zeros(1, 1)), r"table_categories must hold integers \(int64\)"),
+        (lambda x: x.update(table_index=[[0]]), "table_index must be a tensor of integers"),
     ],
 )
 def test_wrong_tensors(change, message):

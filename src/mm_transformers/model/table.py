@@ -309,6 +309,13 @@ class TableEncoder(OwnEncoder):
             table_categories (num_tables, num_categories) int64: -1 where missing, 0 for an unknown value.
         """
         tokens, masks = [], []
+        given = {"numbers": table_numbers, "categories": table_categories}
+        for name, columns in (("numbers", self.config.numbers), ("categories", self.config.categories)):
+            count = 0 if given[name] is None else given[name].shape[1]
+            if count != len(columns):
+                raise ValueError(
+                    f"table_{name} must have {len(columns)} columns, one per column of {name}, but has {count}."
+                )
         if table_numbers is not None:
             is_missing = table_numbers.isnan()
             known = torch.where(is_missing, 0.0, table_numbers).to(self.number_weight.dtype)
