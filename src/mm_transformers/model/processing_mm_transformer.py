@@ -216,7 +216,9 @@ class MMTransformerProcessor(ProcessorMixin):
         self._warned: set[str] = set()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> "MMTransformerProcessor":
         """
         As [`~transformers.ProcessorMixin.from_pretrained`].
 
@@ -313,8 +315,8 @@ class MMTransformerProcessor(ProcessorMixin):
         backend: Optional[str] = None,
         num_frames: int = 8,
         table: Any = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> "MMTransformerProcessor":
         """
         The processor of a model with these encoders.
 
