@@ -10,10 +10,11 @@ FLOOR := .venv-floor
 # The tests use tiny models and nothing from the network; more threads than workers only get into each other's way.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 BENCH_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-PYTEST := -m pytest --numprocesses auto --maxprocesses 4
+# A worker takes tests that lie beside each other, so that what a file builds once is built once.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-nightly fuzz test-floor coverage lint format bench bench-quick bench-gpu clean
+.PHONY: help demo test test-slow test-nightly fuzz mutants test-floor coverage lint format bench bench-quick bench-gpu clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | while IFS='|' read -r target text; do printf '%-18s %s\n' "$$target" "$$text"; done
@@ -33,6 +34,11 @@ test-nightly: $(VENV)/.installed ## Run the tests that take minutes each.
 MINUTES ?= 60
 fuzz: $(VENV)/.installed ## Try random changes of files of all kinds, for MINUTES (60); stops at the first failure.
 	$(TEST_ENV) $(VENV)/bin/python tests/security/fuzz.py $(MINUTES)
+
+MUTANTS ?= 200
+SEED ?= 0
+mutants: $(VENV)/.installed ## Change MUTANTS (200) spots of the code, one at a time; the tests must notice 90%.
+	$(TEST_ENV) $(VENV)/bin/python tests/mutants.py --number $(MUTANTS) --seed $(SEED)
 
 test-floor: $(FLOOR)/.installed ## Run the tests with the oldest transformers that is supported.
 	$(TEST_ENV) $(FLOOR)/bin/python $(PYTEST) -m "not nightly" $(PYTEST_ARGS)
@@ -59,7 +65,7 @@ bench-gpu: $(VENV)/.installed ## Measure the figures for a GPU.
 	$(BENCH_ENV) $(VENV)/bin/python benchmarks/run.py gpu
 
 clean: ## Remove the virtual environments and all that was built or cached.
-	rm -rf $(VENV) $(FLOOR) build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) build dist htmlcov .coverage .coverage.* .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
 	find . -name '*.egg-info' -prune -exec rm -rf {} +
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -1,3 +1,4 @@
+import importlib
 import os
 
 
@@ -6,7 +7,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # As many threads as workers only get into each other's way. Set before torch is imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import transformers_tests
+
+
+@pytest.fixture
+def without_shares(monkeypatch):
+    """`explain` without the shares of the modalities, which take most of its time, for tests of the rest."""
+    module = importlib.import_module("mm_transformers.analysis.explaining.explain")
+    monkeypatch.setattr(
+        module, "shares_of_modalities", lambda model, processor, inputs, *_: [{}] * len(inputs["input_ids"])
+    )
 
 
 def pytest_configure(config):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .data.mixture import DataMixture
     from .data.sources import DataSource
     from .data.table_columns import table_columns
+    from .fitting.fit import FitResult, fit
     from .model.configuration_mm_transformer import MMTransformerConfig
     from .model.fusion import Fusion, Stream, register_fusion
     from .model.limits import Limits, set_limits
@@ -57,6 +58,7 @@ _MODULES = {
     "data.mixture": ["DataMixture"],
     "data.sources": ["DataSource"],
     "data.table_columns": ["table_columns"],
+    "fitting.fit": ["FitResult", "fit"],
     "model.configuration_mm_transformer": ["MMTransformerConfig"],
     "model.fusion": ["Fusion", "Stream", "register_fusion"],
     "model.limits": ["Limits", "set_limits"],
@@ -123,6 +125,7 @@ __all__ = [
     "DataMixture",
     "DataSource",
     "FeatureCache",
+    "FitResult",
     "Fusion",
     "Generation",
     "Limits",
@@ -147,6 +150,7 @@ __all__ = [
     "Task",
     "TaskGradientsCallback",
     "TokenClassification",
+    "fit",
     "load_demo_dataset",
     "register_fusion",
     "register_modality",

@@ -165,7 +165,9 @@ def test_shapley_values_are_means_over_all_orders_and_sum_to_the_gain(ablation):
     rng = np.random.default_rng(0)
     names = ["text", "vision", "audio"]
     worths = {kept: float(rng.random()) for kept in subsets(names)}
-    found = shapley_values(names, worths.__getitem__)
+    asked = []
+    found = shapley_values(names, lambda kept: asked.append(kept) or worths[kept])
+    assert sorted(map(sorted, asked)) == sorted(map(sorted, worths)), "each set is measured once"
     for name in names:
         gains = []
         for order in itertools.permutations(names):
@@ -458,6 +460,7 @@ def test_what_cannot_be_ablated_is_told(model):
         ablate(make_model(vision=None), make_processor(), make_rows(4))
 
 
+@pytest.mark.slow
 def test_a_collator_with_other_columns(model):
     rows = [{"message": row["text"], **{k: v for k, v in row.items() if k != "text"}} for row in make_rows(8)]
     collator = MMDataCollator(make_processor(), model.config, text_column="message")
@@ -559,6 +562,14 @@ def test_scores_up_to_100_are_drawn_beside_those_up_to_1():
     assert heights == [-0.3, 0.0, 0.01, 0.4]
     assert scores.get_ylim()[0] <= -0.3
     assert max(bar.get_width() for bar in contributions.patches) == pytest.approx(0.2)
+    # The bars of a task stand beside each other around its place, and so do its Shapley values.
+    centres = [bar.get_x() + bar.get_width() / 2 for bar in scores.patches]
+    assert centres == pytest.approx([-0.2, 0.8, 0.2, 1.2])
+    assert {round(bar.get_width(), 6) for bar in scores.patches} == {0.368}
+    centres = [bar.get_y() + bar.get_height() / 2 for bar in contributions.patches]
+    assert centres == pytest.approx([-0.2, 0.8, 0.2, 1.2])
+    assert {round(bar.get_height(), 6) for bar in contributions.patches} == {0.37}
+    assert [bar.get_width() for bar in contributions.patches] == pytest.approx([0.2, -0.2, 0.19, -0.1])
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from mm_transformers.analysis.explaining.reading import relevance_of_inputs
 from mm_transformers.analysis.explaining.watching import watched
 
 
+pytestmark = pytest.mark.usefixtures("without_shares")
 ROW = {"text": "a cat sat on the mat", "image": make_image(1)}
 ATTENTION = list(ATTENTION_METHODS)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from cases import first_quickly
 from probes import make_probed, set_probes
 from tiny import FUSION_KINDS, make_batch, make_image, make_processor, open_gates
 
@@ -13,6 +14,7 @@ from mm_transformers.analysis.explaining.probe_reading import ProbeReading
 from mm_transformers.analysis.explaining.watching import watched
 
 
+pytestmark = pytest.mark.usefixtures("without_shares")
 ROW = {"text": "a cat sat on the mat", "image": make_image(1)}
 BY_GRADIENTS = ["chefer", "gradient_attention"]
 
@@ -206,7 +208,7 @@ def test_adapters_are_looked_through(processor):
     np.testing.assert_allclose(relevances(found), relevances(expected), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", FUSION_KINDS)
+@pytest.mark.parametrize("kind", first_quickly(FUSION_KINDS))
 def test_integrated_gradients_sum_to_the_difference(kind, processor, monkeypatch):
     pytest.importorskip("captum")
     # Few steps leave an error of the integral; how many are enough is not what is tested here.

@@ -9,6 +9,7 @@ from mm_transformers import MMTransformerProcessor, Regression, Retrieval
 from mm_transformers.analysis import explain
 
 
+pytestmark = pytest.mark.usefixtures("without_shares")
 ROW = {"text": "a cat sat on the mat", "image": make_image(1)}
 
 

@@ -20,10 +20,11 @@ from mm_transformers import (
     MMTransformerProcessor,
 )
 from mm_transformers.analysis import explain, faithfulness
-from mm_transformers.analysis.explaining.faithfulness import _without
+from mm_transformers.analysis.explaining.faithfulness import Faithfulness, _without
 from mm_transformers.data.embedded import load_pointing_dataset
 
 
+pytestmark = pytest.mark.usefixtures("without_shares")
 COLORS = {"red": (220, 40, 40), "blue": (40, 40, 220)}
 FILLERS = ["the", "on", "a", "is", "it"]
 PATCH = 8
@@ -112,6 +113,7 @@ def test_chefer_points_at_what_decides(model, processor, task, chance):
     assert hit_rate(model, processor, rows, task, "random") < chance + 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["color", "animal"])
 def test_the_answer_goes_with_what_is_relevant(model, processor, task):
     modality = "vision" if task == "color" else "text"
@@ -122,6 +124,34 @@ def test_the_answer_goes_with_what_is_relevant(model, processor, task):
     assert found.positive_auc < floor.positive_auc - 0.05
     assert found.negative_auc > floor.negative_auc + 0.05
     assert found.positive[:, 0] == pytest.approx(found.negative[:, 0]), "nothing is gone at first"
+
+
+def test_the_area_is_that_of_trapezoids_under_the_mean_curve():
+    positive = np.array([[1.0, 0.5, 0.0], [0.8, 0.3, 0.2]])
+    found = Faithfulness((0.0, 0.2, 1.0), positive, np.full((2, 3), 0.7))
+    # The mean curve is 0.9, 0.4, 0.1.
+    assert found.positive_auc == pytest.approx(0.65 * 0.2 + 0.25 * 0.8)
+    assert found.negative_auc == pytest.approx(0.7)
+    assert Faithfulness((0.2, 0.6), positive[:, :2], positive[:, :2]).positive_auc == pytest.approx(0.65)
+
+
+def test_curves_are_the_probabilities_of_the_answers_to_the_changed_rows(processor):
+    """In batches of two and one; against a pass over all rows without their most, or least, relevant parts."""
+    model, rows = make_model(), given(make_rows(3, seed=5))
+    found = faithfulness(model, processor, rows, "topic", shares=(0.0, 0.5), batch_size=2)
+    explanations = explain(model, processor, rows, "topic")
+    ids = [model.tasks["topic"].labels.index(explanation.answer) for explanation in explanations]
+    inputs = dict(processor(text=[row["text"] for row in rows], images=[row["image"] for row in rows]))
+    for first, curve in ((True, found.positive), (False, found.negative)):
+        for place, share in enumerate(found.shares):
+            changed = _without(inputs, explanations, share, first, ("text", "vision"))
+            with torch.no_grad():
+                expected = model(**changed).logits["topic"].softmax(-1)[range(3), ids]
+            np.testing.assert_allclose(curve[:, place], expected, rtol=1e-4)
+    with_text_alone = faithfulness(model, processor, rows, "topic", modalities=["text"], shares=(0.5,))
+    changed = _without(inputs, explanations, 0.5, True, ("text",))
+    assert torch.equal(changed["pixel_values"], inputs["pixel_values"])
+    assert (with_text_alone.positive[:, 0] != found.positive[:, 1]).all()
 
 
 def given(rows: list[dict]) -> list[dict]:

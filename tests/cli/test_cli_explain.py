@@ -87,6 +87,7 @@ def test_whether_a_pair_matches_is_asked_in_words(tmp_path):
     assert "must be True or False" in run("explain", tmp_path / "model", *row, "--answer", "maybe", fails=True)
 
 
+@pytest.mark.slow
 def test_tables_are_whole_on_a_terminal_and_in_a_file(folder, monkeypatch, capsys):
     """Printed to few columns, and to something that is no terminal: each cell is there, and no line is cut."""
     from mm_transformers.analysis import ablate

@@ -106,6 +106,7 @@ def test_translations_carry_the_sense_and_the_intent():
             assert text[0].isupper()
 
 
+@pytest.mark.slow
 def test_limits_match_closed_forms_and_counts_over_random_rows():
     limits = best_possible_accuracy()
     assert limits == {

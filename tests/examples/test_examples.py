@@ -187,6 +187,7 @@ def test_splits_have_the_same_share_of_every_stratum():
     assert split_of != build_dataset.split_families(strata, seed=2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(FONT is None, reason="needs the font (apt install fonts-noto-color-emoji)")
 def test_the_data_set_is_built(npm_dir, tmp_path):
     run(BUILD, "--npm_dir", npm_dir, "--output_dir", tmp_path / "data", "--size", 40, cwd=tmp_path)
@@ -470,6 +471,7 @@ def test_finetune_labels_words(encoders, tmp_path, run_finetune):
     assert [len(answer["colours"]) for answer in answers] == [3, 2] * 4
 
 
+@pytest.mark.slow
 def test_finetune_knows_all_labels_and_measures_the_trained_model(encoders, tmp_path, run_finetune):
     rows = [{"text": "the red dog", "image": None, "mood": mood} for mood in ["None", "NA", "null", *"abcdefg"]]
     train_file = write_csv(tmp_path / "train.csv", rows)

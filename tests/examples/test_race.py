@@ -405,6 +405,7 @@ def test_the_page_is_filled_from_the_lines(tmp_path):
     assert "| ours, defaults | stamps | 6 of 12 |" in filled
 
 
+@pytest.mark.slow
 def test_the_page_holds_the_figures_of_the_results(tmp_path):
     page, results = EXAMPLES.parent / "docs/race.md", EXAMPLES.parent / "docs/results/race.jsonl"
     if not results.is_file():

@@ -257,6 +257,7 @@ def test_probing_leaves_no_trace(tmp_path):
     assert not hasattr(config, "encoder_traits")
 
 
+@pytest.mark.slow
 def test_config_without_traits_loads_and_answers_alike(tmp_path):
     """As checkpoints that were saved before there were any."""
     model = from_saved(make_tiny("marian", "text"), tmp_path)

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from cases import first_quickly
 from safetensors import safe_open
 from tiny import (
     AUDIO_ENCODERS,
@@ -92,7 +93,7 @@ def test_initializer_range_is_heeded():
     assert 0.25 < model.model.fusion.layers[0].cross_attention.q_proj.weight.std() < 0.35
 
 
-@pytest.mark.parametrize("fusion", FUSION_KINDS)
+@pytest.mark.parametrize("fusion", first_quickly(FUSION_KINDS))
 def test_missing_weights_are_initialised_and_told(fusion, tmp_path):
     """A base model is the beginning of one with tasks; what it lacks is new, and reported."""
     base = make_model(fusion_type=fusion).model
@@ -110,7 +111,7 @@ def test_missing_weights_are_initialised_and_told(fusion, tmp_path):
             assert (value == 0).all(), name
 
 
-@pytest.mark.parametrize("audio", AUDIO_ENCODERS)
+@pytest.mark.parametrize("audio", first_quickly(AUDIO_ENCODERS))
 def test_an_encoder_that_is_added_to_a_checkpoint_is_initialised(audio, tmp_path, monkeypatch):
     """Where memory is what was there before, nothing of it may be left; weight-normed layers included."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
@@ -149,7 +150,7 @@ def test_unexpected_weights_are_told(tmp_path):
 # Loading
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", first_quickly(TEXTS))
 @pytest.mark.parametrize("options", [{"device_map": "cpu"}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}])
 def test_every_way_of_loading_gives_the_same(text, options, tmp_path):
     model = make_model(text)
@@ -163,7 +164,7 @@ def test_every_way_of_loading_gives_the_same(text, options, tmp_path):
         torch.testing.assert_close(logits_of(loaded, batch), logits_of(model, batch))
 
 
-@pytest.mark.parametrize("fusion", FUSION_KINDS)
+@pytest.mark.parametrize("fusion", first_quickly(FUSION_KINDS))
 def test_layers_on_the_disk(fusion, tmp_path):
     """`device_map` may put whole parts on the disk; they are read when they run."""
     model = make_model(fusion_type=fusion)
@@ -195,7 +196,7 @@ def test_device_map_auto_keeps_layers_whole(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("vision", VISIONS)
+@pytest.mark.parametrize("vision", first_quickly(VISIONS))
 def test_precision_is_kept_and_asked_for(dtype, vision, tmp_path):
     model = make_model(vision=vision).to(dtype)
     model.save_pretrained(tmp_path)
@@ -246,7 +247,7 @@ def test_copies_are_independent_and_equal():
 
 
 @pytest.mark.parametrize("kind", SEQ2SEQ)
-@pytest.mark.parametrize("pad_to_multiple_of", [None, 16])
+@pytest.mark.parametrize("pad_to_multiple_of", first_quickly([16, None]))
 def test_resized_embeddings(kind, pad_to_multiple_of, tmp_path):
     model = make_small_writer(kind)
     batch = padded_for(model)

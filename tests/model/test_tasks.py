@@ -18,6 +18,7 @@ from torch import nn
 
 from mm_transformers import (
     Classification,
+    Generation,
     MMDataCollator,
     MMTransformerConfig,
     MMTransformerForMultiTask,
@@ -685,3 +686,50 @@ class TestWordsWithoutTokens:
         labels = collator([{"text": text, task.name: ["NAME"] * len(text.split())}])["labels"][task.name]
         assert ("some words with labels have no token" in caplog.text) == is_told
         assert int((labels != -100).sum()) == {"red cat": 2, "red \u200b cat": 2}.get(text, 38)
+
+
+# Scores of answers
+
+
+def test_the_score_of_an_answer_is_its_logit():
+    logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    for task in (TOPIC, TAGS):
+        scores, answers = task.answer_scores(logits, [task.labels[2], None, task.labels[0]])
+        best = int(logits[1].argmax())
+        assert answers == [task.labels[2], task.labels[best], task.labels[0]]
+        assert torch.equal(scores, torch.stack([logits[0, 2], logits[1, best], logits[2, 0]]))
+    scores, answers = SCORE.answer_scores(logits[:, 0], [None] * 3)
+    assert torch.equal(scores, logits[:, 0])
+    assert answers == logits[:, 0].tolist()
+    with pytest.raises(ValueError, match="gives a number, which speaks for itself"):
+        SCORE.answer_scores(logits[:, 0], [None, 1.0, None])
+
+
+def test_the_score_of_labels_of_words_is_the_sum_over_the_words():
+    logits = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([[False, True, True, False], [True, True, True, True], [False, False, True, False]])
+    scores, answers = ENTITIES.answer_scores(logits, [["PLACE", "O"], None, "NAME"], places)
+    best = logits[1].argmax(-1).tolist()
+    assert answers == [["PLACE", "O"], [ENTITIES.labels[i] for i in best], "NAME"]
+    expected = [logits[0, 1, 2] + logits[0, 2, 0], logits[1].max(-1).values.sum(), logits[2, 2, 1]]
+    torch.testing.assert_close(scores, torch.stack(expected))
+    with pytest.raises(ValueError, match="the answer has 2 labels for 1 words"):
+        ENTITIES.answer_scores(logits, [None, None, ["O", "O"]], places)
+    of_all, _ = ENTITIES.answer_scores(logits, ["O", "O", "O"])
+    torch.testing.assert_close(of_all, logits[..., 0].sum(-1))
+
+
+def test_the_score_of_a_written_answer_is_the_sum_over_its_tokens():
+    """Answers of different lengths; the logits may go on beyond the longest."""
+    task = Generation("german", max_length=8)
+    logits = torch.randn(3, 5, 9, generator=torch.Generator().manual_seed(0))
+    ids = [[4, 8, 2], [3], [0, 7, 1]]
+    scores, answers = task.answer_scores(logits, ids)
+    assert answers == ids
+    expected = [sum(logits[row, place, token] for place, token in enumerate(ids[row])) for row in range(3)]
+    torch.testing.assert_close(scores, torch.stack(expected))
+    places = torch.tensor([[False, True, False], [True, False, False], [True, True, False]])
+    scores, _ = task.answer_scores(logits, ids, places)
+    torch.testing.assert_close(
+        scores, torch.stack([logits[0, 1, 8], logits[1, 0, 3], logits[2, 0, 0] + logits[2, 1, 7]])
+    )

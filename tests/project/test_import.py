@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import first_quickly
 
 import mm_transformers
 
@@ -71,7 +72,9 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("first", [*FIRST, *(pytest.param(lines, marks=pytest.mark.nightly) for lines in OTHERS)])
+@pytest.mark.parametrize(
+    "first", [*first_quickly(FIRST), *(pytest.param(lines, marks=pytest.mark.nightly) for lines in OTHERS)]
+)
 def test_auto_classes_know_the_model_whatever_is_imported_first(first):
     assert run(first + KNOWN) == "known"
 
@@ -97,7 +100,7 @@ def test_no_module_imports_one_that_imports_it():
 
 
 # From top to bottom; see docs/architecture.md.
-ROOMS = ("cli", "analysis", "sharing", "training", "data", "model")
+ROOMS = ("cli", "fitting", "analysis", "sharing", "training", "data", "model")
 
 
 def test_rooms_import_downwards():

@@ -1,7 +1,8 @@
-"""A task kind, a fusion kind and a weighting that only this file knows take part in everything."""
+"""A task kind, a fusion kind, a weighting and a modality that only this file knows take part in everything."""
 
+import copy
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import datasets
 import numpy as np
@@ -9,17 +10,21 @@ import pytest
 import torch
 import yaml
 from command_line import mm
+from huggingface_hub.dataclasses import strict
 from PIL import Image
 from recipes import make_rows, read_csv, recipe_values, save_encoders, write_csv
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from torch import nn
+from transformers import PreTrainedConfig, pipeline
 
 from mm_transformers import (
     MMDataCollator,
+    MMTransformerConfig,
     MMTransformerForMultiTask,
     MMTransformerProcessor,
     Task,
+    register_modality,
     register_task,
 )
 from mm_transformers.analysis import ablate, explain, faithfulness
@@ -29,6 +34,18 @@ from mm_transformers.model.fusion import FUSION_KINDS, Fusion, register_fusion
 from mm_transformers.model.fusion_layers import Gate, masked_mean
 from mm_transformers.model.label_cells import label_id, label_scores
 from mm_transformers.model.linear_problem import BinaryProblem
+from mm_transformers.model.modalities import (
+    ARGUMENTS,
+    ENCODERS,
+    MODALITIES,
+    NOUNS,
+    OTHER_ENCODERS,
+    PARTS,
+    VISION,
+    EncoderKind,
+    Modality,
+)
+from mm_transformers.model.own_encoders import OwnEncoder
 from mm_transformers.model.task_base import TASK_KINDS, PooledHead
 from mm_transformers.sharing.export import export_model
 from mm_transformers.sharing.exported_model import ExportedModel
@@ -150,12 +167,75 @@ class InverseLoss(TaskWeighting):
         self.last = state["last"]
 
 
+# One modality: some readings of a sensor, "0.5;1.5;-1", with an encoder of its own.
+
+
+@strict
+class SensorConfig(PreTrainedConfig):
+    model_type = "sensor"
+
+    num_readings: int = 3
+    hidden_size: int = 8
+
+
+class SensorEncoder(OwnEncoder):
+    """One token per reading: a vector times the reading, plus another vector for its place."""
+
+    config_class = SensorConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = nn.Linear(1, config.hidden_size)
+        self.place = nn.Embedding(config.num_readings, config.hidden_size)
+
+    @classmethod
+    def prepare(cls, config, items):
+        return {"sensor_values": torch.from_numpy(np.stack(items)).float()}
+
+    @classmethod
+    def blank_input(cls, config):
+        return {"sensor_values": torch.zeros(1, config.num_readings)}
+
+    def forward(self, sensor_values):
+        return self.scale(sensor_values.to(self.dtype)[..., None]) + self.place.weight, None
+
+
+def as_readings(cell):
+    return [] if cell is None or (isinstance(cell, str) and not cell.strip()) else [cell]
+
+
+def sensor_reader(context):
+    num_readings = context.processor.sensor_config.num_readings
+
+    def read(cell):
+        if isinstance(cell, str):
+            cell = np.array([float(part) for part in cell.split(";")])
+        if len(cell) != num_readings:
+            raise ValueError(f"there are {len(cell)} readings, but {num_readings} are needed")
+        return cell
+
+    return read
+
+
+SENSOR_ENCODER = EncoderKind(
+    "sensor", ("sensor_values",), "sensor_index", None, None, "sensor", "sensors", "time-series", own=SensorEncoder
+)
+SENSOR = Modality(
+    "sensor", "sensor", SENSOR_ENCODER, "sensor", "readings of sensors", as_readings, str, sensor_reader,
+    axes=(1,), most_axes=1, has_one=True, has_files=False,
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     register_task(OrdinalStars)
     register_fusion(AddedMeans)
     register_weighting(InverseLoss)
+    register_modality(SENSOR)
     yield
+    for names in (ENCODERS, OTHER_ENCODERS, MODALITIES, PARTS, ARGUMENTS, NOUNS):
+        del names["sensor"]
+    del MMTransformerConfig.sub_configs["sensor_config"]
     del TASK_KINDS["ordinal_stars"], FUSION_KINDS["added_means"], WEIGHTINGS["inverse_loss"]
 
 
@@ -166,13 +246,16 @@ def folder(tmp_path_factory):
     rows = make_rows(folder, 24)
     for i, row in enumerate(rows):
         row["stars"] = None if i == 2 else 1 + i % 3
+        row["readings"] = None if i == 5 else f"{i % 3};{i % 2}.5;-1"
     write_csv(folder / "train.csv", rows)
     values = recipe_values(save_encoders(folder / "encoders"), max_steps=4)
     values["tasks"] = [{"name": "stars", "kind": "ordinal_stars"}, {"name": "topic", "kind": "classification"}]
     values["model"] |= {
         "fusion_type": "added_means",
         "task_weighting": {"kind": "inverse_loss", "smallest": 0.5},
+        "sensor": {"num_readings": 3},
     }
+    values["columns"] = {"sensor": "readings"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
     mm("train", folder / "recipe.yaml", f"data.test={folder / 'train.csv'}")
@@ -226,6 +309,57 @@ def test_fusion_and_weighting_are_those_of_the_recipe(folder, model):
     assert (last != 1).all(), "both tasks had a loss"
 
 
+def test_modality_is_that_of_the_recipe(model, processor, rows):
+    assert model.config.modalities == ["vision", "sensor"]
+    assert isinstance(model.model.sensor_model, SensorEncoder)
+    assert processor.sensor_config.num_readings == 3
+    [probe] = probes_of(model)["stars"]
+    assert probe.widths["sensor"] == 8
+    assert probe.linear.weight[:, probe.blocks[-1][0]].abs().sum() > 0, "the linear start uses the readings"
+
+
+def test_readings_have_an_effect_and_absent_ones_have_none(model, processor):
+    pipe = pipeline("multimodal", model=model, processor=processor)
+    with_readings, without, other = pipe(
+        [{"text": "dog", "sensor": "2;0.5;-1"}, {"text": "dog"}, {"text": "dog", "sensor": [0.0, 9.0, 9.0]}],
+        tasks=["stars"],
+        batch_size=3,
+    )
+    assert with_readings != without
+    assert other != without
+    assert pipe({"text": "dog"}, tasks=["stars"]) == without
+    with pytest.raises(ValueError, match="^Row 0: there are 2 readings, but 3 are needed$"):
+        pipe({"text": "dog", "sensor": "1;2"})
+    with pytest.raises(ValueError, match="did you mean 'sensor'"):
+        pipe({"text": "dog", "sensors": "1;2;3"})
+
+
+def test_collator_names_the_row_of_wrong_readings(model, processor):
+    collator = MMDataCollator(processor, model.config, sensor_column="readings")
+    batch = collator([{"text": "a", "readings": "1;2;3"}, {"text": "b", "readings": None}])
+    assert batch["sensor_values"].tolist() == [[1.0, 2.0, 3.0]]
+    assert batch["sensor_index"].tolist() == [[0], [-1]]
+    with pytest.raises(ValueError, match="^row 1 of the batch, column 'readings': there are 1 readings, but 3"):
+        collator([{"text": "a"}, {"text": "b", "readings": "1"}])
+    with pytest.raises(TypeError, match="takes no argument 'senser_column'"):
+        MMDataCollator(processor, model.config, senser_column="readings")
+
+
+def test_every_parameter_of_the_encoder_takes_part_in_every_step(model, processor):
+    copied = copy.deepcopy(model).train()
+    copied(**processor(text=["a"]), labels={"stars": torch.tensor([1])}).loss.backward()
+    assert all(parameter.grad is not None for parameter in copied.model.sensor_model.parameters())
+
+
+def test_a_modality_needs_an_encoder_and_names_of_its_own():
+    with pytest.raises(ValueError, match="^The encoder of the modality 'sensor' needs its class"):
+        register_modality(replace(SENSOR, encoder=VISION))
+    with pytest.raises(ValueError, match="^There is an encoder 'vision' already"):
+        register_modality(replace(SENSOR, name="x", argument="x", encoder=replace(SENSOR_ENCODER, name="vision")))
+    with pytest.raises(ValueError, match="^There is a modality 'images' already"):
+        register_modality(replace(SENSOR, argument="images"))
+
+
 def test_predict_and_evaluate(folder):
     mm("predict", folder / "out", folder / "train.csv", "--output", folder / "answers.csv")
     answers = read_csv(folder / "answers.csv")
@@ -240,7 +374,7 @@ def test_predict_and_evaluate(folder):
 
 
 def test_report_has_verdict_confusion_and_confidence(model, processor, rows, folder):
-    collator = MMDataCollator(processor, model.config)
+    collator = MMDataCollator(processor, model.config, sensor_column="readings")
     found = [one for batch in answers_to(model, collator, rows, 8) for one in batch if one.task == "stars"]
     for row, one in zip(rows, found, strict=True):
         batch = collator([{**row, "stars": None}])
@@ -257,10 +391,11 @@ def test_report_has_verdict_confusion_and_confidence(model, processor, rows, fol
 
 
 def test_ablation_has_majority_and_calibration(model, processor, rows):
-    ablation = ablate(model, processor, rows, num_permutations=1, num_additive_rows=4)
+    collator = MMDataCollator(processor, model.config, sensor_column="readings")
+    ablation = ablate(model, processor, rows, collator=collator, num_permutations=1, num_additive_rows=4)
+    assert set(ablation.contributions["stars"].shapley) == {"text", "vision", "sensor"}
     assert ablation.majority["stars"] == pytest.approx(8 / 23)
     assert ablation.contributions["stars"].metric == "stars_accuracy"
-    collator = MMDataCollator(processor, model.config)
     found = [
         one for batch in answers_to(model, collator, rows, 8) for one in batch if one.task == "stars" and one.truth
     ]
@@ -271,8 +406,10 @@ def test_ablation_has_majority_and_calibration(model, processor, rows):
 
 
 def test_explanation_and_faithfulness(model, processor, rows):
-    explanation = explain(model, processor, {"text": rows[1]["text"], "image": rows[1]["image"]}, "stars")
+    row = {"text": rows[1]["text"], "image": rows[1]["image"], "sensor": rows[1]["readings"]}
+    explanation = explain(model, processor, row, "stars")
     assert explanation.answer in ("1", "2", "3")
+    assert set(explanation.shares) == {"text", "vision", "sensor"}
     given = [{"text": row["text"], "image": row["image"]} for row in rows[1:4]]
     found = faithfulness(model, processor, given, "stars", shares=(0.0, 0.5))
     assert found.positive.shape == (3, 2)
@@ -291,12 +428,14 @@ def test_card_names_the_task_of_the_hub(folder):
     card = (folder / "out" / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card
     assert "ordinal stars" in card
+    assert "readings of sensors" in card
 
 
 @pytest.mark.slow
 def test_export_answers_alike(folder, model, processor):
     export_model(model, processor, folder / "graph", kind="onnx")
-    inputs = processor(text=["the green dog is small"], images=[Image.new("RGB", (20, 30), "red")])
+    image = Image.new("RGB", (20, 30), "red")
+    inputs = processor(text=["the green dog is small"], images=[image], sensor=["1;2;3"])
     with torch.no_grad():
         expected = model(**inputs).logits["stars"]
     assert torch.allclose(ExportedModel(folder / "graph")(**inputs).logits["stars"], expected, atol=1e-4)

@@ -460,8 +460,8 @@ class TestStates:
     def test_results(self, folder, content):
         from mm_transformers.analysis.task_comparison import compare
         from mm_transformers.cli.metrics_table import print_metrics
-        from mm_transformers.cli.train import _read_metrics
         from mm_transformers.sharing.export_spec import read_spec
+        from mm_transformers.training.recipe.run import _read_metrics
 
         path = folder / "state.json"
 

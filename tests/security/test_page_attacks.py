@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from cases import first_quickly
 from PIL import Image
 from tiny import make_feature_extractor, make_image, make_image_processor, make_model, make_tokenizer
 
@@ -173,7 +174,7 @@ def attacks(secret: Path, address: str) -> list:
     return found
 
 
-@pytest.mark.parametrize("part", ["picture", "sound"])
+@pytest.mark.parametrize("part", first_quickly(["picture", "sound"]))
 def test_no_file_of_the_server_and_no_address(client, listener, tmp_path, part):
     address, asked = listener
     secret = tmp_path / ("secret.png" if part == "picture" else "secret.wav")
@@ -344,6 +345,7 @@ def test_a_slow_request_does_not_stop_the_others(client, monkeypatch):
             client.http.get(f"{API}/call/answer/{answer.json()['event_id']}")
 
 
+@pytest.mark.slow
 def test_bombs(client):
     """Small files of large pictures and long sounds: one sentence, or an answer, in bounded time and memory."""
     import resource

@@ -62,6 +62,7 @@ def check(model, exported, processor):
                 assert (found[name] - expected[name]).abs().max() < 1e-4, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("onnx", marks=pytest.mark.nightly), "torch"])
 def test_every_kind_of_head(kind, tmp_path):
     model, processor = make_model(item_order=True), make_processor()
@@ -93,6 +94,7 @@ def test_every_fusion(fusion, text, vision, kind, tmp_path):
     check(model, ExportedModel(tmp_path / "out", trust_pickle=True), processor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("writer", "kind"),
     [

@@ -163,6 +163,7 @@ def test_checkpoints_of_adapters_of_transformers(tmp_path):
         load_adapters(other, str(tmp_path / "whole" / "checkpoint-4"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["famo", "pcgrad"])
 def test_adapters_and_task_weighting(tmp_path, weighting):
     base = make_model(tasks=make_tasks(), task_weighting=weighting, regularization={"kind": "l2", "weight": 1e-3})
@@ -174,6 +175,7 @@ def test_adapters_and_task_weighting(tmp_path, weighting):
     assert last["topic_weight"] > 0
 
 
+@pytest.mark.slow
 def test_bf16_is_close_to_float32(tmp_path):
     """Autocast on the CPU; gates and heads stay float32."""
     logs = []

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import first_quickly
 from distributed import FSDP, NUM_ROWS, differ, make_rows, make_tasks, train, train_in_processes
 from tiny import SEQ2SEQ, VISION_ENCODERS, make_model, make_processor
 from transformers import TrainerCallback
@@ -138,7 +139,9 @@ def test_pcgrad_projects_what_is_shared(tmp_path):
     assert differ({"steps": [expected]}, {"steps": [{name: result["steps"][0][name] for name in expected}]}) < 1e-4
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 8, "accumulation": 4}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "change", first_quickly([{"batch_size": 8, "accumulation": 4}, {"gradient_checkpointing": True}]), ids=str
+)
 def test_however_the_step_is_cut(tmp_path, whole, change):
     _, options, result = whole
     again = train(tmp_path, model=options, max_steps=3, **change)
@@ -146,6 +149,7 @@ def test_however_the_step_is_cut(tmp_path, whole, change):
     torch.testing.assert_close(weights_of(again, 2), weights_of(result, 2), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_when_looked_at_twice(tmp_path):
     """With accumulation, FAMO runs the batches forward beforehand: the losses it saw are those that are trained."""
     runs = []
@@ -214,6 +218,7 @@ def test_the_start_of_l2_sp_survives_a_resume(tmp_path):
         train(tmp_path / "c", **change, resume=True)
 
 
+@pytest.mark.slow
 def test_bf16(tmp_path, whole):
     _, options, result = whole
     half = train(tmp_path, model=options, max_steps=3, bf16=True)
@@ -304,6 +309,7 @@ def test_pcgrad_leaves_the_decoder_of_a_single_task_to_it():
     assert owned == [{"model.text_model"}, set()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, pytest.param(FSDP, marks=pytest.mark.nightly)], ids=["DDP", "FSDP"])
 def test_famo_sees_all_pairs_in_two_processes(tmp_path, environment):
     """The losses before and after are those of training, where each row is compared with those of all processes."""

@@ -209,6 +209,7 @@ def test_rows_of_streams_count_once(tmp_path):
         assert metrics["test_loss"] == pytest.approx(rows[2]["test_loss"], rel=1e-4), kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.nightly), "FULL_STATE_DICT"])
 def test_fsdp_saves_resumes_evaluates_and_writes(tmp_path, kind):
     environment = {**FSDP, "FSDP_STATE_DICT_TYPE": kind}

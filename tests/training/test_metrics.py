@@ -68,6 +68,7 @@ def brute_force_losses(task, logits, labels):
 
 
 class TestLosses:
+    @pytest.mark.slow
     @settings(max_examples=50, deadline=None)
     @given(task=st.sampled_from(TASKS), num_rows=st.integers(1, 12), seed=st.integers(0, 2**32 - 1))
     def test_is_the_mean_over_what_is_labelled(self, task, num_rows, seed):

@@ -665,6 +665,7 @@ def test_the_regulariser_pulls_probes_to_their_start(tmp_path, kind):
     assert (model.regularization_loss() - at_start).item() == pytest.approx(0.5 * moved, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_mixture_starts_from_the_rows_of_all_its_data_sets(tmp_path):
     from mm_transformers import DataMixture, DataSource
 

@@ -118,6 +118,7 @@ def test_plain_trainer_works(tmp_path):
             assert metrics[name] == pytest.approx(value), name
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     """The picture decides the topic: black is food, white is travel."""
     rows = [
@@ -466,6 +467,7 @@ def test_rows_of_any_kind_without_labels_are_told(kind, cells, tmp_path):
     MMTrainer(model, args, processing_class=make_processor(), train_dataset=make(rows))
 
 
+@pytest.mark.slow
 def test_losses_of_tasks_are_in_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -172,6 +172,91 @@ def train(
     leave_processes()
 
 
+TableArgument = Annotated[Path, typer.Argument(metavar="TABLE", help="CSV, JSON lines or Parquet file.")]
+Predict = Annotated[
+    str, typer.Option(help="Columns to predict, with commas between: category,price. price:regression says the kind.")
+]
+ModelFolder = Annotated[Path, typer.Option(help="Folder of the model, its recipe and its report.")]
+ColumnKinds = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What a column holds, if the guess is wrong: zip:category. Kinds: text, image, video, audio, number, "
+        "date, category, ignore. May be given again."
+    ),
+]
+TextEncoder = Annotated[str | None, typer.Option("--text", help="Text encoder, by Hub id or folder.")]
+VisionEncoder = Annotated[str | None, typer.Option("--vision", help="Vision encoder, by Hub id or folder.")]
+AudioEncoder = Annotated[str | None, typer.Option("--audio", help="Audio encoder, by Hub id or folder.")]
+PresetName = Annotated[
+    str, typer.Option("--preset", help="fast: encoders stay as they are; balanced: up to 5 epochs; best: up to 20.")
+]
+Validation = Annotated[Path | None, typer.Option(help="Table of validation rows; by default 15% are held out.")]
+Test = Annotated[Path | None, typer.Option(help="Table of test rows; by default 15% are held out.")]
+Group = Annotated[str | None, typer.Option(help="Column whose equal cells stay on one side of the split.")]
+PathsFrom = Annotated[
+    str | None, typer.Option("--image-root", help="Where relative paths start; by default at the folder of the table.")
+]
+
+
+@app.command()
+def fit(
+    table: TableArgument,
+    predict: Predict,
+    output: ModelFolder = Path("fitted-model"),
+    column: ColumnKinds = None,
+    text: TextEncoder = None,
+    vision: VisionEncoder = None,
+    audio: AudioEncoder = None,
+    preset: PresetName = "balanced",
+    minutes: Annotated[float | None, typer.Option(help="The time for everything, in minutes.")] = None,
+    validation: Validation = None,
+    test: Test = None,
+    group: Group = None,
+    image_root: PathsFrom = None,
+    allow_urls: AllowUrls = False,
+    allow_host: AllowHost = None,
+) -> None:
+    """
+    Train a model on a table: it finds out what each column holds, and writes model, recipe and report.
+
+    Held-out rows measure the model beside a linear model, the text alone and a constant answer. The report shows
+    errors, explanations, what each input is good for, and labels that may be wrong.
+    """
+    with _errors_as_sentences():
+        from .fit import run_fit
+
+        run_fit(
+            table, predict, output, column or [], text=text, vision=vision, audio=audio, preset=preset, minutes=minutes,
+            validation=validation, test=test, group=group, image_root=image_root,
+            allow_urls=_allowed(allow_urls, allow_host),
+        )  # fmt: skip
+
+
+@app.command()
+def init(
+    table: TableArgument,
+    predict: Predict,
+    output: ModelFolder = Path("fitted-model"),
+    column: ColumnKinds = None,
+    text: TextEncoder = None,
+    vision: VisionEncoder = None,
+    audio: AudioEncoder = None,
+    preset: PresetName = "balanced",
+    validation: Validation = None,
+    test: Test = None,
+    group: Group = None,
+    image_root: PathsFrom = None,
+) -> None:
+    """Write the recipe with which `fit` would train on a table, without a training."""
+    with _errors_as_sentences():
+        from .fit import run_init
+
+        run_init(
+            table, predict, output, column or [], text=text, vision=vision, audio=audio, preset=preset,
+            validation=validation, test=test, group=group, image_root=image_root,
+        )  # fmt: skip
+
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a trained model.")]
 DataArgument = Annotated[Path, typer.Argument(metavar="FILE", help="CSV, JSON lines or Parquet file.")]
 BatchSize = Annotated[int, typer.Option("--batch_size", "--batch-size", min=1, help="Rows per batch and process.")]

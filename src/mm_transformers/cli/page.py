@@ -64,11 +64,11 @@ def make_page(
 
     kinds = [
         "text",
-        # A page has no field for the frames of a video.
+        # A page has no field for the frames of a video, for columns, and for modalities of a user's own.
         *(
             name
             for name, part in PARTS.items()
-            if part.encoder.name in model.config.modalities and not part.is_sequence
+            if part.encoder.name in model.config.modalities and not part.is_sequence and part.encoder.own is None
         ),
     ]
     upload_folder()  # before gradio asks for it

@@ -23,10 +23,11 @@ from ..data.collator import MMDataCollator
 from ..data.files import check_writable
 from ..data.labels import check_labels, has_labels, prepare_labels
 from ..data.loading import load_files
+from ..data.row_labels import text_columns
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
 from ..model.answers import check_tasks
 from ..model.messages import check_folder
-from ..model.modalities import PARTS
+from ..model.modalities import MODALITIES, PARTS
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import write_atomically
@@ -72,7 +73,7 @@ class Reading:
             said = recipe.get(name)
             for field in fields(section):
                 value = said.get(field.name) if isinstance(said, dict) else None
-                if isinstance(value, (str, int, float)):
+                if isinstance(value, (str, int, float)) or (field.name == "text" and isinstance(value, list)):
                     setattr(section, field.name, value)
         said = recipe.get("columns")
         if isinstance(said, dict):
@@ -217,7 +218,7 @@ def run_prediction(
     _check_columns(rows.schema.names, collator, columns, reading, file)
     reader = RowReader(
         _features(rows.schema, collator.input_columns),
-        {column.column: kind for kind, column in collator.media.items()},
+        {column.column: kind for kind, column in collator.media.items() if MODALITIES[kind].has_files},
         data.image_root or str(file.parent),
     )
     options = {} if num_beams is None else {"num_beams": num_beams}
@@ -254,10 +255,10 @@ def _check_columns(
 ) -> None:
     known = ", ".join(map(repr, names))
     for part in ("text", "image", "video", "audio"):
-        column = getattr(columns, part)
         asked = getattr(reading, f"{part}_column") is not None
-        if column not in (None, *names) and (asked or part == "text"):
-            raise ValueError(f"{file} has no column {column!r}; set --{part}_column to one of {known}.")
+        missing = [column for column in text_columns(getattr(columns, part)) if column not in names]
+        if missing and (asked or (part == "text" and collator.text_column is not None)):
+            raise ValueError(f"{file} has no column {missing[0]!r}; set --{part}_column to one of {known}.")
     for column in (column for table in collator.tables.values() for column in table.columns):
         if column not in names:
             raise ValueError(

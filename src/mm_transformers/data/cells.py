@@ -352,7 +352,8 @@ def _media_reader(feature: Any, kind: Optional[str]) -> Optional[Reader]:
 def _array_type(feature: Any, kind: Optional[str]) -> Optional[tuple[int, str]]:
     """The depth of the lists of a column and the type of their numbers, if its items are arrays."""
     depth, dtype = _numbers_in(feature)
-    return (depth, dtype) if kind is not None and dtype is not None and depth >= min(MODALITIES[kind].axes) else None
+    axes = () if kind is None else MODALITIES[kind].axes
+    return (depth, dtype) if axes and dtype is not None and depth >= min(axes) else None
 
 
 def _item_depth(feature: Any, kind: str) -> int:

@@ -1,7 +1,7 @@
 """Makes batches of rows."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Optional
 
 from ..model.configuration_mm_transformer import MMTransformerConfig
@@ -18,6 +18,7 @@ from .cells import LABEL_SEPARATOR, label_of
 from .feature_keys import digest_of, hash_of_text
 from .feature_reading import CachedFeatures, CachedItem, unpadded_texts
 from .media import MediaColumn, RowColumns, SharedCounter
+from .row_labels import join_texts, text_columns
 from .sources import ANY_SOURCE, ROW_KEY, SOURCE_KEY, count_rows, name_of_row, own_column
 
 
@@ -34,9 +35,10 @@ class MMDataCollator:
     Args:
         processor ([`MMTransformerProcessor`]): The processor of the model.
         config ([`MMTransformerConfig`]): The config of the model, with its tasks.
-        text_column (`str`, *optional*, defaults to `"text"`):
-            Column of strings (or lists of words). `None` and "" are allowed in rows with another input. With
-            `text_column=None`, no row has a text.
+        text_column (`str` or `list[str]`, *optional*, defaults to `"text"`):
+            Column of strings (or lists of words). `None` and "" are allowed in rows with another input. The texts of
+            several columns become one, each with the name of its column before it. With `text_column=None`, no row has
+            a text.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of images: PIL, path, bytes, array, a cell of `datasets.Image`, a list of those, or `None`.
         video_column (`str`, *optional*, defaults to `"video"`):
@@ -80,7 +82,7 @@ class MMDataCollator:
         self,
         processor: MMTransformerProcessor,
         config: MMTransformerConfig,
-        text_column: Optional[str] = "text",
+        text_column: Optional[str | Sequence[str]] = "text",
         image_column: str = "image",
         video_column: str = "video",
         audio_column: str = "audio",
@@ -106,7 +108,14 @@ class MMDataCollator:
         self.processor = processor
         self.tasks = config.get_tasks()
         self.takes_images = config.vision_config is not None
-        self.text_column, self.image_column = text_column, image_column
+        self.text_column = text_column if config.reads_text else None
+        self.image_column = image_column
+        self.text_columns = text_columns(self.text_column)
+        if len(self.text_columns) > 1 and any(task.is_token_level for task in self.tasks.values()):
+            raise ValueError(
+                f"A task that labels words needs one column of texts, but there are {len(self.text_columns)}: "
+                f"{', '.join(self.text_columns)}."
+            )
         self._num_bad_files = SharedCounter()
         addresses = Addresses(allow_urls)
         rules = (on_bad_file, self._num_bad_files, addresses)
@@ -149,8 +158,10 @@ class MMDataCollator:
     @property
     def input_columns(self) -> list[str]:
         """The columns that hold inputs of the model: texts, then images and the like, then numbers and categories."""
-        texts = [] if self.text_column is None else [self.text_column]
-        return [*texts, *(column for name in (*self.media, *self.tables) for column in self.columns_of(name))]
+        return [
+            *self.text_columns,
+            *(column for name in (*self.media, *self.tables) for column in self.columns_of(name)),
+        ]
 
     def columns_of(self, argument: str) -> list[str]:
         """The columns of a modality, by the argument of the processor; none if the model does not read it."""
@@ -257,17 +268,19 @@ class MMDataCollator:
             had_other: whether the row has another input.
             name: the name of the row in messages.
         """
-        if self.text_column is None:
-            if not had_other:
-                raise ValueError(f"{name} has no content in {self._shown_inputs(row)}: remove the row.")
-            return ""
-        if self.text_column not in row:
+        text = join_texts({column: self._text(row, column, name) for column in self.text_columns} or {"": ""})
+        if not text.strip() and not had_other:
+            raise ValueError(f"{name} has no content in {self._shown_inputs(row)}: remove the row.")
+        return text
+
+    def _text(self, row: Mapping[str, Any], column: str, name: str) -> str:
+        if column not in row:
             columns = ", ".join(repr(column) for column in row if column not in (ROW_KEY, SOURCE_KEY))
             raise ValueError(
-                f"{name} has no column {self.text_column!r} (its columns are {columns}); name the column of your texts "
-                "by text_column=."
+                f"{name} has no column {column!r} (its columns are {columns}); name the column of your texts by "
+                "text_column=."
             )
-        text = row[self.text_column]
+        text = row[column]
         if getattr(text, "ndim", 0) == 1:
             text = text.tolist()
         if isinstance(text, (list, tuple)) and all(isinstance(word, str) for word in text):
@@ -276,17 +289,15 @@ class MMDataCollator:
             text = ""
         if not isinstance(text, str):
             raise ValueError(
-                f"{name}, column {own_column(row, self.text_column)!r}: expected a text (or a list of words), but got "
+                f"{name}, column {own_column(row, column)!r}: expected a text (or a list of words), but got "
                 f"{shorten_value(text)} of type {type(text).__name__}."
             )
         try:
             text.encode()
         except UnicodeEncodeError as error:  # the error of tokenizers would only be "no string"
             raise ValueError(
-                f"{name}, column {own_column(row, self.text_column)!r}: the text is not valid Unicode ({error})."
+                f"{name}, column {own_column(row, column)!r}: the text is not valid Unicode ({error})."
             ) from error
-        if not text.strip() and not had_other:
-            raise ValueError(f"{name} has no content in {self._shown_inputs(row)}: remove the row.")
         return text
 
     def _shown_inputs(self, row: Mapping[str, Any]) -> str:

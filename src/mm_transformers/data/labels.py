@@ -1,6 +1,6 @@
 """Converts label columns of files for their tasks, and finds unnamed labels in the rows."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -66,7 +66,7 @@ def _with_numbers(rows: datasets.Dataset, column: str) -> datasets.Dataset:
 def check_labels(
     data: Mapping[str, datasets.Dataset],
     tasks: Iterable[Task],
-    text_column: str | None,
+    text_column: str | Sequence[str] | None,
     label_separator: str = LABEL_SEPARATOR,
 ) -> None:
     """
@@ -84,7 +84,7 @@ def check_labels(
 
 
 def has_labels(
-    rows: datasets.Dataset, task: Task, text_column: str | None, label_separator: str = LABEL_SEPARATOR
+    rows: datasets.Dataset, task: Task, text_column: str | Sequence[str] | None, label_separator: str = LABEL_SEPARATOR
 ) -> bool:
     """Whether any row has a label of the task."""
     labels = encoded_labels(rows, [task], text_column, label_separator)[task.name]

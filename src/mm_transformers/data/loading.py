@@ -132,22 +132,25 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(item)
 
 
-def hold_out(data: datasets.DatasetDict, fraction: float, columns: Mapping[str, Any], tasks: Iterable[Task]) -> None:
+def hold_out(
+    data: datasets.DatasetDict, split: str, fraction: float, columns: Mapping[str, Any], tasks: Iterable[Task]
+) -> None:
     """
-    Takes a part of the training rows as validation split, by [`hold_out_rows`]; an existing split is kept.
+    Takes a part of the training rows as another split, by [`hold_out_rows`]; an existing split is kept.
 
     Args:
-        columns: `text_column`, `image_column`, `video_column`, `audio_column` and `label_separator`, as in
-            [`hold_out_rows`].
+        split: "validation" or "test".
+        columns: `text_column`, `image_column`, `video_column`, `audio_column`, `label_separator` and `group_column`,
+            as in [`hold_out_rows`].
         tasks: the tasks whose labels are to be distributed equally.
 
     Raises:
         ValueError: if the rows cannot be split.
     """
-    if "validation" not in data:
+    if split not in data:
         train, held_out = hold_out_rows(data["train"], fraction, tasks=tasks, **columns)
-        logger.info(f"No validation split: {len(held_out):,} of {len(data['train']):,} training rows are held out.")
-        data["train"], data["validation"] = train, held_out
+        logger.info(f"No {split} split: {len(held_out):,} of {len(data['train']):,} training rows are held out.")
+        data["train"], data[split] = train, held_out
 
 
 def first_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:

@@ -1,6 +1,6 @@
 """Reads the labels and single columns of a whole data set, without images, videos and sounds."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -39,7 +39,7 @@ def rows_with_columns(dataset: Any, columns: Iterable[str]) -> Iterator[Mapping[
 
 
 def encoded_labels(
-    dataset: Any, tasks: Iterable[Task], text_column: str | None, label_separator: str = LABEL_SEPARATOR
+    dataset: Any, tasks: Iterable[Task], text_column: str | Sequence[str] | None, label_separator: str = LABEL_SEPARATOR
 ) -> dict[str, list[Any]]:
     """
     Task name -> the encoded label of each row, `None` where it is missing.
@@ -47,7 +47,7 @@ def encoded_labels(
     Args:
         dataset: as in [`rows_with_columns`].
         tasks: the tasks whose labels to encode.
-        text_column: the column of texts; read only for tasks that label words.
+        text_column: the columns of texts; read only for tasks that label words.
         label_separator: the separator in texts with several labels.
 
     Raises:
@@ -55,11 +55,11 @@ def encoded_labels(
     """
     tasks = list(tasks)
     columns = [task.column or task.name for task in tasks]
-    if text_column is not None and any(task.is_token_level for task in tasks):
-        columns.append(text_column)
+    if any(task.is_token_level for task in tasks):
+        columns += text_columns(text_column)
     labels: dict[str, list[Any]] = {task.name: [] for task in tasks}
     for number, row in enumerate(rows_with_columns(dataset, columns)):
-        text = "" if text_column is None else text_of(row.get(text_column))
+        text = text_in(row, text_column)
         for task, column in zip(tasks, columns, strict=False):
             if not row.get(SOURCE_KEY, ANY_SOURCE).labels(task.name):
                 labels[task.name].append(None)
@@ -69,6 +69,37 @@ def encoded_labels(
             except ValueError as error:
                 raise ValueError(f"row {number:,}, column {own_column(row, column)!r}: {error}.") from None
     return labels
+
+
+def text_columns(text_column: str | Sequence[str] | None) -> list[str]:
+    """The columns of texts as a list; see `text_column` of [`MMDataCollator`]."""
+    if text_column is None:
+        return []
+    return [text_column] if isinstance(text_column, str) else list(text_column)
+
+
+def join_texts(texts: Mapping[str, str]) -> str:
+    """
+    One text from several columns, each with its name before it. Empty ones are left out.
+
+    Args:
+        texts: column -> text.
+
+    Example:
+
+    ```python
+    >>> join_texts({"title": "Old chair", "colour": "", "description": "Made of oak."})
+    'title: Old chair\\ndescription: Made of oak.'
+    ```
+    """
+    if len(texts) == 1:
+        return next(iter(texts.values()))
+    return "\n".join(f"{column}: {text}" for column, text in texts.items() if text.strip())
+
+
+def text_in(row: Mapping[str, Any], text_column: str | Sequence[str] | None) -> str:
+    """The text of a row, from one column or several."""
+    return join_texts({column: text_of(row.get(column)) for column in text_columns(text_column)} or {"": ""})
 
 
 def text_of(cell: Any) -> str:

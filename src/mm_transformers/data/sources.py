@@ -20,7 +20,7 @@ class NamedColumn(Protocol):
 class ReadColumns(Protocol):
     """The part of [`MMDataCollator`] that says which columns it reads."""
 
-    text_column: Optional[str]
+    text_columns: list[str]
     tasks: dict[str, Task]
 
     @property
@@ -171,10 +171,11 @@ class DataSource:
                     f"{_shown(own)}."
                 )
         columns = self.column_names
-        if columns is not None and collator.text_column not in (None, *columns):
+        missing = [] if columns is None else [column for column in collator.text_columns if column not in columns]
+        if columns is not None and missing:
             raise ValueError(
-                f"{name} has no column {collator.text_column!r} (its columns are {_shown(columns)}); name the column "
-                f"of its texts by DataSource(..., columns={{{collator.text_column!r}: '...'}})."
+                f"{name} has no column {missing[0]!r} (its columns are {_shown(columns)}); name the column "
+                f"of its texts by DataSource(..., columns={{{missing[0]!r}: '...'}})."
             )
         labelled = self.labelled_tasks(collator)
         if self.tasks is not None and labelled != set(self.tasks):

@@ -22,7 +22,7 @@ from ..model.modalities import as_clips, as_list, as_one
 from ..model.tasks import Task
 from .cells import LABEL_SEPARATOR, as_records
 from .mixture import DataMixture
-from .row_labels import encoded_labels, rows_with_columns, text_of
+from .row_labels import encoded_labels, rows_with_columns, text_columns, text_in
 from .sources import DataSource, is_iterable
 
 
@@ -36,7 +36,7 @@ def hold_out_rows(
     dataset: Any,
     fraction: float,
     *,
-    text_column: str | None = "text",
+    text_column: str | Sequence[str] | None = "text",
     image_column: str = "image",
     video_column: str = "video",
     audio_column: str = "audio",
@@ -135,7 +135,7 @@ class _OneGroup(ValueError):
 def _split(
     dataset: Any,
     fraction: float,
-    text_column: str | None,
+    text_column: str | Sequence[str] | None,
     media: Media,
     tasks: list[Task],
     group_column: str | None,
@@ -188,7 +188,11 @@ def _take(dataset: Any, rows: list[int]) -> Any:
 
 
 def find_groups(
-    dataset: Any, fraction: float, text_column: str | None, media: Media, group_column: str | None = None
+    dataset: Any,
+    fraction: float,
+    text_column: str | Sequence[str] | None,
+    media: Media,
+    group_column: str | None = None,
 ) -> np.ndarray:
     """
     (num_rows,) int64: the number of the group of each row; see [`hold_out_rows`].
@@ -202,7 +206,7 @@ def find_groups(
     has_group_column = group_column is None
     num_rows = 0
     wanted = [
-        *([] if text_column is None else [text_column]),
+        *text_columns(text_column),
         *media,
         *([] if group_column is None else [group_column]),
     ]
@@ -215,7 +219,7 @@ def find_groups(
             cell = as_scalar(row[group_column])
             if not is_null(cell):
                 members.append((number, ("group", cell if isinstance(cell, (str, int, float)) else repr(cell))))
-        text = "" if text_column is None else " ".join(text_of(row.get(text_column)).casefold().split())
+        text = " ".join(text_in(row, text_column).casefold().split())
         if text:
             texts.setdefault(text, []).append(number)
     if num_rows and not has_group_column:
@@ -306,7 +310,7 @@ def _hash_of_file(path: str, num_bytes: int | None = None) -> Hashable:
 
 
 def strata_of(
-    dataset: Any, tasks: Sequence[Task], text_column: str | None, label_separator: str = LABEL_SEPARATOR
+    dataset: Any, tasks: Sequence[Task], text_column: str | Sequence[str] | None, label_separator: str = LABEL_SEPARATOR
 ) -> list[list[Hashable]]:
     """The strata of each row: for each task the values of [`Task.strata`], or a stratum of missing labels."""
     strata: list[list[Hashable]] = []

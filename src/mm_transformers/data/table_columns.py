@@ -3,11 +3,22 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from ..model.dates import DateError, date_format, read_date
 from ..model.label_cells import is_null, shorten
 from ..model.limits import limits, named
-from ..model.table import CATEGORY_KIND, KINDS, NUMBER_KIND, TableConfig, TableError, read_category, read_number
+from ..model.table import (
+    CATEGORY_KIND,
+    DATE_KIND,
+    KINDS,
+    NUMBER_KIND,
+    TableConfig,
+    TableError,
+    read_category,
+    read_number,
+)
 from .row_labels import rows_with_columns
 
 
@@ -16,11 +27,12 @@ def table_columns(rows: Any, columns: Sequence[str] | Mapping[str, str | None], 
     The columns of numbers and categories of a model, with their statistics in the training rows.
 
     A column without a kind is one of numbers, if all of its cells are numbers, or texts that are numbers. Truth values
-    are categories. So give the kind of numbers that are names, such as postal codes.
+    are categories. So give the kind of numbers that are names, such as postal codes, and of dates.
 
     Args:
         rows: the training rows: a `datasets.Dataset`, a pandas `DataFrame`, a list of dicts or a [`DataSource`].
-        columns (`list[str]` or `dict[str, str]`): The names; or name -> `"number"`, `"category"`, or `None` to find it.
+        columns (`list[str]` or `dict[str, str]`): The names; or name -> `"number"`, `"date"`,
+            `"category"`, or `None` to find it.
         options: the sizes of the encoder, see [`TableConfig`].
 
     Returns:
@@ -44,7 +56,7 @@ def table_columns(rows: Any, columns: Sequence[str] | Mapping[str, str | None], 
     kinds = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns)
     for name, kind in kinds.items():
         if kind not in (None, *KINDS):
-            raise ValueError(f"Column {name!r} must have the kind 'number' or 'category', but has {kind!r}.")
+            raise ValueError(f"Column {name!r} must have the kind 'number', 'date' or 'category', but has {kind!r}.")
     if not kinds:
         raise ValueError("columns is empty: give the names of the columns of numbers and categories.")
     cells: dict[str, list[Any]] = {name: [] for name in kinds}
@@ -65,15 +77,23 @@ def _column(name: str, kind: str | None, cells: list[Any]) -> dict[str, Any]:
         raise ValueError(f"{where} has no value in the training rows; leave it out.")
     if kind is None:
         kind = NUMBER_KIND if are_numbers(cells) else CATEGORY_KIND
-    read: Callable[[Any], Any] = read_number if kind == NUMBER_KIND else read_category
+    format = (date_format(cells) or "") if kind == DATE_KIND else ""
+    readers: dict[str, Callable[[Any], Any]] = {
+        NUMBER_KIND: read_number,
+        DATE_KIND: partial(read_date, format=format),
+        CATEGORY_KIND: read_category,
+    }
+    read = readers[kind]
     values: list[Any] = []
     for number, cell in enumerate(cells):
         try:
             value = read(cell)
-        except TableError as error:
+        except (DateError, TableError) as error:
             raise ValueError(f"Row {number:,}, column {name!r}: {error}.") from None
         if value is not None:
             values.append(value)
+    if kind == DATE_KIND:
+        return {"name": name, "kind": kind, "format": format, **_statistics(values)}
     if kind == NUMBER_KIND:
         return {"name": name, "kind": kind, **_statistics(values)}
     counts = Counter(values)

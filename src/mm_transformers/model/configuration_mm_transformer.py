@@ -77,6 +77,9 @@ class MMTransformerConfig(PreTrainedConfig):
             `{"kind": "merge", "num_tokens": 49}` merges the most similar tokens (https://arxiv.org/abs/2210.09461),
             without parameters. In `{"kind": "resampler", "num_tokens": 32, "num_layers": 2}` learned vectors attend to
             them (https://arxiv.org/abs/2204.14198).
+        reads_text (`bool`, *optional*, defaults to `True`):
+            Whether rows may have a text. `from_encoders(text=None, ...)` sets it to `False`: a small text encoder then
+            stands in, whose outputs are not used.
         freeze_batch_norm (`bool`, *optional*, defaults to `False`):
             Whether batch normalisation in the encoders uses, and keeps, its running statistics in training. Then no row
             depends on its batch. `from_encoders` sets it to `True`.
@@ -153,6 +156,7 @@ class MMTransformerConfig(PreTrainedConfig):
     frame_embedding: str = "sinusoidal"
     item_order: bool = False
     vision_token_reduction: dict | None = None
+    reads_text: bool = True
     linear_probe: bool = False
     freeze_batch_norm: bool = False
     tasks: list | None = None
@@ -336,6 +340,8 @@ class MMTransformerConfig(PreTrainedConfig):
 
     def validate_tasks(self):
         """Part of `@strict`-powered validation."""
+        if not self.reads_text and not self.modalities:
+            raise ValueError("A model without text needs another input: vision_config, audio_config or table_config.")
         seen = set()
         inputs = set(self.table_columns)
         for task in (task_from_dict(task) for task in self.tasks):

@@ -1,6 +1,6 @@
 """A linear model of the mean encoder outputs inside each head, as the start of a task."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,14 +26,18 @@ class LinearProbe(nn.Module):
     Args:
         widths: modality -> width of its features, "text" first.
         num_outputs, per_token: see [`LinearProblem`].
-        unscaled: the modalities whose features are not scaled to length 1.
+        unscaled: the modalities whose features are not scaled to length 1 -> the token that each feature describes.
     """
 
     def __init__(
-        self, widths: dict[str, int], num_outputs: int, per_token: bool = False, unscaled: Collection[str] = ()
+        self,
+        widths: dict[str, int],
+        num_outputs: int,
+        per_token: bool = False,
+        unscaled: Mapping[str, list[int]] = {},
     ):
         super().__init__()
-        self.widths, self.per_token, self.unscaled = dict(widths), per_token, frozenset(unscaled)
+        self.widths, self.per_token, self.unscaled = dict(widths), per_token, dict(unscaled)
         self.linear = nn.Linear(sum(widths.values()) + len(widths), num_outputs)
 
     def init_own_parameters(self, std: float):
@@ -142,7 +146,11 @@ def with_probe(head: nn.Module, task: Any, config: Any) -> nn.Module:
     problem = task.linear_problem() if config.linear_probe else None
     if problem is None or _owner(task, "build_head") is not _owner(task, "linear_problem"):
         return head
-    unscaled = [name for name, kind in own_encoders().items() if kind.own and not kind.own.scales_linear_features]
+    unscaled = {
+        name: kind.own.linear_tokens(getattr(config, f"{name}_config"))
+        for name, kind in own_encoders().items()
+        if name in config.modalities and kind.own is not None and not kind.own.scales_linear_features
+    }
     probe = LinearProbe(probe_widths(config), problem.num_outputs, problem.per_token, unscaled)
     return ProbedHead(head, probe, has_fusion=bool(config.modalities))
 

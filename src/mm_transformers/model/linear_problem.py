@@ -79,6 +79,10 @@ class LinearProblem(ABC):
     def losses(self, logits: Array, labels: Array) -> Array:
         """(num_items,): the loss of each item."""
 
+    def likelihoods(self, logits: Array, labels: Array) -> Optional[Array]:
+        """(num_items,): the likelihood of the labels, from 0 to 1; `None` if the problem has no probabilities."""
+        return None
+
     @abstractmethod
     def solver(self, features: Array, labels: Array, counts: Array, regressions: Regressions) -> Solver:
         """
@@ -146,6 +150,11 @@ class MultinomialProblem(LinearProblem):
         # The loss of a label without training rows in the fold is infinite at every strength.
         return torch.nn.functional.cross_entropy(scores, targets, reduction="none").clamp(max=20).numpy()
 
+    def likelihoods(self, logits: Array, labels: Array) -> Optional[Array]:
+        import numpy as np
+
+        return np.exp(-self.losses(logits, labels))
+
     def item_weights(self, labels: Array) -> Optional[Array]:
         import numpy as np
 
@@ -211,6 +220,11 @@ class BinaryProblem(_FloatProblem):
         scores, targets = torch.from_numpy(logits), torch.from_numpy(labels).double()
         losses = torch.nn.functional.binary_cross_entropy_with_logits(scores, targets, reduction="none")
         return losses.sum(1).numpy()
+
+    def likelihoods(self, logits: Array, labels: Array) -> Optional[Array]:
+        import numpy as np
+
+        return np.exp(-self.losses(logits, labels))
 
     def reduced(self, labels: Array) -> tuple[LinearProblem, Array]:
         import numpy as np

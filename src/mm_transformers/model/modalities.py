@@ -50,7 +50,7 @@ AUDIO = EncoderKind(
     "sounds", "audio",
 )  # fmt: skip
 COLUMNS = EncoderKind(
-    "table", ("table_numbers", "table_categories"), "table_index", None, None, "table row", "table rows", "tabular",
+    "table", ("table_numbers", "table_categories"), "table_index", None, None, "table", "tables", "tabular",
     own=TableEncoder,
 )  # fmt: skip
 
@@ -177,6 +177,8 @@ class Modality:
         axes: the numbers of axes of an item that is stored as nested lists of numbers.
         most_axes: the largest number of axes of an item that is stored as an array with a shape.
         is_sequence: whether an item is several inputs of the encoder, such as the frames of a video.
+        has_one: whether a row has one item at most. Otherwise `items` must also split a list of read items.
+        has_files: whether a text in a cell is the path or the address of a file.
         columns: the config of the encoder -> the columns of a row that form one item; `None` if it has one column.
     """
 
@@ -193,12 +195,14 @@ class Modality:
     pixels_for_each: Callable[[list[Any]], Optional[int]] = no_pixel_limit
     num_pixels: Callable[[Any], int] = no_pixels
     is_sequence: bool = False
+    has_one: bool = False
+    has_files: bool = True
     columns: Optional[Callable[[Any], list[str]]] = None
 
     @property
     def is_single(self) -> bool:
         """Whether a row has one item at most, which the processor takes without a list."""
-        return self.is_sequence or self.columns is not None
+        return self.has_one or self.is_sequence or self.columns is not None
 
     def cell(self, row: Mapping[str, Any], config: Any) -> Any:
         """
@@ -223,7 +227,7 @@ VIDEO = Modality(
 # An array with two axes is one clip with several channels; a list of lists is several clips.
 SOUND = Modality("audio", "audio", AUDIO, "sound", "sound", as_clips, audio_key, _clip_reader, (1,), 2)
 TABLE = Modality(
-    "table", "table", COLUMNS, "table row", "numbers and categories", as_rows, row_key, _table_reader,
+    "table", "table", COLUMNS, "table", "numbers and categories", as_rows, row_key, _table_reader, has_files=False,
     columns=lambda config: config.names,
 )  # fmt: skip
 
@@ -254,7 +258,14 @@ def register_modality(modality: Modality) -> Modality:
     Raises:
         ValueError: if the encoder has no class, or a name is taken.
 
-    Example: `Sensor` in `tests/project/test_own_kind_everywhere.py`.
+    Example (`SENSOR` in `tests/project/test_own_kind_everywhere.py` is a whole modality):
+
+    ```python
+    >>> from mm_transformers.model.modalities import TABLE
+
+    >>> register_modality(TABLE).encoder.own.__name__  # registered already, as all modalities of this package
+    'TableEncoder'
+    ```
     """
     encoder = modality.encoder
     if encoder.own is None:

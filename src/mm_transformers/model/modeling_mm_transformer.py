@@ -272,6 +272,9 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         fusion = getattr(self, "model", self).fusion
         if fusion is not None:
             warn_if_not_copied(type(fusion))
+        for name, kind in own_encoders().items():
+            if kind.own is not None and name in self.config.modalities:
+                warn_if_not_copied(kind.own)
         auto_map = {"AutoConfig": reference(MMTransformerConfig), "AutoModel": reference(MMTransformerModel)}
         if not hasattr(self, "tasks"):
             return {"auto_map": auto_map}
@@ -320,7 +323,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_encoders(
         cls: type[_Model],
-        text: str,
+        text: Optional[str],
         vision: Optional[str] = None,
         audio: Optional[str] = None,
         table: Any = None,
@@ -333,7 +336,8 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
 
         Args:
             text (`str`): Hub id or local folder of a text encoder. For CLIP and SigLIP this is the text tower. For an
-                encoder-decoder it is the encoder, and also the decoder if a task writes text.
+                encoder-decoder it is the encoder, and also the decoder if a task writes text. `None` for a model that
+                reads no text.
             vision (`str`, *optional*): Hub id or local folder of a vision encoder; for CLIP and SigLIP the vision
                 tower.
             audio (`str`, *optional*): Hub id or local folder of an audio encoder; for Whisper its encoder.
@@ -364,10 +368,10 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         own = {"table": table, **{name: kwargs.pop(name) for name in own_encoders() if name in kwargs}}
         options, kwargs = split_options(kwargs)
         options |= {f"{name}_config": config for name, config in own.items() if config is not None}
-        loaded = load_encoders(
-            paths, with_defaults(options, [*paths, *(m for m in own if own[m] is not None)]), **kwargs
-        )
-        with default_dtype(loaded.models["text_model"].dtype):
+        names = [*paths, *(name for name, config in own.items() if config is not None)]
+        loaded = load_encoders(paths, with_defaults(options, names), **kwargs)
+        first = next(iter(loaded.models.values()), None)
+        with default_dtype(torch.float32 if first is None else first.dtype):
             model = cls(loaded.config, **loaded.models).eval()
         loaded.restore_attention()
         return model
@@ -613,8 +617,10 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         for name, kind in own_encoders().items():
             given = {key: given_own.get(key) for key in kind.inputs}
             items[name] = {key: value for key, value in given.items() if value is not None and value.shape[0] > 0}
-            if items[name] and len(items[name]) < len(kind.inputs):
-                raise ValueError(f"The {name} input needs {' and '.join(kind.inputs)}.")
+            own_config = getattr(self.config, f"{name}_config", None)
+            needed = {} if own_config is None or kind.own is None else kind.own.blank_input(own_config)
+            if items[name] and needed and items[name].keys() != needed.keys():
+                raise ValueError(f"The {name} input of this model consists of {' and '.join(needed)}.")
         indexes = {"image_index": image_index, "audio_index": audio_index, **given_own}
         checked = {
             name: self._item_index(name, indexes.get(kind.index or ""), items[name], batch_size, device)
@@ -829,7 +835,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
 
 def is_single(encoder: str) -> bool:
     """Whether a row has one item of this encoder at most, so that its items have no order."""
-    return all(modality.columns is not None for modality in modalities_of(encoder))
+    return all(modality.is_single for modality in modalities_of(encoder))
 
 
 class _CanGenerate:

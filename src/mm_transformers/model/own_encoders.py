@@ -1,5 +1,6 @@
 """Encoders that transformers lacks: the base class."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -50,6 +51,16 @@ class OwnEncoder(nn.Module):
     def linear_width(cls, config: Any) -> int:
         """The width of [`linear_features`]."""
         return config.hidden_size
+
+    @classmethod
+    def linear_tokens(cls, config: Any) -> list[int]:
+        """The token that each of the linear features describes; needed only if they are not scaled."""
+        raise NotImplementedError
+
+    @classmethod
+    def neutral(cls, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inputs without information, but not absent, for explanations; by default zeros."""
+        return {name: torch.zeros_like(value) for name, value in inputs.items()}
 
     @property
     def dtype(self) -> torch.dtype:

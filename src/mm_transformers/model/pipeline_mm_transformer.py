@@ -220,8 +220,9 @@ def _checked(row: Any, number: int, known: Optional[Sequence[str]], processor: A
         raise ValueError(f"Row {number}: the text must be a string, but is a {type(parts['text']).__name__}.")
     parts = {name: part for name, part in parts.items() if part is not None}
     if not any(name in PARTS or not isinstance(part, str) or part.strip() for name, part in parts.items()):
-        others = "" if len(keys) == len(ARGUMENTS) else f", and no content in {_listed(keys[len(ARGUMENTS) :])}"
-        raise ValueError(f"Row {number} has neither a text nor an image, a video or a sound{others}.")
+        if set(keys) != set(ARGUMENTS):
+            raise ValueError(f"Row {number} has no content in {_listed(keys)}.")
+        raise ValueError(f"Row {number} has neither a text nor an image, a video or a sound.")
     return parts
 
 

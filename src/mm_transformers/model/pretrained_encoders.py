@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .configuration_mm_transformer import MMTransformerConfig
 from .decoders import load_seq2seq
 from .encoders import HUB_KWARGS, encoder_config_from_pretrained, load_encoder
+from .no_text import config_without_text
 from .tasks import Task, task_from_dict
 
 
@@ -60,7 +61,7 @@ def with_defaults(options: Mapping[str, Any], modalities: Collection[str]) -> di
 
     Args:
         options: the fields that the caller gives.
-        modalities: those of the model, "text" among them.
+        modalities: those of the model, "text" among them unless it reads no text.
 
     Example:
 
@@ -79,6 +80,10 @@ def with_defaults(options: Mapping[str, Any], modalities: Collection[str]) -> di
     }
     if "vision" in modalities:
         defaults["freeze"] = ["vision"]
+    if "text" not in modalities:
+        # Its text encoder only stands in.
+        defaults |= {"text_config": config_without_text(), "reads_text": False}
+        options = {**options, "freeze": ["text", *(options.get("freeze") or defaults.get("freeze", []))]}
     return {**defaults, **options}
 
 
@@ -87,7 +92,7 @@ def load_encoders(paths: Mapping[str, str], options: Mapping[str, Any], **kwargs
     The encoders and the config of a new model.
 
     Args:
-        paths: modality -> Hub id or local folder of its encoder; "text" among them.
+        paths: modality -> Hub id or local folder of its encoder.
         options: fields of the config.
         kwargs: for `AutoModel.from_pretrained`.
 
@@ -98,9 +103,12 @@ def load_encoders(paths: Mapping[str, str], options: Mapping[str, Any], **kwargs
     kwargs.setdefault("dtype", torch.float32)
     # A wrong option is an error before gigabytes are read.
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-    text_config = encoder_config_from_pretrained(paths["text"], "text", **hub_kwargs)
+    text_config = options.get("text_config")
+    if "text" in paths:
+        text_config = encoder_config_from_pretrained(paths["text"], "text", **hub_kwargs)
     # These two may name an encoder that this early config lacks.
-    early = {name: value for name, value in options.items() if name not in ("freeze", "modality_dropout")}
+    left = ("freeze", "modality_dropout", "text_config", "reads_text")
+    early = {name: value for name, value in options.items() if name not in left}
     config = MMTransformerConfig(**early, text_config=text_config)
     models, configs = {}, {}
     for modality, path in paths.items():

@@ -40,6 +40,7 @@ from .modalities import (
     own_encoders,
     own_modalities,
 )
+from .no_text import tokenizer_without_words
 from .safe_writing import saved_aside
 from .table import TableConfig
 from .task_token_classification import index_words
@@ -176,6 +177,7 @@ class MMTransformerProcessor(ProcessorMixin):
         tokenizer (`PreTrainedTokenizerBase`): That of the text encoder.
         feature_extractor (`SequenceFeatureExtractor`, *optional*): That of the audio encoder.
         num_frames (`int`, *optional*, defaults to 8): The largest number of frames of a video.
+        reads_text (`bool`, *optional*, defaults to `True`): Whether rows may have a text, as in the config.
         table_config ([`TableConfig`], *optional*):
             The columns of numbers and categories, as in the config of the model. A modality of your own has an argument
             `{encoder}_config`, too.
@@ -200,7 +202,15 @@ class MMTransformerProcessor(ProcessorMixin):
     # The columns of numbers and categories; set by `table_config`.
     table_config: Optional[TableConfig] = None
 
-    def __init__(self, image_processor=None, tokenizer=None, feature_extractor=None, num_frames: int = 8, **kwargs):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        feature_extractor=None,
+        num_frames: int = 8,
+        reads_text: bool = True,
+        **kwargs,
+    ):
         for name in own_encoders():
             config = resolve_own(kwargs.pop(f"{name}_config", None), name)
             if config is not None:
@@ -213,6 +223,7 @@ class MMTransformerProcessor(ProcessorMixin):
         if isinstance(num_frames, bool) or not isinstance(num_frames, numbers.Integral) or num_frames < 1:
             raise ValueError(f"num_frames must be a whole number above 0, but is {shortened(num_frames)}.")
         self.num_frames: int = int(num_frames)
+        self.reads_text: bool = bool(reads_text)
         self._warned: set[str] = set()
 
     @classmethod
@@ -250,10 +261,12 @@ class MMTransformerProcessor(ProcessorMixin):
         if num_frames is None:
             num_frames = (saved or {}).get("num_frames", 8)
         own = {field: saved.get(field) for field in (f"{name}_config" for name in own_encoders())}
-        return cls(**parts, num_frames=num_frames, **own)
+        return cls(**parts, num_frames=num_frames, reads_text=saved.get("reads_text", True), **own)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
+        if self.reads_text:
+            values.pop("reads_text", None)
         return {**values, **{f"{name}_config": config.to_diff_dict() for name, config in self.own_configs.items()}}
 
     @property
@@ -263,13 +276,19 @@ class MMTransformerProcessor(ProcessorMixin):
         return {name: config for name, config in found.items() if config is not None}
 
     @property
+    def table_columns(self) -> list[str]:
+        """The columns of a row that are numbers and categories; none without `table_config`."""
+        return [] if self.table_config is None else self.table_config.names
+
+    @property
     def row_keys(self) -> list[str]:
         """The keys of a row that this processor reads: "text", "image", ..., and the columns of a table."""
         configs = self.own_configs
         several = [
             m.columns(configs[m.encoder.name]) for m in MODALITIES.values() if m.columns and m.encoder.name in configs
         ]
-        return [*ARGUMENTS, *(name for names in several for name in names)]
+        names = [name for name in ARGUMENTS if name != "text" or self.reads_text]
+        return [*names, *(column for columns in several for column in columns)]
 
     def cells_of(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """
@@ -309,7 +328,7 @@ class MMTransformerProcessor(ProcessorMixin):
     @classmethod
     def from_encoders(
         cls,
-        text: str,
+        text: Optional[str],
         vision: Optional[str] = None,
         audio: Optional[str] = None,
         backend: Optional[str] = None,
@@ -321,7 +340,7 @@ class MMTransformerProcessor(ProcessorMixin):
         The processor of a model with these encoders.
 
         Args:
-            text (`str`): Hub id or local folder of the text encoder.
+            text (`str`): Hub id or local folder of the text encoder; `None` for a model that reads no text.
             vision (`str`, *optional*): Hub id or local folder of the vision encoder.
             audio (`str`, *optional*): Hub id or local folder of the audio encoder.
             backend (`str`, *optional*):
@@ -336,17 +355,20 @@ class MMTransformerProcessor(ProcessorMixin):
         for name, path in {"text": text, "vision": vision, "audio": audio}.items():
             if path is not None:
                 check_folder(path, f"the {name} encoder")
-        positions = max_text_positions(encoder_config_from_pretrained(text, "text", **kwargs))
-        tokenizer = _read_part("tokenizer", AutoTokenizer, text, **kwargs)
-        if positions is not None:
-            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+        if text is None:
+            tokenizer = tokenizer_without_words()
+        else:
+            positions = max_text_positions(encoder_config_from_pretrained(text, "text", **kwargs))
+            tokenizer = _read_part("tokenizer", AutoTokenizer, text, **kwargs)
+            if positions is not None:
+                tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
         image_processor = feature_extractor = None
         if vision is not None:
             chosen = {} if backend is None else {"backend": backend}
             image_processor = _read_part("image processor", AutoImageProcessor, vision, **chosen, **kwargs)
         if audio is not None:
             feature_extractor = _read_part("feature extractor", AutoFeatureExtractor, audio, **kwargs)
-        return cls(image_processor, tokenizer, feature_extractor, num_frames, **own)
+        return cls(image_processor, tokenizer, feature_extractor, num_frames, reads_text=text is not None, **own)
 
     def __call__(
         self, text: Any = None, images: Any = None, videos: Any = None, audio: Any = None, table: Any = None, **kwargs
@@ -396,6 +418,11 @@ class MMTransformerProcessor(ProcessorMixin):
         media = {"images": images, "videos": videos, "audio": audio, "table": table}
         media |= {name: kwargs.pop(name) for name in own if name in kwargs}
         options = self._options(kwargs)
+        if not self.reads_text:
+            if text is not None and any(text):
+                raise ValueError("This processor belongs to a model that reads no text, but got one.")
+            given = [entries for entries in media.values() if isinstance(entries, (list, tuple))]
+            text = [None] * len(given[0]) if text is None and given else text
         if isinstance(text, str):
             text = [text]
             media = {name: None if entry is None else [entry] for name, entry in media.items()}

@@ -2,7 +2,8 @@
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -11,13 +12,18 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
+from .dates import FORMATS, DateError, read_date
 from .label_cells import NUMBER, as_scalar, is_null, shorten, shorten_value
 from .limits import limits, named
 from .own_encoders import OwnEncoder
 
 
-NUMBER_KIND, CATEGORY_KIND = "number", "category"
-KINDS = (NUMBER_KIND, CATEGORY_KIND)
+NUMBER_KIND, DATE_KIND, CATEGORY_KIND = "number", "date", "category"
+KINDS = (NUMBER_KIND, DATE_KIND, CATEGORY_KIND)
+# The keys of a column beside its name and kind.
+_KEYS = {NUMBER_KIND: ("mean", "std"), DATE_KIND: ("mean", "std", "format"), CATEGORY_KIND: ("values",)}
+# Texts that stand for a missing number; those of pandas, and two more that people write.
+_NO_NUMBER = {"nan", "-nan", "na", "n/a", "#n/a", "<na>", "null", "none", "-", "?"}
 # Keys of a row with another meaning.
 RESERVED = ("text", "image", "video", "audio", "table")
 # A number that is further from the mean, in standard deviations, counts as this.
@@ -42,8 +48,10 @@ class TableConfig(PreTrainedConfig):
     Args:
         columns (`list[dict]`):
             One dict per column: `{"name": "price", "kind": "number", "mean": 3.1, "std": 0.7}` with the mean and the
-            standard deviation over the training rows, or `{"name": "brand", "kind": "category", "values": ["acme"]}`
-            with the known values, the most frequent first. All other values count as one, the unknown one.
+            standard deviation over the training rows; `{"name": "sold", "kind": "date", "format": "", ...}` with the
+            same of days since 1970 and the format of texts (ISO 8601 by default); or `{"name": "brand", "kind":
+            "category", "values": ["acme"]}` with the known values, the most frequent first. All other values count as
+            one, the unknown one.
         hidden_size (`int`, *optional*, defaults to 64): The width of the tokens; there is one per column.
         num_hidden_layers (`int`, *optional*, defaults to 0):
             Self-attention layers between the columns of a row, as in FT-Transformer (https://arxiv.org/abs/2106.11959).
@@ -102,8 +110,8 @@ class TableConfig(PreTrainedConfig):
 
     @property
     def numbers(self) -> list[dict[str, Any]]:
-        """The columns of numbers."""
-        return [column for column in self.columns or [] if column["kind"] == NUMBER_KIND]
+        """The columns of numbers, and of dates, which are numbers of days."""
+        return [column for column in self.columns or [] if column["kind"] != CATEGORY_KIND]
 
     @property
     def categories(self) -> list[dict[str, Any]]:
@@ -134,18 +142,20 @@ def _checked_column(column: Any, place: int) -> dict[str, Any]:
     if column["name"] in RESERVED:
         raise ValueError(f"{where} has the name of another input of the row; rename it.")
     if column.get("kind") not in KINDS:
-        raise ValueError(f"{where} must have the kind 'number' or 'category', but has {column.get('kind')!r}.")
-    known = {"name", "kind", *(("mean", "std") if column["kind"] == NUMBER_KIND else ("values",))}
+        raise ValueError(f"{where} must have the kind 'number', 'date' or 'category', but has {column.get('kind')!r}.")
+    known = {"name", "kind", *_KEYS[column["kind"]]}
     if set(column) != known:
         raise ValueError(
             f"{where} must have {', '.join(sorted(known))}, but has {', '.join(sorted(map(str, column)))}; "
             "table_columns(rows, columns) finds them in the training rows."
         )
-    if column["kind"] == NUMBER_KIND:
+    if column["kind"] != CATEGORY_KIND:
         mean, std = column["mean"], column["std"]
         are_numbers = all(isinstance(x, numbers.Real) and not isinstance(x, bool) for x in (mean, std))
         if not are_numbers or not (math.isfinite(mean) and math.isfinite(std) and std > 0):
             raise ValueError(f"{where} must have a finite mean and a std above 0, but has {mean!r} and {std!r}.")
+        if column["kind"] == DATE_KIND and column["format"] not in FORMATS:
+            raise ValueError(f"{where} must have one of the formats {', '.join(map(repr, FORMATS))}.")
         return {**column, "mean": float(mean), "std": float(std)}
     values = column["values"]
     if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) and value for value in values):
@@ -182,7 +192,7 @@ def read_number(cell: Any) -> Optional[float]:
         return None
     if isinstance(cell, str):
         text = cell.strip()
-        if not text or text.lower() == "nan":
+        if not text or text.lower() in _NO_NUMBER:
             return None
         if not NUMBER.fullmatch(text) or len(text) > 400:
             raise TableError(f"{shorten(cell)!r} is no number")
@@ -230,7 +240,10 @@ def read_category(cell: Any) -> Optional[str]:
     raise TableError(f"expected a text or a whole number, but got {shorten_value(cell)} of type {type(cell).__name__}")
 
 
-READERS = {NUMBER_KIND: read_number, CATEGORY_KIND: read_category}
+def _reader(column: Mapping[str, Any]) -> Callable[[Any], Any]:
+    if column["kind"] == DATE_KIND:
+        return partial(read_date, format=column["format"])
+    return read_number if column["kind"] == NUMBER_KIND else read_category
 
 
 def read_cell(column: Mapping[str, Any], cells: Mapping[str, Any]) -> Any:
@@ -241,8 +254,8 @@ def read_cell(column: Mapping[str, Any], cells: Mapping[str, Any]) -> Any:
         TableError: one sentence that names the column.
     """
     try:
-        return READERS[column["kind"]](cells.get(column["name"]))
-    except TableError as error:
+        return _reader(column)(cells.get(column["name"]))
+    except (DateError, TableError) as error:
         raise TableError(f"column {column['name']!r}: {error}") from None
 
 
@@ -306,6 +319,11 @@ def row_key(cell: Any) -> tuple[str, int]:
     return "table", id(cell)
 
 
+def _not_empty(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors with columns: an exported graph takes no empty ones."""
+    return {name: value for name, value in tensors.items() if value.shape[1] > 0}
+
+
 class TableEncoder(OwnEncoder):
     """
     One token per column: the feature tokenizer of FT-Transformer (https://arxiv.org/abs/2106.11959).
@@ -319,6 +337,8 @@ class TableEncoder(OwnEncoder):
 
     def __init__(self, config: TableConfig):
         super().__init__(config)
+        if not config.columns:
+            raise ValueError("table_config has no columns; table_columns(rows, columns) makes one from training rows.")
         width, sizes = config.hidden_size, [len(column["values"]) + 1 for column in config.categories]
         self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         self.one_hots = config.one_hots
@@ -355,34 +375,48 @@ class TableEncoder(OwnEncoder):
 
         values = torch.from_numpy(np.stack(items))
         count = len(config.numbers)
-        return {"table_numbers": values[:, :count].float(), "table_categories": values[:, count:].long()}
+        return _not_empty(table_numbers=values[:, :count].float(), table_categories=values[:, count:].long())
 
     @classmethod
     def blank_input(cls, config: TableConfig) -> dict[str, torch.Tensor]:
-        return {
-            "table_numbers": torch.full((1, len(config.numbers)), math.nan),
-            "table_categories": torch.full((1, len(config.categories)), _MISSING),
-        }
+        numbers, categories = len(config.numbers), len(config.categories)
+        return _not_empty(
+            table_numbers=torch.full((1, numbers), math.nan), table_categories=torch.full((1, categories), _MISSING)
+        )
 
     @classmethod
     def linear_width(cls, config: TableConfig) -> int:
         return len(config.numbers) + len(config.one_hots)
 
+    @classmethod
+    def linear_tokens(cls, config: TableConfig) -> list[int]:
+        count = len(config.numbers)
+        return [*range(count), *(count + place for place, _ in config.one_hots)]
+
+    @classmethod
+    def neutral(cls, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Means instead of numbers, unknown values instead of categories; missing cells stay missing."""
+        return {
+            name: torch.where(value.isnan(), value, 0.0) if value.is_floating_point() else value.clamp(max=_UNKNOWN)
+            for name, value in inputs.items()
+        }
+
     def forward(  # type: ignore[override]
-        self, table_numbers: torch.Tensor, table_categories: torch.Tensor
+        self, table_numbers: Optional[torch.Tensor] = None, table_categories: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            table_numbers (num_tables, num_numbers) float32: standardised; NaN where missing.
+            table_numbers (num_tables, num_numbers) float32: standardised; NaN where missing. `None` without such
+                columns, and likewise:
             table_categories (num_tables, num_categories) int64: -1 where missing, 0 for an unknown value.
         """
         tokens, masks = [], []
-        if self.config.numbers:
+        if table_numbers is not None:
             is_missing = table_numbers.isnan()
             known = torch.where(is_missing, 0.0, table_numbers).to(self.number_weight.dtype)
             tokens.append(known[..., None] * self.number_weight + self.number_bias)
             masks.append(~is_missing)
-        if self.offsets:
+        if table_categories is not None:
             ids = table_categories.clamp(min=_UNKNOWN) + torch.tensor(self.offsets, device=table_categories.device)
             tokens.append(nn.functional.embedding(ids, self.value_weight) + self.category_bias)
             masks.append(table_categories != _MISSING)
@@ -394,11 +428,17 @@ class TableEncoder(OwnEncoder):
         return states, mask
 
     def linear_features(  # type: ignore[override]
-        self, tokens: torch.Tensor, mask: torch.Tensor, table_numbers: torch.Tensor, table_categories: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        table_numbers: Optional[torch.Tensor] = None,
+        table_categories: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """The standardised numbers, 0 if missing; and a one-hot of each category, 0 if missing or unknown."""
-        features = [torch.where(table_numbers.isnan(), 0.0, table_numbers).float()]
-        if self.one_hots:
+        features = []
+        if table_numbers is not None:
+            features.append(torch.where(table_numbers.isnan(), 0.0, table_numbers).float())
+        if table_categories is not None:
             places, values = torch.tensor(self.one_hots, device=table_categories.device).unbind(1)
             features.append((table_categories[:, places] == values).float())
         return torch.cat(features, 1)

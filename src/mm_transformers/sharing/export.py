@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..model.answers import evaluation_mode
 from ..model.encoder_probe import traits_of
+from ..model.modalities import ENCODERS
 from ..model.safe_writing import drop_link
 from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES
 
@@ -186,7 +187,12 @@ def sample_inputs(
         longer = [np.zeros(rate // 4 * size, np.float32) for _ in range(size)]
         modalities["audio"] = [longer, *([np.zeros(rate // 4, np.float32)] for _ in range(size - 1))]
     texts = ["a longer text " * size, *["a text"] * (size - 1)]
-    inputs = processor(text=texts, **modalities)
+    inputs = dict(processor(text=texts, **modalities))
+    for name, config in processor.own_configs.items():
+        kind = ENCODERS[name]
+        blank = {} if kind.own is None else kind.own.blank_input(config)
+        inputs |= {key: value.expand(size, *value.shape[1:]) for key, value in blank.items()}
+        inputs[str(kind.index)] = torch.arange(size)[:, None]
     return {
         name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
         for name, value in inputs.items()

@@ -14,6 +14,7 @@ from ..model.answers import decode_answers
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.generation import AnswerDecoder, split_inputs, task_that_writes
 from ..model.label_cells import shorten
+from ..model.modalities import OTHER_ENCODERS
 from ..model.modeling_mm_transformer import MMTransformerOutput
 from .export import STATES, STATES_MASK
 from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES, example_shape, read_spec
@@ -131,8 +132,9 @@ class _Fused:
         audio_attention_mask: Optional[torch.Tensor] = None,
         audio_index: Optional[torch.Tensor] = None,
         word_index: Optional[torch.Tensor] = None,
+        **own: Any,
     ) -> _FusedOutput:
-        given = {name: value for name, value in locals().items() if isinstance(value, torch.Tensor)}
+        given = {name: value for name, value in {**locals(), **own}.items() if isinstance(value, torch.Tensor)}
         given.pop("word_index", None)
         if frame_index is not None and (given.pop("frame_index") >= 0).any():
             raise ValueError("An exported model takes pictures and no videos.")
@@ -152,8 +154,8 @@ class _Fused:
         rows = given["input_ids"].shape[0]
         if name == "attention_mask":
             return torch.ones(given["input_ids"].shape, dtype=dtype)
-        if name in ("image_index", "audio_index"):
-            items = ("pixel_values",) if name == "image_index" else ("input_values", "input_features")
+        items = next((kind.inputs for kind in OTHER_ENCODERS.values() if kind.index == name), None)
+        if items is not None:
             has_any = any(item in given and given[item].shape[0] > 0 for item in items)
             return torch.arange(rows)[:, None] if has_any else torch.full((rows, 1), -1)
         if name == "token_type_ids":

@@ -161,9 +161,10 @@ def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
             check_any_label(dataset, collator)
         return
     shown = ", ".join(repr(column) for column in columns)
-    if collator.text_column not in (None, *columns):
+    without = [column for column in collator.text_columns if column not in columns]
+    if without:
         raise ValueError(
-            f"The {name} data set has no column {collator.text_column!r} (its columns are {shown}); name the column of "
+            f"The {name} data set has no column {without[0]!r} (its columns are {shown}); name the column of "
             "your texts by data_collator=MMDataCollator(processor, model.config, text_column=...)."
         )
     media = {kind: column.column for kind, column in collator.media.items()}

@@ -63,6 +63,7 @@ from .linear_start.linear_models import LinearModel
 from .linear_start.probe_start import Start, probes_of, start_probes
 from .linear_start.refit import Refit
 from .linear_start.start_average import StartAverage, TolerantEarlyStopping, is_as_good
+from .linear_start.study import Study
 from .linear_start.verdict import Verdict, with_measured
 from .metrics import MultiTaskMetrics, WithLosses
 from .metrics.mismatches import Unlabelled, WithMismatches
@@ -245,6 +246,7 @@ class MMTrainer(Trainer):
         self._average: Optional[StartAverage] = None
         self._trained_from: Optional[StartAverage] = None
         self.verdicts: list[Verdict] = []
+        self.study: Study | None = None
         # `num_items_in_batch` holds the divisors of the whole optimiser step, so no further division is needed.
         self.model_accepts_loss_kwargs = True
         self._has_trained = self._has_evaluated = False  # the latter before training
@@ -731,8 +733,9 @@ class MMTrainer(Trainer):
         self.verdicts = with_measured(self._start.verdicts, self.state, self.args.load_best_model_at_end)
         for verdict in self.verdicts if self.is_world_process_zero() else []:
             logger.warning(str(verdict))
-            if not verdict.others_help and self.fused_model.config.modalities:
-                others = " and ".join(self.fused_model.config.modalities)
+            config = self.fused_model.config
+            if not verdict.others_help and config.modalities and config.reads_text:
+                others = " and ".join(config.modalities)
                 logger.warning(f"{verdict.task}: {others} did not help on the validation rows; text alone is as good.")
 
     # Checkpoints

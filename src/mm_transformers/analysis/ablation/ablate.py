@@ -104,11 +104,12 @@ def ablate(
     ```
     """
     model = unwrapped(model)
-    modalities = ["text", *model.config.modalities]
+    modalities = [*(["text"] if model.config.reads_text else []), *model.config.modalities]
     if len(modalities) < 2:
-        raise ValueError("The model reads only text, so there is no modality to leave out.")
+        raise ValueError(f"The model reads {modalities[0]} alone, so there is no modality to leave out.")
     if len(rows) == 0:
         raise ValueError("There are no rows to score the model on.")
+    num_additive_rows = num_additive_rows if model.config.reads_text else 0
     collator = collator or MMDataCollator(processor, model.config)
     rows, _ = rows_of(rows, collator)
     known = sorted(name for name in rows[0] if isinstance(name, str))

@@ -22,15 +22,17 @@ def shapley_values(names: Sequence[str], worth: Callable[[frozenset[str]], float
     less the worth of none.
 
     Args:
-        worth: of a set of modalities, such as the accuracy with these alone.
+        worth: of a set of modalities, such as the accuracy with these alone. It is called once for each set.
     """
     total = len(names)
+    # Each is needed several times, and may be a pass of a model.
+    worths = {kept: worth(kept) for kept in subsets(names)}
     values = {}
     for name in names:
         others = [other for other in names if other != name]
         values[name] = sum(
             factorial(len(before)) * factorial(total - len(before) - 1) / factorial(total)
-            * (worth(before | {name}) - worth(before))
+            * (worths[before | {name}] - worths[before])
             for before in subsets(others)
         )  # fmt: skip
     return values

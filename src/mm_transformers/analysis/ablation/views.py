@@ -62,7 +62,8 @@ class EncodedRows:
         """
         fused: dict[str, Stream] = {}
         for name, stream in self.encoded.items():
-            chosen = torch.as_tensor(rows[name], device=self.has_text.device)
+            # A model that reads no text has a stream of the vector instead, equal in all rows.
+            chosen = torch.as_tensor(rows.get(name, next(iter(rows.values()))), device=self.has_text.device)
             if modalities is None or name in modalities:
                 taken = of_rows(stream, chosen)
             else:

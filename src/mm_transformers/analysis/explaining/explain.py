@@ -11,10 +11,10 @@ from ...data.cells import as_records
 from ...model.answers import check_tasks, unwrapped
 from ...model.images import load_image, pixels_for_each
 from ...model.label_cells import is_null
-from ...model.modalities import ARGUMENTS, as_clips, as_list
+from ...model.modalities import as_clips, as_list, own_encoders
 from ...model.pipeline_mm_transformer import read_rows
 from ...model.video import load_frames
-from .explanation import Explanation, ImageRelevance, SoundRelevance, TokenRelevance
+from .explanation import ColumnRelevance, Explanation, ImageRelevance, SoundRelevance, TokenRelevance
 from .methods import ATTENTION_METHODS, check_method
 from .own_copy import own_copy
 from .placing import over_time, patch_grid, seen_region, spread_over_pixels, token_spans
@@ -158,7 +158,7 @@ def _explain_batch(
     seed: int,
     is_table: bool,
 ) -> list[Explanation]:
-    known = _known_keys(model, numbered)
+    known = _known_keys(model, processor, numbered)
     wants_words = model.tasks[question.task].is_token_level
     read = read_rows(numbered, processor, known, wants_words, is_table=is_table)
     if "error" in read:
@@ -184,11 +184,13 @@ def _explain_batch(
     return [placing.explanation(i, row, question.task, asked, method) for i, row in enumerate(rows)]
 
 
-def _known_keys(model: "MMTransformerForMultiTask", numbered: list[tuple[int, Any]]) -> list[str]:
+def _known_keys(
+    model: "MMTransformerForMultiTask", processor: "MMTransformerProcessor", numbered: list[tuple[int, Any]]
+) -> list[str]:
     """The known keys of rows. Other columns of a table are ignored, but a name close to a key is an error."""
     keys = {key for _, row in numbered if isinstance(row, Mapping) for key in row}
-    others = [key for key in keys if not difflib.get_close_matches(str(key), ARGUMENTS, 1)]
-    return [*ARGUMENTS, *(task.column for task in model.tasks.values()), *others]
+    others = [key for key in keys if not difflib.get_close_matches(str(key), processor.row_keys, 1)]
+    return [*processor.row_keys, *(task.column for task in model.tasks.values()), *others]
 
 
 def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -201,6 +203,7 @@ def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for index, parts in (
         ("image_index", ["pixel_values"]),
         ("audio_index", ["input_values", "input_features", "audio_attention_mask"]),
+        *((str(kind.index), list(kind.inputs)) for kind in own_encoders().values()),
     ):
         given = [part for part in parts if part in result]
         if index in result and given:
@@ -253,6 +256,7 @@ class _Placing:
             self._sounds(number, row),
             asked.words[number],
             self.shares[number],
+            self._columns(number, row),
         )
 
     def _tokens(self, number: int, text: str) -> list[TokenRelevance]:
@@ -304,3 +308,13 @@ class _Placing:
                 seconds = config.max_length / 100  # its window, in frames of 10 ms
             found.append(SoundRelevance(seconds, np.asarray(over_time(config, values))))
         return found
+
+    def _columns(self, number: int, row: Mapping[str, Any]) -> list[ColumnRelevance]:
+        if "table" not in self.relevance:
+            return []
+        stream, table = self.outputs.encoded["table"], self.processor.table_config
+        item = int(stream.item_index[number, 0])
+        if item < 0:
+            return []
+        cells = zip(table.token_names, self.relevance["table"][number, 0], stream.token_mask[item], strict=True)
+        return [ColumnRelevance(name, row[name], float(value)) for name, value, is_there in cells if is_there]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
 
+from ...model.label_cells import as_scalar
 from ..ablation.views import shown_name
 from .colors import heat_map, text_color
 
@@ -75,6 +76,21 @@ class SoundRelevance:
     steps: np.ndarray
 
 
+class ColumnRelevance(NamedTuple):
+    """
+    A column of numbers or categories, and its relevance.
+
+    Args:
+        name (`str`): The name of the column.
+        value: the cell of the row.
+        relevance (`float`): Its relevance.
+    """
+
+    name: str
+    value: Any
+    relevance: float
+
+
 @dataclass
 class Explanation:
     """
@@ -91,9 +107,10 @@ class Explanation:
         images (`list[ImageRelevance]`): One per picture, then one per frame of the video.
         sounds (`list[SoundRelevance]`): One per clip.
         word (`str`, *optional*): The explained word: of the text, or of the written answer.
-        shares (`dict[str, float]`): "text", "vision", "audio" -> its Shapley value for the score, as a share of the sum
-            of their sizes. Blank texts, pictures or sounds replace a removed modality. All are 0 if the score depends
-            on nothing.
+        columns (`list[ColumnRelevance]`): One per column of numbers and categories, without empty cells.
+        shares (`dict[str, float]`): "text", "vision", "audio", "table" -> its Shapley value for the score, as a share
+            of the sum of their sizes. Blank texts, pictures, sounds or columns replace a removed modality. All are 0 if
+            the score depends on nothing.
     """
 
     task: str
@@ -106,6 +123,7 @@ class Explanation:
     sounds: list[SoundRelevance] = field(default_factory=list)
     word: Optional[str] = None
     shares: dict[str, float] = field(default_factory=dict)
+    columns: list[ColumnRelevance] = field(default_factory=list)
 
     @property
     def rests_on(self) -> str:
@@ -124,6 +142,7 @@ class Explanation:
             "text": [word.relevance for word in self.words],
             "vision": [float(image.pixels.max(initial=0)) for image in self.images],
             "audio": [float(sound.steps.max(initial=0)) for sound in self.sounds],
+            "table": [column.relevance for column in self.columns],
         }
         largest = max(self.shares.values(), default=0.0)
         found = {}
@@ -161,6 +180,7 @@ class Explanation:
             "tokens": [token._asdict() for token in self.tokens],
             "images": [image.patches.tolist() for image in self.images],
             "sounds": [{"seconds": s.seconds, "steps": s.steps.tolist()} for s in self.sounds],
+            "columns": [{**c._asdict(), "value": str(as_scalar(c.value))} for c in self.columns],
         }
 
     def plot(self) -> "Figure":
@@ -205,9 +225,10 @@ def _figure(explanation: Explanation) -> "Figure":
 
 
 def strengths(explanation: Explanation) -> list[tuple[str, float]]:
-    """The words of the text with the strengths of their colours."""
-    scale = explanation.scales["text"]
-    return [(word.token, word.relevance * scale) for word in explanation.words]
+    """The words of the text, and the columns, with the strengths of their colours."""
+    scales = explanation.scales
+    words = [(word.token, word.relevance * scales["text"]) for word in explanation.words]
+    return words + [(f"{c.name}: {as_scalar(c.value)}", c.relevance * scales["table"]) for c in explanation.columns]
 
 
 def _lines(explanation: Explanation) -> list[list[tuple[str, float]]]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Optional
 import torch
 
 from ...model.fusion_base import Stream
-from ...model.modalities import OTHER_ENCODERS
+from ...model.modalities import OTHER_ENCODERS, own_encoders
 from .placing import patch_grid, sums_over_parts, sums_over_patches
 from .questions import Asked, Question
 from .shares import blank_text
@@ -53,6 +53,11 @@ def integrated_gradients(
         from captum.attr import IntegratedGradients
     except ImportError as error:
         raise ImportError("Integrated gradients need `captum`: pip install mm-transformers[explain]") from error
+    others = [kind for kind in own_encoders().values() if kind.index in inputs]
+    if others:
+        raise ValueError(
+            f"integrated_gradients cannot explain a model that reads {others[0].plural}; choose another method."
+        )
     rows = [_Row(model, processor, inputs, question, asked, texts, word_index, number) for number in range(len(texts))]
     found: dict[str, torch.Tensor] = {"text": torch.zeros(inputs["input_ids"].shape)}
     for name, encoder in OTHER_ENCODERS.items():

@@ -54,10 +54,25 @@ class ProbeReading(NamedTuple):
             weights = self.gradient[..., block].float()
             if self.probe.per_token and name == "text":
                 found[name] = (self.features[..., block].float() * weights).sum(-1)
+            elif name in encoded and name in self.probe.unscaled:
+                found[name] = self._of_features(block, self.probe.unscaled[name], seen.num_tokens[name])
             elif name in encoded:
                 weights = weights.sum(1) if self.probe.per_token else weights
                 found[name] = _parts_of_means(encoded[name], seen.states[name], weights)
         return found
+
+    def _of_features(self, block: slice, tokens: list[int], num_tokens: int) -> torch.Tensor:
+        """
+        The parts of the tokens of one item, (batch, 1, num_tokens), from features that describe one token each.
+
+        Args:
+            block: the place of the features.
+            tokens: the token of each feature.
+        """
+        parts = self.features[..., block].float() * self.gradient[..., block].float()
+        parts = parts.sum(1) if self.probe.per_token else parts
+        found = parts.new_zeros(len(parts), num_tokens)
+        return found.index_add(1, torch.tensor(tokens, device=parts.device), parts)[:, None]
 
 
 def _parts_of_means(stream: Stream, states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 
 from ...model.fusion_base import Stream
+from ...model.modalities import own_encoders
 from ..ablation.contributions import shapley_values
 from .questions import Asked, Question
 
@@ -36,7 +37,8 @@ def shares_of_modalities(
     """
     The Shapley values of the modalities for the score of the answer, as shares of the sum of their sizes.
 
-    A removed modality is blank, not absent: padding instead of words, plain pictures, silence. So a picture without any
+    A removed modality is blank, not absent: padding instead of words, plain pictures, silence, average numbers and
+    unknown categories. So a picture without any
     effect has no share, even if the mere presence of a picture has an effect. A plain picture may have a meaning, such
     as a storm for a grey one. So sizes are means over a grey, a dark and a bright picture.
 
@@ -101,4 +103,8 @@ def _blank_rows(
     for name in ("input_values", "input_features"):
         if name in given:
             given[name] = torch.zeros_like(given[name])
+    for kind in own_encoders().values():
+        own = {name: given[name] for name in kind.inputs if name in given}
+        if own and kind.own is not None:
+            given |= kind.own.neutral(own)
     return model.model.encode_rows(**given)[0]

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...model.encoder_classes import as_tokens
 from ...model.fusion_base import AttentionStep
 from ...model.linear_probe import LinearProbe
+from ...model.modalities import ENCODERS
 from ...model.token_reduction import Resampler, TokenMerging
 
 
@@ -83,7 +84,8 @@ def watched(model: "MMTransformerForMultiTask") -> Iterator[Seen]:
         hooks = [table.register_forward_hook(_require_gradient) for table in tables]
         for name in ("text", *fused.config.modalities):
             encoder = fused.encoder(name)
-            ask = _ask_for_attentions if _shows_attentions(encoder) else _ask_for_gradients
+            shows = ENCODERS[name].own is None and _shows_attentions(encoder)
+            ask = _ask_for_attentions if shows else _ask_for_gradients
             hooks.append(encoder.register_forward_pre_hook(ask, with_kwargs=True))
             hooks.append(encoder.register_forward_hook(_Remember(seen, name)))
         if fused.fusion is not None:
@@ -195,6 +197,11 @@ class _Remember:
         self.seen, self.name = seen, name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, tuple) and len(output) == 2:  # of an encoder of ours: tokens and their mask
+            states = output[0] if output[0].requires_grad else output[0].requires_grad_()
+            self.seen.states[self.name], self.seen.num_tokens[self.name] = states, states.shape[1]
+            self.seen.encoders[self.name] = ()
+            return
         states = output.last_hidden_state
         if states.ndim == 4:
             self.seen.maps[self.name] = (states.shape[2], states.shape[3])

@@ -16,6 +16,8 @@ from ...data.sources import rows_of
 from ...model.answers import unwrapped
 from ...model.modalities import MODALITIES
 from ...model.safe_writing import write_atomically
+from ...training.linear_start.study import DoubtfulLabel
+from ...training.linear_start.verdict import Verdict
 from ..ablation.results import Ablation
 from ..explaining.colors import text_color
 from ..explaining.explain import explain
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from ...model.modeling_mm_transformer import MMTransformerForMultiTask
     from ...model.processing_mm_transformer import MMTransformerProcessor
     from ...model.task_base import Task
+
+
+# Doubtful labels of a task on the page.
+MOST_DOUBTFUL = 30
 
 
 def write_report(
@@ -43,6 +49,8 @@ def write_report(
     collator: Optional[MMDataCollator] = None,
     batch_size: int = 32,
     seed: int = 0,
+    verdicts: Sequence[Verdict] = (),
+    doubtful: Optional[Mapping[str, Sequence[tuple[DoubtfulLabel, str]]]] = None,
 ) -> None:
     """
     Writes one HTML page, pictures included, about the answers and errors of a model.
@@ -61,6 +69,9 @@ def write_report(
         title (`str`, *optional*): The title of the page.
         ablation ([`Ablation`], *optional*): Of the same rows.
         collator ([`MMDataCollator`], *optional*): Needed if the columns have other names.
+        verdicts (`list[Verdict]`, *optional*): The scores of the model beside those of simple models.
+        doubtful (`dict[str, list]`, *optional*): Task -> labels of training rows that may be wrong, each with a
+            description of its row.
 
     Raises:
         ValueError: if there are no rows, or one cannot be read.
@@ -89,6 +100,9 @@ def write_report(
         method=method,
         sections=sections,
         ablation=_of_ablation(ablation),
+        verdicts=verdicts,
+        doubtful={name: labels[:MOST_DOUBTFUL] for name, labels in (doubtful or {}).items() if labels},
+        num_doubtful={name: len(labels) for name, labels in (doubtful or {}).items()},
     )
     with write_atomically(path) as file:
         file.write(page.encode())
@@ -146,6 +160,8 @@ class _Drawn:
             items, modality = column.read([row], [where])[0][0], MODALITIES[argument]
             if items:
                 parts[modality.name] = items[0] if modality.is_sequence else items
+        for table in collator.tables.values():
+            parts |= {name: row[name] for name in table.columns if name in row}
         # Rows that cannot be explained are shown too.
         self.problem, self.rests_on, explanation = "", "", None
         self.pictures: list[tuple[str, Optional[str]]] = []

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...data.markdown import plain_markdown
 from ...model.modalities import modalities_of
@@ -56,6 +56,12 @@ def _introduction(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
     )
 
 
+def _table_cell(column: Mapping[str, Any]) -> str:
+    """A cell of a column of numbers or categories, as code: the mean, or the most frequent value."""
+    value = float(f"{column['mean']:.3g}") if column["kind"] == "number" else column["values"][0]
+    return f"{json.dumps(column['name'], ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False)}"
+
+
 def _use(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
     row, setup = ['"text": "What you want to know about."'], []
     if "vision" in facts.config.modalities:
@@ -64,6 +70,8 @@ def _use(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
     if "audio" in facts.config.modalities:
         setup = ["import numpy as np", *setup] if setup else ["import numpy as np", ""]
         row.append('"audio": {"array": np.zeros(16_000), "sampling_rate": 16_000}')
+    if facts.config.table_config is not None:
+        row += [_table_cell(column) for column in facts.config.table_config.columns[:3]]
     code = [
         *setup,
         "from transformers import pipeline",

@@ -118,6 +118,39 @@ def majority(problem: LinearProblem, items: Any, num_items: int) -> np.ndarray:
     return np.tile(problem.majority(items.labels), (num_items, 1))
 
 
+def held_out_logits(
+    problem: LinearProblem,
+    blocks: list[tuple[slice, int]],
+    features: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    model: LinearModel,
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The logits of each item by a model that was fitted as another one, but without the item and its group.
+
+    Args:
+        problem, blocks, features, labels, groups: as in [`solve`].
+        model: the solution of all items, for its way and its strengths.
+
+    Returns:
+        The logits (num_items, num_outputs), and whether each item has some, (num_items,) bool. An item has none if the
+        training rows of its fold lack its label.
+    """
+    small, _ = _rotated(features.astype(np.float64), blocks)
+    labels = problem.shaped(labels)
+    logits, is_known = np.zeros((len(labels), problem.num_outputs)), np.zeros(len(labels), bool)
+    for train, held_out in _folds(problem, labels, groups):
+        if is_known[held_out].any():  # the folds begin again
+            break
+        if len(np.unique(labels[train], axis=0)) < 2:
+            continue
+        weight, bias = _mean(_solver(problem, small.rows(train), labels[train], model.way, 1e-3), model.scales)
+        logits[held_out] = small.rows(held_out).matrix() @ weight.T + bias
+        is_known[held_out] = True if labels.ndim > 1 else np.isin(labels[held_out], labels[train])
+    return logits, is_known
+
+
 class _Rotated(NamedTuple):
     """Features in fewer columns: vectors by modality, (num_items, columns), and its presence, (num_items,) bool."""
 

@@ -29,6 +29,7 @@ from ...model.linear_problem import LinearProblem
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
 from ...model.task_base import Task
 from .linear_models import NUM_FOLDS, LinearModel, majority, solve
+from .study import Study, doubtful_labels
 from .verdict import Verdict, verdict_of
 
 
@@ -99,6 +100,7 @@ class StartedTrainer(Protocol):
     eval_dataset: Any
     data_collator: Any
     is_fsdp_enabled: bool
+    study: Study | None
 
     @property
     def fused_model(self) -> MMTransformerForMultiTask: ...
@@ -139,10 +141,16 @@ def start_probes(trainer: StartedTrainer) -> Start:
     held_out = trainer.eval_dataset
     others = None if held_out is None or isinstance(held_out, dict) else _map_style(held_out, trainer)
     known = {} if others is None else reader.read(others, "linear start: validation rows", with_groups=False)
-    found: list[Any] = [None]
+    study, also = trainer.study, {}
+    if study is not None and study.rows is not None and (more := _map_style(study.rows, trainer)) is not None:
+        also = reader.read(more, "linear start: further rows", with_groups=False)
+    found: list[Any] = [None, None]
     if trainer.args.process_index == 0:
-        found = [_solved(fused.tasks, reader.probes, train, known)]
-    start: Start = broadcast_object_list(found)[0]
+        found = [_solved(fused.tasks, reader.probes, train, known, also, study), study]
+    found = broadcast_object_list(found)
+    start: Start = found[0]
+    if study is not None:
+        study.verdicts, study.doubtful = found[1].verdicts, found[1].doubtful
     for name, model in start.models.items():
         for probe in waiting[name]:
             with torch.no_grad():
@@ -166,36 +174,45 @@ def _why_not(trainer: StartedTrainer) -> str | None:
 
 
 def _solved(
-    tasks: dict[str, Task], probes: dict[str, LinearProbe], train: dict[str, "_Items"], held_out: dict[str, "_Items"]
+    tasks: dict[str, Task],
+    probes: dict[str, LinearProbe],
+    train: dict[str, "_Items"],
+    held_out: dict[str, "_Items"],
+    further: dict[str, "_Items"],
+    study: Study | None,
 ) -> Start:
     start = Start()
     for name, probe in probes.items():
         problem, items = problem_of(tasks[name]), train[name]
-        model = solve(problem, probe.blocks, *items)
+        model = solve(problem, probe.blocks, items.features, items.labels, items.groups)
         if model is None:
             continue
         start.tasks.append(name)
         start.models[name] = model
         if model.label_counts is not None:
             start.label_counts[name] = model.label_counts
-        others = held_out.get(name)
-        if others is None or len(others.labels) == 0:
-            continue
         text = probe.blocks[:1]
         width = text[0][1] + 1
-        alone = solve(problem, text, items.features[:, :width], *items[1:])
-        assert alone is not None  # the labels are the same
-        compared = [
-            problem.as_tensors(logits, others.labels)
-            for logits in (
-                model(others.features),
-                alone(others.features[:, :width]),
-                majority(problem, items, len(others.labels)),
-            )
-        ]
-        verdict = verdict_of(tasks[name], compared[0][1], *(logits for logits, _ in compared))
-        if verdict is not None:
-            start.verdicts[name] = verdict
+        alone: LinearModel | None = None
+        for rows, verdicts in ((held_out, start.verdicts), (further, study.verdicts if study is not None else {})):
+            others = rows.get(name)
+            if others is None or len(others.labels) == 0:
+                continue
+            alone = alone or solve(problem, text, items.features[:, :width], items.labels, items.groups)
+            assert alone is not None  # the labels are the same
+            compared = [
+                problem.as_tensors(logits, others.labels)
+                for logits in (
+                    model(others.features),
+                    alone(others.features[:, :width]),
+                    majority(problem, items, len(others.labels)),
+                )
+            ]
+            verdict = verdict_of(tasks[name], compared[0][1], *(logits for logits, _ in compared))
+            if verdict is not None:
+                verdicts[name] = verdict
+        if study is not None:
+            study.doubtful[name] = doubtful_labels(tasks[name], problem, probe.blocks, model, items)
     return start
 
 
@@ -233,6 +250,7 @@ class _Items(NamedTuple):
     features: np.ndarray
     labels: np.ndarray
     groups: np.ndarray
+    rows: np.ndarray
 
 
 class _Reader:
@@ -269,7 +287,7 @@ class _Reader:
                 labels = batch.pop("labels")
                 batch.pop(ROWS_PER_SOURCE, None)
                 size = len(batch["attention_mask"])
-                group = torch.from_numpy(groups[mine[place : place + size]])
+                numbers = torch.tensor(mine[place : place + size])
                 place += size
                 encoded, _ = fused.model.encode_rows(**send_to_device(dict(batch), device))
                 outputs = MMTransformerModelOutput(encoded=encoded)
@@ -278,7 +296,7 @@ class _Reader:
                     problem = self.problems[name]
                     if problem.per_token not in features:
                         features[problem.per_token] = probe.features(outputs).float().cpu()
-                    items = _labelled(problem, features[problem.per_token], labels[name], group)
+                    items = _labelled(problem, features[problem.per_token], labels[name], numbers, groups)
                     # For words, each batch contributes its share of the used words.
                     share = -(-MAX_TOKENS * size // len(chosen))
                     if len(items.labels) > share:
@@ -290,7 +308,8 @@ class _Reader:
     def _joined(self, found: list[_Items], rng: np.random.Generator) -> _Items:
         gathered = gather_object([_concatenated(found)] if found else [])
         if not gathered:  # no rows at all
-            return _Items(np.zeros((0, 0)), np.zeros(0, np.int64), np.zeros(0, np.int64))
+            nothing = np.zeros(0, np.int64)
+            return _Items(np.zeros((0, 0)), nothing, nothing, nothing)
         items = _concatenated(gathered)
         if len(items.labels) > MAX_TOKENS:
             some = np.sort(rng.permutation(len(items.labels))[:MAX_TOKENS])
@@ -302,8 +321,16 @@ def _concatenated(parts: list[_Items]) -> _Items:
     return _Items(*(np.concatenate(x) for x in zip(*parts, strict=True)))
 
 
-def _labelled(problem: LinearProblem, features: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor) -> _Items:
+def _labelled(
+    problem: LinearProblem, features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, groups: np.ndarray
+) -> _Items:
+    """
+    Args:
+        rows: the numbers of the rows.
+        groups: of all rows.
+    """
     labels, known = problem.known(labels)
     if problem.per_token:
-        groups = groups[:, None].expand(labels.shape)
-    return _Items(features[known].numpy(), labels[known].numpy(), groups[known].numpy())
+        rows = rows[:, None].expand(labels.shape)
+    numbers = rows[known].numpy()
+    return _Items(features[known].numpy(), labels[known].numpy(), groups[numbers], numbers)

@@ -25,6 +25,7 @@ class Verdict:
         num_rows: the number of labelled validation rows (or words).
         model: the trained model, with the kept weights. `None` if it was not measured.
         kept_start: whether the start is kept, since no trained weights were better.
+        rows: which rows: "validation" or "test".
     """
 
     task: str
@@ -35,6 +36,7 @@ class Verdict:
     num_rows: int
     model: Optional[float] = None
     kept_start: bool = False
+    rows: str = "validation"
 
     @property
     def less_is_better(self) -> bool:
@@ -52,15 +54,17 @@ class Verdict:
         known = [self.linear, *([] if self.model is None else [self.model])]
         return min(known) < self.text_alone if self.less_is_better else max(known) > self.text_alone
 
-    def __str__(self) -> str:
-        def shown(value: Optional[float]) -> str:
-            if value is None:
-                return "not measured"
-            return f"{value:.4g}" if self.less_is_better or self.metric == "pearson" else f"{100 * value:.1f}"
+    def shown(self, value: Optional[float]) -> str:
+        """A score as people read it: shares in percent."""
+        if value is None:
+            return "not measured"
+        return f"{value:.4g}" if self.less_is_better or self.metric == "pearson" else f"{100 * value:.1f}"
 
+    def __str__(self) -> str:
         line = (
-            f"{self.task}: {shown(self.model)} {self.metric} on {self.num_rows:,} validation labels (linear start "
-            f"{shown(self.linear)}, text alone {shown(self.text_alone)}, majority {shown(self.majority)})"
+            f"{self.task}: {self.shown(self.model)} {self.metric} on {self.num_rows:,} {self.rows} labels (linear "
+            f"start {self.shown(self.linear)}, text alone {self.shown(self.text_alone)}, majority "
+            f"{self.shown(self.majority)})"
         )
         if self.kept_start:
             line += "; no trained weights were better than the linear start, so the start is kept"

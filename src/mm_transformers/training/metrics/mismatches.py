@@ -125,7 +125,7 @@ def mismatched_rows(
     Yields:
         The column of their logits; the numbers of their rows; the pairs.
     """
-    text = [] if collator.text_column is None else [collator.text_column]
+    text = collator.text_columns
     drawn = draw_mismatches(torch.as_tensor(labels)).numpy()
     items = [column for part in modalities_of(task.modality) for column in collator.columns_of(part.argument)]
     for side, columns in enumerate((items, text)):

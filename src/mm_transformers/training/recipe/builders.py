@@ -11,10 +11,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ...data.collator import MMDataCollator
 from ...data.labels import check_labels, complete_task, prepare_labels
 from ...data.loading import check_columns, first_rows, hold_out, load_files, load_named
+from ...data.row_labels import text_columns
 from ...data.table_columns import table_columns
 from ...model.encoders import HUB_KWARGS
 from ...model.messages import one_line
-from ...model.modalities import own_encoders
+from ...model.modalities import PARTS, own_encoders
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.processing_mm_transformer import MMTransformerProcessor
 from ...model.table import TableConfig
@@ -64,9 +65,12 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
         if data.dataset_name is not None:
             splits = load_named(data.dataset_name, data.dataset_config_name, cache_dir)
         else:
-            media = (columns.image, columns.video, columns.audio, *columns.own.values())
+            own = (column for name, column in columns.own.items() if PARTS[name].has_files)
+            media = (columns.image, columns.video, columns.audio, *own)
             splits = load_files(data.files, media, data.image_root, cache_dir, option="data.{split}")
-        wanted: dict[str, tuple[str, ...]] = {} if columns.text is None else {"columns.text": (columns.text,)}
+        for column in text_columns(columns.text):
+            check_columns(splits, {"columns.text": (column,)})
+        wanted: dict[str, tuple[str, ...]] = {}
         if recipe.model.get("vision") is not None:
             wanted["columns.image (or columns.video)"] = (columns.image, columns.video)
         if recipe.model.get("audio") is not None:
@@ -78,9 +82,12 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
     # Before rows are held out: they may hold the only rows of a rare label.
     tasks = [complete_task(task, splits["train"], data.label_separator) for task in recipe.tasks]
     check_labels(splits, tasks, columns.text, data.label_separator)
-    if data.validation_fraction is not None:
-        options = {**columns.plain, "label_separator": data.label_separator}
-        hold_out(splits, data.validation_fraction, options, tasks)
+    options = {**columns.plain, "label_separator": data.label_separator, "group_column": data.group_column}
+    count = len(splits["train"])
+    for split, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
+        if fraction is not None:
+            # Both are shares of all rows, of which the training rows are what is left.
+            hold_out(splits, split, fraction * count / len(splits["train"]), options, tasks)
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_eval_samples}
     splits = {split: first_rows(rows, limits[split]) for split, rows in splits.items()}
     table = None
@@ -130,7 +137,7 @@ def build_trainer(
     else:
         names = ("text", "vision", "audio", *own_encoders())
         encoders: dict[str, Any] = {name: recipe.model.get(name) for name in names if recipe.model.get(name)}
-        encoders["table"] = data.table
+        encoders |= {"text": recipe.model.get("text"), "table": data.table}
         # Otherwise transformers would ask at the keyboard.
         options: dict[str, Any] = {"trust_remote_code": False}
         options |= {name: value for name, value in recipe.model.items() if name not in encoders}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import os
 import typing
 from dataclasses import dataclass, field
@@ -31,7 +32,8 @@ class DataSection:
     """
     The rows and how to read them; see [`MMDataCollator`] for the last four.
 
-    `feature_cache` is the folder of a [`FeatureCache`].
+    `test_fraction` and `validation_fraction` are shares of all rows of `train`; [`hold_out_rows`] takes them out. Rows
+    with the same cell of `group_column` stay together. `feature_cache` is the folder of a [`FeatureCache`].
     """
 
     train: str | None = None
@@ -40,6 +42,8 @@ class DataSection:
     dataset_name: str | None = None
     dataset_config_name: str | None = None
     validation_fraction: float | None = None
+    test_fraction: float | None = None
+    group_column: str | None = None
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     image_root: str | None = None
@@ -65,7 +69,7 @@ class DataSection:
 class ColumnsSection:
     """The names of the columns of the data."""
 
-    text: str | None = "text"
+    text: str | list[str] | None = "text"
     image: str = "image"
     video: str = "video"
     audio: str = "audio"
@@ -88,7 +92,7 @@ class ColumnsSection:
         return cls(**{name: value for name, value in values.items() if name in known}, own=own)
 
     @property
-    def plain(self) -> dict[str, str | None]:
+    def plain(self) -> dict[str, Any]:
         """The columns of texts, images, videos and sounds, as arguments."""
         names = ("text", "image", "video", "audio")
         return {f"{name}_column": getattr(self, name) for name in names}
@@ -146,6 +150,7 @@ class Recipe:
             [`MMTransformerConfig`]; and options of `from_encoders`.
         tasks: the tasks in the form of `config.json`; labels may be missing.
         training: fields of `TrainingArguments`.
+        comment: lines at the top of the file, without their "#".
     """
 
     data: DataSection
@@ -153,6 +158,8 @@ class Recipe:
     model: dict[str, Any]
     tasks: list[dict[str, Any]]
     training: dict[str, Any] = field(default_factory=dict)
+    # Lines at the top of the file, each without "#".
+    comment: list[str] = field(default_factory=list, compare=False)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
@@ -177,6 +184,8 @@ class Recipe:
         training = _checked(values["training"], _training_hints(), "training")
         tasks = [_checked_task(task, f"tasks.{i}") for i, task in enumerate(values["tasks"])]
         for section, key, known in (("model", "text", model), ("training", "output_dir", training)):
+            if key == "text" and columns.text is None:
+                continue  # a model that reads no text
             if known.get(key) is None:
                 raise ValueError(f"The recipe needs {section}.{key}.")
         if not tasks:
@@ -186,11 +195,16 @@ class Recipe:
         if data.dataset_name is not None and (data.files or data.image_root is not None):
             other = "image_root" if data.image_root is not None else next(iter(data.files))
             raise ValueError(f"data.{other} goes with data.train; leave it out with data.dataset_name.")
-        if data.validation_fraction is not None and not 0 < data.validation_fraction < 1:
-            raise ValueError(f"data.validation_fraction must lie between 0 and 1, but is {data.validation_fraction}.")
+        for name in ("validation_fraction", "test_fraction"):
+            if (share := getattr(data, name)) is not None and not 0 < share < 1:
+                raise ValueError(f"data.{name} must lie between 0 and 1, but is {share}.")
+        if (data.validation_fraction or 0) + (data.test_fraction or 0) >= 1:
+            raise ValueError("data.validation_fraction and data.test_fraction together must be below 1.")
         for name in ("max_train_samples", "max_eval_samples", "sampling_rate", "max_length", "pad_to_multiple_of"):
             if (number := getattr(data, name)) is not None and number < 1:
                 raise ValueError(f"data.{name} must be at least 1, but is {number}.")
+        if isinstance(columns.text, list) and not (columns.text and all(isinstance(x, str) for x in columns.text)):
+            raise ValueError(f"columns.text must be a column, or a list of columns, but is {shortened(columns.text)}.")
         return cls(data, columns, model, tasks, training)
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,7 +223,8 @@ class Recipe:
     def save(self, folder: Path) -> None:
         """Writes `recipe.yaml` atomically."""
         with write_atomically(folder / RECIPE_NAME) as file:
-            file.write(dump_yaml(self.to_dict()).encode())
+            comment = "".join(f"# {line}".rstrip() + "\n" for line in self.comment)
+            file.write((comment + dump_yaml(self.to_dict())).encode())
 
     def differences(self, other: "Recipe") -> list[str]:
         """Differences that change the weights even with equal training: sentences without a full stop."""
@@ -271,9 +286,17 @@ def read_recipe(path: str | os.PathLike[str], overrides: typing.Sequence[str] = 
         _override(values, parts, value, key)
     try:
         check_powers(asked, values, overrides)
-        return Recipe.from_dict(values)
+        recipe = Recipe.from_dict(values)
+        recipe.comment = _comment(path)
+        return recipe
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _comment(path: Path) -> list[str]:
+    """The lines of comment at the top of a file."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8-sig").splitlines())
+    return [line.removeprefix("#").removeprefix(" ") for line in lines]
 
 
 def _override(values: Any, parts: list[str], value: Any, whole: str) -> None:

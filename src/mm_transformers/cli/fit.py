@@ -1,0 +1,62 @@
+"""`mm-transformers fit` and `init`: from a table to a trained model, or to its recipe."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..fitting.fit import REPORT_NAME, fit, make_plan
+from ..training.recipe import RECIPE_NAME
+from .processes import say
+from .train import show_progress_of_package
+
+
+def columns_to_predict(text: str) -> list[str]:
+    """The columns of `--predict a,b`. A comma within a name is written as `\\,`."""
+    parts = text.replace("\\,", "\0").split(",")
+    return [part.replace("\0", ",").strip() for part in parts if part.strip()]
+
+
+def kinds_of_columns(options: Sequence[str]) -> dict[str, str]:
+    """
+    Column -> kind, from options `name:kind`.
+
+    Raises:
+        ValueError: if an option has no colon.
+    """
+    found = {}
+    for option in options:
+        name, colon, kind = option.rpartition(":")
+        if not colon or not name:
+            raise ValueError(f"--column takes a column and a kind, as in zip:category, but got {option!r}.")
+        found[name] = kind
+    return found
+
+
+def run_fit(table: Path, predict: str, output: Path, column: Sequence[str], **options: Any) -> None:
+    """
+    Trains on a table and says what to do next.
+
+    Raises:
+        ValueError, OSError: one sentence.
+    """
+    show_progress_of_package(True)
+    result = fit(table, columns_to_predict(predict), output, columns=kinds_of_columns(column), say=say, **options)
+    report = f"open {output / REPORT_NAME}"
+    say(f"Next: {report if (output / REPORT_NAME).is_file() else 'read ' + str(output / 'README.md')}")
+    say(f"      mm-transformers predict {output} new-rows.csv --output answers.csv")
+    say(f"      mm-transformers demo --ui --model {result.output}")
+
+
+def run_init(table: Path, predict: str, output: Path, column: Sequence[str], **options: Any) -> None:
+    """
+    Writes the recipe of a training on a table.
+
+    Raises:
+        ValueError, OSError: one sentence.
+    """
+    plan = make_plan(table, columns_to_predict(predict), output, columns=kinds_of_columns(column), **options)
+    for line in plan.lines():
+        say(line)
+    output.mkdir(parents=True, exist_ok=True)
+    plan.recipe.save(output)
+    say(f"Wrote {output / RECIPE_NAME}. Train by it: mm-transformers train {output / RECIPE_NAME}")

@@ -1,0 +1,228 @@
+"""Decides how to train on a table: what each column is for, which tasks, which encoders."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import AutoConfig
+
+from ..data.cells import LABEL_SEPARATOR
+from ..data.column_kinds import (
+    AUDIO,
+    IGNORE,
+    IMAGE,
+    TABLE_KINDS,
+    TEXT,
+    VIDEO,
+    ColumnKind,
+    Target,
+    check_names,
+    column_kinds,
+    target,
+)
+from ..model.messages import one_line
+from ..training.recipe import Recipe
+from .encoder_choice import choose_encoder
+
+
+HELD_OUT = 0.15
+# Modality of an encoder -> the kinds of columns that it reads.
+_READ_BY = {"text": (TEXT,), "vision": (IMAGE, VIDEO), "audio": (AUDIO,)}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """
+    How much work a training is.
+
+    Args:
+        training: fields of [`MMTrainingArguments`].
+        trains_encoders: whether the encoders are trained; otherwise their outputs are stored once.
+    """
+
+    training: dict[str, Any] = field(default_factory=dict)
+    trains_encoders: bool = True
+
+
+PRESETS = {
+    "fast": Preset({"num_train_epochs": 10.0}, trains_encoders=False),
+    "balanced": Preset({"num_train_epochs": 5.0}),
+    "best": Preset({"num_train_epochs": 20.0, "early_stopping_patience": 5}),
+}
+
+
+@dataclass
+class Plan:
+    """
+    All decisions about a training on a table.
+
+    Args:
+        columns (`list[ColumnKind]`): What each column is taken for, targets left aside.
+        targets (`list[Target]`): The tasks.
+        recipe ([`Recipe`]): The training.
+    """
+
+    columns: list[ColumnKind]
+    targets: list[Target]
+    recipe: Recipe
+
+    def lines(self) -> list[str]:
+        """The decisions about the columns, one sentence each."""
+        found = [
+            f"{'leave out' if column.kind == IGNORE else column.kind:<9}  {column.name}: {column.reason}"
+            for column in self.columns
+        ]
+        for predicted in self.targets:
+            task = predicted.task
+            name = task.get("column", task["name"])
+            without = f"; {predicted.left_out:,} rows have no label" if predicted.left_out else ""
+            found.append(f"predict    {name} ({task['kind'].replace('_', ' ')}): {predicted.reason}{without}")
+        return found
+
+
+def plan_fit(
+    rows: datasets.Dataset,
+    predict: Sequence[str],
+    output: str | os.PathLike,
+    data: Mapping[str, Any],
+    *,
+    columns: Mapping[str, str] | None = None,
+    text: str | None = None,
+    vision: str | None = None,
+    audio: str | None = None,
+    preset: str = "balanced",
+    group: str | None = None,
+    root: str | os.PathLike = ".",
+    training: Mapping[str, Any] | None = None,
+) -> Plan:
+    """
+    Looks at a table and decides how to train on it.
+
+    Args:
+        rows: the training rows.
+        predict: the columns to predict, as `"price"` or `"price:regression"`.
+        output: the folder of the model.
+        data: the files, as in the section `data` of a recipe.
+        columns: column -> kind, for columns that you know better.
+        text, vision, audio: encoders, by Hub id or folder; by default [`choose_encoder`] chooses those that are needed.
+        preset: "fast", "balanced" or "best".
+        group: a column whose equal cells stay on one side of the split.
+        root: where relative paths of pictures and the like begin.
+        training: fields of [`MMTrainingArguments`] that replace those of the preset.
+
+    Raises:
+        ValueError: one sentence, if a column or a kind does not exist, no column is left as an input, or a column
+            cannot be predicted.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"There is no preset {preset!r}; the presets are {', '.join(PRESETS)}.")
+    wanted = _targets(predict)
+    check_names(rows, wanted, "--predict")
+    if group is not None:
+        check_names(rows, [group], "--group")
+    found = column_kinds(rows, wanted, columns, root)
+    found = [_only_for_groups(column, group) for column in found]
+    found = _one_of_each_file(found)
+    given = {"text": text, "vision": vision, "audio": audio}
+    encoders = {
+        modality: given[modality] or choose_encoder(modality)
+        for modality, kinds in _READ_BY.items()
+        if any(column.kind in kinds for column in found)
+    }
+    can_write = text is not None and "text" in encoders and _can_write(encoders["text"])
+    targets = [target(rows, column, kind, can_write) for column, kind in wanted.items()]
+    table = {column.name: column.kind for column in found if column.kind in TABLE_KINDS}
+    if not encoders and not table:
+        raise ValueError(
+            "No column is left to predict from: " + "; ".join(f"{column.name}: {column.reason}" for column in found)
+            + ". Give a column a kind by --column name:kind."
+        )  # fmt: skip
+    separators = {found.separator for found in targets if found.separator is not None}
+    if len(separators) > 1:
+        raise ValueError(
+            f"The columns to predict separate their labels in {len(separators)} ways "
+            f"({', '.join(map(repr, sorted(separators)))}): use one of them."
+        )
+    chosen = PRESETS[preset]
+    section: dict[str, Any] = {**data}
+    if separators and separators != {LABEL_SEPARATOR}:
+        section["label_separator"] = separators.pop()
+    if group is not None:
+        section["group_column"] = group
+    for split in ("validation", "test"):
+        if split not in section:
+            section[f"{split}_fraction"] = HELD_OUT
+    model: dict[str, Any] = dict(encoders)
+    if not chosen.trains_encoders and encoders:
+        model["freeze"] = list(encoders)
+        section["feature_cache"] = str(Path(output).absolute() / "features")
+    values = {
+        "data": section,
+        "columns": _columns_section(found, table),
+        "model": model,
+        "tasks": [found.task for found in targets],
+        "training": {"output_dir": str(Path(output).absolute()), **chosen.training, **(training or {})},
+    }
+    plan = Plan(found, targets, Recipe.from_dict(values))
+    plan.recipe.comment = [
+        "Written by mm-transformers fit. Train again: mm-transformers train recipe.yaml training.output_dir=again",
+        "Other kinds of columns: mm-transformers fit ... --column name:kind. What each column was taken for:",
+        *(f"  {line}" for line in plan.lines()),
+    ]
+    return plan
+
+
+def _targets(predict: Sequence[str]) -> dict[str, str | None]:
+    """Column -> kind of task, if given."""
+    from ..model.tasks import TASK_KINDS
+
+    if isinstance(predict, str) or not predict:
+        raise ValueError("predict must be a list of columns, such as ['category', 'price'].")
+    found: dict[str, str | None] = {}
+    for name in predict:
+        column, colon, kind = str(name).rpartition(":")
+        if not colon or kind not in TASK_KINDS:  # the name of a column may have a colon
+            column, kind = str(name), ""
+        if column in found:
+            raise ValueError(f"--predict names the column {column!r} twice.")
+        found[column] = kind or None
+    return found
+
+
+def _only_for_groups(column: ColumnKind, group: str | None) -> ColumnKind:
+    if column.name != group or column.reason == "you said so":
+        return column
+    return ColumnKind(column.name, IGNORE, "it groups the rows; held-out rows have other values")
+
+
+def _one_of_each_file(columns: list[ColumnKind]) -> list[ColumnKind]:
+    """Leaves out further columns of pictures, videos and sounds: a model reads one of each."""
+    seen: dict[str, str] = {}
+    kept = []
+    for column in columns:
+        if column.kind in (IMAGE, VIDEO, AUDIO) and column.kind in seen:
+            reason = f"a second column of {column.kind}s beside {seen[column.kind]}; put both into one cell, as a list"
+            column = ColumnKind(column.name, IGNORE, reason)
+        elif column.kind in (IMAGE, VIDEO, AUDIO):
+            seen[column.kind] = column.name
+        kept.append(column)
+    return kept
+
+
+def _columns_section(columns: Sequence[ColumnKind], table: Mapping[str, str]) -> dict[str, Any]:
+    texts = [column.name for column in columns if column.kind == TEXT]
+    section: dict[str, Any] = {"text": None if not texts else texts[0] if len(texts) == 1 else texts}
+    section |= {column.kind: column.name for column in columns if column.kind in (IMAGE, VIDEO, AUDIO)}
+    if table:
+        section["table"] = dict(table)
+    return section
+
+
+def _can_write(encoder: str) -> bool:
+    try:
+        return bool(AutoConfig.from_pretrained(encoder, trust_remote_code=False).is_encoder_decoder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The text encoder {encoder} cannot be loaded: {one_line(error)}") from error
