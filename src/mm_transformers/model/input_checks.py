@@ -93,8 +93,8 @@ def check_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     for name in (str(encoder.index) for encoder in OTHER_ENCODERS.values()):
         value = inputs.get(name)
         if value is not None and (not isinstance(value, torch.Tensor) or value.dtype == torch.bool):
-            kind = getattr(value, "dtype", type(value).__name__)
-            raise ValueError(f"{name} must be a tensor of integers, -1 for none, but is of {kind}.")
+            found = getattr(value, "dtype", type(value).__name__)
+            raise ValueError(f"{name} must be a tensor of integers, -1 for none, but is of {found}.")
     mask = inputs.get("audio_attention_mask")
     for name in ("input_values", "input_features"):
         sound = inputs.get(name)

@@ -3,7 +3,7 @@
 import difflib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Optional
+from typing import Any, Optional, overload
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
@@ -84,7 +84,16 @@ class MultimodalPipeline(Pipeline):
         }
         return {}, {name: value for name, value in given.items() if value is not None}, {}
 
-    def __call__(self, inputs, **kwargs):
+    @overload
+    def __call__(self, inputs: str | dict[str, Any], **kwargs: Any) -> dict[str, Any]: ...
+
+    @overload
+    def __call__(self, inputs: Sequence[Any], **kwargs: Any) -> list[dict[str, Any]]: ...
+
+    @overload
+    def __call__(self, inputs: Iterable[Any], **kwargs: Any) -> Iterator[dict[str, Any]]: ...
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         if isinstance(inputs, (str, dict)):
             return super().__call__([inputs], **kwargs)[0]
         if isinstance(inputs, (list, tuple)):

@@ -227,7 +227,9 @@ class MMTransformerProcessor(ProcessorMixin):
         self._warned: set[str] = set()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> "MMTransformerProcessor":
         """
         As [`~transformers.ProcessorMixin.from_pretrained`].
 
@@ -332,8 +334,8 @@ class MMTransformerProcessor(ProcessorMixin):
         backend: Optional[str] = None,
         num_frames: int = 8,
         table: Any = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> "MMTransformerProcessor":
         """
         The processor of a model with these encoders.
 
