@@ -235,7 +235,7 @@ def registered():
     yield
     for names in (ENCODERS, OTHER_ENCODERS, MODALITIES, PARTS, ARGUMENTS, NOUNS):
         del names["sensor"]
-    del MMTransformerConfig.sub_configs["sensor_config"]
+    MMTransformerConfig.sub_configs.pop("sensor_config", None)
     del TASK_KINDS["ordinal_stars"], FUSION_KINDS["added_means"], WEIGHTINGS["inverse_loss"]
 
 
