@@ -385,7 +385,7 @@ def test_a_model_stops_between_two_layers():
             layers(torch.zeros(1))
 
     start = time.monotonic()
-    with pytest.raises(TimeLimitError, match=r"longer than the 0.25 seconds"):
+    with pytest.raises(TimeLimitError, match=r"longer than the limit of 0.25 seconds"):
         limited()
     assert time.monotonic() - start < 4
     other.join()

@@ -257,7 +257,7 @@ def _check_columns(
 ) -> None:
     known = ", ".join(map(repr, names))
     for part in ("text", "image", "video", "audio"):
-        asked = getattr(reading, f"{part}_column") is not None
+        asked = reading.columns.get(part) is not None
         missing = [column for column in text_columns(getattr(columns, part)) if column not in names]
         if missing and (asked or (part == "text" and collator.text_column is not None)):
             raise ValueError(f"{file} has no column {missing[0]!r}; set --{part}_column to one of {known}.")
