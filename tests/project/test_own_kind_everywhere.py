@@ -28,7 +28,7 @@ from mm_transformers import (
     register_task,
 )
 from mm_transformers.analysis import ablate, explain, faithfulness
-from mm_transformers.analysis.report.answered import answers_to, confusion
+from mm_transformers.analysis.report.answered_rows import answers_to, confusion
 from mm_transformers.cli.page_answers import answers_as_html
 from mm_transformers.model.fusion import FUSION_KINDS, Fusion, register_fusion
 from mm_transformers.model.fusion_layers import Gate, masked_mean
