@@ -60,6 +60,11 @@ class ProcessedPictures:
     pixel_values: Any
     digest: bytes = b""
 
+    @property
+    def frames(self) -> "list[ProcessedPictures]":
+        """Each frame of a video alone."""
+        return [ProcessedPictures(frame[None]) for frame in self.pixel_values]
+
 
 def num_pixels(item: Any) -> int:
     """Pixels of a picture, or of all pictures of a list, in memory."""
