@@ -228,7 +228,6 @@ class Trial:
         os.dup2(descriptor, 2)
         os.chdir(ROOT)
         hypothesis.settings.register_profile("mutants", deadline=None, database=None)
-        hypothesis.settings.load_profile("mutants")
         get_code = SourceFileLoader.get_code
 
         def changed_code(loader, name):
@@ -238,6 +237,7 @@ class Trial:
 
         SourceFileLoader.get_code = changed_code  # type: ignore[method-assign]
         options = ["-x", "-q", "-p", "no:cacheprovider", "--override-ini", "addopts=--strict-markers"]
+        options += ["--hypothesis-profile", "mutants"]
         code = int(pytest.main([*options, *tests], plugins=[first := FirstFailure()]))
         self.told.write_text(json.dumps({"code": code, "test": first.name}))
         return code
