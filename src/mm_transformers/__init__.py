@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from .model.processing_mm_transformer import MMTransformerProcessor
     from .model.table import TableConfig
+    from .model.table_kinds import NumberColumn, TableColumn, register_column
     from .model.tasks import (
         Classification,
         Generation,
@@ -72,6 +73,7 @@ _MODULES = {
     ],
     "model.processing_mm_transformer": ["MMTransformerProcessor"],
     "model.table": ["TableConfig"],
+    "model.table_kinds": ["NumberColumn", "TableColumn", "register_column"],
     "model.tasks": [
         "Classification",
         "Generation",
@@ -142,16 +144,19 @@ __all__ = [
     "Matching",
     "MultiLabel",
     "MultiTaskMetrics",
+    "NumberColumn",
     "Predictor",
     "Regression",
     "Retrieval",
     "Stream",
+    "TableColumn",
     "TableConfig",
     "Task",
     "TaskGradientsCallback",
     "TokenClassification",
     "fit",
     "load_demo_dataset",
+    "register_column",
     "register_fusion",
     "register_modality",
     "register_task",

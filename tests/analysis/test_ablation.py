@@ -29,9 +29,9 @@ from mm_transformers.analysis.ablation.contributions import (
     shapley_values,
     subsets,
 )
+from mm_transformers.analysis.ablation.encoded_rows import exchanged
 from mm_transformers.analysis.ablation.results import Ablation, Contribution, main_metric
 from mm_transformers.analysis.ablation.tables import Table, as_markdown
-from mm_transformers.analysis.ablation.views import exchanged
 from mm_transformers.data.markdown import plain_markdown
 from mm_transformers.training.metrics import less_is_better
 from mm_transformers.training.metrics.mismatches import draw_mismatches

@@ -23,10 +23,10 @@ from writers import make_writer
 
 from mm_transformers import Classification, Generation, Matching, Regression, Retrieval
 from mm_transformers.analysis import explain
+from mm_transformers.analysis.explaining.input_relevance import relevance_of_inputs
 from mm_transformers.analysis.explaining.methods import ATTENTION_METHODS
-from mm_transformers.analysis.explaining.placing import patch_grid, seen_region, spread_over_pixels, token_spans
-from mm_transformers.analysis.explaining.reading import relevance_of_inputs
-from mm_transformers.analysis.explaining.watching import watched
+from mm_transformers.analysis.explaining.recording import watched
+from mm_transformers.analysis.explaining.token_places import patch_grid, seen_region, spread_over_pixels, token_spans
 
 
 pytestmark = pytest.mark.usefixtures("without_shares")

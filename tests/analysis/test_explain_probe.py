@@ -10,8 +10,8 @@ from tiny import FUSION_KINDS, make_batch, make_image, make_processor, open_gate
 from mm_transformers.analysis import explain
 from mm_transformers.analysis.explaining import integrated_gradients
 from mm_transformers.analysis.explaining.methods import ATTENTION_METHODS
-from mm_transformers.analysis.explaining.probe_reading import ProbeReading
-from mm_transformers.analysis.explaining.watching import watched
+from mm_transformers.analysis.explaining.probe_relevance import ProbeReading
+from mm_transformers.analysis.explaining.recording import watched
 
 
 pytestmark = pytest.mark.usefixtures("without_shares")

@@ -29,8 +29,8 @@ from mm_transformers.analysis.explaining.colors import heat_map
 from mm_transformers.analysis.explaining.explanation import Explanation, ImageRelevance, TokenRelevance, strengths
 from mm_transformers.analysis.explaining.html import colored_words, heat_map_url
 from mm_transformers.analysis.explaining.own_copy import own_copy
-from mm_transformers.analysis.explaining.placing import patch_grid, sums_over_parts, sums_over_patches
 from mm_transformers.analysis.explaining.shares import blank_text
+from mm_transformers.analysis.explaining.token_places import patch_grid, sums_over_parts, sums_over_patches
 from mm_transformers.model.predictions import Predictions
 
 

@@ -20,7 +20,7 @@ from tiny import (
 from mm_transformers import MMDataCollator, MMTransformerProcessor, Regression, Retrieval
 from mm_transformers.analysis import ablate, explain
 from mm_transformers.analysis.report import write_report
-from mm_transformers.analysis.report.answered import answers_to, confusion, most_confident_errors, worst
+from mm_transformers.analysis.report.answered_rows import answers_to, confusion, most_confident_errors, worst
 
 
 @pytest.fixture(scope="module")

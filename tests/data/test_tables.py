@@ -223,3 +223,14 @@ def test_parquet_of_nested_columns(tmp_path):
     table = pyarrow.table({"text": ["a"], "scores": [[1, 2]]})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     assert list(TableRows(tmp_path / "rows.parquet")) == [{"text": "a", "scores": [1, 2]}]
+
+
+def test_texts_and_numbers_in_one_column_of_json_become_texts(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    cells = ["a", 1776, 2.5, True, None, "é"]
+    for order in (cells, cells[1:] + cells[:1], [300] * 1500 + ["a"], ["a"] * 1500 + [300]):
+        path.write_text("".join(json.dumps({"title": cell, "n": 1}) + "\n" for cell in order))
+        expected = [None if c is None else c if isinstance(c, str) else json.dumps(c) for c in order]
+        assert [row["title"] for row in TableRows(path)] == expected
+        assert TableRows(path).schema.field("title").type == pyarrow.string()
+        assert load_files({"train": str(path)}, (), cache_dir=str(tmp_path / "cache"))["train"]["title"][:] == expected

@@ -25,7 +25,7 @@ from writers import make_writer
 
 from mm_transformers import Generation, Matching, MMTransformerForMultiTask, MMTransformerProcessor, Retrieval
 from mm_transformers.analysis import ablate
-from mm_transformers.analysis.ablation.views import EncodedRows, pairs
+from mm_transformers.analysis.ablation.encoded_rows import EncodedRows, pairs
 from mm_transformers.model.fusion_base import Stream
 from mm_transformers.model.linear_probe import LinearProbe, ProbedHead
 from mm_transformers.model.modeling_mm_transformer import MMTransformerModelOutput

@@ -12,7 +12,7 @@ from writers import TOPIC, make_writer
 from mm_transformers import Generation, MMDataCollator
 from mm_transformers.analysis import ablate, contrastive_accuracy, explain, faithfulness
 from mm_transformers.analysis.report import write_report
-from mm_transformers.analysis.report.answered import answers_to
+from mm_transformers.analysis.report.answered_rows import answers_to
 from mm_transformers.cli.page import answers_as_html
 from mm_transformers.cli.reload import answers_of
 from mm_transformers.model.answers import evaluation_mode

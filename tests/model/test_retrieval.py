@@ -133,6 +133,7 @@ def test_recall_equals_that_of_loops(data):
     vectors = {0: rng.integers(-1, 2, (texts, 3)), 1: rng.integers(-1, 2, (items, 3))}
     predictions = [[*vectors[0][t], *vectors[1][i]] for t, i, _ in pairs]
     found = RetrievalRecall().compute(predictions=predictions, references=[list(pair) for pair in pairs])
+    assert list(found) == RetrievalRecall.names()
     used = {0: sorted({t for t, _, _ in pairs}), 1: sorted({i for _, i, _ in pairs})}
     groups = {}
     for t, i, group in pairs:

@@ -34,7 +34,8 @@ from mm_transformers import (
     set_limits,
     table_columns,
 )
-from mm_transformers.model.table import TableEncoder, TableReader, read_category, read_number
+from mm_transformers.model.table import TableEncoder, TableReader
+from mm_transformers.model.table_kinds import read_category, read_number
 from mm_transformers.training.linear_start.probe_start import probes_of
 
 
@@ -196,11 +197,14 @@ def test_kinds_of_columns(cells, kind, column):
     ("columns", "message"),
     [
         ({"price": "number"}, "Row 1, column 'price': 'abc' is no number."),
-        ({"price": "colour"}, "Column 'price' must have the kind 'number' or 'category', but has 'colour'."),
+        (
+            {"price": "colour"},
+            "Column 'price' must have one of the kinds 'number', 'date', 'category', but has 'colour'.",
+        ),
         (["empty"], "Column 'empty' has no value in the training rows; leave it out."),
         (["nowhere"], "The training rows have no column 'nowhere'."),
-        (["text"], "Column 'text' of the table has the name of another input of a row; rename it."),
-        ([], "columns names no column; give the names of the numbers and categories."),
+        (["text"], "Column 'text' of the table has the name of another input of the row; rename it."),
+        ([], "columns is empty: give the names of the columns of numbers and categories."),
         ("price", "columns must be a list of names, or a dict from name to kind, but is 'price'."),
     ],
 )
@@ -234,7 +238,7 @@ def test_limits():
         ([{**BRAND, "values": [""]}], "a list of texts"),
         ([{**BRAND, "values": ["a", "a"]}], "lists a value twice"),
         ([{"name": "price", "kind": "number"}], "must have kind, mean, name, std, but has kind, name"),
-        ([{**PRICE, "kind": "date"}], "must have the kind 'number' or 'category', but has 'date'"),
+        ([{**PRICE, "kind": "colour"}], "must have one of the kinds 'number', 'date', 'category', but has 'colour'"),
         ([{**PRICE, "name": "image"}], "the name of another input"),
         (["price"], "Column 0 of the table must be a dict with a name and a kind, but is 'price'"),
     ],
@@ -389,6 +393,11 @@ def test_modality_dropout_drops_the_table():
         (lambda x: x.pop("table_categories"), "The table input of this model consists of table_numbers and"),
         (lambda x: x.update(table_index=torch.tensor([[5]])), "table_index must hold numbers from -1"),
         (lambda x: x.update(table_number=1), "takes no argument 'table_number'"),
+        (lambda x: x.update(table_numbers=torch.zeros(1, 1)), "table_numbers must have 2 columns, one per column of"),
+        (lambda x: x.update(table_numbers=torch.zeros(1)), "table_numbers must have 2 axes, but has the shape"),
+        (lambda x: x.update(table_numbers=[[1.0, 2.0]]), "table_numbers must be a tensor of floating-point numbers"),
+        (lambda x: x.update(table_categories=torch.zeros(1, 1)), r"table_categories must hold integers \(int64\)"),
+        (lambda x: x.update(table_index=[[0]]), "table_index must be a tensor of integers"),
     ],
 )
 def test_wrong_tensors(change, message):
@@ -406,7 +415,7 @@ def test_a_model_without_columns_refuses_them():
     with pytest.raises(ValueError, match="^This model has no table encoder"):
         model(**PROCESSOR(text=["a"], table=[CELLS]))
     plain = MMTransformerProcessor(None, make_tokenizer())
-    with pytest.raises(ValueError, match="^This processor has no table_config, but got table; it belongs to a model"):
+    with pytest.raises(ValueError, match="^This processor has no table_config, but got table. It belongs to a model"):
         plain(text=["a"], table=[CELLS])
 
 
@@ -506,7 +515,7 @@ def test_pipeline_takes_the_columns_by_their_names():
     [
         ({"text": "a", "price": "abc"}, "Row 1: column 'price': 'abc' is no number"),
         ({"text": "a", "pric": 3}, "Row 1 has the key 'pric'; did you mean 'price'?"),
-        ({"price": None}, "Row 1 has nothing in 'text', 'image', 'video', 'audio', 'price', 'brand' and 'year'."),
+        ({"price": None}, "Row 1 has no content in 'text', 'image', 'video', 'audio', 'price', 'brand' and 'year'."),
         ({"brand": ["a"]}, "Row 1: column 'brand': expected a text or a whole number, but got ['a'] of type list"),
     ],
 )
@@ -529,11 +538,11 @@ def test_collator_reads_the_columns():
 
 def test_collator_names_row_and_column():
     collator = MMDataCollator(PROCESSOR, make_model().config, on_bad_file="drop")
-    message = "^row 1 of the batch, column 'price': 'abc' is no number; mend it, or leave the cell empty.$"
+    message = "^row 1 of the batch, column 'price': 'abc' is no number; correct it, or leave the cell empty.$"
     with pytest.raises(ValueError, match=message):
         collator([{"text": "a"}, {"text": "b", "price": "abc"}])
     with pytest.raises(
-        ValueError, match="^row 0 of the batch has nothing in 'text', 'image', 'video', 'price', 'brand'"
+        ValueError, match="^row 0 of the batch has no content in 'text', 'image', 'video', 'price', 'brand'"
     ):
         collator([{"text": "", "price": None}])
 
@@ -542,7 +551,7 @@ def test_rows_need_no_column_of_texts():
     collator = MMDataCollator(PROCESSOR, make_model().config, text_column=None)
     batch = collator([{"price": 3.0}, {"brand": "acme"}])
     assert batch["attention_mask"].sum() == 0
-    with pytest.raises(ValueError, match="^row 0 of the batch has nothing in 'image', 'video', 'price'"):
+    with pytest.raises(ValueError, match="^row 0 of the batch has no content in 'image', 'video', 'price'"):
         collator([{"text": "not read"}])
 
 

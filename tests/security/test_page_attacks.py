@@ -21,9 +21,9 @@ from PIL import Image
 from tiny import make_feature_extractor, make_image, make_image_processor, make_model, make_tokenizer
 
 from mm_transformers import MMTransformerProcessor
-from mm_transformers.cli import gate as gate_module
-from mm_transformers.cli.gate import Gate
+from mm_transformers.cli import request_filter
 from mm_transformers.cli.page import load_page
+from mm_transformers.cli.request_filter import RequestFilter
 from mm_transformers.cli.uploads import REFUSAL, upload_folder
 from mm_transformers.model.limits import limits, set_limits
 
@@ -264,7 +264,7 @@ def test_uploads_at_the_same_time_count_together(tmp_path, monkeypatch):
 
     async def upload(size):
         length = [] if size is None else [(b"content-length", str(size).encode())]
-        await gate({"type": "http", "path": f"/{API}/upload", "headers": length}, None, send)
+        await filtered({"type": "http", "path": f"/{API}/upload", "headers": length}, None, send)
 
     async def attack():
         nonlocal going_on
@@ -277,24 +277,24 @@ def test_uploads_at_the_same_time_count_together(tmp_path, monkeypatch):
         await asyncio.gather(*first)
         await upload(900)  # they have ended, and left nothing
         assert statuses == [507, 200, 200, 200]
-        assert gate.running == 0
+        assert filtered.running == 0
 
-    gate, going_on = Gate(received), None
+    filtered, going_on = RequestFilter(received), None
     asyncio.run(asyncio.wait_for(attack(), 20))
 
 
 def test_uploads_in_chunks_count_with_the_limit_whatever_they_declare():
     headers = [(b"content-length", b"1"), (b"transfer-encoding", b"chunked")]
     scope = {"type": "http", "path": f"/{API}/upload", "headers": headers}
-    assert gate_module._upload_bytes(scope) == limits().upload_bytes
-    assert gate_module._upload_bytes({**scope, "headers": headers[:1]}) == 1
+    assert request_filter._upload_bytes(scope) == limits().upload_bytes
+    assert request_filter._upload_bytes({**scope, "headers": headers[:1]}) == 1
 
 
 def test_a_body_that_does_not_arrive_ends_the_request(monkeypatch):
     """It would keep its share of the room for uploads for ever."""
     from starlette.exceptions import HTTPException
 
-    monkeypatch.setattr(gate_module, "_SECONDS", 0.2)
+    monkeypatch.setattr(request_filter, "_SECONDS", 0.2)
     statuses = []
 
     async def application(scope, receive, send):
@@ -308,10 +308,10 @@ def test_a_body_that_does_not_arrive_ends_the_request(monkeypatch):
         await asyncio.sleep(0.05)
         return {"type": "http.request", "body": b"x", "more_body": True}
 
-    gate = Gate(application)
+    filtered = RequestFilter(application)
     scope = {"type": "http", "path": f"/{API}/upload", "headers": [(b"content-length", b"100")]}
-    asyncio.run(asyncio.wait_for(gate(scope, dripping, None), 20))
-    assert (statuses, gate.running) == ([408], 0)
+    asyncio.run(asyncio.wait_for(filtered(scope, dripping, None), 20))
+    assert (statuses, filtered.running) == ([408], 0)
 
 
 def test_requests_are_bounded(client, monkeypatch):
@@ -385,7 +385,7 @@ def test_a_model_stops_between_two_layers():
             layers(torch.zeros(1))
 
     start = time.monotonic()
-    with pytest.raises(TimeLimitError, match=r"longer than the 0.25 seconds"):
+    with pytest.raises(TimeLimitError, match=r"longer than the limit of 0.25 seconds"):
         limited()
     assert time.monotonic() - start < 4
     other.join()

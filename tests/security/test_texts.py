@@ -6,7 +6,7 @@ import pytest
 from tiny import make_config, make_model, make_processor, make_tokenizer
 
 from mm_transformers import Generation, Limits, MMDataCollator, TokenClassification
-from mm_transformers.analysis.explaining.placing import token_spans
+from mm_transformers.analysis.explaining.token_places import token_spans
 from mm_transformers.model.task_base import LabelContext
 from mm_transformers.model.text_tokens import needed_text
 from mm_transformers.training.predictor import Predictor

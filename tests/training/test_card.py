@@ -18,7 +18,7 @@ from tiny import SEQ2SEQ, make_model, make_processor
 from mm_transformers import Generation, MMTrainer, MMTransformerConfig, MMTransformerForMultiTask
 from mm_transformers.training.card.card_file import write_card
 from mm_transformers.training.card.facts import CardFacts, Measurement
-from mm_transformers.training.card.merging import (
+from mm_transformers.training.card.manual_edits import (
     add_memory,
     fingerprint,
     join_sections,

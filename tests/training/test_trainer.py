@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Val
 from rows import make_args, make_dataset, make_rows
 from tiny import make_image, make_model, make_processor, make_tasks
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from mm_transformers import (
@@ -21,8 +21,10 @@ from mm_transformers import (
     MMTransformerForMultiTask,
     MultiTaskMetrics,
     Regression,
+    Retrieval,
 )
 from mm_transformers.training.learning_rates import GATE_LEARNING_RATE_FACTOR
+from mm_transformers.training.setup_checks import check_best_metric
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -603,6 +605,14 @@ def test_the_best_metric_must_be_measured(tmp_path):
         MMTrainer(
             model, args, processing_class=make_processor(), train_dataset=rows, eval_dataset=rows.remove_columns(name)
         )
+
+
+def test_the_best_metric_may_be_a_recall():
+    tasks, rows = [Retrieval("find"), Classification("tone", labels=["a", "b"])], [{"text": "a", "image": "b.png"}]
+    for name in ("eval_find_mean_recall", "find_from_text_recall_at_5", "find_loss", "tone_f1"):
+        check_best_metric(TrainingArguments("out", metric_for_best_model=name), tasks, rows)
+    with pytest.raises(ValueError, match="did you mean 'eval_find_from_text_recall_at_5'"):
+        check_best_metric(TrainingArguments("out", metric_for_best_model="find_from_text_recall_at_6"), tasks, rows)
 
 
 @pytest.mark.parametrize("form", ["table", "list"])

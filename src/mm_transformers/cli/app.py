@@ -174,27 +174,33 @@ def train(
 
 TableArgument = Annotated[Path, typer.Argument(metavar="TABLE", help="CSV, JSON lines or Parquet file.")]
 Predict = Annotated[
-    str, typer.Option(help="Columns to predict, with commas between: category,price. price:regression says the kind.")
+    str,
+    typer.Option(help="Columns to predict, separated by commas: category,price. With a kind: price:regression."),
 ]
 ModelFolder = Annotated[Path, typer.Option(help="Folder of the model, its recipe and its report.")]
 ColumnKinds = Annotated[
     list[str] | None,
     typer.Option(
-        help="What a column holds, if the guess is wrong: zip:category. Kinds: text, image, video, audio, number, "
-        "date, category, ignore. May be given again."
+        help="The kind of a column, if the detected kind is wrong: zip:category. Kinds: text, image, video, audio, "
+        "number, date, category, ignore. Can be repeated."
     ),
 ]
 TextEncoder = Annotated[str | None, typer.Option("--text", help="Text encoder, by Hub id or folder.")]
 VisionEncoder = Annotated[str | None, typer.Option("--vision", help="Vision encoder, by Hub id or folder.")]
 AudioEncoder = Annotated[str | None, typer.Option("--audio", help="Audio encoder, by Hub id or folder.")]
 PresetName = Annotated[
-    str, typer.Option("--preset", help="fast: encoders stay as they are; balanced: up to 5 epochs; best: up to 20.")
+    str, typer.Option("--preset", help="fast: encoders are not trained; balanced: up to 5 epochs; best: up to 20.")
 ]
-Validation = Annotated[Path | None, typer.Option(help="Table of validation rows; by default 15% are held out.")]
-Test = Annotated[Path | None, typer.Option(help="Table of test rows; by default 15% are held out.")]
-Group = Annotated[str | None, typer.Option(help="Column whose equal cells stay on one side of the split.")]
+Validation = Annotated[
+    Path | None, typer.Option(help="Table of validation rows. Default: 15% of the rows are held out.")
+]
+Test = Annotated[Path | None, typer.Option(help="Table of test rows. Default: 15% of the rows are held out.")]
+Group = Annotated[
+    str | None,
+    typer.Option(help="Column whose equal values stay together in the split."),
+]
 PathsFrom = Annotated[
-    str | None, typer.Option("--image-root", help="Where relative paths start; by default at the folder of the table.")
+    str | None, typer.Option("--image-root", help="Folder for relative paths. Default: the folder of the table.")
 ]
 
 
@@ -208,7 +214,7 @@ def fit(
     vision: VisionEncoder = None,
     audio: AudioEncoder = None,
     preset: PresetName = "balanced",
-    minutes: Annotated[float | None, typer.Option(help="The time for everything, in minutes.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Limit of the whole run, in minutes.")] = None,
     validation: Validation = None,
     test: Test = None,
     group: Group = None,
@@ -294,8 +300,8 @@ def _reading(
 ) -> "Reading":
     from .predict import Reading
 
-    allowed = _allowed(allow_urls, allow_host)
-    return Reading(text_column, image_column, video_column, audio_column, image_root, on_bad_file, allowed)
+    columns = {"text": text_column, "image": image_column, "video": video_column, "audio": audio_column}
+    return Reading(columns, image_root, on_bad_file, _allowed(allow_urls, allow_host))
 
 
 def _reads_rows(command: Callable[..., None]) -> Callable[..., None]:

@@ -12,8 +12,8 @@ from ..model.limits import limits
 from ..model.modalities import PARTS
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
-from .gate import Gate
 from .page_answers import answers_as_html, either, render_page
+from .request_filter import RequestFilter
 from .uploads import REFUSAL, UploadError, check_inputs, opened_upload, upload_folder
 
 
@@ -131,7 +131,7 @@ def launch_options() -> dict[str, Any]:
         "quiet": True,
         "max_file_size": limits().upload_bytes,
         "state_session_capacity": _SESSIONS,
-        "app_kwargs": {"middleware": [Middleware(Gate)]},
+        "app_kwargs": {"middleware": [Middleware(RequestFilter)]},
         "run_history": False,
         "enable_monitoring": False,
         "mcp_server": False,

@@ -2,9 +2,9 @@
 
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,14 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Reading:
-    """Options for reading rows; `None` stands for the value of the recipe beside the model, or the default."""
+    """
+    Options for reading rows; `None` stands for the value of the recipe beside the model, or the default.
 
-    text_column: str | None = None
-    image_column: str | None = None
-    video_column: str | None = None
-    audio_column: str | None = None
+    Args:
+        columns: "text", "image", "video" or "audio" -> the name of the column.
+    """
+
+    columns: Mapping[str, str | None] = field(default_factory=dict)
     image_root: str | None = None
     on_bad_file: str | None = None
     # Only from the command line: the recipe beside a model may come from a stranger.
@@ -71,17 +73,17 @@ class Reading:
         recipe = read_yaml(Path(path)) if path is not None else {}
         for section, name in ((columns, "columns"), (data, "data")):
             said = recipe.get(name)
-            for field in fields(section):
-                value = said.get(field.name) if isinstance(said, dict) else None
-                if isinstance(value, (str, int, float)) or (field.name == "text" and isinstance(value, list)):
-                    setattr(section, field.name, value)
+            for option in fields(section):
+                value = said.get(option.name) if isinstance(said, dict) else None
+                if isinstance(value, (str, int, float)) or (option.name == "text" and isinstance(value, list)):
+                    setattr(section, option.name, value)
         said = recipe.get("columns")
         if isinstance(said, dict):
             columns.text = None if said.get("text", "") is None else columns.text
             columns.own = {name: column for name, column in said.items() if name in PARTS and isinstance(column, str)}
         for name in ("text", "image", "video", "audio"):
             columns.own.pop(name, None)
-            setattr(columns, name, getattr(self, f"{name}_column") or getattr(columns, name))
+            setattr(columns, name, self.columns.get(name) or getattr(columns, name))
         data.image_root = self.image_root or data.image_root
         data.on_bad_file = self.on_bad_file or data.on_bad_file
         return columns, data
@@ -255,7 +257,7 @@ def _check_columns(
 ) -> None:
     known = ", ".join(map(repr, names))
     for part in ("text", "image", "video", "audio"):
-        asked = getattr(reading, f"{part}_column") is not None
+        asked = reading.columns.get(part) is not None
         missing = [column for column in text_columns(getattr(columns, part)) if column not in names]
         if missing and (asked or (part == "text" and collator.text_column is not None)):
             raise ValueError(f"{file} has no column {missing[0]!r}; set --{part}_column to one of {known}.")

@@ -17,7 +17,7 @@ def answers_of(model: MMTransformerForMultiTask, inputs: BatchFeature) -> dict[s
     """For each task the logits, or the written token ids."""
     inputs = inputs.to(model.device)
     with evaluation_mode(model), torch.no_grad():
-        answers = dict(model(**inputs).logits)
+        answers = dict(model(**inputs).logits or {})
         answers |= {name: model.generate(name, **inputs) for name, task in model.tasks.items() if task.needs_decoder}
     return {name: value.cpu().contiguous() for name, value in answers.items()}
 

@@ -17,15 +17,13 @@ from ..model.dates import date_format
 from ..model.file_contents import content_of, is_absent
 from ..model.label_cells import is_null, shorten
 from ..model.limits import limits
-from ..model.table import TableError, read_number
+from ..model.table_kinds import COLUMNS, TableError, read_number
 from .table_columns import are_numbers
 
 
 # What a column may be taken for. `--column name:kind` names one of these.
 TEXT, IMAGE, VIDEO, AUDIO = "text", "image", "video", "audio"
 NUMBER, DATE, CATEGORY, IGNORE = "number", "date", "category", "ignore"
-KINDS = (TEXT, IMAGE, VIDEO, AUDIO, NUMBER, DATE, CATEGORY, IGNORE)
-TABLE_KINDS = (NUMBER, DATE, CATEGORY)
 FILE_KINDS = (IMAGE, VIDEO, AUDIO)
 # The ends of file names.
 SUFFIXES = {
@@ -53,7 +51,7 @@ class ColumnKind:
 
     Args:
         name (`str`): The column.
-        kind (`str`): One of `KINDS`; "ignore" for columns that are left out.
+        kind (`str`): One of [`known_kinds`]; "ignore" for columns that are left out.
         reason (`str`): Why; part of a sentence.
     """
 
@@ -110,8 +108,8 @@ def column_kinds(
     said = dict(said or {})
     check_names(rows, said, "--column")
     for name, kind in said.items():
-        if kind not in KINDS:
-            raise ValueError(f"Column {name!r} cannot be {kind!r}: the kinds are {', '.join(KINDS)}.")
+        if kind not in known_kinds():
+            raise ValueError(f"Column {name!r} cannot be {kind!r}: the kinds are {', '.join(known_kinds())}.")
     found = []
     for name in rows.column_names:
         if name in set(targets):
@@ -121,6 +119,11 @@ def column_kinds(
         else:
             found.append(ColumnKind(name, *_kind(rows, name, Path(root))))
     return found
+
+
+def known_kinds() -> tuple[str, ...]:
+    """All kinds of columns; those of numbers and categories are registered by [`register_column`]."""
+    return (TEXT, *FILE_KINDS, *COLUMNS, IGNORE)
 
 
 def check_names(rows: datasets.Dataset, names: Iterable[str], option: str) -> None:
@@ -163,7 +166,7 @@ def _kind(rows: datasets.Dataset, name: str, root: Path) -> tuple[str, str]:
     if are_numbers(cells):
         if _counts_up(name, cells, different):
             return IGNORE, "an identifier: whole numbers, all different"
-        return NUMBER, f"{different:,} different numbers"
+        return NUMBER, f"{len(set(map(read_number, cells)) - {None}):,} different numbers"
     texts = [str(cell).strip() for cell in cells]
     format = date_format(texts)
     if format is not None:

@@ -1,24 +1,11 @@
 """Finds the kinds and the statistics of columns of numbers and categories in training rows."""
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..model.dates import DateError, date_format, read_date
 from ..model.label_cells import is_null, shorten
-from ..model.limits import limits, named
-from ..model.table import (
-    CATEGORY_KIND,
-    DATE_KIND,
-    KINDS,
-    NUMBER_KIND,
-    TableConfig,
-    TableError,
-    read_category,
-    read_number,
-)
+from ..model.table import TableConfig
+from ..model.table_kinds import COLUMNS, CategoryColumn, NumberColumn, TableError, column_of, read_number
 from .row_labels import rows_with_columns
 
 
@@ -55,8 +42,9 @@ def table_columns(rows: Any, columns: Sequence[str] | Mapping[str, str | None], 
         raise ValueError(f"columns must be a list of names, or a dict from name to kind, but is {columns!r}.")
     kinds = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns)
     for name, kind in kinds.items():
-        if kind not in (None, *KINDS):
-            raise ValueError(f"Column {name!r} must have the kind 'number', 'date' or 'category', but has {kind!r}.")
+        if kind not in (None, *COLUMNS):
+            known = ", ".join(map(repr, COLUMNS))
+            raise ValueError(f"Column {name!r} must have one of the kinds {known}, but has {kind!r}.")
     if not kinds:
         raise ValueError("columns is empty: give the names of the columns of numbers and categories.")
     cells: dict[str, list[Any]] = {name: [] for name in kinds}
@@ -72,39 +60,23 @@ def table_columns(rows: Any, columns: Sequence[str] | Mapping[str, str | None], 
 
 
 def _column(name: str, kind: str | None, cells: list[Any]) -> dict[str, Any]:
-    where = f"Column {shorten(str(name))!r}"
     if all(is_null(cell) or (isinstance(cell, str) and not cell.strip()) for cell in cells):
-        raise ValueError(f"{where} has no value in the training rows; leave it out.")
+        raise ValueError(f"Column {shorten(str(name))!r} has no value in the training rows; leave it out.")
     if kind is None:
-        kind = NUMBER_KIND if are_numbers(cells) else CATEGORY_KIND
-    format = (date_format(cells) or "") if kind == DATE_KIND else ""
-    readers: dict[str, Callable[[Any], Any]] = {
-        NUMBER_KIND: read_number,
-        DATE_KIND: partial(read_date, format=format),
-        CATEGORY_KIND: read_category,
-    }
-    read = readers[kind]
+        kind = NumberColumn.kind if are_numbers(cells) else CategoryColumn.kind
+    config: dict[str, Any] = {"name": name, "kind": kind}
+    column = column_of({**config, **column_of(config).prepare(cells)})
     values: list[Any] = []
     for number, cell in enumerate(cells):
         try:
-            value = read(cell)
-        except (DateError, TableError) as error:
+            value = column.read(cell)
+        except ValueError as error:
             raise ValueError(f"Row {number:,}, column {name!r}: {error}.") from None
         if value is not None:
             values.append(value)
-    if kind == DATE_KIND:
-        return {"name": name, "kind": kind, "format": format, **_statistics(values)}
-    if kind == NUMBER_KIND:
-        return {"name": name, "kind": kind, **_statistics(values)}
-    counts = Counter(values)
-    most = limits().category_values
-    if len(counts) > most:
-        raise ValueError(
-            f"{where} has {len(counts):,} different values, too many for a category ({named('category_values')}); "
-            "leave it out, or use it as a text."
-        )
-    ordered = sorted(counts, key=lambda value: (-counts[value], value))
-    return {"name": name, "kind": kind, "values": ordered}
+    if not values:
+        raise ValueError(f"Column {shorten(str(name))!r} has no value in the training rows; leave it out.")
+    return {**config, **column.learned(values)}
 
 
 def are_numbers(cells: Iterable[Any]) -> bool:
@@ -117,15 +89,3 @@ def are_numbers(cells: Iterable[Any]) -> bool:
         except TableError:
             return False
     return True
-
-
-def _statistics(values: list[float]) -> dict[str, float]:
-    """The mean and the standard deviation; the latter is 1 if all values are equal."""
-    # Scaled first, since the square of a large number is not finite.
-    largest = max(map(abs, values)) or 1.0
-    scaled = [value / largest for value in values]
-    mean = math.fsum(scaled) / len(scaled)
-    variance = math.fsum((value - mean) ** 2 for value in scaled) / len(scaled)
-    # Equal values may differ from their mean by rounding.
-    std = math.sqrt(variance) * largest if len(set(values)) > 1 else 0.0
-    return {"mean": mean * largest, "std": std if std > 0 and math.isfinite(std) else 1.0}

@@ -68,6 +68,8 @@ class TableRows:
         if not path.is_file():
             raise ValueError(f"{path} does not exist.")
         self.path = path
+        # Columns of JSON with texts, numbers and truth values: all become texts, as they are written.
+        self._as_texts: set[str] = set()
         self._read = {".csv": self._read_csv, ".parquet": self._read_parquet}.get(suffix, self._read_json)
         first = next(self._read(), None)
         if first is None:
@@ -85,7 +87,11 @@ class TableRows:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for row in self._read():
-            yield {name: row.get(name) for name in self.schema.names}
+            row = {name: row.get(name) for name in self.schema.names}
+            for name in self._as_texts:
+                if row[name] is not None and not isinstance(row[name], str):
+                    row[name] = json.dumps(row[name])
+            yield row
 
     def plain_types(self) -> dict[str, pyarrow.DataType]:
         """The columns that [`plain_cells`] can keep, with their types."""
@@ -98,10 +104,16 @@ class TableRows:
         while chunk := list(islice(rows, CHUNK_SIZE)):
             for name in dict.fromkeys(name for row in chunk for name in row):
                 try:
+                    if name in self._as_texts and all(isinstance(row.get(name), _SCALARS) for row in chunk):
+                        continue
                     found = pyarrow.array([row.get(name) for row in chunk]).type
                     fields = [pyarrow.schema([(name, dtype)]) for dtype in (types.get(name, found), found)]
                     types[name] = pyarrow.unify_schemas(fields, promote_options="permissive").field(0).type
                 except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
+                    if _are_texts_and_numbers([row.get(name) for row in chunk], types.get(name)):
+                        self._as_texts.add(name)
+                        types[name] = pyarrow.string()
+                        continue
                     raise ValueError(
                         f"{self.path} is not a table: column {shortened(name)} has values of several types, or of a "
                         f"type that tables do not support ({one_line(error).rstrip('.')})."
@@ -246,6 +258,33 @@ def _whole_number(text: str) -> int:
 def _constant(name: str) -> float | None:
     """Constants that Python writes, but JSON lacks: NaN is an empty cell."""
     return None if name == "NaN" else float(name)
+
+
+_SCALARS = (str, bool, int, float, type(None))
+
+
+def _are_texts_and_numbers(cells: list[Any], known: pyarrow.DataType | None) -> bool:
+    """
+    Args:
+        known: the type of earlier cells.
+    """
+    types = pyarrow.types
+    if known is not None and types.is_nested(known):
+        return False
+    has_texts = any(isinstance(cell, str) for cell in cells) or (known is not None and types.is_string(known))
+    has_others = any(isinstance(cell, (bool, int, float)) for cell in cells) or (
+        known is not None and not types.is_string(known) and not types.is_null(known)
+    )
+    are_valid = all(not isinstance(cell, str) or cell.isascii() or _is_valid(cell) for cell in cells)
+    return has_texts and has_others and are_valid and all(isinstance(cell, _SCALARS) for cell in cells)
+
+
+def _is_valid(text: str) -> bool:
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def _stays_small(kind: pyarrow.DataType) -> bool:

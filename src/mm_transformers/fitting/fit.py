@@ -12,7 +12,7 @@ import datasets
 from transformers.utils import logging
 
 from ..analysis.ablation.ablate import ablate
-from ..analysis.report.build import write_report
+from ..analysis.report import write_report
 from ..data.files import check_writable
 from ..data.loading import load_files
 from ..model.messages import one_line

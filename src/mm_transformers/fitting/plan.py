@@ -14,7 +14,6 @@ from ..data.column_kinds import (
     AUDIO,
     IGNORE,
     IMAGE,
-    TABLE_KINDS,
     TEXT,
     VIDEO,
     ColumnKind,
@@ -24,6 +23,7 @@ from ..data.column_kinds import (
     target,
 )
 from ..model.messages import one_line
+from ..model.table_kinds import COLUMNS
 from ..training.recipe import Recipe
 from .encoder_choice import choose_encoder
 
@@ -134,7 +134,7 @@ def plan_fit(
     }
     can_write = text is not None and "text" in encoders and _can_write(encoders["text"])
     targets = [target(rows, column, kind, can_write) for column, kind in wanted.items()]
-    table = {column.name: column.kind for column in found if column.kind in TABLE_KINDS}
+    table = {column.name: column.kind for column in found if column.kind in COLUMNS}
     if not encoders and not table:
         raise ValueError(
             "No column is left to predict from: " + "; ".join(f"{column.name}: {column.reason}" for column in found)

@@ -219,7 +219,9 @@ class MMTransformerConfig(PreTrainedConfig):
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> "MMTransformerConfig":
         values = _read(cls, pretrained_model_name_or_path, kwargs)
         if values.get("model_type") != cls.model_type:
             raise ValueError(

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from .encoders import encoder_width, max_text_positions
 from .messages import and_more, one_line
-from .modalities import ENCODERS
+from .modalities import ENCODERS, OTHER_ENCODERS, own_encoders
 
 
 # Input -> (its axes, whether it holds integers).
@@ -37,7 +37,7 @@ _LAYOUTS = {
 }
 _IS_INTEGER = {torch.int32: True, torch.int64: True}
 _IS_INTEGER |= dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), False)
-_ENCODER_OF = {encoder.features: encoder.name for encoder in ENCODERS.values()}
+_ENCODER_OF = {encoder.features: encoder.name for encoder in ENCODERS.values() if encoder.features}
 
 
 def check_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
@@ -85,11 +85,16 @@ def check_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
                     f"{name} must have the width {encoder_width(config)} of the {_ENCODER_OF[name]} encoder, but has "
                     f"the shape {shape}."
                 )
-    for name in ("image_index", "audio_index"):
+    for encoder in own_encoders().values():
+        config = getattr(model.config, f"{encoder.name}_config", None)
+        blanks = {} if config is None or encoder.own is None else encoder.own.blank_input(config)
+        for name, blank in blanks.items():
+            _check_like(name, inputs.get(name), blank)
+    for name in (str(encoder.index) for encoder in OTHER_ENCODERS.values()):
         value = inputs.get(name)
         if value is not None and (not isinstance(value, torch.Tensor) or value.dtype == torch.bool):
-            kind = getattr(value, "dtype", type(value).__name__)
-            raise ValueError(f"{name} must be a tensor of integers, -1 for none, but is of {kind}.")
+            found = getattr(value, "dtype", type(value).__name__)
+            raise ValueError(f"{name} must be a tensor of integers, -1 for none, but is of {found}.")
     mask = inputs.get("audio_attention_mask")
     for name in ("input_values", "input_features"):
         sound = inputs.get(name)
@@ -106,6 +111,19 @@ def check_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     labels = inputs.get("labels")
     if labels is not None and hasattr(model, "tasks"):
         _check_labels(model, labels)
+
+
+def _check_like(name: str, value: Any, blank: torch.Tensor) -> None:
+    """Checks that an input of an encoder of ours has as many axes as a blank one, and the same kind of numbers."""
+    if value is None:
+        return
+    kind = "floating-point numbers" if blank.is_floating_point() else "integers (int64)"
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor of {kind}, but is a {type(value).__name__}.")
+    if value.ndim != blank.ndim:
+        raise ValueError(f"{name} must have {blank.ndim} axes, but has the shape {tuple(value.shape)}.")
+    if value.is_floating_point() != blank.is_floating_point() or value.is_complex():
+        raise ValueError(f"{name} must hold {kind}, but has the type {value.dtype}.")
 
 
 def _check_labels(model: PreTrainedModel, labels: Any) -> None:

@@ -7,11 +7,11 @@ The fused model, from its outputs to its heads.
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, cast
+from typing import TYPE_CHECKING, Any, Optional, TypeVar, cast
 
 import torch
 from torch import nn
@@ -48,6 +48,8 @@ from .token_reduction import build_token_reduction
 
 
 logger = logging.get_logger(__name__)
+
+_Model = TypeVar("_Model", bound="MMTransformerPreTrainedModel")
 
 # The arguments that `save_pretrained(push_to_hub=True)` passes on to `push_to_hub`.
 _PUSHING = ("repo_id", "commit_message", "private", "token", "create_pr", "max_shard_size", "revision", "tags")
@@ -286,7 +288,9 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         return {"auto_map": auto_map, "custom_pipelines": {"multimodal": pipeline}}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(
+        cls: type[_Model], pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> _Model:
         """
         As [`~transformers.PreTrainedModel.from_pretrained`], but from safetensors only.
 
@@ -318,13 +322,13 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_encoders(
-        cls,
+        cls: type[_Model],
         text: Optional[str],
         vision: Optional[str] = None,
         audio: Optional[str] = None,
         table: Any = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> _Model:
         """
         A model with pretrained encoders and a new fusion.
 
@@ -863,6 +867,10 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
     ```
     """
 
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any, **kwargs: Any) -> MMTransformerOutput: ...
+
     # Each loss is divided by the number of labels of its own task, which the Trainer does not know.
     accepts_loss_kwargs = False
     can_generate = _CanGenerate()
@@ -887,7 +895,13 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, tasks=None, **kwargs):
+    def from_pretrained(
+        cls: type[_Model],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        tasks: Optional[Sequence[Task | dict[str, Any]]] = None,
+        **kwargs: Any,
+    ) -> _Model:
         """
         As [`MMTransformerPreTrainedModel.from_pretrained`] does.
 

@@ -1,7 +1,7 @@
 """Loads a saved model with other tasks: new and changed tasks get new heads, the others keep theirs."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Optional, Protocol
 
@@ -33,7 +33,7 @@ _OF_LOADING = {"dtype", "torch_dtype", "attn_implementation", "name_or_path"}
 def load_with_tasks(
     load: Callable[..., Any],
     path: str | os.PathLike | None,
-    tasks: Optional[list[Task | dict[str, Any]]],
+    tasks: Optional[Sequence[Task | dict[str, Any]]],
     config: MMTransformerConfig | str | os.PathLike | None = None,
     output_loading_info: bool = False,
     **kwargs: Any,

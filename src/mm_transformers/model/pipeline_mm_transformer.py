@@ -3,7 +3,7 @@
 import difflib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Optional
+from typing import Any, Optional, overload
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
@@ -84,7 +84,16 @@ class MultimodalPipeline(Pipeline):
         }
         return {}, {name: value for name, value in given.items() if value is not None}, {}
 
-    def __call__(self, inputs, **kwargs):
+    @overload
+    def __call__(self, inputs: str | dict[str, Any], **kwargs: Any) -> dict[str, Any]: ...
+
+    @overload
+    def __call__(self, inputs: Sequence[Any], **kwargs: Any) -> list[dict[str, Any]]: ...
+
+    @overload
+    def __call__(self, inputs: Iterable[Any], **kwargs: Any) -> Iterator[dict[str, Any]]: ...
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         if isinstance(inputs, (str, dict)):
             return super().__call__([inputs], **kwargs)[0]
         if isinstance(inputs, (list, tuple)):
@@ -204,6 +213,7 @@ def _checked(row: Any, number: int, known: Optional[Sequence[str]], processor: A
             near = difflib.get_close_matches(str(key), keys, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"a row has any of {_listed(keys)}."
             raise ValueError(f"Row {number} has the key {key!r}; {hint}")
+    row = processor.with_keys(row)
     parts = {name: row[name] for name in keys if name in row and not is_null(row[name])}
     if isinstance(parts.get("image"), (list, tuple)):
         parts["image"] = as_list(parts["image"]) or None

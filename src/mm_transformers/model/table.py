@@ -1,9 +1,7 @@
 """Columns of numbers and categories: their config, the reader of their cells, and their encoder."""
 
 import math
-import numbers
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, Optional
 
 import torch
@@ -12,30 +10,19 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from .dates import FORMATS, DateError, read_date
-from .label_cells import NUMBER, as_scalar, is_null, shorten, shorten_value
+from .label_cells import shorten, shorten_value
 from .limits import limits, named
 from .own_encoders import OwnEncoder
+from .table_kinds import COLUMNS, ONE_HOTS, TableColumn, TableError, column_of
 
 
-NUMBER_KIND, DATE_KIND, CATEGORY_KIND = "number", "date", "category"
-KINDS = (NUMBER_KIND, DATE_KIND, CATEGORY_KIND)
-# The keys of a column beside its name and kind.
-_KEYS = {NUMBER_KIND: ("mean", "std"), DATE_KIND: ("mean", "std", "format"), CATEGORY_KIND: ("values",)}
-# Texts that stand for a missing number; those of pandas, and two more that people write.
-_NO_NUMBER = {"nan", "-nan", "na", "n/a", "#n/a", "<na>", "null", "none", "-", "?"}
 # Keys of a row with another meaning.
 RESERVED = ("text", "image", "video", "audio", "table")
 # A number that is further from the mean, in standard deviations, counts as this.
 FURTHEST = 100.0
-# The largest number of one-hot features of a linear model, of one column and of all together.
-_ONE_HOTS, _ALL_ONE_HOTS = 256, 4096
+# The largest number of one-hot features of a linear model, of all columns together.
+_ALL_ONE_HOTS = 4096
 _MISSING, _UNKNOWN = -1, 0
-_LONGEST_VALUE = 1_000
-
-
-class TableError(ValueError):
-    """A cell of a table that cannot be read."""
 
 
 @strict
@@ -110,13 +97,13 @@ class TableConfig(PreTrainedConfig):
 
     @property
     def numbers(self) -> list[dict[str, Any]]:
-        """The columns of numbers, and of dates, which are numbers of days."""
-        return [column for column in self.columns or [] if column["kind"] != CATEGORY_KIND]
+        """The columns that the model reads as numbers."""
+        return [column for column in self.columns or [] if COLUMNS[column["kind"]].is_number]
 
     @property
     def categories(self) -> list[dict[str, Any]]:
-        """The columns of categories."""
-        return [column for column in self.columns or [] if column["kind"] == CATEGORY_KIND]
+        """The columns that the model reads as categories."""
+        return [column for column in self.columns or [] if not COLUMNS[column["kind"]].is_number]
 
     @property
     def token_names(self) -> list[str]:
@@ -126,7 +113,7 @@ class TableConfig(PreTrainedConfig):
     @property
     def one_hots(self) -> list[tuple[int, int]]:
         """The one-hot features of a linear model: number of the category column, id of the value."""
-        most = min(_ONE_HOTS, max(1, _ALL_ONE_HOTS // max(len(self.categories), 1)))
+        most = min(ONE_HOTS, max(1, _ALL_ONE_HOTS // max(len(self.categories), 1)))
         return [
             (place, value)
             for place, column in enumerate(self.categories)
@@ -141,112 +128,22 @@ def _checked_column(column: Any, place: int) -> dict[str, Any]:
     where = f"Column {shorten(column['name'])!r} of the table"
     if column["name"] in RESERVED:
         raise ValueError(f"{where} has the name of another input of the row; rename it.")
-    if column.get("kind") not in KINDS:
-        raise ValueError(f"{where} must have the kind 'number', 'date' or 'category', but has {column.get('kind')!r}.")
-    known = {"name", "kind", *_KEYS[column["kind"]]}
+    if column.get("kind") not in COLUMNS:
+        kinds = ", ".join(map(repr, COLUMNS))
+        raise ValueError(f"{where} must have one of the kinds {kinds}, but has {column.get('kind')!r}.")
+    known = {"name", "kind", *COLUMNS[column["kind"]].keys}
     if set(column) != known:
         raise ValueError(
             f"{where} must have {', '.join(sorted(known))}, but has {', '.join(sorted(map(str, column)))}; "
             "table_columns(rows, columns) finds them in the training rows."
         )
-    if column["kind"] != CATEGORY_KIND:
-        mean, std = column["mean"], column["std"]
-        are_numbers = all(isinstance(x, numbers.Real) and not isinstance(x, bool) for x in (mean, std))
-        if not are_numbers or not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-            raise ValueError(f"{where} must have a finite mean and a std above 0, but has {mean!r} and {std!r}.")
-        if column["kind"] == DATE_KIND and column["format"] not in FORMATS:
-            raise ValueError(f"{where} must have one of the formats {', '.join(map(repr, FORMATS))}.")
-        return {**column, "mean": float(mean), "std": float(std)}
-    values = column["values"]
-    if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) and value for value in values):
-        raise ValueError(f"{where} must have values that are a list of texts.")
-    if len(set(values)) < len(values):
-        raise ValueError(f"{where} lists a value twice.")
-    if len(values) > limits().category_values:
-        raise ValueError(f"{where} has {len(values):,} values, more than {named('category_values')}.")
-    return {**column, "values": list(values)}
+    return column_of(column).checked(where)
 
 
 # Cells
 
 
-def read_number(cell: Any) -> Optional[float]:
-    """
-    The number in a cell; `None` if the cell is empty.
-
-    Args:
-        cell: an `int`, a `float`, a scalar of NumPy, or a text such as "3.5".
-
-    Raises:
-        TableError: one sentence without a full stop, if it is no finite number.
-
-    Example:
-
-    ```python
-    >>> read_number(" 3.5 ")
-    3.5
-    ```
-    """
-    cell = as_scalar(cell)
-    if is_null(cell):
-        return None
-    if isinstance(cell, str):
-        text = cell.strip()
-        if not text or text.lower() in _NO_NUMBER:
-            return None
-        if not NUMBER.fullmatch(text) or len(text) > 400:
-            raise TableError(f"{shorten(cell)!r} is no number")
-        cell = float(text)
-    if type(cell).__name__ == "Decimal":
-        cell = float(cell)
-    if not isinstance(cell, numbers.Real):
-        raise TableError(f"expected a number, but got {shorten_value(cell)} of type {type(cell).__name__}")
-    try:
-        number = float(cell)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise TableError(f"{shorten_value(cell)} is not finite; leave the cell empty if it is not known")
-    return number
-
-
-def read_category(cell: Any) -> Optional[str]:
-    """
-    The value in a cell of a category, as a text; `None` if the cell is empty.
-
-    Args:
-        cell: a text, a whole number (3 and 3.0 are the value "3"), or a truth value.
-
-    Raises:
-        TableError: one sentence without a full stop, if it is of another type.
-
-    Example:
-
-    ```python
-    >>> read_category(3.0)
-    '3'
-    ```
-    """
-    cell = as_scalar(cell)
-    if is_null(cell):
-        return None
-    if isinstance(cell, str):
-        return cell.strip() or None
-    if isinstance(cell, (bool, int)):
-        return str(cell)
-    if isinstance(cell, numbers.Real) and math.isfinite(cell):
-        number = float(cell)
-        return str(int(number)) if number.is_integer() else repr(number)
-    raise TableError(f"expected a text or a whole number, but got {shorten_value(cell)} of type {type(cell).__name__}")
-
-
-def _reader(column: Mapping[str, Any]) -> Callable[[Any], Any]:
-    if column["kind"] == DATE_KIND:
-        return partial(read_date, format=column["format"])
-    return read_number if column["kind"] == NUMBER_KIND else read_category
-
-
-def read_cell(column: Mapping[str, Any], cells: Mapping[str, Any]) -> Any:
+def read_cell(column: TableColumn, cells: Mapping[str, Any]) -> Any:
     """
     The value of a column in a row.
 
@@ -254,9 +151,9 @@ def read_cell(column: Mapping[str, Any], cells: Mapping[str, Any]) -> Any:
         TableError: one sentence that names the column.
     """
     try:
-        return _reader(column)(cells.get(column["name"]))
-    except (DateError, TableError) as error:
-        raise TableError(f"column {column['name']!r}: {error}") from None
+        return column.read(cells.get(column.name))
+    except ValueError as error:
+        raise TableError(f"column {column.name!r}: {error}") from None
 
 
 class TableReader:
@@ -279,8 +176,9 @@ class TableReader:
     """
 
     def __init__(self, config: TableConfig):
-        self.numbers, self.categories = config.numbers, config.categories
-        self.ids = [{value: i for i, value in enumerate(column["values"], 1)} for column in self.categories]
+        self.numbers = [column_of(column) for column in config.numbers]
+        self.categories = [column_of(column) for column in config.categories]
+        self.ids = [{value: i for i, value in enumerate(column["values"], 1)} for column in config.categories]
 
     def __call__(self, cells: Any) -> Any:
         import numpy as np
@@ -298,13 +196,13 @@ class TableReader:
         is_empty = np.isnan(values[:count]).all() and (values[count:] == _MISSING).all()
         return None if is_empty else values
 
-    def _number(self, column: Mapping[str, Any], cells: Mapping[str, Any]) -> float:
+    def _number(self, column: TableColumn, cells: Mapping[str, Any]) -> float:
         number = read_cell(column, cells)
         if number is None:
             return math.nan
-        return min(max((number - column["mean"]) / column["std"], -FURTHEST), FURTHEST)
+        return min(max((number - column.config["mean"]) / column.config["std"], -FURTHEST), FURTHEST)
 
-    def _id(self, column: Mapping[str, Any], ids: Mapping[str, int], cells: Mapping[str, Any]) -> int:
+    def _id(self, column: TableColumn, ids: Mapping[str, int], cells: Mapping[str, Any]) -> int:
         value = read_cell(column, cells)
         return _MISSING if value is None else ids.get(value, _UNKNOWN)
 
@@ -411,6 +309,13 @@ class TableEncoder(OwnEncoder):
             table_categories (num_tables, num_categories) int64: -1 where missing, 0 for an unknown value.
         """
         tokens, masks = [], []
+        given = {"numbers": table_numbers, "categories": table_categories}
+        for name, columns in (("numbers", self.config.numbers), ("categories", self.config.categories)):
+            count = 0 if given[name] is None else given[name].shape[1]
+            if count != len(columns):
+                raise ValueError(
+                    f"table_{name} must have {len(columns)} columns, one per column of {name}, but has {count}."
+                )
         if table_numbers is not None:
             is_missing = table_numbers.isnan()
             known = torch.where(is_missing, 0.0, table_numbers).to(self.number_weight.dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from ..model.answers import decode_answers
@@ -70,7 +70,7 @@ class ExportedModel:
         graphs = {name: load(Path(folder, f"{name}{suffix}"), graph) for name, graph in spec["graphs"].items()}
         self.model = _Fused(graphs[FUSED], spec["graphs"][FUSED])
         if DECODER in graphs:
-            decoder_config = copy.deepcopy(self.config.decoder_config or self.config.text_config)
+            decoder_config: Any = copy.deepcopy(self.config.decoder_config or self.config.text_config)
             decoder_config.is_encoder_decoder = True  # also for a decoder that was added to an encoder
             self.model.text_model = _Decoder(decoder_config, graphs[DECODER])
             self.model.text_model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -172,7 +172,7 @@ class _Decoder(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_cache_class = False
 
-    def __init__(self, config: MMTransformerConfig, run: _Run):
+    def __init__(self, config: PreTrainedConfig, run: _Run):
         super().__init__(config)
         self.run = run
         self.nothing = torch.nn.Parameter(torch.zeros(()), requires_grad=False)

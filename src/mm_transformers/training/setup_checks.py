@@ -15,7 +15,7 @@ from ..data.sources import ANY_SOURCE, SOURCE_KEY, DataSource, columns_of, is_it
 from ..model.label_cells import is_missing
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.task_base import Task
-from .metrics import LESS_IS_BETTER
+from .metrics import LESS_IS_BETTER, default_names
 
 
 logger = logging.get_logger(__name__)
@@ -96,10 +96,9 @@ def check_best_metric(args: TrainingArguments, tasks: Iterable[Task], eval_datas
         of_one = [dataset for dataset in eval_dataset if name.startswith(f"{dataset}_")]
         name = name.removeprefix(f"{max(of_one, key=len)}_") if of_one else name
     tasks = list(tasks)
-    known = ["loss", *(f"{task.name}_{metric}" for task in tasks for metric in ("loss", *task.default_metrics))]
-    # The k of recall at k is a part of the name.
-    of_retrieval = [task.name for task in tasks if "retrieval_recall" in task.default_metrics]
-    if name not in known and not any(name.startswith(f"{task}_") for task in of_retrieval):
+    measured = {task.name: [f"{task.name}_{key}" for key in ("loss", *default_names(task))] for task in tasks}
+    known = ["loss", *(key for keys in measured.values() for key in keys)]
+    if name not in known:
         near = difflib.get_close_matches(name, known, 1) or known
         raise ValueError(
             f"metric_for_best_model is {wanted!r}, but no such metric is computed; "
@@ -107,8 +106,7 @@ def check_best_metric(args: TrainingArguments, tasks: Iterable[Task], eval_datas
         )
     columns = None if isinstance(eval_dataset, (dict, DataSource)) else getattr(eval_dataset, "column_names", None)
     for task in tasks:
-        is_this = name == f"{task.name}_loss" or name in [f"{task.name}_{metric}" for metric in task.default_metrics]
-        if is_this and columns and task.default_cell is None and task.column not in columns:
+        if name in measured[task.name] and columns and task.default_cell is None and task.column not in columns:
             raise ValueError(
                 f"metric_for_best_model is {wanted!r}, but the eval data set has no column {task.column!r} (its "
                 f"columns are {', '.join(map(repr, columns))}), so task {task.name!r} is not measured there."

@@ -25,8 +25,8 @@ from ...training.metrics.mismatches import Unlabelled, mismatched_rows
 from ...training.metrics.written_answers import losses_of_rows
 from .calibration import Calibration, calibration
 from .contributions import additive_projection, perceptual_score, shapley_values, subsets
+from .encoded_rows import EncodedRows, exchanged, pairs, shown_name
 from .results import Ablation, Contribution, main_metric
-from .views import EncodedRows, exchanged, pairs, shown_name
 
 
 if TYPE_CHECKING:

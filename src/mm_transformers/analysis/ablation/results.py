@@ -10,8 +10,8 @@ import numpy as np
 from ...model.tasks import Task
 from ...training.metrics import less_is_better, task_of_metric
 from .calibration import Calibration
+from .encoded_rows import shown_name
 from .tables import Table, as_markdown
-from .views import shown_name
 
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from ...model.modalities import as_clips, as_list, own_encoders
 from ...model.pipeline_mm_transformer import read_rows
 from ...model.video import load_frames
 from .explanation import ColumnRelevance, Explanation, ImageRelevance, SoundRelevance, TokenRelevance
+from .input_relevance import relevance_of_inputs
 from .methods import ATTENTION_METHODS, check_method
 from .own_copy import own_copy
-from .placing import over_time, patch_grid, seen_region, spread_over_pixels, token_spans
 from .questions import Asked, Question
-from .reading import relevance_of_inputs
+from .recording import watched
 from .shares import shares_of_modalities
-from .watching import watched
+from .token_places import over_time, patch_grid, seen_region, spread_over_pixels, token_spans
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import numpy as np
 
 from ...model.label_cells import as_scalar
-from ..ablation.views import shown_name
+from ..ablation.encoded_rows import shown_name
 from .colors import heat_map, text_color
 
 

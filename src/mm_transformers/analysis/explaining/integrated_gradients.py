@@ -6,10 +6,10 @@ import torch
 
 from ...model.fusion_base import Stream
 from ...model.modalities import OTHER_ENCODERS, own_encoders
-from .placing import patch_grid, sums_over_parts, sums_over_patches
 from .questions import Asked, Question
+from .recording import Seen, embeddings_of_first_call, through_frozen_encoders, word_embeddings
 from .shares import blank_text
-from .watching import Seen, embeddings_of_first_call, through_frozen_encoders, word_embeddings
+from .token_places import patch_grid, sums_over_parts, sums_over_patches
 
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from ...model.messages import one_line
 from ...model.safe_writing import leads_outside, write_text_atomically
 from .facts import CardFacts, Measurement, TrainedModel, measurements_of, training_of
-from .merging import add_memory, fingerprint, join_sections, merge, split_sections, take_memory
+from .manual_edits import add_memory, fingerprint, join_sections, merge, split_sections, take_memory
 from .metadata import entries_in, entries_of, to_card_data
 from .sections import base_model_of, sections_of
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.markdown import plain_markdown
 from ...model.modalities import modalities_of
+from ...model.table_kinds import column_of
 from ...model.tasks import Task
 from .facts import CardFacts
 
@@ -57,9 +58,9 @@ def _introduction(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
 
 
 def _table_cell(column: Mapping[str, Any]) -> str:
-    """A cell of a column of numbers or categories, as code: the mean, or the most frequent value."""
-    value = float(f"{column['mean']:.3g}") if column["kind"] == "number" else column["values"][0]
-    return f"{json.dumps(column['name'], ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False)}"
+    """A typical cell of a column of the table, as code."""
+    example = column_of(column).example()
+    return f"{json.dumps(column['name'], ensure_ascii=False)}: {json.dumps(example, ensure_ascii=False)}"
 
 
 def _use(facts: CardFacts, tasks: Mapping[str, Task]) -> str:

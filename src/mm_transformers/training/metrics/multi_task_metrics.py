@@ -44,6 +44,11 @@ class ArrayMetric(evaluate.Metric):
     # Whether a smaller value is better.
     less_is_better: ClassVar[bool] = False
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of its results."""
+        return [cls.key]
+
     def _info(self) -> evaluate.MetricInfo:
         value = datasets.Value(self.value_type)
         by_ndim = {1: value, 2: datasets.Sequence(value)}
@@ -193,6 +198,11 @@ def less_is_better(name: str) -> bool:
 def task_of_metric(metric: str, tasks: Iterable[str]) -> str | None:
     """The task of `{task}_{metric}`: the longest match, since one task name may begin another."""
     return max((task for task in tasks if metric.startswith(f"{task}_")), key=len, default=None)
+
+
+def default_names(task: "Task") -> list[str]:
+    """The names of the results of a task's default metrics, without the name of the task."""
+    return [name for metric in task.default_metrics for name in METRICS[metric].names()]
 
 
 def headline(task: "Task", logits: torch.Tensor, labels: torch.Tensor) -> tuple[str, float]:

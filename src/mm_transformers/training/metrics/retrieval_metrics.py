@@ -21,6 +21,11 @@ class RetrievalRecall(evaluate.Metric):
     ks: ClassVar[tuple[int, ...]] = (1, 5, 10)
     less_is_better: ClassVar[bool] = False
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of its results."""
+        return [*(f"{side}_recall_at_{k}" for side in ("from_text", "to_text") for k in cls.ks), "mean_recall"]
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=type(self).__doc__ or "",

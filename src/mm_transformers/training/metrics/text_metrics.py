@@ -17,6 +17,11 @@ class TextMetric(evaluate.Metric):
     key: ClassVar[str]
     less_is_better: ClassVar[bool] = False
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of its results."""
+        return [cls.key]
+
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(

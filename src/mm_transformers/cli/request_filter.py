@@ -25,7 +25,7 @@ _SECONDS, _SLOWEST = 60, 2**16
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
-class Gate:
+class RequestFilter:
     """
     An ASGI application that passes requests on to another one.
 

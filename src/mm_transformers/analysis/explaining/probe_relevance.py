@@ -8,7 +8,7 @@ import torch
 from ...model.encoder_classes import as_tokens
 from ...model.fusion_base import Stream
 from ...model.linear_probe import LinearProbe
-from .watching import Seen
+from .recording import Seen
 
 
 class ProbeReading(NamedTuple):

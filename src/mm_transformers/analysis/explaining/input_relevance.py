@@ -7,9 +7,9 @@ import torch
 from ...model.fusion_base import AttentionStep, Stream
 from ...model.modeling_mm_transformer import MMTransformerModelOutput
 from .methods import AttentionMethod, zeros_if_none
-from .probe_reading import ProbeReading, by_row
+from .probe_relevance import ProbeReading, by_row
+from .recording import Seen
 from .relevance import Relevance, follow
-from .watching import Seen
 
 
 def relevance_of_inputs(

@@ -23,7 +23,7 @@ from ..explaining.colors import text_color
 from ..explaining.explain import explain
 from ..explaining.explanation import Explanation
 from ..explaining.html import colored_words, heat_map_url, picture_url, sound_colors
-from .answered import Answered, answers_to, confusion, most_confident_errors, worst
+from .answered_rows import Answered, answers_to, confusion, most_confident_errors, worst
 
 
 if TYPE_CHECKING:

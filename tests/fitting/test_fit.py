@@ -1,0 +1,334 @@
+"""From a table to a model: what is decided, what is written, and that a recipe repeats it."""
+
+import json
+import re
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from command_line import mm
+from recipes import save_encoders, write_csv
+from safetensors.torch import load_file
+from tiny import make_image
+from transformers import pipeline
+
+from mm_transformers import Predictor, fit
+from mm_transformers.fitting import plan_fit
+from mm_transformers.fitting.encoder_choice import ENCODERS, choose_encoder
+from mm_transformers.fitting.time_limit import TimeLimit, epochs_within, seconds_per_row
+from mm_transformers.training.recipe import read_recipe
+
+
+QUICK = {"num_train_epochs": 1.0, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_only_model": False}
+WORDS = ["red cat", "green dog in the rain", "blue crane", "a lovely small picnic", "ruined desk", "bat on river"]
+
+
+def make_rows(folder, count=48) -> list[dict]:
+    """The brand decides the topic, but for the last row, whose label is wrong."""
+    (folder / "photos").mkdir(exist_ok=True)
+    rows = []
+    for i in range(count):
+        if i < 12:
+            make_image(i).save(folder / "photos" / f"{i}.png")
+        rows.append({
+            "id": 900 + i, "title": f"{WORDS[i % 6]} {WORDS[i % 5]}",
+            "full description": f"{WORDS[i % 4]} or {WORDS[i % 5]} {i}",
+            "photo": f"photos/{i % 12}.png" if i % 5 else None, "Preis (€)": f"{i % 9}.5" if i % 7 else "n/a",
+            "brand": ["acme", "other"][i % 2], "sold": f"2024-0{1 + i % 9}-{10 + i % 18}", "shop": "here",
+            "topic": ["animals", "food"][i % 2], "stars": i / 4,
+        })  # fmt: skip
+    rows[-1]["topic"] = "animals"
+    return rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit")
+    save_encoders(folder)
+    write_csv(folder / "rows.csv", make_rows(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoders(folder):
+    return {"text": str(folder / "text"), "vision": str(folder / "vision")}
+
+
+@pytest.fixture(scope="module")
+def fitted(folder, encoders):
+    said = []
+    result = fit(folder / "rows.csv", ["topic", "stars"], folder / "model", **encoders, training=QUICK, say=said.append)
+    return result, said
+
+
+def test_what_is_said(fitted):
+    _, said = fitted
+    assert said[:11] == [
+        "leave out  id: an identifier: whole numbers, all different",
+        "text       title: 30 different texts of 6.0 words on average",
+        "text       full description: 48 different texts of 8.2 words on average",
+        "image      photo: paths of files, of which 38 of 38 that were looked at exist",
+        "number     Preis (€): 9 different numbers",
+        "category   brand: 2 different values in 48 rows",
+        "date       sold: dates such as 2024-01-10",
+        "leave out  shop: all its cells are 'here'",
+        "predict    topic (classification): 2 different labels",
+        "predict    stars (regression): 48 different numbers",
+        said[10],
+    ]
+    assert re.fullmatch(r"Rows: \d+ train, \d+ test, \d+ validation\.", said[10])
+    assert said[-1].startswith("The model is in ")
+
+
+def test_rows_of_one_picture_are_on_one_side(fitted, folder):
+    result, _ = fitted
+    from mm_transformers.training.recipe.builders import load_data, training_arguments
+
+    splits = load_data(result.plan.recipe, training_arguments(result.plan.recipe)).splits
+    assert sum(map(len, splits.values())) == 48
+    photos = [set(rows["photo"]) - {None} for rows in splits.values()]
+    assert not any(one & other for i, one in enumerate(photos) for other in photos[:i])
+
+
+def test_scores_stand_beside_simple_models(fitted):
+    result, said = fitted
+    assert {verdict.task: verdict.rows for verdict in result.verdicts} == {"topic": "test", "stars": "test"}
+    for verdict in result.verdicts:
+        assert verdict.model == result.metrics["test"][f"test_{verdict.task}_{verdict.metric}"]
+        assert str(verdict) in said
+    (topic, _) = result.verdicts
+    assert topic.linear > topic.majority  # the brand tells the topic
+
+
+def test_a_wrong_label_is_doubtful(fitted, folder):
+    result, _ = fitted
+    from mm_transformers.training.recipe.builders import load_data, training_arguments
+
+    train = load_data(result.plan.recipe, training_arguments(result.plan.recipe)).splits["train"]
+    wrong = [i for i, row in enumerate(train) if row["topic"] != {"acme": "animals", "other": "food"}[row["brand"]]]
+    found = result.doubtful["topic"]
+    if wrong:  # it may be held out
+        assert found[0].row == wrong[0]
+        assert (found[0].label, found[0].likely) == ("animals", "food")
+    assert len(found) <= 2
+    assert result.doubtful["stars"] == []
+
+
+def test_the_report(fitted, folder):
+    page = (folder / "model" / "report.html").read_text()
+    assert "Scores beside simple models" in page
+    assert "What each modality is good for" in page
+    for verdict in fitted[0].verdicts:
+        assert verdict.shown(verdict.linear) in page
+    assert ("Labels that may be wrong" in page) == any(fitted[0].doubtful.values())
+
+
+def test_answers_to_new_rows(fitted, folder, encoders):
+    result, _ = fitted
+    rows = [
+        {"title": "red cat", "full description": "", "photo": str(folder / "photos" / "1.png"), "Preis (€)": 3,
+         "brand": "acme", "sold": "2024-05-05"},
+        {"title": "red cat", "full description": None, "photo": None, "Preis (€)": None, "brand": "new", "sold": None},
+    ]  # fmt: skip
+    answers = result.predict(rows)
+    assert [set(answer) for answer in answers] == [{"topic", "stars"}] * 2
+    assert answers == result.predict(pd.DataFrame(rows))
+    piped = pipeline("multimodal", model=str(folder / "model"))(rows)  # the columns of the table are keys
+    assert [row["topic"]["label"] for row in piped] == [row["topic"]["label"] for row in answers]
+    assert [row["stars"]["value"] for row in piped] == pytest.approx(
+        [row["stars"]["value"] for row in answers], abs=1e-4
+    )
+    write_csv(folder / "new.csv", rows)
+    mm("predict", folder / "model", folder / "new.csv", "--output", folder / "answers.csv")
+    written = pd.read_csv(folder / "answers.csv")
+    assert written["topic"].tolist() == [answer["topic"]["label"] for answer in answers]
+    assert written["stars"].to_numpy() == pytest.approx([answer["stars"]["value"] for answer in answers], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_recipe_repeats_the_training(fitted, folder):
+    recipe = folder / "model" / "recipe.yaml"
+    text = recipe.read_text()
+    assert text.startswith("# Written by mm-transformers fit.")
+    assert "#   leave out  shop: all its cells are 'here'" in text
+    mm("train", recipe, f"training.output_dir={folder / 'again'}")
+    first, second = (load_file(folder / name / "model.safetensors") for name in ("model", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    results = [json.loads((folder / name / "test_results.json").read_text()) for name in ("model", "again")]
+    assert results[0]["test_topic_accuracy"] == results[1]["test_topic_accuracy"]
+    again = (folder / "again" / "recipe.yaml").read_text()
+    assert again == text.replace(str(folder / "model"), str(folder / "again"))
+
+
+@pytest.mark.slow
+def test_the_same_call_again_leaves_the_model(fitted, folder, encoders):
+    before = (folder / "model" / "model.safetensors").stat().st_mtime_ns
+    said = []
+    result = fit(
+        folder / "rows.csv", ["topic", "stars"], folder / "model", **encoders, training=QUICK, say=said.append,
+        report=False,
+    )  # fmt: skip
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == before
+    assert any("has already been trained" in line for line in said)
+    assert result.metrics == fitted[0].metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pandas", "datasets", "list"])
+def test_tables_in_memory(kind, folder, encoders, tmp_path):
+    rows = [{**row, "photo": str(folder / row["photo"]) if row["photo"] else None} for row in make_rows(folder)]
+    if kind == "pandas":
+        rows = pd.DataFrame(rows).rename(columns={"stars": 7})
+        table, targets = rows, ["topic", "7"]
+    elif kind == "datasets":
+        table = datasets.Dataset.from_list(rows).cast_column("photo", datasets.Image())
+        targets = ["topic"]
+    else:
+        table, targets = rows, ["topic"]
+    result = fit(
+        table, targets, tmp_path / "model", **encoders, preset="fast", training=QUICK, say=str, report=False,
+        columns={"sold": "ignore"},
+    )  # fmt: skip
+    kinds = {column.name: column.kind for column in result.plan.columns}
+    assert (kinds["photo"], kinds["sold"], kinds["brand"]) == ("image", "ignore", "category")
+    assert result.plan.recipe.model["freeze"] == ["text", "vision"]
+    assert (tmp_path / "model" / "rows" / "train.parquet").is_file()
+    if kind == "pandas":
+        assert result.plan.targets[1].task == {"name": "task_7", "kind": "regression", "column": "7"}
+
+
+def test_columns_of_numbers_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(150, 3))
+    table = pd.DataFrame(x, columns=["a", "b", "c"]).assign(y=x @ [1.0, -2.0, 0.5])
+    result = fit(table, ["y"], tmp_path / "model", training=QUICK, say=str, report=False)
+    assert result.plan.recipe.model == {}
+    (verdict,) = result.verdicts
+    assert verdict.metric == "mae"
+    assert verdict.model < 0.1 * verdict.majority
+
+
+def test_given_splits_are_not_split_again(folder, encoders):
+    rows = datasets.load_dataset("csv", data_files=str(folder / "rows.csv"), split="train")
+    plan = plan_fit(
+        rows, ["topic"], folder / "x", {"train": "rows.csv", "test": "test.csv"}, **encoders, root=folder, group="shop"
+    )
+    data = plan.recipe.data
+    assert (data.validation_fraction, data.test_fraction, data.group_column) == (0.15, None, "shop")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"predict": []}, "predict must be a list of columns, such as"),
+        ({"predict": "topic"}, "predict must be a list of columns, such as"),
+        ({"predict": ["topic", "topic:regression"]}, "--predict names the column 'topic' twice."),
+        ({"predict": ["nothing"]}, "--predict: the table has no column 'nothing'; its columns are 'id', 'title',"),
+        ({"preset": "quick"}, "There is no preset 'quick'; the presets are fast, balanced, best."),
+        ({"group": "writer"}, "--group: the table has no column 'writer'"),
+        ({"minutes": 0}, "minutes must be above 0, but is 0."),
+        ({"columns": {"x": "text"}}, "--column: the table has no column 'x'"),
+        ({"columns": dict.fromkeys(["title", "full description", "photo", "Preis (€)", "brand", "sold", "stars"],
+                                   "ignore")}, "No column is left to predict from: id: an identifier"),
+    ],
+)  # fmt: skip
+def test_wrong_options(options, message, folder, encoders, tmp_path):
+    options = {"predict": ["topic"], **options}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fit(folder / "rows.csv", output=tmp_path / "model", **encoders, say=str, **options)
+    assert not (tmp_path / "model" / "config.json").exists()
+
+
+def test_without_an_encoder(monkeypatch, folder, tmp_path):
+    """None is named and none is in the cache: the sentence names three, and the way without a connection."""
+    monkeypatch.setattr("mm_transformers.fitting.encoder_choice.try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(ValueError, match="^No text encoder is named, and none is in the cache of the Hub.") as info:
+        fit(folder / "rows.csv", ["topic"], tmp_path / "model", say=str)
+    assert all(encoder.name in str(info.value) for encoder in ENCODERS["text"])
+    assert "--text my-encoder" in str(info.value)
+    monkeypatch.setattr(
+        "mm_transformers.fitting.encoder_choice.try_to_load_from_cache",
+        lambda name, file: "there" if name == ENCODERS["vision"][1].name else None,
+    )
+    assert choose_encoder("vision") == ENCODERS["vision"][1].name
+
+
+@pytest.mark.slow
+def test_minutes(folder, encoders, tmp_path):
+    said = []
+    result = fit(
+        folder / "rows.csv", ["topic"], tmp_path / "model", **encoders, minutes=1e-4, preset="best",
+        training={name: value for name, value in QUICK.items() if name != "num_train_epochs"}, say=said.append,
+        report=False,
+    )  # fmt: skip
+    assert "The time is too short to train the encoders for one epoch, so they stay as they are." in said
+    assert result.plan.recipe.model["freeze"] == ["text", "vision"]
+    state = json.loads((tmp_path / "model" / "trainer_state.json").read_text())
+    assert state["global_step"] <= 1  # the time is over after the first step
+    assert result.metrics["test"]["test_topic_accuracy"] >= 0
+
+
+def test_the_time_of_a_row_is_measured_on_a_copy(folder, encoders):
+    from mm_transformers.training.recipe.builders import build_trainer
+
+    rows = datasets.load_dataset("csv", data_files=str(folder / "rows.csv"), split="train")
+    plan = plan_fit(
+        rows, ["topic"], folder / "timed", {"train": str(folder / "rows.csv")}, **encoders, root=folder, training=QUICK
+    )
+    trainer = build_trainer(plan.recipe)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    state = torch.get_rng_state()
+    seconds = seconds_per_row(trainer)
+    assert seconds > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert epochs_within(trainer, 1e9, 5.0) == 5.0
+    assert epochs_within(trainer, 1e-9, 5.0) < 1
+
+
+def test_the_training_ends_in_time():
+    class Control:
+        should_training_stop = should_save = should_evaluate = False
+
+    class Args:
+        eval_strategy = save_strategy = "epoch"
+
+    late, early = TimeLimit(0.0), TimeLimit(float("inf"))
+    control = late.on_step_end(Args, None, Control())
+    assert control.should_training_stop
+    assert control.should_evaluate
+    assert control.should_save
+    assert not early.on_step_end(Args, None, Control()).should_training_stop
+
+
+def test_init_writes_the_recipe_alone(folder, encoders):
+    output = mm(
+        "init", folder / "rows.csv", "--predict", "topic,stars:regression", "--output", folder / "planned",
+        "--column", "Preis (€):ignore", "--text", encoders["text"], "--vision", encoders["vision"], "--preset", "best",
+    )  # fmt: skip
+    assert "leave out  Preis (€): you said so" in output
+    assert [path.name for path in (folder / "planned").iterdir()] == ["recipe.yaml"]
+    recipe = read_recipe(folder / "planned" / "recipe.yaml")
+    assert recipe.columns.text == ["title", "full description"]
+    assert recipe.columns.table == {"brand": "category", "sold": "date"}
+    assert recipe.training["num_train_epochs"] == 20.0
+    assert [task["kind"] for task in recipe.tasks] == ["classification", "regression"]
+
+
+@pytest.mark.slow
+def test_fit_on_the_command_line(folder, encoders):
+    output = mm(
+        "fit", folder / "rows.csv", "--predict", "topic", "--output", folder / "by-command", "--text", encoders["text"],
+        "--vision", encoders["vision"], "--preset", "fast", "--minutes", "0.2",
+    )  # fmt: skip
+    assert "mm-transformers predict" in output
+    assert (folder / "by-command" / "report.html").is_file()
+    wrong = mm("fit", folder / "rows.csv", "--predict", "topic", "--column", "brand", ok=False)
+    assert "--column takes a column and a kind, as in zip:category, but got 'brand'." in " ".join(wrong.split())
+    rows = [{"title": "red cat", "full description": "", "brand": "other"}]
+    assert len(Predictor.from_pretrained(folder / "by-command", text_column=["title", "full description"],
+                                         image_column="photo")(rows)) == 1  # fmt: skip
