@@ -13,6 +13,7 @@ from ..model.modalities import MODALITIES, OTHER_ENCODERS, PARTS, ReaderContext,
 from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.task_base import LabelContext, Task
+from ..model.text_tokens import join_texts
 from .addresses import Addresses
 from .cells import LABEL_SEPARATOR, label_of
 from .feature_keys import digest_of, hash_of_text
