@@ -7,8 +7,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # As many threads as workers only get into each other's way. Set before torch is imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import transformers_tests
+
+
+# Continuous integration tries 100 examples where a test does not say how many, a person at work fewer.
+hypothesis.settings.register_profile("quick", max_examples=40, deadline=None)
+if "CI" not in os.environ:
+    hypothesis.settings.load_profile("quick")
 
 
 @pytest.fixture

@@ -524,6 +524,7 @@ def test_json_has_no_nan_and_a_diverged_model_is_scored_all_the_same(ablation):
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), max_size=30), min_size=2, max_size=9),
     st.integers(20, 120),

@@ -142,7 +142,7 @@ def test_relevance_is_the_sum_of_both_ways(method, processor):
 
 @pytest.mark.parametrize("kind", FUSION_KINDS)
 @pytest.mark.parametrize("method", ATTENTION_METHODS)
-@pytest.mark.parametrize("task", ["topic", "entities"])
+@pytest.mark.parametrize("task", first_quickly(["topic", "entities"]))
 def test_rows_do_not_disturb_each_other(kind, method, task, processor):
     shared = make_image(2)
     rows = [

@@ -226,6 +226,7 @@ class TestClassLabels:
         else:
             assert labels_of(rows)["score"].tolist() == expected
 
+    @pytest.mark.slow
     def test_the_wrong_order_costs_accuracy_nowhere(self):
         """What an ablation measures with everything is what the labels by name say."""
         from mm_transformers.analysis import ablate

@@ -403,6 +403,7 @@ class TestTasks:
             groups = [labels[:, column][:, None] == labels[:, column] for labels in (plain, stored)]
             assert torch.equal(*groups)
 
+    @pytest.mark.slow
     def test_writing(self, tmp_path):
         rows = [
             {"text": text, "image": make_image(i), "topic": i % 3, "german": "the red cat"}

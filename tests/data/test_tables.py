@@ -89,6 +89,7 @@ def test_one_sentence_says_what_cannot_be_read(tmp_path, name, content, message)
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_what_comes_late_in_a_file_has_its_type(tmp_path):
     """`datasets` guesses types by the first block of a file."""
     rows = [{"n": 1, "tags": None, "word": "1"} for _ in range(5000)]

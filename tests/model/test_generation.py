@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import first_quickly
 from datasets import Dataset
 from tiny import (
     SEQ2SEQ,
@@ -76,7 +77,7 @@ def test_rule_2_a_new_model_writes_what_the_pretrained_one_writes(kind, options,
     assert not torch.allclose(model(**batch, labels={"german": labels}).losses["german"], expected, atol=1e-3)
 
 
-@every_seq2seq
+@pytest.mark.parametrize("kind", first_quickly(SEQ2SEQ))
 def test_every_parameter_gets_a_gradient(kind):
     model = make_writer(kind).train()
     model(**make_batch(labels=False), labels=LABELS).loss.backward()
@@ -105,7 +106,7 @@ def test_saved_model_writes_the_same(kind, tmp_path):
     assert (output is loaded.get_input_embeddings().weight) == bool(tied)
 
 
-@every_seq2seq
+@pytest.mark.parametrize("kind", first_quickly(SEQ2SEQ))
 def test_caches_make_no_difference(kind):
     model, batch = make_writer(kind), make_batch(labels=False)
     for beams in (1, 2):
@@ -326,6 +327,7 @@ def test_it_learns_to_write(tmp_path):
     assert metrics["eval_german_bleu"] >= 0.0
 
 
+@pytest.mark.slow
 def test_arguments_of_seq2seq_training_are_heeded(tmp_path):
     rows, model = make_rows(), make_writer()
     options = []
@@ -565,6 +567,7 @@ def test_a_tokenizer_of_several_languages():
     assert batch["labels"]["german"][0].tolist()[-1] == 2
 
 
+@pytest.mark.slow
 def test_adapters_on_a_model_that_writes(tmp_path):
     from peft import LoraConfig, get_peft_model
 

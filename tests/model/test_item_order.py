@@ -72,6 +72,7 @@ def trained(fusion: str, item_order: bool):
     return (answers == batch["labels"]["left"]).float().mean().item(), model, batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fusion",
     [

@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from cases import first_quickly
 from probes import make_probed, set_probes
 from tiny import (
     FUSION_KINDS,
@@ -30,7 +31,7 @@ from mm_transformers.model.linear_probe import LinearProbe, ProbedHead
 from mm_transformers.model.modeling_mm_transformer import MMTransformerModelOutput
 
 
-every_fusion = pytest.mark.parametrize("fusion", FUSION_KINDS)
+every_fusion = pytest.mark.parametrize("fusion", first_quickly(FUSION_KINDS))
 one_fusion_and_slowly_all = pytest.mark.parametrize(
     "fusion", [pytest.param(kind, marks=[pytest.mark.nightly] if i else []) for i, kind in enumerate(FUSION_KINDS)]
 )
@@ -366,6 +367,7 @@ def test_views_of_encoded_rows_are_those_of_changed_inputs(fusion, audio):
             check(answers(encoded.view({"text": first, **others})), changed, "pairs")
 
 
+@pytest.mark.slow
 def test_ablation_of_a_model_that_reads_by_its_probe_alone():
     """Without weights for pictures, these are worth nothing; with them, something."""
     model, processor = make_probed(gates_open=False, tasks=make_tasks()[:1]), make_processor()
@@ -396,6 +398,7 @@ def test_ablation_of_a_model_that_reads_by_its_probe_alone():
 # Adapters
 
 
+@pytest.mark.slow
 def test_adapters_train_save_and_merge_probes(tmp_path):
     peft = pytest.importorskip("peft")
     base = make_probed()

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from cases import first_quickly
 from datasets import Dataset
 from tiny import make_model, make_processor
 from torch import nn
@@ -44,7 +45,9 @@ def test_parts_have_their_own_rates(tmp_path):
     assert set(rates_of(tmp_path, make_model(), TrainingArguments).values()) == {1e-3, 1e-2}
 
 
-@pytest.mark.parametrize(("text", "vision"), [("bert", "vit"), ("distilbert", "dinov2"), ("modernbert", "clip-vision")])
+@pytest.mark.parametrize(
+    ("text", "vision"), first_quickly([("bert", "vit"), ("distilbert", "dinov2"), ("modernbert", "clip-vision")])
+)
 def test_lower_layers_learn_more_slowly(tmp_path, text, vision):
     """With 2 layers: embeddings at decay^3, layers at decay^2 and decay, what follows them as the last."""
     rates = rates_of(tmp_path, make_model(text, vision), layerwise_lr_decay=0.5, encoder_learning_rate=1e-4)

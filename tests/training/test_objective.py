@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import first_quickly
 from distributed import FSDP, KeepGradients, differ, make_rows, make_tasks, train, train_in_processes
 from tiny import SEQ2SEQ, make_batch, make_model, make_processor
 from transformers import TrainingArguments
@@ -66,7 +67,7 @@ def test_l2_sp_pulls_back_to_the_start(tmp_path):
     torch.testing.assert_close(second[name] - free["steps"][1][name], 2 * 3.0 * (moved - start), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("batch_size", [8, 5])
+@pytest.mark.parametrize("batch_size", first_quickly([5, 8]))
 def test_accumulated_batches(tmp_path, whole, batch_size):
     """Micro-batches without any label of a task, without any picture, and a smaller last one."""
     parts = train(

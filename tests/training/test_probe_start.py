@@ -748,6 +748,7 @@ def test_probes_hold_zeros_until_they_are_started():
     assert probe.blocks == [(slice(0, 3), 3), (slice(4, 8), 8)]
 
 
+@pytest.mark.slow
 def test_datasets_of_the_hub_start_as_lists_do(tmp_path):
     rows = [{"text": r["text"], "topic": r["topic"]} for r in make_rows(20) if r["text"]]
     model = new_model(vision=None, tasks=TASKS[:1])

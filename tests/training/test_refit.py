@@ -174,6 +174,7 @@ def test_what_cannot_be_trained_twice_is_refused_at_once(tmp_path):
         MMTrainer(model, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None), **kwargs)
 
 
+@pytest.mark.slow
 def test_rows_that_were_trained_on_say_nothing_more(refitted, caplog, tmp_path):
     trainer, _, _ = refitted
     assert measurements_of(trainer) == []

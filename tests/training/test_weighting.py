@@ -73,6 +73,7 @@ def test_uncertainty_follows_its_formula():
     torch.testing.assert_close(weighting.weights(None), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_uncertainty_finds_the_variance():
     """At the minimum over s, exp(s_k) = 2 a_k L_k: the noise of each task, here what it cannot get rid of."""
     weighting = make({"kind": "uncertainty", "learning_rate": 0.05}, scales=(0.5, 1.0))
