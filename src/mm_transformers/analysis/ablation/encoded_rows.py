@@ -72,6 +72,27 @@ class EncodedRows:
                 fused[name] = taken
         return self.model.fuse(fused)
 
+    def without_column(self, token: int, features: list[int]) -> "EncodedRows":
+        """
+        The same rows without one column of their table.
+
+        Args:
+            token: the number of its token.
+            features: the numbers of its features for linear probes.
+        """
+        table = self.encoded.get("table")
+        if table is None or table.token_mask is None or table.item_index is None:
+            return self
+        mask, means = table.token_mask.clone(), table.item_means
+        mask[:, token] = False
+        if means is not None:
+            means = means.clone()
+            means[:, features] = 0.0
+        index, has_cell = table.item_index, mask.any(1)
+        index = torch.where((index >= 0) & has_cell[index.clamp(min=0)], index, -1)
+        table = table._replace(token_mask=mask, item_means=means, item_index=index)
+        return EncodedRows(self.model, {**self.encoded, "table": table}, self.has_text)
+
     def present(self, modality: str) -> np.ndarray:
         """(num_rows,) bool: the rows with this modality."""
         if modality == "text":
