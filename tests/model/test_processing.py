@@ -108,12 +108,12 @@ class TestTexts:
             assert inputs["input_ids"][0, -1] == processor.tokenizer.sep_token_id
             assert inputs["attention_mask"].sum(1).tolist() == [40, 4]
         (message,) = warnings_of
-        assert message.startswith("A text of 102 tokens was cut to the 40 that the text encoder takes")
+        assert message.startswith("A text of 102 tokens was cut to 40, the most that the text encoder accepts")
 
     def test_the_limit_can_be_lower(self, warnings_of):
         inputs = make_processor()(text=["the red cat is big", "a"], max_length=4)
         assert inputs["input_ids"].shape == (2, 4)
-        assert warnings_of[0].startswith("A text of 7 tokens was cut to the 4 ")
+        assert warnings_of[0].startswith("A text of 7 tokens was cut to 4, ")
 
     @pytest.mark.parametrize("words", [38, 32, 31, 30])
     def test_rounding_up_stays_within_the_limit(self, words, warnings_of):
