@@ -12,6 +12,7 @@ from command_line import mm
 from recipes import save_encoders, write_csv
 from safetensors.torch import load_file
 from tiny import make_image
+from transformers import pipeline
 
 from mm_transformers import Predictor, fit
 from mm_transformers.fitting import plan_fit
@@ -134,6 +135,11 @@ def test_answers_to_new_rows(fitted, folder, encoders):
     answers = result.predict(rows)
     assert [set(answer) for answer in answers] == [{"topic", "stars"}] * 2
     assert answers == result.predict(pd.DataFrame(rows))
+    piped = pipeline("multimodal", model=str(folder / "model"))(rows)  # the columns of the table are keys
+    assert [row["topic"]["label"] for row in piped] == [row["topic"]["label"] for row in answers]
+    assert [row["stars"]["value"] for row in piped] == pytest.approx(
+        [row["stars"]["value"] for row in answers], abs=1e-4
+    )
     write_csv(folder / "new.csv", rows)
     mm("predict", folder / "model", folder / "new.csv", "--output", folder / "answers.csv")
     written = pd.read_csv(folder / "answers.csv")

@@ -108,7 +108,7 @@ class TestTexts:
             assert inputs["input_ids"][0, -1] == processor.tokenizer.sep_token_id
             assert inputs["attention_mask"].sum(1).tolist() == [40, 4]
         (message,) = warnings_of
-        assert message.startswith("A text of 102 tokens was cut to 40, the most that the text encoder accepts")
+        assert message.startswith("A text of 102 tokens was cut to 40, the most that the text encoder accepts.")
 
     def test_the_limit_can_be_lower(self, warnings_of):
         inputs = make_processor()(text=["the red cat is big", "a"], max_length=4)

@@ -235,7 +235,7 @@ def registered():
     yield
     for names in (ENCODERS, OTHER_ENCODERS, MODALITIES, PARTS, ARGUMENTS, NOUNS):
         del names["sensor"]
-    del MMTransformerConfig.sub_configs["sensor_config"]
+    MMTransformerConfig.sub_configs.pop("sensor_config", None)
     del TASK_KINDS["ordinal_stars"], FUSION_KINDS["added_means"], WEIGHTINGS["inverse_loss"]
 
 
@@ -354,9 +354,9 @@ def test_every_parameter_of_the_encoder_takes_part_in_every_step(model, processo
 def test_a_modality_needs_an_encoder_and_names_of_its_own():
     with pytest.raises(ValueError, match="^The encoder of the modality 'sensor' needs its class"):
         register_modality(replace(SENSOR, encoder=VISION))
-    with pytest.raises(ValueError, match="^There is an encoder 'vision' already"):
+    with pytest.raises(ValueError, match="^The encoder 'vision' already exists"):
         register_modality(replace(SENSOR, name="x", argument="x", encoder=replace(SENSOR_ENCODER, name="vision")))
-    with pytest.raises(ValueError, match="^There is a modality 'images' already"):
+    with pytest.raises(ValueError, match="^The modality 'images' already exists"):
         register_modality(replace(SENSOR, argument="images"))
 
 

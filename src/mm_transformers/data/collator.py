@@ -13,12 +13,13 @@ from ..model.modalities import MODALITIES, OTHER_ENCODERS, PARTS, ReaderContext,
 from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.task_base import LabelContext, Task
+from ..model.text_tokens import join_texts
 from .addresses import Addresses
 from .cells import LABEL_SEPARATOR, label_of
 from .feature_keys import digest_of, hash_of_text
 from .feature_reading import CachedFeatures, CachedItem, unpadded_texts
 from .media import MediaColumn, RowColumns, SharedCounter
-from .row_labels import join_texts, text_columns
+from .row_labels import text_columns
 from .sources import ANY_SOURCE, ROW_KEY, SOURCE_KEY, count_rows, name_of_row, own_column
 
 

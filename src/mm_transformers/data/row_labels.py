@@ -7,6 +7,7 @@ import datasets
 
 from ..model.label_cells import is_null
 from ..model.tasks import Task
+from ..model.text_tokens import join_texts
 from .cells import LABEL_SEPARATOR, label_of, opened
 from .sources import ANY_SOURCE, SOURCE_KEY, DataSource, RowsOfSource, RowSource, own_column
 
@@ -76,25 +77,6 @@ def text_columns(text_column: str | Sequence[str] | None) -> list[str]:
     if text_column is None:
         return []
     return [text_column] if isinstance(text_column, str) else list(text_column)
-
-
-def join_texts(texts: Mapping[str, str]) -> str:
-    """
-    One text from several columns, each with its name before it. Empty ones are left out.
-
-    Args:
-        texts: column -> text.
-
-    Example:
-
-    ```python
-    >>> join_texts({"title": "Old chair", "colour": "", "description": "Made of oak."})
-    'title: Old chair\\ndescription: Made of oak.'
-    ```
-    """
-    if len(texts) == 1:
-        return next(iter(texts.values()))
-    return "\n".join(f"{column}: {text}" for column, text in texts.items() if text.strip())
 
 
 def text_in(row: Mapping[str, Any], text_column: str | Sequence[str] | None) -> str:

@@ -85,9 +85,10 @@ def check_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
                     f"{name} must have the width {encoder_width(config)} of the {_ENCODER_OF[name]} encoder, but has "
                     f"the shape {shape}."
                 )
-    for own in own_encoders().values():
-        config = getattr(model.config, f"{own.name}_config", None)
-        for name, blank in ({} if config is None or own.own is None else own.own.blank_input(config)).items():
+    for encoder in own_encoders().values():
+        config = getattr(model.config, f"{encoder.name}_config", None)
+        blanks = {} if config is None or encoder.own is None else encoder.own.blank_input(config)
+        for name, blank in blanks.items():
             _check_like(name, inputs.get(name), blank)
     for name in (str(encoder.index) for encoder in OTHER_ENCODERS.values()):
         value = inputs.get(name)

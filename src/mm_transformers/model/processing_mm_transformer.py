@@ -26,6 +26,7 @@ from .downloads import fetch
 from .encoders import encoder_config_from_pretrained, max_text_positions
 from .file_contents import describe, is_absent
 from .images import ProcessedPictures, image_key, num_pixels, pixels_for_each
+from .label_cells import is_null
 from .limits import limits, named
 from .messages import check_folder, one_line, shortened
 from .modalities import (
@@ -44,7 +45,7 @@ from .no_text import tokenizer_without_words
 from .safe_writing import saved_aside
 from .table import TableConfig
 from .task_token_classification import index_words
-from .text_tokens import needed_text, tokenize
+from .text_tokens import join_texts, needed_text, tokenize
 from .video import load_frames, video_key
 
 
@@ -181,6 +182,9 @@ class MMTransformerProcessor(ProcessorMixin):
         table_config ([`TableConfig`], *optional*):
             The columns of numbers and categories, as in the config of the model. A modality of your own has an argument
             `{encoder}_config`, too.
+        input_columns (`dict[str, list[str]]`, *optional*):
+            The columns of the training table by key of a row, such as `{"text": ["title", "body"], "image":
+            ["photo"]}`. Rows of the pipeline may have these keys, too.
 
     Example:
 
@@ -209,6 +213,7 @@ class MMTransformerProcessor(ProcessorMixin):
         feature_extractor=None,
         num_frames: int = 8,
         reads_text: bool = True,
+        input_columns: Optional[Mapping[str, Sequence[str]]] = None,
         **kwargs,
     ):
         for name in own_encoders():
@@ -224,6 +229,7 @@ class MMTransformerProcessor(ProcessorMixin):
             raise ValueError(f"num_frames must be a whole number above 0, but is {shortened(num_frames)}.")
         self.num_frames: int = int(num_frames)
         self.reads_text: bool = bool(reads_text)
+        self.input_columns: dict[str, list[str]] = _checked_columns(input_columns or {})
         self._warned: set[str] = set()
 
     @classmethod
@@ -261,12 +267,15 @@ class MMTransformerProcessor(ProcessorMixin):
         if num_frames is None:
             num_frames = (saved or {}).get("num_frames", 8)
         own = {field: saved.get(field) for field in (f"{name}_config" for name in own_encoders())}
-        return cls(**parts, num_frames=num_frames, reads_text=saved.get("reads_text", True), **own)
+        own |= {"reads_text": saved.get("reads_text", True), "input_columns": saved.get("input_columns")}
+        return cls(**parts, num_frames=num_frames, **own)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         if self.reads_text:
             values.pop("reads_text", None)
+        if not self.input_columns:
+            values.pop("input_columns", None)
         return {**values, **{f"{name}_config": config.to_diff_dict() for name, config in self.own_configs.items()}}
 
     @property
@@ -288,7 +297,32 @@ class MMTransformerProcessor(ProcessorMixin):
             m.columns(configs[m.encoder.name]) for m in MODALITIES.values() if m.columns and m.encoder.name in configs
         ]
         names = [name for name in ARGUMENTS if name != "text" or self.reads_text]
-        return [*names, *(column for columns in several for column in columns)]
+        others = [column for columns in self.input_columns.values() for column in columns if column not in names]
+        return [*names, *others, *(column for columns in several for column in columns)]
+
+    def with_keys(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        A row with the keys "text", "image" and the like instead of the columns of the training table.
+
+        Example:
+
+        ```python
+        >>> processor.input_columns = {"text": ["title", "body"]}
+        >>> processor.with_keys({"title": "Old chair", "body": "Made of oak."})
+        {'text': 'title: Old chair\\nbody: Made of oak.'}
+        ```
+        """
+        row = dict(row)
+        for key, columns in self.input_columns.items():
+            cells = {column: row.pop(column) for column in columns if column in row and column != key}
+            if key in row or not cells:
+                continue
+            if key == "text":
+                texts = {column: "" if is_null(cell) else str(cell) for column, cell in cells.items()}
+                row[key] = join_texts(texts, len(columns))
+            else:
+                row[key] = next(iter(cells.values()))
+        return row
 
     def cells_of(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """
@@ -756,6 +790,19 @@ def _errors_of(part: str) -> Iterator[None]:
         yield
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"The {part} fails with its settings: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _checked_columns(columns: Any) -> dict[str, list[str]]:
+    is_right = isinstance(columns, Mapping) and all(
+        key in ARGUMENTS and isinstance(names, (list, tuple)) and names and all(isinstance(x, str) for x in names)
+        for key, names in columns.items()
+    )
+    if not is_right:
+        raise ValueError(
+            f"input_columns must be a dict from {', '.join(ARGUMENTS)} to lists of columns, but is "
+            f"{shortened(columns)}."
+        )
+    return {key: list(names) for key, names in columns.items()}
 
 
 def _hint(name: str, known: set[str]) -> str:

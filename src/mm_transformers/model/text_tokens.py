@@ -2,7 +2,8 @@
 
 import os
 import threading
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Optional
 
 from .limits import limits
 
@@ -61,3 +62,24 @@ def needed_text(tokenizer: Any, text: str, num_tokens: int, key: str = "text") -
                 return text[:end]
         size *= 2
     return text
+
+
+def join_texts(texts: Mapping[str, str], num_columns: Optional[int] = None) -> str:
+    """
+    One text from several columns, each with its name before it. Empty ones are left out.
+
+    Args:
+        texts: column -> text.
+        num_columns (`int`, *optional*): The number of columns of texts, if some are not in `texts`. A single column has
+            no name before it.
+
+    Example:
+
+    ```python
+    >>> join_texts({"title": "Old chair", "colour": "", "description": "Made of oak."})
+    'title: Old chair\\ndescription: Made of oak.'
+    ```
+    """
+    if (num_columns or len(texts)) == 1:
+        return next(iter(texts.values()))
+    return "\n".join(f"{column}: {text}" for column, text in texts.items() if text.strip())

@@ -144,6 +144,7 @@ def build_trainer(
         known: dict[str, Any] = {name: options[name] for name in (*HUB_KWARGS, "num_frames") if name in options}
         processor = MMTransformerProcessor.from_encoders(**encoders, backend=options.pop("backend", None), **known)
         model = MMTransformerForMultiTask.from_encoders(**encoders, tasks=data.tasks, **options)
+        processor.input_columns = recipe.columns.by_key(model.config.modalities)
     reading: dict[str, Any] = {**recipe.columns.collator_options, **recipe.data.collator_options}
     collator = MMDataCollator(processor, model.config, allow_urls=allow_urls, **reading)
     return MMTrainer(

@@ -101,6 +101,18 @@ class ColumnsSection:
     def collator_options(self) -> dict[str, Any]:
         return {**self.plain, **{f"{name}_column": column for name, column in self.own.items()}}
 
+    def by_key(self, modalities: typing.Sequence[str]) -> dict[str, list[str]]:
+        """
+        The columns that have another name than the key of a row.
+
+        Args:
+            modalities: those that the model reads beside texts.
+        """
+        columns = {"text": self.text, **{name: getattr(self, name) for name in PARTS if hasattr(self, name)}}
+        read = {"text", *(name for name, part in PARTS.items() if part.encoder.name in modalities)}
+        found = {name: [column] if isinstance(column, str) else list(column or ()) for name, column in columns.items()}
+        return {name: names for name, names in found.items() if name in read and names and names != [name]}
+
 
 def _model_hints() -> dict[str, Any]:
     """The encoders, the config fields that do not come from them, and the options of loading an encoder."""
