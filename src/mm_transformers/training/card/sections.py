@@ -3,18 +3,15 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...data.markdown import plain_markdown
+from ...model.configuration_mm_transformer import MMTransformerConfig
 from ...model.messages import listed
 from ...model.modalities import modalities_of
 from ...model.table_kinds import column_of
 from ...model.tasks import Task
 from .facts import CardFacts
-
-
-if TYPE_CHECKING:
-    from ...model.configuration_mm_transformer import MMTransformerConfig
 
 
 def sections_of(facts: CardFacts) -> dict[str, str]:
@@ -140,7 +137,7 @@ def _limits(facts: CardFacts) -> str:
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)?")
 
 
-def base_model_of(config: "MMTransformerConfig") -> str:
+def base_model_of(config: MMTransformerConfig) -> str:
     """The Hub id of an encoder, "" if it has none."""
     name = str(getattr(config, "_name_or_path", "") or "")
     return name if _HUB_ID.fullmatch(name) else ""
