@@ -85,7 +85,7 @@ class FitResult:
 def fit(
     table: Any,
     predict: Sequence[str],
-    output: str | os.PathLike = "fitted-model",
+    output: str | os.PathLike[str] = "fitted-model",
     *,
     validation: Any = None,
     test: Any = None,
@@ -190,7 +190,7 @@ def fit(
 def make_plan(
     table: Any,
     predict: Sequence[str],
-    output: str | os.PathLike,
+    output: str | os.PathLike[str],
     *,
     validation: Any = None,
     test: Any = None,
@@ -222,7 +222,7 @@ def make_plan(
     return plan_fit(rows, predict, output, data, root=image_root or Path(files["train"]).parent, **options)
 
 
-def _as_file(rows: Any, path: Path) -> str | os.PathLike:
+def _as_file(rows: Any, path: Path) -> str | os.PathLike[str]:
     """The file of a table; rows in memory are written to `path`."""
     if isinstance(rows, (str, os.PathLike)):
         return rows
@@ -311,7 +311,9 @@ def _report(trainer: MMTrainer, data: RecipeData, verdicts: list[Verdict], study
     )  # fmt: skip
 
 
-def _with_texts(doubtful: Mapping[str, Sequence[DoubtfulLabel]], data: RecipeData, collator: Any) -> dict[str, list]:
+def _with_texts(
+    doubtful: Mapping[str, Sequence[DoubtfulLabel]], data: RecipeData, collator: Any
+) -> dict[str, list[Any]]:
     """Task -> doubtful labels, each with the cells of its row in short."""
     rows = data.splits["train"]
     inputs = [name for name in collator.input_columns if name in rows.column_names]

@@ -1,7 +1,7 @@
 """`ablate`: measures the contribution of each modality."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Optional, cast
+from typing import Any, Optional, cast
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from ...data.sources import rows_of
 from ...model.answers import check_tasks, evaluation_mode, unwrapped
 from ...model.generation import writing_tasks
 from ...model.label_cells import as_scalar, is_null
-from ...model.modeling_mm_transformer import MMTransformerModelOutput
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
 from ...model.pairs import PairTask
 from ...model.predictions import Predictions
+from ...model.processing_mm_transformer import MMTransformerProcessor
 from ...model.table import TableEncoder
 from ...model.tasks import Task
 from ...training.metrics import MultiTaskMetrics, less_is_better
@@ -28,11 +29,6 @@ from .calibration import Calibration, calibration
 from .contributions import additive_projection, perceptual_score, shapley_values, subsets
 from .encoded_rows import EncodedRows, exchanged, pairs, shown_name
 from .results import Ablation, Contribution, main_metric
-
-
-if TYPE_CHECKING:
-    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
-    from ...model.processing_mm_transformer import MMTransformerProcessor
 
 
 ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
@@ -45,8 +41,8 @@ _PAIRS_AT_ONCE = 256
 
 @torch.no_grad()
 def ablate(
-    model: "MMTransformerForMultiTask",
-    processor: "MMTransformerProcessor",
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
     rows: Sequence[Mapping[str, Any]],
     tasks: Optional[Sequence[str]] = None,
     collator: Optional[MMDataCollator] = None,
@@ -141,7 +137,7 @@ class _Scores:
 
     def __init__(
         self,
-        model: "MMTransformerForMultiTask",
+        model: MMTransformerForMultiTask,
         modalities: list[str],
         wanted: list[str],
         batch_size: int,

@@ -1,7 +1,7 @@
 """Variants of rows that are encoded once: without a modality, or with that of another row."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -9,11 +9,7 @@ from torch.nn.functional import pad
 
 from ...model.fusion_base import Stream
 from ...model.modalities import ENCODERS
-from ...model.modeling_mm_transformer import MMTransformerModelOutput
-
-
-if TYPE_CHECKING:
-    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
 
 
 class EncodedRows:
@@ -27,12 +23,12 @@ class EncodedRows:
             the tokens do not reveal.
     """
 
-    def __init__(self, model: "MMTransformerForMultiTask", encoded: Mapping[str, Stream], has_text: torch.Tensor):
+    def __init__(self, model: MMTransformerForMultiTask, encoded: Mapping[str, Stream], has_text: torch.Tensor):
         self.model, self.encoded, self.has_text = model, encoded, has_text
         self.num_rows = len(has_text)
 
     @classmethod
-    def of(cls, model: "MMTransformerForMultiTask", batch: Mapping[str, torch.Tensor]) -> "EncodedRows":
+    def of(cls, model: MMTransformerForMultiTask, batch: Mapping[str, torch.Tensor]) -> "EncodedRows":
         """
         The encoded rows of a batch.
 
