@@ -146,7 +146,7 @@ def start_probes(trainer: StartedTrainer) -> Start:
         also = reader.read(more, "linear start: further rows", with_groups=False)
     found: list[Any] = [None, {}, {}]
     if trainer.args.process_index == 0:
-        start = _solved(fused.tasks, reader.probes, train, known, also, study)
+        start = _solved(fused.tasks, reader.probes, train, known, also, study, fused.config.reads_text)
         found = [start, *((study.verdicts, study.doubtful) if study is not None else ({}, {}))]
     start, verdicts, doubtful = broadcast_object_list(found)
     if study is not None:
@@ -180,6 +180,7 @@ def _solved(
     held_out: dict[str, "_Items"],
     further: dict[str, "_Items"],
     study: Study | None,
+    reads_text: bool,
 ) -> Start:
     start = Start()
     for name, probe in probes.items():
@@ -198,17 +199,15 @@ def _solved(
             others = rows.get(name)
             if others is None or len(others.labels) == 0:
                 continue
-            alone = alone or solve(problem, text, items.features[:, :width], items.labels, items.groups)
-            assert alone is not None  # the labels are the same
-            compared = [
-                problem.as_tensors(logits, others.labels)
-                for logits in (
-                    model(others.features),
-                    alone(others.features[:, :width]),
-                    majority(problem, items, len(others.labels)),
-                )
-            ]
-            verdict = verdict_of(tasks[name], compared[0][1], *(logits for logits, _ in compared))
+            if reads_text and alone is None:
+                alone = solve(problem, text, items.features[:, :width], items.labels, items.groups)
+                assert alone is not None  # the labels are the same
+            logits, labels = problem.as_tensors(model(others.features), others.labels)
+            constant, _ = problem.as_tensors(majority(problem, items, len(others.labels)), others.labels)
+            of_text = None
+            if alone is not None:
+                of_text, _ = problem.as_tensors(alone(others.features[:, :width]), others.labels)
+            verdict = verdict_of(tasks[name], labels, logits, of_text, constant)
             if verdict is not None:
                 verdicts[name] = verdict
         if study is not None:

@@ -20,7 +20,7 @@ class Verdict:
         task: its name.
         metric: the name of its first metric; all numbers below are of this metric.
         linear: the linear model with which the task started.
-        text_alone: a linear model of the text alone.
+        text_alone: a linear model of the text alone; `None` if the model reads no texts.
         majority: a constant answer: the most frequent label, or the mean of the training rows.
         num_rows: the number of labelled validation rows (or words).
         model: the trained model, with the kept weights. `None` if it was not measured.
@@ -31,7 +31,7 @@ class Verdict:
     task: str
     metric: str
     linear: float
-    text_alone: float
+    text_alone: Optional[float]
     majority: float
     num_rows: int
     model: Optional[float] = None
@@ -51,6 +51,8 @@ class Verdict:
     @property
     def others_help(self) -> bool:
         """Whether model or start is better than a linear model of the text alone."""
+        if self.text_alone is None:
+            return True
         known = [self.linear, *([] if self.model is None else [self.model])]
         return min(known) < self.text_alone if self.less_is_better else max(known) > self.text_alone
 
@@ -61,10 +63,10 @@ class Verdict:
         return f"{value:.4g}" if self.less_is_better or self.metric == "pearson" else f"{100 * value:.1f}"
 
     def __str__(self) -> str:
+        alone = "" if self.text_alone is None else f"text alone {self.shown(self.text_alone)}, "
         line = (
             f"{self.task}: {self.shown(self.model)} {self.metric} on {self.num_rows:,} {self.rows} labels (linear "
-            f"start {self.shown(self.linear)}, text alone {self.shown(self.text_alone)}, majority "
-            f"{self.shown(self.majority)})"
+            f"start {self.shown(self.linear)}, {alone}majority {self.shown(self.majority)})"
         )
         if self.kept_start:
             line += "; no trained weights were better than the linear start, so the start is kept"
@@ -74,7 +76,11 @@ class Verdict:
 
 
 def verdict_of(
-    task: Task, labels: torch.Tensor, linear: torch.Tensor, text_alone: torch.Tensor, majority: torch.Tensor
+    task: Task,
+    labels: torch.Tensor,
+    linear: torch.Tensor,
+    text_alone: Optional[torch.Tensor],
+    majority: torch.Tensor,
 ) -> Optional[Verdict]:
     """
     The scores of the simple models of a task.
@@ -88,8 +94,12 @@ def verdict_of(
     """
     if len(labels) == 0 or not task.default_metrics:
         return None
-    values = [headline(task, logits, labels)[1] for logits in (linear, text_alone, majority)]
-    return Verdict(task.name, task.default_metrics[0], values[0], values[1], values[2], len(labels))
+
+    def score(logits: torch.Tensor) -> float:
+        return headline(task, logits, labels)[1]
+
+    alone = None if text_alone is None else score(text_alone)
+    return Verdict(task.name, task.default_metrics[0], score(linear), alone, score(majority), len(labels))
 
 
 def with_measured(verdicts: Mapping[str, Verdict], state: TrainerState, has_best: bool) -> list[Verdict]:
