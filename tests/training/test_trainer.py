@@ -632,3 +632,26 @@ def png(image) -> dict:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
+
+
+def test_only_evaluation_before_training_is_refused_in_several_processes(tmp_path, monkeypatch):
+    data = make_dataset(4)
+
+    def make_trainer(name):
+        made = MMTrainer(
+            make_model(), make_args(tmp_path / name, max_steps=1), processing_class=make_processor(),
+            train_dataset=data, eval_dataset=data,
+        )  # fmt: skip
+        made.is_fsdp_enabled = True  # whose models accelerate prepares again
+        return made
+
+    trained, evaluated = make_trainer("trained"), make_trainer("evaluated")
+    trained.is_fsdp_enabled = False
+    trained.train()
+    trained.is_fsdp_enabled = True
+    for trainer in (trained, evaluated):
+        trainer.evaluate()
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    trained._begin_training()
+    with pytest.raises(ValueError, match="has evaluated before training"):
+        evaluated._begin_training()
