@@ -85,9 +85,9 @@ def test_train_goes_on_and_knows_when_it_is_done(trained, tmp_path):
     weights = load_file(out / "model.safetensors")
     stamp = (out / "model.safetensors").stat().st_mtime_ns
     assert "has already been trained, for 3 steps" in mm("train", recipe)
-    assert "another training" not in mm("train", recipe)
+    assert "Another training" not in mm("train", recipe)
     said = " ".join(mm("train", recipe, "training.learning_rate=0.1").split())
-    assert "for another training: training.learning_rate was 0.001 and is 0.1." in said
+    assert "(training.output_dir=...): training.learning_rate was 0.001 and is 0.1." in said
     assert (out / "model.safetensors").stat().st_mtime_ns == stamp
     # Stopped after the second step: it ends where it would have ended.
     shutil.rmtree(out / "checkpoint-3")

@@ -176,7 +176,7 @@ class TestProcessor:
             logger.addFilter(lambda record: messages.append(record.getMessage()) or True)
             processor(text=["a", "b"], audio=[make_clip(1.5), make_clip(2.5)], sampling_rate=RATE)
         assert len(messages) == 1
-        assert "of 1.5 s was cut to the 1.0 s that the audio encoder takes" in messages[0]
+        assert "of 1.5 s was cut to the 1.0 s that the audio encoder accepts" in messages[0]
 
     def test_a_processor_without_feature_extractor(self):
         with pytest.raises(ValueError, match="has no feature extractor, but got sound"):
@@ -338,7 +338,7 @@ class TestTraining:
         rows = [{"text": "a", "audio": str(tmp_path / "no.wav"), "topic": 0}, {"text": "b", "audio": None, "topic": 1}]
         config = make_config(audio="wav2vec2", tasks=[Classification("topic", labels=["a", "b"])])
         with pytest.raises(
-            AudioError, match=r"row 0 of the batch, column 'audio': sound '.*no.wav' does not exist; mend"
+            AudioError, match=r"row 0 of the batch, column 'audio': sound '.*no.wav' does not exist; repair"
         ):
             MMDataCollator(make_audio_processor(), config)(rows)
         collator = MMDataCollator(make_audio_processor(), config, on_bad_file="drop")

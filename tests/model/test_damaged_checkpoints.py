@@ -84,7 +84,7 @@ def test_missing_shard(sharded):
     shards[1].unlink()
     text = message(sharded, OSError)
     assert shards[1].name in text
-    assert f"{len(shards)} files" in text
+    assert f"{len(shards)} weight files" in text
     shards[2].unlink()
     assert "1 more" in message(sharded, OSError)
 

@@ -526,7 +526,10 @@ def test_lengths_that_are_asked_for():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(eos_token_id=50), "ends a text with id 2, but the decoder stops at 50, so it would never stop: set"),
+        (
+            dict(eos_token_id=50),
+            "ends a text with id 2, but the decoder stops at 50, so generation would never stop: set",
+        ),
         (dict(eos_token_id=None), "ends a text with id 2, but the decoder stops at None"),
     ],
 )

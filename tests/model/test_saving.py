@@ -121,7 +121,7 @@ def test_loading_needs_neither_datasets_nor_evaluate():
 
 def test_model_folder_is_flat():
     """What `custom_object_save` copies: one dot between its modules, and nothing else but torch and transformers."""
-    allowed = {"torch", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names)
+    allowed = {"torch", "transformers", "huggingface_hub", "tokenizers"} | set(sys.stdlib_module_names)
     lazily = {"PIL", "numpy", "soundfile", "soxr", "av", "safetensors"}
     for path in (Path(mm_transformers.__file__).parent / "model").iterdir():
         if path.suffix != ".py":

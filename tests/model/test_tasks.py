@@ -701,7 +701,7 @@ def test_the_score_of_an_answer_is_its_logit():
     scores, answers = SCORE.answer_scores(logits[:, 0], [None] * 3)
     assert torch.equal(scores, logits[:, 0])
     assert answers == logits[:, 0].tolist()
-    with pytest.raises(ValueError, match="gives a number, which speaks for itself"):
+    with pytest.raises(ValueError, match="answers with a number, so there is no other answer"):
         SCORE.answer_scores(logits[:, 0], [None, 1.0, None])
 
 

@@ -191,7 +191,7 @@ def test_clear_errors():
         make_config(frame_embedding="rotary")
     collator = MMDataCollator(make_processor(), make_config(tasks=[Classification("x", labels=["a", "b"])]))
     with pytest.raises(
-        VideoError, match=r"row 0 of the batch, column 'video': the video \(a list\) has no frames; mend"
+        VideoError, match=r"row 0 of the batch, column 'video': the video \(a list\) has no frames; repair"
     ):
         collator([{"text": "a", "video": []}])
 
@@ -228,7 +228,9 @@ def test_it_learns_which_way_time_runs(tmp_path, caplog):
 
 def test_frames_for_which_there_is_no_vector():
     config = make_config(frame_embedding="learned", num_frames=3, tasks=[Classification("x", labels=["a", "b"])])
-    with pytest.raises(ValueError, match="takes 8 frames of a video, but the model has learned vectors for 3: set"):
+    with pytest.raises(
+        ValueError, match="takes 8 frames of a video, but the model has learned frame vectors for only 3: set"
+    ):
         MMDataCollator(make_processor(), config)
     model = make_model(frame_embedding="learned", num_frames=3)
     with pytest.raises(ValueError, match="frame_index must be less than 3, the num_frames of the config"):

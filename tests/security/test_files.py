@@ -258,7 +258,7 @@ def test_links_show_no_other_file(tmp_path, outside):
     assert (blobs / "abc").read_text().endswith("Written by hand.\n")
     trainer = make_trainer(tmp_path / "out", max_steps=1)
     (tmp_path / "out" / "notes.txt").symlink_to(outside / "secret")
-    with pytest.raises(ValueError, match=r"notes.txt is a link to .*secret, which a push would upload"):
+    with pytest.raises(ValueError, match=r"notes.txt is a link to .*secret, so a push would upload"):
         trainer.push_to_hub()
 
 

@@ -29,6 +29,7 @@ from mm_transformers import (
     MMTransformerConfig,
     MMTransformerForMultiTask,
     MMTransformerProcessor,
+    table_columns,
 )
 from mm_transformers.cli import app
 
@@ -218,3 +219,23 @@ def test_what_an_exported_model_cannot_take(tmp_path):
         exported(**inputs, frame_index=torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="got input_values"):
         exported(**inputs, input_values=torch.from_numpy(np.zeros((1, 800), np.float32)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cells", [{"price": 2.0, "brand": "a"}, {"price": 2.0}, {"brand": "a"}])
+def test_columns_of_numbers_and_categories(tmp_path, cells):
+    table = table_columns([cells, {"price": 3.0, "brand": "b"}], list(cells))
+    processor = MMTransformerProcessor(None, make_tokenizer(), table_config=table)
+    tasks = [Classification("topic", labels=["a", "b"])]
+    config = MMTransformerConfig(
+        text_config=TEXT_ENCODERS["bert"](), table_config=table, tasks=tasks, num_fusion_layers=1, linear_probe=True
+    )
+    model = MMTransformerForMultiTask(config).eval()
+    open_gates(model)
+    export_model(model, processor, tmp_path / "graph")
+    exported = ExportedModel(tmp_path / "graph")
+    for rows in ([cells], [None, cells, dict.fromkeys(cells), cells], [None]):
+        inputs = processor(text=["a cat"] * len(rows), table=rows)
+        with torch.no_grad():
+            expected = model(**inputs).logits["topic"]
+        torch.testing.assert_close(exported(**inputs).logits["topic"], expected, rtol=1e-4, atol=1e-5)

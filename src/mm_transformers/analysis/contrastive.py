@@ -1,19 +1,16 @@
 """Measures whether the picture makes the right text more probable than a wrong one."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..model.answers import evaluation_mode
-
-
-if TYPE_CHECKING:
-    from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 
 
 def contrastive_accuracy(
-    model: "MMTransformerForMultiTask",
+    model: MMTransformerForMultiTask,
     collator: Callable[[list[Any]], dict[str, Any]],
     rows: Sequence[Any],
     task: str,
@@ -65,7 +62,7 @@ def contrastive_accuracy(
 
 
 @torch.no_grad()
-def _perplexities(model: "MMTransformerForMultiTask", batch: dict[str, Any], task: str) -> torch.Tensor:
+def _perplexities(model: MMTransformerForMultiTask, batch: dict[str, Any], task: str) -> torch.Tensor:
     """(rows,): log-perplexity of each row's text, NaN without a text."""
     labels = batch.pop("labels")[task].to(model.device)
     inputs = {name: value.to(model.device) for name, value in batch.items()}

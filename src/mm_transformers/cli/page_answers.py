@@ -11,6 +11,7 @@ from ..analysis import explain
 from ..analysis.explaining.html import colored_words, heat_map_url, picture_url, sound_colors
 from ..model.answers import check_tasks
 from ..model.limits import limits
+from ..model.messages import listed
 from ..model.modalities import ARGUMENTS, NOUNS, PARTS, ReaderContext
 from ..model.pipeline_mm_transformer import read_rows
 from ..model.predictions import Predictions
@@ -185,5 +186,4 @@ def render_page(cards: list[dict[str, Any]], message: str, kinds: Sequence[str],
 
 def either(kinds: Sequence[str]) -> str:
     """ "a text or a picture"."""
-    names = [f"a {NOUNS[name]}" for name in kinds]
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return listed([f"a {NOUNS[name]}" for name in kinds], "or")

@@ -1,5 +1,6 @@
 """`fit`: from a table to a trained model, its report and its recipe."""
 
+import io
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from accelerate import PartialState
 from transformers.utils import logging
 
 from ..analysis.ablation.ablate import ablate
 from ..analysis.report import write_report
 from ..data.files import check_writable
 from ..data.loading import load_files
+from ..model.label_cells import is_null
 from ..model.messages import one_line
+from ..model.safe_writing import write_atomically
 from ..training.checkpoints.lock import locked
 from ..training.linear_start.study import DoubtfulLabel, Study
 from ..training.linear_start.verdict import Verdict
@@ -85,7 +89,7 @@ class FitResult:
 def fit(
     table: Any,
     predict: Sequence[str],
-    output: str | os.PathLike = "fitted-model",
+    output: str | os.PathLike[str] = "fitted-model",
     *,
     validation: Any = None,
     test: Any = None,
@@ -149,6 +153,8 @@ def fit(
     end = None if minutes is None else began + 60 * minutes
     if minutes is not None and minutes <= 0:
         raise ValueError(f"minutes must be above 0, but is {minutes}.")
+    if PartialState().num_processes > 1:
+        raise ValueError("fit runs in one process. Write the recipe by `init`, and train by it in several.")
     output = Path(output)
     plan = make_plan(
         table, predict, output, validation=validation, test=test, columns=columns, text=text, vision=vision,
@@ -190,7 +196,7 @@ def fit(
 def make_plan(
     table: Any,
     predict: Sequence[str],
-    output: str | os.PathLike,
+    output: str | os.PathLike[str],
     *,
     validation: Any = None,
     test: Any = None,
@@ -216,14 +222,21 @@ def make_plan(
         if rows is not None
     }
     data: dict[str, Any] = {split: os.path.abspath(path) for split, path in files.items()}
+    if image_root is None and not isinstance(table, (str, os.PathLike)):
+        image_root = os.getcwd()  # as everywhere for paths in memory
     if image_root is not None:
         data["image_root"] = os.path.abspath(image_root)
     rows = load_files({"train": files["train"]}, (), option="The table")["train"]
     return plan_fit(rows, predict, output, data, root=image_root or Path(files["train"]).parent, **options)
 
 
-def _as_file(rows: Any, path: Path) -> str | os.PathLike:
-    """The file of a table; rows in memory are written to `path`."""
+def _as_file(rows: Any, path: Path) -> str | os.PathLike[str]:
+    """
+    The file of a table; rows in memory are written to `path`.
+
+    Raises:
+        ValueError: if a model in the folder was trained on other rows.
+    """
     if isinstance(rows, (str, os.PathLike)):
         return rows
     if isinstance(rows, datasets.DatasetDict):
@@ -231,14 +244,21 @@ def _as_file(rows: Any, path: Path) -> str | os.PathLike:
     if not isinstance(rows, datasets.Dataset):
         records = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
         rows = datasets.Dataset.from_list([_plain(record) for record in records])
+    content = io.BytesIO()
+    rows.to_parquet(content)
+    if path.is_file() and path.read_bytes() == content.getvalue():
+        return path
+    if path.exists() and (path.parent.parent / RECIPE_NAME).exists():
+        raise ValueError(f"{path.parent.parent} holds the recipe of a training on other rows; choose another output.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_parquet(path)
+    with write_atomically(path) as file:
+        file.write(content.getvalue())
     return path
 
 
-def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(record: Mapping[Any, Any]) -> dict[str, Any]:
     # In pandas, NaN stands for a missing cell of any type.
-    return {str(name): None if cell is None or cell != cell else cell for name, cell in record.items()}
+    return {str(name): None if is_null(cell) else cell for name, cell in record.items()}
 
 
 # The share of the time that is left for the test and the report.
@@ -311,7 +331,9 @@ def _report(trainer: MMTrainer, data: RecipeData, verdicts: list[Verdict], study
     )  # fmt: skip
 
 
-def _with_texts(doubtful: Mapping[str, Sequence[DoubtfulLabel]], data: RecipeData, collator: Any) -> dict[str, list]:
+def _with_texts(
+    doubtful: Mapping[str, Sequence[DoubtfulLabel]], data: RecipeData, collator: Any
+) -> dict[str, list[Any]]:
     """Task -> doubtful labels, each with the cells of its row in short."""
     rows = data.splits["train"]
     inputs = [name for name in collator.input_columns if name in rows.column_names]

@@ -86,7 +86,7 @@ class Plan:
 def plan_fit(
     rows: datasets.Dataset,
     predict: Sequence[str],
-    output: str | os.PathLike,
+    output: str | os.PathLike[str],
     data: Mapping[str, Any],
     *,
     columns: Mapping[str, str] | None = None,
@@ -95,7 +95,7 @@ def plan_fit(
     audio: str | None = None,
     preset: str = "balanced",
     group: str | None = None,
-    root: str | os.PathLike = ".",
+    root: str | os.PathLike[str] = ".",
     training: Mapping[str, Any] | None = None,
 ) -> Plan:
     """

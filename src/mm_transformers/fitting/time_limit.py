@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.sources import ROWS_PER_SOURCE, rows_of
 
@@ -28,7 +28,9 @@ class TimeLimit(TrainerCallback):
     def __init__(self, end: float):
         self.end = end
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         if time.monotonic() >= self.end and not control.should_training_stop:
             control.should_evaluate = args.eval_strategy != "no"
             control.should_save = args.save_strategy != "no"

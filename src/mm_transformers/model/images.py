@@ -15,6 +15,7 @@ from .file_contents import UnreadableFile, cast_of, check_file, content_key, con
 from .image_work import check_icon, check_work
 from .label_cells import shorten
 from .limits import limits, named
+from .messages import listed
 
 
 # The allowed formats, by Pillow's names. Others are refused: for example, reading EPS runs a program.
@@ -59,6 +60,11 @@ class ProcessedPictures:
 
     pixel_values: Any
     digest: bytes = b""
+
+    @property
+    def frames(self) -> "list[ProcessedPictures]":
+        """Each frame of a video alone."""
+        return [ProcessedPictures(frame[None]) for frame in self.pixel_values]
 
 
 def num_pixels(item: Any) -> int:
@@ -173,9 +179,7 @@ def load_image(image: Any, fetch: Callable[[str], bytes] = fetch, most_pixels: O
             f"{name} has more than the {Image.MAX_IMAGE_PIXELS:,} pixels that are allowed (PIL.Image.MAX_IMAGE_PIXELS)"
         ) from error
     except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{name} is not an image that Pillow can read as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        ) from error
+        raise ImageError(f"{name} is not an image that Pillow can read as {listed(FORMATS, 'or')}") from error
     except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError, ...
         reason = shorten(" ".join(str(error).split())) or type(error).__name__
         raise ImageError(f"{name} cannot be read ({reason})") from error

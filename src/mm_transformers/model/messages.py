@@ -2,7 +2,7 @@
 
 import os
 import reprlib
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -20,6 +20,20 @@ def one_line(error: Any, longest: int = 400) -> str:
     text = " ".join(str(error)[: 10 * longest].split()) or type(error).__name__
     text = text if len(text) <= longest else f"{text[:longest]} ..."
     return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def listed(names: Sequence[str], word: str = "and") -> str:
+    """
+    Names in a sentence.
+
+    Example:
+
+    ```python
+    >>> listed(["text", "images", "sound"])
+    'text, images and sound'
+    ```
+    """
+    return f" {word} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def and_more(names: Sized) -> str:

@@ -14,6 +14,7 @@ from .downloads import is_url
 from .file_contents import content_of, describe
 from .label_cells import is_null
 from .limits import CarriedLimits
+from .messages import listed
 from .modalities import ARGUMENTS, PARTS, as_list
 from .predictions import Predictions
 from .task_token_classification import split_words
@@ -230,7 +231,7 @@ def _checked(row: Any, number: int, known: Optional[Sequence[str]], processor: A
 def _listed(names: Sequence[str]) -> str:
     """Names for messages; of many, the first ones."""
     shown = [repr(name) for name in names[:20]]
-    return f"{', '.join(shown)}, ..." if len(names) > 20 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+    return f"{', '.join(shown)}, ..." if len(names) > 20 else listed(shown)
 
 
 def _refuse_addresses(row: dict[str, Any], number: int) -> None:

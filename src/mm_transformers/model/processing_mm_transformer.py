@@ -620,8 +620,6 @@ class MMTransformerProcessor(ProcessorMixin):
 
         def read_image(image: Any, **kwargs: Any) -> Any:
             nonlocal pixels
-            if isinstance(image, torch.Tensor):  # a processed frame
-                return image
             if isinstance(image, ProcessedPictures):
                 return image.pixel_values[0]
             picture = load(image, **kwargs)
@@ -643,7 +641,7 @@ class MMTransformerProcessor(ProcessorMixin):
                 key = video_key(video)
                 if key not in decoded:
                     is_processed = isinstance(video, ProcessedPictures)
-                    decoded[key] = video.pixel_values if is_processed else load_frames(video, num_frames)
+                    decoded[key] = video.frames if is_processed else load_frames(video, num_frames)
                 for number, picture in enumerate(decoded[key]):
                     row.append(distinct.add((key, number), functools.partial(read_image, picture)))
                 numbers += range(len(decoded[key]))

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,13 +25,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..model.answers import evaluation_mode
 from ..model.encoder_probe import traits_of
 from ..model.modalities import ENCODERS
+from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import drop_link
 from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES
-
-
-if TYPE_CHECKING:
-    from ..model.modeling_mm_transformer import MMTransformerForMultiTask
-    from ..model.processing_mm_transformer import MMTransformerProcessor
 
 
 # The output of the graph of a model with a decoder beside the logits of its heads.
@@ -41,7 +38,7 @@ STATES, STATES_MASK = "fused_states", "fused_mask"
 class FusedGraph(nn.Module):
     """The first graph: the logits of the heads and, for the decoder, the fused states."""
 
-    def __init__(self, model: "MMTransformerForMultiTask"):
+    def __init__(self, model: MMTransformerForMultiTask):
         super().__init__()
         self.model, self.config = model, model.config
 
@@ -81,8 +78,8 @@ class Sample(NamedTuple):
 
 
 def export_model(
-    model: "MMTransformerForMultiTask",
-    processor: "MMTransformerProcessor",
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
     folder: str | os.PathLike[str],
     kind: str = "onnx",
     int8: bool = False,
@@ -173,7 +170,7 @@ def check_exporters(kind: str) -> None:
 
 
 def sample_inputs(
-    model: "MMTransformerForMultiTask", processor: "MMTransformerProcessor", size: int
+    model: MMTransformerForMultiTask, processor: MMTransformerProcessor, size: int
 ) -> dict[str, torch.Tensor]:
     """Inputs of `size` rows; the numbers and lengths of texts, images and sounds also depend on `size`."""
     modalities: dict[str, Any] = {}
@@ -206,7 +203,7 @@ def _differing(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Ten
     }
 
 
-def _decoder_sample(model: "MMTransformerForMultiTask", inputs: Mapping[str, torch.Tensor]) -> Sample:
+def _decoder_sample(model: MMTransformerForMultiTask, inputs: Mapping[str, torch.Tensor]) -> Sample:
     with torch.no_grad():
         encoded = model.model(**inputs)
     states = encoded.last_hidden_state

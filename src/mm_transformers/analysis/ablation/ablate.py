@@ -1,7 +1,7 @@
 """`ablate`: measures the contribution of each modality."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Optional, cast
+from typing import Any, Optional, cast
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ from ...data.sources import rows_of
 from ...model.answers import check_tasks, evaluation_mode, unwrapped
 from ...model.generation import writing_tasks
 from ...model.label_cells import as_scalar, is_null
-from ...model.modeling_mm_transformer import MMTransformerModelOutput
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
 from ...model.pairs import PairTask
 from ...model.predictions import Predictions
+from ...model.processing_mm_transformer import MMTransformerProcessor
+from ...model.table import TableEncoder
 from ...model.tasks import Task
 from ...training.metrics import MultiTaskMetrics, less_is_better
 from ...training.metrics.mismatches import Unlabelled, mismatched_rows
@@ -27,11 +29,6 @@ from .calibration import Calibration, calibration
 from .contributions import additive_projection, perceptual_score, shapley_values, subsets
 from .encoded_rows import EncodedRows, exchanged, pairs, shown_name
 from .results import Ablation, Contribution, main_metric
-
-
-if TYPE_CHECKING:
-    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
-    from ...model.processing_mm_transformer import MMTransformerProcessor
 
 
 ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
@@ -44,8 +41,8 @@ _PAIRS_AT_ONCE = 256
 
 @torch.no_grad()
 def ablate(
-    model: "MMTransformerForMultiTask",
-    processor: "MMTransformerProcessor",
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
     rows: Sequence[Mapping[str, Any]],
     tasks: Optional[Sequence[str]] = None,
     collator: Optional[MMDataCollator] = None,
@@ -140,7 +137,7 @@ class _Scores:
 
     def __init__(
         self,
-        model: "MMTransformerForMultiTask",
+        model: MMTransformerForMultiTask,
         modalities: list[str],
         wanted: list[str],
         batch_size: int,
@@ -155,6 +152,8 @@ class _Scores:
         self.window_references: Any = None
         self.sampled: list[EncodedRows] = []
         self.additive: dict[str, torch.Tensor] = {}
+        # The columns that are left out one by one -> their token, and their features for linear probes.
+        self.columns: dict[str, tuple[int, list[int]]] = _columns_of(model.config.table_config)
         self.num_additive = 0
         # Missing or exchanged modalities of a variant; words have no answer if the text is one of them.
         self.without_words: set[str] = set()
@@ -181,11 +180,15 @@ class _Scores:
 
     def add(self, window: EncodedRows, rng: np.random.Generator, num_permutations: int) -> None:
         views = self._views(window, rng, num_permutations)
+        columns = {name: window.without_column(*place) for name, place in self.columns.items()}
         for chunk in self._chunks(window.num_rows):
             labels, references = _select(self.window_labels, chunk), _select(self.window_references, chunk)
             for name, (kept, rows) in views.items():
                 outputs = window.view({modality: theirs[chunk] for modality, theirs in rows.items()}, kept)
                 self._keep(name, self._answers(outputs, labels, references))
+            for name, rest in columns.items():
+                outputs = rest.view(dict.fromkeys(self.modalities, chunk))
+                self._keep(f"{_COLUMN}{name}", self._answers(outputs, labels, references))
 
     def judge_mismatches(
         self, rows: Any, order: np.ndarray, collator: MMDataCollator, rng: np.random.Generator, num_permutations: int
@@ -202,7 +205,9 @@ class _Scores:
             task = cast(PairTask, self.tasks[name])
             compared = {shuffle_name(m, n) for m in ("text", task.modality) for n in range(num_permutations)}
             self.unscored[name] = compared  # it is unknown whether these pairs match
-            scored = [variant for variant in self.answers if variant not in compared]
+            scored = [v for v in self.answers if v not in compared and not v.startswith(_COLUMN)]
+            # Mismatched pairs are not judged without single columns.
+            self.unscored[name] |= {f"{_COLUMN}{column}" for column in self.columns}
             for variant in scored:
                 self.answers[variant][name] = pad(self.answers[variant][name][:, :1], (0, 2), value=torch.nan)
             for column, numbers, changed in mismatched_rows(task, rows, self.labels[name][places], collator):
@@ -310,7 +315,7 @@ class _Scores:
         columns: dict[str, list[str]],
     ) -> Ablation:
         measured = {name: self._metrics(name, compute_metrics) for name in self.answers}
-        variants = {name: metrics for name, metrics in measured.items() if not name.startswith(_SHUFFLED)}
+        variants = {n: metrics for n, metrics in measured.items() if not n.startswith((_SHUFFLED, _COLUMN))}
         spreads: dict[str, dict[str, float]] = {}
         for modality in self.modalities:
             runs = [m for name, m in measured.items() if name.startswith(f"{_SHUFFLED}{modality}/")]
@@ -321,7 +326,7 @@ class _Scores:
         result = Ablation(
             variants, spreads, self._majority(), tasks=self.tasks, num_rows=len(self.labels[next(iter(self.tasks))])
         )
-        self._add_contributions(result, compute_metrics)
+        self._add_contributions(result, compute_metrics, measured)
         result.calibration = {n: c for n, t in self.tasks.items() if (c := self._calibration(n, t)) is not None}
         shown = [
             ALL,
@@ -350,7 +355,9 @@ class _Scores:
         found = compute_metrics(EvalPrediction(predictions=answers, label_ids=labels))
         return {key: float(value) for key, value in found.items()}
 
-    def _add_contributions(self, result: Ablation, compute_metrics: ComputeMetrics) -> None:
+    def _add_contributions(
+        self, result: Ablation, compute_metrics: ComputeMetrics, measured: Mapping[str, Mapping[str, float]]
+    ) -> None:
         everything = frozenset(self.modalities)
         additive = self._additive_metrics(compute_metrics)
         for name in self.tasks:
@@ -370,6 +377,11 @@ class _Scores:
             is_summed = additive is not None and name in self.additive
             own, summed = (metrics.get(metric) for metrics in additive) if is_summed else (None, None)
             num_rows = self.num_additive if own is not None and summed is not None else 0
+            result.columns[name] = {
+                column: sign * (score - measured[f"{_COLUMN}{column}"][metric])
+                for column in self.columns
+                if metric in measured[f"{_COLUMN}{column}"]
+            }
             result.contributions[name] = Contribution(metric, values, lost, own, summed, num_rows, less)
 
     def _additive_metrics(self, compute_metrics: ComputeMetrics) -> Optional[tuple[dict[str, float], dict[str, float]]]:
@@ -398,7 +410,21 @@ class _Scores:
         return calibration(confidences.numpy(), are_right.numpy())
 
 
-_SHUFFLED = "shuffled/"
+_SHUFFLED, _COLUMN = "shuffled/", "without column/"
+# A table with more columns is only left out as a whole.
+MOST_COLUMNS = 30
+
+
+def _columns_of(table: Any) -> dict[str, tuple[int, list[int]]]:
+    """Column -> its token, and the numbers of its features for linear probes."""
+    # With layers between the columns, the other tokens have read the column.
+    if table is None or table.num_hidden_layers or len(table.columns) > MOST_COLUMNS:
+        return {}
+    tokens = TableEncoder.linear_tokens(table)
+    return {
+        name: (place, [feature for feature, token in enumerate(tokens) if token == place])
+        for place, name in enumerate(table.token_names)
+    }
 
 
 def shuffle_name(modality: str, number: int) -> str:

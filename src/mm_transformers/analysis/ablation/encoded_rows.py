@@ -1,7 +1,7 @@
 """Variants of rows that are encoded once: without a modality, or with that of another row."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -9,11 +9,7 @@ from torch.nn.functional import pad
 
 from ...model.fusion_base import Stream
 from ...model.modalities import ENCODERS
-from ...model.modeling_mm_transformer import MMTransformerModelOutput
-
-
-if TYPE_CHECKING:
-    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
 
 
 class EncodedRows:
@@ -27,12 +23,12 @@ class EncodedRows:
             the tokens do not reveal.
     """
 
-    def __init__(self, model: "MMTransformerForMultiTask", encoded: Mapping[str, Stream], has_text: torch.Tensor):
+    def __init__(self, model: MMTransformerForMultiTask, encoded: Mapping[str, Stream], has_text: torch.Tensor):
         self.model, self.encoded, self.has_text = model, encoded, has_text
         self.num_rows = len(has_text)
 
     @classmethod
-    def of(cls, model: "MMTransformerForMultiTask", batch: Mapping[str, torch.Tensor]) -> "EncodedRows":
+    def of(cls, model: MMTransformerForMultiTask, batch: Mapping[str, torch.Tensor]) -> "EncodedRows":
         """
         The encoded rows of a batch.
 
@@ -71,6 +67,27 @@ class EncodedRows:
             if taken is not None:
                 fused[name] = taken
         return self.model.fuse(fused)
+
+    def without_column(self, token: int, features: list[int]) -> "EncodedRows":
+        """
+        The same rows without one column of their table.
+
+        Args:
+            token: the number of its token.
+            features: the numbers of its features for linear probes.
+        """
+        table = self.encoded.get("table")
+        if table is None or table.token_mask is None or table.item_index is None:
+            return self
+        mask, means = table.token_mask.clone(), table.item_means
+        mask[:, token] = False
+        if means is not None:
+            means = means.clone()
+            means[:, features] = 0.0
+        index, has_cell = table.item_index, mask.any(1)
+        index = torch.where((index >= 0) & has_cell[index.clamp(min=0)], index, -1)
+        table = table._replace(token_mask=mask, item_means=means, item_index=index)
+        return EncodedRows(self.model, {**self.encoded, "table": table}, self.has_text)
 
     def present(self, modality: str) -> np.ndarray:
         """(num_rows,) bool: the rows with this modality."""

@@ -63,6 +63,9 @@ class Ablation:
         spreads: for shuffled variants, the standard deviation over the permutations.
         majority: task -> share of the most frequent label, for tasks that choose one of several.
         contributions: task -> the contributions of the modalities to its main metric.
+        columns: task -> column of numbers or categories -> the gain of the main metric by this column: the score with
+            all inputs over the score without the column, positive if it improves the answers. Empty for tables of more
+            than 30 columns, or with `num_hidden_layers`.
         calibration: task -> the calibration of its answers, for tasks that choose.
         slices: column -> value -> variant -> metric -> value.
         tasks: name -> task.
@@ -77,6 +80,7 @@ class Ablation:
     slices: dict[str, dict[str, dict[str, dict[str, float]]]] = field(default_factory=dict)
     tasks: Mapping[str, Task] = field(default_factory=dict)
     num_rows: int = 0
+    columns: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `None` for missing numbers."""
@@ -91,6 +95,7 @@ class Ablation:
             },
             "calibration": {name: value._asdict() for name, value in self.calibration.items()},
             "slices": self.slices,
+            "columns": self.columns,
         }
         return _without_nan(found)
 
@@ -124,6 +129,8 @@ class Ablation:
         found = [self._scores_table()]
         if self.contributions:
             found += [self._contributions_table(), self._interactions_table()]
+        if any(self.columns.values()):
+            found.append(self._columns_table())
         return [*found, *(self._slices_table(column, values) for column, values in self.slices.items())]
 
     def plot(self) -> "Figure":
@@ -167,6 +174,14 @@ class Ablation:
             error = f"{self.calibration[task].ece:.3f}" if task in self.calibration else ""
             rows.append([task, owed, error])
         return Table(["task", "effect of interactions", "calibration error"], rows, num_keys=1)
+
+    def _columns_table(self) -> Table:
+        rows = [
+            [task, column, f"{gain:+.3f}"]
+            for task, gains in self.columns.items()
+            for column, gain in sorted(gains.items(), key=lambda item: -item[1])
+        ]
+        return Table(["task", "column", "gain"], rows, num_keys=2)
 
     def _slices_table(self, column: str, values: dict[str, dict[str, dict[str, float]]]) -> Table:
         rows = []

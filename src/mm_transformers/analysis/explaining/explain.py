@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Optional, overload
+from typing import Any, Optional, overload
 
 import numpy as np
 import torch
@@ -12,7 +12,9 @@ from ...model.answers import check_tasks, unwrapped
 from ...model.images import load_image, pixels_for_each
 from ...model.label_cells import is_null
 from ...model.modalities import as_clips, as_list, own_encoders
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
 from ...model.pipeline_mm_transformer import read_rows
+from ...model.processing_mm_transformer import MMTransformerProcessor
 from ...model.video import load_frames
 from .explanation import ColumnRelevance, Explanation, ImageRelevance, SoundRelevance, TokenRelevance
 from .input_relevance import relevance_of_inputs
@@ -24,15 +26,10 @@ from .shares import shares_of_modalities
 from .token_places import over_time, patch_grid, seen_region, spread_over_pixels, token_spans
 
 
-if TYPE_CHECKING:
-    from ...model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
-    from ...model.processing_mm_transformer import MMTransformerProcessor
-
-
 @overload
 def explain(
-    model: "MMTransformerForMultiTask",
-    processor: "MMTransformerProcessor",
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
     row: str | Mapping[str, Any],
     task: Optional[str] = ...,
     method: str = ...,
@@ -46,8 +43,8 @@ def explain(
 
 @overload
 def explain(
-    model: "MMTransformerForMultiTask",
-    processor: "MMTransformerProcessor",
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
     row: Sequence[str | Mapping[str, Any]],
     task: Optional[str] = ...,
     method: str = ...,
@@ -60,8 +57,8 @@ def explain(
 
 
 def explain(
-    model: "MMTransformerForMultiTask",
-    processor: "MMTransformerProcessor",
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
     row: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
     task: Optional[str] = None,
     method: str = "chefer",
@@ -150,8 +147,8 @@ def explain(
 
 
 def _explain_batch(
-    model: "MMTransformerForMultiTask",
-    processor: "MMTransformerProcessor",
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
     numbered: list[tuple[int, Any]],
     question: Question,
     method: str,
@@ -185,7 +182,7 @@ def _explain_batch(
 
 
 def _known_keys(
-    model: "MMTransformerForMultiTask", processor: "MMTransformerProcessor", numbered: list[tuple[int, Any]]
+    model: MMTransformerForMultiTask, processor: MMTransformerProcessor, numbered: list[tuple[int, Any]]
 ) -> list[str]:
     """The known keys of rows. Other columns of a table are ignored, but a name close to a key is an error."""
     keys = {key for _, row in numbered if isinstance(row, Mapping) for key in row}
@@ -230,10 +227,10 @@ class _Placing:
 
     def __init__(
         self,
-        model: "MMTransformerForMultiTask",
-        processor: "MMTransformerProcessor",
+        model: MMTransformerForMultiTask,
+        processor: MMTransformerProcessor,
         inputs: dict[str, torch.Tensor],
-        outputs: "MMTransformerModelOutput",
+        outputs: MMTransformerModelOutput,
         relevance: dict[str, torch.Tensor],
         maps: dict[str, tuple[int, int]],
         shares: list[dict[str, float]],

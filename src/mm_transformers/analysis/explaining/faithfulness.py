@@ -1,19 +1,16 @@
 """Measures whether explanations are faithful to the model, by removing relevant parts of the inputs."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ...model.answers import check_tasks, evaluation_mode, unwrapped
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.pipeline_mm_transformer import read_rows
+from ...model.processing_mm_transformer import MMTransformerProcessor
 from .explain import apart, explain
-
-
-if TYPE_CHECKING:
-    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
-    from ...model.processing_mm_transformer import MMTransformerProcessor
 
 
 SHARES = tuple(i / 10 for i in range(10))
@@ -51,8 +48,8 @@ def _area(shares: Sequence[float], curves: np.ndarray) -> float:
 
 
 def faithfulness(
-    model: "MMTransformerForMultiTask",
-    processor: "MMTransformerProcessor",
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
     rows: Sequence[Any],
     task: str,
     method: str = "chefer",
@@ -114,7 +111,7 @@ def faithfulness(
 
 @torch.no_grad()
 def _probabilities(
-    model: "MMTransformerForMultiTask", kind: Any, inputs: dict[str, torch.Tensor], batch: list[Any]
+    model: MMTransformerForMultiTask, kind: Any, inputs: dict[str, torch.Tensor], batch: list[Any]
 ) -> np.ndarray:
     with evaluation_mode(model):
         logits = model(**inputs).logits[kind.name].float()

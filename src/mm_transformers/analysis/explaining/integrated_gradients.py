@@ -1,20 +1,17 @@
 """Integrated gradients, through captum: a reference without attention."""
 
-from typing import TYPE_CHECKING, Optional
+from typing import Optional
 
 import torch
 
 from ...model.fusion_base import Stream
 from ...model.modalities import OTHER_ENCODERS, own_encoders
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+from ...model.processing_mm_transformer import MMTransformerProcessor
 from .questions import Asked, Question
 from .recording import Seen, embeddings_of_first_call, through_frozen_encoders, word_embeddings
 from .shares import blank_text
 from .token_places import patch_grid, sums_over_parts, sums_over_patches
-
-
-if TYPE_CHECKING:
-    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
-    from ...model.processing_mm_transformer import MMTransformerProcessor
 
 
 # The number of points on the path: more, if the sum misses the difference of the scores by more than this share.
@@ -24,8 +21,8 @@ _SOUNDS = ("input_values", "input_features")
 
 
 def integrated_gradients(
-    model: "MMTransformerForMultiTask",
-    processor: "MMTransformerProcessor",
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
     inputs: dict[str, torch.Tensor],
     question: Question,
     asked: Asked,
@@ -93,8 +90,8 @@ class _Row:
 
     def __init__(
         self,
-        model: "MMTransformerForMultiTask",
-        processor: "MMTransformerProcessor",
+        model: MMTransformerForMultiTask,
+        processor: MMTransformerProcessor,
         inputs: dict[str, torch.Tensor],
         question: Question,
         asked: Asked,
@@ -151,7 +148,7 @@ class _Row:
         return asked.scores
 
 
-def _over_patches(model: "MMTransformerForMultiTask", seen: Seen, pixels: torch.Tensor) -> torch.Tensor:
+def _over_patches(model: MMTransformerForMultiTask, seen: Seen, pixels: torch.Tensor) -> torch.Tensor:
     """(height, width) of pixels -> (tokens,): the sum over each patch, 0 for tokens that are no patches."""
     num_tokens = seen.num_tokens["vision"]
     shape = seen.maps.get("vision") or patch_grid(model.config.vision_config, num_tokens, *pixels.shape)
@@ -159,7 +156,7 @@ def _over_patches(model: "MMTransformerForMultiTask", seen: Seen, pixels: torch.
     return torch.nn.functional.pad(sums, (num_tokens - len(sums), 0))
 
 
-def _over_clip(model: "MMTransformerForMultiTask", seen: Seen, values: torch.Tensor, num_heard: int) -> torch.Tensor:
+def _over_clip(model: MMTransformerForMultiTask, seen: Seen, values: torch.Tensor, num_heard: int) -> torch.Tensor:
     """
     (samples,), or (features, frames), of a clip -> (tokens,): the sum over the part of each token.
 

@@ -1,20 +1,15 @@
 """The answer to explain, and its score."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ...model.generation import writing_tasks
-from ...model.modeling_mm_transformer import MMTransformerModelOutput
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
+from ...model.processing_mm_transformer import MMTransformerProcessor
 from ...model.task_base import LabelContext
 from ...model.task_token_classification import split_words
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
-    from ...model.processing_mm_transformer import MMTransformerProcessor
 
 
 class Asked(NamedTuple):
@@ -50,8 +45,8 @@ class Question(NamedTuple):
 
     def ask(
         self,
-        model: "MMTransformerForMultiTask",
-        processor: "MMTransformerProcessor",
+        model: MMTransformerForMultiTask,
+        processor: MMTransformerProcessor,
         outputs: MMTransformerModelOutput,
         texts: list[str],
         word_index: Optional[torch.Tensor],
@@ -97,8 +92,8 @@ class Question(NamedTuple):
 
     def _ask_written(
         self,
-        model: "MMTransformerForMultiTask",
-        processor: "MMTransformerProcessor",
+        model: MMTransformerForMultiTask,
+        processor: MMTransformerProcessor,
         outputs: MMTransformerModelOutput,
         answers: list[Any],
         first_row: int,
@@ -123,7 +118,7 @@ class Question(NamedTuple):
         return Asked(scores, answers, words)
 
     def _written_word(
-        self, tokenizer: "PreTrainedTokenizerBase", row: int, ids: list[int], answer: str
+        self, tokenizer: PreTrainedTokenizerBase, row: int, ids: list[int], answer: str
     ) -> tuple[list[int], str]:
         # The number of words after a token gives the word of the token.
         counts = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True).split()) for i in range(len(ids))]

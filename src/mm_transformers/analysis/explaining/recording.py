@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -14,11 +14,9 @@ from ...model.encoder_classes import as_tokens
 from ...model.fusion_base import AttentionStep
 from ...model.linear_probe import LinearProbe
 from ...model.modalities import ENCODERS
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.token_reduction import Resampler, TokenMerging
 
-
-if TYPE_CHECKING:
-    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 # What `register_forward_hook` takes.
@@ -68,7 +66,7 @@ class Seen:
 
 
 @contextmanager
-def watched(model: "MMTransformerForMultiTask") -> Iterator[Seen]:
+def watched(model: MMTransformerForMultiTask) -> Iterator[Seen]:
     """
     Records the next forward pass of the model ([`MMTransformerForMultiTask`], in evaluation mode) within the block.
 
@@ -107,7 +105,7 @@ def watched(model: "MMTransformerForMultiTask") -> Iterator[Seen]:
 
 
 @contextmanager
-def through_frozen_encoders(model: "MMTransformerForMultiTask") -> Iterator[None]:
+def through_frozen_encoders(model: MMTransformerForMultiTask) -> Iterator[None]:
     """Within the block, gradients also go through frozen encoders, which otherwise run without."""
     fused, before = model.model, model.model._frozen_encoders
     fused._frozen_encoders = []
@@ -139,13 +137,13 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation_internal = implementation
 
 
-def word_embeddings(model: "MMTransformerForMultiTask") -> nn.Module:
+def word_embeddings(model: MMTransformerForMultiTask) -> nn.Module:
     """The layer that the text encoder calls; `get_input_embeddings` of an encoder-decoder may return another."""
     return model.model.encoder("text").get_input_embeddings()
 
 
 @contextmanager
-def embeddings_of_first_call(model: "MMTransformerForMultiTask", embeddings: torch.Tensor) -> Iterator[None]:
+def embeddings_of_first_call(model: MMTransformerForMultiTask, embeddings: torch.Tensor) -> Iterator[None]:
     """
     Replaces the word embeddings of the text encoder within the block, since not every encoder takes embeddings.
 

@@ -1,21 +1,17 @@
 """The share of each modality in an answer, measured on the model, independent of the method of explanation."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ...model.fusion_base import Stream
 from ...model.modalities import own_encoders
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+from ...model.processing_mm_transformer import MMTransformerProcessor
 from ..ablation.contributions import shapley_values
 from .questions import Asked, Question
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
-    from ...model.processing_mm_transformer import MMTransformerProcessor
 
 
 # Smaller changes of the score, relative to it, count as rounding.
@@ -25,8 +21,8 @@ _LEVELS = (0.0, -1.0, 1.0)
 
 
 def shares_of_modalities(
-    model: "MMTransformerForMultiTask",
-    processor: "MMTransformerProcessor",
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
     inputs: Mapping[str, torch.Tensor],
     encoded: Mapping[str, Stream],
     question: Question,
@@ -81,7 +77,7 @@ def shares_of_modalities(
     ]
 
 
-def blank_text(tokenizer: "PreTrainedTokenizerBase", ids: torch.Tensor) -> torch.Tensor:
+def blank_text(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> torch.Tensor:
     """Ids with padding instead of all words, unknown ones too; other special tokens stay."""
     words = {tokenizer.unk_token_id, tokenizer.mask_token_id}
     kept = [i for i in tokenizer.all_special_ids if i not in words]
@@ -90,8 +86,8 @@ def blank_text(tokenizer: "PreTrainedTokenizerBase", ids: torch.Tensor) -> torch
 
 
 def _blank_rows(
-    model: "MMTransformerForMultiTask",
-    processor: "MMTransformerProcessor",
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
     inputs: Mapping[str, torch.Tensor],
     level: float = 0.0,
 ) -> dict[str, Stream]:

@@ -1,22 +1,19 @@
 """Finds the places of tokens in the text, the pictures and the sound."""
 
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...model.text_tokens import needed_text, tokenize
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 # The marks of tokenizers without offsets for a space, or for a later piece of a word.
 _MARKS = ("▁", "Ġ", "##", "</w>", "@@")
 
 
-def token_spans(tokenizer: "PreTrainedTokenizerBase", text: str, ids: list[int]) -> list[tuple[int, int]]:
+def token_spans(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[tuple[int, int]]:
     """
     Start and end in the text of each token; equal for tokens outside the text, such as special tokens.
 
@@ -52,7 +49,7 @@ def _without_spaces(text: str, start: int, end: int) -> tuple[int, int]:
     return start, end
 
 
-def patch_grid(config: "PreTrainedConfig", num_tokens: int, height: int, width: int) -> tuple[int, int]:
+def patch_grid(config: PreTrainedConfig, num_tokens: int, height: int, width: int) -> tuple[int, int]:
     """
     (rows, columns) of the patches of a picture of height x width pixels, for a vision encoder and its number of tokens.
 
@@ -81,7 +78,7 @@ def patch_grid(config: "PreTrainedConfig", num_tokens: int, height: int, width: 
     )
 
 
-def sums_over_patches(config: "PreTrainedConfig", pixels: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def sums_over_patches(config: PreTrainedConfig, pixels: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """
     (height, width) of pixels -> (rows, columns): the sum over each patch of a grid, from [`patch_grid`].
 
@@ -105,7 +102,7 @@ def sums_over_parts(values: torch.Tensor, num_parts: int, size: Optional[int] = 
     return sums.index_add(-1, parts.clamp(max=num_parts - 1), values)
 
 
-def _patch_size(config: "PreTrainedConfig") -> Optional[int]:
+def _patch_size(config: PreTrainedConfig) -> Optional[int]:
     size = getattr(config, "patch_size", None)
     return size if isinstance(size, int) else None
 
@@ -145,7 +142,7 @@ def spread_over_pixels(
     return pixels
 
 
-def over_time(config: "PreTrainedConfig", relevance: np.ndarray) -> np.ndarray:
+def over_time(config: PreTrainedConfig, relevance: np.ndarray) -> np.ndarray:
     """The relevance of an audio encoder's tokens in the order of time, one value per step."""
     if config.model_type != "audio-spectrogram-transformer":
         return relevance

@@ -1,17 +1,14 @@
 """Rows with the answers of a model and their losses."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 from accelerate.utils import send_to_device
 
 from ...data.collator import MMDataCollator
 from ...model.label_cells import is_missing
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.predictions import Predictions
-
-
-if TYPE_CHECKING:
-    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 
 
 class Answered(NamedTuple):
@@ -36,7 +33,7 @@ class Answered(NamedTuple):
 
 
 def answers_to(
-    model: "MMTransformerForMultiTask", collator: MMDataCollator, rows: Sequence[Mapping[str, Any]], batch_size: int
+    model: MMTransformerForMultiTask, collator: MMDataCollator, rows: Sequence[Mapping[str, Any]], batch_size: int
 ) -> Iterator[list[Answered]]:
     """
     All answers of heads, batch by batch; for tasks that write, the likelihood of the label.
@@ -50,7 +47,7 @@ def answers_to(
 
 
 def _answer_batch(
-    model: "MMTransformerForMultiTask", collator: MMDataCollator, numbers: Sequence[int], rows: list[Mapping[str, Any]]
+    model: MMTransformerForMultiTask, collator: MMDataCollator, numbers: Sequence[int], rows: list[Mapping[str, Any]]
 ) -> list[Answered]:
     batch = send_to_device(collator(rows), model.device)
     labels = batch.pop("labels")

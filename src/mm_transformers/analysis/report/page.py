@@ -5,7 +5,7 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import jinja2
 import numpy as np
@@ -15,7 +15,10 @@ from ...data.collator import MMDataCollator
 from ...data.sources import rows_of
 from ...model.answers import unwrapped
 from ...model.modalities import MODALITIES
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+from ...model.processing_mm_transformer import MMTransformerProcessor
 from ...model.safe_writing import write_atomically
+from ...model.task_base import Task
 from ...training.linear_start.study import DoubtfulLabel
 from ...training.linear_start.verdict import Verdict
 from ..ablation.results import Ablation
@@ -26,20 +29,14 @@ from ..explaining.html import colored_words, heat_map_url, picture_url, sound_co
 from .answered_rows import Answered, answers_to, confusion, most_confident_errors, worst
 
 
-if TYPE_CHECKING:
-    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
-    from ...model.processing_mm_transformer import MMTransformerProcessor
-    from ...model.task_base import Task
-
-
 # Doubtful labels of a task on the page.
 MOST_DOUBTFUL = 30
 
 
 def write_report(
     path: str | os.PathLike[str],
-    model: "MMTransformerForMultiTask",
-    processor: "MMTransformerProcessor",
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
     rows: Sequence[Mapping[str, Any]],
     tasks: Optional[Sequence[str]] = None,
     method: str = "chefer",
@@ -109,7 +106,7 @@ def write_report(
 
 
 def _section(
-    task: "Task", answers: list[Answered], draw: Callable[[Answered], "_Drawn"], num_examples: int, seed: int
+    task: Task, answers: list[Answered], draw: Callable[[Answered], "_Drawn"], num_examples: int, seed: int
 ) -> dict[str, Any]:
     labelled = [answered for answered in answers if answered.truth is not None]
     judged = [answered for answered in labelled if answered.is_right is not None]
@@ -145,8 +142,8 @@ class _Drawn:
 
     def __init__(
         self,
-        model: "MMTransformerForMultiTask",
-        processor: "MMTransformerProcessor",
+        model: MMTransformerForMultiTask,
+        processor: MMTransformerProcessor,
         collator: MMDataCollator,
         rows: Sequence[Mapping[str, Any]],
         method: str,

@@ -3,22 +3,19 @@
 import os
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import huggingface_hub
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
+from ...model.configuration_mm_transformer import MMTransformerConfig
 from ...model.messages import one_line
 from ...model.safe_writing import leads_outside, write_text_atomically
 from .facts import CardFacts, Measurement, TrainedModel, measurements_of, training_of
 from .manual_edits import add_memory, fingerprint, join_sections, merge, split_sections, take_memory
 from .metadata import entries_in, entries_of, to_card_data
 from .sections import base_model_of, sections_of
-
-
-if TYPE_CHECKING:
-    from ...model.configuration_mm_transformer import MMTransformerConfig
 
 
 CARD_NAME = "README.md"
@@ -105,7 +102,7 @@ def write_trainer_card(
     return write_card(folder, facts)
 
 
-def licenses_of(config: "MMTransformerConfig") -> dict[str, str]:
+def licenses_of(config: MMTransformerConfig) -> dict[str, str]:
     """Hub id of an encoder -> its license; empty if the Hub cannot be reached."""
     parts = [getattr(config, f"{name}_config", None) for name in ("text", "vision", "audio")]
     sources = {base_model_of(part) for part in parts if part is not None} - {""}

@@ -3,20 +3,16 @@
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Optional, Protocol
+from typing import Any, Optional, Protocol
 
 import torch
 import transformers
+from accelerate import Accelerator
+from transformers import TrainerState, TrainingArguments
 
+from ...model.configuration_mm_transformer import MMTransformerConfig
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.tasks import Task
-
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from transformers import TrainerState, TrainingArguments
-
-    from ...model.configuration_mm_transformer import MMTransformerConfig
-    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 
 
 @dataclass
@@ -69,7 +65,7 @@ class CardFacts:
     """
 
     name: str
-    config: "MMTransformerConfig"
+    config: MMTransformerConfig
     measurements: list[Measurement] = field(default_factory=list)
     training: Optional[Training] = None
     ablation: Optional[str] = None
@@ -82,14 +78,14 @@ class CardFacts:
 class TrainedModel(Protocol):
     """The part of [`MMTrainer`] that a card needs."""
 
-    args: "TrainingArguments"
-    state: "TrainerState"
-    accelerator: "Accelerator"
+    args: TrainingArguments
+    state: TrainerState
+    accelerator: Accelerator
     model: Any
     refitted: Optional[str]
 
     @property
-    def fused_model(self) -> "MMTransformerForMultiTask": ...
+    def fused_model(self) -> MMTransformerForMultiTask: ...
 
 
 def measurements_of(trainer: TrainedModel) -> list[Measurement]:

@@ -3,17 +3,15 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...data.markdown import plain_markdown
+from ...model.configuration_mm_transformer import MMTransformerConfig
+from ...model.messages import listed
 from ...model.modalities import modalities_of
 from ...model.table_kinds import column_of
 from ...model.tasks import Task
 from .facts import CardFacts
-
-
-if TYPE_CHECKING:
-    from ...model.configuration_mm_transformer import MMTransformerConfig
 
 
 def sections_of(facts: CardFacts) -> dict[str, str]:
@@ -48,10 +46,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _introduction(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
     inputs = ["text", *(" or ".join(part.nouns for part in modalities_of(name)) for name in facts.config.modalities)]
-    joined = inputs[0] if len(inputs) == 1 else f"{', '.join(inputs[:-1])} and {inputs[-1]}"
     size = f", {facts.num_parameters / 1e6:,.1f} million parameters" if facts.num_parameters else ""
     return (
-        f"# {plain_markdown(facts.name.rpartition('/')[2])}\n\nA model that reads {joined} and answers "
+        f"# {plain_markdown(facts.name.rpartition('/')[2])}\n\nA model that reads {listed(inputs)} and answers "
         f"{len(tasks)} task{'s' if len(tasks) > 1 else ''}: {', '.join(tasks)}. "
         f"{plain_markdown(facts.config.fusion_type.replace('_', '-'))} fusion{size}; made with mm_transformers."
     )
@@ -140,7 +137,7 @@ def _limits(facts: CardFacts) -> str:
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)?")
 
 
-def base_model_of(config: "MMTransformerConfig") -> str:
+def base_model_of(config: MMTransformerConfig) -> str:
     """The Hub id of an encoder, "" if it has none."""
     name = str(getattr(config, "_name_or_path", "") or "")
     return name if _HUB_ID.fullmatch(name) else ""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
@@ -11,14 +11,11 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ...model.messages import and_more
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.new_heads import check_same_heads
 from ...model.task_base import Task
 from .folders import check_checkpoint, newest_complete_checkpoint, tidy
 from .running_losses import tasks_in
-
-
-if TYPE_CHECKING:
-    from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 
 
 logger = logging.get_logger(__name__)
@@ -71,7 +68,7 @@ def checkpoint_to_resume(
     return checkpoint
 
 
-def check_same_weights(load_result: Any, model: "MMTransformerForMultiTask") -> None:
+def check_same_weights(load_result: Any, model: MMTransformerForMultiTask) -> None:
     """
     Checks that a checkpoint has exactly the weights of the model.
 

@@ -144,13 +144,13 @@ def start_probes(trainer: StartedTrainer) -> Start:
     study, also = trainer.study, {}
     if study is not None and study.rows is not None and (more := _map_style(study.rows, trainer)) is not None:
         also = reader.read(more, "linear start: further rows", with_groups=False)
-    found: list[Any] = [None, None]
+    found: list[Any] = [None, {}, {}]
     if trainer.args.process_index == 0:
-        found = [_solved(fused.tasks, reader.probes, train, known, also, study), study]
-    found = broadcast_object_list(found)
-    start: Start = found[0]
+        start = _solved(fused.tasks, reader.probes, train, known, also, study)
+        found = [start, *((study.verdicts, study.doubtful) if study is not None else ({}, {}))]
+    start, verdicts, doubtful = broadcast_object_list(found)
     if study is not None:
-        study.verdicts, study.doubtful = found[1].verdicts, found[1].doubtful
+        study.verdicts, study.doubtful = verdicts, doubtful
     for name, model in start.models.items():
         for probe in waiting[name]:
             with torch.no_grad():

@@ -1,7 +1,7 @@
 """Mismatched pairs for the evaluation of tasks that judge pairs, independent of batches and processes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,10 +13,7 @@ from ...data.collator import MMDataCollator
 from ...data.sources import is_iterable
 from ...model.modalities import modalities_of
 from ...model.pairs import Pairs, PairTask
-
-
-if TYPE_CHECKING:
-    from ...model.task_base import Task
+from ...model.task_base import Task
 
 
 logger = logging.get_logger(__name__)
@@ -173,7 +170,7 @@ class WithMismatches:
 
     def __init__(
         self,
-        tasks: Sequence["Task"],
+        tasks: Sequence[Task],
         rows: Any,
         collator: MMDataCollator,
         answer: Callable[[MismatchedRows], dict[str, np.ndarray]],

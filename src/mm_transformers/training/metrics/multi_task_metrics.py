@@ -4,7 +4,7 @@ import copy
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Optional
+from typing import Any, ClassVar, Optional
 
 import datasets
 import evaluate
@@ -14,14 +14,11 @@ from sklearn import metrics as sklearn_metrics
 from transformers import EvalPrediction
 from transformers.utils import logging
 
+from ...model.configuration_mm_transformer import MMTransformerConfig
+from ...model.processing_mm_transformer import MMTransformerProcessor
+from ...model.tasks import Task
 from .retrieval_metrics import RetrievalRecall
 from .text_metrics import Bleu, ChrF, ExactMatch, RougeL, TextMetric
-
-
-if TYPE_CHECKING:
-    from ...model.configuration_mm_transformer import MMTransformerConfig
-    from ...model.processing_mm_transformer import MMTransformerProcessor
-    from ...model.tasks import Task
 
 
 logger = logging.get_logger(__name__)
@@ -200,12 +197,12 @@ def task_of_metric(metric: str, tasks: Iterable[str]) -> str | None:
     return max((task for task in tasks if metric.startswith(f"{task}_")), key=len, default=None)
 
 
-def default_names(task: "Task") -> list[str]:
+def default_names(task: Task) -> list[str]:
     """The names of the results of a task's default metrics, without the name of the task."""
     return [name for metric in task.default_metrics for name in METRICS[metric].names()]
 
 
-def headline(task: "Task", logits: torch.Tensor, labels: torch.Tensor) -> tuple[str, float]:
+def headline(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> tuple[str, float]:
     """
     The name and the value of a task's first metric.
 
@@ -250,8 +247,8 @@ class MultiTaskMetrics:
 
     def __init__(
         self,
-        config: "MMTransformerConfig",
-        processor: Optional["MMTransformerProcessor"] = None,
+        config: MMTransformerConfig,
+        processor: Optional[MMTransformerProcessor] = None,
         metrics: Mapping[str, Sequence[str | evaluate.Metric]] | None = None,
     ):
         metrics = metrics or {}
@@ -373,7 +370,7 @@ class WithLosses:
         own (*optional*): The other one.
     """
 
-    def __init__(self, config: "MMTransformerConfig", own: Callable[[EvalPrediction], dict[str, float]] | None = None):
+    def __init__(self, config: MMTransformerConfig, own: Callable[[EvalPrediction], dict[str, float]] | None = None):
         self.losses = MultiTaskMetrics(config, metrics=dict.fromkeys(config.get_tasks(), ()))
         self.own = own
 
