@@ -326,6 +326,12 @@ class TestBadImages:
         batch = collator([{"text": "", "image": [b"nonsense", make_image()]}])
         assert batch["image_index"].tolist() == [[0]]
 
+    @pytest.mark.parametrize("name", ["max_length", "pad_to_multiple_of"])
+    def test_lengths_are_at_least_one(self, name):
+        make_collator(**{name: 1})
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, but is 0"):
+            make_collator(**{name: 0})
+
     def test_other_choices(self):
         with pytest.raises(ValueError, match=r"on_bad_file must be 'raise' or 'drop', but is 'skip'\."):
             make_collator(on_bad_file="skip")

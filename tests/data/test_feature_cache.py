@@ -42,6 +42,7 @@ from mm_transformers import (
 )
 from mm_transformers.data import feature_store
 from mm_transformers.data.feature_keys import hash_of_encoder
+from mm_transformers.data.feature_reading import CachedItem, _images
 
 
 TOPIC = Classification("topic", labels=["animals", "food", "travel"])
@@ -780,3 +781,14 @@ def test_hashing_weights_takes_about_a_second_for_a_vit_b():
     start_time = time.perf_counter()
     hash_of_encoder(encoder, None, torch.float32)
     assert time.perf_counter() - start_time < 0.5
+
+
+def test_images_of_a_batch_that_are_not_equally_long_are_told():
+    items = [[CachedItem(b"a", torch.ones(5, 8))], [CachedItem(b"b", torch.zeros(3, 8)), CachedItem(b"a", None)]]
+    with pytest.raises(ValueError, match="images of a batch have 3 to 5 tokens, but must have"):
+        _images([items[0], items[1][:1]], ["row 0", "row 1"])
+    with pytest.raises(ValueError, match="row 1"):
+        _images(items, ["row 0", "row 1"])
+    batch = _images([items[0], [], items[0] * 2], ["row 0", "row 1", "row 2"])
+    assert batch["image_index"].tolist() == [[0, -1], [-1, -1], [0, 0]]
+    assert batch["image_features"].shape == (1, 5, 8), "an image that rows share is there once"

@@ -1,6 +1,7 @@
 """Rows of files, and labels as files store them."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from mm_transformers.data.files import check_writable
 from mm_transformers.data.labels import check_labels, prepare_labels
 from mm_transformers.data.loading import first_rows, load_files
-from mm_transformers.data.tables import TableRows
+from mm_transformers.data.tables import TableRows, table_writer
 from mm_transformers.model.label_cells import infer_labels
 from mm_transformers.model.safe_writing import write_atomically
 from mm_transformers.model.tasks import task_from_dict
@@ -234,3 +235,13 @@ def test_texts_and_numbers_in_one_column_of_json_become_texts(tmp_path):
         assert [row["title"] for row in TableRows(path)] == expected
         assert TableRows(path).schema.field("title").type == pyarrow.string()
         assert load_files({"train": str(path)}, (), cache_dir=str(tmp_path / "cache"))["train"]["title"][:] == expected
+
+
+def test_the_columns_of_csv_are_written_once_before_the_first_row():
+    file = io.BytesIO()
+    writer = table_writer(file, ".csv", {})
+    writer.write([])
+    writer.write([{"text": "a, b", "=price": 1}])
+    writer.write([{"text": "=1", "=price": None}, {"text": "c", "=price": 2}])
+    rows = list(csv.reader(io.StringIO(file.getvalue().decode(), newline="")))
+    assert rows == [["text", "'=price"], ["a, b", "1"], ["'=1", ""], ["c", "2"]]

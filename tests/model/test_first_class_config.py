@@ -227,3 +227,9 @@ def test_processor_and_config_agree_on_what_they_are(tmp_path):
     config = make_config(vision=None)
     config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).modalities == []
+
+
+def test_messages_about_huge_values_are_cut():
+    with pytest.raises(ValueError, match=r"^Unknown task kind 'kkk") as error:
+        MMTransformerConfig.from_dict({**make_config().to_dict(), "tasks": [{"kind": "k" * 4000, "name": "a"}]})
+    assert 900 < len(str(error.value)) < 1010

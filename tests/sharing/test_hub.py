@@ -196,6 +196,7 @@ def test_what_was_pushed(hub, pushed):
     assert "bob/dogs" in message
 
 
+@pytest.mark.slow
 def test_the_weights_on_the_hub_are_those_that_were_pushed(hub, pushed):
     first, second = (
         load_file(hub.content(hub.files("ada/dogs", pushed[name])["model.safetensors"]["sha256"]))
@@ -284,6 +285,7 @@ def test_pull_in_a_fresh_process(hub, pushed, pulled):
     assert pulled["text-classification"][0]["label"] in ("animals", "food", "travel")
 
 
+@pytest.mark.slow
 def test_a_data_set(pulled):
     assert pulled["rows"] == [["a red dog", "rain"], ["animals", None], [[20, 30], None]]
     assert pulled["rows piped"][0]["topic"] == pytest.approx(pulled["pipe"]["topic"])

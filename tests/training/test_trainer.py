@@ -1,6 +1,7 @@
 """Training by MMTrainer and by the plain Trainer."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -632,3 +633,39 @@ def png(image) -> dict:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
+
+
+def test_only_evaluation_before_training_is_refused_in_several_processes(tmp_path, monkeypatch):
+    data = make_dataset(4)
+
+    def make_trainer(name):
+        made = MMTrainer(
+            make_model(), make_args(tmp_path / name, max_steps=1), processing_class=make_processor(),
+            train_dataset=data, eval_dataset=data,
+        )  # fmt: skip
+        made.is_fsdp_enabled = True  # whose models accelerate prepares again
+        return made
+
+    trained, evaluated = make_trainer("trained"), make_trainer("evaluated")
+    trained.is_fsdp_enabled = False
+    trained.train()
+    trained.is_fsdp_enabled = True
+    for trainer in (trained, evaluated):
+        trainer.evaluate()
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    trained._begin_training()
+    with pytest.raises(ValueError, match="has evaluated before training"):
+        evaluated._begin_training()
+
+
+def test_adapters_are_loaded_into_the_model_that_is_given_or_that_of_the_trainer(tmp_path, monkeypatch):
+    module, loaded = sys.modules["mm_transformers.training.trainer"], []
+    monkeypatch.setattr(module, "has_own_adapters", lambda model: True)
+    monkeypatch.setattr(module, "load_adapters", lambda model, folder: loaded.append((model, folder)))
+    trainer = MMTrainer(
+        make_model(), make_args(tmp_path), processing_class=make_processor(), train_dataset=make_dataset(4)
+    )
+    other = make_model()
+    trainer._load_from_checkpoint("a")
+    trainer._load_from_checkpoint("b", other)
+    assert loaded == [(trainer.model, "a"), (other, "b")]
