@@ -526,6 +526,18 @@ def test_pipeline_names_the_row(row, message):
     assert str(error.value) == message
 
 
+def test_pipeline_reads_the_names_of_a_data_set():
+    import datasets
+
+    features = datasets.Features({"brand": datasets.ClassLabel(names=["zeta", "acme"])})
+    data = datasets.Dataset.from_list([{"brand": 0}, {"brand": 1}], features=features)
+    pipe = pipeline("multimodal", model=make_model(), processor=PROCESSOR)
+    expected = pipe([{"brand": "zeta"}, {"brand": "acme"}])
+    assert list(pipe(data)) == expected
+    assert list(pipe(data.to_iterable_dataset())) == expected
+    assert expected[0] != expected[1]
+
+
 def test_collator_reads_the_columns():
     collator = MMDataCollator(PROCESSOR, make_model().config)
     batch = collator([{"text": "a", **CELLS, "topic": "a"}, {"text": None, "price": 3.0}, {"text": "c", "price": None}])

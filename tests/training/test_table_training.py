@@ -189,7 +189,7 @@ def test_a_saved_model_of_a_table_alone(tmp_path):
     explanation = explain(model, processor, {"price": 3.0, "brand": "acme"})
     assert [column.name for column in explanation.columns] == ["price", "brand"]
     assert explanation.rests_on == "table 100%"
-    with pytest.raises(ValueError, match="^The model reads table alone"):
+    with pytest.raises(ValueError, match="^The model reads only table"):
         ablate(model, processor, rows)
 
 

@@ -114,6 +114,7 @@ class MultimodalPipeline(Pipeline):
             num_workers = min(num_workers, 1)
         # An unknown key is an error in a row made by hand; a table may have any columns.
         is_table = hasattr(inputs.rows, "column_names")
+        inputs.names = _names_of_values(inputs.rows, self.processor.table_columns)
         names = forward_params.get("tasks") or list(self.model.tasks)
         read = functools.partial(
             read_rows,
@@ -258,23 +259,37 @@ def _with_words(answers: list[dict[str, Any]], text: str) -> list[dict[str, Any]
     ]
 
 
+def _names_of_values(rows: Any, columns: Sequence[str]) -> dict[str, list[str]]:
+    """Column of categories -> the names of its ids, if the data set has a `ClassLabel` there."""
+    features = getattr(rows, "features", None) or {}
+    return {column: list(features[column].names) for column in columns if hasattr(features.get(column), "names")}
+
+
+def _with_names(row: Any, names: dict[str, list[str]]) -> Any:
+    """The row with names instead of ids; the id -1 is a missing value."""
+    ids = {column: row[column] for column in names if type(row.get(column)) is int} if names else {}
+    return {**row, **{column: names[column][i] if i >= 0 else None for column, i in ids.items()}} if ids else row
+
+
 class _NumberedRows(Dataset):
     def __init__(self, rows: Any):
         self.rows = rows
+        self.names: dict[str, list[str]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> tuple[int, Any]:
-        return number, self.rows[number]
+        return number, _with_names(self.rows[number], self.names)
 
 
 class _NumberedStream(IterableDataset):
     def __init__(self, rows: Iterable[Any]):
         self.rows = rows
+        self.names: dict[str, list[str]] = {}
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        return enumerate(self.rows)
+        return ((number, _with_names(row, self.names)) for number, row in enumerate(self.rows))
 
 
 __all__ = ["MultimodalPipeline"]

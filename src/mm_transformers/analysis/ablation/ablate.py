@@ -103,7 +103,7 @@ def ablate(
     model = unwrapped(model)
     modalities = [*(["text"] if model.config.reads_text else []), *model.config.modalities]
     if len(modalities) < 2:
-        raise ValueError(f"The model reads {modalities[0]} alone, so there is no modality to leave out.")
+        raise ValueError(f"The model reads only {modalities[0]}, so there is no modality to leave out.")
     if len(rows) == 0:
         raise ValueError("There are no rows to score the model on.")
     num_additive_rows = num_additive_rows if model.config.reads_text else 0
