@@ -30,6 +30,7 @@ from mm_transformers.model.label_cells import is_missing
 from mm_transformers.model.limits import limits
 from mm_transformers.model.linear_problem import BinaryProblem, MultinomialProblem, RidgeProblem
 from mm_transformers.model.predictions import Predictions
+from mm_transformers.model.table_kinds import COLUMNS
 from mm_transformers.model.task_base import TASK_KINDS, PooledHead
 from mm_transformers.training.metrics.multi_task_metrics import METRICS
 
@@ -44,6 +45,7 @@ TINY = {
     "distilbert/distilbert-base-uncased": "encoders/text",
     "google/vit-base-patch16-224-in21k": "encoders/vision",
     "from transformers import BertConfig, ViTConfig": "pass",
+    "my-text-encoder": "encoders/text",
 }
 
 
@@ -78,6 +80,8 @@ def folder(tmp_path_factory):
     make_processor().save_pretrained(folder / "my-model")
     make_image(1).save(folder / "rain.jpg")
     make_image(2).save(folder / "dog.png")
+    listings = [f"{thing} number {i},{1900 + i},{thing}s,{i * 7}.5" for i in range(30) for thing in ("chair", "lamp")]
+    (folder / "listings.csv").write_text("title,year,category,price\n" + "\n".join(listings))
     (folder / "rows.csv").write_text("id,text,photo\n1,a red dog,dog.png\n2,the cat,\n")
     return folder
 
@@ -119,12 +123,12 @@ def test_the_example_runs(name, folder, monkeypatch):
     text = EXAMPLES[name]
     for old, new in TINY.items():
         text = text.replace(old, new)
-    kinds = dict(TASK_KINDS), dict(FUSION_KINDS)
+    kinds = dict(TASK_KINDS), dict(FUSION_KINDS), dict(COLUMNS)
     names = names_of_examples(folder)
     try:
         for example in doctest.DocTestParser().get_examples(text):
             exec(compile(example.source, f"<example of {name}>", "single"), names)
     finally:
-        for registry_of, before in zip((TASK_KINDS, FUSION_KINDS), kinds, strict=True):
+        for registry_of, before in zip((TASK_KINDS, FUSION_KINDS, COLUMNS), kinds, strict=True):
             registry_of.clear()
             registry_of.update(before)

@@ -54,6 +54,14 @@ class FitResult:
             text alone and the majority.
         doubtful (`dict[str, list[DoubtfulLabel]]`): Task -> labels of training rows that may be wrong.
         seconds (`float`): How long it took.
+
+    Example:
+
+    ```python
+    >>> result = fit("listings.csv", ["category"], "my-listings", text="my-text-encoder", training={"max_steps": 1})
+    >>> result.predict([{"title": "Old chair", "year": 1962}])[0]["category"]["label"] in ("chairs", "lamps")
+    True
+    ```
     """
 
     output: Path
