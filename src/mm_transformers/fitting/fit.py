@@ -153,7 +153,7 @@ def fit(
     Example:
 
     ```python
-    >>> result = fit("listings.csv", ["category", "price"], "my-model", text="my-text-encoder")
+    >>> result = fit("listings.csv", ["category", "price"], "listings-model", text="my-text-encoder")
     >>> result.predict([{"title": "Old chair", "year": 1962}])
     ```
     """
