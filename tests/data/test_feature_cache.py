@@ -792,3 +792,6 @@ def test_images_of_a_batch_that_are_not_equally_long_are_told():
     batch = _images([items[0], [], items[0] * 2], ["row 0", "row 1", "row 2"])
     assert batch["image_index"].tolist() == [[0, -1], [-1, -1], [0, 0]]
     assert batch["image_features"].shape == (1, 5, 8), "an image that rows share is there once"
+    assert "frame_index" not in batch
+    batch = _images([[CachedItem(b"v", torch.ones(2, 5, 8))], items[0]], ["row 0", "row 1"])
+    assert batch["frame_index"].tolist() == [[0, 1], [-1, -1]]

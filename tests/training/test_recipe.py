@@ -244,3 +244,9 @@ def test_the_trainer_is_what_the_recipe_says(tmp_path):
     weights = [t.model.heads.topic.head.dense.weight for t in (trainer, twin, other)]
     assert weights[0].equal(weights[1])
     assert not weights[0].equal(weights[2])
+
+
+def test_yaml_may_be_nested_fifty_levels_deep():
+    assert parse_yaml("[" * 50 + "]" * 50)
+    with pytest.raises((ValueError, yaml.YAMLError), match="nested more than 50 levels deep"):
+        parse_yaml("[" * 51 + "]" * 51)
