@@ -126,9 +126,16 @@ def test_targets_are_no_inputs():
 )  # fmt: skip
 def test_targets(cells, task, reason, separator):
     found = target(datasets.Dataset.from_dict({"some (target)": cells}), "some (target)")
-    assert found.task == {"name": "some_target", "kind": task, "column": "some (target)"}
+    scale = {"scale": 11.5} if cells[1] == "1" else {"scale": 5.77} if task == "regression" else {}
+    assert found.task == {"name": "some_target", "kind": task, "column": "some (target)", **scale}
     assert (found.reason, found.separator) == (reason, separator)
     assert found.left_out == sum(cell is None for cell in cells)
+
+
+def test_labels_that_are_missing():
+    rows = datasets.Dataset.from_dict({"x": ["n/a", "?", None, *map(str, range(40))]})
+    assert target(rows, "x").left_out == 3
+    assert target(rows, "x").task == {"name": "x", "kind": "regression", "scale": 11.5}
 
 
 def test_targets_that_cannot_be_predicted():

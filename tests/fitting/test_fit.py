@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import datasets
 import numpy as np
@@ -18,6 +19,8 @@ from mm_transformers import Predictor, fit
 from mm_transformers.fitting import plan_fit
 from mm_transformers.fitting.encoder_choice import ENCODERS, choose_encoder
 from mm_transformers.fitting.time_limit import TimeLimit, epochs_within, seconds_per_row
+from mm_transformers.model.table_kinds import COLUMNS
+from mm_transformers.model.tasks import TASK_KINDS
 from mm_transformers.training.recipe import read_recipe
 
 
@@ -227,6 +230,7 @@ def test_given_splits_are_not_split_again(folder, encoders):
         ({"predict": "topic"}, "predict must be a list of columns, such as"),
         ({"predict": ["topic", "topic:regression"]}, "--predict names the column 'topic' twice."),
         ({"predict": ["nothing"]}, "--predict: the table has no column 'nothing'; its columns are 'id', 'title',"),
+        ({"predict": ["topic:classifcation"]}, "--predict topic:classifcation: 'classifcation' is no kind of task; "),
         ({"preset": "quick"}, "There is no preset 'quick'; the presets are fast, balanced, best."),
         ({"group": "writer"}, "--group: the table has no column 'writer'"),
         ({"minutes": 0}, "minutes must be above 0, but is 0."),
@@ -317,6 +321,43 @@ def test_init_writes_the_recipe_alone(folder, encoders):
     assert recipe.columns.table == {"brand": "category", "sold": "date"}
     assert recipe.training["num_train_epochs"] == 20.0
     assert [task["kind"] for task in recipe.tasks] == ["classification", "regression"]
+
+
+def test_kinds_of_ones_own_on_the_command_line(folder, tmp_path, monkeypatch):
+    code = """
+from dataclasses import dataclass
+from mm_transformers import NumberColumn, Regression, register_column, register_task
+
+@register_task
+@dataclass
+class Percentile(Regression):
+    kind = "percentile"
+
+@register_column
+class Duration(NumberColumn):
+    kind = "duration"
+
+    def read(self, cell):
+        minutes, _, seconds = cell.partition(":")
+        return int(minutes) + int(seconds) / 60
+"""
+    (tmp_path / "my_kinds.py").write_text(code)
+    rows = [{"length": f"{i}:{i % 60:02}", "share": i / 60} for i in range(60)]
+    write_csv(tmp_path / "rows.csv", rows)
+    monkeypatch.chdir(tmp_path)
+    try:
+        output = mm(
+            "--import", "my_kinds", "init", "rows.csv", "--predict", "share:percentile", "--column", "length:duration",
+            "--output", "planned",
+        )  # fmt: skip
+    finally:
+        TASK_KINDS.pop("percentile", None)
+        COLUMNS.pop("duration", None)
+        sys.modules.pop("my_kinds", None)
+    assert "duration   length: you said so" in output
+    assert "predict    share (percentile): you said so" in output
+    wrong = mm("--import", "no_such_module", "init", "rows.csv", "--predict", "share", ok=False)
+    assert "--import no_such_module: No module named 'no_such_module'." in " ".join(wrong.split())
 
 
 @pytest.mark.slow

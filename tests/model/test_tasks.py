@@ -12,7 +12,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import make_batch, make_config, make_image, make_model, make_processor, make_tasks, make_tokenizer
+from tiny import (
+    TEXT_ENCODERS,
+    make_batch,
+    make_config,
+    make_image,
+    make_model,
+    make_processor,
+    make_tasks,
+    make_tokenizer,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
@@ -733,3 +742,53 @@ def test_the_score_of_a_written_answer_is_the_sum_over_its_tokens():
     torch.testing.assert_close(
         scores, torch.stack([logits[0, 1, 8], logits[1, 0, 3], logits[2, 0, 0] + logits[2, 1, 7]])
     )
+
+
+class TestScaleOfRegression:
+    def test_against_numbers_that_were_divided_beforehand(self):
+        torch.manual_seed(0)
+        logits, labels = torch.randn(7) * 100, torch.randn(7) * 100
+        labels[2] = float("nan")
+        scaled, plain = Regression("price", scale=50.0), Regression("price")
+        total, count = scaled.loss(logits, labels)
+        expected, _ = plain.loss(logits / 50, labels / 50)
+        assert count == 6
+        assert total == pytest.approx(float(expected), rel=1e-5)
+        # Answers, metrics and explanations are in the unit of the labels.
+        assert [answer["value"] for answer in scaled.decode(logits)] == logits.tolist()
+        for one, other in zip(
+            scaled.predictions_and_references(logits, labels), plain.predictions_and_references(logits, labels),
+            strict=True,
+        ):  # fmt: skip
+            assert torch.equal(one, other)
+
+    def test_the_head_is_scaled(self):
+        torch.manual_seed(0)
+        config = MMTransformerConfig(text_config=TEXT_ENCODERS["bert"](), tasks=[Regression("price", scale=50.0)])
+        model = MMTransformerForMultiTask(config).eval()
+        plain = MMTransformerForMultiTask(
+            MMTransformerConfig(text_config=TEXT_ENCODERS["bert"](), tasks=[Regression("price")])
+        ).eval()
+        plain.load_state_dict(model.state_dict())
+        inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+        with torch.no_grad():
+            assert float(model(**inputs).logits["price"]) == pytest.approx(
+                50 * float(plain(**inputs).logits["price"]), rel=1e-5
+            )
+        assert MMTransformerConfig(**json.loads(json.dumps(config.to_dict()))).get_tasks()["price"].scale == 50.0
+
+    @pytest.mark.parametrize("scale", [0, -1.0, float("nan"), "wide", True])
+    def test_wrong_scales(self, scale):
+        with pytest.raises(ValueError, match="Task 'price': scale must be a number above 0, but is"):
+            Regression("price", scale=scale)
+
+    def test_what_suits_a_column(self):
+        assert Regression.options_for([100.0, 300.0, 500]) == {"scale": 163.0}
+        assert Regression.options_for([3.0, 3.0]) == Regression.options_for([]) == {}
+        assert Classification.options_for(["a", "b"]) == {}
+
+    @pytest.mark.parametrize("text", ["n/a", " NA ", "null", "-", "?", "", "NaN"])
+    def test_texts_that_stand_for_a_missing_number(self, text):
+        value = Regression.read_text(text, "|")
+        assert value is None or value != value
+        assert Regression("price").encode_label(value, "") is None

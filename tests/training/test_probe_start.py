@@ -19,9 +19,12 @@ from mm_transformers import (
     MMTrainer,
     MMTrainingArguments,
     MMTransformerForMultiTask,
+    Regression,
+    register_task,
 )
 from mm_transformers.model.linear_probe import LinearProbe
 from mm_transformers.model.linear_problem import BinaryProblem, MultinomialProblem, RidgeProblem
+from mm_transformers.model.tasks import TASK_KINDS
 from mm_transformers.training.linear_start import linear_models
 from mm_transformers.training.linear_start.linear_models import solve
 from mm_transformers.training.linear_start.probe_start import probes_of, start_probes
@@ -756,3 +759,34 @@ def test_datasets_of_the_hub_start_as_lists_do(tmp_path):
     model = new_model(vision=None, tasks=TASKS[:1])
     b = start_probes(make_trainer(tmp_path / "b", model, Dataset.from_list(rows), validation_fraction=0))
     assert np.allclose(a.weight, b.models["topic"].weight, atol=1e-6)
+
+
+def test_a_kind_without_a_linear_start_is_told(caplog):
+    """Half a linear start is none; a start that may not fit is named."""
+    kinds = dict(TASK_KINDS)
+    try:
+
+        @register_task
+        class HalfOwn(Regression):
+            kind = "half_own"
+
+            def linear_problem(self):
+                return super().linear_problem()
+
+        @register_task
+        class OwnAnswers(Regression):
+            kind = "own_answers"
+
+            def decode(self, logits, word_index=None):
+                return super().decode(logits.sigmoid())
+
+        with caplog.at_level("WARNING"):
+            half = new_model(tasks=[HalfOwn("a_share"), Regression("plain")])
+            other = new_model(tasks=[OwnAnswers("b_share")])
+        assert set(probes_of(half)) == {"plain"}
+        assert set(probes_of(other)) == {"b_share"}
+        assert "Task 'a_share' has no linear start: HalfOwn defines linear_problem, but Regression" in caplog.text
+        assert "Task 'b_share': OwnAnswers decodes logits in its own way" in caplog.text
+    finally:
+        TASK_KINDS.clear()
+        TASK_KINDS.update(kinds)

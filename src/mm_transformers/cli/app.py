@@ -25,13 +25,35 @@ def main(
             "docs/limits.md). Can be repeated."
         ),
     ] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import", help="A module of yours with kinds of tasks or columns, such as my_kinds. May be given again."
+        ),
+    ] = None,
 ) -> None:
     """Text with pictures, several tasks at once."""
+    for name in modules or ():
+        _import(name)
     if limit:
         from ..model.limits import set_limits
 
         with _errors_as_sentences():
             set_limits(**dict(map(_limit, limit)))
+
+
+def _import(name: str) -> None:
+    import importlib
+    import sys
+
+    with _errors_as_sentences():
+        sys.path.insert(0, "")  # modules in the current folder, as `python -m` finds them
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(f"--import {name}: {error}.") from error
+        finally:
+            sys.path.remove("")
 
 
 def _limit(text: str) -> tuple[str, float]:

@@ -18,6 +18,8 @@ from ..model.file_contents import content_of, is_absent
 from ..model.label_cells import is_null, shorten
 from ..model.limits import limits
 from ..model.table_kinds import COLUMNS, TableError, read_number
+from ..model.tasks import TASK_KINDS
+from .cells import LABEL_SEPARATOR
 from .table_columns import are_numbers
 
 
@@ -270,17 +272,22 @@ def target(rows: datasets.Dataset, column: str, kind: str | None = None, has_dec
     """
     check_names(rows, [column], "--predict")
     name = task_name(column)
-    task = {"name": name, "kind": kind or "", **({} if name == column else {"column": column})}
+    task: dict[str, Any] = {"name": name, **({} if name == column else {"column": column})}
     every = _cells(rows, column)
     cells = [cell for cell in every if not _is_empty(cell)]
     if not cells:
         raise ValueError(f"--predict {column}: the column is empty, so there is nothing to learn from.")
-    left_out = len(every) - len(cells)
+    separator: str | None = None
     if kind is not None:
-        separator = _separator(cells)[0] if kind == "multi_label" else None
-        return Target(task, "you said so", separator, left_out)
-    found, reason, separator = _task_kind(rows.features[column], cells, column, has_decoder)
-    return Target({**task, "kind": found}, reason, separator, left_out)
+        reason, separator = "you said so", _separator(cells)[0] if kind == "multi_label" else None
+    else:
+        kind, reason, separator = _task_kind(rows.features[column], cells, column, has_decoder)
+    task_kind = TASK_KINDS[kind]
+    separator_of_cells = separator or LABEL_SEPARATOR
+    read = [task_kind.read_text(cell, separator_of_cells) if isinstance(cell, str) else cell for cell in cells]
+    labels = [cell for cell in read if cell is not None]
+    left_out = len(every) - len(labels)
+    return Target({**task, "kind": kind, **task_kind.options_for(labels)}, reason, separator, left_out)
 
 
 def _task_kind(feature: Any, cells: list[Any], column: str, has_decoder: bool) -> tuple[str, str, str | None]:

@@ -24,6 +24,7 @@ from ..data.column_kinds import (
 )
 from ..model.messages import one_line
 from ..model.table_kinds import COLUMNS
+from ..model.tasks import TASK_KINDS
 from ..training.recipe import Recipe
 from .encoder_choice import choose_encoder
 
@@ -120,6 +121,13 @@ def plan_fit(
     if preset not in PRESETS:
         raise ValueError(f"There is no preset {preset!r}; the presets are {', '.join(PRESETS)}.")
     wanted = _targets(predict)
+    for name in wanted:
+        column, colon, kind = name.rpartition(":")
+        if colon and name not in rows.column_names and column in rows.column_names:
+            raise ValueError(
+                f"--predict {name}: {kind!r} is no kind of task; the kinds are {', '.join(sorted(TASK_KINDS))}. Import "
+                "the module of a kind of your own first (on the command line by --import)."
+            )
     check_names(rows, wanted, "--predict")
     if group is not None:
         check_names(rows, [group], "--group")
@@ -177,8 +185,6 @@ def plan_fit(
 
 def _targets(predict: Sequence[str]) -> dict[str, str | None]:
     """Column -> kind of task, if given."""
-    from ..model.tasks import TASK_KINDS
-
     if isinstance(predict, str) or not predict:
         raise ValueError("predict must be a list of columns, such as ['category', 'price'].")
     found: dict[str, str | None] = {}

@@ -17,6 +17,8 @@ MAX_EXACT_FLOAT = 2**53
 _WHOLE_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.0+)?")
 # `float` also takes 1_000.
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?(nan|inf(inity)?)", re.IGNORECASE)
+# Texts, in lower case, that stand for a missing number: those of pandas, and two more that people write.
+NO_NUMBER = frozenset({"nan", "-nan", "na", "n/a", "#n/a", "<na>", "null", "none", "-", "?"})
 
 # The mark of a missing label in a list, such as padding.
 PADDING = -100

@@ -6,10 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .encoders import encoder_width
 from .fusion_layers import masked_mean
 from .modalities import ENCODERS, own_encoders
+
+
+logger = logging.get_logger(__name__)
 
 
 class LinearProbe(nn.Module):
@@ -141,11 +145,24 @@ def with_probe(head: nn.Module, task: Any, config: Any) -> nn.Module:
     """
     The head of a task, with a linear probe if the config enables it and the task has a linear problem.
 
-    A kind that inherits its linear problem but has another head gets no probe, since the two may not fit.
+    The same class must define both `build_head` and `linear_problem`; otherwise the two may not fit, and there is no
+    probe.
     """
     problem = task.linear_problem() if config.linear_probe else None
-    if problem is None or _owner(task, "build_head") is not _owner(task, "linear_problem"):
+    if problem is None:
         return head
+    of_head, of_problem, of_decode = (_owner(task, name) for name in ("build_head", "linear_problem", "decode"))
+    if of_head is not of_problem:
+        logger.warning_once(
+            f"Task {task.name!r} has no linear start: {of_problem.__name__} defines linear_problem, but "
+            f"{of_head.__name__} defines build_head. Define both in one class."
+        )
+        return head
+    if of_decode is not of_problem and issubclass(of_decode, of_problem):
+        logger.warning_once(
+            f"Task {task.name!r}: {of_decode.__name__} decodes logits in its own way, but has the linear start of "
+            f"{of_problem.__name__}. If its logits mean something else, define linear_problem and build_head, too."
+        )
     unscaled = {
         name: kind.own.linear_tokens(getattr(config, f"{name}_config"))
         for name, kind in own_encoders().items()

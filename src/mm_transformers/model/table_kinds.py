@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Optional
 
 from .dates import FORMATS, date_format, read_date
-from .label_cells import NUMBER, as_scalar, is_null, shorten, shorten_value
+from .label_cells import NO_NUMBER, NUMBER, as_scalar, is_null, shorten, shorten_value
 from .limits import limits, named
 from .registry import registered
 
 
-# Texts that stand for a missing number; those of pandas, and two more that people write.
-_NO_NUMBER = {"nan", "-nan", "na", "n/a", "#n/a", "<na>", "null", "none", "-", "?"}
 # The largest number of one-hot features of a linear model of one column.
 ONE_HOTS = 256
 
@@ -268,7 +266,7 @@ def read_number(cell: Any) -> Optional[float]:
         return None
     if isinstance(cell, str):
         text = cell.strip()
-        if not text or text.lower() in _NO_NUMBER:
+        if not text or text.lower() in NO_NUMBER:
             return None
         if not NUMBER.fullmatch(text) or len(text) > 400:
             raise TableError(f"{shorten(cell)!r} is no number")

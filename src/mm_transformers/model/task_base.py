@@ -273,6 +273,16 @@ class Task:
         return {**options, "labels": list(names) if names is not None else infer_labels(cells, column)}
 
     @classmethod
+    def options_for(cls, cells: Iterable[Any]) -> dict[str, Any]:
+        """
+        Options that suit a column, for [`~mm_transformers.fit`]; none by default.
+
+        Args:
+            cells: the cells of the column, without missing ones; texts have passed [`read_text`].
+        """
+        return {}
+
+    @classmethod
     def read_text(cls, text: str, separator: str) -> Any:
         """
         The value of a cell that is a text, as in a CSV file; `None` if it is missing.

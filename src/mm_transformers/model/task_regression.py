@@ -1,13 +1,16 @@
 """A number for the whole row."""
 
+import math
 import numbers
+import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
 
-from .label_cells import NUMBER, as_scalar, is_null, shorten_value
+from .label_cells import NO_NUMBER, NUMBER, as_scalar, is_null, shorten_value
 from .linear_problem import RidgeProblem
 from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, register_task
 
@@ -16,17 +19,28 @@ from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, re
 @dataclass
 class Regression(Task):
     """
-    Predicts one number per row: polarity, similarity, a rating, ... The loss is the squared error.
+    Predicts one number per row: polarity, similarity, a rating, ... The loss is the squared error, divided by the
+    square of `scale`.
 
-    Logits (batch,); labels (batch,) float32, NaN where missing. A cell is a number. Rescale targets far from the range
-    of about -5 to 5 beforehand: the loss is in their unit squared.
+    Logits (batch,); labels (batch,) float32, NaN where missing. A cell is a number; texts such as "n/a" are missing.
+
+    Args:
+        scale (`float`, *optional*, defaults to 1.0):
+            A typical difference between two numbers, such as the standard deviation of the training rows. Without it,
+            a task of prices has a loss, and so a weight, that is millions of times that of other tasks.
+
+    Raises:
+        ValueError: if `scale` is no number above 0.
 
     Example:
 
     ```python
     >>> Regression("rating", column="stars")
+    >>> Regression("price", scale=250.0)  # most prices are within some hundreds of each other
     ```
     """
+
+    scale: float = 1.0
 
     kind: ClassVar[str] = "regression"
     likelihood_scale: ClassVar[float] = 0.5
@@ -34,8 +48,15 @@ class Regression(Task):
     main_metric: ClassVar[Optional[str]] = "pearson"
     hub_task: ClassVar[str] = "text-classification"
 
-    def build_head(self, config, hidden_size: int) -> nn.Module:
-        return RegressionHead(hidden_size, 1, config.classifier_dropout)
+    def __post_init__(self):
+        super().__post_init__()
+        is_number = isinstance(self.scale, numbers.Real) and not isinstance(self.scale, bool)
+        if not is_number or not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"Task {self.name!r}: scale must be a number above 0, but is {shorten_value(self.scale)}.")
+        self.scale = float(self.scale)
+
+    def build_head(self, config: Any, hidden_size: int) -> nn.Module:
+        return RegressionHead(hidden_size, 1, config.classifier_dropout, self.scale)
 
     def linear_problem(self) -> RidgeProblem:
         return RidgeProblem(1)
@@ -43,7 +64,16 @@ class Regression(Task):
     @classmethod
     def read_text(cls, text: str, separator: str) -> Any:
         number = text.strip()
+        if number.lower() in NO_NUMBER:
+            return None
         return float(number) if NUMBER.fullmatch(number) else (text if number else None)
+
+    @classmethod
+    def options_for(cls, cells: Iterable[Any]) -> dict[str, Any]:
+        """The scale: the standard deviation."""
+        values = [float(cell) for cell in cells if isinstance(cell, numbers.Real) and math.isfinite(cell)]
+        found = statistics.pstdev(values) if len(values) > 1 else 0.0
+        return {"scale": float(f"{found:.3g}")} if found > 0 and math.isfinite(found) else {}
 
     def encode_label(self, value: Any, text: str) -> Optional[float]:
         if is_null(value):
@@ -67,7 +97,7 @@ class Regression(Task):
         known = ~labels.isnan()
         # `where` and not a product: NaN * 0 is NaN, in the backward pass too.
         difference = torch.where(known, logits.float() - labels.float(), torch.zeros_like(logits, dtype=torch.float32))
-        return difference.square().sum(), self.num_labelled(labels)
+        return (difference / self.scale).square().sum(), self.num_labelled(labels)
 
     def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
         return [{"value": value} for value in logits.float().tolist()]
@@ -93,5 +123,10 @@ class Regression(Task):
 
 
 class RegressionHead(PooledHead):
+    def __init__(self, hidden_size: int, num_outputs: int, dropout: float, scale: float = 1.0):
+        super().__init__(hidden_size, num_outputs, dropout)
+        self.scale = scale
+
     def forward(self, outputs: Any) -> torch.Tensor:
-        return super().forward(outputs).squeeze(-1)
+        # In the unit of the labels; so a step of the optimiser changes any number by its share of the scale.
+        return super().forward(outputs).squeeze(-1) * self.scale

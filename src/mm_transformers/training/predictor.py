@@ -27,7 +27,8 @@ class Predictor:
 
     Args:
         model ([`MMTransformerForMultiTask`]): On the device of this process.
-        collator ([`MMDataCollator`]): The columns of texts, pictures and sounds. Columns of labels are not read.
+        collator ([`MMDataCollator`]): The columns of texts, pictures and sounds. Columns of labels are not read. The
+            processor of the model stands for a collator with the default columns.
         tasks (`list[str]`, *optional*): The tasks to answer; all by default. A decoder runs only for these.
         batch_size (`int`, *optional*, defaults to 32): Rows per batch.
         num_workers (`int`, *optional*, defaults to 0): Processes that read files in the background.
@@ -55,13 +56,15 @@ class Predictor:
     def __init__(
         self,
         model: MMTransformerForMultiTask,
-        collator: MMDataCollator,
+        collator: MMDataCollator | MMTransformerProcessor,
         tasks: Sequence[str] | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
         **generation_options: Any,
     ):
         self.model: MMTransformerForMultiTask = unwrapped(model)
+        if isinstance(collator, MMTransformerProcessor):
+            collator = MMDataCollator(collator, self.model.config)
         self.collator, self.tasks = collator, check_tasks(self.model, tasks)
         self.batch_size, self.num_workers, self.generation_options = batch_size, num_workers, generation_options
 

@@ -46,6 +46,11 @@ class TolerantEarlyStopping(EarlyStoppingCallback):
         super().__init__(early_stopping_patience, early_stopping_threshold)
         self.is_tolerant = is_tolerant
 
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        # An evaluation of other rows, with a prefix of its own, is no reason to stop or to warn.
+        if any(name.startswith("eval_") for name in metrics):
+            super().on_evaluate(args, state, control, metrics, **kwargs)
+
     def check_metric_value(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metric_value: float
     ) -> None:
