@@ -250,7 +250,7 @@ class TestRetrievalModel:
     @pytest.mark.parametrize(
         ("task", "message"),
         [
-            (lambda: Retrieval("x", modality="text"), "modality must be 'vision' or 'audio', but is 'text'"),
+            (lambda: Retrieval("x", modality="text"), "modality must be 'vision' or 'audio' or 'table', but is 'text'"),
             (lambda: Retrieval("x", embedding_size=0), "embedding_size must be an integer >= 1, but is 0"),
             (lambda: Retrieval("x", temperature=0), "temperature must be at least 0.01"),
             (
