@@ -65,11 +65,11 @@ def columns_of(rows: pd.DataFrame, plan, embedded: np.ndarray | None) -> pd.Data
     parts = {}
     for column in plan.columns:
         cells = rows[column.name]
-        if column.kind == "number":
+        if column.role == "number":
             parts[column.name] = pd.to_numeric(cells, errors="coerce").astype(float)
-        elif column.kind == "date":
+        elif column.role == "date":
             parts[column.name] = (pd.to_datetime(cells, errors="coerce") - pd.Timestamp(0)).dt.days.astype(float)
-        elif column.kind == "category":
+        elif column.role == "category":
             parts[column.name] = cells.astype("string").fillna("").astype(str)
     frame = pd.DataFrame(parts, index=rows.index)
     if embedded is not None:
@@ -117,7 +117,7 @@ def compare(name: str, table: pd.DataFrame, targets: list[str], text: str | None
                     continue
                 assert full is not None
                 kinds = ("number", "date", "category")
-                options = {column.name: "ignore" for column in full.plan.columns if column.kind in kinds}
+                options = {column.name: "ignore" for column in full.plan.columns if column.role in kinds}
             began = time.process_time()
             result = fit(
                 table, targets, Path(folder, variant), text=text, preset=preset, report=False, columns=options,
@@ -137,7 +137,7 @@ def compare(name: str, table: pd.DataFrame, targets: list[str], text: str | None
         parts = {split: rows.to_pandas() for split, rows in splits.items()}
     embedded = dict.fromkeys(parts)
     if text is not None:
-        texts = [column.name for column in full.plan.columns if column.kind == "text"]
+        texts = [column.name for column in full.plan.columns if column.role == "text"]
         for split, rows in parts.items():
             joined = rows[texts].fillna("").astype(str).agg(" ".join, axis=1).tolist()
             embedded[split] = text_features(text, joined)

@@ -27,7 +27,7 @@ def png() -> bytes:
 
 def of(cells, name="x", root=".", **kwargs):
     (found,) = column_kinds(datasets.Dataset.from_dict({name: cells}), root=root, **kwargs)
-    return found.kind, found.reason
+    return found.role, found.reason
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_files(folder):
     assert of([png()] * 3) == ("image", "the bytes of files (3 of 3 that were looked at)")
     features = datasets.Features({"photo": datasets.Image()})
     rows = datasets.Dataset.from_dict({"photo": [{"bytes": png(), "path": None}]}, features=features)
-    assert column_kinds(rows)[0].kind == "image"
+    assert column_kinds(rows)[0].role == "image"
     assert column_kinds(rows)[0].reason == "a column of `datasets.Image`"
 
 
@@ -91,7 +91,7 @@ def test_classes_of_a_data_set():
     features = datasets.Features({"x": datasets.ClassLabel(names=["a", "b"])})
     rows = datasets.Dataset.from_dict({"x": [0, 1, 1]}, features=features)
     assert column_kinds(rows)[0] == column_kinds(rows, said={})[0]
-    assert (column_kinds(rows)[0].kind, column_kinds(rows)[0].reason) == ("category", "2 named classes")
+    assert (column_kinds(rows)[0].role, column_kinds(rows)[0].reason) == ("category", "2 named classes")
 
 
 def test_one_word_of_the_user_corrects_a_wrong_guess():

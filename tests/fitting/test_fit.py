@@ -195,7 +195,7 @@ def test_tables_in_memory(kind, folder, encoders, tmp_path):
         table, targets, tmp_path / "model", **encoders, preset="fast", training=QUICK, say=str, report=False,
         columns={"sold": "ignore"},
     )  # fmt: skip
-    kinds = {column.name: column.kind for column in result.plan.columns}
+    kinds = {column.name: column.role for column in result.plan.columns}
     assert (kinds["photo"], kinds["sold"], kinds["brand"]) == ("image", "ignore", "category")
     assert result.plan.recipe.model["freeze"] == ["text", "vision"]
     assert (tmp_path / "model" / "rows" / "train.parquet").is_file()

@@ -53,12 +53,12 @@ class ColumnKind:
 
     Args:
         name (`str`): The column.
-        kind (`str`): One of [`known_kinds`]; "ignore" for columns that are left out.
+        role (`str`): One of [`known_kinds`]; "ignore" for columns that are left out.
         reason (`str`): Why; part of a sentence.
     """
 
     name: str
-    kind: str
+    role: str
     reason: str
 
 
@@ -96,22 +96,22 @@ def column_kinds(
         root: where relative paths of pictures and the like begin.
 
     Raises:
-        ValueError: one sentence, if a column or a kind in `said` does not exist.
+        ValueError: one sentence, if a column in `said`, or its kind, does not exist.
 
     Example:
 
     ```python
     >>> from datasets import Dataset
     >>> rows = Dataset.from_dict({"title": ["A red bicycle, hardly used", "Two old chairs of oak"], "price": [9.5, 20]})
-    >>> [column.kind for column in column_kinds(rows)]
+    >>> [column.role for column in column_kinds(rows)]
     ['text', 'number']
     ```
     """
     said = dict(said or {})
     check_names(rows, said, "--column")
-    for name, kind in said.items():
-        if kind not in known_kinds():
-            raise ValueError(f"Column {name!r} cannot be {kind!r}: the kinds are {', '.join(known_kinds())}.")
+    for name, role in said.items():
+        if role not in known_kinds():
+            raise ValueError(f"Column {name!r} cannot be {role!r}: the kinds are {', '.join(known_kinds())}.")
     found = []
     for name in rows.column_names:
         if name in set(targets):
@@ -143,9 +143,9 @@ def _kind(rows: datasets.Dataset, name: str, root: Path) -> tuple[str, str]:
     """The kind of a column, and the reason."""
     feature = rows.features[name]
     item = getattr(feature, "feature", feature)
-    for cls, kind in _FEATURES.items():
+    for cls, role in _FEATURES.items():
         if isinstance(item, cls):
-            return kind, f"a column of `datasets.{cls.__name__}`"
+            return role, f"a column of `datasets.{cls.__name__}`"
     if isinstance(item, datasets.ClassLabel):
         return CATEGORY, f"{item.num_classes} named classes"
     cells = [cell for cell in _cells(rows, name) if not _is_empty(cell)]
@@ -220,14 +220,14 @@ def is_url(path: Any) -> bool:
     return str(path).startswith(("http://", "https://"))
 
 
-def _holds(kind: str, content: bytes) -> bool:
+def _holds(role: str, content: bytes) -> bool:
     if content[:4] == b"RIFF":
-        return {b"WAVE": AUDIO, b"WEBP": IMAGE, b"AVI ": VIDEO}.get(content[8:12]) == kind
+        return {b"WAVE": AUDIO, b"WEBP": IMAGE, b"AVI ": VIDEO}.get(content[8:12]) == role
     if content[4:8] == b"ftyp":
-        return kind == (IMAGE if content[8:12] in (b"avif", b"heic") else VIDEO)
+        return role == (IMAGE if content[8:12] in (b"avif", b"heic") else VIDEO)
     if content[:4] == b"\x1aE\xdf\xa3":
-        return kind == VIDEO
-    return content.startswith(_MAGIC.get(kind, ()))
+        return role == VIDEO
+    return content.startswith(_MAGIC.get(role, ()))
 
 
 def _counts_up(name: str, cells: Sequence[Any], different: int) -> bool:
@@ -279,7 +279,9 @@ def target(rows: datasets.Dataset, column: str, kind: str | None = None, has_dec
         raise ValueError(f"--predict {column}: the column is empty, so there is nothing to learn from.")
     separator: str | None = None
     if kind is not None:
-        reason, separator = "you said so", _separator(cells)[0] if kind == "multi_label" else None
+        # Only some kinds split a text into labels.
+        reason, splits = "you said so", isinstance(TASK_KINDS[kind].read_text("a|b", "|"), list)
+        separator = _separator(cells)[0] if splits else None
     else:
         kind, reason, separator = _task_kind(rows.features[column], cells, column, has_decoder)
     task_kind = TASK_KINDS[kind]

@@ -198,27 +198,27 @@ class _Reader:
             raise ValueError("it is cut short")
         self.place += length
 
-    def _value(self, kind: int, depth: int) -> Any:
-        if kind in (1, 2):  # a truth value, which is in the kind
+    def _value(self, code: int, depth: int) -> Any:
+        if code in (1, 2):  # a truth value, which is in the code
             return None
-        if kind in (4, 5, 6):
+        if code in (4, 5, 6):
             return self._integer()
-        if kind in (3, 7):  # a byte, and a float
-            return self._skip(1 if kind == 3 else 8)
-        if kind == 8:
+        if code in (3, 7):  # a byte, and a float
+            return self._skip(1 if code == 3 else 8)
+        if code == 8:
             return self._skip(self._unsigned())
-        if kind in (9, 10):
+        if code in (9, 10):
             return self._list(depth)
-        if kind == 12:
+        if code == 12:
             return self.struct(depth + 1)
-        raise ValueError(f"it has a field of the unknown kind {kind}")
+        raise ValueError(f"it has a field of the unknown code {code}")
 
     def _list(self, depth: int) -> None:
         byte = self._byte()
-        length, kind = byte >> 4, byte & 15
+        length, code = byte >> 4, byte & 15
         if length == 15:
             length = self._unsigned()
         if length > self.end - self.place or depth > _DEEPEST:
             raise ValueError("a list is too long")
         for _ in range(length):  # a truth value in a list takes a byte
-            self._value(3 if kind in (1, 2) else kind, depth + 1)
+            self._value(3 if code in (1, 2) else code, depth + 1)

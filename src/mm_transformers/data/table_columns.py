@@ -41,10 +41,10 @@ def table_columns(rows: Any, columns: Sequence[str] | Mapping[str, str | None], 
     if isinstance(columns, str) or not isinstance(columns, (Sequence, Mapping)):
         raise ValueError(f"columns must be a list of names, or a dict from name to kind, but is {columns!r}.")
     kinds = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns)
-    for name, kind in kinds.items():
-        if kind not in (None, *COLUMNS):
+    for name, asked in kinds.items():
+        if asked not in (None, *COLUMNS):
             known = ", ".join(map(repr, COLUMNS))
-            raise ValueError(f"Column {name!r} must have one of the kinds {known}, but has {kind!r}.")
+            raise ValueError(f"Column {name!r} must have one of the kinds {known}, but has {asked!r}.")
     if not kinds:
         raise ValueError("columns is empty: give the names of the columns of numbers and categories.")
     cells: dict[str, list[Any]] = {name: [] for name in kinds}
@@ -55,7 +55,7 @@ def table_columns(rows: Any, columns: Sequence[str] | Mapping[str, str | None], 
             cells[name].append(row.get(name))
     if kinds.keys() - seen:
         raise ValueError(f"The training rows have no column {min(kinds.keys() - seen)!r}.")
-    found = [_column(name, kind, cells[name]) for name, kind in kinds.items()]
+    found = [_column(name, asked, cells[name]) for name, asked in kinds.items()]
     return TableConfig(columns=found, **options)
 
 

@@ -295,10 +295,10 @@ def _stays_small(kind: pyarrow.DataType) -> bool:
     )
 
 
-def _is_text(kind: pyarrow.DataType) -> bool:
+def _is_text(dtype: pyarrow.DataType) -> bool:
     types = pyarrow.types
     kinds = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-    return any(is_kind(kind) for is_kind in kinds)
+    return any(is_kind(dtype) for is_kind in kinds)
 
 
 def plain_cells(names: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Plan:
     def lines(self) -> list[str]:
         """The decisions about the columns, one sentence each."""
         found = [
-            f"{'leave out' if column.kind == IGNORE else column.kind:<9}  {column.name}: {column.reason}"
+            f"{'leave out' if column.role == IGNORE else column.role:<9}  {column.name}: {column.reason}"
             for column in self.columns
         ]
         for predicted in self.targets:
@@ -138,11 +138,11 @@ def plan_fit(
     encoders = {
         modality: given[modality] or choose_encoder(modality)
         for modality, kinds in _READ_BY.items()
-        if any(column.kind in kinds for column in found)
+        if any(column.role in kinds for column in found)
     }
     can_write = text is not None and "text" in encoders and _can_write(encoders["text"])
-    targets = [target(rows, column, kind, can_write) for column, kind in wanted.items()]
-    table = {column.name: column.kind for column in found if column.kind in COLUMNS}
+    targets = [target(rows, column, asked, can_write) for column, asked in wanted.items()]
+    table = {column.name: column.role for column in found if column.role in COLUMNS}
     if not encoders and not table:
         raise ValueError(
             "No column is left to predict from: " + "; ".join(f"{column.name}: {column.reason}" for column in found)
@@ -209,19 +209,19 @@ def _one_of_each_file(columns: list[ColumnKind]) -> list[ColumnKind]:
     seen: dict[str, str] = {}
     kept = []
     for column in columns:
-        if column.kind in (IMAGE, VIDEO, AUDIO) and column.kind in seen:
-            reason = f"a second column of {column.kind}s beside {seen[column.kind]}; put both into one cell, as a list"
+        if column.role in (IMAGE, VIDEO, AUDIO) and column.role in seen:
+            reason = f"a second column of {column.role}s beside {seen[column.role]}; put both into one cell, as a list"
             column = ColumnKind(column.name, IGNORE, reason)
-        elif column.kind in (IMAGE, VIDEO, AUDIO):
-            seen[column.kind] = column.name
+        elif column.role in (IMAGE, VIDEO, AUDIO):
+            seen[column.role] = column.name
         kept.append(column)
     return kept
 
 
 def _columns_section(columns: Sequence[ColumnKind], table: Mapping[str, str]) -> dict[str, Any]:
-    texts = [column.name for column in columns if column.kind == TEXT]
+    texts = [column.name for column in columns if column.role == TEXT]
     section: dict[str, Any] = {"text": None if not texts else texts[0] if len(texts) == 1 else texts}
-    section |= {column.kind: column.name for column in columns if column.kind in (IMAGE, VIDEO, AUDIO)}
+    section |= {column.role: column.name for column in columns if column.role in (IMAGE, VIDEO, AUDIO)}
     if table:
         section["table"] = dict(table)
     return section

@@ -164,9 +164,9 @@ def with_probe(head: nn.Module, task: Any, config: Any) -> nn.Module:
             f"{of_problem.__name__}. If its logits mean something else, define linear_problem and build_head, too."
         )
     unscaled = {
-        name: kind.own.linear_tokens(getattr(config, f"{name}_config"))
-        for name, kind in own_encoders().items()
-        if name in config.modalities and kind.own is not None and not kind.own.scales_linear_features
+        name: encoder_kind.own.linear_tokens(getattr(config, f"{name}_config"))
+        for name, encoder_kind in own_encoders().items()
+        if name in config.modalities and encoder_kind.own is not None and not encoder_kind.own.scales_linear_features
     }
     probe = LinearProbe(probe_widths(config), problem.num_outputs, problem.per_token, unscaled)
     return ProbedHead(head, probe, has_fusion=bool(config.modalities))

@@ -272,9 +272,9 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         fusion = getattr(self, "model", self).fusion
         if fusion is not None:
             warn_if_not_copied(type(fusion))
-        for name, kind in own_encoders().items():
-            if kind.own is not None and name in self.config.modalities:
-                warn_if_not_copied(kind.own)
+        for name, encoder_kind in own_encoders().items():
+            if encoder_kind.own is not None and name in self.config.modalities:
+                warn_if_not_copied(encoder_kind.own)
         auto_map = {"AutoConfig": reference(MMTransformerConfig), "AutoModel": reference(MMTransformerModel)}
         if not hasattr(self, "tasks"):
             return {"auto_map": auto_map}
@@ -425,10 +425,10 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             self.audio_model = audio_model or build_encoder(config.audio_config, "audio")
             self.audio_takes_mask = takes_audio_mask(self.audio_model)
             self.audio_projection = StreamProjection(config, encoder_width(config.audio_config))
-        for name, kind in own_encoders().items():
+        for name, encoder_kind in own_encoders().items():
             own_config = getattr(config, f"{name}_config", None)
-            if kind.own is not None and own_config is not None:
-                setattr(self, f"{name}_model", kind.own(own_config))
+            if encoder_kind.own is not None and own_config is not None:
+                setattr(self, f"{name}_model", encoder_kind.own(own_config))
                 setattr(self, f"{name}_projection", StreamProjection(config, own_config.hidden_size))
         for name in config.modalities if config.item_order else []:
             if not is_single(name):
@@ -614,17 +614,17 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             items[name] = {key: value for key, value in values.items() if value is not None and value.shape[0] > 0}
             if len(items[name]) > 1:
                 raise ValueError(f"The {name} input is given as {' and as '.join(items[name])}; give one of them.")
-        for name, kind in own_encoders().items():
-            given = {key: given_own.get(key) for key in kind.inputs}
+        for name, encoder_kind in own_encoders().items():
+            given = {key: given_own.get(key) for key in encoder_kind.inputs}
             items[name] = {key: value for key, value in given.items() if value is not None and value.shape[0] > 0}
             own_config = getattr(self.config, f"{name}_config", None)
-            needed = {} if own_config is None or kind.own is None else kind.own.blank_input(own_config)
+            needed = {} if own_config is None or encoder_kind.own is None else encoder_kind.own.blank_input(own_config)
             if items[name] and needed and items[name].keys() != needed.keys():
                 raise ValueError(f"The {name} input of this model consists of {' and '.join(needed)}.")
         indexes = {"image_index": image_index, "audio_index": audio_index, **given_own}
         checked = {
-            name: self._item_index(name, indexes.get(kind.index or ""), items[name], batch_size, device)
-            for name, kind in OTHER_ENCODERS.items()
+            name: self._item_index(name, indexes.get(encoder_kind.index or ""), items[name], batch_size, device)
+            for name, encoder_kind in OTHER_ENCODERS.items()
         }
         index = {name: rows for name, (rows, _) in checked.items()}
         is_full = {name: full for name, (_, full) in checked.items()}

@@ -154,7 +154,9 @@ class _Fused:
         rows = given["input_ids"].shape[0]
         if name == "attention_mask":
             return torch.ones(given["input_ids"].shape, dtype=dtype)
-        items = next((kind.inputs for kind in OTHER_ENCODERS.values() if kind.index == name), None)
+        items = next(
+            (encoder_kind.inputs for encoder_kind in OTHER_ENCODERS.values() if encoder_kind.index == name), None
+        )
         if items is not None:
             has_any = any(item in given and given[item].shape[0] > 0 for item in items)
             return torch.arange(rows)[:, None] if has_any else torch.full((rows, 1), -1)

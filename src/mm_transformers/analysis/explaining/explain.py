@@ -200,7 +200,7 @@ def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for index, parts in (
         ("image_index", ["pixel_values"]),
         ("audio_index", ["input_values", "input_features", "audio_attention_mask"]),
-        *((str(kind.index), list(kind.inputs)) for kind in own_encoders().values()),
+        *((str(encoder_kind.index), list(encoder_kind.inputs)) for encoder_kind in own_encoders().values()),
     ):
         given = [part for part in parts if part in result]
         if index in result and given:

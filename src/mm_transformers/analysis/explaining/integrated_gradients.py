@@ -50,7 +50,7 @@ def integrated_gradients(
         from captum.attr import IntegratedGradients
     except ImportError as error:
         raise ImportError("Integrated gradients need `captum`: pip install mm-transformers[explain]") from error
-    others = [kind for kind in own_encoders().values() if kind.index in inputs]
+    others = [encoder_kind for encoder_kind in own_encoders().values() if encoder_kind.index in inputs]
     if others:
         raise ValueError(
             f"integrated_gradients cannot explain a model that reads {others[0].plural}; choose another method."

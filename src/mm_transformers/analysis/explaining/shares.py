@@ -99,8 +99,8 @@ def _blank_rows(
     for name in ("input_values", "input_features"):
         if name in given:
             given[name] = torch.zeros_like(given[name])
-    for kind in own_encoders().values():
-        own = {name: given[name] for name in kind.inputs if name in given}
-        if own and kind.own is not None:
-            given |= kind.own.neutral(own)
+    for encoder_kind in own_encoders().values():
+        own = {name: given[name] for name in encoder_kind.inputs if name in given}
+        if own and encoder_kind.own is not None:
+            given |= encoder_kind.own.neutral(own)
     return model.model.encode_rows(**given)[0]

@@ -8,7 +8,7 @@ WiSE-FT (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903).
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from safetensors.torch import load_file
@@ -46,7 +46,14 @@ class TolerantEarlyStopping(EarlyStoppingCallback):
         super().__init__(early_stopping_patience, early_stopping_threshold)
         self.is_tolerant = is_tolerant
 
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
         # An evaluation of other rows, with a prefix of its own, is no reason to stop or to warn.
         if any(name.startswith("eval_") for name in metrics):
             super().on_evaluate(args, state, control, metrics, **kwargs)
