@@ -235,6 +235,7 @@ def test_options(pipe, rows):
     assert same(answer["topic"][0], whole["topic"])
     assert answer["topic"][0]["score"] > answer["topic"][1]["score"]
     assert len(pipe(rows[0], top_k=9)["topic"]) == 3
+    assert pipe(rows[0], top_k=None) == pipe(rows[0], top_k=9)
     assert sum(x["score"] for x in pipe(rows[0], top_k=9)["topic"]) == pytest.approx(1)
     assert pipe(rows[0], threshold=1.0)["tags"]["labels"] == []
     assert list(pipe(rows[0], tasks="score")) == ["score"]

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Optional, overload
 
@@ -35,7 +36,9 @@ class MultimodalPipeline(Pipeline):
 
     Options, of the pipeline or of a call:
         tasks (`list[str]`): Names of the tasks to answer; all by default. A decoder only runs for those.
-        top_k (`int`): For tasks that choose one label: the number of labels in the answer, the most probable first.
+        top_k (`int`, *optional*):
+            For tasks that choose one label: the number of labels in the answer, the most probable first. `None` gives
+            all; without this option, the answer is one label.
         threshold (`float`): For tasks with any number of labels: the lowest probability of a label in the answer.
         generate_kwargs (`dict`): For tasks that write: `num_beams`, `max_new_tokens`, ...
 
@@ -68,11 +71,13 @@ class MultimodalPipeline(Pipeline):
         if self.processor is None:
             raise ValueError("The multimodal pipeline needs the processor of the model: processor=...")
 
-    def _sanitize_parameters(self, tasks=None, top_k=None, threshold=None, generate_kwargs=None, **unknown):
+    def _sanitize_parameters(self, tasks=None, top_k="", threshold=None, generate_kwargs=None, **unknown):
         if unknown:
             near = difflib.get_close_matches(next(iter(unknown)), ["tasks", "top_k", "threshold", "generate_kwargs"], 1)
             hint = f"did you mean {near[0]!r}?" if near else "its options are tasks, top_k, threshold, generate_kwargs."
             raise ValueError(f"The multimodal pipeline has no option {next(iter(unknown))!r}; {hint}")
+        # As in the pipelines of transformers, "" stands for an option that is not given.
+        top_k = sys.maxsize if top_k is None else None if top_k == "" else top_k
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k must be an integer >= 1, but is {top_k!r}.")
         if threshold is not None and not 0 <= threshold <= 1:
