@@ -366,9 +366,9 @@ class TestForValidation:
 def test_recipes_and_examples_hold_out_rows_of_one_picture():
     columns = {"text_column": "text", "image_column": "image", "video_column": "video", "audio_column": "audio"}
     data = datasets.DatasetDict(train=datasets.Dataset.from_list(TestDataSets.ROWS))
-    hold_out(data, "validation", 0.2, columns, [TOPIC])
+    hold_out(data, 0.2, columns, [TOPIC])
     TestDataSets().check(data["train"], data["validation"])
     assert Counter(data["validation"]["topic"]) == {"a": 4, "b": 4}
     before = data["validation"]
-    hold_out(data, "validation", 0.2, columns, [TOPIC])
+    hold_out(data, 0.2, columns, [TOPIC])
     assert data["validation"] is before

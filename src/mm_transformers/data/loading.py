@@ -133,16 +133,20 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 
 def hold_out(
-    data: datasets.DatasetDict, split: str, fraction: float, columns: Mapping[str, Any], tasks: Iterable[Task]
+    data: datasets.DatasetDict,
+    fraction: float,
+    columns: Mapping[str, Any],
+    tasks: Iterable[Task],
+    split: str = "validation",
 ) -> None:
     """
     Takes a part of the training rows as another split, by [`hold_out_rows`]; an existing split is kept.
 
     Args:
-        split: "validation" or "test".
         columns: `text_column`, `image_column`, `video_column`, `audio_column`, `label_separator` and `group_column`,
             as in [`hold_out_rows`].
         tasks: the tasks whose labels are to be distributed equally.
+        split: "validation" or "test".
 
     Raises:
         ValueError: if the rows cannot be split.

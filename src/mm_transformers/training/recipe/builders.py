@@ -87,7 +87,7 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
     for split, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
         if fraction is not None:
             # Both are shares of all rows, of which the training rows are what is left.
-            hold_out(splits, split, fraction * count / len(splits["train"]), options, tasks)
+            hold_out(splits, fraction * count / len(splits["train"]), options, tasks, split)
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_eval_samples}
     splits = {split: first_rows(rows, limits[split]) for split, rows in splits.items()}
     table = None
