@@ -200,7 +200,7 @@ def test_tables_in_memory(kind, folder, encoders, tmp_path):
     assert result.plan.recipe.model["freeze"] == ["text", "vision"]
     assert (tmp_path / "model" / "rows" / "train.parquet").is_file()
     if kind == "pandas":
-        assert result.plan.targets[1].task == {"name": "task_7", "kind": "regression", "column": "7"}
+        assert result.plan.targets[1].task == {"name": "task_7", "kind": "regression", "column": "7", "scale": 3.46}
 
 
 def test_columns_of_numbers_alone(tmp_path):
