@@ -74,7 +74,7 @@ class TestPictures:
 
     def test_declared_pixels_are_bounded_before_anything_is_decoded(self):
         """The data are not there: what looked at them would say that the file is cut short."""
-        message = r"has 8,000 x 8,000 pixels, more than the limit image_pixels=50,000,000; to change it, use set_limits\(image_pixels="
+        message = "has 8,000 x 8,000 pixels, more than the limit image_pixels=50,000,000; to change it, use set_limits"
         with pytest.raises(ImageError, match=message):
             load_image(png(8000, 8000, real=False))
         with pytest.raises(ImageError, match=message):
@@ -171,7 +171,7 @@ class TestPictures:
     def test_a_picture_is_not_coded_many_times(self, set_limits):
         """Each scan, and each strip, is decoded: a file of 1 MB would take minutes."""
         for content, what in ((many_scans(300), r"30\d scans"), (overlapping_strips(300), "150 layers")):
-            with pytest.raises(ImageError, match=f"it has {what}, more than the limit image_scans=100; to change it, use set_limits"):
+            with pytest.raises(ImageError, match=f"it has {what}, more than the limit image_scans=100; to change it"):
                 load_image(content)
         assert load_image(many_scans(50)).size == load_image(overlapping_strips(100)).size == (64, 64)
         with pytest.raises(
@@ -320,7 +320,7 @@ class TestSounds:
                 "2,147,483,647 Hz is above the limit highest_sampling_rate",
             ),
             (lambda: wav(8000, 65_535, samples=bytes(131_070)), "cannot be read"),
-            (lambda: flac(3600), "lasts 3,600.0 s, longer than the limit audio_seconds=600.0; to change it, use set_limits"),
+            (lambda: flac(3600), "lasts 3,600.0 s, longer than the limit audio_seconds=600.0; to change it"),
             (lambda: wav(0), "cannot be read"),
         ],
     )
