@@ -401,3 +401,9 @@ def test_equal_cells_of_parquet_that_fill_the_memory(tmp_path, kind):
     assert child.returncode == 0, child.stderr[-2000:]
     assert "limit file_bytes" in child.told["error"]
     assert child.told["after"] - child.told["before"] < 600 * 2**20
+
+
+@pytest.mark.parametrize("path", [torch.zeros(3), np.zeros(3), [1, 2], {"a": 1}])
+def test_paths_that_are_no_texts(path):
+    collator = MMDataCollator(make_processor(), make_config())
+    assert "column 'image'" in sentence(ValueError, collator, [{"text": "a", "image": {"path": path}}])

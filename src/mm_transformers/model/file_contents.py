@@ -95,7 +95,9 @@ def content_key(cell: Any, content: Any) -> Hashable:
 def describe(cell: Any, kind: str) -> str:
     """The name of an image, a video or a sound in messages."""
     if isinstance(cell, Mapping):
-        cell = cell.get("path") or next((value for value in cell.values() if value is not None), None)
+        path, others = cell.get("path"), (value for value in cell.values() if value is not None)
+        is_empty = path is None or (isinstance(path, str) and not path)
+        cell = next(others, None) if is_empty else path
     if isinstance(cell, str) and (cell.startswith("data:") or isinstance(content_of(cell), bytes)):
         return f"the {kind} (a text of {len(cell):,} characters)"
     if isinstance(cell, (str, os.PathLike)):
