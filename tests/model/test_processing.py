@@ -487,3 +487,13 @@ def test_image_processors_that_name_types_they_do_not_import(name):
     assert processor(text=["a"], images=[make_image(0)], do_normalize=False)["pixel_values"].shape[0] == 1
     with pytest.raises(TypeError, match="did you mean 'do_normalize'"):
         processor(text=["a"], images=[make_image(0)], do_normalise=False)
+
+
+def test_keys_of_rows_from_columns_of_a_table():
+    processor = make_processor()
+    processor.input_columns = {"text": ["text", "title"], "image": ["photo"]}
+    keys = processor.with_keys
+    assert keys({"title": "b", "text": "a"}) == {"text": "text: a\ntitle: b"}
+    assert keys({"text": "a", "photo": "x.png"}) == {"text": "text: a", "image": "x.png"}
+    assert keys({"photo": "x.png", "image": "y.png"}) == {"image": "y.png"}  # the key of the pipeline wins
+    assert keys({"price": 3}) == {"price": 3}

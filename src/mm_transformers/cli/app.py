@@ -194,6 +194,27 @@ def train(
     leave_processes()
 
 
+def _with_options(options: Callable[..., Any], name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds the options of a function to a command, which gets the result of the function as the argument `name`."""
+    added = inspect.signature(options).parameters
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [part for part in inspect.signature(command).parameters.values() if part.name != name]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            with _errors_as_sentences():
+                result = options(**{key: given.pop(key) for key in added})
+            command(**given, **{name: result})
+
+        # Typer reads both.
+        run.__signature__ = inspect.Signature([*own, *added.values()])  # type: ignore[attr-defined]
+        run.__annotations__ = {part.name: part.annotation for part in (*own, *added.values())}
+        return run
+
+    return decorate
+
+
 TableArgument = Annotated[Path, typer.Argument(metavar="TABLE", help="CSV, JSON lines or Parquet file.")]
 Predict = Annotated[
     str,
@@ -226,21 +247,28 @@ PathsFrom = Annotated[
 ]
 
 
-@app.command()
-def fit(
-    table: TableArgument,
-    predict: Predict,
-    output: ModelFolder = Path("fitted-model"),
-    column: ColumnKinds = None,
+def _planning(
     text: TextEncoder = None,
     vision: VisionEncoder = None,
     audio: AudioEncoder = None,
     preset: PresetName = "balanced",
-    minutes: Annotated[float | None, typer.Option(help="Limit of the whole run, in minutes.")] = None,
     validation: Validation = None,
     test: Test = None,
     group: Group = None,
     image_root: PathsFrom = None,
+) -> dict[str, Any]:
+    return dict(locals())
+
+
+@app.command()
+@_with_options(_planning, "planning")
+def fit(
+    table: TableArgument,
+    predict: Predict,
+    planning: dict[str, Any],
+    output: ModelFolder = Path("fitted-model"),
+    column: ColumnKinds = None,
+    minutes: Annotated[float | None, typer.Option(help="Limit of the whole run, in minutes.")] = None,
     allow_urls: AllowUrls = False,
     allow_host: AllowHost = None,
 ) -> None:
@@ -253,36 +281,24 @@ def fit(
     with _errors_as_sentences():
         from .fit import run_fit
 
-        run_fit(
-            table, predict, output, column or [], text=text, vision=vision, audio=audio, preset=preset, minutes=minutes,
-            validation=validation, test=test, group=group, image_root=image_root,
-            allow_urls=_allowed(allow_urls, allow_host),
-        )  # fmt: skip
+        urls = _allowed(allow_urls, allow_host)
+        run_fit(table, predict, output, column or [], minutes=minutes, allow_urls=urls, **planning)
 
 
 @app.command()
+@_with_options(_planning, "planning")
 def init(
     table: TableArgument,
     predict: Predict,
+    planning: dict[str, Any],
     output: ModelFolder = Path("fitted-model"),
     column: ColumnKinds = None,
-    text: TextEncoder = None,
-    vision: VisionEncoder = None,
-    audio: AudioEncoder = None,
-    preset: PresetName = "balanced",
-    validation: Validation = None,
-    test: Test = None,
-    group: Group = None,
-    image_root: PathsFrom = None,
 ) -> None:
     """Write the recipe with which `fit` would train on a table, without a training."""
     with _errors_as_sentences():
         from .fit import run_init
 
-        run_init(
-            table, predict, output, column or [], text=text, vision=vision, audio=audio, preset=preset,
-            validation=validation, test=test, group=group, image_root=image_root,
-        )  # fmt: skip
+        run_init(table, predict, output, column or [], **planning)
 
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a trained model.")]
@@ -326,21 +342,7 @@ def _reading(
     return Reading(columns, image_root, on_bad_file, _allowed(allow_urls, allow_host))
 
 
-def _reads_rows(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options of [`_reading`] to a command, which gets their result as `reading`."""
-    own = [part for part in inspect.signature(command).parameters.values() if part.name != "reading"]
-    options = inspect.signature(_reading).parameters
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        with _errors_as_sentences():
-            reading = _reading(**{name: given.pop(name) for name in options})
-        command(**given, reading=reading)
-
-    # Typer reads both.
-    run.__signature__ = inspect.Signature([*own, *options.values()])  # type: ignore[attr-defined]
-    run.__annotations__ = {part.name: part.annotation for part in (*own, *options.values())}
-    return run
+_reads_rows = _with_options(_reading, "reading")
 
 
 @app.command()

@@ -254,9 +254,7 @@ class MMDataCollator:
         return {modality: rows or [None] * len(texts) for modality, rows in result.items()}
 
     def _process(self, item: Any) -> Any:
-        """A picture or the frames of a video as the image processor resizes them; a sound unchanged."""
-        if isinstance(item, Mapping):
-            return item
+        """A picture or the frames of a video as the image processor resizes them."""
         pictures = item if isinstance(item, list) else [item]
         digest = b"".join(map(digest_of, pictures))
         return ProcessedPictures(self.processor.process_pictures(pictures), digest)

@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 
 from ..model.dates import date_format
+from ..model.downloads import is_url
 from ..model.file_contents import content_of, is_absent
 from ..model.label_cells import is_null, shorten
 from ..model.limits import limits
@@ -209,15 +210,11 @@ def _files(cells: Sequence[Any], root: Path) -> tuple[str, str] | None:
             continue
         if held:
             return kind, f"the bytes of files ({len(held)} of {len(contents)} that were looked at)"
-        there = sum(is_url(path) or (root / str(path)).is_file() for path in named)
+        there = sum(is_url(str(path)) or (root / str(path)).is_file() for path in named)
         if there >= 0.5 * len(named):
             return kind, f"paths of files, of which {there} of {len(named)} that were looked at exist"
         return IGNORE, f"paths such as {shorten(str(named[0]))!r}, but these files do not exist in {root}"
     return None
-
-
-def is_url(path: Any) -> bool:
-    return str(path).startswith(("http://", "https://"))
 
 
 def _holds(role: str, content: bytes) -> bool:

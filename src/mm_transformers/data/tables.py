@@ -187,14 +187,14 @@ class TableRows:
         try:
             # Cells that are stored once for many rows stay so, and few rows at a time are unpacked. Otherwise a file
             # of a few kilobytes could fill the memory.
-            schema = pyarrow.parquet.read_schema(self.path)
-            largest = check_columns(self.path, pyarrow.parquet.read_metadata(self.path))
+            metadata = pyarrow.parquet.read_metadata(self.path)
+            schema, largest = metadata.schema.to_arrow_schema(), check_columns(self.path, metadata)
             num_rows = CHUNK_SIZE if all(_stays_small(field.type) for field in schema) else _FEW_ROWS
             if largest * num_rows > limits().file_bytes:
                 num_rows = 1
             # Arrow cannot do so within lists and structures; `check_columns` bounds those.
             names = [field.name for field in schema if _is_text(field.type)]
-            with pyarrow.parquet.ParquetFile(self.path, read_dictionary=names) as file:
+            with pyarrow.parquet.ParquetFile(self.path, metadata=metadata, read_dictionary=names) as file:
                 for batch in file.iter_batches(num_rows):
                     for start in range(0, len(batch), _FEW_ROWS):
                         rows = batch.slice(start, _FEW_ROWS)
@@ -209,10 +209,9 @@ class TableRows:
         Raises:
             ValueError: if all rows together are far larger than the file.
         """
-        most = total = 0
+        most, total, stored = 0, 0, self.path.stat().st_size
         for part in self._parquet_parts():
             most, total = max(most, part.size), total + part.size
-            stored = self.path.stat().st_size
             if total > limits().file_bytes and total > MOST_COMPRESSED * stored:
                 raise ValueError(
                     f"{self.path} cannot be read as Parquet: its rows have more than {total:,} bytes in {stored:,}, "

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from ..data.cells import LABEL_SEPARATOR
 from ..data.column_kinds import (
     AUDIO,
+    FILE_KINDS,
     IGNORE,
     IMAGE,
     TEXT,
@@ -209,10 +210,10 @@ def _one_of_each_file(columns: list[ColumnKind]) -> list[ColumnKind]:
     seen: dict[str, str] = {}
     kept = []
     for column in columns:
-        if column.role in (IMAGE, VIDEO, AUDIO) and column.role in seen:
+        if column.role in FILE_KINDS and column.role in seen:
             reason = f"a second column of {column.role}s beside {seen[column.role]}; put both into one cell, as a list"
             column = ColumnKind(column.name, IGNORE, reason)
-        elif column.role in (IMAGE, VIDEO, AUDIO):
+        elif column.role in FILE_KINDS:
             seen[column.role] = column.name
         kept.append(column)
     return kept
@@ -221,7 +222,7 @@ def _one_of_each_file(columns: list[ColumnKind]) -> list[ColumnKind]:
 def _columns_section(columns: Sequence[ColumnKind], table: Mapping[str, str]) -> dict[str, Any]:
     texts = [column.name for column in columns if column.role == TEXT]
     section: dict[str, Any] = {"text": None if not texts else texts[0] if len(texts) == 1 else texts}
-    section |= {column.role: column.name for column in columns if column.role in (IMAGE, VIDEO, AUDIO)}
+    section |= {column.role: column.name for column in columns if column.role in FILE_KINDS}
     if table:
         section["table"] = dict(table)
     return section

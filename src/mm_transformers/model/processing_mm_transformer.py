@@ -314,7 +314,8 @@ class MMTransformerProcessor(ProcessorMixin):
         """
         row = dict(row)
         for key, columns in self.input_columns.items():
-            cells = {column: row.pop(column) for column in columns if column in row and column != key}
+            # A column may be called as the key: then it is one of the columns, and not all of them.
+            cells = {column: row.pop(column) for column in columns if column in row}
             if key in row or not cells:
                 continue
             if key == "text":

@@ -41,7 +41,6 @@ def run_recipe(
     say: Callable[[str], None] = print,
     study: Study | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    before_training: Callable[[MMTrainer], None] | None = None,
 ) -> RecipeRun:
     """
     Trains and measures a model; goes on where an earlier call with the same recipe stopped.
@@ -52,7 +51,6 @@ def run_recipe(
         say: prints a sentence.
         study: asks for more about the linear start.
         callbacks: of the trainer.
-        before_training: is called with the trainer if a training begins anew.
 
     Raises:
         ValueError, OSError: one sentence.
@@ -72,7 +70,7 @@ def run_recipe(
         saved = folder if finished else None
         trainer = build_trainer(recipe, args, data, saved=saved, allow_urls=allow_urls, callbacks=list(callbacks))
     if trainer is not None and not finished:
-        _train(trainer, args, data, say, study, before_training)
+        _train(trainer, args, data, say, study)
     for split, prefix in measured.items():
         assert trainer is not None
         metrics = trainer.evaluate(data.splits[split], metric_key_prefix=prefix)
@@ -90,7 +88,6 @@ def _train(
     data: RecipeData,
     say: Callable[[str], None],
     study: Study | None,
-    before_training: Callable[[MMTrainer], None] | None,
 ) -> None:
     checkpoint = args.resume_from_checkpoint or newest_checkpoint(args.output_dir)
     start = 0
@@ -98,8 +95,6 @@ def _train(
         check_checkpoint(checkpoint, data.tasks)
         start = steps_done(checkpoint)
         say(f"Resuming from {checkpoint}.")
-    elif before_training is not None:
-        before_training(trainer)
     trainer.study = study
     # Training comes first: a Trainer that has evaluated before no longer trains on several processes.
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
