@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         register_task,
     )
     from .training.arguments import MMTrainingArguments
-    from .training.metrics import MultiTaskMetrics
+    from .training.metrics import ArrayMetric, MultiTaskMetrics, TextMetric, register_metric
     from .training.objective.task_gradients import TaskGradientsCallback
     from .training.predictor import Predictor
     from .training.trainer import MMTrainer
@@ -86,7 +86,7 @@ _MODULES = {
         "register_task",
     ],
     "training.arguments": ["MMTrainingArguments"],
-    "training.metrics": ["MultiTaskMetrics"],
+    "training.metrics": ["ArrayMetric", "MultiTaskMetrics", "TextMetric", "register_metric"],
     "training.objective.task_gradients": ["TaskGradientsCallback"],
     "training.predictor": ["Predictor"],
     "training.trainer": ["MMTrainer"],
@@ -123,6 +123,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ArrayMetric",
     "Classification",
     "DataMixture",
     "DataSource",
@@ -153,11 +154,13 @@ __all__ = [
     "TableConfig",
     "Task",
     "TaskGradientsCallback",
+    "TextMetric",
     "TokenClassification",
     "fit",
     "load_demo_dataset",
     "register_column",
     "register_fusion",
+    "register_metric",
     "register_modality",
     "register_task",
     "set_limits",

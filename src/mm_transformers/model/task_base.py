@@ -128,6 +128,9 @@ class Task:
         name (`str`): Key of the task in `labels`, `logits`, `losses` and metric names; letters, digits, underscores.
         loss_weight (`float`, *optional*, defaults to 1.0): Weight w_j of this task in the summed loss.
         column (`str`, *optional*): Column of the data set that holds the labels. Defaults to `name`.
+        metrics (`list[str]`, *optional*):
+            Names of metrics, also of your own ([`register_metric`]). The first one is that of verdicts. Defaults to
+            those of the kind.
 
     Example:
 
@@ -162,11 +165,12 @@ class Task:
     name: str
     loss_weight: float = field(default=1.0, kw_only=True)
     column: Optional[str] = field(default=None, kw_only=True)
+    metrics: Optional[list[str]] = field(default=None, kw_only=True)
 
     kind: ClassVar[str]
     # The factor that turns the loss into a negative log-likelihood, up to the noise: 1/2 for squared errors.
     likelihood_scale: ClassVar[float] = 1.0
-    # Names of metrics in `mm_transformers.training.metrics`. The first one is that of verdicts.
+    # Names of metrics in `mm_transformers.training.metrics`, for tasks that name none.
     default_metrics: ClassVar[tuple[str, ...]] = ()
     # The metric of ablations and their figures; `None` stands for the first of `default_metrics`.
     main_metric: ClassVar[Optional[str]] = None
@@ -205,10 +209,24 @@ class Task:
         self.loss_weight = float(weight)  # JSON cannot store a number of numpy
         if self.column is None:
             self.column = self.name
+        if self.metrics is not None:
+            is_list = isinstance(self.metrics, (list, tuple))
+            if not is_list or not all(isinstance(metric, str) for metric in self.metrics):
+                raise ValueError(
+                    f"Task {self.name!r}: metrics must be a list of names, but is {self.metrics!r}. Objects go to "
+                    "MultiTaskMetrics(metrics=...)."
+                )
+            self.metrics = list(self.metrics)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that `config.json` stores."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}
+        values = {"kind": self.kind, **dataclasses.asdict(self)}
+        return values if self.metrics is not None else {k: v for k, v in values.items() if k != "metrics"}
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names of its metrics: its own, or those of its kind."""
+        return self.default_metrics if self.metrics is None else tuple(self.metrics)
 
     def build_head(self, config, hidden_size: int) -> nn.Module:
         """

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ...data.collator import MMDataCollator
 from ...data.labels import check_labels, complete_task, prepare_labels
-from ...data.loading import check_columns, first_rows, hold_out, load_files, load_named
+from ...data.loading import check_columns, first_rows, hold_out, leave_out_empty_rows, load_files, load_named
 from ...data.row_labels import text_columns
 from ...data.table_columns import table_columns
 from ...model.encoders import HUB_KWARGS
@@ -79,6 +79,7 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
         for column in columns.table or ():
             check_columns(splits, {"columns.table": (column,)})
         splits = prepare_labels(splits, recipe.tasks)
+    leave_out_empty_rows(splits, _read_columns(recipe))
     # Before rows are held out: they may hold the only rows of a rare label.
     tasks = [complete_task(task, splits["train"], data.label_separator) for task in recipe.tasks]
     check_labels(splits, tasks, columns.text, data.label_separator)
@@ -95,6 +96,14 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
         # Of the training rows alone: validation and test rows are new to the model.
         table = table_columns(splits["train"], columns.table, **(recipe.model.get("table") or {}))
     return RecipeData(splits, tasks, table)
+
+
+def _read_columns(recipe: Recipe) -> list[str]:
+    """The columns that the model of a recipe reads."""
+    columns, encoders = recipe.columns, recipe.model
+    media = (("vision", columns.image), ("vision", columns.video), ("audio", columns.audio))
+    read = [column for encoder, column in media if encoders.get(encoder) is not None]
+    return [*text_columns(columns.text), *read, *(columns.table or ()), *columns.own.values()]
 
 
 def build_trainer(
