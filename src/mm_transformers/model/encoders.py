@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Optional
+from typing import Any, Optional
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -29,12 +29,12 @@ HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "trust_remot
 _LONGEST_TEXT = ("max_position_embeddings", "max_encoder_position_embeddings", "max_seq_len")
 
 
-def encoder_config_from_pretrained(path: str, modality: str, **kwargs) -> PreTrainedConfig:
+def encoder_config_from_pretrained(path: str, modality: str, **kwargs: Any) -> PreTrainedConfig:
     """The config of the `modality` ("text", "vision" or "audio") encoder in a Hub repository or local folder."""
     return sub_config_of(read_encoder_config(path, modality, **kwargs), modality)
 
 
-def read_encoder_config(path: str, modality: str, **kwargs) -> PreTrainedConfig:
+def read_encoder_config(path: str, modality: str, **kwargs: Any) -> PreTrainedConfig:
     """
     The whole config in a Hub repository or local folder.
 
@@ -71,7 +71,7 @@ def build_encoder(config: PreTrainedConfig, modality: str) -> PreTrainedModel:
     return parameters_to_buffers(model, unused)
 
 
-def load_encoder(path: str, modality: str, **kwargs) -> tuple[PreTrainedModel, PreTrainedConfig]:
+def load_encoder(path: str, modality: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedConfig]:
     """
     The encoder of a Hub repository or local folder, with its weights, and the config for [`build_encoder`].
 

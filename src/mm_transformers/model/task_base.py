@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .label_cells import ids_are_places, infer_labels
 from .linear_problem import LinearProblem
@@ -195,7 +196,7 @@ class Task:
     # True if the head also judges mismatched pairs; see [`MMTransformerForMultiTask.judge_mismatched`].
     needs_mismatches: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _VALID_NAME.fullmatch(self.name):
             raise ValueError(
                 f"Task name {self.name!r} is not valid: it must start with a letter and hold only letters, digits "
@@ -228,7 +229,7 @@ class Task:
         """The names of its metrics: its own, or those of its kind."""
         return self.default_metrics if self.metrics is None else tuple(self.metrics)
 
-    def build_head(self, config, hidden_size: int) -> nn.Module:
+    def build_head(self, config: PreTrainedConfig, hidden_size: int) -> nn.Module:
         """
         Builds the task layer: a module from the [`MMTransformerModelOutput`] to the logits.
 
@@ -580,7 +581,7 @@ class TaskHeads(nn.Module):
     "heads" among the `modules_to_save`.
     """
 
-    def __init__(self, heads: dict[str, nn.Module]):
+    def __init__(self, heads: dict[str, nn.Module]) -> None:
         super().__init__()
         self.names = list(heads)
         for name, head in heads.items():
@@ -599,7 +600,7 @@ class PooledHead(nn.Module):
     num_outputs).
     """
 
-    def __init__(self, hidden_size: int, num_outputs: int, dropout: float):
+    def __init__(self, hidden_size: int, num_outputs: int, dropout: float) -> None:
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
