@@ -55,7 +55,7 @@ format: $(VENV)/.installed ## Format the code and repair what ruff can repair.
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.installed ## Measure every figure of docs/benchmarks.md for the CPU (under 30 minutes on 2 cores).
+bench: $(VENV)/.installed ## Measure every figure of docs/benchmarks for the CPU (under 30 minutes on 2 cores).
 	$(BENCH_ENV) $(VENV)/bin/python benchmarks/run.py cpu
 
 bench-quick: $(VENV)/.installed ## Run all benchmarks in small (under 5 minutes); nothing is kept.
