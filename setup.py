@@ -17,7 +17,10 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "docs"))
-from links import with_absolute_links  # noqa: E402
+from links import with_absolute_links
+
+
+sys.path.pop(0)
 
 
 url = os.environ.get("REPOSITORY_URL")

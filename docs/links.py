@@ -1,7 +1,7 @@
 """
 Makes the relative links of a page absolute, from the environment variable `REPOSITORY_URL`.
 
-`setup.py` uses it for the README that PyPI shows, `docs/site.py` for links of the site to files outside of `docs/`.
+`setup.py` uses it for the README that PyPI shows, `docs/hooks.py` for links of the site to files outside of `docs/`.
 Without an address, such links are left out and their texts stay; so are such pictures.
 """
 
@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 BRANCH = "main"
 # A block or a span of code, or a link. Texts of links may hold code.
-_PART = re.compile(r"(?P<code>^```.*?^```$|`[^`\n]+`(?!\]))|(?P<picture>!?)\[(?P<text>[^\]\n]*)\]\((?P<target>[^)\s]+)\)", re.M | re.S)
+_PART = re.compile(
+    r"(?P<code>^```.*?^```$|`[^`\n]+`(?!\]))|(?P<picture>!?)\[(?P<text>[^\]\n]*)\]\((?P<target>[^)\s]+)\)", re.M | re.S
+)
 
 
 def with_absolute_links(

@@ -1,6 +1,6 @@
 """
-Puts tables and the plot of docs/results/race.jsonl into docs/race.md, the pages of docs/race/ and README.md, between the
-comments that ask for them:
+Puts tables and the plot of docs/results/race.jsonl into docs/race.md, the pages of docs/race/ and README.md, between
+the comments that ask for them:
 
     <!-- race: gain --> ... <!-- end -->
     <!-- race: f1 stamps --> ... <!-- end -->     macro F1 of each method in each cell of a data set; also "accuracy"

@@ -21,6 +21,11 @@ def test_its_links_lead_somewhere():
         assert (ROOT / path.split("#")[0]).exists(), path
 
 
+def test_it_counts_the_encoders_as_the_page_does():
+    [(supported, _)] = re.findall(r"(\d+) of (\d+) types are supported", (ROOT / "docs/encoders.md").read_text())
+    assert f"[{supported} supported types](docs/encoders.md)" in README
+
+
 def test_on_pypi_links_are_absolute():
     text = links.with_absolute_links(README, "https://example.org/me/mm/")
     assert not re.findall(r"\]\((?!https://)", text)
