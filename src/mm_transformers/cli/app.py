@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import __version__
+
 
 if TYPE_CHECKING:
     from .predict import Reading
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mm-transformers {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -31,6 +39,9 @@ def main(
             "--import", help="A module of yours with kinds of tasks or columns, such as my_kinds. May be given again."
         ),
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Text with pictures, several tasks at once."""
     for name in modules or ():
