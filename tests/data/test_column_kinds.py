@@ -117,6 +117,7 @@ def test_targets_are_no_inputs():
          "5 different whole numbers; some (target):regression takes them as numbers", None),
         ([i * 0.5 for i in range(40)], "regression", "40 different numbers", None),
         ([str(i) for i in range(40)], "regression", "40 different numbers", None),
+        (["-", "n/a", *(str(i) for i in range(40))], "regression", "40 different numbers", None),
         (["red|blue", "red", "green|blue|red"] * 10, "multi_label",
          "3 different labels, several in a cell, separated by '|'", "|"),
         (["red; blue", "red", "green; blue"] * 10, "multi_label",
