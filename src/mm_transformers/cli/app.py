@@ -494,6 +494,9 @@ def predict(
     num_beams: Annotated[
         int | None, typer.Option("--num_beams", "--num-beams", min=1, help="Beams of tasks that write text.")
     ] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write a column with the probability of each label.")
+    ] = False,
     escape_formulas: Annotated[
         bool,
         typer.Option(
@@ -511,8 +514,8 @@ def predict(
     Answer the rows of a file, of any size; labels are not needed.
 
     The output has the rows in their order. Each task has a column for its answer (topic), and columns for further parts
-    of the answer (topic_score). If a column of the input has one of these names, it gets the suffix _input. The file
-    appears when it is complete.
+    of the answer (topic_score). With --probabilities, each label has one, too (topic_probability_animals). If a column
+    of the input has one of these names, it gets the suffix _input. The file appears when it is complete.
     """
     from .predict import run_prediction
     from .processes import join_processes, leave_processes
@@ -520,7 +523,9 @@ def predict(
     join_processes()
     with _errors_as_sentences():
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
-        run_prediction(model, file, output, names, batch_size, num_workers, num_beams, reading, escape_formulas)
+        run_prediction(
+            model, file, output, names, batch_size, num_workers, num_beams, reading, escape_formulas, probabilities
+        )
     leave_processes()
 
 

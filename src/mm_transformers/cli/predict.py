@@ -196,11 +196,13 @@ def run_prediction(
     num_beams: int | None,
     reading: Reading,
     escape_formulas: bool = True,
+    probabilities: bool = False,
 ) -> None:
     """
     Answers the rows of a file.
 
     Args:
+        probabilities: also writes a column with the probability of each label.
         escape_formulas: as in [`table_writer`].
 
     Raises:
@@ -224,11 +226,11 @@ def run_prediction(
         data.image_root or str(file.parent),
     )
     options = {} if num_beams is None else {"num_beams": num_beams}
-    predictor = Predictor(model.to(state.device), collator, tasks, batch_size, num_workers, **options)
+    predictor = Predictor(model.to(state.device), collator, tasks, batch_size, num_workers, probabilities, **options)
     answered = predictor.stream(rows, prepare=reader, keep=partial(plain_cells, list(types)))
     try:
         if state.is_main_process:
-            num_rows = _write(answered, output, suffix, types, escape_formulas)
+            num_rows = _write(answered, output, suffix, types, escape_formulas, predictor.probability_names)
             say(f"Wrote the answers to {num_rows:,} rows to {output}.")
         else:
             for _ in answered:  # processes its share
@@ -311,6 +313,7 @@ def _write(
     suffix: str,
     types: dict[str, Any],
     escape_formulas: bool,
+    probability_names: Mapping[str, Sequence[str]],
 ) -> int:
     """Writes the answers, and returns the number of rows."""
     writer, num_rows, names = None, 0, {}
@@ -321,7 +324,7 @@ def _write(
     with write_atomically(output) as file, bar:
         shown = bar.add_task("", total=None)
         for batch in answered:
-            rows = [(kept, answer_columns(answers)) for kept, answers in batch]
+            rows = [(kept, answer_columns(answers, probability_names)) for kept, answers in batch]
             if writer is None:
                 # The input column stays beside the answer, under another name.
                 names = {name: f"{name}_input" if name in rows[0][1] else name for name in types}

@@ -441,6 +441,26 @@ class Task:
         """
         return None
 
+    @property
+    def probability_names(self) -> list[str]:
+        """The labels whose probabilities [`add_probabilities`] adds; none for a kind without [`probabilities`]."""
+        return self.label_names if type(self).probabilities is not Task.probabilities else []
+
+    def add_probabilities(
+        self, answers: list[Any], logits: torch.Tensor, word_index: Optional[torch.Tensor] = None
+    ) -> None:
+        """
+        Adds to each answer of [`decode`] the entry `"probabilities"`: a dict from label to probability.
+
+        Called only if there are `probability_names`. A kind whose answers are no dicts overrides it.
+
+        Args:
+            answers: one dict per row; changed in place.
+            logits, word_index: as [`decode`] takes them.
+        """
+        for answer, row in zip(answers, self.probabilities(logits).tolist(), strict=True):
+            answer["probabilities"] = dict(zip(self.probability_names, row, strict=True))
+
     def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
         """
         Compares the answer to one row with its label.

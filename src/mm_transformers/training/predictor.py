@@ -32,6 +32,8 @@ class Predictor:
         tasks (`list[str]`, *optional*): The tasks to answer; all by default. A decoder runs only for these.
         batch_size (`int`, *optional*, defaults to 32): Rows per batch.
         num_workers (`int`, *optional*, defaults to 0): Processes that read files in the background.
+        probabilities (`bool`, *optional*, defaults to `False`):
+            Adds `"probabilities"` to the answers of tasks that choose among labels: a dict from label to probability.
         generation_options: for `model.generate`, if a task writes texts.
 
     Raises:
@@ -60,6 +62,7 @@ class Predictor:
         tasks: Sequence[str] | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
+        probabilities: bool = False,
         **generation_options: Any,
     ):
         self.model: MMTransformerForMultiTask = unwrapped(model)
@@ -67,6 +70,12 @@ class Predictor:
             collator = MMDataCollator(collator, self.model.config)
         self.collator, self.tasks = collator, check_tasks(self.model, tasks)
         self.batch_size, self.num_workers, self.generation_options = batch_size, num_workers, generation_options
+        self.probabilities = probabilities
+
+    @property
+    def probability_names(self) -> dict[str, list[str]]:
+        """Task -> the labels whose probabilities its answers hold; for [`answer_columns`]."""
+        return {name: self.model.tasks[name].probability_names for name in self.tasks if self.probabilities}
 
     @classmethod
     def from_pretrained(
@@ -78,10 +87,11 @@ class Predictor:
         Args:
             name: a folder or a Hub id.
             tasks: the tasks to answer; all by default.
-            options: `batch_size`, `num_workers`, and the options of [`MMDataCollator`], such as `image_column`.
+            options: `batch_size`, `num_workers`, `probabilities`, and the options of [`MMDataCollator`], such as
+                `image_column`.
         """
         model = MMTransformerForMultiTask.from_pretrained(name)
-        own = {key: options.pop(key) for key in ("batch_size", "num_workers") if key in options}
+        own = {key: options.pop(key) for key in ("batch_size", "num_workers", "probabilities") if key in options}
         collator = MMDataCollator(MMTransformerProcessor.from_pretrained(name), model.config, **options)
         return cls(model.to(PartialState().device), collator, tasks, **own)
 
@@ -128,7 +138,11 @@ class Predictor:
                 kept, inputs, word_index, texts = batch
                 predictions = Predictions.of(model, send_to_device(inputs, model.device))
                 answers = predictions.answers(
-                    self.collator.processor, self.tasks, word_index, **self.generation_options
+                    self.collator.processor,
+                    self.tasks,
+                    word_index,
+                    probabilities=self.probabilities,
+                    **self.generation_options,
                 )
                 for answer, text in zip(answers, texts, strict=True):
                     answer.update({n: model.tasks[n].complete_answer(answer[n], text) for n in self.tasks})
@@ -147,25 +161,25 @@ def _nothing(row: Any) -> None:
     return None
 
 
-def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:
+def answer_columns(
+    answers: Mapping[str, Any], probability_names: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Any]:
     """
     The answers of a row as columns.
 
     The column with the name of the task holds the first part of its answer (a label, a number, a text). The other parts
     have columns such as `topic_score`. Answers of tasks that label words are lists, so each of their columns is a list.
 
+    Args:
+        probability_names: task -> the labels whose probabilities become columns, such as `topic_probability_animals`.
+
     Raises:
         ValueError: if two tasks would have the same column, as tasks `topic` and `topic_score` do.
     """
     columns: dict[str, Any] = {}
     for name, answer in answers.items():
-        if isinstance(answer, list) and all(isinstance(item, dict) for item in answer):
-            keys = list(dict.fromkeys(key for item in answer for key in item)) or ["label", "score"]
-            answer = {key: [item[key] for item in answer] for key in keys}
-        if not isinstance(answer, dict):
-            answer = {"": answer}
-        for i, (key, value) in enumerate(answer.items()):
-            column = name if i == 0 else f"{name}_{key}"
+        labels = (probability_names or {}).get(name, ())
+        for column, value in [*_parts(name, answer, bool(labels)), *_probabilities(name, answer, labels)]:
             if column in columns:
                 raise ValueError(
                     f"The answers of task {name!r} and of another task would both be in a column {column!r}. Answer "
@@ -173,6 +187,32 @@ def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:
                 )
             columns[column] = value
     return columns
+
+
+def _parts(name: str, answer: Any, without_probabilities: bool) -> list[tuple[str, Any]]:
+    """The parts of the answer of one task, with their columns."""
+    if isinstance(answer, list) and all(isinstance(item, dict) for item in answer):
+        keys = list(dict.fromkeys(key for item in answer for key in item)) or ["label", "score"]
+        answer = {key: [item.get(key) for item in answer] for key in keys}
+    if not isinstance(answer, dict):
+        return [(name, answer)]
+    parts = [part for part in answer.items() if not (without_probabilities and part[0] == "probabilities")]
+    return [(name if i == 0 else f"{name}_{key}", value) for i, (key, value) in enumerate(parts)]
+
+
+def _probabilities(name: str, answer: Any, labels: Sequence[str]) -> list[tuple[str, Any]]:
+    """The probability of each label, or a list of those of the words, with their columns."""
+
+    def of(item: Any, label: str) -> Any:
+        return (item.get("probabilities") or {}).get(label)
+
+    return [
+        (
+            f"{name}_probability_{label}",
+            [of(item, label) for item in answer] if isinstance(answer, list) else of(answer, label),
+        )
+        for label in labels
+    ]
 
 
 class _Share(IterableDataset[dict[str, Any]]):
