@@ -2,15 +2,24 @@
 
 import csv
 import json
+import os
 
 import pyarrow.parquet
 import pytest
 import torch
 from command_line import mm
 from recipes import write_csv
-from tiny import make_image, make_model, make_processor, make_tasks
+from tiny import (
+    make_audio_processor,
+    make_clip,
+    make_image,
+    make_model,
+    make_processor,
+    make_tasks,
+    make_tokenizer,
+)
 
-from mm_transformers import Predictor, Regression
+from mm_transformers import MMTransformerProcessor, Predictor, Regression
 
 
 TEXTS = ["a red dog", "the big cat is in the river", ""]
@@ -90,3 +99,103 @@ def test_the_predictor_adds_them_to_answers(folder):
     assert sum(answer["entities"][6]["probabilities"].values()) == pytest.approx(1)
     assert answer["score"].keys() == {"value"}
     assert predictor.probability_names["score"] == Regression("score").probability_names == []
+
+
+# Folders
+
+
+def alone(image):
+    """The answer to a picture without a text."""
+    model = make_model(tasks=make_tasks())
+    with torch.no_grad():
+        return model.decode(model(**make_processor()(text=[""], images=[image])))[0]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    root = tmp_path / "pictures"
+    (root / "a/deep").mkdir(parents=True)
+    make_image(1).save(root / "b.png")
+    make_image(2).save(root / "a/deep/C.BMP")
+    make_image(4).save(root / "a/x.tiff")
+    (root / "notes.txt").write_text("no picture")
+    return root
+
+
+def test_a_folder_of_pictures(folder, pictures, tmp_path):
+    mm("predict", folder / "model", pictures, "--output", tmp_path / "a.csv", "--tasks", "topic,score")
+    rows = read(tmp_path / "a.csv")
+    assert [row["image"] for row in rows] == ["a/deep/C.BMP", "a/x.tiff", "b.png"]
+    assert list(rows[0]) == ["image", "topic", "topic_score", "score"]
+    for row, seed in zip(rows, (2, 4, 1), strict=True):
+        expected = alone(make_image(seed))
+        assert row["topic"] == expected["topic"]["label"]
+        assert float(row["score"]) == pytest.approx(expected["score"]["value"], abs=1e-5)
+
+
+def test_the_predictor_answers_a_folder(folder, pictures):
+    predictor = Predictor.from_pretrained(folder / "model", ["score"], batch_size=2)
+    answered = [pair for batch in predictor.stream(pictures) for pair in batch]
+    assert [row for row, _ in answered] == [{"image": "a/deep/C.BMP"}, {"image": "a/x.tiff"}, {"image": "b.png"}]
+    assert predictor(str(pictures)) == [answers for _, answers in answered]
+    assert answered[2][1]["score"]["value"] == pytest.approx(alone(make_image(1))["score"]["value"], abs=1e-5)
+
+
+def test_links_out_of_the_folder_are_not_followed(folder, pictures, tmp_path, caplog):
+    make_image(9).save(tmp_path / "secret.png")
+    (tmp_path / "outside").mkdir()
+    make_image(9).save(tmp_path / "outside/s.png")
+    (pictures / "link.png").symlink_to(tmp_path / "secret.png")
+    (pictures / "linked").symlink_to(tmp_path / "outside")
+    (pictures / "loop").symlink_to(pictures)
+    (pictures / "inside.png").symlink_to("b.png")
+    (pictures / ".hidden.png").symlink_to("b.png")
+    os.mkfifo(pictures / "pipe.png")
+    predictor = Predictor.from_pretrained(folder / "model", ["score"])
+    names = [row["image"] for batch in predictor.stream(pictures) for row, _ in batch]
+    assert names == ["a/deep/C.BMP", "a/x.tiff", "b.png", "inside.png"]
+
+
+def test_names_of_files_that_look_like_addresses(folder, tmp_path):
+    (tmp_path / "f/http:").mkdir(parents=True)
+    make_image(1).save(tmp_path / "f/data:,x.png")
+    make_image(1).save(tmp_path / "f/http:/host.png")
+    found = Predictor.from_pretrained(folder / "model", ["score"])(tmp_path / "f")
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("case", ["empty", "unread", "name", "text"])
+def test_what_is_wrong_with_a_folder(folder, tmp_path, case):
+    model, rows = folder / "model", tmp_path / "rows"
+    rows.mkdir()
+    if case == "empty":
+        message = "rows has no files of pictures or video (names that end in .png, .jpg"
+    elif case == "unread":
+        (rows / "a.png").write_bytes(b"no picture")
+        message = f"column 'image': image '{rows}/a.png'"
+    elif case == "name":
+        open(os.fsencode(rows) + b"/\xff.png", "wb").close()
+        message = "is not valid Unicode; rename it."
+    else:
+        make_model(tasks=make_tasks(), vision=None).save_pretrained(tmp_path / "model")
+        MMTransformerProcessor(tokenizer=make_tokenizer()).save_pretrained(tmp_path / "model")
+        model, message = tmp_path / "model", "The model reads neither pictures nor sounds"
+    said = mm("predict", model, rows, "--output", tmp_path / "a.csv", ok=False)
+    assert message in " ".join(said.split())
+    assert not (tmp_path / "a.csv").exists()
+
+
+def test_a_folder_of_sounds(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    model = make_model(tasks=make_tasks(), vision=None, audio="wav2vec2")
+    processor = make_audio_processor(images=False)
+    (tmp_path / "sounds").mkdir()
+    for i in range(3):
+        soundfile.write(tmp_path / f"sounds/{i}.wav", make_clip(seed=i), 16_000, subtype="FLOAT")
+    make_image(1).save(tmp_path / "sounds/cover.png")
+    rows = Predictor(model, processor, ["score"])(tmp_path / "sounds")
+    with torch.no_grad():
+        inputs = processor(text=[""], audio=[{"array": make_clip(seed=1), "sampling_rate": 16_000}])
+        expected = model(**inputs).logits["score"]
+    assert len(rows) == 3
+    assert rows[1]["score"]["value"] == pytest.approx(float(expected), abs=1e-5)

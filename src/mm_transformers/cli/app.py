@@ -303,6 +303,9 @@ def init(
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a trained model.")]
 DataArgument = Annotated[Path, typer.Argument(metavar="FILE", help="CSV, JSON lines or Parquet file.")]
+RowsArgument = Annotated[
+    Path, typer.Argument(metavar="FILE", help="CSV, JSON lines or Parquet file, or a folder of pictures or sounds.")
+]
 BatchSize = Annotated[int, typer.Option("--batch_size", "--batch-size", min=1, help="Rows per batch and process.")]
 
 
@@ -484,7 +487,7 @@ def export(
 @_reads_rows
 def predict(
     model: ModelArgument,
-    file: DataArgument,
+    file: RowsArgument,
     output: Annotated[Path, typer.Option(help="CSV, JSON lines or Parquet file to write the rows and answers to.")],
     tasks: Annotated[str | None, typer.Option(help="Names of the tasks, separated by commas. Default: all.")] = None,
     batch_size: BatchSize = 32,
@@ -511,7 +514,7 @@ def predict(
     reading: "Reading",
 ) -> None:
     """
-    Answer the rows of a file, of any size; labels are not needed.
+    Answer the rows of a file, of any size, or the pictures and sounds of a folder; labels are not needed.
 
     The output has the rows in their order. Each task has a column for its answer (topic), and columns for further parts
     of the answer (topic_score). With --probabilities, each label has one, too (topic_probability_animals). If a column

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -21,6 +21,7 @@ from ..analysis import Ablation, ablate
 from ..data.cells import RowReader
 from ..data.collator import MMDataCollator
 from ..data.files import check_writable
+from ..data.folders import FolderRows
 from ..data.labels import check_labels, has_labels, prepare_labels
 from ..data.loading import load_files
 from ..data.row_labels import text_columns
@@ -199,7 +200,7 @@ def run_prediction(
     probabilities: bool = False,
 ) -> None:
     """
-    Answers the rows of a file.
+    Answers the rows of a file, or the pictures and sounds of a folder.
 
     Args:
         probabilities: also writes a column with the probability of each label.
@@ -212,19 +213,25 @@ def run_prediction(
     check_writable(output)
     if output.exists() and file.exists() and output.samefile(file):
         raise ValueError(f"The answers would overwrite the rows: {output} is the input.")
-    rows = TableRows(file)
-    types = rows.plain_types()
+    table = None if file.is_dir() else TableRows(file)  # an unreadable table is told before the model is loaded
     columns, data = reading.options(model_name)
     model, collator = _load(model_name, columns, data, reading.allow_urls)
     check_tasks(model, tasks)
     state = this_process()
     show_progress_of_package(state.is_main_process)
-    _check_columns(rows.schema.names, collator, columns, reading, file)
-    reader = RowReader(
-        _features(rows.schema, collator.input_columns),
-        {column.column: kind for kind, column in collator.media.items() if MODALITIES[kind].has_files},
-        data.image_root or str(file.parent),
-    )
+    rows: TableRows | FolderRows
+    reader: Callable[[Any], Mapping[str, Any]]
+    if table is None:
+        rows = FolderRows(file, collator)
+        reader, types = rows.read, dict.fromkeys(rows.columns, pyarrow.string())
+    else:
+        rows, types = table, table.plain_types()
+        _check_columns(table.schema.names, collator, columns, reading, file)
+        reader = RowReader(
+            _features(table.schema, collator.input_columns),
+            {column.column: kind for kind, column in collator.media.items() if MODALITIES[kind].has_files},
+            data.image_root or str(file.parent),
+        )
     options = {} if num_beams is None else {"num_beams": num_beams}
     predictor = Predictor(model.to(state.device), collator, tasks, batch_size, num_workers, probabilities, **options)
     answered = predictor.stream(rows, prepare=reader, keep=partial(plain_cells, list(types)))

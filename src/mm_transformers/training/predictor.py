@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..data.cells import RowReader, opened
 from ..data.collator import MMDataCollator
+from ..data.folders import FolderRows
 from ..data.sources import ROW_KEY, media_of, name_of_row
 from ..model.answers import check_tasks, unwrapped
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
@@ -95,20 +96,21 @@ class Predictor:
         collator = MMDataCollator(MMTransformerProcessor.from_pretrained(name), model.config, **options)
         return cls(model.to(PartialState().device), collator, tasks, **own)
 
-    def __call__(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def __call__(self, rows: Iterable[Mapping[str, Any]] | str | os.PathLike[str]) -> list[dict[str, Any]]:
         """
         The answers to all rows: for each row a dict from task to answer, from [`Task.decode`].
 
         Tasks that write answer `{"text": ...}`.
 
         Args:
-            rows: a list, a data set, a table of pandas, or another iterable of dicts.
+            rows: a list, a data set, a table of pandas, or another iterable of dicts. A path is a folder of pictures,
+                videos or sounds: one row for each file, in the order of the paths.
         """
         return [answers for batch in self.stream(rows, keep=_nothing) for _, answers in batch]
 
     def stream(
         self,
-        rows: Iterable[Mapping[str, Any]],
+        rows: Iterable[Mapping[str, Any]] | str | os.PathLike[str],
         prepare: Callable[[Any], Mapping[str, Any]] = dict,
         keep: Callable[[Any], Any] = dict,
     ) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
@@ -116,7 +118,8 @@ class Predictor:
         The same batch by batch.
 
         Args:
-            rows: each process, and each worker, reads them on its own: they must be equal for all.
+            rows: each process, and each worker, reads them on its own: they must be equal for all. The rows of a folder
+                are dicts such as `{"image": "holiday/beach.png"}`.
             prepare: a row -> the row for the collator.
             keep: a row -> the part of it to return with its answers; by default all of it. A data set has its pictures
                 and sounds there as they are stored.
@@ -125,9 +128,12 @@ class Predictor:
             For each batch a list of pairs: the part that is kept, and the answers.
         """
         model, state = self.model, PartialState()
-        rows, reader = opened(rows, media_of(self.collator))
+        if isinstance(rows, (str, os.PathLike)):
+            rows = FolderRows(rows, self.collator)
+            prepare = rows.read
+        dataset, reader = opened(rows, media_of(self.collator))
         options = (self.batch_size, state.process_index, state.num_processes, reader, prepare, keep)
-        share = _Share(rows, self.collator, *options)
+        share = _Share(dataset, self.collator, *options)
         batches = iter(DataLoader(share, batch_size=None, num_workers=self.num_workers))
         while True:
             batch = next(batches, None)
