@@ -308,6 +308,17 @@ RowsArgument = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option("--batch_size", "--batch-size", min=1, help="Rows per batch and process.")]
 
+NumWorkers = Annotated[
+    int, typer.Option("--num_workers", "--num-workers", min=0, help="Processes that read files in the background.")
+]
+EscapeFormulas = Annotated[
+    bool,
+    typer.Option(
+        "--escape-formulas/--no-escape-formulas",
+        help="In CSV, put ' before texts that begin like a formula (=, +, -, @), because a spreadsheet would run them.",
+    ),
+]
+
 
 # Underscores, as the columns of the collator and the options of transformers have them; dashes, as other commands do.
 _COLUMN_HELP = "Default: the column in the recipe of the model, or the name of the modality."
@@ -491,25 +502,14 @@ def predict(
     output: Annotated[Path, typer.Option(help="CSV, JSON lines or Parquet file to write the rows and answers to.")],
     tasks: Annotated[str | None, typer.Option(help="Names of the tasks, separated by commas. Default: all.")] = None,
     batch_size: BatchSize = 32,
-    num_workers: Annotated[
-        int, typer.Option("--num_workers", "--num-workers", min=0, help="Processes that read files in the background.")
-    ] = 0,
+    num_workers: NumWorkers = 0,
     num_beams: Annotated[
         int | None, typer.Option("--num_beams", "--num-beams", min=1, help="Beams of tasks that write text.")
     ] = None,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write a column with the probability of each label.")
     ] = False,
-    escape_formulas: Annotated[
-        bool,
-        typer.Option(
-            "--escape-formulas/--no-escape-formulas",
-            help=(
-                "In CSV, put ' before texts that begin like a formula (=, +, -, @), because a spreadsheet would run "
-                "them."
-            ),
-        ),
-    ] = True,
+    escape_formulas: EscapeFormulas = True,
     *,
     reading: "Reading",
 ) -> None:
@@ -529,6 +529,40 @@ def predict(
         run_prediction(
             model, file, output, names, batch_size, num_workers, num_beams, reading, escape_formulas, probabilities
         )
+    leave_processes()
+
+
+@app.command()
+@_reads_rows
+def embed(
+    model: ModelArgument,
+    file: RowsArgument,
+    output: Annotated[
+        Path,
+        typer.Option(help="Parquet, JSON lines or CSV file for the rows and vectors; .safetensors for vectors alone."),
+    ],
+    task: Annotated[
+        str | None, typer.Option(help="Retrieval task whose vectors are written. Default: means of the states.")
+    ] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale all vectors to length 1.")] = False,
+    batch_size: BatchSize = 32,
+    num_workers: NumWorkers = 0,
+    escape_formulas: EscapeFormulas = True,
+    *,
+    reading: "Reading",
+) -> None:
+    """
+    Write the vectors of rows, or of the pictures and sounds of a folder, for search, clustering or other models.
+
+    Each row has the vector of all its inputs (fused_embedding), and one for each modality (text_embedding,
+    vision_embedding, ...), which is empty if the row lacks it.
+    """
+    from .embed import run_embedding
+    from .processes import join_processes, leave_processes
+
+    join_processes()
+    with _errors_as_sentences():
+        run_embedding(model, file, output, task, normalize, batch_size, num_workers, reading, escape_formulas)
     leave_processes()
 
 

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -210,42 +210,75 @@ def run_prediction(
         ValueError, OSError: one sentence.
     """
     suffix = check_suffix(output)
+    opened = open_rows(model_name, file, output, reading, tasks)
+    options = {} if num_beams is None else {"num_beams": num_beams}
+    predictor = Predictor(opened.model, opened.collator, tasks, batch_size, num_workers, probabilities, **options)
+    names = predictor.probability_names
+    answered = predictor.stream(opened.rows, prepare=opened.reader, keep=partial(plain_cells, list(opened.types)))
+    table = ((kept, answer_columns(answers, names)) for batch in answered for kept, answers in batch)
+    with opened.errors_with_names():
+        write_rows(table, output, suffix, opened.types, escape_formulas, "Wrote the answers to {:,} rows to {}.")
+
+
+@dataclass
+class OpenedRows:
+    """
+    A model, and the rows of a file or folder for it.
+
+    Args:
+        reader: a row -> the row for the collator.
+        types: the columns to keep in an output, with their types.
+    """
+
+    file: Path
+    model: MMTransformerForMultiTask
+    collator: MMDataCollator
+    rows: TableRows | FolderRows
+    reader: Callable[[Any], Mapping[str, Any]]
+    types: dict[str, pyarrow.DataType]
+
+    @contextmanager
+    def errors_with_names(self) -> Iterator[None]:
+        """Adds the name of the file to errors, and tells how many bad files were dropped."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.file}: {error}") from error
+        if self.collator.num_bad_files:
+            logger.warning(
+                f"Reading a file failed {self.collator.num_bad_files:,} times; these files were treated as missing."
+            )
+
+
+def open_rows(
+    model_name: str, file: Path, output: Path, reading: Reading, tasks: list[str] | None = None
+) -> OpenedRows:
+    """
+    A model on the device of this process, and the rows of a table, or the files of a folder.
+
+    Raises:
+        ValueError, OSError: one sentence, also if the output cannot be written or the model lacks a task.
+    """
     check_writable(output)
     if output.exists() and file.exists() and output.samefile(file):
-        raise ValueError(f"The answers would overwrite the rows: {output} is the input.")
+        raise ValueError(f"The output would overwrite the rows: {output} is the input.")
     table = None if file.is_dir() else TableRows(file)  # an unreadable table is told before the model is loaded
     columns, data = reading.options(model_name)
     model, collator = _load(model_name, columns, data, reading.allow_urls)
     check_tasks(model, tasks)
     state = this_process()
     show_progress_of_package(state.is_main_process)
-    rows: TableRows | FolderRows
-    reader: Callable[[Any], Mapping[str, Any]]
+    model = model.to(state.device)
     if table is None:
-        rows = FolderRows(file, collator)
-        reader, types = rows.read, dict.fromkeys(rows.columns, pyarrow.string())
-    else:
-        rows, types = table, table.plain_types()
-        _check_columns(table.schema.names, collator, columns, reading, file)
-        reader = RowReader(
-            _features(table.schema, collator.input_columns),
-            {column.column: kind for kind, column in collator.media.items() if MODALITIES[kind].has_files},
-            data.image_root or str(file.parent),
-        )
-    options = {} if num_beams is None else {"num_beams": num_beams}
-    predictor = Predictor(model.to(state.device), collator, tasks, batch_size, num_workers, probabilities, **options)
-    answered = predictor.stream(rows, prepare=reader, keep=partial(plain_cells, list(types)))
-    try:
-        if state.is_main_process:
-            num_rows = _write(answered, output, suffix, types, escape_formulas, predictor.probability_names)
-            say(f"Wrote the answers to {num_rows:,} rows to {output}.")
-        else:
-            for _ in answered:  # processes its share
-                pass
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    if collator.num_bad_files:
-        logger.warning(f"Reading a file failed {collator.num_bad_files:,} times; these files were treated as missing.")
+        folder = FolderRows(file, collator)
+        return OpenedRows(file, model, collator, folder, folder.read, dict.fromkeys(folder.columns, pyarrow.string()))
+    _check_columns(table.schema.names, collator, columns, reading, file)
+    reader = RowReader(
+        _features(table.schema, collator.input_columns),
+        {column.column: kind for kind, column in collator.media.items() if MODALITIES[kind].has_files},
+        data.image_root or str(file.parent),
+    )
+    return OpenedRows(file, model, collator, table, reader, table.plain_types())
 
 
 def _load(
@@ -314,15 +347,28 @@ def _features(schema: pyarrow.Schema, columns: Collection[str]) -> dict[str, Any
     return dict(datasets.Features.from_arrow_schema(pyarrow.schema(fields, schema.metadata)))
 
 
-def _write(
-    answered: Iterator[list[tuple[Any, dict[str, Any]]]],
+def write_rows(
+    rows: Iterable[tuple[dict[str, Any], dict[str, Any]]],
     output: Path,
     suffix: str,
-    types: dict[str, Any],
+    types: Mapping[str, pyarrow.DataType],
     escape_formulas: bool,
-    probability_names: Mapping[str, Sequence[str]],
-) -> int:
-    """Writes the answers, and returns the number of rows."""
+    told: str,
+    new_types: Mapping[str, pyarrow.DataType] | None = None,
+) -> None:
+    """
+    Writes a table, in the main process only; the others compute their share.
+
+    Args:
+        rows: the cells of the input that are kept, and the new ones.
+        types: of the kept columns.
+        told: the sentence at the end, with places for the number of rows and the file.
+        new_types: of new columns, if known.
+    """
+    if not this_process().is_main_process:
+        for _ in rows:
+            pass
+        return
     writer, num_rows, names = None, 0, {}
     bar = Progress(
         TextColumn("answering"), SpinnerColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn(),
@@ -330,11 +376,10 @@ def _write(
     )  # fmt: skip
     with write_atomically(output) as file, bar:
         shown = bar.add_task("", total=None)
-        for batch in answered:
-            rows = [(kept, answer_columns(answers, probability_names)) for kept, answers in batch]
+        for kept, new in rows:
             if writer is None:
                 # The input column stays beside the answer, under another name.
-                names = {name: f"{name}_input" if name in rows[0][1] else name for name in types}
+                names = {name: f"{name}_input" if name in new else name for name in types}
                 twice = next((name for name in names if f"{name}_input" in types and names[name] != name), None)
                 if twice is not None:
                     raise ValueError(
@@ -342,10 +387,10 @@ def _write(
                         f"same name '{twice}_input' in the output; rename one of them."
                     )
                 renamed = {names[name]: dtype for name, dtype in types.items()}
-                writer = table_writer(file, suffix, renamed, escape_formulas)
-            writer.write([{names[n]: cell for n, cell in kept.items()} | answers for kept, answers in rows])
-            num_rows += len(rows)
-            bar.advance(shown, len(rows))
+                writer = table_writer(file, suffix, {**renamed, **(new_types or {})}, escape_formulas)
+            writer.write([{names[n]: cell for n, cell in kept.items()} | new])
+            num_rows += 1
+            bar.advance(shown)
         if writer is not None:
             writer.close()
-    return num_rows
+    say(told.format(num_rows, output))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
@@ -15,6 +16,7 @@ from ..data.collator import MMDataCollator
 from ..data.folders import FolderRows
 from ..data.sources import ROW_KEY, media_of, name_of_row
 from ..model.answers import check_tasks, unwrapped
+from ..model.embeddings import vectors_of_rows
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.predictions import Predictions
 from ..model.processing_mm_transformer import MMTransformerProcessor
@@ -127,7 +129,106 @@ class Predictor:
         Yields:
             For each batch a list of pairs: the part that is kept, and the answers.
         """
-        model, state = self.model, PartialState()
+        return self._each_batch(rows, prepare, keep, self._answers)
+
+    def embed(
+        self,
+        rows: Iterable[Mapping[str, Any]] | str | os.PathLike[str],
+        task: str | None = None,
+        normalize: bool = False,
+        prepare: Callable[[Any], Mapping[str, Any]] = dict,
+    ) -> dict[str, np.ndarray]:
+        """
+        The vectors of all rows, for search, clustering or other models; see [`MMTransformerForMultiTask.embed`].
+
+        Args:
+            rows: as for answers.
+            task: name of a [`Retrieval`] task, for the vectors with which it compares texts and items.
+            normalize: scales all vectors to length 1.
+            prepare: as in [`stream`].
+
+        Returns:
+            "fused", "text", "vision", ... -> (rows, width) float32; NaN where a row lacks the modality.
+
+        Raises:
+            ValueError: one sentence, if there is no row, no such task, or a row cannot be read.
+
+        Example:
+
+        ```python
+        >>> vectors = Predictor(model, processor).embed(rows)
+        >>> vectors["fused"].shape[0] == len(rows)
+        True
+        ```
+        """
+        batches = self.stream_embeddings(rows, task, normalize, prepare, keep=_nothing)
+        found = [vectors for batch in batches for _, vectors in batch]
+        if not found:
+            raise ValueError("There are no rows to embed.")
+        result = {}
+        for name, width in self.embedding_widths(task).items():
+            missing = np.full(width, np.nan, np.float32)
+            result[name] = np.stack([missing if row[name] is None else row[name] for row in found])
+        return result
+
+    def embedding_widths(self, task: str | None = None) -> dict[str, int]:
+        """The name of each vector of [`embed`], and its width."""
+        empty = self.collator.processor(text=[""], return_tensors="pt")
+        with torch.no_grad():
+            vectors = self.model.embed(task, **send_to_device(dict(empty), self.model.device))
+        return {name: value.shape[1] for name, value in vectors.items()}
+
+    def stream_embeddings(
+        self,
+        rows: Iterable[Mapping[str, Any]] | str | os.PathLike[str],
+        task: str | None = None,
+        normalize: bool = False,
+        prepare: Callable[[Any], Mapping[str, Any]] = dict,
+        keep: Callable[[Any], Any] = dict,
+    ) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+        """
+        The same batch by batch.
+
+        Args:
+            rows, prepare, keep: as in [`stream`].
+            task, normalize: as in [`embed`].
+
+        Yields:
+            For each batch a list of pairs: the part that is kept, and a dict from name to vector, `None` where the row
+            lacks the modality.
+        """
+
+        def vectors(inputs: dict[str, Any], word_index: Any, texts: list[str]) -> list[dict[str, Any]]:
+            return vectors_of_rows(self.model.embed(task, normalize, **inputs))
+
+        return self._each_batch(rows, prepare, keep, vectors)
+
+    def _answers(
+        self, inputs: dict[str, Any], word_index: torch.Tensor | None, texts: list[str]
+    ) -> list[dict[str, Any]]:
+        answers = Predictions.of(self.model, inputs).answers(
+            self.collator.processor,
+            self.tasks,
+            word_index,
+            probabilities=self.probabilities,
+            **self.generation_options,
+        )
+        for answer, text in zip(answers, texts, strict=True):
+            answer.update({n: self.model.tasks[n].complete_answer(answer[n], text) for n in self.tasks})
+        return answers
+
+    def _each_batch(
+        self,
+        rows: Iterable[Mapping[str, Any]] | str | os.PathLike[str],
+        prepare: Callable[[Any], Mapping[str, Any]],
+        keep: Callable[[Any], Any],
+        compute: Callable[[dict[str, Any], Any, list[str]], list[dict[str, Any]]],
+    ) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+        """
+        Args:
+            compute: model inputs, numbers of words, texts -> the result of each row.
+        """
+        state = PartialState()
         if isinstance(rows, (str, os.PathLike)):
             rows = FolderRows(rows, self.collator)
             prepare = rows.read
@@ -142,25 +243,16 @@ class Predictor:
                 done = [batch]
             elif batch is not None:
                 kept, inputs, word_index, texts = batch
-                predictions = Predictions.of(model, send_to_device(inputs, model.device))
-                answers = predictions.answers(
-                    self.collator.processor,
-                    self.tasks,
-                    word_index,
-                    probabilities=self.probabilities,
-                    **self.generation_options,
-                )
-                for answer, text in zip(answers, texts, strict=True):
-                    answer.update({n: model.tasks[n].complete_answer(answer[n], text) for n in self.tasks})
-                done = [list(zip(kept, answers, strict=True))]
+                results = compute(send_to_device(inputs, self.model.device), word_index, texts)
+                done = [list(zip(kept, results, strict=True))]
             if state.num_processes > 1:
                 done = gather_object(done)
             if not done:
                 return
-            for answered in done:
-                if isinstance(answered, ValueError):
-                    raise answered  # in all processes, so that none waits for the others
-                yield answered
+            for computed in done:
+                if isinstance(computed, ValueError):
+                    raise computed  # in all processes, so that none waits for the others
+                yield computed
 
 
 def _nothing(row: Any) -> None:
