@@ -46,6 +46,8 @@ def folder(tmp_path, monkeypatch):
     save_encoders(tmp_path / "encoders")
     write_rows(tmp_path / "rows.csv", 8)
     write_rows(tmp_path / "train.csv", 30)
+    products = pd.read_csv(tmp_path / "train.csv").rename(columns={"text": "title", "image": "front"})
+    products.assign(back="pictures/more/dog.jpg").to_csv(tmp_path / "products.csv", index=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -322,10 +322,11 @@ EscapeFormulas = Annotated[
 
 # Underscores, as the columns of the collator and the options of transformers have them; dashes, as other commands do.
 _COLUMN_HELP = "Default: the column in the recipe of the model, or the name of the modality."
-TextColumn = Annotated[str | None, typer.Option("--text_column", "--text-column", help=_COLUMN_HELP)]
-ImageColumn = Annotated[str | None, typer.Option("--image_column", "--image-column", help=_COLUMN_HELP)]
+_COLUMNS_HELP = f"{_COLUMN_HELP} Can be repeated."
+TextColumn = Annotated[list[str] | None, typer.Option("--text_column", "--text-column", help=_COLUMNS_HELP)]
+ImageColumn = Annotated[list[str] | None, typer.Option("--image_column", "--image-column", help=_COLUMNS_HELP)]
 VideoColumn = Annotated[str | None, typer.Option("--video_column", "--video-column", help=_COLUMN_HELP)]
-AudioColumn = Annotated[str | None, typer.Option("--audio_column", "--audio-column", help=_COLUMN_HELP)]
+AudioColumn = Annotated[list[str] | None, typer.Option("--audio_column", "--audio-column", help=_COLUMNS_HELP)]
 ImageRoot = Annotated[
     str | None,
     typer.Option("--image_root", "--image-root", help="Folder for relative paths. Default: the folder of the file."),
@@ -352,8 +353,9 @@ def _reading(
 ) -> "Reading":
     from .predict import Reading
 
-    columns = {"text": text_column, "image": image_column, "video": video_column, "audio": audio_column}
-    return Reading(columns, image_root, on_bad_file, _allowed(allow_urls, allow_host))
+    named = {"text": text_column or [], "image": image_column or [], "audio": audio_column or []}
+    columns = {part: names if len(names) > 1 else next(iter(names), None) for part, names in named.items()}
+    return Reading({**columns, "video": video_column}, image_root, on_bad_file, _allowed(allow_urls, allow_host))
 
 
 _reads_rows = _with_options(_reading, "reading")

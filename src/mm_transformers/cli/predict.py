@@ -24,7 +24,8 @@ from ..data.files import check_writable
 from ..data.folders import FolderRows
 from ..data.labels import check_labels, has_labels, prepare_labels
 from ..data.loading import load_files
-from ..data.row_labels import text_columns
+from ..data.row_labels import as_columns
+from ..data.sources import media_of
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
 from ..model.answers import check_tasks
 from ..model.messages import check_folder
@@ -35,6 +36,7 @@ from ..model.safe_writing import write_atomically
 from ..training.predictor import Predictor, answer_columns
 from ..training.recipe import RECIPE_NAME, ColumnsSection, DataSection
 from ..training.recipe.output_folder import newest_checkpoint
+from ..training.recipe.recipe import are_columns
 from ..training.recipe.yaml_format import read_yaml
 from ..training.trainer import MMTrainer
 from .metrics_table import print_ablation, print_metrics
@@ -51,10 +53,10 @@ class Reading:
     Options for reading rows; `None` stands for the value of the recipe beside the model, or the default.
 
     Args:
-        columns: "text", "image", "video" or "audio" -> the name of the column.
+        columns: "text", "image", "video" or "audio" -> the name of the column, or several names.
     """
 
-    columns: Mapping[str, str | None] = field(default_factory=dict)
+    columns: Mapping[str, str | list[str] | None] = field(default_factory=dict)
     image_root: str | None = None
     on_bad_file: str | None = None
     # Only from the command line: the recipe beside a model may come from a stranger.
@@ -76,7 +78,9 @@ class Reading:
             said = recipe.get(name)
             for option in fields(section):
                 value = said.get(option.name) if isinstance(said, dict) else None
-                if isinstance(value, (str, int, float)) or (option.name == "text" and isinstance(value, list)):
+                if isinstance(value, (str, int, float)) or (
+                    option.name in ("text", "image", "audio") and are_columns(value)
+                ):
                     setattr(section, option.name, value)
         said = recipe.get("columns")
         if isinstance(said, dict):
@@ -181,7 +185,7 @@ def load_with_rows(
 
 
 def _read(model: MMTransformerForMultiTask, file: Path, columns: ColumnsSection, data: DataSection) -> datasets.Dataset:
-    media = (columns.image, columns.video, columns.audio)
+    media = (*as_columns(columns.image), columns.video, *as_columns(columns.audio))
     splits = load_files({"test": str(file)}, media, data.image_root, option="The file")
     tasks = [task.to_dict() for task in model.tasks.values()]
     return prepare_labels(splits, tasks)["test"]
@@ -275,7 +279,7 @@ def open_rows(
     _check_columns(table.schema.names, collator, columns, reading, file)
     reader = RowReader(
         _features(table.schema, collator.input_columns),
-        {column.column: kind for kind, column in collator.media.items() if MODALITIES[kind].has_files},
+        {name: kind for name, kind in media_of(collator).items() if MODALITIES[kind].has_files},
         data.image_root or str(file.parent),
     )
     return OpenedRows(file, model, collator, table, reader, table.plain_types())
@@ -300,7 +304,7 @@ def _check_columns(
     known = ", ".join(map(repr, names))
     for part in ("text", "image", "video", "audio"):
         asked = reading.columns.get(part) is not None
-        missing = [column for column in text_columns(getattr(columns, part)) if column not in names]
+        missing = [column for column in as_columns(getattr(columns, part)) if column not in names]
         if missing and (asked or (part == "text" and collator.text_column is not None)):
             raise ValueError(f"{file} has no column {missing[0]!r}; set --{part}_column to one of {known}.")
     for column in (column for table in collator.tables.values() for column in table.columns):
@@ -309,10 +313,10 @@ def _check_columns(
                 f"{file} has no column {column!r}, which the model reads as a number or a category; its columns are "
                 f"{known}."
             )
-    media = {kind: column.column for kind, column in collator.media.items()}
-    if media and not set(media.values()) & set(names):
+    media = [name for column in collator.media.values() for name in column.columns]
+    if media and not set(media) & set(names):
         logger.warning(
-            f"{file} has no column {' or '.join(map(repr, media.values()))}, so its rows have no {' or '.join(media)}; "
+            f"{file} has no column {' or '.join(map(repr, media))}, so its rows have no {' or '.join(collator.media)}; "
             f"its columns are {known}."
         )
 

@@ -42,8 +42,8 @@ class FolderRows:
                 f"The model reads neither pictures nor sounds, so it cannot answer the files of {self.folder}: give a "
                 "table."
             )
-        kinds = {suffix: columns[name].column for name in columns for suffix in _suffixes(_file_kinds()[name])}
-        self._all_columns = [*collator.text_columns, *(column.column for column in columns.values())]
+        kinds = {suffix: columns[name].columns[0] for name in columns for suffix in _suffixes(_file_kinds()[name])}
+        self._all_columns = [*collator.text_columns, *(name for column in columns.values() for name in column.columns)]
         self._left_out = 0
         self._files = sorted(self._find(kinds))
         if self._left_out:

@@ -165,11 +165,11 @@ def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
             f"The {name} data set has no column {without[0]!r} (its columns are {shown}); name the column of "
             "your texts by data_collator=MMDataCollator(processor, model.config, text_column=...)."
         )
-    media = {kind: column.column for kind, column in collator.media.items()}
-    if media and not set(media.values()) & set(columns):
+    media = [name for column in collator.media.values() for name in column.columns]
+    if media and not set(media) & set(columns):
         logger.warning(
-            f"The {name} data set has no column {' or '.join(map(repr, media.values()))} (its columns are {shown}), so "
-            f"its rows have no {' or '.join(media)}; if they do, name the column by "
+            f"The {name} data set has no column {' or '.join(map(repr, media))} (its columns are {shown}), so "
+            f"its rows have no {' or '.join(collator.media)}; if they do, name the column by "
             "data_collator=MMDataCollator(..., image_column=...)."
         )
     for column in (column for table in collator.tables.values() for column in table.columns):
