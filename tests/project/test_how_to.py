@@ -47,7 +47,11 @@ def folder(tmp_path, monkeypatch):
     write_rows(tmp_path / "rows.csv", 8)
     write_rows(tmp_path / "train.csv", 30)
     products = pd.read_csv(tmp_path / "train.csv").rename(columns={"text": "title", "image": "front"})
-    products.assign(back="pictures/more/dog.jpg").to_csv(tmp_path / "products.csv", index=False)
+    products["back"] = [f"backs/{i}.png" for i in range(len(products))]
+    (tmp_path / "backs").mkdir()
+    for i, path in enumerate(products["back"]):
+        make_image(100 + i).save(tmp_path / path)
+    products.to_csv(tmp_path / "products.csv", index=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
