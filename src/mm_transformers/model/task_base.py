@@ -188,6 +188,8 @@ class Task:
     needs_other_rows: ClassVar[bool] = False
     # The options that a head depends on: a task can use a saved head only if these are equal.
     head_options: ClassVar[tuple[str, ...]] = ("labels", "modality", "embedding_size")
+    # True if `tune` sets options that depend on validation rows.
+    can_tune: ClassVar[bool] = False
     # True if the head also judges mismatched pairs; see [`MMTransformerForMultiTask.judge_mismatched`].
     needs_mismatches: ClassVar[bool] = False
 
@@ -370,6 +372,20 @@ class Task:
         Args:
             counts: the number of training rows of each label.
         """
+
+    def tune(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """
+        Sets the thresholds that turn logits into answers, by labelled rows that were not trained on.
+
+        [`tune_thresholds`] calls it for kinds with `can_tune`. By default it does nothing.
+
+        Args:
+            logits, labels: of all rows, on the CPU.
+
+        Returns:
+            Label -> threshold.
+        """
+        return {}
 
     def strata(self, labels: list[Any]) -> list[tuple[Hashable, ...]]:
         """

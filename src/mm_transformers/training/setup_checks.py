@@ -214,6 +214,33 @@ def check_any_label(dataset: Any, collator: MMDataCollator) -> None:
     )
 
 
+def check_tuning(
+    args: TrainingArguments, model: MMTransformerForMultiTask, eval_dataset: Any, is_sharded: bool
+) -> None:
+    """
+    Checks `tune_thresholds`.
+
+    Raises:
+        ValueError: if no task has thresholds, there are no validation rows to read by number, or weights are sharded.
+    """
+    if not getattr(args, "tune_thresholds", False):
+        return
+    if not any(task.can_tune for task in model.tasks.values()):
+        raise ValueError("tune_thresholds=True needs a task with thresholds, such as MultiLabel; leave it out.")
+    sets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    plain = [one.dataset if isinstance(one, DataSource) else one for one in sets]
+    if any(one is None or isinstance(one, DataMixture) or is_iterable(one) for one in plain):
+        raise ValueError(
+            "tune_thresholds=True needs validation rows that can be read by number: give an eval_dataset that is no "
+            "stream and no mixture, or leave eval_strategy and validation_fraction at their defaults."
+        )
+    if is_sharded:
+        raise ValueError(
+            "tune_thresholds=True does not work with FSDP and DeepSpeed: leave it out, and call tune_thresholds(model, "
+            "processor, rows) with the trained model."
+        )
+
+
 def check_lengths(dataset: Any, args: TrainingArguments) -> None:
     """
     Checks grouping by length.
