@@ -591,7 +591,7 @@ class MMTrainer(Trainer):
     def _tune_thresholds(self) -> None:
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         parts = [(self.rows_of(dataset)[0], dataset) for dataset in sets]
-        rows = ConcatDataset([part for part, _ in parts])
+        rows: ConcatDataset[Any] = ConcatDataset([part for part, _ in parts])
         found = tune_thresholds(
             self.fused_model, self.collator_for(rows), rows, self.args.eval_batch_size,
             self.args.dataloader_num_workers, holders=[self.data_collator, self.compute_metrics],
