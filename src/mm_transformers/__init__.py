@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .training.metrics import ArrayMetric, MultiTaskMetrics, TextMetric, register_metric
     from .training.objective.task_gradients import TaskGradientsCallback
     from .training.predictor import Predictor
+    from .training.thresholds import tune_thresholds
     from .training.trainer import MMTrainer
 
 __version__ = "0.1.0.dev0"
@@ -89,6 +90,7 @@ _MODULES = {
     "training.metrics": ["ArrayMetric", "MultiTaskMetrics", "TextMetric", "register_metric"],
     "training.objective.task_gradients": ["TaskGradientsCallback"],
     "training.predictor": ["Predictor"],
+    "training.thresholds": ["tune_thresholds"],
     "training.trainer": ["MMTrainer"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -165,4 +167,5 @@ __all__ = [
     "register_task",
     "set_limits",
     "table_columns",
+    "tune_thresholds",
 ]

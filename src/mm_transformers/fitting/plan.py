@@ -134,7 +134,7 @@ def plan_fit(
         check_names(rows, [group], "--group")
     found = column_kinds(rows, wanted, columns, root)
     found = [_only_for_groups(column, group) for column in found]
-    found = _one_of_each_file(found)
+    found = _one_video(found)
     given = {"text": text, "vision": vision, "audio": audio}
     encoders = {
         modality: given[modality] or choose_encoder(modality)
@@ -205,24 +205,23 @@ def _only_for_groups(column: ColumnKind, group: str | None) -> ColumnKind:
     return ColumnKind(column.name, IGNORE, "it groups the rows; held-out rows have other values")
 
 
-def _one_of_each_file(columns: list[ColumnKind]) -> list[ColumnKind]:
-    """Leaves out further columns of pictures, videos and sounds: a model reads one of each."""
-    seen: dict[str, str] = {}
-    kept = []
-    for column in columns:
-        if column.role in FILE_KINDS and column.role in seen:
-            reason = f"a second column of {column.role}s beside {seen[column.role]}; put both into one cell, as a list"
-            column = ColumnKind(column.name, IGNORE, reason)
-        elif column.role in FILE_KINDS:
-            seen[column.role] = column.name
-        kept.append(column)
-    return kept
+def _one_video(columns: list[ColumnKind]) -> list[ColumnKind]:
+    """Leaves out further columns of videos: a row has one. Pictures and sounds may have several columns."""
+    first = next((column.name for column in columns if column.role == VIDEO), None)
+    return [
+        ColumnKind(column.name, IGNORE, f"a second column of videos beside {first}; a row has one video")
+        if column.role == VIDEO and column.name != first
+        else column
+        for column in columns
+    ]
 
 
 def _columns_section(columns: Sequence[ColumnKind], table: Mapping[str, str]) -> dict[str, Any]:
-    texts = [column.name for column in columns if column.role == TEXT]
-    section: dict[str, Any] = {"text": None if not texts else texts[0] if len(texts) == 1 else texts}
-    section |= {column.role: column.name for column in columns if column.role in FILE_KINDS}
+    section: dict[str, Any] = {"text": None}
+    for role in (TEXT, *FILE_KINDS):
+        names = [column.name for column in columns if column.role == role]
+        if names:
+            section[role] = names[0] if len(names) == 1 else names
     if table:
         section["table"] = dict(table)
     return section

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ...data.collator import MMDataCollator
 from ...data.labels import check_labels, complete_task, prepare_labels
 from ...data.loading import check_columns, first_rows, hold_out, leave_out_empty_rows, load_files, load_named
-from ...data.row_labels import text_columns
+from ...data.row_labels import as_columns
 from ...data.table_columns import table_columns
 from ...model.encoders import HUB_KWARGS
 from ...model.messages import one_line
@@ -66,15 +66,20 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
             splits = load_named(data.dataset_name, data.dataset_config_name, cache_dir)
         else:
             own = (column for name, column in columns.own.items() if PARTS[name].has_files)
-            media = (columns.image, columns.video, columns.audio, *own)
+            media = (*as_columns(columns.image), columns.video, *as_columns(columns.audio), *own)
             splits = load_files(data.files, media, data.image_root, cache_dir, option="data.{split}")
-        for column in text_columns(columns.text):
+        for column in as_columns(columns.text):
             check_columns(splits, {"columns.text": (column,)})
         wanted: dict[str, tuple[str, ...]] = {}
+        for name, encoder in (("image", "vision"), ("audio", "audio")):
+            several = getattr(columns, name)
+            if recipe.model.get(encoder) is not None and isinstance(several, list):
+                for column in several:
+                    check_columns(splits, {f"columns.{name}": (column,)})
         if recipe.model.get("vision") is not None:
-            wanted["columns.image (or columns.video)"] = (columns.image, columns.video)
+            wanted["columns.image (or columns.video)"] = (*as_columns(columns.image), columns.video)
         if recipe.model.get("audio") is not None:
-            wanted["columns.audio"] = (columns.audio,)
+            wanted["columns.audio"] = tuple(as_columns(columns.audio))
         check_columns(splits, wanted)
         for column in columns.table or ():
             check_columns(splits, {"columns.table": (column,)})
@@ -102,8 +107,8 @@ def _read_columns(recipe: Recipe) -> list[str]:
     """The columns that the model of a recipe reads."""
     columns, encoders = recipe.columns, recipe.model
     media = (("vision", columns.image), ("vision", columns.video), ("audio", columns.audio))
-    read = [column for encoder, column in media if encoders.get(encoder) is not None]
-    return [*text_columns(columns.text), *read, *(columns.table or ()), *columns.own.values()]
+    read = [column for encoder, part in media if encoders.get(encoder) is not None for column in as_columns(part)]
+    return [*as_columns(columns.text), *read, *(columns.table or ()), *columns.own.values()]
 
 
 def build_trainer(
