@@ -223,7 +223,7 @@ def run_prediction(
         {column.column: kind for kind, column in collator.media.items() if MODALITIES[kind].has_files},
         data.image_root or str(file.parent),
     )
-    options = {} if num_beams is None else {"num_beams": num_beams}
+    options: dict[str, Any] = {} if num_beams is None else {"num_beams": num_beams}
     predictor = Predictor(model.to(state.device), collator, tasks, batch_size, num_workers, **options)
     answered = predictor.stream(rows, prepare=reader, keep=partial(plain_cells, list(types)))
     try:

@@ -32,6 +32,7 @@ class Predictor:
         tasks (`list[str]`, *optional*): The tasks to answer; all by default. A decoder runs only for these.
         batch_size (`int`, *optional*, defaults to 32): Rows per batch.
         num_workers (`int`, *optional*, defaults to 0): Processes that read files in the background.
+        decode_options (`dict`, *optional*): For the tasks that take them, such as `{"top_k": 3}` for three labels.
         generation_options: for `model.generate`, if a task writes texts.
 
     Raises:
@@ -60,6 +61,7 @@ class Predictor:
         tasks: Sequence[str] | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
+        decode_options: Mapping[str, Any] | None = None,
         **generation_options: Any,
     ):
         self.model: MMTransformerForMultiTask = unwrapped(model)
@@ -67,6 +69,7 @@ class Predictor:
             collator = MMDataCollator(collator, self.model.config)
         self.collator, self.tasks = collator, check_tasks(self.model, tasks)
         self.batch_size, self.num_workers, self.generation_options = batch_size, num_workers, generation_options
+        self.decode_options = dict(decode_options or {})
 
     @classmethod
     def from_pretrained(
@@ -128,7 +131,7 @@ class Predictor:
                 kept, inputs, word_index, texts = batch
                 predictions = Predictions.of(model, send_to_device(inputs, model.device))
                 answers = predictions.answers(
-                    self.collator.processor, self.tasks, word_index, **self.generation_options
+                    self.collator.processor, self.tasks, word_index, self.decode_options, **self.generation_options
                 )
                 for answer, text in zip(answers, texts, strict=True):
                     answer.update({n: model.tasks[n].complete_answer(answer[n], text) for n in self.tasks})
