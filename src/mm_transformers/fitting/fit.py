@@ -17,6 +17,7 @@ from ..training.predictor import Predictor
 from ..training.recipe.builders import build_trainer, load_data, training_arguments
 from ..training.recipe.output_folder import check_output, is_finished
 from .fit_report import REPORT_NAME, measured, tell_doubtful, write_fit_report
+from .folds import CrossValidation, cross_validate
 from .plan import HELD_OUT, Plan, make_plan
 from .timed_run import run_in_time
 
@@ -31,10 +32,11 @@ class FitResult:
         plan ([`Plan`]): What each column was taken for, and the recipe.
         metrics (`dict[str, dict]`): "validation" and "test" -> metrics, such as `test_price_r2`.
         verdicts (`list[Verdict]`): Per task: the score on the test rows beside a linear model, a linear model of the
-            text alone and the majority.
+            text alone and the majority. With folds, the means over the folds.
         doubtful (`dict[str, list[DoubtfulLabel]]`): Task -> labels of training rows that may be wrong.
         seconds (`float`): How long it took.
         allow_urls (*optional*, defaults to `False`): As in [`MMDataCollator`], for `predict`.
+        cross_validation ([`CrossValidation`], *optional*): The scores on the folds, with `folds=...`.
 
     Example:
 
@@ -52,6 +54,7 @@ class FitResult:
     doubtful: dict[str, list[DoubtfulLabel]]
     seconds: float
     allow_urls: bool | Collection[str] = False
+    cross_validation: CrossValidation | None = None
     _predictor: Predictor | None = field(default=None, repr=False)
 
     @property
@@ -94,6 +97,7 @@ def fit(
     allow_urls: bool | Collection[str] = False,
     validation_fraction: float | None = HELD_OUT,
     test_fraction: float | None = HELD_OUT,
+    folds: int | None = None,
     report: bool = True,
     training: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
@@ -126,6 +130,10 @@ def fit(
         allow_urls: as in [`MMDataCollator`].
         validation_fraction, test_fraction (`float`, *optional*, defaults to 0.15): The shares of the rows to hold out.
             `None` holds out none; without test rows there is no report.
+        folds (`int`, *optional*): Measures by cross-validation instead of test rows. One model per fold is trained on
+            the other folds, measured and removed. Then the model is trained on all rows, but for validation rows.
+            Rows of one picture, text or group are in one fold. If this call was interrupted, the same call again keeps
+            the folds that are done.
         report (`bool`, *optional*, defaults to `True`): Whether to write `report.html`.
         training (`dict`, *optional*): Fields of [`MMTrainingArguments`].
         say (*optional*): A function that prints a line.
@@ -150,20 +158,26 @@ def fit(
     end = None if minutes is None else began + 60 * minutes
     if minutes is not None and minutes <= 0:
         raise ValueError(f"minutes must be above 0, but is {minutes}.")
+    if folds is not None and folds < 2:
+        raise ValueError(f"The number of folds must be at least 2, but is {folds}.")
     if PartialState().num_processes > 1:
         raise ValueError("fit runs in one process. Write the recipe by `init`, and train by it in several.")
     output = Path(output)
     plan = make_plan(
         table, predict, output, validation=validation, test=test, columns=columns, text=text, vision=vision,
         audio=audio, preset=preset, group=group, image_root=image_root, validation_fraction=validation_fraction,
-        test_fraction=test_fraction, training=training,
+        test_fraction=test_fraction if folds is None else None, training=training,
     )  # fmt: skip
     for line in plan.lines():
         say(line)
-    recipe, study = plan.recipe, Study()
+    recipe, study, crossed = plan.recipe, Study(), None
     args = training_arguments(recipe)
     check_output(recipe)
     with locked(args.output_dir) if not is_finished(args) else nullcontext():
+        if folds is not None:
+            crossed = cross_validate(
+                recipe, folds, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs
+            )  # fmt: skip
         data = load_data(recipe, args)
         study.rows = data.splits.get("test")
         count = ", ".join(f"{len(rows):,} {split}" for split, rows in data.splits.items())
@@ -176,11 +190,14 @@ def fit(
         if trainer is None:
             trainer = build_trainer(recipe, args, data, saved=output, allow_urls=allow_urls)
     verdicts = measured(study.verdicts, run.metrics.get("test", {}))
-    for verdict in verdicts:
-        say(str(verdict))
+    for line in map(str, verdicts) if crossed is None else crossed.lines():
+        say(line)
+    verdicts = verdicts if crossed is None else crossed.verdicts
     tell_doubtful(study.doubtful, say)
-    if report and "test" in data.splits:
-        write_fit_report(trainer, data, verdicts, study, output / REPORT_NAME)
+    rows = data.splits.get("test") if crossed is None else data.splits.get("test", data.splits.get("validation"))
+    if report and rows is not None:
+        scores = None if crossed is None else crossed.table()
+        write_fit_report(trainer, data, rows, verdicts, study, output / REPORT_NAME, scores)
     seconds = time.monotonic() - began
     say(f"The model is in {output}, after {seconds / 60:.1f} minutes.")
-    return FitResult(output, plan, run.metrics, verdicts, study.doubtful, seconds, allow_urls)
+    return FitResult(output, plan, run.metrics, verdicts, study.doubtful, seconds, allow_urls, crossed)

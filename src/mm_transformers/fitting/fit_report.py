@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 
 from ..analysis.ablation.ablate import ablate
+from ..analysis.ablation.tables import Table
 from ..analysis.report import write_report
 from ..training.linear_start.study import DoubtfulLabel, Study
 from ..training.linear_start.verdict import Verdict
@@ -34,8 +35,23 @@ def tell_doubtful(doubtful: Mapping[str, Sequence[DoubtfulLabel]], say: Callable
             say(f"{name}: {len(labels):,} labels of training rows may be wrong; {REPORT_NAME} lists the first.")
 
 
-def write_fit_report(trainer: MMTrainer, data: RecipeData, verdicts: list[Verdict], study: Study, path: Path) -> None:
-    model, collator, rows = trainer.fused_model.eval(), trainer.data_collator.uncached, data.splits["test"]
+def write_fit_report(
+    trainer: MMTrainer,
+    data: RecipeData,
+    rows: datasets.Dataset,
+    verdicts: list[Verdict],
+    study: Study,
+    path: Path,
+    folds: Table | None = None,
+) -> None:
+    """
+    Writes the report of a trained model.
+
+    Args:
+        rows: held-out rows to answer.
+        folds: the scores on folds, if there are any.
+    """
+    model, collator = trainer.fused_model.eval(), trainer.data_collator.uncached
     ablation = None
     if len(model.config.modalities) > 1:
         some = rows.select(range(min(len(rows), _MOST_ABLATED)))
@@ -46,7 +62,7 @@ def write_fit_report(trainer: MMTrainer, data: RecipeData, verdicts: list[Verdic
     doubtful = _with_texts(study.doubtful, data, collator)
     write_report(
         path, model, collator.processor, rows, ablation=ablation, collator=collator, title=path.parent.name,
-        batch_size=trainer.args.eval_batch_size, verdicts=verdicts, doubtful=doubtful,
+        batch_size=trainer.args.eval_batch_size, verdicts=verdicts, doubtful=doubtful, folds=folds,
     )  # fmt: skip
 
 
