@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .data.mixture import DataMixture
     from .data.sources import DataSource
     from .data.table_columns import table_columns
+    from .fitting.estimators import MMClassifier, MMRegressor
     from .fitting.fit import FitResult, fit
     from .model.configuration_mm_transformer import MMTransformerConfig
     from .model.fusion import Fusion, Stream, register_fusion
@@ -60,6 +61,7 @@ _MODULES = {
     "data.mixture": ["DataMixture"],
     "data.sources": ["DataSource"],
     "data.table_columns": ["table_columns"],
+    "fitting.estimators": ["MMClassifier", "MMRegressor"],
     "fitting.fit": ["FitResult", "fit"],
     "model.configuration_mm_transformer": ["MMTransformerConfig"],
     "model.fusion": ["Fusion", "Stream", "register_fusion"],
@@ -134,7 +136,9 @@ __all__ = [
     "Fusion",
     "Generation",
     "Limits",
+    "MMClassifier",
     "MMDataCollator",
+    "MMRegressor",
     "MMTrainer",
     "MMTrainingArguments",
     "MMTransformerConfig",

@@ -280,6 +280,10 @@ def fit(
     output: ModelFolder = Path("fitted-model"),
     column: ColumnKinds = None,
     minutes: Annotated[float | None, typer.Option(help="Limit of the whole run, in minutes.")] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(help="Measure by cross-validation over this number of folds, instead of held-out test rows."),
+    ] = None,
     allow_urls: AllowUrls = False,
     allow_host: AllowHost = None,
 ) -> None:
@@ -293,7 +297,7 @@ def fit(
         from .fit import run_fit
 
         urls = _allowed(allow_urls, allow_host)
-        run_fit(table, predict, output, column or [], minutes=minutes, allow_urls=urls, **planning)
+        run_fit(table, predict, output, column or [], minutes=minutes, folds=folds, allow_urls=urls, **planning)
 
 
 @app.command()
