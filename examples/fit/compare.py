@@ -12,6 +12,7 @@ validation rows counts, and is scored on the test rows once. Results go to `resu
 """
 
 import argparse
+import io
 import json
 import tempfile
 import time
@@ -23,6 +24,7 @@ import lightgbm
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from sklearn.compose import make_column_transformer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegressionCV, RidgeCV
@@ -110,14 +112,15 @@ def text_features(encoder: str, texts: list[str]) -> np.ndarray:
 
 
 @torch.no_grad()
-def image_features(encoder: str, images: list) -> np.ndarray:
+def image_features(encoder: str, cells: list[dict | None]) -> np.ndarray:
     """The mean of the states of an encoder; zeros without a picture."""
     processor, model = AutoImageProcessor.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
     found: dict[bytes, np.ndarray] = {}
-    width, keys = 0, [None if image is None else image.tobytes() for image in images]
-    for key, image in zip(keys, images, strict=True):
+    width, keys = 0, [None if cell is None else cell["bytes"] for cell in cells]
+    for key in keys:
         if key is not None and key not in found:
-            states = model(processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]).last_hidden_state
+            image = Image.open(io.BytesIO(key)).convert("RGB")
+            states = model(processor(image, return_tensors="pt")["pixel_values"]).last_hidden_state
             found[key] = (states.flatten(2).mean(-1) if states.ndim == 4 else states.mean(1))[0].numpy()
             width = len(found[key])
     return np.stack([np.zeros(width, "f4") if key is None else found[key] for key in keys])

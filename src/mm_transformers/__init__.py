@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .data.mixture import DataMixture
     from .data.sources import DataSource
     from .data.table_columns import table_columns
+    from .fitting.estimators import MMClassifier, MMRegressor
     from .fitting.fit import FitResult, fit
     from .model.configuration_mm_transformer import MMTransformerConfig
     from .model.fusion import Fusion, Stream, register_fusion
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .training.metrics import ArrayMetric, MultiTaskMetrics, TextMetric, register_metric
     from .training.objective.task_gradients import TaskGradientsCallback
     from .training.predictor import Predictor
+    from .training.thresholds import tune_thresholds
     from .training.trainer import MMTrainer
 
 __version__ = "0.1.0.dev0"
@@ -59,6 +61,7 @@ _MODULES = {
     "data.mixture": ["DataMixture"],
     "data.sources": ["DataSource"],
     "data.table_columns": ["table_columns"],
+    "fitting.estimators": ["MMClassifier", "MMRegressor"],
     "fitting.fit": ["FitResult", "fit"],
     "model.configuration_mm_transformer": ["MMTransformerConfig"],
     "model.fusion": ["Fusion", "Stream", "register_fusion"],
@@ -89,6 +92,7 @@ _MODULES = {
     "training.metrics": ["ArrayMetric", "MultiTaskMetrics", "TextMetric", "register_metric"],
     "training.objective.task_gradients": ["TaskGradientsCallback"],
     "training.predictor": ["Predictor"],
+    "training.thresholds": ["tune_thresholds"],
     "training.trainer": ["MMTrainer"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -132,7 +136,9 @@ __all__ = [
     "Fusion",
     "Generation",
     "Limits",
+    "MMClassifier",
     "MMDataCollator",
+    "MMRegressor",
     "MMTrainer",
     "MMTrainingArguments",
     "MMTransformerConfig",
@@ -165,4 +171,5 @@ __all__ = [
     "register_task",
     "set_limits",
     "table_columns",
+    "tune_thresholds",
 ]

@@ -90,7 +90,7 @@ def test_what_is_handed_to_new_processes_carries_them(monkeypatch):
     set_limits(image_pixels=50)
     content = pickle.dumps(collator)
     set_limits(image_pixels=60)
-    assert copy.copy(collator).media["images"].column == pickle.loads(content).media["images"].column == "image"
+    assert copy.copy(collator).media["images"].columns == pickle.loads(content).media["images"].columns == ["image"]
     assert limits().image_pixels == 60  # in the process itself, nothing is changed by the way
     monkeypatch.setattr(multiprocessing.current_process(), "_name", "SpawnProcess-1")
     pickle.loads(content)

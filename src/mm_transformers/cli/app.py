@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import __version__
+
 
 if TYPE_CHECKING:
     from .predict import Reading
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mm-transformers {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -31,6 +39,9 @@ def main(
             "--import", help="A module of yours with kinds of tasks or columns, such as my_kinds. May be given again."
         ),
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Text with pictures, several tasks at once."""
     for name in modules or ():
@@ -269,6 +280,10 @@ def fit(
     output: ModelFolder = Path("fitted-model"),
     column: ColumnKinds = None,
     minutes: Annotated[float | None, typer.Option(help="Limit of the whole run, in minutes.")] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(help="Measure by cross-validation over this number of folds, instead of held-out test rows."),
+    ] = None,
     allow_urls: AllowUrls = False,
     allow_host: AllowHost = None,
 ) -> None:
@@ -282,7 +297,7 @@ def fit(
         from .fit import run_fit
 
         urls = _allowed(allow_urls, allow_host)
-        run_fit(table, predict, output, column or [], minutes=minutes, allow_urls=urls, **planning)
+        run_fit(table, predict, output, column or [], minutes=minutes, folds=folds, allow_urls=urls, **planning)
 
 
 @app.command()
@@ -303,15 +318,30 @@ def init(
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a trained model.")]
 DataArgument = Annotated[Path, typer.Argument(metavar="FILE", help="CSV, JSON lines or Parquet file.")]
+RowsArgument = Annotated[
+    Path, typer.Argument(metavar="FILE", help="CSV, JSON lines or Parquet file, or a folder of pictures or sounds.")
+]
 BatchSize = Annotated[int, typer.Option("--batch_size", "--batch-size", min=1, help="Rows per batch and process.")]
+
+NumWorkers = Annotated[
+    int, typer.Option("--num_workers", "--num-workers", min=0, help="Processes that read files in the background.")
+]
+EscapeFormulas = Annotated[
+    bool,
+    typer.Option(
+        "--escape-formulas/--no-escape-formulas",
+        help="In CSV, put ' before texts that begin like a formula (=, +, -, @), because a spreadsheet would run them.",
+    ),
+]
 
 
 # Underscores, as the columns of the collator and the options of transformers have them; dashes, as other commands do.
 _COLUMN_HELP = "Default: the column in the recipe of the model, or the name of the modality."
-TextColumn = Annotated[str | None, typer.Option("--text_column", "--text-column", help=_COLUMN_HELP)]
-ImageColumn = Annotated[str | None, typer.Option("--image_column", "--image-column", help=_COLUMN_HELP)]
+_COLUMNS_HELP = f"{_COLUMN_HELP} Can be repeated."
+TextColumn = Annotated[list[str] | None, typer.Option("--text_column", "--text-column", help=_COLUMNS_HELP)]
+ImageColumn = Annotated[list[str] | None, typer.Option("--image_column", "--image-column", help=_COLUMNS_HELP)]
 VideoColumn = Annotated[str | None, typer.Option("--video_column", "--video-column", help=_COLUMN_HELP)]
-AudioColumn = Annotated[str | None, typer.Option("--audio_column", "--audio-column", help=_COLUMN_HELP)]
+AudioColumn = Annotated[list[str] | None, typer.Option("--audio_column", "--audio-column", help=_COLUMNS_HELP)]
 ImageRoot = Annotated[
     str | None,
     typer.Option("--image_root", "--image-root", help="Folder for relative paths. Default: the folder of the file."),
@@ -338,8 +368,9 @@ def _reading(
 ) -> "Reading":
     from .predict import Reading
 
-    columns = {"text": text_column, "image": image_column, "video": video_column, "audio": audio_column}
-    return Reading(columns, image_root, on_bad_file, _allowed(allow_urls, allow_host))
+    named = {"text": text_column or [], "image": image_column or [], "audio": audio_column or []}
+    columns = {part: names if len(names) > 1 else next(iter(names), None) for part, names in named.items()}
+    return Reading({**columns, "video": video_column}, image_root, on_bad_file, _allowed(allow_urls, allow_host))
 
 
 _reads_rows = _with_options(_reading, "reading")
@@ -484,35 +515,27 @@ def export(
 @_reads_rows
 def predict(
     model: ModelArgument,
-    file: DataArgument,
+    file: RowsArgument,
     output: Annotated[Path, typer.Option(help="CSV, JSON lines or Parquet file to write the rows and answers to.")],
     tasks: Annotated[str | None, typer.Option(help="Names of the tasks, separated by commas. Default: all.")] = None,
     batch_size: BatchSize = 32,
-    num_workers: Annotated[
-        int, typer.Option("--num_workers", "--num-workers", min=0, help="Processes that read files in the background.")
-    ] = 0,
+    num_workers: NumWorkers = 0,
     num_beams: Annotated[
         int | None, typer.Option("--num_beams", "--num-beams", min=1, help="Beams of tasks that write text.")
     ] = None,
-    escape_formulas: Annotated[
-        bool,
-        typer.Option(
-            "--escape-formulas/--no-escape-formulas",
-            help=(
-                "In CSV, put ' before texts that begin like a formula (=, +, -, @), because a spreadsheet would run "
-                "them."
-            ),
-        ),
-    ] = True,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write a column with the probability of each label.")
+    ] = False,
+    escape_formulas: EscapeFormulas = True,
     *,
     reading: "Reading",
 ) -> None:
     """
-    Answer the rows of a file, of any size; labels are not needed.
+    Answer the rows of a file, of any size, or the pictures and sounds of a folder; labels are not needed.
 
     The output has the rows in their order. Each task has a column for its answer (topic), and columns for further parts
-    of the answer (topic_score). If a column of the input has one of these names, it gets the suffix _input. The file
-    appears when it is complete.
+    of the answer (topic_score). With --probabilities, each label has one, too (topic_probability_animals). If a column
+    of the input has one of these names, it gets the suffix _input. The file appears when it is complete.
     """
     from .predict import run_prediction
     from .processes import join_processes, leave_processes
@@ -520,7 +543,43 @@ def predict(
     join_processes()
     with _errors_as_sentences():
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
-        run_prediction(model, file, output, names, batch_size, num_workers, num_beams, reading, escape_formulas)
+        run_prediction(
+            model, file, output, names, batch_size, num_workers, num_beams, reading, escape_formulas, probabilities
+        )
+    leave_processes()
+
+
+@app.command()
+@_reads_rows
+def embed(
+    model: ModelArgument,
+    file: RowsArgument,
+    output: Annotated[
+        Path,
+        typer.Option(help="Parquet, JSON lines or CSV file for the rows and vectors; .safetensors for vectors alone."),
+    ],
+    task: Annotated[
+        str | None, typer.Option(help="Retrieval task whose vectors are written. Default: means of the states.")
+    ] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale all vectors to length 1.")] = False,
+    batch_size: BatchSize = 32,
+    num_workers: NumWorkers = 0,
+    escape_formulas: EscapeFormulas = True,
+    *,
+    reading: "Reading",
+) -> None:
+    """
+    Write the vectors of rows, or of the pictures and sounds of a folder, for search, clustering or other models.
+
+    Each row has the vector of all its inputs (fused_embedding), and one for each modality (text_embedding,
+    vision_embedding, ...), which is empty if the row lacks it.
+    """
+    from .embed import run_embedding
+    from .processes import join_processes, leave_processes
+
+    join_processes()
+    with _errors_as_sentences():
+        run_embedding(model, file, output, task, normalize, batch_size, num_workers, reading, escape_formulas)
     leave_processes()
 
 

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -21,9 +21,11 @@ from ..analysis import Ablation, ablate
 from ..data.cells import RowReader
 from ..data.collator import MMDataCollator
 from ..data.files import check_writable
+from ..data.folders import FolderRows
 from ..data.labels import check_labels, has_labels, prepare_labels
 from ..data.loading import load_files
-from ..data.row_labels import text_columns
+from ..data.row_labels import as_columns
+from ..data.sources import media_of
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
 from ..model.answers import check_tasks
 from ..model.messages import check_folder
@@ -34,6 +36,7 @@ from ..model.safe_writing import write_atomically
 from ..training.predictor import Predictor, answer_columns
 from ..training.recipe import RECIPE_NAME, ColumnsSection, DataSection
 from ..training.recipe.output_folder import newest_checkpoint
+from ..training.recipe.recipe import are_columns
 from ..training.recipe.yaml_format import read_yaml
 from ..training.trainer import MMTrainer
 from .metrics_table import print_ablation, print_metrics
@@ -50,10 +53,10 @@ class Reading:
     Options for reading rows; `None` stands for the value of the recipe beside the model, or the default.
 
     Args:
-        columns: "text", "image", "video" or "audio" -> the name of the column.
+        columns: "text", "image", "video" or "audio" -> the name of the column, or several names.
     """
 
-    columns: Mapping[str, str | None] = field(default_factory=dict)
+    columns: Mapping[str, str | list[str] | None] = field(default_factory=dict)
     image_root: str | None = None
     on_bad_file: str | None = None
     # Only from the command line: the recipe beside a model may come from a stranger.
@@ -75,7 +78,9 @@ class Reading:
             said = recipe.get(name)
             for option in fields(section):
                 value = said.get(option.name) if isinstance(said, dict) else None
-                if isinstance(value, (str, int, float)) or (option.name == "text" and isinstance(value, list)):
+                if isinstance(value, (str, int, float)) or (
+                    option.name in ("text", "image", "audio") and are_columns(value)
+                ):
                     setattr(section, option.name, value)
         said = recipe.get("columns")
         if isinstance(said, dict):
@@ -180,7 +185,7 @@ def load_with_rows(
 
 
 def _read(model: MMTransformerForMultiTask, file: Path, columns: ColumnsSection, data: DataSection) -> datasets.Dataset:
-    media = (columns.image, columns.video, columns.audio)
+    media = (*as_columns(columns.image), columns.video, *as_columns(columns.audio))
     splits = load_files({"test": str(file)}, media, data.image_root, option="The file")
     tasks = [task.to_dict() for task in model.tasks.values()]
     return prepare_labels(splits, tasks)["test"]
@@ -196,47 +201,88 @@ def run_prediction(
     num_beams: int | None,
     reading: Reading,
     escape_formulas: bool = True,
+    probabilities: bool = False,
 ) -> None:
     """
-    Answers the rows of a file.
+    Answers the rows of a file, or the pictures and sounds of a folder.
 
     Args:
+        probabilities: also writes a column with the probability of each label.
         escape_formulas: as in [`table_writer`].
 
     Raises:
         ValueError, OSError: one sentence.
     """
     suffix = check_suffix(output)
+    opened = open_rows(model_name, file, output, reading, tasks)
+    options = {} if num_beams is None else {"num_beams": num_beams}
+    predictor = Predictor(opened.model, opened.collator, tasks, batch_size, num_workers, probabilities, **options)
+    names = predictor.probability_names
+    answered = predictor.stream(opened.rows, prepare=opened.reader, keep=partial(plain_cells, list(opened.types)))
+    table = ((kept, answer_columns(answers, names)) for batch in answered for kept, answers in batch)
+    with opened.errors_with_names():
+        write_rows(table, output, suffix, opened.types, escape_formulas, "Wrote the answers to {:,} rows to {}.")
+
+
+@dataclass
+class OpenedRows:
+    """
+    A model, and the rows of a file or folder for it.
+
+    Args:
+        reader: a row -> the row for the collator.
+        types: the columns to keep in an output, with their types.
+    """
+
+    file: Path
+    model: MMTransformerForMultiTask
+    collator: MMDataCollator
+    rows: TableRows | FolderRows
+    reader: Callable[[Any], Mapping[str, Any]]
+    types: dict[str, pyarrow.DataType]
+
+    @contextmanager
+    def errors_with_names(self) -> Iterator[None]:
+        """Adds the name of the file to errors, and tells how many bad files were dropped."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.file}: {error}") from error
+        if self.collator.num_bad_files:
+            logger.warning(
+                f"Reading a file failed {self.collator.num_bad_files:,} times; these files were treated as missing."
+            )
+
+
+def open_rows(
+    model_name: str, file: Path, output: Path, reading: Reading, tasks: list[str] | None = None
+) -> OpenedRows:
+    """
+    A model on the device of this process, and the rows of a table, or the files of a folder.
+
+    Raises:
+        ValueError, OSError: one sentence, also if the output cannot be written or the model lacks a task.
+    """
     check_writable(output)
     if output.exists() and file.exists() and output.samefile(file):
-        raise ValueError(f"The answers would overwrite the rows: {output} is the input.")
-    rows = TableRows(file)
-    types = rows.plain_types()
+        raise ValueError(f"The output would overwrite the rows: {output} is the input.")
+    table = None if file.is_dir() else TableRows(file)  # an unreadable table is told before the model is loaded
     columns, data = reading.options(model_name)
     model, collator = _load(model_name, columns, data, reading.allow_urls)
     check_tasks(model, tasks)
     state = this_process()
     show_progress_of_package(state.is_main_process)
-    _check_columns(rows.schema.names, collator, columns, reading, file)
+    model = model.to(state.device)
+    if table is None:
+        folder = FolderRows(file, collator)
+        return OpenedRows(file, model, collator, folder, folder.read, dict.fromkeys(folder.columns, pyarrow.string()))
+    _check_columns(table.schema.names, collator, columns, reading, file)
     reader = RowReader(
-        _features(rows.schema, collator.input_columns),
-        {column.column: kind for kind, column in collator.media.items() if MODALITIES[kind].has_files},
+        _features(table.schema, collator.input_columns),
+        {name: kind for name, kind in media_of(collator).items() if MODALITIES[kind].has_files},
         data.image_root or str(file.parent),
     )
-    options = {} if num_beams is None else {"num_beams": num_beams}
-    predictor = Predictor(model.to(state.device), collator, tasks, batch_size, num_workers, **options)
-    answered = predictor.stream(rows, prepare=reader, keep=partial(plain_cells, list(types)))
-    try:
-        if state.is_main_process:
-            num_rows = _write(answered, output, suffix, types, escape_formulas)
-            say(f"Wrote the answers to {num_rows:,} rows to {output}.")
-        else:
-            for _ in answered:  # processes its share
-                pass
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    if collator.num_bad_files:
-        logger.warning(f"Reading a file failed {collator.num_bad_files:,} times; these files were treated as missing.")
+    return OpenedRows(file, model, collator, table, reader, table.plain_types())
 
 
 def _load(
@@ -258,7 +304,7 @@ def _check_columns(
     known = ", ".join(map(repr, names))
     for part in ("text", "image", "video", "audio"):
         asked = reading.columns.get(part) is not None
-        missing = [column for column in text_columns(getattr(columns, part)) if column not in names]
+        missing = [column for column in as_columns(getattr(columns, part)) if column not in names]
         if missing and (asked or (part == "text" and collator.text_column is not None)):
             raise ValueError(f"{file} has no column {missing[0]!r}; set --{part}_column to one of {known}.")
     for column in (column for table in collator.tables.values() for column in table.columns):
@@ -267,10 +313,10 @@ def _check_columns(
                 f"{file} has no column {column!r}, which the model reads as a number or a category; its columns are "
                 f"{known}."
             )
-    media = {kind: column.column for kind, column in collator.media.items()}
-    if media and not set(media.values()) & set(names):
+    media = [name for column in collator.media.values() for name in column.columns]
+    if media and not set(media) & set(names):
         logger.warning(
-            f"{file} has no column {' or '.join(map(repr, media.values()))}, so its rows have no {' or '.join(media)}; "
+            f"{file} has no column {' or '.join(map(repr, media))}, so its rows have no {' or '.join(collator.media)}; "
             f"its columns are {known}."
         )
 
@@ -305,14 +351,28 @@ def _features(schema: pyarrow.Schema, columns: Collection[str]) -> dict[str, Any
     return dict(datasets.Features.from_arrow_schema(pyarrow.schema(fields, schema.metadata)))
 
 
-def _write(
-    answered: Iterator[list[tuple[Any, dict[str, Any]]]],
+def write_rows(
+    rows: Iterable[tuple[dict[str, Any], dict[str, Any]]],
     output: Path,
     suffix: str,
-    types: dict[str, Any],
+    types: Mapping[str, pyarrow.DataType],
     escape_formulas: bool,
-) -> int:
-    """Writes the answers, and returns the number of rows."""
+    told: str,
+    new_types: Mapping[str, pyarrow.DataType] | None = None,
+) -> None:
+    """
+    Writes a table, in the main process only; the others compute their share.
+
+    Args:
+        rows: the cells of the input that are kept, and the new ones.
+        types: of the kept columns.
+        told: the sentence at the end, with places for the number of rows and the file.
+        new_types: of new columns, if known.
+    """
+    if not this_process().is_main_process:
+        for _ in rows:
+            pass
+        return
     writer, num_rows, names = None, 0, {}
     bar = Progress(
         TextColumn("answering"), SpinnerColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn(),
@@ -320,11 +380,10 @@ def _write(
     )  # fmt: skip
     with write_atomically(output) as file, bar:
         shown = bar.add_task("", total=None)
-        for batch in answered:
-            rows = [(kept, answer_columns(answers)) for kept, answers in batch]
+        for kept, new in rows:
             if writer is None:
                 # The input column stays beside the answer, under another name.
-                names = {name: f"{name}_input" if name in rows[0][1] else name for name in types}
+                names = {name: f"{name}_input" if name in new else name for name in types}
                 twice = next((name for name in names if f"{name}_input" in types and names[name] != name), None)
                 if twice is not None:
                     raise ValueError(
@@ -332,10 +391,10 @@ def _write(
                         f"same name '{twice}_input' in the output; rename one of them."
                     )
                 renamed = {names[name]: dtype for name, dtype in types.items()}
-                writer = table_writer(file, suffix, renamed, escape_formulas)
-            writer.write([{names[n]: cell for n, cell in kept.items()} | answers for kept, answers in rows])
-            num_rows += len(rows)
-            bar.advance(shown, len(rows))
+                writer = table_writer(file, suffix, {**renamed, **(new_types or {})}, escape_formulas)
+            writer.write([{names[n]: cell for n, cell in kept.items()} | new])
+            num_rows += 1
+            bar.advance(shown)
         if writer is not None:
             writer.close()
-    return num_rows
+    say(told.format(num_rows, output))

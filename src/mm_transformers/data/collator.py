@@ -1,7 +1,7 @@
 """Makes batches of rows."""
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Optional
 
 from ..model.configuration_mm_transformer import MMTransformerConfig
@@ -9,7 +9,7 @@ from ..model.encoders import max_text_positions, pad_token_matters
 from ..model.file_contents import is_absent
 from ..model.images import ProcessedPictures
 from ..model.label_cells import is_null, shorten_value
-from ..model.modalities import MODALITIES, OTHER_ENCODERS, PARTS, ReaderContext, modalities_of
+from ..model.modalities import MODALITIES, OTHER_ENCODERS, PARTS, Modality, ReaderContext, modalities_of
 from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.task_base import LabelContext, Task
@@ -19,7 +19,7 @@ from .cells import LABEL_SEPARATOR, label_of
 from .feature_keys import digest_of, hash_of_text
 from .feature_reading import CachedFeatures, CachedItem, unpadded_texts
 from .media import MediaColumn, RowColumns, SharedCounter
-from .row_labels import text_columns
+from .row_labels import as_columns
 from .sources import ANY_SOURCE, ROW_KEY, SOURCE_KEY, count_rows, name_of_row, own_column
 
 
@@ -40,12 +40,13 @@ class MMDataCollator:
             Column of strings (or lists of words). `None` and "" are allowed in rows with another input. The texts of
             several columns become one, each with the name of its column before it. With `text_column=None`, no row has
             a text.
-        image_column (`str`, *optional*, defaults to `"image"`):
-            Column of images: PIL, path, bytes, array, a cell of `datasets.Image`, a list of those, or `None`.
+        image_column (`str` or `list[str]`, *optional*, defaults to `"image"`):
+            Column of images: PIL, path, bytes, array, a cell of `datasets.Image`, a list of those, or `None`. The
+            images of several columns come one after the other, in the order of the columns.
         video_column (`str`, *optional*, defaults to `"video"`):
             Column of videos: path, bytes, a cell of `datasets.Video`, the frames as a list or array, or `None`.
-        audio_column (`str`, *optional*, defaults to `"audio"`):
-            Column of sounds: path, bytes, array, a cell of `datasets.Audio`, a list of those, or `None`.
+        audio_column (`str` or `list[str]`, *optional*, defaults to `"audio"`):
+            Column of sounds: path, bytes, array, a cell of `datasets.Audio`, a list of those, or `None`; or several.
         sampling_rate (`int`, *optional*): The rate, in Hz, of sounds that are arrays without one.
         on_bad_file (`str`, *optional*, defaults to `"raise"`):
             The reaction to an image, a video or a sound that cannot be read: `"raise"` an error, or `"drop"` the item.
@@ -84,16 +85,16 @@ class MMDataCollator:
         processor: MMTransformerProcessor,
         config: MMTransformerConfig,
         text_column: Optional[str | Sequence[str]] = "text",
-        image_column: str = "image",
+        image_column: str | Sequence[str] = "image",
         video_column: str = "video",
-        audio_column: str = "audio",
+        audio_column: str | Sequence[str] = "audio",
         sampling_rate: Optional[int] = None,
         on_bad_file: str = "raise",
         max_length: Optional[int] = None,
         pad_to_multiple_of: Optional[int] = None,
         label_separator: str = LABEL_SEPARATOR,
         allow_urls: bool | Collection[str] = False,
-        **columns: str,
+        **columns: Any,
     ):
         if on_bad_file not in ("raise", "drop"):
             raise ValueError(f"on_bad_file must be 'raise' or 'drop', but is {on_bad_file!r}.")
@@ -110,8 +111,7 @@ class MMDataCollator:
         self.tasks = config.get_tasks()
         self.takes_images = config.vision_config is not None
         self.text_column = text_column if config.reads_text else None
-        self.image_column = image_column
-        self.text_columns = text_columns(self.text_column)
+        self.text_columns = as_columns(self.text_column)
         if len(self.text_columns) > 1 and any(task.is_token_level for task in self.tasks.values()):
             raise ValueError(
                 f"A task that labels words needs one column of texts, but there are {len(self.text_columns)}: "
@@ -139,9 +139,10 @@ class MMDataCollator:
                 own_columns = modality.columns(getattr(config, f"{name}_config"))
                 self.tables[modality.argument] = RowColumns(own_columns, modality, modality.reader(context))
             else:
-                column = columns.get(f"{modality.name}_column", modality.name)
+                own_names = as_columns(columns.get(f"{modality.name}_column", modality.name))
+                check_media_columns(modality, own_names)
                 self.media[modality.argument] = MediaColumn(
-                    column, modality, modality.reader(context), *rules, process=self._process
+                    own_names, modality, modality.reader(context), *rules, process=self._process
                 )
         limits = [max_length, max_text_positions(config.text_config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
@@ -168,11 +169,16 @@ class MMDataCollator:
         """The columns of a modality, by the argument of the processor; none if the model does not read it."""
         if argument in self.tables:
             return self.tables[argument].columns
-        return [self.media[argument].column] if argument in self.media else []
+        return self.media[argument].columns if argument in self.media else []
+
+    @property
+    def splitters(self) -> dict[str, Callable[[Any], list[Any]]]:
+        """Each column of images, videos or sounds -> the function that splits one of its cells into items."""
+        return {name: column.split for column in self.media.values() for name in column.columns}
 
     def has_other_input(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has a cell that is not empty, beside its text."""
-        in_media = any(column.split(row.get(column.column)) for column in self.media.values())
+        in_media = any(column.cells(row) for column in self.media.values())
         return in_media or any(not is_absent(row.get(c)) for table in self.tables.values() for c in table.columns)
 
     def with_references(self) -> "MMDataCollator":
@@ -319,6 +325,22 @@ class MMDataCollator:
 
 def _items(cell: Any) -> list[Any]:
     return [cell] if isinstance(cell, ProcessedPictures) else cell or []
+
+
+def check_media_columns(modality: Modality, columns: list[str]) -> None:
+    """
+    Checks the columns of a modality.
+
+    Raises:
+        ValueError: if there are several, but a row has one item; or if one is named twice.
+    """
+    if len(columns) > 1 and modality.is_single:
+        raise ValueError(
+            f"A row has one {modality.noun}, but {modality.name}_column names {len(columns)} columns: "
+            f"{', '.join(columns)}. Name one of them."
+        )
+    if not columns or len(set(columns)) < len(columns):
+        raise ValueError(f"{modality.name}_column must name different columns, but is {columns!r}.")
 
 
 def check_own_config(processor: MMTransformerProcessor, config: MMTransformerConfig, name: str) -> None:

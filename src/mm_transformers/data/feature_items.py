@@ -93,11 +93,11 @@ class Scanner:
                 column = self.columns[part.argument]
                 known: dict[Hashable, tuple[Any, Any]] = {}
                 for number, row in rows:
-                    for place, cell in enumerate(column.split(row.get(column.column))):
+                    for place, (name, cell) in enumerate(column.cells(row)):
                         same = column.key(cell)
                         if same not in known:
                             # The cell is kept: after its deletion another object could get its id.
-                            known[same] = cell, column.load_item(cell, _where(row, number, column))
+                            known[same] = cell, column.load_item(cell, _where(row, number, name))
                         key = known[same][1]
                         if key is not None and key not in store:
                             found.append(Found(modality, part.argument, key, number, place))
@@ -137,7 +137,8 @@ class Reader:
             return Read(items, self._pad(items), list(range(len(items))), [item.key for item in items], [])
         column, read, dropped = self.column, [], []
         for item, row in pairs:
-            content = column.load_item(column.split(row[column.column])[item.place], _where(row, item.row, column))
+            name, cell = column.cells(row)[item.place]
+            content = column.load_item(cell, _where(row, item.row, name))
             if content is None:
                 dropped.append(item.key)
             else:
@@ -167,5 +168,5 @@ def _name(row: Mapping[str, Any], number: int) -> str:
     return name_of_row(row, 0) if ROW_KEY in row else f"row {number:,}"
 
 
-def _where(row: Mapping[str, Any], number: int, column: Any) -> str:
-    return f"{_name(row, number)}, column {own_column(row, column.column)!r}"
+def _where(row: Mapping[str, Any], number: int, column: str) -> str:
+    return f"{_name(row, number)}, column {own_column(row, column)!r}"

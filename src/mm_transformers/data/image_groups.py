@@ -61,5 +61,5 @@ def images_of(rows: Any, column: Any) -> Iterator[Hashable]:
     """
     for start in range(0, len(rows), 1000):
         for row in rows.__getitems__(list(range(start, min(start + 1000, len(rows))))):
-            keys = tuple(column.key(cell) for cell in column.split(row.get(column.column)))
+            keys = tuple(column.key(cell) for _, cell in column.cells(row))
             yield keys if keys and all(isinstance(key, (str, bytes)) for key in keys) else None

@@ -70,10 +70,10 @@ class RowColumns:
 
 class MediaColumn:
     """
-    One column of images, videos or sounds.
+    The column of images, videos or sounds, or several columns whose items come one after the other.
 
     Args:
-        column: its name.
+        columns: their names.
         modality: the kind of its items; splits a cell into them.
         load: an item -> the input of the processor; raises `ValueError` with one sentence. It takes `most_pixels` if
             the modality limits pixels.
@@ -85,7 +85,7 @@ class MediaColumn:
 
     def __init__(
         self,
-        column: str,
+        columns: Sequence[str],
         modality: Modality,
         load: Callable[[Any], Any],
         on_bad_file: str,
@@ -93,7 +93,7 @@ class MediaColumn:
         addresses: Addresses = NO_ADDRESSES,
         process: Optional[Callable[[Any], Any]] = None,
     ):
-        self.column, self.split, self.key, self.load = column, modality.items, modality.key, load
+        self.columns, self.split, self.key, self.load = list(columns), modality.items, modality.key, load
         self.on_bad_file, self.num_bad_files, self.addresses = on_bad_file, num_bad_files, addresses
         self.pixels_for_each: Callable[[list[Any]], Optional[int]] = modality.pixels_for_each
         self.num_pixels, self.process = modality.num_pixels, process
@@ -110,15 +110,15 @@ class MediaColumn:
         kept = []  # a key may be the id of an object, which is reused after its deletion
         result, were_there, pixels = [], [], 0
         for row, name in zip(rows, names, strict=True):
-            cells = self.split(row.get(self.column))
+            cells = self.cells(row)
             items = []
             are_few = self._are_few(cells, row, name)
-            most = self.pixels_for_each(cells) if are_few else None
-            for cell in cells if are_few else ():
+            most = self.pixels_for_each([cell for _, cell in cells]) if are_few else None
+            for column, cell in cells if are_few else ():
                 key = (self.key(cell), most)
                 kept.append(cell)
                 if key not in loaded:
-                    item = self.load_item(cell, f"{name}, column {own_column(row, self.column)!r}", most)
+                    item = self.load_item(cell, f"{name}, column {own_column(row, column)!r}", most)
                     if item is not None and self.process is not None:
                         pixels += self.num_pixels(item)
                         if pixels > limits().batch_pixels:
@@ -131,6 +131,10 @@ class MediaColumn:
             result.append(items)
             were_there.append(len(cells) > 0)
         return result, were_there
+
+    def cells(self, row: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """The items of a row, not read, each with its column."""
+        return [(column, cell) for column in self.columns for cell in self.split(row.get(column))]
 
     def load_item(self, cell: Any, where: str, most_pixels: Optional[int] = None) -> Any:
         """
@@ -147,12 +151,13 @@ class MediaColumn:
             self._refuse(error, where)
             return None
 
-    def _are_few(self, cells: list[Any], row: Mapping[str, Any], name: str) -> bool:
+    def _are_few(self, cells: list[tuple[str, Any]], row: Mapping[str, Any], name: str) -> bool:
         """Whether the number of items of a row is within the limit; otherwise they count as one unreadable item."""
         try:
             check_number(cells, "items")
         except ValueError as error:
-            self._refuse(error, f"{name}, column {own_column(row, self.column)!r}")
+            columns = ", ".join(repr(own_column(row, column)) for column in self.columns)
+            self._refuse(error, f"{name}, column {columns}")
             self.num_bad_files.add_one()
             return False
         return True

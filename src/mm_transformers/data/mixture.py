@@ -126,12 +126,12 @@ class DataMixture:
                     f"Data set {name!r} has {len(source):,} rows, fewer than a batch of {args.train_batch_size}, so "
                     "dataloader_drop_last would drop all its rows: leave that out, or use smaller batches."
                 )
-        media = {kind: column.column for kind, column in collator.media.items()}
+        media = [name for column in collator.media.values() for name in column.columns]
         columns = [source.column_names for source in self.sources.values()]
-        if media and not any(names is None or set(names) & set(media.values()) for names in columns):
+        if media and not any(names is None or set(names) & set(media) for names in columns):
             logger.warning(
-                f"None of the data sets has a column {' or '.join(map(repr, media.values()))}, so no row has "
-                f"{' or '.join(media)}; if some have, name the column by DataSource(..., columns=...)."
+                f"None of the data sets has a column {' or '.join(map(repr, media))}, so no row has "
+                f"{' or '.join(collator.media)}; if some have, name the column by DataSource(..., columns=...)."
             )
         for task in collator.tasks:
             if not any(task in source.labelled_tasks(collator) for source in self.sources.values()):

@@ -57,7 +57,7 @@ def encoded_labels(
     tasks = list(tasks)
     columns = [task.column or task.name for task in tasks]
     if any(task.is_token_level for task in tasks):
-        columns += text_columns(text_column)
+        columns += as_columns(text_column)
     labels: dict[str, list[Any]] = {task.name: [] for task in tasks}
     for number, row in enumerate(rows_with_columns(dataset, columns)):
         text = text_in(row, text_column)
@@ -72,16 +72,16 @@ def encoded_labels(
     return labels
 
 
-def text_columns(text_column: str | Sequence[str] | None) -> list[str]:
-    """The columns of texts as a list; see `text_column` of [`MMDataCollator`]."""
-    if text_column is None:
+def as_columns(column: str | Sequence[str] | None) -> list[str]:
+    """One column, several or none, as a list; see `text_column` of [`MMDataCollator`]."""
+    if column is None:
         return []
-    return [text_column] if isinstance(text_column, str) else list(text_column)
+    return [column] if isinstance(column, str) else list(column)
 
 
 def text_in(row: Mapping[str, Any], text_column: str | Sequence[str] | None) -> str:
     """The text of a row, from one column or several."""
-    return join_texts({column: text_of(row.get(column)) for column in text_columns(text_column)} or {"": ""})
+    return join_texts({column: text_of(row.get(column)) for column in as_columns(text_column)} or {"": ""})
 
 
 def text_of(cell: Any) -> str:

@@ -11,10 +11,10 @@ from ..model.task_base import Task
 from .cells import RowReader, opened, warn_of_ids
 
 
-class NamedColumn(Protocol):
-    """A column with files, such as [`MediaColumn`]."""
+class NamedColumns(Protocol):
+    """Columns with files, such as [`MediaColumn`]."""
 
-    column: str
+    columns: list[str]
 
 
 class ReadColumns(Protocol):
@@ -27,7 +27,7 @@ class ReadColumns(Protocol):
     def input_columns(self) -> list[str]: ...
 
     @property
-    def media(self) -> Mapping[str, NamedColumn]: ...
+    def media(self) -> Mapping[str, NamedColumns]: ...
 
 
 class RowKey(Enum):
@@ -232,7 +232,7 @@ def rows_of(dataset: Any, collator: ReadColumns, numbers: Optional[Sequence[int]
 
 def media_of(collator: ReadColumns, columns: Mapping[str, str] = {}) -> dict[str, str]:
     """The columns of pictures, videos and sounds, by their names in the data set -> the argument of the processor."""
-    return {columns.get(media.column, media.column): kind for kind, media in collator.media.items()}
+    return {columns.get(name, name): kind for kind, media in collator.media.items() for name in media.columns}
 
 
 class RowsOfSource(Dataset[dict[str, Any]]):

@@ -22,7 +22,7 @@ from ..model.modalities import as_clips, as_list, as_one
 from ..model.tasks import Task
 from .cells import LABEL_SEPARATOR, as_records
 from .mixture import DataMixture
-from .row_labels import encoded_labels, rows_with_columns, text_columns, text_in
+from .row_labels import as_columns, encoded_labels, rows_with_columns, text_in
 from .sources import DataSource, is_iterable
 
 
@@ -37,9 +37,9 @@ def hold_out_rows(
     fraction: float,
     *,
     text_column: str | Sequence[str] | None = "text",
-    image_column: str = "image",
+    image_column: str | Sequence[str] = "image",
     video_column: str = "video",
-    audio_column: str = "audio",
+    audio_column: str | Sequence[str] = "audio",
     tasks: Iterable[Task] = (),
     group_column: str | None = None,
     seed: int = 0,
@@ -65,7 +65,7 @@ def hold_out_rows(
         dataset: a `datasets.Dataset`, a list of dicts, a pandas `DataFrame`, another map-style data set whose rows are
             dicts, or a [`DataSource`] of one of these.
         fraction (`float`): The share of the rows to hold out, between 0 and 1.
-        text_column, image_column, video_column, audio_column (`str`, *optional*):
+        text_column, image_column, video_column, audio_column (`str` or `list[str]`, *optional*):
             As in [`MMDataCollator`]; a column that the data set lacks is ignored.
         tasks (`Iterable[Task]`, *optional*): The tasks whose labels are to be distributed equally.
         group_column (`str`, *optional*): A column whose equal cells belong together, such as an author or a scene.
@@ -85,7 +85,8 @@ def hold_out_rows(
     >>> train, validation = hold_out_rows(rows, 0.1, tasks=[Classification("topic", labels=["animals", "food"])])
     ```
     """
-    media: Media = {audio_column: as_clips, video_column: as_one, image_column: as_list}
+    media: Media = dict.fromkeys(as_columns(audio_column), as_clips)
+    media = {**media, video_column: as_one, **dict.fromkeys(as_columns(image_column), as_list)}
     train, held_out = _split(dataset, fraction, text_column, media, list(tasks), group_column, seed, label_separator)
     return train.rows, held_out.rows
 
@@ -118,11 +119,10 @@ def split_for_validation(
     inner = dataset.dataset if isinstance(dataset, DataSource) else dataset
     if inner is None or isinstance(inner, (dict, DataMixture)) or is_iterable(inner):
         return None
-    media = {column.column: column.split for column in collator.media.values()}
     tasks = list(collator.tasks.values())
     try:
         separator = collator.label_separator
-        return _split(dataset, fraction, collator.text_column, media, tasks, group_column, seed, separator)
+        return _split(dataset, fraction, collator.text_column, collator.splitters, tasks, group_column, seed, separator)
     except _OneGroup as error:
         logger.warning(str(error))
         return None
@@ -206,7 +206,7 @@ def find_groups(
     has_group_column = group_column is None
     num_rows = 0
     wanted = [
-        *text_columns(text_column),
+        *as_columns(text_column),
         *media,
         *([] if group_column is None else [group_column]),
     ]

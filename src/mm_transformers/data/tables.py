@@ -37,15 +37,15 @@ class _Part(NamedTuple):
     size: int
 
 
-def check_suffix(path: Path) -> str:
+def check_suffix(path: Path, others: Sequence[str] = ()) -> str:
     """
-    Checks that the name ends like a known kind of table.
+    Checks that the name ends like a known kind of table, or in one of `others`.
 
     Raises:
         ValueError: if it does not.
     """
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}.")
+    if path.suffix not in (*SUFFIXES, *others):
+        raise ValueError(f"{path} must end in one of {', '.join((*SUFFIXES, *others))}.")
     return path.suffix
 
 

@@ -21,12 +21,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .answers import decode_answers
+from .answers import decode_answers, evaluation_mode
 from .checkpoint_checks import check_fit, checked, is_pickle_error, what_is_wrong
 from .configuration_mm_transformer import MMTransformerConfig
 from .custom_code import reference, warn_if_not_copied, write_code
 from .decoders import build_seq2seq
 from .distributed import is_sharded
+from .embeddings import embed_rows, rows_with_text, unit_length
 from .encoder_classes import blank_input, takes_audio_mask
 from .encoder_features import EncoderFeatures
 from .encoders import build_encoder, encoder_width
@@ -273,7 +274,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     def _code_entries(self) -> dict[str, dict[str, Any]]:
         """What `config.json` says of the code beside the weights: entry -> name -> class."""
         # Inside, since only saving needs it. The code of a pulled model includes a pipeline because it is listed here.
-        from .pipeline_mm_transformer import MultimodalPipeline
+        from .pipeline_mm_transformer import MultimodalEmbeddingPipeline, MultimodalPipeline
 
         fusion = getattr(self, "model", self).fusion
         if fusion is not None:
@@ -290,8 +291,11 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         if MMTransformerForSequenceClassification.takes(self.tasks):
             cls = MMTransformerForSequenceClassification
             auto_map["AutoModelForSequenceClassification"] = reference(cls)
-        pipeline = {"impl": reference(MultimodalPipeline), "pt": ["AutoModel"], "type": "multimodal"}
-        return {"auto_map": auto_map, "custom_pipelines": {"multimodal": pipeline}}
+        classes = {"multimodal": MultimodalPipeline, "multimodal-feature-extraction": MultimodalEmbeddingPipeline}
+        pipelines = {
+            name: {"impl": reference(one), "pt": ["AutoModel"], "type": "multimodal"} for name, one in classes.items()
+        }
+        return {"auto_map": auto_map, "custom_pipelines": pipelines}
 
     @classmethod
     def from_pretrained(
@@ -449,6 +453,11 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
     def encoder(self, modality: str) -> Any:
         """The encoder of "text", "vision" or another modality; of an encoder-decoder the encoder."""
         return self.text_encoder if modality == "text" else getattr(self, f"{modality}_model")
+
+    def embedding_width(self, name: str) -> int:
+        """The width of the vectors of "text" or another modality that [`MMTransformerForMultiTask.embed`] gives."""
+        config = getattr(self.config, f"{name}_config")
+        return config.hidden_size if ENCODERS[name].own is not None else encoder_width(config)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -1192,6 +1201,43 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
     def generation_config(self, value: Optional[GenerationConfig]) -> None:
         if getattr(self, "model", None) is not None and self.can_generate():
             self.model.text_model.generation_config = value
+
+    @torch.no_grad()
+    def embed(
+        self, task: Optional[str] = None, normalize: bool = False, **inputs: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """
+        The vectors of rows, for search, clustering or other models.
+
+        Args:
+            task (`str`, *optional*): Name of a [`Retrieval`] task: the vectors with which it compares texts and items,
+                of length 1. By default the means of the states.
+            normalize (`bool`, *optional*, defaults to `False`): Scales all vectors to length 1.
+            inputs: as [`MMTransformerModel.forward`] takes them.
+
+        Returns:
+            Name -> (batch, width) float32, NaN where a row lacks the modality. `"fused"` is the mean of the fused
+            states. `"text"`, `"vision"`, `"audio"` and `"table"` are the means of the encoder outputs before the
+            fusion; of several pictures the mean of their vectors. With `task`, `"text"` and the modality of the task.
+
+        Raises:
+            ValueError: if there is no such task.
+
+        Example:
+
+        ```python
+        >>> vectors = model.embed(**processor(text=["Lovely weather!"]))
+        >>> {name: tuple(vector.shape) for name, vector in vectors.items()}
+        {'fused': (1, 768), 'text': (1, 768), 'vision': (1, 768)}
+        ```
+        """
+        with evaluation_mode(self):
+            if task is None:
+                vectors = embed_rows(self.model, inputs)
+            else:
+                head = getattr(self.heads, self._retrieval_task(task, None))
+                vectors = head.embed(self.model.encode_rows(**inputs)[0], rows_with_text(inputs))
+        return unit_length(vectors) if normalize else vectors
 
     @torch.no_grad()
     def encode_text(

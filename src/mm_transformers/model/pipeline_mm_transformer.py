@@ -12,6 +12,7 @@ from transformers.pipelines.pt_utils import PipelineIterator
 
 from .answers import check_tasks, unwrapped
 from .downloads import is_url
+from .embeddings import vectors_of_rows
 from .file_contents import content_of, describe
 from .label_cells import is_null
 from .limits import CarriedLimits
@@ -21,39 +22,8 @@ from .predictions import Predictions
 from .task_token_classification import split_words
 
 
-class MultimodalPipeline(Pipeline):
-    """
-    Answers the tasks of a [`MMTransformerForMultiTask`] for rows of text, images, video, sound and columns.
-
-    A row is a dict with any of `"text"`, `"image"` (or a list of images), `"video"` and `"audio"`. Each is as
-    [`MMTransformerProcessor`] takes it: a path, a URL, a PIL image, bytes, an array. A string is a text. Columns of
-    numbers and categories have their own names: `{"text": "A lamp", "price": 3.5}`. In a
-    `datasets` data set, label columns and other columns are ignored, and addresses in cells are not fetched.
-
-    For one row the pipeline returns a dict from task to answer; for a list of rows, a list. For a generator or a data
-    set it returns an iterator, which holds one batch at a time. `batch_size` answers several rows together, and encodes
-    their shared images once.
-
-    Options, of the pipeline or of a call:
-        tasks (`list[str]`): Names of the tasks to answer; all by default. A decoder only runs for those.
-        top_k (`int`, *optional*):
-            For tasks that choose one label: the number of labels in the answer, the most probable first. `None` gives
-            all; without this option, the answer is one label.
-        threshold (`float`): For tasks with any number of labels: the lowest probability of a label in the answer.
-        generate_kwargs (`dict`): For tasks that write: `num_beams`, `max_new_tokens`, ...
-
-    Raises:
-        ValueError: one sentence, if a row is empty, has an unknown key, or has an input that cannot be read or has no
-            encoder. Also if the model has no such task, or an option does not fit.
-
-    Example:
-
-    ```python
-    >>> pipe = pipeline("multimodal", model="my-model")
-    >>> pipe({"text": "Lovely weather!", "image": "rain.jpg"}, tasks=["sentiment"])
-    {'sentiment': {'label': 'negative', 'score': 0.87}}
-    ```
-    """
+class RowPipeline(Pipeline):
+    """Reads rows for a model with tasks, in batches; its subclasses say what is computed."""
 
     _load_processor = True
     _load_image_processor = False
@@ -70,25 +40,6 @@ class MultimodalPipeline(Pipeline):
             )
         if self.processor is None:
             raise ValueError("The multimodal pipeline needs the processor of the model: processor=...")
-
-    def _sanitize_parameters(self, tasks=None, top_k="", threshold=None, generate_kwargs=None, **unknown):
-        if unknown:
-            near = difflib.get_close_matches(next(iter(unknown)), ["tasks", "top_k", "threshold", "generate_kwargs"], 1)
-            hint = f"did you mean {near[0]!r}?" if near else "its options are tasks, top_k, threshold, generate_kwargs."
-            raise ValueError(f"The multimodal pipeline has no option {next(iter(unknown))!r}; {hint}")
-        # As in the pipelines of transformers, "" stands for an option that is not given.
-        top_k = sys.maxsize if top_k is None else None if top_k == "" else top_k
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"top_k must be an integer >= 1, but is {top_k!r}.")
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"threshold must lie between 0 and 1, but is {threshold!r}.")
-        options = {name: value for name, value in (("top_k", top_k), ("threshold", threshold)) if value is not None}
-        given = {
-            "tasks": None if tasks is None else check_tasks(self.model, tasks),
-            "decode_options": options or None,
-            "generate_kwargs": generate_kwargs,
-        }
-        return {}, {name: value for name, value in given.items() if value is not None}, {}
 
     @overload
     def __call__(self, inputs: str | dict[str, Any], **kwargs: Any) -> dict[str, Any]: ...
@@ -141,6 +92,61 @@ class MultimodalPipeline(Pipeline):
     def preprocess(self, input_, **kwargs):
         raise NotImplementedError("Rows are preprocessed in batches by get_iterator.")
 
+    def postprocess(self, model_outputs):
+        answers = model_outputs["answers"]
+        return answers[0] if isinstance(answers, list) else answers  # batches of one row are not taken apart
+
+
+class MultimodalPipeline(RowPipeline):
+    """
+    Answers the tasks of a [`MMTransformerForMultiTask`] for rows of text, images, video, sound and columns.
+
+    A row is a dict with any of `"text"`, `"image"` (or a list of images), `"video"` and `"audio"`. Each is as
+    [`MMTransformerProcessor`] takes it: a path, a URL, a PIL image, bytes, an array. A string is a text. Columns of
+    numbers and categories have their own names: `{"text": "A lamp", "price": 3.5}`. In a
+    `datasets` data set, label columns and other columns are ignored, and addresses in cells are not fetched.
+
+    For one row the pipeline returns a dict from task to answer; for a list of rows, a list. For a generator or a data
+    set it returns an iterator, which holds one batch at a time. `batch_size` answers several rows together, and encodes
+    their shared images once.
+
+    Options, of the pipeline or of a call:
+        tasks (`list[str]`): Names of the tasks to answer; all by default. A decoder only runs for those.
+        top_k (`int`, *optional*):
+            For tasks that choose one label: the number of labels in the answer, the most probable first. `None` gives
+            all; without this option, the answer is one label.
+        threshold (`float`): For tasks with any number of labels: the lowest probability of a label in the answer.
+        generate_kwargs (`dict`): For tasks that write: `num_beams`, `max_new_tokens`, ...
+
+    Raises:
+        ValueError: one sentence, if a row is empty, has an unknown key, or has an input that cannot be read or has no
+            encoder. Also if the model has no such task, or an option does not fit.
+
+    Example:
+
+    ```python
+    >>> pipe = pipeline("multimodal", model="my-model")
+    >>> pipe({"text": "Lovely weather!", "image": "rain.jpg"}, tasks=["sentiment"])
+    {'sentiment': {'label': 'negative', 'score': 0.87}}
+    ```
+    """
+
+    def _sanitize_parameters(self, tasks=None, top_k="", threshold=None, generate_kwargs=None, **unknown):
+        _refuse_options(unknown, "multimodal", ["tasks", "top_k", "threshold", "generate_kwargs"])
+        # As in the pipelines of transformers, "" stands for an option that is not given.
+        top_k = sys.maxsize if top_k is None else None if top_k == "" else top_k
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k must be an integer >= 1, but is {top_k!r}.")
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must lie between 0 and 1, but is {threshold!r}.")
+        options = {name: value for name, value in (("top_k", top_k), ("threshold", threshold)) if value is not None}
+        given = {
+            "tasks": None if tasks is None else check_tasks(self.model, tasks),
+            "decode_options": options or None,
+            "generate_kwargs": generate_kwargs,
+        }
+        return {}, {name: value for name, value in given.items() if value is not None}, {}
+
     def _forward(self, inputs, tasks=None, decode_options=None, generate_kwargs=None):
         if "error" in inputs:
             raise ValueError(inputs["error"])
@@ -153,9 +159,43 @@ class MultimodalPipeline(Pipeline):
                     row[name] = _with_words(row[name], text)
         return {"answers": answers}
 
-    def postprocess(self, model_outputs):
-        answers = model_outputs["answers"]
-        return answers[0] if isinstance(answers, list) else answers  # batches of one row are not taken apart
+
+class MultimodalEmbeddingPipeline(RowPipeline):
+    """
+    Gives the vectors of rows, for search, clustering or other models; see [`MMTransformerForMultiTask.embed`].
+
+    The rows are those of [`MultimodalPipeline`]. The result of a row is a dict from name ("fused", "text", "vision",
+    ...) to vector, a float32 array of NumPy; `None` where the row lacks the modality.
+
+    Options, of the pipeline or of a call:
+        task_name (`str`): Name of a [`Retrieval`] task, for the vectors with which it compares texts and items.
+        normalize (`bool`): Scales all vectors to length 1.
+
+    Example:
+
+    ```python
+    >>> pipe = pipeline("multimodal-feature-extraction", model="my-model")
+    >>> pipe({"text": "Lovely weather!", "image": "rain.jpg"})["fused"].shape
+    (768,)
+    ```
+    """
+
+    def _sanitize_parameters(self, task_name=None, normalize=None, **unknown):
+        _refuse_options(unknown, "multimodal-feature-extraction", ["task_name", "normalize"])
+        given = {"task_name": task_name, "normalize": normalize}
+        return {}, {name: value for name, value in given.items() if value is not None}, {}
+
+    def _forward(self, inputs, task_name=None, normalize=False):
+        if "error" in inputs:
+            raise ValueError(inputs["error"])
+        return {"answers": vectors_of_rows(self.model.embed(task_name, normalize, **inputs["tensors"]))}
+
+
+def _refuse_options(unknown: dict[str, Any], pipeline: str, known: list[str]) -> None:
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"its options are {', '.join(known)}."
+        raise ValueError(f"The {pipeline} pipeline has no option {name!r}; {hint}")
 
 
 def read_rows(
@@ -297,4 +337,4 @@ class _NumberedStream(IterableDataset):
         return ((number, _with_names(row, self.names)) for number, row in enumerate(self.rows))
 
 
-__all__ = ["MultimodalPipeline"]
+__all__ = ["MultimodalEmbeddingPipeline", "MultimodalPipeline"]

@@ -72,6 +72,7 @@ class Predictions:
         tasks: Optional[Sequence[str]] = None,
         word_index: Optional[torch.Tensor] = None,
         decode_options: Optional[Mapping[str, Any]] = None,
+        probabilities: bool = False,
         **generation_options: Any,
     ) -> list[dict[str, Any]]:
         """
@@ -83,6 +84,7 @@ class Predictions:
             word_index (`torch.LongTensor` of shape `(batch, text_len)`, *optional*):
                 The number of the word that starts at each token; for tasks that label words.
             decode_options: options of `decode`, such as `top_k`, for the tasks that take them.
+            probabilities: adds the probability of each label to the answers, as [`Task.add_probabilities`] does.
             generation_options: for `model.generate`.
         """
         model = self.model
@@ -99,4 +101,6 @@ class Predictions:
                     known = inspect.signature(task.decode).parameters
                     options = {key: value for key, value in (decode_options or {}).items() if key in known}
                     columns[name] = task.decode(self.logits[name], word_index, **options)
+                    if probabilities and task.probability_names:
+                        task.add_probabilities(columns[name], self.logits[name], word_index)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -34,6 +34,7 @@ from .modalities import (
     ENCODERS,
     IMAGE,
     MODALITIES,
+    PARTS,
     Modality,
     ReaderContext,
     as_clips,
@@ -321,8 +322,10 @@ class MMTransformerProcessor(ProcessorMixin):
             if key == "text":
                 texts = {column: "" if is_null(cell) else str(cell) for column, cell in cells.items()}
                 row[key] = join_texts(texts, len(columns))
+            elif len(columns) == 1:
+                [row[key]] = cells.values()
             else:
-                row[key] = next(iter(cells.values()))
+                row[key] = [item for cell in cells.values() for item in PARTS[key].items(cell)] or None
         return row
 
     def cells_of(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -193,6 +193,8 @@ class Task:
     needs_other_rows: ClassVar[bool] = False
     # The options that a head depends on: a task can use a saved head only if these are equal.
     head_options: ClassVar[tuple[str, ...]] = ("labels", "modality", "embedding_size")
+    # True if `tune` sets options that depend on validation rows.
+    can_tune: ClassVar[bool] = False
     # True if the head also judges mismatched pairs; see [`MMTransformerForMultiTask.judge_mismatched`].
     needs_mismatches: ClassVar[bool] = False
 
@@ -390,6 +392,20 @@ class Task:
             counts: the number of training rows of each label.
         """
 
+    def tune(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """
+        Sets the thresholds that turn logits into answers, by labelled rows that were not trained on.
+
+        [`tune_thresholds`] calls it for kinds with `can_tune`. By default it does nothing.
+
+        Args:
+            logits, labels: of all rows, on the CPU.
+
+        Returns:
+            Label -> threshold.
+        """
+        return {}
+
     def strata(self, labels: list[Any]) -> list[tuple[Hashable, ...]]:
         """
         The strata of each row: both parts of a split should hold the same share of each stratum.
@@ -459,6 +475,26 @@ class Task:
             logits: those of this task, (batch, ...).
         """
         return None
+
+    @property
+    def probability_names(self) -> list[str]:
+        """The labels whose probabilities [`add_probabilities`] adds; none for a kind without [`probabilities`]."""
+        return self.label_names if type(self).probabilities is not Task.probabilities else []
+
+    def add_probabilities(
+        self, answers: list[Any], logits: torch.Tensor, word_index: Optional[torch.Tensor] = None
+    ) -> None:
+        """
+        Adds to each answer of [`decode`] the entry `"probabilities"`: a dict from label to probability.
+
+        Called only if there are `probability_names`. A kind whose answers are no dicts overrides it.
+
+        Args:
+            answers: one dict per row; changed in place.
+            logits, word_index: as [`decode`] takes them.
+        """
+        for answer, row in zip(answers, self.probabilities(logits).tolist(), strict=True):
+            answer["probabilities"] = dict(zip(self.probability_names, row, strict=True))
 
     def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
         """

@@ -15,6 +15,7 @@ from .label_cells import PADDING, as_scalar, check_labels, is_missing, label_id,
 from .label_lists import split_labels
 from .linear_problem import BinaryProblem
 from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, register_task
+from .thresholds import best_threshold, check_thresholds
 
 
 @register_task
@@ -32,7 +33,9 @@ class MultiLabel(Task):
 
     Args:
         labels (`list[str]`): The label names; their order gives the ids.
-        threshold (`float`, *optional*, defaults to 0.5): The lowest probability of a label in the answer.
+        threshold (`float` or `dict[str, float]`, *optional*, defaults to 0.5):
+            The lowest probability of a label in the answer; a dict has one for each label (0.5 for labels that it
+            leaves out). [`tune_thresholds`] finds them on validation rows.
         pos_weight (`str` or `dict[str, float]`, *optional*):
             Factors of the loss of each label in rows that have it, as in `torch.nn.BCEWithLogitsLoss`. `None` for 1, a
             dict (1 for labels that it leaves out), or `"balanced"`: the number of training rows without the label,
@@ -48,20 +51,19 @@ class MultiLabel(Task):
     """
 
     labels: list[str] = field(default_factory=list)
-    threshold: float = field(default=0.5, kw_only=True)
+    threshold: float | dict[str, float] = field(default=0.5, kw_only=True)
     pos_weight: Optional[str | dict[str, float]] = field(default=None, kw_only=True)
 
     kind: ClassVar[str] = "multi_label"
     default_metrics: ClassVar[tuple[str, ...]] = ("f1", "f1_micro", "subset_accuracy")
     main_metric: ClassVar[Optional[str]] = "f1_micro"
     hub_task: ClassVar[str] = "text-classification"
+    can_tune: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.labels = check_labels(self.name, self.labels)
-        if not isinstance(self.threshold, numbers.Real) or not 0 < self.threshold < 1:
-            raise ValueError(f"Task {self.name!r}: threshold must lie between 0 and 1, but is {self.threshold!r}.")
-        self.threshold = float(self.threshold)
+        self.threshold = check_thresholds(self.name, self.threshold, self.labels)
         self.pos_weight = check_weights(self, "pos_weight")
 
     def build_head(self, config: PreTrainedConfig, hidden_size: int) -> nn.Module:
@@ -142,12 +144,36 @@ class MultiLabel(Task):
         self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None, threshold: Optional[float] = None
     ) -> list[dict[str, Any]]:
         """For each row the labels with a probability of at least `threshold` (default: the task's), and all labels."""
-        threshold = self.threshold if threshold is None else threshold
-        answers = []
-        for row in logits.float().sigmoid().tolist():
-            scores = dict(zip(self.labels, row, strict=True))
-            answers.append({"labels": [name for name, p in scores.items() if p >= threshold], "scores": scores})
-        return answers
+        probabilities = self.probabilities(logits)
+        chosen = self.chosen(probabilities) if threshold is None else probabilities >= threshold
+        return [
+            {
+                "labels": [name for name, holds in zip(self.labels, row, strict=True) if holds],
+                "scores": dict(zip(self.labels, scores, strict=True)),
+            }
+            for row, scores in zip(chosen.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+    def chosen(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """The labels of the answer, (..., num_labels) bool."""
+        threshold = self.threshold
+        if isinstance(threshold, dict):
+            # Not in float32, in which a threshold could fall on a probability.
+            of_labels = torch.tensor([threshold[label] for label in self.labels], dtype=torch.float64)
+            return probabilities.double() >= of_labels.to(probabilities.device)
+        return probabilities >= threshold
+
+    def tune(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """Sets a threshold for each label, with the highest F1 on these rows."""
+        before = self.threshold
+        found = {}
+        for i, label in enumerate(self.labels):
+            known = ~labels[:, i].isnan()
+            probabilities = self.probabilities(logits)[known, i]
+            otherwise = before[label] if isinstance(before, dict) else before
+            found[label] = best_threshold(probabilities, labels[known, i] == 1, otherwise)
+        self.threshold = found
+        return dict(found)
 
     def show_answer(self, answer: dict[str, Any]) -> str:
         return ", ".join(answer["labels"]) or "none of the labels"
@@ -158,7 +184,7 @@ class MultiLabel(Task):
     def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
         """All labels must be right; the confidence is the product of their probabilities."""
         probabilities = self.probabilities(logits)
-        chosen = probabilities >= self.threshold
+        chosen = self.chosen(probabilities)
         answer = [name for name, holds in zip(self.labels, chosen.tolist(), strict=True) if holds]
         sure = float(torch.where(chosen, probabilities, 1 - probabilities).prod())
         if label.isnan().any():
@@ -176,5 +202,5 @@ class MultiLabel(Task):
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         labelled = ~labels.isnan().any(-1)
-        predictions = logits[labelled].float().sigmoid() >= self.threshold
+        predictions = self.chosen(self.probabilities(logits[labelled]))
         return predictions.long(), labels[labelled].long()

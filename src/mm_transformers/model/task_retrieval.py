@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from .distributed import gather_rows
+from .embeddings import missing_as_nan
 from .encoders import encoder_width
 from .fusion_base import Stream
 from .modalities import OTHER_ENCODERS
@@ -176,6 +177,18 @@ class RetrievalHead(nn.Module):
         """Of length 1; 0 where there is no item."""
         vectors = unit_vectors(self.item_projection(pooled(stream)))
         return torch.where(stream.present[:, None], vectors, 0)
+
+    def embed(self, encoded: dict[str, Stream], has_text: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        The vectors of texts and items, (batch, embedding_size) float32; NaN where a row lacks them.
+
+        Args:
+            has_text: (batch,) bool.
+        """
+        text, item = self.embed_text(encoded["text"]), encoded.get(self.modality)
+        vectors = torch.zeros_like(text) if item is None else self.embed_item(item)
+        has_item = torch.zeros_like(text[:, 0], dtype=torch.bool) if item is None else item.present
+        return {"text": missing_as_nan(text, has_text), self.modality: missing_as_nan(vectors, has_item)}
 
     def forward(self, outputs: Any) -> torch.Tensor:
         text = self.embed_text(outputs.encoded["text"])

@@ -179,6 +179,17 @@ class TokenClassification(Task):
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.float().softmax(-1)
 
+    def add_probabilities(
+        self, answers: list[Any], logits: torch.Tensor, word_index: Optional[torch.Tensor] = None
+    ) -> None:
+        """Each word gets those of its first token; a word without a token has none."""
+        if word_index is None:
+            word_index = torch.arange(logits.shape[1]).expand(logits.shape[:2])
+        for answer, row, words in zip(answers, self.probabilities(logits).tolist(), word_index.tolist(), strict=True):
+            for token, word in zip(row, words, strict=True):
+                if word >= 0:
+                    answer[word]["probabilities"] = dict(zip(self.labels, token, strict=True))
+
     def complete_answer(self, answer: Any, text: str) -> Any:
         missing = len(split_words(text)) - len(answer)
         return answer + [{"label": None, "score": 0.0}] * missing

@@ -9,7 +9,7 @@ from ..model.modeling_mm_transformer import (
     MMTransformerForSequenceClassification,
     MMTransformerModel,
 )
-from ..model.pipeline_mm_transformer import MultimodalPipeline
+from ..model.pipeline_mm_transformer import MultimodalEmbeddingPipeline, MultimodalPipeline
 from ..model.processing_mm_transformer import MMTransformerProcessor
 
 
@@ -19,6 +19,6 @@ def register() -> None:
     AutoModel.register(MMTransformerConfig, (MMTransformerForMultiTask, MMTransformerModel))
     AutoModelForSequenceClassification.register(MMTransformerConfig, MMTransformerForSequenceClassification)
     AutoProcessor.register(MMTransformerConfig, MMTransformerProcessor)
-    PIPELINE_REGISTRY.register_pipeline(
-        "multimodal", pipeline_class=MultimodalPipeline, pt_model=AutoModel, type="multimodal"
-    )
+    pipelines = {"multimodal": MultimodalPipeline, "multimodal-feature-extraction": MultimodalEmbeddingPipeline}
+    for name, pipeline in pipelines.items():
+        PIPELINE_REGISTRY.register_pipeline(name, pipeline_class=pipeline, pt_model=AutoModel, type="multimodal")

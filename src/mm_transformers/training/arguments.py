@@ -71,6 +71,9 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
             tasks that start as linear models, and never happens with an `eval_dataset`. Callbacks run in both
             trainings, but those that report to services in the first only.
         predict_with_generate (`bool`, *optional*, defaults to `True`): Whether tasks that write do so in evaluation.
+        tune_thresholds (`bool`, *optional*, defaults to `False`):
+            Whether [`~mm_transformers.tune_thresholds`] chooses the thresholds of [`MultiLabel`] tasks on the
+            validation rows, after the training (before a second one on all rows). Needs validation rows.
         rows_per_image (`int`, *optional*, defaults to 1):
             The largest number of rows of one image that come together, in an otherwise random order. A batch reads and
             encodes each image once, so an epoch is faster if many rows share images. Batches then hold fewer images.
@@ -143,6 +146,9 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
     )
     predict_with_generate: bool = field(
         default=True, metadata={"help": "Whether tasks that write text generate it in evaluation."}
+    )
+    tune_thresholds: bool = field(
+        default=False, metadata={"help": "Whether to choose the thresholds of labels on the validation rows."}
     )
     rows_per_image: int = field(
         default=1, metadata={"help": "Number of rows with the same image that follow each other in the training order."}

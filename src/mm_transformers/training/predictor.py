@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
@@ -12,8 +13,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..data.cells import RowReader, opened
 from ..data.collator import MMDataCollator
+from ..data.folders import FolderRows
 from ..data.sources import ROW_KEY, media_of, name_of_row
 from ..model.answers import check_tasks, unwrapped
+from ..model.embeddings import vectors_of_rows
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.predictions import Predictions
 from ..model.processing_mm_transformer import MMTransformerProcessor
@@ -32,6 +35,8 @@ class Predictor:
         tasks (`list[str]`, *optional*): The tasks to answer; all by default. A decoder runs only for these.
         batch_size (`int`, *optional*, defaults to 32): Rows per batch.
         num_workers (`int`, *optional*, defaults to 0): Processes that read files in the background.
+        probabilities (`bool`, *optional*, defaults to `False`):
+            Adds `"probabilities"` to the answers of tasks that choose among labels: a dict from label to probability.
         generation_options: for `model.generate`, if a task writes texts.
 
     Raises:
@@ -60,6 +65,7 @@ class Predictor:
         tasks: Sequence[str] | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
+        probabilities: bool = False,
         **generation_options: Any,
     ):
         self.model: MMTransformerForMultiTask = unwrapped(model)
@@ -67,6 +73,12 @@ class Predictor:
             collator = MMDataCollator(collator, self.model.config)
         self.collator, self.tasks = collator, check_tasks(self.model, tasks)
         self.batch_size, self.num_workers, self.generation_options = batch_size, num_workers, generation_options
+        self.probabilities = probabilities
+
+    @property
+    def probability_names(self) -> dict[str, list[str]]:
+        """Task -> the labels whose probabilities its answers hold; for [`answer_columns`]."""
+        return {name: self.model.tasks[name].probability_names for name in self.tasks if self.probabilities}
 
     @classmethod
     def from_pretrained(
@@ -78,27 +90,29 @@ class Predictor:
         Args:
             name: a folder or a Hub id.
             tasks: the tasks to answer; all by default.
-            options: `batch_size`, `num_workers`, and the options of [`MMDataCollator`], such as `image_column`.
+            options: `batch_size`, `num_workers`, `probabilities`, and the options of [`MMDataCollator`], such as
+                `image_column`.
         """
         model = MMTransformerForMultiTask.from_pretrained(name)
-        own = {key: options.pop(key) for key in ("batch_size", "num_workers") if key in options}
+        own = {key: options.pop(key) for key in ("batch_size", "num_workers", "probabilities") if key in options}
         collator = MMDataCollator(MMTransformerProcessor.from_pretrained(name), model.config, **options)
         return cls(model.to(PartialState().device), collator, tasks, **own)
 
-    def __call__(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def __call__(self, rows: Iterable[Mapping[str, Any]] | str | os.PathLike[str]) -> list[dict[str, Any]]:
         """
         The answers to all rows: for each row a dict from task to answer, from [`Task.decode`].
 
         Tasks that write answer `{"text": ...}`.
 
         Args:
-            rows: a list, a data set, a table of pandas, or another iterable of dicts.
+            rows: a list, a data set, a table of pandas, or another iterable of dicts. A path is a folder of pictures,
+                videos or sounds: one row for each file, in the order of the paths.
         """
         return [answers for batch in self.stream(rows, keep=_nothing) for _, answers in batch]
 
     def stream(
         self,
-        rows: Iterable[Mapping[str, Any]],
+        rows: Iterable[Mapping[str, Any]] | str | os.PathLike[str],
         prepare: Callable[[Any], Mapping[str, Any]] = dict,
         keep: Callable[[Any], Any] = dict,
     ) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
@@ -106,7 +120,8 @@ class Predictor:
         The same batch by batch.
 
         Args:
-            rows: each process, and each worker, reads them on its own: they must be equal for all.
+            rows: each process, and each worker, reads them on its own: they must be equal for all. The rows of a folder
+                are dicts such as `{"image": "holiday/beach.png"}`.
             prepare: a row -> the row for the collator.
             keep: a row -> the part of it to return with its answers; by default all of it. A data set has its pictures
                 and sounds there as they are stored.
@@ -114,10 +129,112 @@ class Predictor:
         Yields:
             For each batch a list of pairs: the part that is kept, and the answers.
         """
-        model, state = self.model, PartialState()
-        rows, reader = opened(rows, media_of(self.collator))
+        return self._each_batch(rows, prepare, keep, self._answers)
+
+    def embed(
+        self,
+        rows: Iterable[Mapping[str, Any]] | str | os.PathLike[str],
+        task: str | None = None,
+        normalize: bool = False,
+        prepare: Callable[[Any], Mapping[str, Any]] = dict,
+    ) -> dict[str, np.ndarray]:
+        """
+        The vectors of all rows, for search, clustering or other models; see [`MMTransformerForMultiTask.embed`].
+
+        Args:
+            rows: as for answers.
+            task: name of a [`Retrieval`] task, for the vectors with which it compares texts and items.
+            normalize: scales all vectors to length 1.
+            prepare: as in [`stream`].
+
+        Returns:
+            "fused", "text", "vision", ... -> (rows, width) float32; NaN where a row lacks the modality.
+
+        Raises:
+            ValueError: one sentence, if there is no row, no such task, or a row cannot be read.
+
+        Example:
+
+        ```python
+        >>> vectors = Predictor(model, processor).embed(rows)
+        >>> vectors["fused"].shape[0] == len(rows)
+        True
+        ```
+        """
+        batches = self.stream_embeddings(rows, task, normalize, prepare, keep=_nothing)
+        found = [vectors for batch in batches for _, vectors in batch]
+        if not found:
+            raise ValueError("There are no rows to embed.")
+        result = {}
+        for name, width in self.embedding_widths(task).items():
+            missing = np.full(width, np.nan, np.float32)
+            result[name] = np.stack([missing if row[name] is None else row[name] for row in found])
+        return result
+
+    def embedding_widths(self, task: str | None = None) -> dict[str, int]:
+        """The name of each vector of [`embed`], and its width."""
+        empty = self.collator.processor(text=[""], return_tensors="pt")
+        with torch.no_grad():
+            vectors = self.model.embed(task, **send_to_device(dict(empty), self.model.device))
+        return {name: value.shape[1] for name, value in vectors.items()}
+
+    def stream_embeddings(
+        self,
+        rows: Iterable[Mapping[str, Any]] | str | os.PathLike[str],
+        task: str | None = None,
+        normalize: bool = False,
+        prepare: Callable[[Any], Mapping[str, Any]] = dict,
+        keep: Callable[[Any], Any] = dict,
+    ) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+        """
+        The same batch by batch.
+
+        Args:
+            rows, prepare, keep: as in [`stream`].
+            task, normalize: as in [`embed`].
+
+        Yields:
+            For each batch a list of pairs: the part that is kept, and a dict from name to vector, `None` where the row
+            lacks the modality.
+        """
+
+        def vectors(inputs: dict[str, Any], word_index: Any, texts: list[str]) -> list[dict[str, Any]]:
+            return vectors_of_rows(self.model.embed(task, normalize, **inputs))
+
+        return self._each_batch(rows, prepare, keep, vectors)
+
+    def _answers(
+        self, inputs: dict[str, Any], word_index: torch.Tensor | None, texts: list[str]
+    ) -> list[dict[str, Any]]:
+        answers = Predictions.of(self.model, inputs).answers(
+            self.collator.processor,
+            self.tasks,
+            word_index,
+            probabilities=self.probabilities,
+            **self.generation_options,
+        )
+        for answer, text in zip(answers, texts, strict=True):
+            answer.update({n: self.model.tasks[n].complete_answer(answer[n], text) for n in self.tasks})
+        return answers
+
+    def _each_batch(
+        self,
+        rows: Iterable[Mapping[str, Any]] | str | os.PathLike[str],
+        prepare: Callable[[Any], Mapping[str, Any]],
+        keep: Callable[[Any], Any],
+        compute: Callable[[dict[str, Any], Any, list[str]], list[dict[str, Any]]],
+    ) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+        """
+        Args:
+            compute: model inputs, numbers of words, texts -> the result of each row.
+        """
+        state = PartialState()
+        if isinstance(rows, (str, os.PathLike)):
+            rows = FolderRows(rows, self.collator)
+            prepare = rows.read
+        dataset, reader = opened(rows, media_of(self.collator))
         options = (self.batch_size, state.process_index, state.num_processes, reader, prepare, keep)
-        share = _Share(rows, self.collator, *options)
+        share = _Share(dataset, self.collator, *options)
         batches = iter(DataLoader(share, batch_size=None, num_workers=self.num_workers))
         while True:
             batch = next(batches, None)
@@ -126,46 +243,41 @@ class Predictor:
                 done = [batch]
             elif batch is not None:
                 kept, inputs, word_index, texts = batch
-                predictions = Predictions.of(model, send_to_device(inputs, model.device))
-                answers = predictions.answers(
-                    self.collator.processor, self.tasks, word_index, **self.generation_options
-                )
-                for answer, text in zip(answers, texts, strict=True):
-                    answer.update({n: model.tasks[n].complete_answer(answer[n], text) for n in self.tasks})
-                done = [list(zip(kept, answers, strict=True))]
+                results = compute(send_to_device(inputs, self.model.device), word_index, texts)
+                done = [list(zip(kept, results, strict=True))]
             if state.num_processes > 1:
                 done = gather_object(done)
             if not done:
                 return
-            for answered in done:
-                if isinstance(answered, ValueError):
-                    raise answered  # in all processes, so that none waits for the others
-                yield answered
+            for computed in done:
+                if isinstance(computed, ValueError):
+                    raise computed  # in all processes, so that none waits for the others
+                yield computed
 
 
 def _nothing(row: Any) -> None:
     return None
 
 
-def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:
+def answer_columns(
+    answers: Mapping[str, Any], probability_names: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Any]:
     """
     The answers of a row as columns.
 
     The column with the name of the task holds the first part of its answer (a label, a number, a text). The other parts
     have columns such as `topic_score`. Answers of tasks that label words are lists, so each of their columns is a list.
 
+    Args:
+        probability_names: task -> the labels whose probabilities become columns, such as `topic_probability_animals`.
+
     Raises:
         ValueError: if two tasks would have the same column, as tasks `topic` and `topic_score` do.
     """
     columns: dict[str, Any] = {}
     for name, answer in answers.items():
-        if isinstance(answer, list) and all(isinstance(item, dict) for item in answer):
-            keys = list(dict.fromkeys(key for item in answer for key in item)) or ["label", "score"]
-            answer = {key: [item[key] for item in answer] for key in keys}
-        if not isinstance(answer, dict):
-            answer = {"": answer}
-        for i, (key, value) in enumerate(answer.items()):
-            column = name if i == 0 else f"{name}_{key}"
+        labels = (probability_names or {}).get(name, ())
+        for column, value in [*_parts(name, answer, bool(labels)), *_probabilities(name, answer, labels)]:
             if column in columns:
                 raise ValueError(
                     f"The answers of task {name!r} and of another task would both be in a column {column!r}. Answer "
@@ -173,6 +285,32 @@ def answer_columns(answers: Mapping[str, Any]) -> dict[str, Any]:
                 )
             columns[column] = value
     return columns
+
+
+def _parts(name: str, answer: Any, without_probabilities: bool) -> list[tuple[str, Any]]:
+    """The parts of the answer of one task, with their columns."""
+    if isinstance(answer, list) and all(isinstance(item, dict) for item in answer):
+        keys = list(dict.fromkeys(key for item in answer for key in item)) or ["label", "score"]
+        answer = {key: [item.get(key) for item in answer] for key in keys}
+    if not isinstance(answer, dict):
+        return [(name, answer)]
+    parts = [part for part in answer.items() if not (without_probabilities and part[0] == "probabilities")]
+    return [(name if i == 0 else f"{name}_{key}", value) for i, (key, value) in enumerate(parts)]
+
+
+def _probabilities(name: str, answer: Any, labels: Sequence[str]) -> list[tuple[str, Any]]:
+    """The probability of each label, or a list of those of the words, with their columns."""
+
+    def of(item: Any, label: str) -> Any:
+        return (item.get("probabilities") or {}).get(label)
+
+    return [
+        (
+            f"{name}_probability_{label}",
+            [of(item, label) for item in answer] if isinstance(answer, list) else of(answer, label),
+        )
+        for label in labels
+    ]
 
 
 class _Share(IterableDataset[dict[str, Any]]):

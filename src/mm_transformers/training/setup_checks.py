@@ -165,11 +165,11 @@ def check_columns(dataset: Any, name: str, collator: MMDataCollator) -> None:
             f"The {name} data set has no column {without[0]!r} (its columns are {shown}); name the column of "
             "your texts by data_collator=MMDataCollator(processor, model.config, text_column=...)."
         )
-    media = {kind: column.column for kind, column in collator.media.items()}
-    if media and not set(media.values()) & set(columns):
+    media = [name for column in collator.media.values() for name in column.columns]
+    if media and not set(media) & set(columns):
         logger.warning(
-            f"The {name} data set has no column {' or '.join(map(repr, media.values()))} (its columns are {shown}), so "
-            f"its rows have no {' or '.join(media)}; if they do, name the column by "
+            f"The {name} data set has no column {' or '.join(map(repr, media))} (its columns are {shown}), so "
+            f"its rows have no {' or '.join(collator.media)}; if they do, name the column by "
             "data_collator=MMDataCollator(..., image_column=...)."
         )
     for column in (column for table in collator.tables.values() for column in table.columns):
@@ -212,6 +212,33 @@ def check_any_label(dataset: Any, collator: MMDataCollator) -> None:
         f"No row of the train data set has a label of any task: the columns {', '.join(map(repr, columns))} are "
         "empty or missing. A task reads the column with its name, or the column given by column=."
     )
+
+
+def check_tuning(
+    args: TrainingArguments, model: MMTransformerForMultiTask, eval_dataset: Any, is_sharded: bool
+) -> None:
+    """
+    Checks `tune_thresholds`.
+
+    Raises:
+        ValueError: if no task has thresholds, there are no validation rows to read by number, or weights are sharded.
+    """
+    if not getattr(args, "tune_thresholds", False):
+        return
+    if not any(task.can_tune for task in model.tasks.values()):
+        raise ValueError("tune_thresholds=True needs a task with thresholds, such as MultiLabel; leave it out.")
+    sets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    plain = [one.dataset if isinstance(one, DataSource) else one for one in sets]
+    if any(one is None or isinstance(one, DataMixture) or is_iterable(one) for one in plain):
+        raise ValueError(
+            "tune_thresholds=True needs validation rows that can be read by number: give an eval_dataset that is no "
+            "stream and no mixture, or leave eval_strategy and validation_fraction at their defaults."
+        )
+    if is_sharded:
+        raise ValueError(
+            "tune_thresholds=True does not work with FSDP and DeepSpeed: leave it out, and call tune_thresholds(model, "
+            "processor, rows) with the trained model."
+        )
 
 
 def check_lengths(dataset: Any, args: TrainingArguments) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import ConcatDataset, DataLoader, Sampler, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
@@ -85,8 +85,10 @@ from .setup_checks import (
     check_lengths,
     check_parts,
     check_rows_per_image,
+    check_tuning,
 )
 from .sharding import check_sharding, gather_for_method
+from .thresholds import tune_thresholds
 from .torch_errors import clear_errors
 
 
@@ -292,6 +294,9 @@ class MMTrainer(Trainer):
                 for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
                     check_columns(dataset, name, self.data_collator)
             check_lengths(self.train_dataset, self.args)
+            if self.train_dataset is not None:
+                is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+                check_tuning(self.args, self.fused_model, self.eval_dataset, is_sharded)
             check_rows_per_image(self.train_dataset, self.data_collator, self.args)
 
     @property
@@ -306,8 +311,10 @@ class MMTrainer(Trainer):
         return self._start.models
 
     def _settle_arguments(self, has_own_optimizer: bool) -> None:
-        """Holds out validation rows, and sets the arguments that depend on the rows."""
+        """Holds out validation rows, and sets the arguments that depend on the rows and the device."""
         args = self.args
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False  # torch pins no memory then, and warns at each loader
         if not isinstance(args, MMTrainingArguments):
             if probes_of(self.fused_model) and self.train_dataset is not None:
                 logger.warning_once(
@@ -571,6 +578,8 @@ class MMTrainer(Trainer):
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
         output = output._replace(training_loss=output.metrics["train_loss"])
         self._tell_verdicts()
+        if getattr(self.args, "tune_thresholds", False) and trial is None:
+            self._tune_thresholds()
         if self._refit is not None and self._trained_from is not None and trial is None:
             self._start.models = self._refit.run(self, self._trained_from, self._start.tasks)
             self.refitted, self._trained_from = self._refit.how, None
@@ -580,6 +589,19 @@ class MMTrainer(Trainer):
                 logger.warning(f"No training row has a label of task {name!r}, so its head was not trained.")
         self._report_bad_files()
         return output
+
+    def _tune_thresholds(self) -> None:
+        sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        parts = [(self.rows_of(dataset)[0], dataset) for dataset in sets]
+        rows: ConcatDataset[Any] = ConcatDataset([part for part, _ in parts])
+        found = tune_thresholds(
+            self.fused_model, self.collator_for(rows), rows, self.args.eval_batch_size,
+            self.args.dataloader_num_workers, holders=[self.data_collator, self.compute_metrics],
+        )  # fmt: skip
+        if self.is_world_process_zero():
+            for name, thresholds in found.items():
+                shown = ", ".join(f"{label} {value:.2f}" for label, value in list(thresholds.items())[:20])
+                logger.warning(f"{name}: thresholds chosen on the validation rows: {shown}.")
 
     def _begin_training(self) -> None:
         wraps = self.args.world_size > 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled

@@ -238,9 +238,8 @@ def _map_style(dataset: Any, trainer: StartedTrainer) -> list[tuple[Any, Any]] |
 def _groups(parts: list[tuple[Any, Any]], collator: MMDataCollator) -> np.ndarray:
     """(num_rows,) int64: rows of one picture, video or sound have the same number."""
     groups: list[np.ndarray] = []
-    media = {column.column: column.split for column in collator.media.values()}
     for _, source in parts:
-        found = find_groups(source, 1 / NUM_FOLDS, collator.text_column, media)
+        found = find_groups(source, 1 / NUM_FOLDS, collator.text_column, collator.splitters)
         groups.append(found + sum(len(known) for known in groups))
     return np.concatenate(groups)
 

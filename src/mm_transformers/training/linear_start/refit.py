@@ -117,6 +117,7 @@ class Refit:
             "metric_for_best_model": None,
             "greater_is_better": None,
             "early_stopping_patience": 0,
+            "tune_thresholds": False,
             "push_to_hub": False,
             "report_to": [],
         }

@@ -58,9 +58,7 @@ class Verdict:
 
     def shown(self, value: Optional[float]) -> str:
         """A score as people read it: shares in percent."""
-        if value is None:
-            return "not measured"
-        return f"{value:.4g}" if self.less_is_better or self.metric == "pearson" else f"{100 * value:.1f}"
+        return shown_score(self.metric, value)
 
     def __str__(self) -> str:
         alone = "" if self.text_alone is None else f"text alone {self.shown(self.text_alone)}, "
@@ -73,6 +71,13 @@ class Verdict:
         elif self.model is not None and self.gain < 0:
             line += "; this task ended below its linear start"
         return line
+
+
+def shown_score(metric: str, value: Optional[float]) -> str:
+    """A score of a metric as people read it: shares in percent."""
+    if value is None:
+        return "not measured"
+    return f"{value:.4g}" if is_known_error(metric) or metric == "pearson" else f"{100 * value:.1f}"
 
 
 def verdict_of(

@@ -64,7 +64,7 @@ def prepare_tasks(
         task.prepare_for(labels[task.name])
         for option in options:
             logger.info(f"Task {task.name!r}: {option} computed from the training rows: {getattr(task, option)}.")
-    _take(model, waiting, holders)
+    share_options(model, waiting, holders)
     return waiting
 
 
@@ -80,10 +80,11 @@ def balance_tasks(model: MMTransformerForMultiTask, counts: Mapping[str, Sequenc
     """
     for name, numbers in counts.items():
         model.tasks[name].balance(numbers)
-    _take(model, list(model.tasks.values()), holders)
+    share_options(model, list(model.tasks.values()), holders)
 
 
-def _take(model: MMTransformerForMultiTask, tasks: list[Task], holders: tuple[Any, ...]) -> None:
+def share_options(model: MMTransformerForMultiTask, tasks: Sequence[Task], holders: Sequence[Any]) -> None:
+    """Writes the options of the tasks of a model into its config, and gives changed tasks to the holders."""
     model.config.tasks = [task.to_dict() for task in model.tasks.values()]
     for holder in holders:
         if isinstance(getattr(holder, "tasks", None), dict):

@@ -70,9 +70,9 @@ class ColumnsSection:
     """The names of the columns of the data."""
 
     text: str | list[str] | None = "text"
-    image: str = "image"
+    image: str | list[str] = "image"
     video: str = "video"
-    audio: str = "audio"
+    audio: str | list[str] = "audio"
     # The columns of numbers and categories: names, or name -> kind, as in [`table_columns`].
     table: list[Any] | dict[str, Any] | None = None
     # The columns of modalities of your own: name -> column.
@@ -112,6 +112,11 @@ class ColumnsSection:
         read = {"text", *(name for name, part in PARTS.items() if part.encoder.name in modalities)}
         found = {name: [column] if isinstance(column, str) else list(column or ()) for name, column in columns.items()}
         return {name: names for name, names in found.items() if name in read and names and names != [name]}
+
+
+def are_columns(value: Any) -> bool:
+    """Whether a value of a recipe is a list of columns."""
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
 def _model_hints() -> dict[str, Any]:
@@ -215,8 +220,10 @@ class Recipe:
         for name in ("max_train_samples", "max_eval_samples", "sampling_rate", "max_length", "pad_to_multiple_of"):
             if (number := getattr(data, name)) is not None and number < 1:
                 raise ValueError(f"data.{name} must be at least 1, but is {number}.")
-        if isinstance(columns.text, list) and not (columns.text and all(isinstance(x, str) for x in columns.text)):
-            raise ValueError(f"columns.text must be a column, or a list of columns, but is {shortened(columns.text)}.")
+        for name in ("text", "image", "audio"):
+            value = getattr(columns, name)
+            if isinstance(value, list) and not are_columns(value):
+                raise ValueError(f"columns.{name} must be a column, or a list of columns, but is {shortened(value)}.")
         return cls(data, columns, model, tasks, training)
 
     def to_dict(self) -> dict[str, Any]:
