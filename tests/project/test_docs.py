@@ -32,10 +32,15 @@ COMMANDS = typer.main.get_command(app).commands
 SHELL_LINES = sorted({line for page in PAGES for line in shell_lines(page)})
 # Pages that push to the Hub: they run in a process of their own, with a Hub of their own.
 PUSHING = {"docs/how-to/share.md"}
-# What a block cannot have here: an encoder that `fit` takes from the Hub if none is named.
+# What a block cannot have here: an encoder that `fit` takes from the Hub if none is named, and the table of the reader.
+TEXT = 'text="distilbert/distilbert-base-uncased"'
 REPLACED = {
     "docs/fit.md": {
-        '"my-model")': '"fitted", text="distilbert/distilbert-base-uncased")',
+        '["category", "price"], "my-model")': f'["category", "price"], "fitted", {TEXT})',
+        'X, y = table[["title", "photo", "year"]]': 'table = read_csv("listings.csv")\nX, y = table[["title", "year"]]',
+        "from sklearn": "from pandas import read_csv\nfrom sklearn",
+        "MMClassifier(), X, y, cv=5": f'MMClassifier(preset="fast", {TEXT}), X, y, cv=2',
+        'preset="balanced", output_dir="my-model"': f'preset="fast", output_dir="classifier", {TEXT}',
         "test_price_r2": "test_price_mae",  # the page is wrong there; mend it and remove this line
     }
 }
