@@ -92,7 +92,7 @@ class EncoderFeatures:
         """The tokens that the encoder outputs, (items, tokens, width)."""
         traits, options = traits_of(self.config), forward_options(self.encoder)
         if "pixel_values" in inputs:
-            options = {**options, **size_options(self.encoder, inputs["pixel_values"])}
+            options = {**options, **size_options(self.encoder, self.config, inputs["pixel_values"])}
 
         def run(**given: torch.Tensor) -> torch.Tensor:
             tokens = output_tokens(self.encoder(**given, **options))

@@ -19,10 +19,10 @@ def own_size(config: PreTrainedConfig) -> Optional[tuple[int, int]]:
     return (size, size) if isinstance(size, int) else None
 
 
-def size_options(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, bool]:
+def size_options(encoder: PreTrainedModel, config: PreTrainedConfig, pixel_values: torch.Tensor) -> dict[str, bool]:
     """The options of a forward pass for pictures of another size: position embeddings are interpolated."""
     cls: Any = encoder.__class__
-    is_usual = own_size(encoder.config) in (None, tuple(pixel_values.shape[-2:]))
+    is_usual = own_size(config) in (None, tuple(pixel_values.shape[-2:]))
     takes = "interpolate_pos_encoding" in arguments_of(cls)
     return {"interpolate_pos_encoding": True} if takes and not is_usual else {}
 
@@ -110,7 +110,7 @@ def _problem(config: PreTrainedConfig, size: tuple[int, int]) -> Optional[str]:
 def _error_at(encoder: PreTrainedModel, size: tuple[int, int]) -> Optional[Exception]:
     pixels = torch.zeros(1, getattr(encoder.config, "num_channels", 3), *size)
     try:
-        encoder(pixel_values=pixels, **size_options(encoder, pixels))
+        encoder(pixel_values=pixels, **size_options(encoder, encoder.config, pixels))
     except Exception as error:
         return error
     return None
