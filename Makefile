@@ -14,7 +14,7 @@ BENCH_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-nightly fuzz mutants test-floor coverage lint format bench bench-quick bench-gpu clean
+.PHONY: help demo test test-slow test-nightly fuzz mutants test-floor coverage lint format bench bench-quick bench-gpu dist clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | while IFS='|' read -r target text; do printf '%-18s %s\n' "$$target" "$$text"; done
@@ -63,6 +63,13 @@ bench-quick: $(VENV)/.installed ## Run all benchmarks in small (under 5 minutes)
 
 bench-gpu: $(VENV)/.installed ## Measure the figures for a GPU.
 	$(BENCH_ENV) $(VENV)/bin/python benchmarks/run.py gpu
+
+dist: $(VENV)/.installed ## Build the sdist and the wheel into dist/, and check them. REPOSITORY_URL makes links absolute.
+	$(VENV)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[release]'
+	rm -rf dist build
+	$(VENV)/bin/python -m build
+	$(VENV)/bin/twine check --strict dist/*
+	$(VENV)/bin/check-wheel-contents dist/*.whl
 
 clean: ## Remove the virtual environments and all that was built or cached.
 	rm -rf $(VENV) $(FLOOR) build dist htmlcov .coverage .coverage.* .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache

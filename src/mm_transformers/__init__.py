@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .data.mixture import DataMixture
     from .data.sources import DataSource
     from .data.table_columns import table_columns
+    from .fitting.estimators import MMClassifier, MMRegressor
     from .fitting.fit import FitResult, fit
     from .model.configuration_mm_transformer import MMTransformerConfig
     from .model.fusion import Fusion, Stream, register_fusion
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
         register_task,
     )
     from .training.arguments import MMTrainingArguments
-    from .training.metrics import MultiTaskMetrics
+    from .training.metrics import ArrayMetric, MultiTaskMetrics, TextMetric, register_metric
     from .training.objective.task_gradients import TaskGradientsCallback
     from .training.predictor import Predictor
     from .training.thresholds import tune_thresholds
@@ -60,6 +61,7 @@ _MODULES = {
     "data.mixture": ["DataMixture"],
     "data.sources": ["DataSource"],
     "data.table_columns": ["table_columns"],
+    "fitting.estimators": ["MMClassifier", "MMRegressor"],
     "fitting.fit": ["FitResult", "fit"],
     "model.configuration_mm_transformer": ["MMTransformerConfig"],
     "model.fusion": ["Fusion", "Stream", "register_fusion"],
@@ -87,7 +89,7 @@ _MODULES = {
         "register_task",
     ],
     "training.arguments": ["MMTrainingArguments"],
-    "training.metrics": ["MultiTaskMetrics"],
+    "training.metrics": ["ArrayMetric", "MultiTaskMetrics", "TextMetric", "register_metric"],
     "training.objective.task_gradients": ["TaskGradientsCallback"],
     "training.predictor": ["Predictor"],
     "training.thresholds": ["tune_thresholds"],
@@ -125,6 +127,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ArrayMetric",
     "Classification",
     "DataMixture",
     "DataSource",
@@ -133,7 +136,9 @@ __all__ = [
     "Fusion",
     "Generation",
     "Limits",
+    "MMClassifier",
     "MMDataCollator",
+    "MMRegressor",
     "MMTrainer",
     "MMTrainingArguments",
     "MMTransformerConfig",
@@ -155,11 +160,13 @@ __all__ = [
     "TableConfig",
     "Task",
     "TaskGradientsCallback",
+    "TextMetric",
     "TokenClassification",
     "fit",
     "load_demo_dataset",
     "register_column",
     "register_fusion",
+    "register_metric",
     "register_modality",
     "register_task",
     "set_limits",

@@ -96,6 +96,7 @@ def test_exchanged_rows_by_hand(model):
     """The same order and cycles, drawn again; the rows exchanged before anything is encoded."""
     rows = rows_without_some_parts(NUM_ROWS)
     found = ablate(model, make_processor(), rows, batch_size=10, num_permutations=1, num_additive_rows=0, seed=SEED)
+    assert {contribution.num_rows for contribution in found.contributions.values()} == {0}
     rng = np.random.default_rng(SEED)
     order = rng.permutation(NUM_ROWS)
     moved = {}

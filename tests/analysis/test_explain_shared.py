@@ -182,9 +182,10 @@ def written_logits(model, inputs, ids) -> torch.Tensor:
 # Integrated gradients sum to the difference of scores
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [(32, 32), (36, 36), (40, 28), (45, 50)])
-@pytest.mark.parametrize("vision", ["convnextv2", "swin", "resnet"])
+@pytest.mark.parametrize(
+    ("vision", "size"),
+    first_quickly([*itertools.product(["resnet", "convnextv2", "swin"], [(64, 28), (32, 32), (36, 36), (45, 50)])]),
+)
 def test_relevances_sum_to_the_difference_of_scores_whatever_the_size(vision, size):
     pytest.importorskip("captum")
     check_completeness(make_sensitive(vision=vision), make_processor(size), ROWS[0])

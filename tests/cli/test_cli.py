@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from PIL import Image
@@ -83,6 +84,11 @@ def test_unknown_fusion_is_one_sentence(tmp_path):
     assert result.exit_code == 2
     assert "Unknown fusion_type 'nonsense'; known are bottleneck" in result.output
     assert "Traceback" not in result.output
+
+
+def test_version_is_that_of_the_package():
+    done = subprocess.run([sys.executable, "-m", "mm_transformers.cli", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"mm-transformers {metadata.version('mm-transformers')}\n"
 
 
 def test_help_names_the_commands():

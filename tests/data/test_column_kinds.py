@@ -117,6 +117,7 @@ def test_targets_are_no_inputs():
          "5 different whole numbers; some (target):regression takes them as numbers", None),
         ([i * 0.5 for i in range(40)], "regression", "40 different numbers", None),
         ([str(i) for i in range(40)], "regression", "40 different numbers", None),
+        (["-", "n/a", *(str(i) for i in range(40))], "regression", "40 different numbers", None),
         (["red|blue", "red", "green|blue|red"] * 10, "multi_label",
          "3 different labels, several in a cell, separated by '|'", "|"),
         (["red; blue", "red", "green; blue"] * 10, "multi_label",
@@ -126,10 +127,10 @@ def test_targets_are_no_inputs():
 )  # fmt: skip
 def test_targets(cells, task, reason, separator):
     found = target(datasets.Dataset.from_dict({"some (target)": cells}), "some (target)")
-    scale = {"scale": 11.5} if cells[1] == "1" else {"scale": 5.77} if task == "regression" else {}
+    scale = {"scale": 11.5} if "1" in cells else {"scale": 5.77} if task == "regression" else {}
     assert found.task == {"name": "some_target", "kind": task, "column": "some (target)", **scale}
     assert (found.reason, found.separator) == (reason, separator)
-    assert found.left_out == sum(cell is None for cell in cells)
+    assert found.left_out == sum(cell in (None, "-", "n/a") for cell in cells)
 
 
 def test_labels_that_are_missing():

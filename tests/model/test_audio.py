@@ -41,6 +41,7 @@ from mm_transformers import (
 from mm_transformers.model.audio import AudioError, load_audio
 from mm_transformers.model.encoder_classes import audio_token_mask, min_audio_samples
 from mm_transformers.model.encoders import build_encoder
+from mm_transformers.model.limits import limits
 
 
 every_encoder = pytest.mark.parametrize("audio", AUDIO_ENCODERS)
@@ -66,6 +67,15 @@ def make_inputs(audio: str, rows=slice(None)) -> dict:
 
 
 class TestLoading:
+    @pytest.mark.parametrize("limit", ["lowest_sampling_rate", "highest_sampling_rate"])
+    def test_a_rate_at_the_limit_is_read(self, limit):
+        rate = int(getattr(limits(), limit))
+        clip = {"array": np.zeros(rate // 10), "sampling_rate": rate}
+        assert len(load_audio(clip, rate)) == rate // 10
+        over = rate + (1 if limit.startswith("highest") else -1)
+        with pytest.raises(AudioError, match=limit):
+            load_audio({**clip, "sampling_rate": over}, over)
+
     def test_all_ways_of_giving_a_clip(self, tmp_path):
         clip = make_clip(0.1)
         path = tmp_path / "clip.wav"

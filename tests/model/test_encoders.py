@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import first_quickly
+from safetensors.torch import load_file, save_file
 from tiny import (
     IMAGE_SIZE,
     MAPPED_ENCODERS,
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForMaskedLM,
     CLIPConfig,
     CLIPModel,
     GPT2Config,
@@ -38,7 +40,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from mm_transformers import Classification, MMTransformerConfig, MMTransformerForMultiTask, MMTransformerModel
-from mm_transformers.model.encoders import encoder_width, max_text_positions
+from mm_transformers.model.encoders import encoder_width, load_encoder, max_text_positions
 
 
 # Each text encoder meets another vision encoder, until all of both have been met.
@@ -318,3 +320,15 @@ def test_configs_are_shared_with_the_encoders():
 
 def test_processor_matches_model():
     assert make_processor().tokenizer.model_max_length == 40
+
+
+def test_missing_weights_are_reported_and_unused_ones_are_not(tmp_path, caplog):
+    AutoModelForMaskedLM.from_config(TEXT_ENCODERS["bert"]()).save_pretrained(tmp_path)
+    load_encoder(str(tmp_path), "text")  # without the head, whose weights are not used
+    assert not [record for record in caplog.records if "LOAD REPORT" in record.getMessage()]
+    weights = load_file(tmp_path / "model.safetensors")
+    gone = next(name for name in weights if name.endswith("query.weight"))
+    del weights[gone]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_encoder(str(tmp_path), "text")
+    assert [gone.removeprefix("bert.") in record.getMessage() for record in caplog.records if "LOAD" in record.message]

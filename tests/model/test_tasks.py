@@ -434,7 +434,7 @@ def own_kind():
 class TestOwnKind:
     def test_is_a_dataclass_with_the_options_of_all(self, own_kind):
         task = own_kind("birds", largest=5, loss_weight=2)
-        assert [f.name for f in fields(task)] == ["name", "loss_weight", "column", "largest"]
+        assert [f.name for f in fields(task)] == ["name", "loss_weight", "column", "metrics", "largest"]
         assert task.to_dict() == {
             "kind": "count", "name": "birds", "loss_weight": 2.0, "column": "birds", "largest": 5,
         }  # fmt: skip

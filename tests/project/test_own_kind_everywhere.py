@@ -51,6 +51,7 @@ from mm_transformers.sharing.export import export_model
 from mm_transformers.sharing.exported_model import ExportedModel
 from mm_transformers.training.linear_start.linear_models import Regressions
 from mm_transformers.training.linear_start.probe_start import probes_of
+from mm_transformers.training.metrics import ArrayMetric, base, register_metric
 from mm_transformers.training.weighting import TaskWeighting, register_weighting
 from mm_transformers.training.weighting.base import WEIGHTINGS
 
@@ -122,6 +123,18 @@ class OrdinalStars(Task):
     def predictions_and_references(self, logits, labels):
         labelled = labels != -100
         return self.probabilities(logits).argmax(-1)[labelled], labels[labelled]
+
+
+# One metric.
+
+
+class StarsOff(ArrayMetric):
+    """The mean distance between the chosen and the right label."""
+
+    key, value_type, ndims, less_is_better = "stars_off", "int64", (1,), True
+
+    def score(self, references, predictions):
+        return np.abs(references - predictions).mean()
 
 
 # One fusion kind.
@@ -229,6 +242,7 @@ SENSOR = Modality(
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     register_task(OrdinalStars)
+    register_metric(StarsOff)
     register_fusion(AddedMeans)
     register_weighting(InverseLoss)
     register_modality(SENSOR)
@@ -236,7 +250,7 @@ def registered():
     for names in (ENCODERS, OTHER_ENCODERS, MODALITIES, PARTS, ARGUMENTS, NOUNS):
         del names["sensor"]
     MMTransformerConfig.sub_configs.pop("sensor_config", None)
-    del TASK_KINDS["ordinal_stars"], FUSION_KINDS["added_means"], WEIGHTINGS["inverse_loss"]
+    del base._METRICS["stars_off"], TASK_KINDS["ordinal_stars"], FUSION_KINDS["added_means"], WEIGHTINGS["inverse_loss"]
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +263,11 @@ def folder(tmp_path_factory):
         row["readings"] = None if i == 5 else f"{i % 3};{i % 2}.5;-1"
     write_csv(folder / "train.csv", rows)
     values = recipe_values(save_encoders(folder / "encoders"), max_steps=4)
-    values["tasks"] = [{"name": "stars", "kind": "ordinal_stars"}, {"name": "topic", "kind": "classification"}]
+    values["tasks"] = [
+        {"name": "stars", "kind": "ordinal_stars", "metrics": ["accuracy", "stars_off"]},
+        {"name": "topic", "kind": "classification"},
+    ]
+    values["training"] |= {"metric_for_best_model": "stars_stars_off", "greater_is_better": False}
     values["model"] |= {
         "fusion_type": "added_means",
         "task_weighting": {"kind": "inverse_loss", "smallest": 0.5},
@@ -371,6 +389,9 @@ def test_predict_and_evaluate(folder):
     right = sum(row["stars"] == truth for row, truth in zip(answers, truths, strict=True))
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["eval_stars_accuracy"] == pytest.approx(right / 23)
+    off = [abs(int(row["stars"]) - int(truth)) for row, truth in zip(answers, truths, strict=True) if truth]
+    assert metrics["eval_stars_stars_off"] == pytest.approx(sum(off) / 23)
+    assert "eval_stars_f1" not in metrics
 
 
 def test_report_has_verdict_confusion_and_confidence(model, processor, rows, folder):

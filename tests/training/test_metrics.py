@@ -6,14 +6,16 @@ from types import SimpleNamespace
 import evaluate
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 from transformers import EvalPrediction
 
-from mm_transformers.model.task_base import Task
+from mm_transformers import ArrayMetric, register_metric
+from mm_transformers.model.task_base import Task, task_from_dict
 from mm_transformers.model.tasks import Classification, MultiLabel, Regression, TokenClassification
-from mm_transformers.training.metrics import METRICS, MultiTaskMetrics
+from mm_transformers.training.metrics import METRICS, MultiTaskMetrics, headline, is_known_error, less_is_better
 
 
 TOPIC = Classification("topic", labels=["animals", "food", "travel"])
@@ -21,6 +23,22 @@ GENRES = MultiLabel("genres", labels=["drama", "comedy"])
 POLARITY = Regression("polarity")
 ENTITIES = TokenClassification("entities", labels=["none", "person", "place"])
 TASKS = (TOPIC, GENRES, POLARITY, ENTITIES)
+
+
+@register_metric
+class BalancedAccuracy(ArrayMetric):
+    key, value_type, ndims = "balanced_accuracy", "int64", (1,)
+
+    def score(self, references, predictions):
+        return sklearn_metrics.balanced_accuracy_score(references, predictions)
+
+
+@register_metric
+class LargestMistake(ArrayMetric):
+    key, value_type, ndims, less_is_better = "largest_mistake", "float64", (1,), True
+
+    def score(self, references, predictions):
+        return np.abs(references - predictions).max()
 
 
 def config_of(*tasks):
@@ -277,12 +295,41 @@ class TestMultiTaskMetrics:
         for cls in kinds:
             assert set(cls.default_metrics) <= set(METRICS), cls.kind
 
+    def test_a_task_names_its_metrics(self):
+        task = Classification("topic", ["a", "b", "c"], metrics=["f1_micro", "balanced_accuracy"])
+        logits, labels = random_arrays(TOPIC, 40, seed=2)
+        known = labels != -100
+        expected = sklearn_metrics.balanced_accuracy_score(labels[known], logits.argmax(-1)[known])
+
+        results = compute(task, logits, labels)
+        assert set(results) == {"topic_loss", "topic_f1_micro", "topic_balanced_accuracy"}
+        assert results["topic_balanced_accuracy"] == pytest.approx(expected)
+        assert headline(task, torch.tensor(logits[known]), torch.tensor(labels[known]))[0] == "f1_micro"
+        # The checkpoint holds the names; older releases can read a task that has none.
+        assert task_from_dict(task.to_dict()) == task
+        assert "metrics" not in TOPIC.to_dict()
+
+    def test_a_registered_metric_says_which_direction_is_better(self):
+        assert less_is_better("topic_largest_mistake")
+        assert is_known_error("eval_topic_largest_mistake")
+        assert not less_is_better("topic_balanced_accuracy")
+
     def test_metrics_cannot_be_registered_by_accident(self):
         with pytest.raises(TypeError):
             METRICS["mine"] = METRICS["f1"]
 
 
 class TestErrors:
+    def test_metrics_of_a_task_that_are_no_list_of_names(self):
+        for metrics in ("f1", ["f1", METRICS["f1"]], {"f1": 1}, 3):
+            with pytest.raises(ValueError, match=r"Task 'topic': metrics must be a list of names, but is .*"):
+                Classification("topic", ["a", "b"], metrics=metrics)
+
+    def test_unknown_metric_of_a_task(self):
+        task = Classification("topic", ["a", "b"], metrics=["acuracy"])
+        with pytest.raises(ValueError, match=r"Task 'topic': unknown metric 'acuracy'; .*@register_metric"):
+            MultiTaskMetrics(config_of(task))
+
     def test_unknown_metric(self):
         with pytest.raises(ValueError, match=r"Task 'topic': unknown metric 'auc'; known are accuracy, .*pearson"):
             MultiTaskMetrics(config_of(TOPIC), metrics={"topic": ["auc"]})

@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import __version__
+
 
 if TYPE_CHECKING:
     from .predict import Reading
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mm-transformers {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -31,6 +39,9 @@ def main(
             "--import", help="A module of yours with kinds of tasks or columns, such as my_kinds. May be given again."
         ),
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Text with pictures, several tasks at once."""
     for name in modules or ():
@@ -269,6 +280,10 @@ def fit(
     output: ModelFolder = Path("fitted-model"),
     column: ColumnKinds = None,
     minutes: Annotated[float | None, typer.Option(help="Limit of the whole run, in minutes.")] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(help="Measure by cross-validation over this number of folds, instead of held-out test rows."),
+    ] = None,
     allow_urls: AllowUrls = False,
     allow_host: AllowHost = None,
 ) -> None:
@@ -282,7 +297,7 @@ def fit(
         from .fit import run_fit
 
         urls = _allowed(allow_urls, allow_host)
-        run_fit(table, predict, output, column or [], minutes=minutes, allow_urls=urls, **planning)
+        run_fit(table, predict, output, column or [], minutes=minutes, folds=folds, allow_urls=urls, **planning)
 
 
 @app.command()

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..fitting.fit import REPORT_NAME, fit, make_plan
+from ..fitting.fit import fit
+from ..fitting.fit_report import REPORT_NAME
+from ..fitting.plan import make_plan
 from ..training.recipe import RECIPE_NAME
 from .processes import say
 from .train import show_progress_of_package

@@ -300,7 +300,8 @@ def _task_kind(feature: Any, cells: list[Any], column: str, has_decoder: bool) -
     if different == 1:
         raise ValueError(f"--predict {column}: all cells are {shorten(str(cells[0]))!r}, so there is nothing to learn.")
     if are_numbers(cells):
-        is_whole = all(value.is_integer() for value in map(read_number, cells) if value is not None)
+        values = [value for value in map(read_number, cells) if value is not None]  # a "-" is none
+        different, is_whole = len(set(values)), all(value.is_integer() for value in values)
         if is_whole and different <= _FEW_NUMBERS and len(cells) >= 5 * different:
             reason = f"{different} different whole numbers; {column}:regression takes them as numbers"
             return "classification", reason, None

@@ -1,11 +1,15 @@
 """Loads files and data sets of the Hub as splits of rows."""
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow
+import pyarrow.compute as compute
 import yaml
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import metadata_load
@@ -155,6 +159,48 @@ def hold_out(
         train, held_out = hold_out_rows(data["train"], fraction, tasks=tasks, **columns)
         logger.info(f"No {split} split: {len(held_out):,} of {len(data['train']):,} training rows are held out.")
         data["train"], data[split] = train, held_out
+
+
+def leave_out_empty_rows(data: datasets.DatasetDict, columns: Iterable[str]) -> None:
+    """
+    Removes the rows without any content from all splits, with a warning that counts them.
+
+    Args:
+        columns: those that the model reads; a split may lack some.
+
+    Raises:
+        ValueError: if a split has no other rows.
+    """
+    columns = list(columns)
+    for split, rows in data.items():
+        read = [column for column in columns if column in rows.column_names]
+        parts = rows.select_columns(read).with_format("arrow").iter(1000)
+        filled = np.concatenate([np.any([_has_content(part[column]) for column in read], axis=0) for part in parts])
+        if filled.all():
+            continue
+        names = ", ".join(map(repr, read))
+        if not filled.any():
+            raise ValueError(f"No {split} row has content in {names}.")
+        logger.warning(
+            f"{np.sum(~filled):,} of {len(rows):,} {split} rows have no content in {names} and are left out; the first "
+            f"is row {filled.argmin():,}."
+        )
+        data[split] = rows.select(np.flatnonzero(filled))
+
+
+def _has_content(cells: pyarrow.ChunkedArray) -> np.ndarray:
+    kind, cells = cells.type, cells.combine_chunks()
+    valid = compute.invert(cells.is_null(nan_is_null=True))
+    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+        filled = compute.greater(compute.utf8_length(compute.utf8_trim_whitespace(cells)), 0)
+    elif pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        filled = compute.greater(compute.list_value_length(cells), 0)
+    elif pyarrow.types.is_struct(kind):  # a picture: its path, its bytes
+        fields = [compute.is_valid(compute.struct_field(cells, i)) for i in range(kind.num_fields)]
+        filled = functools.reduce(compute.or_, fields) if fields else valid
+    else:
+        filled = valid
+    return compute.and_(valid, compute.fill_null(filled, False)).to_numpy(zero_copy_only=False)
 
 
 def first_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:

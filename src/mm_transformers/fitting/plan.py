@@ -23,11 +23,14 @@ from ..data.column_kinds import (
     column_kinds,
     target,
 )
+from ..data.files import check_writable
+from ..data.loading import load_files
 from ..model.messages import one_line
 from ..model.table_kinds import COLUMNS
 from ..model.tasks import TASK_KINDS
-from ..training.recipe import Recipe
+from ..training.recipe import RECIPE_NAME, Recipe
 from .encoder_choice import choose_encoder
+from .table_files import as_file
 
 
 HELD_OUT = 0.15
@@ -97,6 +100,8 @@ def plan_fit(
     audio: str | None = None,
     preset: str = "balanced",
     group: str | None = None,
+    validation_fraction: float | None = HELD_OUT,
+    test_fraction: float | None = HELD_OUT,
     root: str | os.PathLike[str] = ".",
     training: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -112,6 +117,8 @@ def plan_fit(
         text, vision, audio: encoders, by Hub id or folder; by default [`choose_encoder`] chooses those that are needed.
         preset: "fast", "balanced" or "best".
         group: a column whose equal cells stay on one side of the split.
+        validation_fraction, test_fraction: the shares of the rows to hold out, if `data` has no such files; `None` for
+            none.
         root: where relative paths of pictures and the like begin.
         training: fields of [`MMTrainingArguments`] that replace those of the preset.
 
@@ -161,9 +168,9 @@ def plan_fit(
         section["label_separator"] = separators.pop()
     if group is not None:
         section["group_column"] = group
-    for split in ("validation", "test"):
-        if split not in section:
-            section[f"{split}_fraction"] = HELD_OUT
+    for split, share in (("validation", validation_fraction), ("test", test_fraction)):
+        if split not in section and share is not None:
+            section[f"{split}_fraction"] = share
     model: dict[str, Any] = dict(encoders)
     if not chosen.trains_encoders and encoders:
         model["freeze"] = list(encoders)
@@ -232,3 +239,40 @@ def _can_write(encoder: str) -> bool:
         return bool(AutoConfig.from_pretrained(encoder, trust_remote_code=False).is_encoder_decoder)
     except (OSError, ValueError) as error:
         raise ValueError(f"The text encoder {encoder} cannot be loaded: {one_line(error)}") from error
+
+
+def make_plan(
+    table: Any,
+    predict: Sequence[str],
+    output: str | os.PathLike[str],
+    *,
+    validation: Any = None,
+    test: Any = None,
+    image_root: str | None = None,
+    **options: Any,
+) -> Plan:
+    """
+    The decisions of [`fit`], without a training.
+
+    Args:
+        table, predict, output, validation, test, image_root: as in [`fit`]. Rows that are no file are written into the
+            folder `output`, since a recipe names files.
+        options: of [`plan_fit`].
+
+    Raises:
+        ValueError, OSError: one sentence.
+    """
+    output = Path(output)
+    check_writable(output / RECIPE_NAME)
+    files = {
+        split: str(as_file(rows, output / "rows" / f"{split}.parquet"))
+        for split, rows in {"train": table, "validation": validation, "test": test}.items()
+        if rows is not None
+    }
+    data: dict[str, Any] = {split: os.path.abspath(path) for split, path in files.items()}
+    if image_root is None and not isinstance(table, (str, os.PathLike)):
+        image_root = os.getcwd()  # as everywhere for paths in memory
+    if image_root is not None:
+        data["image_root"] = os.path.abspath(image_root)
+    rows = load_files({"train": files["train"]}, (), option="The table")["train"]
+    return plan_fit(rows, predict, output, data, root=image_root or Path(files["train"]).parent, **options)

@@ -5,7 +5,7 @@ import io
 import math
 import numbers
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Optional
 
 from .downloads import fetch, is_url
@@ -27,7 +27,7 @@ class AudioError(ValueError):
     """A clip of sound that cannot be used; the message names it and the reason, in one sentence."""
 
 
-def audio_key(clip: Any):
+def audio_key(clip: Any) -> Hashable:
     """Equal for two cells with the same clip for certain: the same object, path or bytes."""
     # A decoder returns a new array each time, whose id is meaningless.
     return id(clip) if hasattr(clip, "get_all_samples") else content_key(clip, _content(clip))
@@ -38,7 +38,7 @@ def load_audio(
     sampling_rate: int,
     source_rate: Optional[int] = None,
     fetch: Callable[[str], bytes] = fetch,
-):
+) -> Any:
     """
     A waveform of one channel, resampled: a float32 NumPy array (samples,), mostly between -1 and 1.
 
@@ -156,7 +156,7 @@ def _read(content: Any, name: str, fetch: Callable[[str], bytes]) -> tuple[Any, 
         raise AudioError(f"{name} cannot be read ({shorten(' '.join(str(error).split()))})") from error
 
 
-def _one_channel(waveform: Any, name: str):
+def _one_channel(waveform: Any, name: str) -> Any:
     import numpy as np
 
     waveform = np.asarray(waveform.detach().cpu() if hasattr(waveform, "detach") else waveform)
@@ -178,7 +178,7 @@ def _one_channel(waveform: Any, name: str):
     return waveform.astype(np.float32)
 
 
-def waveform_of_integers(samples: Any, name: str):
+def waveform_of_integers(samples: Any, name: str) -> Any:
     """Integers of any width, scaled to -1 to 1."""
     import numpy as np
 
@@ -210,7 +210,7 @@ def _check_range(samples: Any, name: str) -> None:
         )
 
 
-def _resample(waveform, rate: int, wanted: int, name: str):
+def _resample(waveform: Any, rate: int, wanted: int, name: str) -> Any:
     if rate == wanted:
         return waveform
     num_samples = len(waveform) * wanted // rate

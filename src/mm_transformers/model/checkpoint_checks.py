@@ -36,7 +36,7 @@ class Checkpoint(NamedTuple):
         new_heads: The tasks whose heads get new weights.
     """
 
-    path: str | os.PathLike
+    path: str | os.PathLike[str]
     options: Mapping[str, Any]
     new_heads: tuple[str, ...] = ()
 
@@ -66,7 +66,7 @@ def with_new_heads(names: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def checked(path: str | os.PathLike | None, options: Mapping[str, Any]) -> Iterator[None]:
+def checked(path: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> Iterator[None]:
     """
     Within the block, [`check_fit`] compares the weights.
 
@@ -216,7 +216,7 @@ def _check_types(model: PreTrainedModel, files: list[str], where: str) -> None:
                 )
 
 
-def what_is_wrong(path: str | os.PathLike | None, error: Exception, **kwargs: Any) -> Optional[Exception]:
+def what_is_wrong(path: str | os.PathLike[str] | None, error: Exception, **kwargs: Any) -> Optional[Exception]:
     """
     A clear error for a checkpoint that cannot be loaded, or `None` if the error of loading is clear.
 
@@ -269,7 +269,7 @@ def is_pickle_error(error: Optional[BaseException]) -> bool:
     return False
 
 
-def _problem_of_files(path: str | os.PathLike, name: str, where: Mapping[str, Any]) -> Optional[str]:
+def _problem_of_files(path: str | os.PathLike[str], name: str, where: Mapping[str, Any]) -> Optional[str]:
     single = _find(path, name, where)
     if single is not None:
         return _problem_of_file(single, path)
@@ -287,7 +287,7 @@ def _problem_of_files(path: str | os.PathLike, name: str, where: Mapping[str, An
     return next((problem for file in files.values() if (problem := _problem_of_file(file, path))), None)
 
 
-def _problem_of_file(file: str, path: str | os.PathLike) -> Optional[str]:
+def _problem_of_file(file: str, path: str | os.PathLike[str]) -> Optional[str]:
     # Inside, as above.
     from safetensors import SafetensorError, safe_open
 
@@ -302,7 +302,7 @@ def _problem_of_file(file: str, path: str | os.PathLike) -> Optional[str]:
         )
 
 
-def _find(path: str | os.PathLike, name: str, where: Mapping[str, Any]) -> Optional[str]:
+def _find(path: str | os.PathLike[str], name: str, where: Mapping[str, Any]) -> Optional[str]:
     return cached_file(
         path,
         name,

@@ -165,7 +165,7 @@ class MMTransformerConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     freeze: list | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _resolve(self.text_config or {"model_type": "bert"}, "text")
         self.vision_config = _resolve(self.vision_config, "vision")
         self.audio_config = _resolve(self.audio_config, "audio")
@@ -213,7 +213,7 @@ class MMTransformerConfig(PreTrainedConfig):
                 values[name].pop("_name_or_path")
         return values
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As [`~transformers.PreTrainedConfig.save_pretrained`], but a link in the way is replaced, not followed."""
         drop_link(os.path.join(save_directory, "config.json"))
         return super().save_pretrained(save_directory, *args, **kwargs)
@@ -233,7 +233,7 @@ class MMTransformerConfig(PreTrainedConfig):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """
         As [`~transformers.PreTrainedConfig.from_dict`].
 
@@ -294,10 +294,10 @@ class MMTransformerConfig(PreTrainedConfig):
         return self.text_config.vocab_size
 
     @vocab_size.setter
-    def vocab_size(self, value: int):
+    def vocab_size(self, value: int) -> None:
         self.text_config.vocab_size = value
 
-    def validate_fusion(self):
+    def validate_fusion(self) -> None:
         """Part of `@strict`-powered validation."""
         fusion_class(self.fusion_type, self.fusion_kwargs or {})
         own = {
@@ -338,7 +338,7 @@ class MMTransformerConfig(PreTrainedConfig):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, but is {shortened(value)}.")
 
-    def validate_tasks(self):
+    def validate_tasks(self) -> None:
         """Part of `@strict`-powered validation."""
         if not self.reads_text and not self.modalities:
             raise ValueError("A model without text needs another input: vision_config, audio_config or table_config.")
@@ -358,7 +358,7 @@ class MMTransformerConfig(PreTrainedConfig):
         check_decoder(self.text_config, self.decoder_config, writing)
         check_regularization(self.regularization, self.get_tasks())
 
-    def validate_freeze(self):
+    def validate_freeze(self) -> None:
         """Part of `@strict`-powered validation."""
         check_freeze(self.freeze, ["text", *self.modalities])
 

@@ -19,7 +19,9 @@ logger = logging.get_logger(__name__)
 _ROOTS = ("modeling_mm_transformer.py", "processing_mm_transformer.py")
 
 
-def write_code(folder: str | os.PathLike, source: str, file: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
+def write_code(
+    folder: str | os.PathLike[str], source: str, file: str, entries: Mapping[str, Mapping[str, Any]]
+) -> None:
     """
     Copies code to a folder with a saved model or processor, and adds its entries to a JSON file there.
 

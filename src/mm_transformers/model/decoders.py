@@ -49,7 +49,7 @@ def build_seq2seq(text_config: PreTrainedConfig, decoder_config: Optional[PreTra
     return parameters_to_buffers(model, unused)
 
 
-def load_seq2seq(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs) -> PreTrainedModel:
+def load_seq2seq(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs: Any) -> PreTrainedModel:
     """The same with the weights of a Hub repository or local folder; a decoder from a config has new weights."""
     if decoder_config is None:
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}

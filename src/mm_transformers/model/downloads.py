@@ -83,7 +83,7 @@ def _too_late() -> str:
 class _Deadline:
     """Closes its connections when the time is over, however slowly a server sends."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
         self.is_over = False
         self._sockets: list[socket.socket] = []
@@ -115,7 +115,7 @@ class _Deadline:
 
 
 class _Rule:
-    def __init__(self, hosts: Optional[Collection[str]], public_only: bool):
+    def __init__(self, hosts: Optional[Collection[str]], public_only: bool) -> None:
         self.hosts = None if hosts is None else {host.lower() for host in hosts}
         self.public_only = public_only
 
@@ -215,7 +215,7 @@ def _opener(rule: _Rule, deadline: _Deadline) -> urllib.request.OpenerDirector:
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):
-    def __init__(self, rule: _Rule, deadline: _Deadline):
+    def __init__(self, rule: _Rule, deadline: _Deadline) -> None:
         super().__init__()
         self.rule, self.deadline = rule, deadline
 
@@ -238,7 +238,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    def __init__(self, rule: _Rule):
+    def __init__(self, rule: _Rule) -> None:
         self.rule = rule
 
     def redirect_request(self, request: Any, response: Any, code: Any, message: Any, headers: Any, url: str) -> Any:

@@ -42,7 +42,7 @@ class EncoderFeatures:
         training: bool = False,
         is_frozen: bool = False,
         takes_mask: bool = True,
-    ):
+    ) -> None:
         self.modality, self.encoder, self.config = modality, encoder, config
         self.training, self.is_frozen, self.takes_mask = training, is_frozen, takes_mask
 

@@ -12,7 +12,7 @@ import copy
 import importlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
@@ -225,7 +225,7 @@ def _blank(inputs: dict[str, torch.Tensor], modality: str) -> str:
 
 
 @contextmanager
-def one_sentence(what: str):
+def one_sentence(what: str) -> Iterator[None]:
     """Turns errors into one sentence, except those that are one, and those that name a missing library."""
     try:
         yield
@@ -241,7 +241,7 @@ def one_sentence(what: str):
 
 
 @contextmanager
-def _unpartitioned():
+def _unpartitioned() -> Iterator[None]:
     """Turns off DeepSpeed ZeRO-3, which would split each new parameter over the processes."""
     if not is_deepspeed_zero3_enabled():
         yield
@@ -298,7 +298,7 @@ def unused_parameters(model: PreTrainedModel, run: Any) -> list[str]:
     wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
 
-        def note(reached_parameter, name=name):
+        def note(reached_parameter: torch.Tensor, name: str = name) -> None:
             reached.add(name)
             reached_parameter.grad = None  # keep one gradient at a time
 
@@ -323,7 +323,7 @@ def unused_parameters(model: PreTrainedModel, run: Any) -> list[str]:
 class _Probe:
     """One loaded encoder."""
 
-    def __init__(self, model: PreTrainedModel, modality: str):
+    def __init__(self, model: PreTrainedModel, modality: str) -> None:
         self.model, self.modality = model, modality
         self.name = f"{model.config.model_type!r} cannot be the {modality} encoder"
         self.options = forward_options(model)

@@ -1,9 +1,10 @@
 """Builds any text, vision or audio encoder of transformers, with the options that each needs."""
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Optional
+from typing import Any, Optional
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -29,12 +30,12 @@ HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "trust_remot
 _LONGEST_TEXT = ("max_position_embeddings", "max_encoder_position_embeddings", "max_seq_len")
 
 
-def encoder_config_from_pretrained(path: str, modality: str, **kwargs) -> PreTrainedConfig:
+def encoder_config_from_pretrained(path: str, modality: str, **kwargs: Any) -> PreTrainedConfig:
     """The config of the `modality` ("text", "vision" or "audio") encoder in a Hub repository or local folder."""
     return sub_config_of(read_encoder_config(path, modality, **kwargs), modality)
 
 
-def read_encoder_config(path: str, modality: str, **kwargs) -> PreTrainedConfig:
+def read_encoder_config(path: str, modality: str, **kwargs: Any) -> PreTrainedConfig:
     """
     The whole config in a Hub repository or local folder.
 
@@ -71,7 +72,7 @@ def build_encoder(config: PreTrainedConfig, modality: str) -> PreTrainedModel:
     return parameters_to_buffers(model, unused)
 
 
-def load_encoder(path: str, modality: str, **kwargs) -> tuple[PreTrainedModel, PreTrainedConfig]:
+def load_encoder(path: str, modality: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedConfig]:
     """
     The encoder of a Hub repository or local folder, with its weights, and the config for [`build_encoder`].
 
@@ -88,7 +89,7 @@ def load_encoder(path: str, modality: str, **kwargs) -> tuple[PreTrainedModel, P
     cls = check_class(without_random_skips(config), modality)
     # Before gigabytes are read.
     observed = observe(config, modality)
-    with without_pickles(path):
+    with without_pickles(path), _without_report_of_unused_weights():
         loaded = cls.from_pretrained(path, config=config, **class_options(cls), **kwargs)
     model = encoder_part(loaded, modality)
     traits = probe(model, modality)
@@ -116,6 +117,22 @@ def without_pickles(path: str) -> Iterator[None]:
             f"The weights of {path!r}, a pytorch_model.bin, hold more than tensors and could run any code, so they "
             "are not loaded. Choose an encoder with weights in model.safetensors."
         ) from None
+
+
+@contextmanager
+def _without_report_of_unused_weights() -> Iterator[None]:
+    """Drops transformers' report on the weights of a checkpoint if it lists only weights that the encoder lacks."""
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return "LOAD REPORT" not in message or "MISSING" in message or "MISMATCH" in message or "CONVERSION" in message
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_shown)
 
 
 def encoder_width(config: PreTrainedConfig) -> int:

@@ -128,7 +128,7 @@ def is_address(content: Any) -> bool:
     return bool(_ADDRESS.match(content)) or content.startswith("data:") or isinstance(content_of(content), bytes)
 
 
-def check_file(content: bytes | str | os.PathLike) -> None:
+def check_file(content: bytes | str | os.PathLike[str]) -> None:
     """
     Checks bytes or a path before they are read.
 
@@ -151,7 +151,7 @@ def check_file(content: bytes | str | os.PathLike) -> None:
         raise UnreadableFile(f"it has {size:,} bytes, more than {named('file_bytes')}")
 
 
-def read_file(path: str | os.PathLike) -> bytes:
+def read_file(path: str | os.PathLike[str]) -> bytes:
     """
     All bytes of a file, within the limits.
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .registry import registered
 
@@ -165,12 +166,14 @@ class FusionOutput(NamedTuple):
 class FusionRecord:
     """Collects the requested outputs of a fusion while its layers run."""
 
-    def __init__(self, attentions: bool = False, hidden_states: bool = False):
+    def __init__(self, attentions: bool = False, hidden_states: bool = False) -> None:
         self.keep_attentions, self.keep_hidden_states = attentions, hidden_states
         self.hidden_states: list[torch.Tensor] = []
         self.layers: list[tuple[AttentionStep, ...]] = []
 
-    def add(self, hidden_states: torch.Tensor, *steps: tuple[Sequence[str], Sequence[str], Optional[torch.Tensor]]):
+    def add(
+        self, hidden_states: torch.Tensor, *steps: tuple[Sequence[str], Sequence[str], Optional[torch.Tensor]]
+    ) -> None:
         """
         Records a layer.
 
@@ -210,7 +213,7 @@ class Fusion(nn.Module):
     ... class AddedMeans(Fusion):
     ...     kind = "added_means"
     ...
-    ...     def __init__(self, config, stream_names, text_hidden_size):
+    ...     def __init__(self, config: PreTrainedConfig, stream_names, text_hidden_size):
     ...         super().__init__(config, stream_names, text_hidden_size)
     ...         self.gate = Gate()
     ...
@@ -223,7 +226,7 @@ class Fusion(nn.Module):
 
     kind: ClassVar[str]
 
-    def __init__(self, config, stream_names: list[str], text_hidden_size: int):
+    def __init__(self, config: PreTrainedConfig, stream_names: list[str], text_hidden_size: int) -> None:
         super().__init__()
         self.config = config
         self.stream_names = list(stream_names)

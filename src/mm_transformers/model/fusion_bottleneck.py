@@ -4,16 +4,17 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .fusion_base import Fusion, FusionRecord, Stream, register_fusion
-from .fusion_layers import Latents, key_mask
+from .fusion_layers import KeyMask, Latents, key_mask
 from .fusion_merged import SelfAttentionLayer
 
 
 class BottleneckLayer(nn.Module):
     """First the latents read every stream, then the text reads the latents: one layer is enough to fuse."""
 
-    def __init__(self, config, stream_names: list[str]):
+    def __init__(self, config: PreTrainedConfig, stream_names: list[str]) -> None:
         super().__init__()
         self.streams = nn.ModuleDict({name: SelfAttentionLayer(config, gated=False) for name in stream_names})
         self.text = SelfAttentionLayer(config)
@@ -34,7 +35,9 @@ class BottleneckFusion(Fusion):
 
     kind: ClassVar[str] = "bottleneck"
 
-    def __init__(self, config, stream_names: list[str], text_hidden_size: int, num_latents: int = 4):
+    def __init__(
+        self, config: PreTrainedConfig, stream_names: list[str], text_hidden_size: int, num_latents: int = 4
+    ) -> None:
         super().__init__(config, stream_names, text_hidden_size)
         if not isinstance(num_latents, int) or num_latents < 1:
             raise ValueError(f"num_latents in fusion_kwargs must be an integer >= 1, but is {num_latents!r}.")
@@ -46,7 +49,7 @@ class BottleneckFusion(Fusion):
     ) -> torch.Tensor:
         latents = self.latents(text_states.shape[0])
 
-        def mask_of(states: torch.Tensor, mask: torch.Tensor):
+        def mask_of(states: torch.Tensor, mask: torch.Tensor) -> KeyMask:
             # Latents always exist, so no row is completely masked.
             visible = torch.ones_like(latents[..., 0], dtype=torch.bool)
             return key_mask(self.config, torch.cat([states, latents], 1), torch.cat([mask, visible], 1))

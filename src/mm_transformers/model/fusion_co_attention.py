@@ -1,9 +1,10 @@
 """Text and the other streams attend to themselves and to each other."""
 
-from typing import ClassVar
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .fusion_base import Fusion, FusionRecord, Stream, register_fusion
@@ -13,7 +14,7 @@ from .fusion_layers import FusionAttention, FusionMLP, Gate, KeyMask, concatenat
 class CoAttentionSide(nn.Module):
     """Self-attention, cross-attention and feed-forward of one side; through gates if the side is the text."""
 
-    def __init__(self, config, gated: bool):
+    def __init__(self, config: PreTrainedConfig, gated: bool) -> None:
         super().__init__()
         width = config.fusion_hidden_size
         self.self_norm = nn.LayerNorm(width)
@@ -24,7 +25,9 @@ class CoAttentionSide(nn.Module):
         self.mlp = FusionMLP(config)
         self.self_gate, self.cross_gate, self.mlp_gate = (Gate() if gated else nn.Identity() for _ in range(3))
 
-    def forward(self, states: torch.Tensor, others: torch.Tensor, self_mask: KeyMask, cross_mask: KeyMask):
+    def forward(
+        self, states: torch.Tensor, others: torch.Tensor, self_mask: KeyMask, cross_mask: KeyMask
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
         normed = self.self_norm(states)
         attended, self_weights = self.self_attention(normed, normed, self_mask)
         states = states + self.self_gate(attended)
@@ -35,7 +38,7 @@ class CoAttentionSide(nn.Module):
 
 
 class CoAttentionLayer(GradientCheckpointingLayer):
-    def __init__(self, config, updates_streams: bool):
+    def __init__(self, config: PreTrainedConfig, updates_streams: bool) -> None:
         super().__init__()
         self.text = CoAttentionSide(config, gated=True)
         self.stream = CoAttentionSide(config, gated=False) if updates_streams else None
@@ -50,7 +53,7 @@ class CoAttentionLayer(GradientCheckpointingLayer):
         text_cross: KeyMask,
         stream_self: KeyMask,
         stream_cross: KeyMask,
-    ):
+    ) -> tuple[Any, ...]:
         # Both sides attend to the states before the layer.
         new_text, *shown = self.text(text_states, self.stream_norm(stream_states), text_self, text_cross)
         if self.stream is not None:
@@ -71,7 +74,7 @@ class CoAttentionFusion(Fusion):
 
     kind: ClassVar[str] = "co_attention"
 
-    def __init__(self, config, stream_names: list[str], text_hidden_size: int):
+    def __init__(self, config: PreTrainedConfig, stream_names: list[str], text_hidden_size: int) -> None:
         super().__init__(config, stream_names, text_hidden_size)
         last = config.num_fusion_layers - 1
         self.layers = nn.ModuleList(

@@ -4,6 +4,7 @@ from typing import ClassVar, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -12,7 +13,7 @@ from .fusion_layers import FusionAttention, FusionMLP, Gate, KeyMask, PackedQuer
 
 
 class CrossAttentionLayer(GradientCheckpointingLayer):
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         width = config.fusion_hidden_size
         self.attention_norm = nn.LayerNorm(width)
@@ -22,7 +23,9 @@ class CrossAttentionLayer(GradientCheckpointingLayer):
         self.mlp = FusionMLP(config)
         self.mlp_gate = Gate()
 
-    def forward(self, text_states: torch.Tensor, mask: KeyMask, streams: list[Stream], *tokens: torch.Tensor):
+    def forward(
+        self, text_states: torch.Tensor, mask: KeyMask, streams: list[Stream], *tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         # The tokens are a separate argument because checkpointing passes gradients to tensors only.
         streams = [stream._replace(tokens=given) for stream, given in zip(streams, tokens, strict=True)]
         attended, weights = self.cross_attention(self.attention_norm(text_states), streams, mask)
@@ -41,7 +44,7 @@ class CrossAttentionFusion(Fusion):
 
     kind: ClassVar[str] = "cross_attention"
 
-    def __init__(self, config, stream_names: list[str], text_hidden_size: int):
+    def __init__(self, config: PreTrainedConfig, stream_names: list[str], text_hidden_size: int) -> None:
         super().__init__(config, stream_names, text_hidden_size)
         self.layers = nn.ModuleList(CrossAttentionLayer(config) for _ in range(config.num_fusion_layers))
 

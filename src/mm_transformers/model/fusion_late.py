@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .fusion_base import Fusion, FusionRecord, Stream, register_fusion
@@ -21,7 +22,7 @@ class LateFusion(Fusion):
 
     kind: ClassVar[str] = "late"
 
-    def __init__(self, config, stream_names: list[str], text_hidden_size: int):
+    def __init__(self, config: PreTrainedConfig, stream_names: list[str], text_hidden_size: int) -> None:
         super().__init__(config, stream_names, text_hidden_size)
         width = config.fusion_hidden_size
         self.norm = nn.LayerNorm((1 + len(stream_names)) * width)

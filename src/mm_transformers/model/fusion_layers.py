@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
@@ -23,7 +24,7 @@ class Gate(nn.Module):
     steps.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.gate_alpha = nn.Parameter(torch.zeros(1, dtype=torch.float32))
 
@@ -116,7 +117,7 @@ class KeyMask(NamedTuple):
     packed_queries: Optional[PackedQueries] = None
 
 
-def key_mask(config, queries: torch.Tensor, mask: Optional[torch.Tensor]) -> KeyMask:
+def key_mask(config: PreTrainedConfig, queries: torch.Tensor, mask: Optional[torch.Tensor]) -> KeyMask:
     """
     Args:
         queries (batch, num_queries, width): the states that attend.
@@ -144,7 +145,7 @@ def eager_attention_forward(
     scaling: float,
     dropout: float = 0.0,
     present: Optional[torch.Tensor] = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
@@ -162,7 +163,7 @@ class FusionAttention(nn.Module):
     transformers has. (batch, num_queries, width), (batch, num_keys, width) -> (batch, num_queries, width). The keys may
     be streams, which are put side by side."""
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.config = config
         width = config.fusion_hidden_size
@@ -191,7 +192,7 @@ class FusionAttention(nn.Module):
         def heads(states: torch.Tensor) -> torch.Tensor:
             return states.view(*states.shape[:2], -1, self.head_dim).transpose(1, 2)
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         # Rows without keys; other implementations return no attentions.
@@ -219,7 +220,7 @@ class FusionAttention(nn.Module):
 class FusionMLP(nn.Module):
     """Two linear layers with a GELU between, four times as wide inside."""
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         width = config.fusion_hidden_size
         self.fc1 = nn.Linear(width, 4 * width)
@@ -234,11 +235,11 @@ class FusionMLP(nn.Module):
 class Latents(nn.Module):
     """(num_latents, width) learned vectors, the same for every row at the start."""
 
-    def __init__(self, num_latents: int, width: int):
+    def __init__(self, num_latents: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_latents, width))
 
-    def init_own_parameters(self, std: float):
+    def init_own_parameters(self, std: float) -> None:
         init.normal_(self.weight, mean=0.0, std=std)
 
     def forward(self, batch: int) -> torch.Tensor:
@@ -253,7 +254,7 @@ class StreamProjection(nn.Module):
     fusion_hidden_size).
     """
 
-    def __init__(self, config, input_size: int):
+    def __init__(self, config: PreTrainedConfig, input_size: int) -> None:
         super().__init__()
         self.layer_norm = nn.LayerNorm(input_size)
         self.linear = nn.Linear(input_size, config.fusion_hidden_size)

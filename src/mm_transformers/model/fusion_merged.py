@@ -1,9 +1,10 @@
 """All tokens in one self-attention."""
 
-from typing import ClassVar
+from typing import ClassVar, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .fusion_base import Fusion, FusionRecord, Stream, register_fusion
@@ -13,7 +14,7 @@ from .fusion_layers import FusionAttention, FusionMLP, Gate, KeyMask, concatenat
 class SelfAttentionLayer(GradientCheckpointingLayer):
     """A pre-norm transformer layer over text tokens and others; the updates of the text may be gated."""
 
-    def __init__(self, config, gated: bool = True):
+    def __init__(self, config: PreTrainedConfig, gated: bool = True) -> None:
         super().__init__()
         width = config.fusion_hidden_size
         self.attention_norm = nn.LayerNorm(width)
@@ -22,7 +23,9 @@ class SelfAttentionLayer(GradientCheckpointingLayer):
         self.mlp = FusionMLP(config)
         self.attention_gate, self.mlp_gate = (Gate() if gated else nn.Identity() for _ in range(2))
 
-    def forward(self, text_states: torch.Tensor, other_states: torch.Tensor, mask: KeyMask):
+    def forward(
+        self, text_states: torch.Tensor, other_states: torch.Tensor, mask: KeyMask
+    ) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
         length = text_states.shape[1]
         states = self.attention_norm(torch.cat([text_states, other_states], dim=1))
         attended, weights = self.self_attention(states, states, mask)
@@ -46,7 +49,7 @@ class MergedFusion(Fusion):
 
     kind: ClassVar[str] = "merged"
 
-    def __init__(self, config, stream_names: list[str], text_hidden_size: int):
+    def __init__(self, config: PreTrainedConfig, stream_names: list[str], text_hidden_size: int) -> None:
         super().__init__(config, stream_names, text_hidden_size)
         self.layers = nn.ModuleList(SelfAttentionLayer(config) for _ in range(config.num_fusion_layers))
 

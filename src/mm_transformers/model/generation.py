@@ -50,7 +50,7 @@ class AnswerDecoder:
     ```
     """
 
-    def __init__(self, text_model: PreTrainedModel):
+    def __init__(self, text_model: PreTrainedModel) -> None:
         self.text_model = text_model
 
     def start_ids(self, task: WritingTask) -> list[int]:

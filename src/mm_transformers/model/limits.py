@@ -155,7 +155,7 @@ def named(name: str) -> str:
 class CarriedLimits:
     """Hands the limits to loader workers, which Python may start anew: an attribute of what is pickled for them."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _carried, (dataclasses.asdict(_current),)
 
 

@@ -39,12 +39,12 @@ class LinearProbe(nn.Module):
         num_outputs: int,
         per_token: bool = False,
         unscaled: Mapping[str, list[int]] = {},
-    ):
+    ) -> None:
         super().__init__()
         self.widths, self.per_token, self.unscaled = dict(widths), per_token, dict(unscaled)
         self.linear = nn.Linear(sum(widths.values()) + len(widths), num_outputs)
 
-    def init_own_parameters(self, std: float):
+    def init_own_parameters(self, std: float) -> None:
         init.zeros_(self.linear.weight)
         init.zeros_(self.linear.bias)
 
@@ -111,11 +111,11 @@ class ProbedHead(nn.Module):
         has_fusion: whether the model has a fusion.
     """
 
-    def __init__(self, head: nn.Module, probe: LinearProbe, has_fusion: bool):
+    def __init__(self, head: nn.Module, probe: LinearProbe, has_fusion: bool) -> None:
         super().__init__()
         self.head, self.probe, self.has_fusion = head, probe, has_fusion
 
-    def init_own_parameters(self, std: float):
+    def init_own_parameters(self, std: float) -> None:
         if not self.has_fusion:
             last = [module for module in self.head.modules() if isinstance(module, nn.Linear)][-1]
             init.zeros_(last.weight)

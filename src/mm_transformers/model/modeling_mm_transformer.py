@@ -141,7 +141,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         # uninitialised memory.
         return False
 
-    def post_init(self):
+    def post_init(self) -> None:
         super().post_init()
         # The class lists the layers of all fusions and encoders; FSDP and loading need only those of this model.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
@@ -149,7 +149,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         self._keep_in_fp32_modules_strict -= set(type(self)._keep_in_fp32_modules_strict) - names
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Gate):
             init.zeros_(module.gate_alpha)
@@ -157,7 +157,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             module.init_own_parameters(self.config.initializer_range)
 
     @torch.no_grad()
-    def initialize_weights(self):
+    def initialize_weights(self) -> None:
         # If a checkpoint lacks a weight-normed layer, the audio encoders of transformers leave its two parameters
         # uninitialised: they initialise the product of the two.
         for module in self.modules():
@@ -169,13 +169,13 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
 
     @staticmethod
-    def _finalize_model_loading(model, load_config, loading_info):
+    def _finalize_model_loading(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
         # Before memory is used for weights that are missing or have other shapes.
         if not getattr(load_config, "is_quantized", False):
             check_fit(model, loading_info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
         names = list(inspect.signature(type(self).forward).parameters)[1:] if args else ()
@@ -193,13 +193,13 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
                 check_finite_weights(self)
         return outputs
 
-    def enable_input_require_grads(self):
+    def enable_input_require_grads(self) -> None:
         """
         As [`~transformers.PreTrainedModel.enable_input_require_grads`] does, also for encoders whose embeddings return
         more than one tensor (Swin, Hiera, I-BERT).
         """
 
-        def want_gradient(module, inputs, output):
+        def want_gradient(module: nn.Module, inputs: Any, output: Any) -> None:
             states = output[0] if isinstance(output, (tuple, list)) else output
             if isinstance(states, torch.Tensor) and states.is_floating_point():
                 states.requires_grad_(True)
@@ -242,7 +242,13 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         config.text_config.vocab_size = config.decoder_config.vocab_size = embeddings.num_embeddings
         return embeddings
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """
         As [`~transformers.PreTrainedModel.save_pretrained`], and copies the code of the model into the folder.
 
@@ -405,7 +411,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         text_model: Optional[PreTrainedModel] = None,
         vision_model: Optional[PreTrainedModel] = None,
         audio_model: Optional[PreTrainedModel] = None,
-    ):
+    ) -> None:
         super().__init__(config)
         self._frozen_encoders: list[str] = []
         width = encoder_width(config.text_config)
@@ -456,7 +462,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.set_input_embeddings(value)
 
     def freeze(self) -> None:
@@ -510,7 +516,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         audio_feature_mask: Optional[torch.Tensor] = None,
         output_attentions: Optional[bool] = None,
         output_hidden_states: bool | list[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MMTransformerModelOutput:
         r"""
         Args:
@@ -831,7 +837,12 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         return (self.vision_reduction(tokens) if name == "vision" else tokens), mask, means
 
     def _item_index(
-        self, name: str, index: Optional[torch.Tensor], items: dict[str, torch.Tensor], batch_size: int, device
+        self,
+        name: str,
+        index: Optional[torch.Tensor],
+        items: dict[str, torch.Tensor],
+        batch_size: int,
+        device: torch.device,
     ) -> tuple[torch.Tensor, bool]:
         num_items = next(iter(items.values())).shape[0] if items else 0
         kind = ENCODERS[name]
@@ -884,7 +895,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
     accepts_loss_kwargs = False
     can_generate = _CanGenerate()
 
-    def __init__(self, config: MMTransformerConfig, **encoders):
+    def __init__(self, config: MMTransformerConfig, **encoders: Any) -> None:
         super().__init__(config)
         self.tasks = config.get_tasks()
         if not self.tasks:
@@ -964,7 +975,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         num_items_in_batch: Optional[dict[str, torch.Tensor]] = None,
         output_attentions: Optional[bool] = None,
         output_hidden_states: bool | list[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MMTransformerOutput:
         r"""
         Args:
@@ -1109,7 +1120,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         self,
         task: Optional[str] = None,
         encoder_outputs: Optional[MMTransformerModelOutput] = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """
         Writes the answers of one task: `processor.batch_decode(ids, skip_special_tokens=True)` turns them into texts.
@@ -1166,7 +1177,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         }
         return outputs, written
 
-    def write(self, task: WritingTask, encoder_outputs: MMTransformerModelOutput, **kwargs) -> torch.Tensor:
+    def write(self, task: WritingTask, encoder_outputs: MMTransformerModelOutput, **kwargs: Any) -> torch.Tensor:
         """
         The answer of each row, (batch, length) int64, without the [`decoder_start_ids`].
 
@@ -1180,7 +1191,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         ids = self.generate(task.name, encoder_outputs, **kwargs)
         return self._answer_decoder.without_start(task, ids, len(encoder_outputs.last_hidden_state))
 
-    def adjust_generation_fn(self, *args, **kwargs) -> None:
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Called by `from_pretrained`, to read the saved generation config."""
         self.model.text_model.adjust_generation_fn(*args, **kwargs)
 
@@ -1191,7 +1202,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         return model.text_model.generation_config if model is not None and self.can_generate() else None
 
     @generation_config.setter
-    def generation_config(self, value: Optional[GenerationConfig]):
+    def generation_config(self, value: Optional[GenerationConfig]) -> None:
         if getattr(self, "model", None) is not None and self.can_generate():
             self.model.text_model.generation_config = value
 
@@ -1238,7 +1249,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: Optional[torch.Tensor] = None,
         task: Optional[str] = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """
         The vectors of texts, for search: their dot products with those of [`encode_image`] are cosines.
@@ -1270,7 +1281,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         image_index: Optional[torch.Tensor] = None,
         frame_index: Optional[torch.Tensor] = None,
         task: Optional[str] = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """
         The same for pictures, (num_images, channels, height, width) -> (num_images, embedding_size).
@@ -1372,7 +1383,7 @@ class MMTransformerForSequenceClassification(MMTransformerForMultiTask):
     ```
     """
 
-    def __init__(self, config: MMTransformerConfig, **encoders):
+    def __init__(self, config: MMTransformerConfig, **encoders: Any) -> None:
         super().__init__(config, **encoders)
         if not self.takes(self.tasks):
             found = ", ".join(f"{name} ({task.kind})" for name, task in self.tasks.items()) or "none"
@@ -1388,7 +1399,7 @@ class MMTransformerForSequenceClassification(MMTransformerForMultiTask):
 
     @can_return_tuple
     def forward(
-        self, input_ids: Optional[torch.Tensor] = None, labels: Optional[torch.Tensor] = None, **kwargs
+        self, input_ids: Optional[torch.Tensor] = None, labels: Optional[torch.Tensor] = None, **kwargs: Any
     ) -> SequenceClassifierOutput:
         r"""
         Args:

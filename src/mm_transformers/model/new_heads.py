@@ -32,9 +32,9 @@ _OF_LOADING = {"dtype", "torch_dtype", "attn_implementation", "name_or_path"}
 
 def load_with_tasks(
     load: Callable[..., Any],
-    path: str | os.PathLike | None,
+    path: str | os.PathLike[str] | None,
     tasks: Optional[Sequence[Task | dict[str, Any]]],
-    config: MMTransformerConfig | str | os.PathLike | None = None,
+    config: MMTransformerConfig | str | os.PathLike[str] | None = None,
     output_loading_info: bool = False,
     **kwargs: Any,
 ) -> Any:

@@ -33,7 +33,7 @@ class OwnEncoder(nn.Module):
     # Whether a linear probe scales the linear features of an item to length 1.
     scales_linear_features: ClassVar[bool] = True
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
 

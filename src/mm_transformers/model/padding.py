@@ -52,7 +52,7 @@ def run_by_length(
         rows = [row for row, its_end in enumerate(ends) if its_end == end]
         index = torch.tensor(rows, device=attention_mask.device)
 
-        def cut(x: torch.Tensor, index=index, end=end) -> torch.Tensor:
+        def cut(x: torch.Tensor, index: torch.Tensor = index, end: int = end) -> torch.Tensor:
             x = x[index]
             if x.ndim < 2 or x.shape[1] != length:
                 return x

@@ -31,7 +31,7 @@ class Predictions:
     ```
     """
 
-    def __init__(self, model: Any, outputs: FusedText):
+    def __init__(self, model: Any, outputs: FusedText) -> None:
         self.model, self.outputs = model, outputs
 
     @classmethod

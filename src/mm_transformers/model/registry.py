@@ -7,18 +7,19 @@ from typing import TypeVar
 T = TypeVar("T", bound=type)
 
 
-def registered(kinds: dict[str, T], what: str) -> Callable[[T], T]:
+def registered(kinds: dict[str, T], what: str, attribute: str = "kind") -> Callable[[T], T]:
     """
-    A class decorator that adds a class to a registry under its `kind`.
+    A class decorator that adds a class to a registry under its name.
 
     A class of the same qualified name replaces the earlier one, so that a module can be loaded again.
 
     Args:
         kinds: the registry, changed in place.
         what: the noun in messages, such as "task kind".
+        attribute: the class attribute that holds the name.
 
     Raises:
-        ValueError: when called, if the class has no `kind`, or another class has the same one.
+        ValueError: when called, if the class has no name, or another class has the same one.
 
     Example:
 
@@ -33,13 +34,13 @@ def registered(kinds: dict[str, T], what: str) -> Callable[[T], T]:
     """
 
     def add(cls: T) -> T:
-        kind = getattr(cls, "kind", None)
+        kind = getattr(cls, attribute, None)
         if not isinstance(kind, str) or not kind:
-            raise ValueError(f"{cls.__name__} needs a class attribute `kind`, a string that names the {what}.")
+            raise ValueError(f"{cls.__name__} needs a class attribute `{attribute}`, a string that names the {what}.")
         known = kinds.get(kind)
         if known is not None and known.__qualname__ != cls.__qualname__:
             raise ValueError(
-                f"{what.capitalize()} {kind!r} is already taken by {known.__name__}; choose another `kind`."
+                f"{what.capitalize()} {kind!r} is already taken by {known.__name__}; choose another `{attribute}`."
             )
         kinds[kind] = cls
         return cls

@@ -98,7 +98,7 @@ def check_regularization(spec: Optional[dict[str, Any]], tasks: dict[str, Any]) 
             raise ValueError(f"The weight of the regularization{where} must be a number >= 0, but is {weight!r}.")
 
 
-def penalties(model, spec: Optional[dict[str, Any]]) -> Iterator[Penalty]:
+def penalties(model: Any, spec: Optional[dict[str, Any]]) -> Iterator[Penalty]:
     """
     The penalties: the trained matrices of each task, and of the encoders. Biases are left out, as in weight decay.
 
@@ -128,7 +128,7 @@ def _task_of(name: str) -> str:
     return parts[3 if parts[1] == "modules_to_save" else 2 if parts[1] == "original_module" else 1]
 
 
-def take_starting_point(model, spec: Optional[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def take_starting_point(model: Any, spec: Optional[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Copies, in float32, of all parameters with a penalty on the distance from now: L2-SP, and linear probes."""
     return {
         name: parameter.detach().float().clone()
@@ -138,7 +138,7 @@ def take_starting_point(model, spec: Optional[dict[str, Any]]) -> dict[str, torc
     }
 
 
-def regularization_loss(model, spec: dict[str, Any], starting_point: dict[str, torch.Tensor]) -> torch.Tensor:
+def regularization_loss(model: Any, spec: dict[str, Any], starting_point: dict[str, torch.Tensor]) -> torch.Tensor:
     """
     The sum over the tasks (and the encoders) of lambda times the penalty of their matrices, in float32.
 

@@ -28,7 +28,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def write_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+def write_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """
     A file to write to, which replaces `path` at the end of the block, and is removed after an exception.
 
@@ -58,7 +58,7 @@ def write_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
-def write_text_atomically(path: str | os.PathLike, text: str) -> None:
+def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     """As [`write_atomically`], a whole text as UTF-8."""
     with write_atomically(path) as file:
         file.write(text.encode())

@@ -36,11 +36,11 @@ def check_keywords(model: nn.Module, unknown: dict[str, Any]) -> None:
 class NullText(nn.Module):
     """A learned vector (text hidden size) for rows without a text."""
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size))
 
-    def init_own_parameters(self, std: float):
+    def init_own_parameters(self, std: float) -> None:
         init.normal_(self.weight, mean=0.0, std=std)
 
     def forward(self, text_states: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ class SinusoidalFrames(nn.Module):
         width: the width of the tokens.
     """
 
-    def __init__(self, num_frames: int, width: int):
+    def __init__(self, num_frames: int, width: int) -> None:
         super().__init__()
         self.num_frames, self.width = num_frames, width
 
@@ -84,11 +84,11 @@ class SinusoidalFrames(nn.Module):
 class LearnedFrames(SinusoidalFrames):
     """Encodes the number of a video frame by a learned vector."""
 
-    def __init__(self, num_frames: int, width: int):
+    def __init__(self, num_frames: int, width: int) -> None:
         super().__init__(num_frames, width)
         self.weight = nn.Parameter(torch.zeros(num_frames, width))
 
-    def init_own_parameters(self, std: float):
+    def init_own_parameters(self, std: float) -> None:
         init.normal_(self.weight, mean=0.0, std=std)
 
     def check(self, frame_index: torch.Tensor) -> None:
@@ -122,11 +122,11 @@ class ItemOrder(nn.Module):
     # Waves of 6 to 1,600 places.
     NUM_WAVES = 16
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2, 2 * self.NUM_WAVES, width))
 
-    def init_own_parameters(self, std: float):
+    def init_own_parameters(self, std: float) -> None:
         init.zeros_(self.weight)
 
     def forward(

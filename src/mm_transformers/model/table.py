@@ -71,7 +71,7 @@ class TableConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     dropout: float | int = 0.1
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.columns = [_checked_column(column, i) for i, column in enumerate(self.columns or [])]
         if len(self.columns) > limits().table_columns:
             raise ValueError(f"The table has {len(self.columns):,} columns, more than {named('table_columns')}.")
@@ -175,7 +175,7 @@ class TableReader:
     ```
     """
 
-    def __init__(self, config: TableConfig):
+    def __init__(self, config: TableConfig) -> None:
         self.numbers = [column_of(column) for column in config.numbers]
         self.categories = [column_of(column) for column in config.categories]
         self.ids = [{value: i for i, value in enumerate(column["values"], 1)} for column in config.categories]
@@ -233,7 +233,7 @@ class TableEncoder(OwnEncoder):
     config_class = TableConfig
     scales_linear_features = False
 
-    def __init__(self, config: TableConfig):
+    def __init__(self, config: TableConfig) -> None:
         super().__init__(config)
         if not config.columns:
             raise ValueError("table_config has no columns; table_columns(rows, columns) makes one from training rows.")
@@ -259,7 +259,7 @@ class TableEncoder(OwnEncoder):
             for _ in range(config.num_hidden_layers)
         )
 
-    def init_own_parameters(self, std: float):
+    def init_own_parameters(self, std: float) -> None:
         bound = self.config.hidden_size**-0.5
         for parameter in self.parameters(recurse=False):
             init.uniform_(parameter, -bound, bound)

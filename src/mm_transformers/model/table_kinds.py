@@ -57,7 +57,7 @@ class TableColumn(ABC):
     # The keys of `config` beside name and kind.
     keys: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: Mapping[str, Any]):
+    def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
         self.name: str = config["name"]
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .label_cells import ids_are_places, infer_labels
 from .linear_problem import LinearProblem
@@ -128,6 +129,9 @@ class Task:
         name (`str`): Key of the task in `labels`, `logits`, `losses` and metric names; letters, digits, underscores.
         loss_weight (`float`, *optional*, defaults to 1.0): Weight w_j of this task in the summed loss.
         column (`str`, *optional*): Column of the data set that holds the labels. Defaults to `name`.
+        metrics (`list[str]`, *optional*):
+            Names of metrics, also of your own ([`register_metric`]). The first one is that of verdicts. Defaults to
+            those of the kind.
 
     Example:
 
@@ -162,11 +166,12 @@ class Task:
     name: str
     loss_weight: float = field(default=1.0, kw_only=True)
     column: Optional[str] = field(default=None, kw_only=True)
+    metrics: Optional[list[str]] = field(default=None, kw_only=True)
 
     kind: ClassVar[str]
     # The factor that turns the loss into a negative log-likelihood, up to the noise: 1/2 for squared errors.
     likelihood_scale: ClassVar[float] = 1.0
-    # Names of metrics in `mm_transformers.training.metrics`. The first one is that of verdicts.
+    # Names of metrics in `mm_transformers.training.metrics`, for tasks that name none.
     default_metrics: ClassVar[tuple[str, ...]] = ()
     # The metric of ablations and their figures; `None` stands for the first of `default_metrics`.
     main_metric: ClassVar[Optional[str]] = None
@@ -193,7 +198,7 @@ class Task:
     # True if the head also judges mismatched pairs; see [`MMTransformerForMultiTask.judge_mismatched`].
     needs_mismatches: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _VALID_NAME.fullmatch(self.name):
             raise ValueError(
                 f"Task name {self.name!r} is not valid: it must start with a letter and hold only letters, digits "
@@ -207,12 +212,26 @@ class Task:
         self.loss_weight = float(weight)  # JSON cannot store a number of numpy
         if self.column is None:
             self.column = self.name
+        if self.metrics is not None:
+            is_list = isinstance(self.metrics, (list, tuple))
+            if not is_list or not all(isinstance(metric, str) for metric in self.metrics):
+                raise ValueError(
+                    f"Task {self.name!r}: metrics must be a list of names, but is {self.metrics!r}. Objects go to "
+                    "MultiTaskMetrics(metrics=...)."
+                )
+            self.metrics = list(self.metrics)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that `config.json` stores."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}
+        values = {"kind": self.kind, **dataclasses.asdict(self)}
+        return values if self.metrics is not None else {k: v for k, v in values.items() if k != "metrics"}
 
-    def build_head(self, config, hidden_size: int) -> nn.Module:
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names of its metrics: its own, or those of its kind."""
+        return self.default_metrics if self.metrics is None else tuple(self.metrics)
+
+    def build_head(self, config: PreTrainedConfig, hidden_size: int) -> nn.Module:
         """
         Builds the task layer: a module from the [`MMTransformerModelOutput`] to the logits.
 
@@ -598,7 +617,7 @@ class TaskHeads(nn.Module):
     "heads" among the `modules_to_save`.
     """
 
-    def __init__(self, heads: dict[str, nn.Module]):
+    def __init__(self, heads: dict[str, nn.Module]) -> None:
         super().__init__()
         self.names = list(heads)
         for name, head in heads.items():
@@ -617,7 +636,7 @@ class PooledHead(nn.Module):
     num_outputs).
     """
 
-    def __init__(self, hidden_size: int, num_outputs: int, dropout: float):
+    def __init__(self, hidden_size: int, num_outputs: int, dropout: float) -> None:
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
         self.dropout = nn.Dropout(dropout)

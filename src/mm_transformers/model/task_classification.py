@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .class_weights import BALANCED, balanced_weights, check_weights, known_weights, weight_tensor
 from .label_cells import check_labels, is_missing, label_id, label_scores
@@ -59,7 +60,7 @@ class Classification(Task):
     hub_task: ClassVar[str] = "text-classification"
     auto_class: ClassVar[Optional[str]] = "AutoModelForSequenceClassification"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.labels = check_labels(self.name, self.labels)
         if len(self.labels) < 2:
@@ -67,7 +68,7 @@ class Classification(Task):
         self.class_weights = check_weights(self, "class_weights")
         self.label_smoothing = check_label_smoothing(self)
 
-    def build_head(self, config, hidden_size: int) -> nn.Module:
+    def build_head(self, config: PreTrainedConfig, hidden_size: int) -> nn.Module:
         return PooledHead(hidden_size, len(self.labels), config.classifier_dropout)
 
     def linear_problem(self) -> MultinomialProblem:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .label_cells import as_scalar, is_null, shorten_value
@@ -56,7 +57,7 @@ class Generation(Task):
     hub_task: ClassVar[str] = "translation"
     needs_decoder: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.max_length, int) or self.max_length < 1:
             raise ValueError(f"Task {self.name!r}: max_length must be an integer >= 1, but is {self.max_length!r}.")
@@ -69,7 +70,7 @@ class Generation(Task):
         if ids is not None and (not ids or not all(isinstance(i, int) and i >= 0 for i in ids)):
             raise ValueError(f"Task {self.name!r}: decoder_start_ids must be a list of token ids, but is {ids!r}.")
 
-    def build_head(self, config, hidden_size: int) -> Optional[nn.Module]:
+    def build_head(self, config: PreTrainedConfig, hidden_size: int) -> Optional[nn.Module]:
         return None
 
     @classmethod
@@ -101,7 +102,7 @@ class Generation(Task):
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
         return labels
 
-    def _target_ids(self, texts: list[str], tokenizer) -> list[list[int]]:
+    def _target_ids(self, texts: list[str], tokenizer: Any) -> list[list[int]]:
         """
         The target of the decoder: each text and its end token.
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .label_cells import as_scalar, is_missing, shorten_value
 from .pairs import encode_pair, labels_of_pairs_left, pair_ids, read_truth_value
@@ -53,11 +54,11 @@ class Matching(Task):
     compares_rows: ClassVar[bool] = True
     needs_mismatches: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_modality(self)
 
-    def build_head(self, config, hidden_size: int) -> nn.Module:
+    def build_head(self, config: PreTrainedConfig, hidden_size: int) -> nn.Module:
         if self.modality not in config.modalities:
             raise ValueError(
                 f"Task {self.name!r} compares texts with {self.modality!r}, but the model has no such encoder; it has "

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .class_weights import BALANCED, check_weights, known_weights, weight_tensor
 from .label_cells import PADDING, as_scalar, check_labels, is_missing, label_id, label_scores, shorten_value
@@ -59,13 +60,13 @@ class MultiLabel(Task):
     hub_task: ClassVar[str] = "text-classification"
     can_tune: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.labels = check_labels(self.name, self.labels)
         self.threshold = check_thresholds(self.name, self.threshold, self.labels)
         self.pos_weight = check_weights(self, "pos_weight")
 
-    def build_head(self, config, hidden_size: int) -> nn.Module:
+    def build_head(self, config: PreTrainedConfig, hidden_size: int) -> nn.Module:
         return PooledHead(hidden_size, len(self.labels), config.classifier_dropout)
 
     def linear_problem(self) -> BinaryProblem:

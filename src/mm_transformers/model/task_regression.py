@@ -48,7 +48,7 @@ class Regression(Task):
     main_metric: ClassVar[Optional[str]] = "pearson"
     hub_task: ClassVar[str] = "text-classification"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         is_number = isinstance(self.scale, numbers.Real) and not isinstance(self.scale, bool)
         if not is_number or not (math.isfinite(self.scale) and self.scale > 0):
@@ -123,7 +123,7 @@ class Regression(Task):
 
 
 class RegressionHead(PooledHead):
-    def __init__(self, hidden_size: int, num_outputs: int, dropout: float, scale: float = 1.0):
+    def __init__(self, hidden_size: int, num_outputs: int, dropout: float, scale: float = 1.0) -> None:
         super().__init__(hidden_size, num_outputs, dropout)
         self.scale = scale
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from .distributed import gather_rows
@@ -68,7 +69,7 @@ class Retrieval(Task):
     compares_rows: ClassVar[bool] = True
     needs_other_rows: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_modality(self)
         if not isinstance(self.embedding_size, int) or self.embedding_size < 1:
@@ -81,7 +82,7 @@ class Retrieval(Task):
                 f"unstable, but is {self.temperature!r}."
             )
 
-    def build_head(self, config, hidden_size: int) -> nn.Module:
+    def build_head(self, config: PreTrainedConfig, hidden_size: int) -> nn.Module:
         if self.modality not in config.modalities:
             raise ValueError(
                 f"Task {self.name!r} compares texts with {self.modality!r}, but the model has no such encoder; it has "
@@ -158,7 +159,7 @@ class Retrieval(Task):
 class RetrievalHead(nn.Module):
     """A projection of the mean of the text tokens and one of the mean of the item's tokens, and the temperature."""
 
-    def __init__(self, text_size: int, item_size: int, embedding_size: int, modality: str, temperature: float):
+    def __init__(self, text_size: int, item_size: int, embedding_size: int, modality: str, temperature: float) -> None:
         super().__init__()
         self.modality, self.temperature = modality, temperature
         self.text_projection = nn.Linear(text_size, embedding_size, bias=False)
@@ -166,7 +167,7 @@ class RetrievalHead(nn.Module):
         # Not 0-dim, which FSDP cannot shard.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / temperature)], dtype=torch.float32))
 
-    def init_own_parameters(self, std: float):
+    def init_own_parameters(self, std: float) -> None:
         init.constant_(self.logit_scale, math.log(1 / self.temperature))
 
     def embed_text(self, stream: Stream) -> torch.Tensor:

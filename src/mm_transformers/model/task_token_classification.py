@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .class_weights import BALANCED, balanced_weights, check_weights, known_weights, weight_tensor
@@ -81,7 +82,7 @@ class TokenClassification(Task):
     hub_task: ClassVar[str] = "token-classification"
     is_token_level: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.labels = check_labels(self.name, self.labels)
         if len(self.labels) < 2:
@@ -89,7 +90,7 @@ class TokenClassification(Task):
         self.class_weights = check_weights(self, "class_weights")
         self.label_smoothing = check_label_smoothing(self)
 
-    def build_head(self, config, hidden_size: int) -> nn.Module:
+    def build_head(self, config: PreTrainedConfig, hidden_size: int) -> nn.Module:
         return TokenHead(hidden_size, len(self.labels), config.classifier_dropout)
 
     def linear_problem(self) -> MultinomialProblem:
@@ -229,7 +230,7 @@ class TokenClassification(Task):
 class TokenHead(nn.Module):
     """Dropout and a projection of each token: (batch, text_len, hidden_size) -> (batch, text_len, num_outputs)."""
 
-    def __init__(self, hidden_size: int, num_outputs: int, dropout: float):
+    def __init__(self, hidden_size: int, num_outputs: int, dropout: float) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.out_proj = nn.Linear(hidden_size, num_outputs)

@@ -5,6 +5,7 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .fusion_layers import FusionAttention, FusionMLP, Latents, key_mask
 
@@ -19,7 +20,7 @@ class TokenMerging(nn.Module):
     (num_items, length, width) -> (num_items, at most `num_tokens`, width)
     """
 
-    def __init__(self, config: Any, num_tokens: int):
+    def __init__(self, config: Any, num_tokens: int) -> None:
         super().__init__()
         self.num_tokens = num_tokens
 
@@ -51,7 +52,7 @@ class Resampler(nn.Module):
     (num_items, length, width) -> (num_items, num_tokens, width)
     """
 
-    def __init__(self, config, num_tokens: int, num_layers: int = 2):
+    def __init__(self, config: PreTrainedConfig, num_tokens: int, num_layers: int = 2) -> None:
         super().__init__()
         self.config = config
         self.latents = Latents(num_tokens, config.fusion_hidden_size)
@@ -67,7 +68,7 @@ class Resampler(nn.Module):
 
 
 class _ResamplerLayer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         width = config.fusion_hidden_size
         self.latents_norm, self.tokens_norm = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -109,7 +110,7 @@ def _merge(
 _KINDS: dict[Any, type[nn.Module]] = {"merge": TokenMerging, "resampler": Resampler}
 
 
-def build_token_reduction(config, options: Optional[dict[str, Any]]) -> nn.Module:
+def build_token_reduction(config: PreTrainedConfig, options: Optional[dict[str, Any]]) -> nn.Module:
     """The module of `config.vision_token_reduction`."""
     if options is None:
         return nn.Identity()

@@ -15,7 +15,7 @@ from ..data.sources import ANY_SOURCE, SOURCE_KEY, DataSource, columns_of, is_it
 from ..model.label_cells import is_missing
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.task_base import Task
-from .metrics import LESS_IS_BETTER, default_names
+from .metrics import is_known_error, result_names
 
 
 logger = logging.get_logger(__name__)
@@ -96,7 +96,7 @@ def check_best_metric(args: TrainingArguments, tasks: Iterable[Task], eval_datas
         of_one = [dataset for dataset in eval_dataset if name.startswith(f"{dataset}_")]
         name = name.removeprefix(f"{max(of_one, key=len)}_") if of_one else name
     tasks = list(tasks)
-    measured = {task.name: [f"{task.name}_{key}" for key in ("loss", *default_names(task))] for task in tasks}
+    measured = {task.name: [f"{task.name}_{key}" for key in ("loss", *result_names(task))] for task in tasks}
     known = ["loss", *(key for keys in measured.values() for key in keys)]
     if name not in known:
         near = difflib.get_close_matches(name, known, 1) or known
@@ -121,7 +121,7 @@ def check_direction(args: TrainingArguments) -> None:
         ValueError: if the best weights would be the worst.
     """
     wanted = args.metric_for_best_model
-    if wanted is not None and wanted.endswith(LESS_IS_BETTER) and args.greater_is_better:
+    if wanted is not None and is_known_error(wanted) and args.greater_is_better:
         raise ValueError(
             f"metric_for_best_model is {wanted!r}, and lower values are better: set greater_is_better to False."
         )

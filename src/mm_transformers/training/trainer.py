@@ -311,8 +311,10 @@ class MMTrainer(Trainer):
         return self._start.models
 
     def _settle_arguments(self, has_own_optimizer: bool) -> None:
-        """Holds out validation rows, and sets the arguments that depend on the rows."""
+        """Holds out validation rows, and sets the arguments that depend on the rows and the device."""
         args = self.args
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False  # torch pins no memory then, and warns at each loader
         if not isinstance(args, MMTrainingArguments):
             if probes_of(self.fused_model) and self.train_dataset is not None:
                 logger.warning_once(

@@ -203,7 +203,8 @@ def main_metric(task: str, measured: Mapping[str, float], tasks: Mapping[str, Ta
         tasks: name -> task, of the whole model.
     """
     own = [name for name in measured if task_of_metric(name, tasks) == task]
-    wanted = [tasks[task].main_metric, *tasks[task].default_metrics]
+    own_task = tasks[task]
+    wanted = [*([] if own_task.metrics is not None else [own_task.main_metric]), *own_task.metric_names]
     preferred = [f"{task}_{metric}" for metric in wanted if f"{task}_{metric}" in own]
     others = [name for name in own if name != f"{task}_loss"]
     return next(iter([*preferred, *others, *own]), None)

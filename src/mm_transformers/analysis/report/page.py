@@ -22,6 +22,7 @@ from ...model.task_base import Task
 from ...training.linear_start.study import DoubtfulLabel
 from ...training.linear_start.verdict import Verdict
 from ..ablation.results import Ablation
+from ..ablation.tables import Table
 from ..explaining.colors import text_color
 from ..explaining.explain import explain
 from ..explaining.explanation import Explanation
@@ -48,6 +49,7 @@ def write_report(
     seed: int = 0,
     verdicts: Sequence[Verdict] = (),
     doubtful: Optional[Mapping[str, Sequence[tuple[DoubtfulLabel, str]]]] = None,
+    folds: Optional[Table] = None,
 ) -> None:
     """
     Writes one HTML page, pictures included, about the answers and errors of a model.
@@ -69,6 +71,7 @@ def write_report(
         verdicts (`list[Verdict]`, *optional*): The scores of the model beside those of simple models.
         doubtful (`dict[str, list]`, *optional*): Task -> labels of training rows that may be wrong, each with a
             description of its row.
+        folds (`Table`, *optional*): The scores on each fold of a cross-validation, then their means.
 
     Raises:
         ValueError: if there are no rows, or one cannot be read.
@@ -98,6 +101,7 @@ def write_report(
         sections=sections,
         ablation=_of_ablation(ablation),
         verdicts=verdicts,
+        folds=folds,
         doubtful={name: labels[:MOST_DOUBTFUL] for name, labels in (doubtful or {}).items() if labels},
         num_doubtful={name: len(labels) for name, labels in (doubtful or {}).items()},
     )

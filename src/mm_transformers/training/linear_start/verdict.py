@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerState
 
 from ...model.task_base import Task
-from ..metrics import LESS_IS_BETTER, headline
+from ..metrics import headline, is_known_error
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Verdict:
 
     @property
     def less_is_better(self) -> bool:
-        return self.metric.endswith(LESS_IS_BETTER)
+        return is_known_error(self.metric)
 
     @property
     def gain(self) -> float:
@@ -58,9 +58,7 @@ class Verdict:
 
     def shown(self, value: Optional[float]) -> str:
         """A score as people read it: shares in percent."""
-        if value is None:
-            return "not measured"
-        return f"{value:.4g}" if self.less_is_better or self.metric == "pearson" else f"{100 * value:.1f}"
+        return shown_score(self.metric, value)
 
     def __str__(self) -> str:
         alone = "" if self.text_alone is None else f"text alone {self.shown(self.text_alone)}, "
@@ -73,6 +71,13 @@ class Verdict:
         elif self.model is not None and self.gain < 0:
             line += "; this task ended below its linear start"
         return line
+
+
+def shown_score(metric: str, value: Optional[float]) -> str:
+    """A score of a metric as people read it: shares in percent."""
+    if value is None:
+        return "not measured"
+    return f"{value:.4g}" if is_known_error(metric) or metric == "pearson" else f"{100 * value:.1f}"
 
 
 def verdict_of(
@@ -92,14 +97,14 @@ def verdict_of(
     Returns:
         `None` if the task has no metric, or no label.
     """
-    if len(labels) == 0 or not task.default_metrics:
+    if len(labels) == 0 or not task.metric_names:
         return None
 
     def score(logits: torch.Tensor) -> float:
         return headline(task, logits, labels)[1]
 
     alone = None if text_alone is None else score(text_alone)
-    return Verdict(task.name, task.default_metrics[0], score(linear), alone, score(majority), len(labels))
+    return Verdict(task.name, task.metric_names[0], score(linear), alone, score(majority), len(labels))
 
 
 def with_measured(verdicts: Mapping[str, Verdict], state: TrainerState, has_best: bool) -> list[Verdict]:

@@ -1,26 +1,23 @@
 """Metrics, and the `compute_metrics` of a model with several tasks."""
 
-from .multi_task_metrics import (
-    LESS_IS_BETTER,
-    METRICS,
-    MultiTaskMetrics,
-    WithLosses,
-    default_names,
-    headline,
-    is_measured,
-    less_is_better,
-    task_of_metric,
-)
+from . import array_metrics, retrieval_metrics, text_metrics  # noqa: F401 (they register themselves)
+from .base import METRICS, ArrayMetric, TaskMetric, TextMetric, register_metric
+from .multi_task_metrics import MultiTaskMetrics, WithLosses, headline, result_names
+from .names import is_known_error, is_measured, less_is_better, task_of_metric
 
 
 __all__ = [
-    "LESS_IS_BETTER",
     "METRICS",
+    "ArrayMetric",
     "MultiTaskMetrics",
+    "TaskMetric",
+    "TextMetric",
     "WithLosses",
-    "default_names",
     "headline",
+    "is_known_error",
     "is_measured",
     "less_is_better",
+    "register_metric",
+    "result_names",
     "task_of_metric",
 ]

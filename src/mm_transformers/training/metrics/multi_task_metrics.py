@@ -1,217 +1,24 @@
-"""Metrics that run offline, and the `compute_metrics` function that applies them to every task."""
+"""The `compute_metrics` of a model with several tasks."""
 
 import copy
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, ClassVar, Optional
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Optional
 
-import datasets
 import evaluate
 import numpy as np
 import torch
-from sklearn import metrics as sklearn_metrics
 from transformers import EvalPrediction
 from transformers.utils import logging
 
 from ...model.configuration_mm_transformer import MMTransformerConfig
 from ...model.processing_mm_transformer import MMTransformerProcessor
 from ...model.tasks import Task
-from .retrieval_metrics import RetrievalRecall
-from .text_metrics import Bleu, ChrF, ExactMatch, RougeL, TextMetric
+from .base import METRICS, TaskMetric
+from .names import less_is_better, task_of_metric
 
 
 logger = logging.get_logger(__name__)
-
-
-class ArrayMetric(evaluate.Metric):
-    """
-    A metric whose code is in the package: `evaluate.load` would fetch it from the Hub.
-
-    Subclasses set `key`, the name of the metric and of its result, define the values that they compare, and implement
-    [`score`]. An undefined metric (F1 without any positive, correlation with a constant) is 0.0. It is never NaN, and
-    never absent, since `metric_for_best_model` may name it.
-    """
-
-    key: ClassVar[str]
-    # "int64" for class ids and for 0/1 rows, "float64" for numbers.
-    value_type: ClassVar[str]
-    # 1: one value per row or token; 2: one vector per row.
-    ndims: ClassVar[tuple[int, ...]]
-    # Whether a smaller value is better.
-    less_is_better: ClassVar[bool] = False
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """The names of its results."""
-        return [cls.key]
-
-    def _info(self) -> evaluate.MetricInfo:
-        value = datasets.Value(self.value_type)
-        by_ndim = {1: value, 2: datasets.Sequence(value)}
-        # The first match is taken. Vectors come first: up to NumPy 2.3 a vector of length 1 counts as a number.
-        features = [
-            datasets.Features({"predictions": by_ndim[ndim], "references": by_ndim[ndim]})
-            for ndim in sorted(self.ndims, reverse=True)
-        ]
-        return evaluate.MetricInfo(
-            description=type(self).__doc__ or "",
-            citation="",
-            inputs_description="",
-            features=features[0] if len(features) == 1 else features,
-        )
-
-    def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
-        score = float(self.score(np.asarray(references), np.asarray(predictions)))
-        return {self.key: 0.0 if np.isnan(score) else score}
-
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        """The metric of two arrays of the same shape, (rows,) or (rows, values); NaN where it is not defined."""
-        raise NotImplementedError
-
-    @classmethod
-    def fits(cls, references: Any) -> bool:
-        """Whether the metric can compare such values. Numbers must not count as class ids: they would be truncated."""
-        if not isinstance(references, np.ndarray):
-            return False
-        is_float = np.issubdtype(references.dtype, np.floating)
-        return references.ndim in cls.ndims and not (is_float and cls.value_type == "int64")
-
-
-class Accuracy(ArrayMetric):
-    """Share of the rows (or tokens) whose class is right."""
-
-    key, value_type, ndims = "accuracy", "int64", (1,)
-
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        return sklearn_metrics.accuracy_score(references, predictions)
-
-
-class SubsetAccuracy(ArrayMetric):
-    """Share of the rows whose whole set of labels is right."""
-
-    key, value_type, ndims = "subset_accuracy", "int64", (2,)
-
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        return sklearn_metrics.accuracy_score(references, predictions)
-
-
-class MacroF1(ArrayMetric):
-    """
-    Mean of the labels' F1, with equal weights.
-
-    A label that occurs neither in the references nor in the predictions has no F1 and is left out of the mean.
-    """
-
-    key, value_type, ndims = "f1", "int64", (1, 2)
-
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        return _f1(references, predictions, "macro")
-
-
-class MicroF1(ArrayMetric):
-    """F1 of all decisions pooled over the labels; with one class per row it is the accuracy."""
-
-    key, value_type, ndims = "f1_micro", "int64", (1, 2)
-
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        return _f1(references, predictions, "micro")
-
-
-def _f1(references: np.ndarray, predictions: np.ndarray, average: str) -> float:
-    if references.ndim == 2 and references.shape[1] == 1:
-        # Without this option, scikit-learn treats a single column as a choice between two classes.
-        references, predictions, average = references[:, 0], predictions[:, 0], "binary"
-    return sklearn_metrics.f1_score(references, predictions, average=average, zero_division=np.nan)
-
-
-class MeanAbsoluteError(ArrayMetric):
-    """Mean absolute error, in the unit of the labels."""
-
-    key, value_type, ndims, less_is_better = "mae", "float64", (1, 2), True
-
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        return sklearn_metrics.mean_absolute_error(references, predictions)
-
-
-class MeanSquaredError(ArrayMetric):
-    """Mean squared error, in the squared unit of the labels."""
-
-    key, value_type, ndims, less_is_better = "mse", "float64", (1, 2), True
-
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        return sklearn_metrics.mean_squared_error(references, predictions)
-
-
-class Pearson(ArrayMetric):
-    """
-    Pearson's correlation, -1 to 1; of vectors, the mean over their values.
-
-    It is 0.0 if one side is constant (so also for a single row): a constant explains nothing.
-    """
-
-    key, value_type, ndims = "pearson", "float64", (1, 2)
-
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        rows = len(references)
-        columns = zip(references.reshape(rows, -1).T, predictions.reshape(rows, -1).T, strict=True)
-        return float(np.mean([_pearson(x, y) for x, y in columns]))
-
-
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    # Checked first: the rounded mean of a constant may differ from it, and the noise would correlate.
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return 0.0
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-# The names in a task's `default_metrics` and in `MultiTaskMetrics(metrics=...)`.
-_ARRAY_METRICS = (Accuracy, SubsetAccuracy, MacroF1, MicroF1, MeanAbsoluteError, MeanSquaredError, Pearson)
-METRICS: Mapping[str, type[ArrayMetric | TextMetric | RetrievalRecall]] = MappingProxyType(
-    {metric.key: metric for metric in (*_ARRAY_METRICS, Bleu, ChrF, ExactMatch, RougeL, RetrievalRecall)}
-)
-
-# The endings of names of metrics that are better when smaller.
-LESS_IS_BETTER = ("loss", *(key for key, metric in METRICS.items() if getattr(metric, "less_is_better", False)))
-# The same for metrics of others, which have no such attribute.
-_ERRORS = ("error", "error_rate", "rmse", "wer", "cer", "ter", "perplexity")
-
-
-def is_measured(value: Any) -> bool:
-    """Whether a value from a file of results is a number; integers may be too large for a float."""
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
-
-
-def less_is_better(name: str) -> bool:
-    """
-    Whether a metric is the better the smaller it is, by its name; [`MultiTaskMetrics.less_is_better`] asks the metric.
-
-    Args:
-        name: such as `"mae"` or `"price_mae"`.
-    """
-    return any(name == ending or name.endswith(f"_{ending}") for ending in (*LESS_IS_BETTER, *_ERRORS))
-
-
-def task_of_metric(metric: str, tasks: Iterable[str]) -> str | None:
-    """The task of `{task}_{metric}`: the longest match, since one task name may begin another."""
-    return max((task for task in tasks if metric.startswith(f"{task}_")), key=len, default=None)
-
-
-def default_names(task: Task) -> list[str]:
-    """The names of the results of a task's default metrics, without the name of the task."""
-    return [name for metric in task.default_metrics for name in METRICS[metric].names()]
-
-
-def headline(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> tuple[str, float]:
-    """
-    The name and the value of a task's first metric.
-
-    Args:
-        logits, labels: of rows (or words) that all have a label.
-    """
-    metric = METRICS[task.default_metrics[0]](keep_in_memory=True)
-    predictions, references = (x.numpy() for x in task.predictions_and_references(logits, labels))
-    return task.default_metrics[0], _compute(task.name, metric, predictions, references)[task.default_metrics[0]]
 
 
 class MultiTaskMetrics:
@@ -231,8 +38,8 @@ class MultiTaskMetrics:
         config ([`MMTransformerConfig`]): The config with the tasks.
         processor ([`MMTransformerProcessor`], *optional*): Decodes token ids, for metrics that compare texts.
         metrics (`dict[str, list[str | evaluate.Metric]]`, *optional*):
-            By task name, names from [`METRICS`] or your own objects, which replace the task's default metrics. An empty
-            list leaves the loss only. Of the results of your own object, the numbers are kept, each under its own name.
+            By task name, names of registered metrics or your own objects, which replace the metrics of the task. An
+            empty list leaves the loss only. Of the results of your own object, the numbers are kept, each by its name.
 
     Raises:
         ValueError: if a task or a metric is unknown.
@@ -266,7 +73,7 @@ class MultiTaskMetrics:
                 f"Metrics are given for task {unknown[0]!r}, but the tasks of the model are {', '.join(self.tasks)}."
             )
         self.metrics: dict[str, list[evaluate.Metric]] = {
-            name: _build_metrics(name, metrics.get(name, task.default_metrics)) for name, task in self.tasks.items()
+            name: _build_metrics(name, metrics.get(name, task.metric_names)) for name, task in self.tasks.items()
         }
         # By name: each metric, and the references that it was last given, if it does not say whether less is better.
         self._seen: dict[str, tuple[evaluate.Metric, Any]] = {}
@@ -394,6 +201,7 @@ def _build_metrics(task: str, metrics: Sequence[str | evaluate.Metric]) -> list[
         elif not isinstance(metric, evaluate.EvaluationModule):
             raise ValueError(
                 f"Task {task!r}: unknown metric {metric!r}; known are {', '.join(METRICS)}, or pass an evaluate.Metric."
+                " Import the module of your own metric (with @register_metric) first."
             )
         elif metric.num_process != 1:
             raise ValueError(
@@ -405,6 +213,29 @@ def _build_metrics(task: str, metrics: Sequence[str | evaluate.Metric]) -> list[
     return built
 
 
+def result_names(task: Task) -> list[str]:
+    """
+    The names of the results of a task's metrics, without the name of the task.
+
+    Raises:
+        ValueError: if a metric is unknown.
+    """
+    return [name for metric in _build_metrics(task.name, task.metric_names) for name in metric.names()]
+
+
+def headline(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> tuple[str, float]:
+    """
+    The name and the value of a task's first metric.
+
+    Args:
+        logits, labels: of rows (or words) that all have a label.
+    """
+    name = task.metric_names[0]
+    metric = METRICS[name](keep_in_memory=True)
+    predictions, references = (x.numpy() for x in task.predictions_and_references(logits, labels))
+    return name, _compute(task.name, metric, predictions, references)[name]
+
+
 def _entry_of(task: str, arrays: Any, field: str) -> Any:
     if not isinstance(arrays, Mapping) or task not in arrays:
         found = f"only {', '.join(arrays)}" if isinstance(arrays, Mapping) else f"a {type(arrays).__name__}"
@@ -413,7 +244,7 @@ def _entry_of(task: str, arrays: Any, field: str) -> Any:
 
 
 def _compute(task: str, metric: evaluate.Metric, predictions: Any, references: Any) -> dict[str, float]:
-    if isinstance(metric, (ArrayMetric, TextMetric, RetrievalRecall)) and not metric.fits(references):
+    if isinstance(metric, TaskMetric) and not metric.fits(references):
         fitting = ", ".join(key for key, known in METRICS.items() if known.fits(references))
         raise ValueError(f"Metric {metric.key!r} cannot compare the answers of task {task!r}; these can: {fitting}.")
     values = metric.compute(predictions=predictions, references=references)

@@ -6,8 +6,11 @@ import datasets
 import evaluate
 import numpy as np
 
+from .base import TaskMetric, register_metric
 
-class RetrievalRecall(evaluate.Metric):
+
+@register_metric
+class RetrievalRecall(TaskMetric):
     """
     Recall at 1, 5 and 10 of a [`Retrieval`] task, over all rows at once.
 
@@ -19,7 +22,6 @@ class RetrievalRecall(evaluate.Metric):
 
     key: ClassVar[str] = "retrieval_recall"
     ks: ClassVar[tuple[int, ...]] = (1, 5, 10)
-    less_is_better: ClassVar[bool] = False
 
     @classmethod
     def names(cls) -> list[str]:

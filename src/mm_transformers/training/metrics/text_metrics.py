@@ -1,48 +1,12 @@
 """Offline metrics of written answers: those of sacrebleu and rouge_score, as `evaluate.Metric`s."""
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
-import datasets
-import evaluate
-
-
-class TextMetric(evaluate.Metric):
-    """
-    A metric of texts against one reference each.
-
-    Subclasses set `key`, the name of the metric and of its result, and implement [`score`].
-    """
-
-    key: ClassVar[str]
-    less_is_better: ClassVar[bool] = False
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """The names of its results."""
-        return [cls.key]
-
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=type(self).__doc__ or "",
-            citation="",
-            inputs_description="",
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
-
-    def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
-        return {self.key: float(self.score(list(references), list(predictions)))}
-
-    def score(self, references: list[str], predictions: list[str]) -> float:
-        raise NotImplementedError
-
-    @classmethod
-    def fits(cls, references: Any) -> bool:
-        """Whether the metric can compare such values."""
-        return isinstance(references, list)
+from .base import TextMetric, register_metric
 
 
+@register_metric
 class Bleu(TextMetric):
     """
     BLEU of the whole corpus, 0 to 100 (https://arxiv.org/abs/1804.08771).
@@ -64,6 +28,7 @@ class Bleu(TextMetric):
         return corpus_bleu(predictions, [references], tokenize=self.tokenize).score
 
 
+@register_metric
 class ChrF(TextMetric):
     """chrF of the whole corpus, 0 to 100: F-score of character n-grams (https://aclanthology.org/W15-3049)."""
 
@@ -75,6 +40,7 @@ class ChrF(TextMetric):
         return corpus_chrf(predictions, [references]).score
 
 
+@register_metric
 class ExactMatch(TextMetric):
     """
     Share of the rows with an exact text, white space around it aside.
@@ -96,6 +62,7 @@ class _Words:
         return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower())
 
 
+@register_metric
 class RougeL(TextMetric):
     """
     Mean over the rows of ROUGE-L, 0 to 1 (https://aclanthology.org/W04-1013), for captions.

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ...data.collator import MMDataCollator
 from ...data.labels import check_labels, complete_task, prepare_labels
-from ...data.loading import check_columns, first_rows, hold_out, load_files, load_named
+from ...data.loading import check_columns, first_rows, hold_out, leave_out_empty_rows, load_files, load_named
 from ...data.row_labels import as_columns
 from ...data.table_columns import table_columns
 from ...model.encoders import HUB_KWARGS
@@ -60,6 +60,16 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
     Raises:
         ValueError: one sentence, if a file or column is missing, or a column does not fit its task.
     """
+    return split_data(recipe, *load_rows(recipe, args))
+
+
+def load_rows(recipe: Recipe, args: MMTrainingArguments) -> tuple[datasets.DatasetDict, list[Task]]:
+    """
+    The rows of [`load_data`] before any are held out, and the tasks with all of their labels.
+
+    Raises:
+        ValueError: as [`load_data`].
+    """
     data, columns, cache_dir = recipe.data, recipe.columns, recipe.model.get("cache_dir")
     with args.main_process_first(desc="reading the data"):
         if data.dataset_name is not None:
@@ -84,22 +94,52 @@ def load_data(recipe: Recipe, args: MMTrainingArguments) -> RecipeData:
         for column in columns.table or ():
             check_columns(splits, {"columns.table": (column,)})
         splits = prepare_labels(splits, recipe.tasks)
+    leave_out_empty_rows(splits, _read_columns(recipe))
     # Before rows are held out: they may hold the only rows of a rare label.
     tasks = [complete_task(task, splits["train"], data.label_separator) for task in recipe.tasks]
     check_labels(splits, tasks, columns.text, data.label_separator)
-    options = {**columns.plain, "label_separator": data.label_separator, "group_column": data.group_column}
+    return splits, tasks
+
+
+def split_options(recipe: Recipe) -> dict[str, Any]:
+    """The options of [`hold_out_rows`] that a recipe sets."""
+    data = recipe.data
+    return {**recipe.columns.plain, "label_separator": data.label_separator, "group_column": data.group_column}
+
+
+def split_data(recipe: Recipe, splits: datasets.DatasetDict, tasks: list[Task]) -> RecipeData:
+    """
+    Holds out the rows of missing splits, and measures the columns of numbers and categories.
+
+    Args:
+        splits: split -> prepared rows; it is not changed.
+        tasks: the tasks with all of their labels.
+
+    Raises:
+        ValueError: one sentence, if no rows can be held out.
+    """
+    data, columns, splits = recipe.data, recipe.columns, datasets.DatasetDict(splits)
+    options = split_options(recipe)
     count = len(splits["train"])
     for split, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
         if fraction is not None:
             # Both are shares of all rows, of which the training rows are what is left.
             hold_out(splits, fraction * count / len(splits["train"]), options, tasks, split)
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_eval_samples}
-    splits = {split: first_rows(rows, limits[split]) for split, rows in splits.items()}
+    limited = {split: first_rows(rows, limits[split]) for split, rows in splits.items()}
     table = None
     if columns.table:
         # Of the training rows alone: validation and test rows are new to the model.
-        table = table_columns(splits["train"], columns.table, **(recipe.model.get("table") or {}))
-    return RecipeData(splits, tasks, table)
+        table = table_columns(limited["train"], columns.table, **(recipe.model.get("table") or {}))
+    return RecipeData(limited, tasks, table)
+
+
+def _read_columns(recipe: Recipe) -> list[str]:
+    """The columns that the model of a recipe reads."""
+    columns, encoders = recipe.columns, recipe.model
+    media = (("vision", columns.image), ("vision", columns.video), ("audio", columns.audio))
+    read = [column for encoder, part in media if encoders.get(encoder) is not None for column in as_columns(part)]
+    return [*as_columns(columns.text), *read, *(columns.table or ()), *columns.own.values()]
 
 
 def build_trainer(

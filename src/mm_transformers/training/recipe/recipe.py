@@ -271,7 +271,8 @@ class Recipe:
         flat["the order of the tasks"] = [task["name"] for task in self.tasks]
         for task in self.tasks:
             for key, value in {"column": task["name"], **_task_defaults(task), **task}.items():
-                flat[f"{key} of task {task['name']!r}"] = value
+                if key != "metrics":
+                    flat[f"{key} of task {task['name']!r}"] = value
         return flat
 
 

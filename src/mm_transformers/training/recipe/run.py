@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from ..arguments import MMTrainingArguments
 from ..checkpoints import check_checkpoint as check_resumable
@@ -41,6 +41,7 @@ def run_recipe(
     say: Callable[[str], None] = print,
     study: Study | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    print_logs: bool = True,
 ) -> RecipeRun:
     """
     Trains and measures a model; goes on where an earlier call with the same recipe stopped.
@@ -51,6 +52,7 @@ def run_recipe(
         say: prints a sentence.
         study: asks for more about the linear start.
         callbacks: of the trainer.
+        print_logs: whether losses and metrics are printed where there is no progress bar.
 
     Raises:
         ValueError, OSError: one sentence.
@@ -69,6 +71,8 @@ def run_recipe(
     if not finished or measured:
         saved = folder if finished else None
         trainer = build_trainer(recipe, args, data, saved=saved, allow_urls=allow_urls, callbacks=list(callbacks))
+        if not print_logs:
+            trainer.remove_callback(PrinterCallback)
     if trainer is not None and not finished:
         _train(trainer, args, data, say, study)
     for split, prefix in measured.items():

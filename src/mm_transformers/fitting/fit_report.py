@@ -1,0 +1,82 @@
+"""What `fit` says and writes about a trained model: verdicts, doubtful labels, `report.html`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from ..analysis.ablation.ablate import ablate
+from ..analysis.ablation.tables import Table
+from ..analysis.report import write_report
+from ..training.linear_start.study import DoubtfulLabel, Study
+from ..training.linear_start.verdict import Verdict
+from ..training.recipe.builders import RecipeData
+from ..training.trainer import MMTrainer
+
+
+REPORT_NAME = "report.html"
+# Rows in the report's ablation; more hardly change it.
+_MOST_ABLATED = 2_000
+
+
+def measured(verdicts: Mapping[str, Verdict], metrics: Mapping[str, Any]) -> list[Verdict]:
+    """The verdicts on the test rows, with the scores of the trained model there."""
+    return [
+        replace(verdict, model=metrics.get(f"test_{name}_{verdict.metric}"), rows="test")
+        for name, verdict in verdicts.items()
+    ]
+
+
+def tell_doubtful(doubtful: Mapping[str, Sequence[DoubtfulLabel]], say: Callable[[str], None]) -> None:
+    for name, labels in doubtful.items():
+        if labels:
+            say(f"{name}: {len(labels):,} labels of training rows may be wrong; {REPORT_NAME} lists the first.")
+
+
+def write_fit_report(
+    trainer: MMTrainer,
+    data: RecipeData,
+    rows: datasets.Dataset,
+    verdicts: list[Verdict],
+    study: Study,
+    path: Path,
+    folds: Table | None = None,
+) -> None:
+    """
+    Writes the report of a trained model.
+
+    Args:
+        rows: held-out rows to answer.
+        folds: the scores on folds, if there are any.
+    """
+    model, collator = trainer.fused_model.eval(), trainer.data_collator.uncached
+    ablation = None
+    if len(model.config.modalities) > 1:
+        some = rows.select(range(min(len(rows), _MOST_ABLATED)))
+        ablation = ablate(
+            model, collator.processor, some, collator=collator, batch_size=trainer.args.eval_batch_size,
+            compute_metrics=trainer.compute_metrics,
+        )  # fmt: skip
+    doubtful = _with_texts(study.doubtful, data, collator)
+    write_report(
+        path, model, collator.processor, rows, ablation=ablation, collator=collator, title=path.parent.name,
+        batch_size=trainer.args.eval_batch_size, verdicts=verdicts, doubtful=doubtful, folds=folds,
+    )  # fmt: skip
+
+
+def _with_texts(
+    doubtful: Mapping[str, Sequence[DoubtfulLabel]], data: RecipeData, collator: Any
+) -> dict[str, list[Any]]:
+    """Task -> doubtful labels, each with the cells of its row in short."""
+    rows = data.splits["train"]
+    inputs = [name for name in collator.input_columns if name in rows.column_names]
+    plain = rows.select_columns(inputs)
+    return {name: [(label, _shown(plain, label.row)) for label in labels] for name, labels in doubtful.items()}
+
+
+def _shown(rows: datasets.Dataset, number: int) -> str:
+    row = rows.with_format("arrow")[number].to_pylist()[0]
+    cells = ((name, cell.get("path") if isinstance(cell, dict) else cell) for name, cell in row.items())
+    return "; ".join(f"{name}: {cell}" for name, cell in cells if isinstance(cell, (str, int, float)))[:200]

@@ -1,0 +1,44 @@
+"""Tables in memory as files, since a recipe names files."""
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from ..model.label_cells import is_null
+from ..model.safe_writing import write_atomically
+from ..training.recipe import RECIPE_NAME
+
+
+def as_file(rows: Any, path: Path) -> str | os.PathLike[str]:
+    """
+    The file of a table; rows in memory are written to `path`.
+
+    Raises:
+        ValueError: if a model in the folder was trained on other rows.
+    """
+    if isinstance(rows, (str, os.PathLike)):
+        return rows
+    if isinstance(rows, datasets.DatasetDict):
+        raise ValueError(f"The table has the splits {', '.join(rows)}: give them as table, validation= and test=.")
+    if not isinstance(rows, datasets.Dataset):
+        records = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
+        rows = datasets.Dataset.from_list([_plain(record) for record in records])
+    content = io.BytesIO()
+    rows.to_parquet(content)
+    if path.is_file() and path.read_bytes() == content.getvalue():
+        return path
+    if path.exists() and (path.parent.parent / RECIPE_NAME).exists():
+        raise ValueError(f"{path.parent.parent} holds the recipe of a training on other rows; choose another output.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path) as file:
+        file.write(content.getvalue())
+    return path
+
+
+def _plain(record: Mapping[Any, Any]) -> dict[str, Any]:
+    # In pandas, NaN stands for a missing cell of any type.
+    return {str(name): None if is_null(cell) else cell for name, cell in record.items()}
