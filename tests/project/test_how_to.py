@@ -11,7 +11,8 @@ from recipes import save_encoders
 from tiny import make_image, make_model, make_processor, make_tasks
 
 
-PAGES = sorted((Path(__file__).parents[2] / "docs/how-to").glob("*.md"))
+FOLDER = Path(__file__).parents[2] / "docs/how-to"
+PAGES = sorted(page for page in FOLDER.glob("*.md") if page.name != "README.md")
 TEXTS = ["a red dog", "the big cat is in the river", "a lovely picnic", "a ruined desk"]
 
 
@@ -56,8 +57,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_there_are_pages():
-    assert len(PAGES) >= 1
+def test_the_list_has_each_page_with_its_question():
+    listed = re.findall(r"^\| (How .*\?) \| \[.*\]\((.*)\) \|$", (FOLDER / "README.md").read_text(), re.MULTILINE)
+    assert sorted((page, question) for question, page in listed) == [
+        (page.name, page.read_text().splitlines()[0].removeprefix("# ")) for page in PAGES
+    ]
 
 
 @pytest.mark.slow
@@ -82,6 +86,6 @@ def test_the_page_runs(page, folder):
 
 
 def test_links_exist():
-    for page in PAGES:
+    for page in [*PAGES, FOLDER / "README.md"]:
         for path in re.findall(r"\]\((?!http|#)([^)]+)\)", page.read_text()):
             assert (page.parent / path.split("#")[0]).exists(), (page.name, path)
