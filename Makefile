@@ -1,5 +1,6 @@
 # Everything needs only make and Python 3.10 or newer: the first target that you ask for installs what is missing.
-#   make demo                  make test                  make test PYTHON=python3.12 PYTEST_ARGS="-k metrics"
+#   make demo                  make test                  make docs
+#   make test PYTHON=python3.12 PYTEST_ARGS="-k metrics"
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -14,7 +15,7 @@ BENCH_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-nightly fuzz mutants test-floor coverage lint format bench bench-quick bench-gpu dist clean
+.PHONY: help demo docs test test-docs test-slow test-nightly fuzz mutants test-floor coverage lint format bench bench-quick bench-gpu dist clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | while IFS='|' read -r target text; do printf '%-18s %s\n' "$$target" "$$text"; done
@@ -24,6 +25,12 @@ demo: $(VENV)/.installed ## Train and evaluate a small model on the data set tha
 
 test: $(VENV)/.installed ## Run the quick tests.
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
+
+test-docs: $(VENV)/.installed ## Run every code block of the README and of docs/.
+	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m "not nightly" tests/project/test_docs.py $(PYTEST_ARGS)
+
+docs: $(VENV)/.installed ## Build the site into site/; a link that leads nowhere is an error. Needs Python 3.11.
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 test-slow: $(VENV)/.installed ## Run the tests that take seconds each.
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow $(PYTEST_ARGS)
@@ -46,16 +53,17 @@ test-floor: $(FLOOR)/.installed ## Run the tests with the oldest transformers th
 coverage: $(VENV)/.installed ## Run the tests and show which lines they leave out.
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) --cov -m "not nightly" $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed ## Check style and types.
+lint: $(VENV)/.installed ## Check style, types and spelling.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/codespell
 
 format: $(VENV)/.installed ## Format the code and repair what ruff can repair.
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.installed ## Measure every figure of docs/benchmarks.md for the CPU (under 30 minutes on 2 cores).
+bench: $(VENV)/.installed ## Measure every figure of docs/benchmarks for the CPU (under 30 minutes on 2 cores).
 	$(BENCH_ENV) $(VENV)/bin/python benchmarks/run.py cpu
 
 bench-quick: $(VENV)/.installed ## Run all benchmarks in small (under 5 minutes); nothing is kept.
@@ -72,7 +80,7 @@ dist: $(VENV)/.installed ## Build the sdist and the wheel into dist/, and check 
 	$(VENV)/bin/check-wheel-contents dist/*.whl
 
 clean: ## Remove the virtual environments and all that was built or cached.
-	rm -rf $(VENV) $(FLOOR) build dist htmlcov .coverage .coverage.* .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) build dist htmlcov site .coverage .coverage.* .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
 	find . -name '*.egg-info' -prune -exec rm -rf {} +
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

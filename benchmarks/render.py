@@ -1,5 +1,6 @@
 """
-Puts tables and plots of benchmarks/results/*.jsonl into docs/benchmarks.md, between the comments that ask for them:
+Puts tables and plots of benchmarks/results/*.jsonl into the pages of docs/benchmarks/, between the
+comments that ask for them:
 
     <!-- table: cpu forward --> ... <!-- end -->     every comparison whose name begins so
     <!-- plot: cpu fusion kinds --> ... <!-- end -->
@@ -18,13 +19,18 @@ import matplotlib.pyplot as plt
 
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGES = ROOT / "docs" / "benchmarks"
 PLACE = re.compile(r"(<!-- (table|plot): (\w+) (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
-    PAGE.write_text(rendered(PAGE.read_text()))
-    print(f"Wrote {PAGE.relative_to(ROOT)}.")
+    for page in pages():
+        page.write_text(rendered(page.read_text()))
+    print(f"Wrote the pages of {PAGES.relative_to(ROOT)}.")
+
+
+def pages() -> list[Path]:
+    return sorted(PAGES.glob("*.md"))
 
 
 def rendered(text: str, draws: bool = True) -> str:
@@ -100,11 +106,10 @@ def plot(lines: list[dict[str, Any]], name: str) -> str:
     axes.set_title(name.partition(" ")[2] + f" ({lines[0]['machine']})", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    path = ROOT / "docs" / "benchmarks" / (re.sub(r"\W+", "_", name) + ".png")
-    path.parent.mkdir(exist_ok=True)
+    path = PAGES / (re.sub(r"\W+", "_", name) + ".png")
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    return f"![{name}](benchmarks/{path.name})"
+    return f"![{name}]({path.name})"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """
-Runs the benchmarks one after the other, writes their lines of JSON to a file, and renders docs/benchmarks.md from it.
+Runs the benchmarks one after the other, writes their lines of JSON to a file, and renders docs/benchmarks from it.
 
     python benchmarks/run.py quick     # under five minutes on two cores; renders nothing
-    python benchmarks/run.py cpu       # all figures of docs/benchmarks.md for the CPU
+    python benchmarks/run.py cpu       # all figures of docs/benchmarks for the CPU
     python benchmarks/run.py gpu       # those for a GPU
 """
 

@@ -9,7 +9,7 @@ The result files are those that the commands write. To take a new one and write 
     mm-transformers demo
     python docs/render.py --take demo=demo-output/results.json
 
-tests/project/test_readme.py checks that the pages hold what this script writes.
+tests/project/test_figures.py checks that the pages hold what this script writes.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
 
 def pages() -> list[Path]:
     """All pages that may hold tables."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").glob("*/*.md"))]
 
 
 def result_files() -> list[str]:
@@ -324,6 +324,26 @@ def first_example(results: dict[str, Any]) -> str:
     ]
     rows.append(["mean", *map(percent, means)])
     return as_table(["", *(f"{score}, {method}" for score in ("accuracy", "macro F1") for method in methods)], rows)
+
+
+@renders("readme_example", "first_example")
+def readme_example(results: dict[str, Any]) -> str:
+    """What the example of README.md printed, on the split that `build_dataset.py` writes; and the mean of the splits."""
+    ours, linear = "README's first example", "logistic regression"
+
+    def scores(method: str, splits: list[str]) -> str:
+        means = [percent(statistics.mean(results[split][method][score] for split in splits)) for score in _SCORES]
+        return f"{means[0]}% accuracy and {means[1]}% macro F1"
+
+    every = list(results)
+    return (
+        f"On the test rows it has {scores(ours, every[:1])}, and a logistic regression on the outputs of both encoders "
+        f"{scores(linear, every[:1])}.\nThe mean over {len(every)} splits: {scores(ours, every)}, beside "
+        f"{scores(linear, every)} ([all figures](docs/race.md#the-first-example))."
+    )
+
+
+_SCORES = ("accuracy", "macro_f1")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """
-Puts tables and the plot of docs/results/race.jsonl into docs/race.md, between the comments that ask for them:
+Puts tables and the plot of docs/results/race.jsonl into docs/race.md, the pages of docs/race/ and README.md, between
+the comments that ask for them:
 
     <!-- race: gain --> ... <!-- end -->
     <!-- race: f1 stamps --> ... <!-- end -->     macro F1 of each method in each cell of a data set; also "accuracy"
@@ -24,6 +25,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = re.compile(r"(<!-- race: (\w+)(?: ([^\n]+?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+PAGES = [ROOT / "README.md", ROOT / "docs" / "race.md", *sorted((ROOT / "docs" / "race").glob("*.md"))]
 
 NAMES = {
     "majority": "always the most frequent class",
@@ -341,6 +344,30 @@ def peers_table(tests: Table, lines: Sequence[dict[str, Any]]) -> str:
     return markdown(["cell", "method", "accuracy", "macro F1", "CPU seconds", "splits"], rows)
 
 
+def headline_table(tests: Table, lines: Sequence[dict[str, Any]], data: str) -> str:
+    """Other packages, a linear model and ours, with all labels and pictures, on the splits that all of them have."""
+    shown = ("logistic_cross_validated", "autogluon", "ludwig", "ours")
+    cells = {cell.test: cell for cell in tests if (cell.data, cell.labels, cell.training) == (data, 1.0, 0.0)}
+    rows = []
+    for method in shown:
+        splits = sorted(set.intersection(*(set(tests[cell].get(one, ())) for cell in cells.values() for one in shown)))
+        if not splits:
+            return ""
+        row = [NAMES[method].replace("ours, defaults", "mm_transformers")]
+        for missing in (0.0, 0.7):
+            found = [tests[cells[missing]][method][split] for split in splits]
+            row += [mean_and_deviation([values[score] for values in found]) for score in ("accuracy", "f1")]
+        seconds = [
+            line["cpu_seconds"]
+            for line in lines
+            if (line["data"], line["missing"], line["labels"], line["method"]) == (data, 0.0, 1.0, method)
+            and line["split"] in splits
+        ]
+        rows.append([*row, f"{np.median(seconds):,.0f}"])
+    head = ["", "accuracy", "macro F1", "accuracy, 70% of pictures missing", "macro F1, 70% missing", "CPU seconds"]
+    return markdown(head, rows)
+
+
 def plot(tests: Table, validations: Table, file: Path) -> None:
     """Macro F1 over the share of missing pictures."""
     data = list(dict.fromkeys(cell.data for cell in tests))
@@ -408,6 +435,7 @@ def render(lines: Sequence[dict[str, Any]], page: str, picture: Path) -> str:
         "parts": lambda method: parts_table(lines, method or "ours"),
         "time": lambda _: time_table(lines),
         "peers": lambda _: peers_table(tests, lines),
+        "headline": lambda data: headline_table(tests, lines, data),
         "plot": lambda _: drawn(),
     }
 
@@ -421,11 +449,12 @@ def render(lines: Sequence[dict[str, Any]], page: str, picture: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "race.jsonl")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "race.md")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES)
     args = parser.parse_args()
     lines = [json.loads(line) for line in args.results.read_text().splitlines()]
-    args.page.write_text(render(lines, args.page.read_text(), args.page.with_suffix(".png")))
-    print(f"Wrote {args.page}.")
+    for page in args.pages:
+        page.write_text(render(lines, page.read_text(), page.with_suffix(".png")))
+        print(f"Wrote {page}.")
 
 
 if __name__ == "__main__":

@@ -406,8 +406,9 @@ def test_the_page_is_filled_from_the_lines(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_page_holds_the_figures_of_the_results(tmp_path):
-    page, results = EXAMPLES.parent / "docs/race.md", EXAMPLES.parent / "docs/results/race.jsonl"
+@pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.name)
+def test_the_pages_hold_the_figures_of_the_results(page, tmp_path):
+    results = EXAMPLES.parent / "docs/results/race.jsonl"
     if not results.is_file():
         pytest.skip("there are no results")
     lines = [json.loads(line) for line in results.read_text().splitlines()]

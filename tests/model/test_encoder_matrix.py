@@ -56,11 +56,16 @@ def test_every_type():
     assert sum(tried.is_supported for tried in all_tried) >= 145
 
 
-def test_page_has_a_row_for_each_type():
+def test_page_names_each_type_once():
+    cause = "cannot be | it"
     page = page_of([
+        Tried("plain", "text", None, [], {}, 5),
         Tried("good", "text", None, [], {"by_length": True}, 5),
-        Tried("bad", "vision", "'bad' cannot be | it", [], {}, None),
-    ])  # fmt: skip
-    assert "1 of 2 types are supported" in page
+        Tried("bad", "vision", f"'bad' {cause}", [], {}, None),
+        Tried("worse", "vision", f"'worse' {cause}", [], {}, None),
+    ], "5.0")  # fmt: skip
+    assert "of transformers 5.0 was" in page
+    assert "2 of 4 types are supported" in page
+    assert "\nSupported: `plain`.\n" in page
     assert "| `good` | yes | by length |\n" in page
-    assert "| `bad` | no | 'bad' cannot be \\| it |\n" in page
+    assert "| `bad`, `worse` | no | it cannot be \\| it |\n" in page

@@ -19,8 +19,9 @@ def test_tables_are_those_of_the_result_files(page):
     assert render.rendered(text) == text
 
 
-def test_benchmarks_are_those_of_the_result_files():
-    text = benchmarks.PAGE.read_text()
+@pytest.mark.parametrize("page", benchmarks.pages(), ids=lambda page: page.name)
+def test_benchmarks_are_those_of_the_result_files(page):
+    text = page.read_text()
     assert benchmarks.rendered(text, draws=False) == text
 
 

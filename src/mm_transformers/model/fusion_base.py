@@ -243,7 +243,8 @@ class Fusion(nn.Module):
         The fused text states.
 
         Args:
-            text_states (batch, text_len, fusion_hidden_size), text_mask (batch, text_len) bool.
+            text_states: (batch, text_len, fusion_hidden_size).
+            text_mask: (batch, text_len) bool.
             streams: at least one; in some rows all of their tokens may be masked.
             record: records requested outputs; see [`FusionRecord.add`].
 

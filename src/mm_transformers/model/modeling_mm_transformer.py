@@ -988,11 +988,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 has the loss of one big batch.
             encoder_outputs ([`MMTransformerModelOutput`], *optional*):
                 The output of `self.model` for these inputs, if it is known already.
-            input_ids, attention_mask, token_type_ids, pixel_values, image_index, frame_index, input_values,
-            input_features, audio_attention_mask, audio_index, inputs_embeds, text_features, image_features,
-            audio_features, audio_feature_mask, table_numbers, table_categories, table_index, output_attentions,
-            output_hidden_states:
-                See [`MMTransformerModel.forward`].
+            kwargs: all other arguments are those of [`MMTransformerModel.forward`].
 
         Raises:
             ValueError: if `labels` names a task that the model does not have, labels have another shape than their
@@ -1257,7 +1253,8 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         Only the text encoder runs.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(num_texts, text_len)`), attention_mask (same shape, *optional*).
+            input_ids (`torch.LongTensor` of shape `(num_texts, text_len)`): The tokens.
+            attention_mask (`torch.Tensor`, *optional*): Of the same shape; 0 is padding.
             task (`str`, *optional*): Name of a [`Retrieval`] task; may be left out if there is only one.
             kwargs: other inputs of the text encoder, such as `token_type_ids`; inputs of other encoders are ignored.
 

@@ -1,0 +1,42 @@
+"""
+What `make docs` does beside MkDocs: it adds the pages of some folders to the navigation, and mends links to files
+outside of docs/. These lead to the repository if REPOSITORY_URL is set, and are left out otherwise.
+"""
+
+import os
+import posixpath
+import sys
+from pathlib import Path
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+from links import with_absolute_links
+
+
+sys.path.pop(0)
+
+
+DOCS = Path(__file__).parent
+# Section of the navigation -> folder whose pages belong there.
+FOLDERS = {"How to": "how-to", "Decisions": "decisions", "Reference": "reference", "Benchmarks": "benchmarks"}
+
+
+def on_config(config: Any) -> Any:
+    for section in config.nav:
+        [(title, pages)] = section.items()
+        if folder := FOLDERS.get(title):
+            found = sorted(path.relative_to(DOCS).as_posix() for path in (DOCS / folder).rglob("*.md"))
+            pages[1:1] = [page for page in found if page not in pages]
+    return config
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def outside(target: str) -> str | None:
+        path = posixpath.normpath(posixpath.join("docs", folder, target))
+        is_page = path.startswith("docs/") and not path.endswith(".py") and not path.startswith("docs/results/")
+        return None if is_page else path
+
+    return with_absolute_links(markdown, os.environ.get("REPOSITORY_URL"), outside)
