@@ -1,18 +1,18 @@
-"""Cases of parametrised tests: the first one runs with the quick tests, all of them with the slow ones."""
+"""Cases of parametrised tests: the first ones run with the quick tests, all of them with the slow ones."""
 
 from collections.abc import Iterable
 
 import pytest
 
 
-def first_quickly(cases: Iterable) -> list:
+def first_quickly(cases: Iterable, quick: int = 1) -> list:
     """
-    The cases, all but the first marked as slow.
+    The cases, all but the first `quick` marked as slow.
 
     For grids in which each case checks the same rule with another kind, so that one of them finds most mistakes.
     """
-    first, *others = cases
-    return [first, *(pytest.param(*as_tuple(case), marks=pytest.mark.slow) for case in others)]
+    cases = list(cases)
+    return [*cases[:quick], *(pytest.param(*as_tuple(case), marks=pytest.mark.slow) for case in cases[quick:])]
 
 
 def as_tuple(case) -> tuple:

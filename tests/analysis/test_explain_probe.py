@@ -140,7 +140,7 @@ def test_relevance_is_the_sum_of_both_ways(method, processor):
     np.testing.assert_allclose(patches(both), patches(probe_alone) + patches(fusion_alone), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", FUSION_KINDS)
+@pytest.mark.parametrize("kind", first_quickly(FUSION_KINDS))
 @pytest.mark.parametrize("method", ATTENTION_METHODS)
 @pytest.mark.parametrize("task", first_quickly(["topic", "entities"]))
 def test_rows_do_not_disturb_each_other(kind, method, task, processor):

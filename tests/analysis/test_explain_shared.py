@@ -22,7 +22,7 @@ from tiny import (
 from transformers import ViTImageProcessor
 from writers import make_writer
 
-from mm_transformers import Generation, MMTransformerProcessor
+from mm_transformers import Generation, MMTransformerProcessor, TokenClassification
 from mm_transformers.analysis import explain
 from mm_transformers.analysis.explaining import integrated_gradients
 from mm_transformers.analysis.explaining.colors import heat_map
@@ -391,3 +391,15 @@ def test_blank_texts_hold_no_words_known_or_not():
     kept = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id}
     assert set(blank.flatten().tolist()) == kept
     assert (blank == ids)[torch.isin(ids, torch.tensor(sorted(kept)))].all()
+
+
+def test_integrated_gradients_of_a_word_are_those_of_the_row_alone():
+    pytest.importorskip("captum")
+    task = TokenClassification("entities", labels=["none", "animal"])
+    model, processor = make_sensitive(tasks=[task]), make_processor()
+    rows = [{"text": "a red cat in the rain"}, {"text": "the dog"}]
+    alone = [explain(model, processor, row, "entities", "integrated_gradients", word=1) for row in rows]
+    together = explain(model, processor, rows, "entities", "integrated_gradients", word=1)
+    for one, other in zip(together, alone, strict=True):
+        assert one.answer == other.answer
+        np.testing.assert_allclose(relevances(one), relevances(other), rtol=1e-3, atol=1e-5)

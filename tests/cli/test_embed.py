@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from command_line import mm
+from distributed import run_in_processes
 from recipes import write_csv
 from safetensors.numpy import load_file
 from tiny import make_image, make_model, make_processor
@@ -85,6 +86,28 @@ def test_a_folder_of_pictures(folder, tmp_path):
     vectors = expected(folder)
     np.testing.assert_allclose(rows[1]["fused_embedding"], vectors["fused"][2], rtol=1e-4, atol=1e-5)
     assert rows[1]["text_embedding"] is None
+
+
+@pytest.mark.slow
+def test_two_processes_write_all_rows_in_order(folder, tmp_path):
+    command = [
+        "-m",
+        "mm_transformers.cli",
+        "embed",
+        str(folder / "model"),
+        str(folder / "rows.csv"),
+        "--batch-size",
+        "1",
+    ]
+    for output in ("e.parquet", "e.safetensors"):
+        run_in_processes([*command, "--output", str(tmp_path / output)])
+    vectors = expected(folder)
+    rows = pyarrow.parquet.read_table(tmp_path / "e.parquet").to_pylist()
+    assert [row["id"] for row in rows] == ["7", "8", "9"]
+    for i, row in enumerate(rows):
+        check(row, vectors, i)
+    for name, array in load_file(tmp_path / "e.safetensors").items():
+        np.testing.assert_allclose(array, vectors[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

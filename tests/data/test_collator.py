@@ -487,3 +487,14 @@ def test_files_inside_archives(tmp_path):
     )
     row = {"text": "a", "image": {"path": address.replace("0.png", "1.png"), "bytes": None}, "score": 1}
     assert "row 0 of the batch, column 'image': 'zip://1.png" in message_of(make_collator(), [row])
+
+
+@pytest.mark.parametrize("num_columns", [20, 21])
+def test_at_most_twenty_columns_are_named(num_columns):
+    names = [f"note {i}" for i in range(num_columns)]
+    config = make_config(vision=None, tasks=[Classification("topic", ["animals", "food"])])
+    collator = MMDataCollator(make_processor(), config, text_column=names)
+    with pytest.raises(ValueError, match="no content in") as error:
+        collator([dict.fromkeys(names)])
+    shown = [repr(name) for name in names[:20]] + ["..."] * (num_columns > 20)
+    assert str(error.value) == f"row 0 of the batch has no content in {', '.join(shown)}: remove the row."

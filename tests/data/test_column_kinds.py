@@ -1,5 +1,6 @@
 """What each column of a table is taken for, and which task a target becomes: each message in full."""
 
+import dataclasses
 import io
 from datetime import date, datetime
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mm_transformers.data.column_kinds import column_kinds, known_kinds, target, task_name
+from mm_transformers.model.limits import limits, set_limits
 
 
 N = 60
@@ -92,6 +94,18 @@ def test_classes_of_a_data_set():
     rows = datasets.Dataset.from_dict({"x": [0, 1, 1]}, features=features)
     assert column_kinds(rows)[0] == column_kinds(rows, said={})[0]
     assert (column_kinds(rows)[0].role, column_kinds(rows)[0].reason) == ("category", "2 named classes")
+
+
+def test_a_category_has_at_most_so_many_values():
+    rows = datasets.Dataset.from_dict({"brand": [f"brand {chr(97 + i % 5)}" for i in range(60)]})
+    before = limits()
+    try:
+        for most, role in ((5, "category"), (4, "text")):
+            set_limits(category_values=most)
+            [found] = column_kinds(rows, ["other"])
+            assert found.role == role
+    finally:
+        set_limits(**dataclasses.asdict(before))
 
 
 def test_one_word_of_the_user_corrects_a_wrong_guess():

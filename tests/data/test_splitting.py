@@ -372,3 +372,9 @@ def test_recipes_and_examples_hold_out_rows_of_one_picture():
     before = data["validation"]
     hold_out(data, 0.2, columns, [TOPIC])
     assert data["validation"] is before
+
+
+def test_a_class_of_three_rows_may_give_two():
+    rows = datasets.Dataset.from_dict({"text": ["one", "two", "three"], "topic": ["a", "a", "a"]})
+    train, held_out = hold_out_rows(rows, 0.67, tasks=[TOPIC])
+    assert (len(train), len(held_out)) == (1, 2)

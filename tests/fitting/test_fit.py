@@ -138,6 +138,9 @@ def test_answers_to_new_rows(fitted, folder, encoders):
     answers = result.predict(rows)
     assert [set(answer) for answer in answers] == [{"topic", "stars"}] * 2
     assert answers == result.predict(pd.DataFrame(rows))
+    assert answers == Predictor.from_pretrained(folder / "model")(rows)
+    empty = dict.fromkeys(rows[0])
+    assert result.predict([{"title": "red cat"}]) == result.predict([{**empty, "title": "red cat"}])
     piped = pipeline("multimodal", model=str(folder / "model"))(rows)  # the columns of the table are keys
     assert [row["topic"]["label"] for row in piped] == [row["topic"]["label"] for row in answers]
     assert [row["stars"]["value"] for row in piped] == pytest.approx(

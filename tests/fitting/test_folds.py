@@ -158,14 +158,19 @@ def test_other_rows_or_folds_are_measured_anew(tmp_path):
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     make_table().to_csv(tmp_path / "rows.csv", index=False)
     output = mm(
         "fit", tmp_path / "rows.csv", "--predict", "kind", "--output", tmp_path / "model", "--folds", "2",
-        "--minutes", "2", "--preset", "fast",
+        "--minutes", "2", "--preset", "fast", "--report-to", "tensorboard",
     )  # fmt: skip
     assert "Fold 2 of 2: kind" in output
     assert "mean over 2 folds" in output
     assert (tmp_path / "model" / "folds.csv").is_file()
+    [events] = tmp_path.rglob("events.out.tfevents.*")  # the folds are not tracked
+    assert EventAccumulator(str(events.parent)).Reload().Scalars("train/kind_loss")
 
 
 def test_folds_have_equal_shares_of_labels():

@@ -29,6 +29,7 @@ from transformers import AutoProcessor, AutoTokenizer, CLIPConfig, PreTrainedTok
 from mm_transformers import MMTransformerProcessor
 from mm_transformers.model.images import ImageError
 from mm_transformers.model.task_token_classification import split_words
+from mm_transformers.model.text_tokens import tokenize
 
 
 PROCESSOR = make_processor()
@@ -497,3 +498,18 @@ def test_keys_of_rows_from_columns_of_a_table():
     assert keys({"text": "a", "photo": "x.png"}) == {"text": "text: a", "image": "x.png"}
     assert keys({"photo": "x.png", "image": "y.png"}) == {"image": "y.png"}  # the key of the pipeline wins
     assert keys({"price": 3}) == {"price": 3}
+
+
+def test_only_the_beginning_of_an_endless_text_is_tokenized(monkeypatch):
+    processor, longest = make_processor(), []
+
+    def tokenize_and_note(tokenizer, text, **options):
+        longest.append(max(map(len, text)))
+        return tokenize(tokenizer, text, **options)
+
+    monkeypatch.setattr("mm_transformers.model.processing_mm_transformer.tokenize", tokenize_and_note)
+    texts = ["a red cat " * 10_000, "the sun"]
+    shortened = processor(text=texts, max_length=10)["input_ids"]
+    assert max(longest) < 2000  # of 100,000 characters
+    whole = processor.tokenizer(texts, max_length=10, truncation=True, padding=True, return_tensors="pt")["input_ids"]
+    assert shortened.equal(whole)

@@ -328,7 +328,7 @@ def test_a_row_without_cells_answers_as_without_the_table(fusion):
     rows = [{"text": "a cat", "table": None}, {"text": "a cat", "table": {"price": None}}]
     alone = logits_of(model, rows)
     beside = logits_of(model, [*rows, {"text": "a cat", "table": CELLS}])
-    assert torch.equal(alone[0], alone[1])
+    torch.testing.assert_close(alone[0], alone[1])  # matrix products may depend on the place in the batch
     torch.testing.assert_close(beside[:2], alone, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(beside[2], beside[0])
 

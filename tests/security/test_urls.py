@@ -186,6 +186,13 @@ class TestPermission:
         with pytest.raises(ValueError, match=r"it has more bytes than the limit file_bytes=100,000"):
             collator(parts)([{"text": "a", "image": f"zip://bomb.png::{path}"}])
 
+    def test_a_chain_that_ends_in_a_store_is_no_local_file(self):
+        """The store itself is asked; its file system, or a connection, is what is missing here."""
+        with pytest.raises(ValueError, match="cannot be opened") as error:
+            Addresses(["s3://"]).at_hand({"path": "zip://a.png::s3://bucket/pictures.zip", "bytes": None})
+        assert "No such file" not in str(error.value)
+        assert "FileNotFoundError" not in str(error.value)
+
     def test_a_chain_opens_no_other_file(self, parts, tmp_path, monkeypatch):
         """Only its last part names a file, which is checked: a pipe would never end."""
         path, pipe = tmp_path / "a.zip", tmp_path / "pipe"

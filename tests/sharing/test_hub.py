@@ -292,6 +292,7 @@ def test_a_data_set(pulled):
     assert len(pulled["rows piped"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "words"),
     [

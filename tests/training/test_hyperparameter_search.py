@@ -86,6 +86,7 @@ def test_each_trial_trains_a_model_of_its_own(searched):
     assert len(settings) == 4
 
 
+@pytest.mark.slow
 def test_objective_and_weighting_follow_the_model(searched):
     """FAMO of each trial began anew, and L2-SP pulls to where this trial started."""
     trainer, _ = searched
@@ -98,6 +99,7 @@ def test_objective_and_weighting_follow_the_model(searched):
         assert last["topic_weight"] != pytest.approx(0.5, abs=5e-3)
 
 
+@pytest.mark.slow
 def test_the_best_is_the_best(searched):
     trainer, best = searched
     measured = []

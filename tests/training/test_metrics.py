@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
+from tiny import make_tokenizer
 from transformers import EvalPrediction
 
 from mm_transformers import ArrayMetric, register_metric
 from mm_transformers.model.task_base import Task, task_from_dict
-from mm_transformers.model.tasks import Classification, MultiLabel, Regression, TokenClassification
+from mm_transformers.model.tasks import Classification, Generation, MultiLabel, Regression, TokenClassification
 from mm_transformers.training.metrics import METRICS, MultiTaskMetrics, headline, is_known_error, less_is_better
 
 
@@ -370,3 +371,15 @@ class TestErrors:
     def test_predictions_without_the_task(self, predictions):
         with pytest.raises(ValueError, match=r"EvalPrediction\.predictions must be a dict .* task 'topic'"):
             MultiTaskMetrics(config_of(TOPIC))(EvalPrediction(predictions, {"topic": np.zeros(2, dtype=int)}))
+
+
+def test_written_answers_are_read_without_their_padding():
+    """Ids of -100, in answers and in labels, are padding for the tokenizer."""
+    tokenizer = make_tokenizer()
+    task = Generation("caption", max_length=8, metrics=["exact_match"])
+    ids = tokenizer(["a red cat", "the sun"], padding=True, return_tensors="np")["input_ids"]
+    ids = np.where(ids == tokenizer.pad_token_id, -100, ids)
+    compute_metrics = MultiTaskMetrics(config_of(task), SimpleNamespace(tokenizer=tokenizer))
+    answers = {"losses": np.ones(2, dtype="f4"), "generated_ids": ids}
+    results = compute_metrics(EvalPrediction({"caption": answers}, {"caption": ids}))
+    assert results["caption_exact_match"] == 1.0

@@ -30,6 +30,7 @@ from mm_transformers.training.checkpoints.folders import (
     discard,
     make_own_folder,
     newest_complete_checkpoint,
+    publish,
     rotate,
     write_manifest,
 )
@@ -505,3 +506,25 @@ def test_killed_twenty_times(tmp_path):
     hits = train_with_kills(tmp_path, 120, kills)
     print(f"The kills hit: {hits}.")
     assert hits["saving"] >= 5
+
+
+def test_a_checkpoint_replaces_an_older_one_and_nothing_else(tmp_path):
+    def write(name, content):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        (folder / "weights").write_text(content)
+        write_manifest(folder)
+        return folder
+
+    final = write("checkpoint-1", "old")
+    publish(write("staged", "new"), final)
+    assert (final / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    # What is no checkpoint of a training is kept.
+    notes = tmp_path / "checkpoint-2"
+    notes.mkdir()
+    (notes / "notes.txt").write_text("mine")
+    publish(write("staged", "new"), notes)
+    assert (tmp_path / "checkpoint-2" / "weights").read_text() == "new"
+    assert (tmp_path / "checkpoint-2-kept-1" / "notes.txt").read_text() == "mine"

@@ -284,6 +284,9 @@ def fit(
         int | None,
         typer.Option(help="Measure by cross-validation over this number of folds, instead of held-out test rows."),
     ] = None,
+    report_to: Annotated[
+        str | None, typer.Option(help="Tracker of losses and metrics: trackio, wandb, tensorboard, ... Default: none.")
+    ] = None,
     allow_urls: AllowUrls = False,
     allow_host: AllowHost = None,
 ) -> None:
@@ -296,8 +299,9 @@ def fit(
     with _errors_as_sentences():
         from .fit import run_fit
 
-        urls = _allowed(allow_urls, allow_host)
-        run_fit(table, predict, output, column or [], minutes=minutes, folds=folds, allow_urls=urls, **planning)
+        training = {} if report_to is None else {"report_to": report_to}
+        options = dict(minutes=minutes, folds=folds, training=training, allow_urls=_allowed(allow_urls, allow_host))
+        run_fit(table, predict, output, column or [], **options, **planning)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Any, Optional
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
 from ..model.file_contents import is_absent
+from ..model.image_size import check_size
 from ..model.images import ProcessedPictures
 from ..model.label_cells import is_null, shorten_value
 from ..model.modalities import MODALITIES, OTHER_ENCODERS, PARTS, Modality, ReaderContext, modalities_of
@@ -133,6 +134,8 @@ class MMDataCollator:
             name = modality.encoder.name
             if name not in config.modalities:
                 continue
+            if name == "vision":
+                check_size(config.vision_config, processor.image_processor)
             if modality.encoder.own is not None:
                 check_own_config(processor, config, name)
             if modality.columns is not None:

@@ -71,12 +71,14 @@ class FitResult:
         The answers to new rows, with the columns of the training table.
 
         Args:
-            rows: a `DataFrame`, a `datasets.Dataset` or a list of dicts.
+            rows: a `DataFrame`, a `datasets.Dataset` or a list of dicts. Columns that a row lacks are missing cells.
 
         Returns:
             One dict per row: task -> answer, as from [`Predictor`].
         """
-        return list(self.predictor(rows))
+        missing = dict.fromkeys(self.predictor.collator.input_columns)
+        batches = self.predictor.stream(rows, prepare=lambda row: {**missing, **row})
+        return [answers for batch in batches for _, answers in batch]
 
 
 def fit(

@@ -228,7 +228,8 @@ def _measure(
     rows, places = splits["train"], np.flatnonzero(numbers == number - 1)
     parts = datasets.DatasetDict(splits)
     parts |= {"train": rows.select(np.flatnonzero(numbers != number - 1)), "test": rows.select(places)}
-    recipe = replace(recipe, training={**recipe.training, "output_dir": str(folder)})
+    # Trackers would put all trainings of a process into one run.
+    recipe = replace(recipe, training={**recipe.training, "output_dir": str(folder), "report_to": "none"})
     data = split_data(recipe, parts, copy.deepcopy(tasks))  # training decides on options of tasks
     study = Study(data.splits["test"])
     args = training_arguments(recipe)

@@ -35,11 +35,12 @@ def class_options(cls: type[PreTrainedModel]) -> dict[str, bool]:
 def forward_options(model: PreTrainedModel) -> dict[str, bool]:
     """Keyword arguments of a forward pass without a cache."""
     cls: Any = model.__class__
-    return {"use_cache": False} if "use_cache" in _arguments_of(cls) else {}
+    return {"use_cache": False} if "use_cache" in arguments_of(cls) else {}
 
 
 @functools.cache
-def _arguments_of(cls: Any) -> frozenset[str]:
+def arguments_of(cls: Any) -> frozenset[str]:
+    """The names of the arguments of its forward pass."""
     return frozenset(inspect.signature(cls.forward).parameters)
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .distributed import is_sharded
 from .encoder_classes import audio_token_mask, forward_options, min_audio_samples, output_tokens
 from .encoder_probe import is_expert, traits_of
+from .image_size import size_options
 from .padding import as_long_as, leading_padding, roll_rows, run_by_length
 
 
@@ -90,6 +91,8 @@ class EncoderFeatures:
     def _run(self, inputs: dict[str, torch.Tensor], attention_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
         """The tokens that the encoder outputs, (items, tokens, width)."""
         traits, options = traits_of(self.config), forward_options(self.encoder)
+        if "pixel_values" in inputs:
+            options = {**options, **size_options(self.encoder, self.config, inputs["pixel_values"])}
 
         def run(**given: torch.Tensor) -> torch.Tensor:
             tokens = output_tokens(self.encoder(**given, **options))

@@ -25,6 +25,7 @@ from .custom_code import reference, write_code
 from .downloads import fetch
 from .encoders import encoder_config_from_pretrained, max_text_positions
 from .file_contents import describe, is_absent
+from .image_size import set_size
 from .images import ProcessedPictures, image_key, num_pixels, pixels_for_each
 from .label_cells import is_null
 from .limits import limits, named
@@ -372,6 +373,7 @@ class MMTransformerProcessor(ProcessorMixin):
         backend: Optional[str] = None,
         num_frames: int = 8,
         table: Any = None,
+        image_size: Optional[int | Sequence[int]] = None,
         **kwargs: Any,
     ) -> "MMTransformerProcessor":
         """
@@ -386,6 +388,8 @@ class MMTransformerProcessor(ProcessorMixin):
             num_frames (`int`, *optional*, defaults to 8): How many frames are taken of a video, at most.
             table ([`TableConfig`], *optional*): The columns of numbers and categories, from [`table_columns`]. Likewise
                 a config for each modality of your own, by the name of its encoder.
+            image_size (`int` or `(int, int)`, *optional*): Height and width of the pictures that the encoder gets; by
+                default those that it was pretrained on. Encoders like ViT then interpolate their position embeddings.
             kwargs: for all `from_pretrained` (`revision`, `token`, `cache_dir`, ...).
         """
         own = {"table_config": table}
@@ -404,6 +408,11 @@ class MMTransformerProcessor(ProcessorMixin):
         if vision is not None:
             chosen = {} if backend is None else {"backend": backend}
             image_processor = _read_part("image processor", AutoImageProcessor, vision, **chosen, **kwargs)
+        if image_size is not None:
+            if image_processor is None:
+                raise ValueError("image_size needs a vision encoder: give vision=..., or leave image_size out.")
+            set_size(image_processor, image_size)
+            _check_size(image_processor, vision)
         if audio is not None:
             feature_extractor = _read_part("feature extractor", AutoFeatureExtractor, audio, **kwargs)
         return cls(image_processor, tokenizer, feature_extractor, num_frames, reads_text=text is not None, **own)

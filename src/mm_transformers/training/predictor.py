@@ -91,11 +91,13 @@ class Predictor:
             name: a folder or a Hub id.
             tasks: the tasks to answer; all by default.
             options: `batch_size`, `num_workers`, `probabilities`, and the options of [`MMDataCollator`], such as
-                `image_column`.
+                `image_column`. The columns default to those of the training table, if the processor knows them.
         """
         model = MMTransformerForMultiTask.from_pretrained(name)
         own = {key: options.pop(key) for key in ("batch_size", "num_workers", "probabilities") if key in options}
-        collator = MMDataCollator(MMTransformerProcessor.from_pretrained(name), model.config, **options)
+        processor = MMTransformerProcessor.from_pretrained(name)
+        known = {f"{key}_column": names for key, names in processor.input_columns.items()}
+        collator = MMDataCollator(processor, model.config, **{**known, **options})
         return cls(model.to(PartialState().device), collator, tasks, **own)
 
     def __call__(self, rows: Iterable[Mapping[str, Any]] | str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -187,6 +187,7 @@ def build_trainer(
         options: dict[str, Any] = {"trust_remote_code": False}
         options |= {name: value for name, value in recipe.model.items() if name not in encoders}
         known: dict[str, Any] = {name: options[name] for name in (*HUB_KWARGS, "num_frames") if name in options}
+        known["image_size"] = options.pop("image_size", None)
         processor = MMTransformerProcessor.from_encoders(**encoders, backend=options.pop("backend", None), **known)
         model = MMTransformerForMultiTask.from_encoders(**encoders, tasks=data.tasks, **options)
         processor.input_columns = recipe.columns.by_key(model.config.modalities)

@@ -130,6 +130,7 @@ def _model_hints() -> dict[str, Any]:
     loading: dict[str, type] = dict.fromkeys(HUB_KWARGS, bool)
     loading |= dict.fromkeys(("revision", "cache_dir", "token", "dtype", "attn_implementation", "backend"), str)
     own = dict.fromkeys(own_encoders(), dict | None)
+    loading["image_size"] = int  # of the processor
     return {"text": str, "vision": str | None, "audio": str | None, **own, **config, **loading}
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,9 @@ def run_recipe(
             say(f"Another training needs another folder (training.output_dir=...): {'; '.join(differences)}.")
         measured = {split: prefix for split, prefix in measured.items() if not _has_metrics(results[split])}
     trainer: MMTrainer | None = None
+    if args.run_name is None and args.report_to:
+        # With this name, Trackio adds the test scores to the run of the training.
+        args.run_name = f"{folder.name} {datetime.now():%Y-%m-%d %H:%M:%S}"
     if not finished or measured:
         saved = folder if finished else None
         trainer = build_trainer(recipe, args, data, saved=saved, allow_urls=allow_urls, callbacks=list(callbacks))
