@@ -169,8 +169,8 @@ def test_the_command(tmp_path):
     assert "Fold 2 of 2: kind" in output
     assert "mean over 2 folds" in output
     assert (tmp_path / "model" / "folds.csv").is_file()
-    [events] = tmp_path.rglob("events.out.tfevents.*")  # the folds are not tracked
-    assert EventAccumulator(str(events.parent)).Reload().Scalars("train/kind_loss")
+    [events] = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}  # the folds are not tracked
+    assert EventAccumulator(str(events)).Reload().Scalars("eval/kind_loss")
 
 
 def test_folds_have_equal_shares_of_labels():

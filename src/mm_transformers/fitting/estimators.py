@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.utils import check_array, check_consistent_length, check_random_state, column_or_1d
+from sklearn.utils import check_array, check_consistent_length, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ..model.label_cells import NUMBER, PADDING
 from ..training.predictor import Predictor
+from .estimator_targets import names_of_classes, targets_of
 from .fit import FitResult
 from .fit import fit as fit_table
 from .plan import HELD_OUT
@@ -81,7 +81,7 @@ class _TableEstimator(BaseEstimator):
         table, are_numbers = self._table(X, reset=True)
         if y is None:
             raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None.")
-        targets = self._encoded(_targets(y, table))
+        targets = self._encoded(targets_of(y, table))
         check_consistent_length(table, targets)
         if len(table) < 2:
             raise ValueError(f"A training needs at least two rows, but got {len(table)} sample.")
@@ -309,7 +309,7 @@ class MMClassifier(ClassifierMixin, _TableEstimator):
             known, ids = np.unique(values, return_inverse=True)
             if len(known) < 2:
                 raise ValueError(f"y has one class only, {str(known[0])!r}, so there is nothing to learn.")
-            names = _names_of(known)
+            names = names_of_classes(known)
             classes.append(known)
             class_names.append(names)
             cells[name] = [names[i] for i in ids]
@@ -357,45 +357,6 @@ class MMRegressor(RegressorMixin, _TableEstimator):
     def _encoded(self, targets: list[tuple[str, np.ndarray]]) -> pd.DataFrame:
         options = {"ensure_2d": False, "dtype": np.float64, "input_name": "y"}
         return pd.DataFrame({name: check_array(values, **options) for name, values in targets})
-
-
-def _targets(y: Any, table: pd.DataFrame) -> list[tuple[str, np.ndarray]]:
-    """The names of the targets, which differ from the columns of the table, and their cells."""
-    if hasattr(y, "to_pandas") and not hasattr(y, "iloc"):
-        y = y.to_pandas()
-    values = np.asarray(y)
-    if values.ndim == 2 and values.shape[1] > 1:
-        names = list(map(str, y.columns)) if hasattr(y, "columns") else [f"y{i}" for i in range(values.shape[1])]
-        columns = [np.asarray(y.iloc[:, i]) if hasattr(y, "iloc") else values[:, i] for i in range(len(names))]
-    else:
-        names = [y.name if isinstance(getattr(y, "name", None), str) else "y"]
-        columns = [column_or_1d(y, warn=values.ndim > 1)]
-    taken, found = set(table.columns), []
-    for name, cells in zip(names, columns, strict=True):
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        missing = int(pd.isna(cells).sum())
-        if missing:
-            raise ValueError(
-                f"Input y contains NaN or None in {missing:,} rows: leave these rows out, or use "
-                "`mm_transformers.fit`, which trains the other targets with such rows."
-            )
-        found.append((name, cells))
-    return found
-
-
-def _names_of(classes: np.ndarray) -> list[str]:
-    """A label for each class: the class as a text, if all these texts are labels of their own."""
-    names = [str(int(value)) if isinstance(value, float) and value.is_integer() else str(value) for value in classes]
-    are_whole = [name.lstrip("-").isdigit() for name in names]
-    are_plain = all(
-        name == name.strip() and name not in ("", str(PADDING)) and (whole or not NUMBER.fullmatch(name))
-        for name, whole in zip(names, are_whole, strict=True)
-    )
-    if are_plain and len(set(names)) == len(names) and (all(are_whole) or not any(are_whole)):
-        return names
-    return [f"class {i}" for i in range(len(names))]
 
 
 def _say_nothing(line: str) -> None:

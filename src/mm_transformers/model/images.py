@@ -118,7 +118,7 @@ def check_resized(image: Any, image_processor: Any) -> None:
         )
 
 
-def load_image(image: Any, fetch: Callable[[str], bytes] = fetch, most_pixels: Optional[int] = None):
+def load_image(image: Any, fetch: Callable[[str], bytes] = fetch, most_pixels: Optional[int] = None) -> Any:
     """
     An RGB `PIL.Image.Image`.
 
@@ -193,7 +193,7 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _open(image: Any, fetch: Callable[[str], bytes]):
+def _open(image: Any, fetch: Callable[[str], bytes]) -> Any:
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -246,7 +246,7 @@ def _kept_size(picture: Any, most: int) -> tuple[int, int]:
     return max(1, int(picture.width * share)), max(1, int(picture.height * share))
 
 
-def _shrunk(picture: Any, most: int):
+def _shrunk(picture: Any, most: int) -> Any:
     """The picture, of at most 8 bits per channel, shrunk to this number of pixels."""
     from PIL import Image
 
@@ -257,7 +257,7 @@ def _shrunk(picture: Any, most: int):
     return picture.resize(_kept_size(picture, most), Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
-def _from_array(array: Any):
+def _from_array(array: Any) -> Any:
     import numpy as np
     from PIL import Image
 
@@ -303,7 +303,7 @@ def _in_blocks(array: Any) -> list[Any]:
     return [array[start : start + 256] for start in range(0, len(array), 256)]
 
 
-def _from_sixteen_bits(values: Any, what: str):
+def _from_sixteen_bits(values: Any, what: str) -> Any:
     """Scales to 8 bits, unless so little of the range is used that white must be another number."""
     if 0 < values.max() < 2**12:
         raise ImageError(
@@ -313,7 +313,7 @@ def _from_sixteen_bits(values: Any, what: str):
     return values // 257
 
 
-def _from_integers(values: Any, what: str):
+def _from_integers(values: Any, what: str) -> Any:
     """Converts integers of a type without a defined white."""
     if not (values.min() >= 0 and values.max() <= 255):
         raise ImageError(f"{what} must lie between 0 and 255")
@@ -325,7 +325,7 @@ def _from_integers(values: Any, what: str):
     return values
 
 
-def _eight_bits_of(picture):
+def _eight_bits_of(picture: Any) -> Any:
     """The picture itself, if it has 8 bits or less per channel."""
     import numpy as np
     from PIL import Image
@@ -355,7 +355,7 @@ def _eight_bits_of(picture):
     return picture
 
 
-def _to_rgb(picture):
+def _to_rgb(picture: Any) -> Any:
     from PIL import Image
 
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:

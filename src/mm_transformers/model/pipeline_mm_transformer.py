@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Optional, overload
@@ -30,7 +31,7 @@ class RowPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model: Any = unwrapped(self.model)
         if not hasattr(self.model, "tasks"):
@@ -60,8 +61,14 @@ class RowPipeline(Pipeline):
         return super().__call__(_NumberedStream(inputs), **kwargs)
 
     def get_iterator(
-        self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
-    ):
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> Any:
         # Unlike in the stock method, a batch is built from rows, not from tensors of single rows. Only then is a
         # shared image read and encoded once.
         if isinstance(inputs, list):
@@ -84,15 +91,15 @@ class RowPipeline(Pipeline):
         answered = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
         return PipelineIterator(answered, self.postprocess, postprocess_params)
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Saves model and processor; the stock method saves only the parts of the processor."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
-    def preprocess(self, input_, **kwargs):
+    def preprocess(self, input_: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("Rows are preprocessed in batches by get_iterator.")
 
-    def postprocess(self, model_outputs):
+    def postprocess(self, model_outputs: Any) -> Any:
         answers = model_outputs["answers"]
         return answers[0] if isinstance(answers, list) else answers  # batches of one row are not taken apart
 
@@ -131,7 +138,14 @@ class MultimodalPipeline(RowPipeline):
     ```
     """
 
-    def _sanitize_parameters(self, tasks=None, top_k="", threshold=None, generate_kwargs=None, **unknown):
+    def _sanitize_parameters(
+        self,
+        tasks: Optional[Sequence[str]] = None,
+        top_k: Any = "",
+        threshold: Any = None,
+        generate_kwargs: Optional[dict[str, Any]] = None,
+        **unknown: Any,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         _refuse_options(unknown, "multimodal", ["tasks", "top_k", "threshold", "generate_kwargs"])
         # As in the pipelines of transformers, "" stands for an option that is not given.
         top_k = sys.maxsize if top_k is None else None if top_k == "" else top_k
@@ -147,7 +161,13 @@ class MultimodalPipeline(RowPipeline):
         }
         return {}, {name: value for name, value in given.items() if value is not None}, {}
 
-    def _forward(self, inputs, tasks=None, decode_options=None, generate_kwargs=None):
+    def _forward(
+        self,
+        inputs: Any,
+        tasks: Optional[Sequence[str]] = None,
+        decode_options: Optional[dict[str, Any]] = None,
+        generate_kwargs: Optional[dict[str, Any]] = None,
+    ) -> Any:
         if "error" in inputs:
             raise ValueError(inputs["error"])
         names, texts, word_index = tasks or list(self.model.tasks), inputs["texts"], inputs["word_index"]
@@ -180,12 +200,14 @@ class MultimodalEmbeddingPipeline(RowPipeline):
     ```
     """
 
-    def _sanitize_parameters(self, task_name=None, normalize=None, **unknown):
+    def _sanitize_parameters(
+        self, task_name: Optional[str] = None, normalize: Optional[bool] = None, **unknown: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         _refuse_options(unknown, "multimodal-feature-extraction", ["task_name", "normalize"])
         given = {"task_name": task_name, "normalize": normalize}
         return {}, {name: value for name, value in given.items() if value is not None}, {}
 
-    def _forward(self, inputs, task_name=None, normalize=False):
+    def _forward(self, inputs: Any, task_name: Optional[str] = None, normalize: bool = False) -> Any:
         if "error" in inputs:
             raise ValueError(inputs["error"])
         return {"answers": vectors_of_rows(self.model.embed(task_name, normalize, **inputs["tensors"]))}

@@ -210,14 +210,14 @@ class MMTransformerProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
-        feature_extractor=None,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        feature_extractor: Any = None,
         num_frames: int = 8,
         reads_text: bool = True,
         input_columns: Optional[Mapping[str, Sequence[str]]] = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         for name in own_encoders():
             config = resolve_own(kwargs.pop(f"{name}_config", None), name)
             if config is not None:
@@ -348,7 +348,9 @@ class MMTransformerProcessor(ProcessorMixin):
                 cells[argument] = modality.cell(row, configs[modality.encoder.name]) or None
         return cells
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """
         As [`~transformers.ProcessorMixin.save_pretrained`], and copies the code of the processor into the folder.
 
@@ -418,7 +420,13 @@ class MMTransformerProcessor(ProcessorMixin):
         return cls(image_processor, tokenizer, feature_extractor, num_frames, reads_text=text is not None, **own)
 
     def __call__(
-        self, text: Any = None, images: Any = None, videos: Any = None, audio: Any = None, table: Any = None, **kwargs
+        self,
+        text: Any = None,
+        images: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        table: Any = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """
         Args:
@@ -565,7 +573,13 @@ class MMTransformerProcessor(ProcessorMixin):
         }
 
     def _tokenize(
-        self, text, padding=None, max_length=None, pad_to_multiple_of=None, return_word_index=False, **kwargs
+        self,
+        text: Any,
+        padding: Any = None,
+        max_length: Optional[int] = None,
+        pad_to_multiple_of: Optional[int] = None,
+        return_word_index: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         tokenizer = self.tokenizer
         if padding is None:
@@ -705,7 +719,9 @@ class MMTransformerProcessor(ProcessorMixin):
         with _errors_of("image processor"):
             return self.image_processor(images=pictures, return_tensors="pt", **options)["pixel_values"]
 
-    def _process_audio(self, audio: list[Any], sampling_rate: Optional[int] = None, **given) -> dict[str, torch.Tensor]:
+    def _process_audio(
+        self, audio: list[Any], sampling_rate: Optional[int] = None, **given: Any
+    ) -> dict[str, torch.Tensor]:
         extractor = self.feature_extractor
         if extractor is None:
             if any(as_clips(entry) for entry in audio):
@@ -735,7 +751,7 @@ class MMTransformerProcessor(ProcessorMixin):
                 data["audio_attention_mask" if name == "attention_mask" else name] = value
         return data
 
-    def load_audio(self, clip: Any, sampling_rate: Optional[int] = None, fetch: Callable[[str], bytes] = fetch):
+    def load_audio(self, clip: Any, sampling_rate: Optional[int] = None, fetch: Callable[[str], bytes] = fetch) -> Any:
         """
         The waveform of a clip at the rate of the audio encoder, from [`mm_transformers.model.audio.load_audio`].
 
@@ -835,7 +851,7 @@ def _call_arguments(cls: Any) -> set[str]:
 class _Distinct:
     """Items of a batch, each once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.items: list[Any] = []
         self._numbers: dict[Hashable, Any] = {}
         self._kept: list[Any] = []  # a key may be the id of an object, which is reused after its deletion
