@@ -37,11 +37,8 @@ TEXT = 'text="distilbert/distilbert-base-uncased"'
 REPLACED = {
     "docs/fit.md": {
         '["category", "price"], "my-model")': f'["category", "price"], "fitted", {TEXT})',
-        'X, y = table[["title", "photo", "year"]]': 'table = read_csv("listings.csv")\nX, y = table[["title", "year"]]',
-        "from sklearn": "from pandas import read_csv\nfrom sklearn",
         "MMClassifier(), X, y, cv=5": f'MMClassifier(preset="fast", {TEXT}), X, y, cv=2',
         'preset="balanced", output_dir="my-model"': f'preset="fast", output_dir="classifier", {TEXT}',
-        "test_price_r2": "test_price_mae",  # the page is wrong there; mend it and remove this line
     }
 }
 # Libraries that no extra of the tests brings in; tests/examples/test_ray.py runs the first.
