@@ -17,7 +17,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "docs"))
-from links import with_absolute_links
+from links import with_absolute_links  # noqa: E402
 
 
 sys.path.pop(0)

@@ -50,15 +50,15 @@ def page() -> str:
     return "\n".join([
         "# Compatibility",
         "",
-        f"Python {pythons[0]} to {pythons[-1]}, transformers {versions[1][1]} or newer, torch {versions[0][1]} or newer; "
-        f"{supported} of {all_types} types of encoders. Tested on CPUs, measured on one kind of GPU.",
+        f"Python {pythons[0]} to {pythons[-1]}, transformers {versions[1][1]} or newer, torch {versions[0][1]} "
+        f"or newer; {supported} of {all_types} types of encoders. Tested on CPUs, measured on one kind of GPU.",
         "",
         "*Written by `python docs/compatibility.py`; do not edit this page.*",
         "",
         "## Versions",
         "",
-        "*Lowest* is what can work. *Tested* is the version in `constraints.txt`, with which all tests run on Python 3.11 "
-        "or newer; `make test-floor` runs them with the oldest transformers.",
+        "*Lowest* is what can work. *Tested* is the version in `constraints.txt`, with which all tests run on Python "
+        "3.11 or newer; `make test-floor` runs them with the oldest transformers.",
         "",
         _table(["library", "lowest", "tested", "tested with the oldest transformers"], versions),
         "",

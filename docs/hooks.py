@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import get_plugin_logger
+
 
 sys.path.insert(0, str(Path(__file__).parent))
 from links import with_absolute_links
@@ -18,6 +20,7 @@ sys.path.pop(0)
 
 
 DOCS = Path(__file__).parent
+LOG = get_plugin_logger("links")
 # Section of the navigation -> folder whose pages belong there.
 FOLDERS = {"How to": "how-to", "Decisions": "decisions", "Reference": "reference", "Benchmarks": "benchmarks"}
 
@@ -37,6 +40,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     def outside(target: str) -> str | None:
         path = posixpath.normpath(posixpath.join("docs", folder, target))
         is_page = path.startswith("docs/") and not path.endswith(".py") and not path.startswith("docs/results/")
-        return None if is_page else path
+        if is_page:
+            return None
+        if not (DOCS.parent / path.partition("#")[0]).exists():
+            LOG.warning(f"{page.file.src_uri} links to {target}, which does not exist.")
+        return path
 
     return with_absolute_links(markdown, os.environ.get("REPOSITORY_URL"), outside)

@@ -238,8 +238,8 @@ def _recipe() -> str:
         "",
         _table(["key", "meaning"], model),
         "",
-        "Also all [fields of the config](config.md) but `tasks` and the configs of encoders, and the options of loading "
-        "an encoder: `revision`, `cache_dir`, `token`, `dtype`, `attn_implementation`, `backend`, `local_files_only`, ...",
+        "Also all [fields of the config](config.md) but `tasks` and the configs of encoders, and the options of "
+        "loading an encoder: `revision`, `cache_dir`, `token`, `dtype`, `attn_implementation`, `backend`, ...",
         "",
         "## tasks",
         "",

@@ -328,7 +328,7 @@ def first_example(results: dict[str, Any]) -> str:
 
 @renders("readme_example", "first_example")
 def readme_example(results: dict[str, Any]) -> str:
-    """What the example of README.md printed, on the split that `build_dataset.py` writes; and the mean of the splits."""
+    """What the example of README.md printed, on the split of `build_dataset.py`, and the mean of the splits."""
     ours, linear = "README's first example", "logistic regression"
 
     def scores(method: str, splits: list[str]) -> str:

