@@ -1,6 +1,7 @@
 """
 What `make docs` does beside MkDocs: it adds the pages of some folders to the navigation, and mends links to files
-outside of docs/. These lead to the repository if REPOSITORY_URL is set, and are left out otherwise.
+outside of docs/. These lead to the repository if REPOSITORY_URL is set, and are left out otherwise. It also writes the
+pages as plain texts for assistants (`llms.txt`).
 """
 
 import os
@@ -47,3 +48,26 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return path
 
     return with_absolute_links(markdown, os.environ.get("REPOSITORY_URL"), outside)
+
+
+# The title, the section, the address and the Markdown of each page.
+_TEXTS: list[tuple[str, str, str, str]] = []
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> None:
+    section = page.ancestors[-1].title if page.ancestors else "Home"
+    _TEXTS.append((page.title, section, page.url, page.markdown))
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """Writes `llms.txt`, the list of pages (https://llmstxt.org), and `llms-full.txt`, their texts."""
+    base = (config.site_url or "").rstrip("/")
+    lines = [f"# {config.site_name}", "", f"> {config.site_description}"]
+    order = [next(iter(section)) for section in config.nav]
+    for section in order:
+        pages = [f"- [{title}]({base}/{url})" for title, of, url, _ in _TEXTS if of == section]
+        lines += ["", f"## {section}", "", *pages] if pages else []
+    texts = [f"<!-- {url} -->\n\n{markdown.strip()}\n" for _, _, url, markdown in _TEXTS]
+    site = Path(config.site_dir)
+    (site / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (site / "llms-full.txt").write_text("\n\n".join(texts), encoding="utf-8")

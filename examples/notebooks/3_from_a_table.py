@@ -25,6 +25,8 @@ if "google.colab" in sys.modules:
     pass
 
 # %%
+import os
+
 import pandas as pd
 from sklearn.datasets import load_diabetes
 
@@ -64,7 +66,7 @@ result.predict([{"age": 59, "bmi": 32.1, "s5": 4.86}, {"age": 30}])
 # All decisions are in a recipe. Change it, and train by `mm-transformers train recipe.yaml`.
 
 # %%
-print((result.output / "recipe.yaml").read_text())
+print((result.output / "recipe.yaml").read_text().replace(os.getcwd(), "."))
 
 # %% [markdown]
 # Next: [missing parts](4_missing_parts.ipynb)
