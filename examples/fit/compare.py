@@ -250,9 +250,26 @@ def compare(name: str, table: datasets.Dataset, targets: list[str], options: dic
     return found
 
 
+def markdown(results: dict) -> str:
+    """The mean and the standard deviation over the seeds, as a table."""
+    methods = ["fit, all columns", "fit, without the table", "lightgbm 0.03", "lightgbm 0.1", "linear", "constant"]
+    lines = ["| table, target | score | " + " | ".join(methods) + " |", "|---|---|" + "--:|" * len(methods)]
+    for name, by_seed in results.items():
+        for target in next(iter(by_seed.values())):
+            score = "mae" if "mae" in by_seed["0"][target]["constant"] else "accuracy"
+            cells = []
+            for method in methods:
+                found = [seed[target][method][score] for seed in by_seed.values() if method in seed[target]]
+                found = [100 * value for value in found] if score == "accuracy" else found
+                digits = 1 if not found or np.mean(found) > 10 else 3
+                cells.append(f"{np.mean(found):.{digits}f} ± {np.std(found):.{digits}f}" if found else "")
+            lines.append(f"| {name}, {target} | {score} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="+", help=f"{', '.join(READERS)}, breast_cancer, wine, diabetes, digits")
+    parser.add_argument("tables", nargs="*", help=f"{', '.join(READERS)}, breast_cancer, wine, diabetes, digits")
     parser.add_argument("--data", type=Path, help="the file or folder of the table, if it is not in scikit-learn")
     parser.add_argument("--text", help="text encoder, by Hub id or folder, for tables with texts")
     parser.add_argument("--vision", help="vision encoder, by Hub id or folder, for tables with pictures")
@@ -270,6 +287,7 @@ def main() -> None:
             results.setdefault(name, {})[str(seed)] = found
             args.output.write_text(json.dumps(results, indent=1) + "\n")
             print(name, seed, json.dumps(found, indent=1), flush=True)
+    print(markdown(json.loads(args.output.read_text())))
 
 
 if __name__ == "__main__":
