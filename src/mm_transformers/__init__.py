@@ -12,6 +12,7 @@ from .when_imported import call_when_imported
 
 
 if TYPE_CHECKING:
+    from .analysis.calibration import CalibrationResult, calibrate
     from .data.collator import MMDataCollator
     from .data.embedded import load_demo_dataset
     from .data.feature_cache import FeatureCache
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _MODULES = {
+    "analysis.calibration": ["CalibrationResult", "calibrate"],
     "data.collator": ["MMDataCollator"],
     "data.embedded": ["load_demo_dataset"],
     "data.feature_cache": ["FeatureCache"],
@@ -128,6 +130,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "ArrayMetric",
+    "CalibrationResult",
     "Classification",
     "DataMixture",
     "DataSource",
@@ -162,6 +165,7 @@ __all__ = [
     "TaskGradientsCallback",
     "TextMetric",
     "TokenClassification",
+    "calibrate",
     "fit",
     "load_demo_dataset",
     "register_column",
