@@ -36,8 +36,9 @@ def run_calibration(
     training_rows = None
     if training_file is not None:
         _, _, training_rows = load_with_rows(str(model_folder), training_file, reading)
-    options = {"training_rows": training_rows, "min_rows": min_rows, "hide": hide, "batch_size": batch_size}
-    result = calibrate(model, collator, rows, **options)
+    result = calibrate(
+        model, collator, rows, training_rows=training_rows, min_rows=min_rows, hide=hide, batch_size=batch_size
+    )
     say(str(result))
     model.save_pretrained(model_folder)
     say(f"Wrote the calibration to {model_folder}.")

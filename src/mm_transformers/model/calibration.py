@@ -128,9 +128,8 @@ def check_calibration(values: Any, tasks: Mapping[str, Task]) -> None:
         for group, parts in advice.items():
             for modality, table in parts.items():
                 place = f"{where}.advice[{group!r}][{modality!r}]"
-                columns = (
-                    [table.get(key) for key in ("edges", "now", "then", "rows")] if isinstance(table, dict) else [0]
-                )
+                keys = ("edges", "now", "then", "rows")
+                columns: list[Any] = [table.get(key) if isinstance(table, dict) else None for key in keys]
                 _check(all(map(_numbers, columns)), place, table)
                 sizes = {len(column) for column in columns[1:]}
                 _check(sizes == {len(columns[0]) + 1} and isinstance(table.get("measure"), str), place, table)

@@ -912,7 +912,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         }
         self.heads = TaskHeads(heads)
         odd = (config.calibration or {}).get("oddness")
-        self.oddness = None if odd is None else Oddness(odd)
+        self.oddness: Optional[Oddness] = None if odd is None else Oddness(odd)
         # The weights at the start of training, for an L2-SP regularizer; not saved.
         self.starting_point: Optional[dict[str, torch.Tensor]] = None
         self.post_init()

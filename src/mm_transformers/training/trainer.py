@@ -616,7 +616,8 @@ class MMTrainer(Trainer):
         self._has_trained = True
         if self.fused_model.config.calibration is not None:
             logger.warning("Training changes the probabilities, so the calibration of the model is removed.")
-            self.fused_model.config.calibration = self.fused_model.oddness = None
+            self.fused_model.config.calibration = None
+            self.fused_model.oddness = None
         self._kept.forget()
         self._start, self._average, self._trained_from = Start(), None, None
         self._losses.begin()

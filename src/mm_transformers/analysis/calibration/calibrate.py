@@ -117,10 +117,11 @@ def _set_oddness(
         known, _ = rows_of(training_rows, collator)
         known = [known[i] for i in range(min(len(known), _MOST_TRAINING_ROWS))]
         training = rows_by_group(model, collator, known, False, batch_size)
-    model.oddness = fit_oddness(groups, training)
-    if model.oddness is not None:
-        values["oddness"] = {"parts": model.oddness.parts, "thresholds": model.oddness.thresholds}
-        model.oddness.to(model.device)
+    oddness = fit_oddness(groups, training)
+    if oddness is not None:
+        values["oddness"] = {"parts": oddness.parts, "thresholds": oddness.thresholds}
+        oddness.to(model.device)
+    model.oddness = oddness
 
 
 def _notes(task: str, found: dict[str, GroupMeasures], cells: dict[str, Any], min_rows: int) -> list[str]:

@@ -44,7 +44,7 @@ class TaskRows:
         self.groups = {group: found for group, found in self.groups.items() if len(found[1])}
 
     def cells(self) -> dict[str, Any]:
-        """The `"cells"` of the task; see [`Calibration`]. Groups with too few rows are together in the cell `"other"`."""
+        """The `"cells"` of the task; see [`Calibration`]. Groups with too few rows are in the cell `"other"`."""
         large = {group: found for group, found in self.groups.items() if len(found[1]) >= self.min_rows}
         small = [found for group, found in self.groups.items() if group not in large]
         cells = {group: _cell(self.task, *found) for group, found in large.items()}
@@ -121,17 +121,17 @@ def _table(
     then = task.outcomes(after.logits[task.name], after.labels[task.name])
     if now is None or then is None:
         return None
-    confidences = task.answer_confidences(logits)
     edges: list[float] = []
+    bins = np.zeros(len(shared), int)
+    confidences = task.answer_confidences(logits)
     if confidences is not None:
         count = min(_BINS, len(shared) // _BIN_ROWS)
-        quantiles = np.quantile(confidences.numpy(), np.arange(1, count) / count) if count > 1 else []
+        values = confidences.double().numpy()
+        quantiles = np.quantile(values, np.arange(1, count) / count) if count > 1 else np.empty(0)
         edges = sorted({float(f"{value:.4g}") for value in quantiles})
-    bins = np.zeros(len(shared), int) if confidences is None else np.searchsorted(edges, confidences, side="right")
-    used = sorted(set(bins.tolist()))
-    if len(used) <= len(edges):  # without empty bins
-        edges = [edges[number - 1] for number in used[1:]]
-        bins = np.searchsorted(edges, confidences, side="right")
+        used = sorted(set(np.searchsorted(edges, values, side="right").tolist()))
+        edges = [edges[number - 1] for number in used[1:]]  # without empty bins
+        bins = np.searchsorted(edges, values, side="right")
     columns: dict[str, list[float]] = {"now": [], "then": [], "rows": []}
     for number in range(len(edges) + 1):
         chosen = torch.as_tensor(bins == number)

@@ -35,8 +35,10 @@ class GroupRows(NamedTuple):
 
     def chosen(self, rows: torch.Tensor) -> "GroupRows":
         """Some of the rows, by a bool or by numbers."""
-        parts = ({name: value[rows] for name, value in part.items()} for part in self[2:])
-        return GroupRows(self.numbers[rows], self.natural[rows], *parts)
+        logits, labels, vectors = (
+            {name: value[rows] for name, value in part.items()} for part in (self.logits, self.labels, self.vectors)
+        )
+        return GroupRows(self.numbers[rows], self.natural[rows], logits, labels, vectors)
 
 
 def rows_by_group(
@@ -104,15 +106,15 @@ def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _joined(parts: Sequence[GroupRows]) -> GroupRows:
-    def together(place: int, padding: float) -> dict[str, torch.Tensor]:
-        return {name: _stacked([part[place][name] for part in parts], padding) for name in parts[0][place]}
-
-    numbers, natural = (torch.cat([part[place] for part in parts]) for place in (0, 1))
+    numbers = torch.cat([part.numbers for part in parts])
+    natural = torch.cat([part.natural for part in parts])
+    logits = {name: _stacked([part.logits[name] for part in parts], 0.0) for name in parts[0].logits}
+    vectors = {name: torch.cat([part.vectors[name] for part in parts]) for name in parts[0].vectors}
     labels = {
         name: _stacked([part.labels[name] for part in parts], torch.nan if value.is_floating_point() else -100)
         for name, value in parts[0].labels.items()
     }
-    return GroupRows(numbers, natural, together(2, 0.0), labels, together(4, torch.nan))
+    return GroupRows(numbers, natural, logits, labels, vectors)
 
 
 def _stacked(tensors: Sequence[torch.Tensor], padding: float) -> torch.Tensor:

@@ -91,10 +91,10 @@ class CalibrationResult:
                           for share in _SHARES]  # fmt: skip
                 if group != "all" or found.curve_after:
                     curves.append([task, group, *shares, *sizes])
-        header = ["task", "rows with", "rows", "error before, %", "after", "class-wise before, %", "after"]
+        header = ["task", "rows with", "rows", "error before, %", "after", "by label before", "after"]
         surest = [*(f"right, surest {share:.0%}" for share in _SHARES), *(f"size at {c:.0%}" for c in _COVERAGES)]
-        found = [Table(header, errors, 2), Table(["task", "rows with", *surest], curves, 2)]
-        return [table for table in found if table.rows]
+        both = [Table(header, errors, 2), Table(["task", "rows with", *surest], curves, 2)]
+        return [table for table in both if table.rows]
 
     def __str__(self) -> str:
         return "\n\n".join([*(as_markdown(table, 120) for table in self.tables()), *self.notes])
@@ -150,7 +150,8 @@ def _measure(task: Task, before: torch.Tensor, after: torch.Tensor, labels: torc
     pair = [task.confidences(logits, labels) for logits in (before, after)]
     if pair[0] is None or pair[1] is None:
         return one
-    (first, right), (second, right_after) = pair
+    first, right = pair[0]
+    second, right_after = pair[1]
     one.before = calibration(first.double().numpy(), right.numpy())
     one.after = calibration(second.double().numpy(), right_after.numpy())
     one.curve_before = risk_coverage(first.double().numpy(), right.numpy())
