@@ -69,6 +69,10 @@ class Calibration:
         cells = self.tasks.get(task, {}).get("cells", {})
         return any(cell.get("thresholds") is not None for cell in cells.values())
 
+    def can_advise(self, task: str) -> bool:
+        """Whether it is known what missing parts would help."""
+        return bool(self.tasks.get(task, {}).get("advice"))
+
     def advice(self, task: str, group: str) -> Mapping[str, Any]:
         """Missing modality -> what is known about rows that got it; see [`advice_for`]."""
         return self.tasks.get(task, {}).get("advice", {}).get(group, {})

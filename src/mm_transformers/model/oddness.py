@@ -116,8 +116,10 @@ def fitted(vectors: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
     variances = singular.square() / max(len(exact) - 1, 1)
     floor = variances.sum().clamp(min=1e-12) * 1e-6
     rank = min(rank, len(exact) - 1, exact.shape[1])
-    others = variances[rank:].sum() / max(exact.shape[1] - rank, 1)
-    precisions = 1 / torch.cat([variances[:rank], others[None]]).clamp(min=floor)
+    precisions = exact.new_zeros(rank + 1)
+    precisions[:rank] = 1 / variances[:rank].clamp(min=floor)
+    if rank < exact.shape[1]:
+        precisions[rank] = 1 / (variances[rank:].sum() / (exact.shape[1] - rank)).clamp(min=floor)
     return mean.float(), directions[:rank].float(), precisions.float()
 
 

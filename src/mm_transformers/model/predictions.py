@@ -154,9 +154,9 @@ class Predictions:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def _advise(self, task: Any, answers: list[Any], logits: torch.Tensor) -> None:
-        tables = [self.calibration.advice(task.name, group) for group in self.groups]
-        if not any(tables):
+        if not self.calibration.can_advise(task.name):
             return
+        tables = [self.calibration.advice(task.name, group) for group in self.groups]
         # Without labels: only the confidence is needed.
         confidences = task.answer_confidences(logits)
         for i, (answer, table) in enumerate(zip(answers, tables, strict=True)):

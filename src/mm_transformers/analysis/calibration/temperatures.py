@@ -11,8 +11,8 @@ from ...model.task_base import Task
 
 
 NUM_FOLDS = 5
-# Weights of the penalty on how far the temperatures of single labels differ from that of all.
-_PENALTIES = (0.3, 0.03)
+# The logarithms of single labels differ from the shared one by a prior of the standard deviation 0.5.
+_PENALTY = 2.0
 # Rows per label below which labels have no temperatures of their own.
 _ROWS_PER_LABEL = 10
 _WIDEST = math.log(20.0)
@@ -38,13 +38,9 @@ def fit_temperatures(task: Task, logits: torch.Tensor, labels: torch.Tensor, see
         return shared
     folds = folds_of(len(logits), seed)
     of_shared = _left_out(task, logits, labels, folds, 1, 0.0)
-    best, chosen = 0.0, None
-    for penalty in _PENALTIES:
-        gains = _left_out(task, logits, labels, folds, num_labels, penalty) - of_shared
-        gain, error = float(gains.mean()), float(gains.std() / math.sqrt(len(gains)))
-        if gain > max(error, best):
-            best, chosen = gain, penalty
-    return shared if chosen is None else _fit(task, logits, labels, num_labels, chosen)
+    gains = _left_out(task, logits, labels, folds, num_labels, _PENALTY) - of_shared
+    pays = float(gains.mean()) > float(gains.std()) / math.sqrt(len(gains))
+    return _fit(task, logits, labels, num_labels, _PENALTY) if pays else shared
 
 
 def folds_of(num_rows: int, seed: int = 0) -> np.ndarray:
@@ -87,12 +83,13 @@ def _fit(task: Task, logits: torch.Tensor, labels: torch.Tensor, width: int, pen
         given = torch.tensor(values, dtype=torch.float32, requires_grad=True)
         # The first value is shared, the others are the differences of single labels.
         logs = given[0] + given[1:] if width > 1 else given
-        loss = -_likelihood(task, logits, labels, logs.exp()).nanmean() + penalty * given[1:].square().sum() / width
+        loss = -_likelihood(task, logits, labels, logs.exp()).nanmean() + penalty * given[1:].square().sum() / len(logits)
         loss.backward()
         return float(loss.detach()), np.asarray(given.grad, dtype=float)
 
     size = 1 + width if width > 1 else 1
-    found = minimize(objective, np.zeros(size), jac=True, method="L-BFGS-B", bounds=[(-_WIDEST, _WIDEST)] * size).x
+    bounds, options = [(-_WIDEST, _WIDEST)] * size, {"maxiter": 30, "ftol": 1e-7}
+    found = minimize(objective, np.zeros(size), jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
     logs = found[0] + found[1:] if width > 1 else found
     return [float(f"{math.exp(value):.6g}") for value in logs]
 
