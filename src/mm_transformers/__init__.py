@@ -12,7 +12,6 @@ from .when_imported import call_when_imported
 
 
 if TYPE_CHECKING:
-    from .analysis.calibration import CalibrationResult, calibrate
     from .data.collator import MMDataCollator
     from .data.embedded import load_demo_dataset
     from .data.feature_cache import FeatureCache
@@ -56,7 +55,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _MODULES = {
-    "analysis.calibration": ["CalibrationResult", "calibrate"],
     "data.collator": ["MMDataCollator"],
     "data.embedded": ["load_demo_dataset"],
     "data.feature_cache": ["FeatureCache"],
@@ -130,7 +128,6 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "ArrayMetric",
-    "CalibrationResult",
     "Classification",
     "DataMixture",
     "DataSource",
@@ -165,7 +162,6 @@ __all__ = [
     "TaskGradientsCallback",
     "TextMetric",
     "TokenClassification",
-    "calibrate",
     "fit",
     "load_demo_dataset",
     "register_column",

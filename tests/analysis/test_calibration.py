@@ -9,7 +9,8 @@ from rows import make_rows
 from tiny import make_image, make_model, make_processor
 from transformers import pipeline
 
-from mm_transformers import Classification, MMTransformerForMultiTask, MultiLabel, Predictor, calibrate
+from mm_transformers import Classification, MMTransformerForMultiTask, MultiLabel, Predictor
+from mm_transformers.analysis import calibrate
 from mm_transformers.analysis.calibration.cells import TaskRows
 from mm_transformers.analysis.calibration.hidden_parts import GroupRows, rows_by_group
 from mm_transformers.analysis.calibration.measures import accuracy_at, class_wise_error, risk_coverage

@@ -66,11 +66,12 @@ def calibrate(
     Example:
 
     ```python
-    >>> from mm_transformers import calibrate
+    >>> from mm_transformers.analysis import calibrate
 
     >>> result = calibrate(model, processor, rows)
-    >>> sorted(result.groups["sentiment"])
-    ['text', 'text + vision', 'vision']
+    >>> list(result.groups["sentiment"])  # rows with a text alone
+    ['text']
+    >>> model.save_pretrained("my-model")
     ```
     """
     if min_rows < 2:

@@ -51,10 +51,9 @@ class TaskRows:
         if not self.groups:
             return {}
         everything = _together(list(self.groups.values()))
-        temperatures = fit_temperatures(self.task, *everything) if len(everything[1]) >= self.min_rows else None
-        cells[OTHER] = _cell(self.task, *_together(small), temperatures) if small else {"rows": 0}
-        if temperatures is not None:
-            cells[OTHER]["temperatures"] = temperatures
+        cells[OTHER] = _region(self.task, *_together(small)) if small else {"rows": 0}
+        if len(everything[1]) >= self.min_rows:
+            cells[OTHER] |= _temperatures(self.task, *everything)
         return cells
 
 
@@ -72,18 +71,19 @@ def _together(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
     return torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts])
 
 
-def _cell(
-    task: Task, logits: torch.Tensor, labels: torch.Tensor, temperatures: Optional[list[float]] = None
-) -> dict[str, Any]:
-    cell: dict[str, Any] = {"rows": len(labels)}
-    temperatures = fit_temperatures(task, logits, labels) if temperatures is None else temperatures
-    if temperatures is not None:
-        cell["temperatures"] = temperatures
-    # By logits that no label has changed: with fitted temperatures the promise would be slightly too high.
+def _cell(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    return {**_region(task, logits, labels), **_temperatures(task, logits, labels)}
+
+
+def _temperatures(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    found = fit_temperatures(task, logits, labels)
+    return {} if found is None else {"temperatures": found}
+
+
+def _region(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    # By the logits of the model: with temperatures of the same rows the promise would be slightly too high.
     found = task.conformal_thresholds(logits, labels)
-    if found is not None:
-        cell["thresholds"] = stored(found[0])
-    return cell
+    return {"rows": len(labels)} if found is None else {"rows": len(labels), "thresholds": stored(found[0])}
 
 
 def advice_tables(

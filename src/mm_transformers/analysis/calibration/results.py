@@ -61,11 +61,11 @@ class CalibrationResult:
     Example:
 
     ```python
-    >>> from mm_transformers import calibrate
+    >>> from mm_transformers.analysis import calibrate
 
     >>> result = calibrate(model, processor, rows)
     >>> print(result)
-    >>> result.groups["sentiment"]["text"].after.ece
+    >>> error = result.groups["sentiment"]["text"].after.ece  # the calibration error
     >>> result.plot().savefig("calibration.png")
     ```
     """

@@ -83,7 +83,9 @@ def _fit(task: Task, logits: torch.Tensor, labels: torch.Tensor, width: int, pen
         given = torch.tensor(values, dtype=torch.float32, requires_grad=True)
         # The first value is shared, the others are the differences of single labels.
         logs = given[0] + given[1:] if width > 1 else given
-        loss = -_likelihood(task, logits, labels, logs.exp()).nanmean() + penalty * given[1:].square().sum() / len(logits)
+        loss = -_likelihood(task, logits, labels, logs.exp()).nanmean() + penalty * given[1:].square().sum() / len(
+            logits
+        )
         loss.backward()
         return float(loss.detach()), np.asarray(given.grad, dtype=float)
 
