@@ -9,7 +9,7 @@ from rows import make_rows
 from tiny import make_image, make_model, make_processor
 from transformers import pipeline
 
-from mm_transformers import Classification, MMTransformerForMultiTask, MultiLabel, Predictor
+from mm_transformers import Classification, MMTransformerForMultiTask, MultiLabel, Predictor, Regression
 from mm_transformers.analysis import calibrate
 from mm_transformers.analysis.calibration.cells import TaskRows
 from mm_transformers.analysis.calibration.hidden_parts import GroupRows, rows_by_group
@@ -43,7 +43,8 @@ def sampled(n, temperature, num_labels=3, seed=0):
 
 @pytest.fixture(scope="module")
 def calibrated():
-    model, processor = make_model(), make_processor()
+    tasks = [TOPIC, MultiLabel("tags", labels=["red", "green", "blue"]), Regression("score")]
+    model, processor = make_model(tasks=tasks), make_processor()
     # Untrained heads give nearly equal logits, for which temperatures mean nothing.
     with torch.no_grad():
         for head in (model.heads.topic, model.heads.tags, model.heads.score):
