@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .ablation import Ablation, ablate
+    from .calibration import CalibrationResult, calibrate
     from .contrastive import contrastive_accuracy
     from .explaining.explain import explain
     from .explaining.explanation import Explanation
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "ablation": ["Ablation", "ablate"],
+    "calibration": ["CalibrationResult", "calibrate"],
     "contrastive": ["contrastive_accuracy"],
     "explaining.explain": ["explain"],
     "explaining.explanation": ["Explanation"],
@@ -27,4 +29,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["Ablation", "Explanation", "Faithfulness", "ablate", "contrastive_accuracy", "explain", "faithfulness"]
+__all__ = [
+    "Ablation",
+    "CalibrationResult",
+    "Explanation",
+    "Faithfulness",
+    "ablate",
+    "calibrate",
+    "contrastive_accuracy",
+    "explain",
+    "faithfulness",
+]

@@ -417,6 +417,40 @@ def evaluate(
 
 @app.command()
 @_reads_rows
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved model. Its calibration is written there.")],
+    file: DataArgument,
+    training_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the rows of the training, with which odd rows are compared. Default: FILE."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file to write the measures to. The plot is written beside it.")
+    ] = None,
+    min_rows: Annotated[
+        int, typer.Option(min=2, help="Groups of rows with fewer labels than this are calibrated together.")
+    ] = 50,
+    hide: Annotated[
+        bool, typer.Option("--hide/--no-hide", help="Fill small groups with rows of which parts are hidden.")
+    ] = True,
+    batch_size: BatchSize = 32,
+    *,
+    reading: "Reading",
+) -> None:
+    """
+    Fit how far to trust the answers of a model, on labelled rows that it was not trained on.
+
+    Each group of rows (text alone, picture alone, both, ...) gets temperatures for its probabilities, and sets and
+    intervals that hold the truth as often as promised (predict --coverage 0.9).
+    """
+    from .calibrate import run_calibration
+
+    with _errors_as_sentences():
+        run_calibration(model, file, training_file, output, min_rows, hide, batch_size, reading)
+
+
+@app.command()
+@_reads_rows
 def explain(
     model: ModelArgument,
     file: Annotated[
@@ -530,6 +564,10 @@ def predict(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write a column with the probability of each label.")
     ] = False,
+    coverage: Annotated[
+        float | None,
+        typer.Option(help="Also write sets or intervals that hold the truth in this share of rows (see calibrate)."),
+    ] = None,
     escape_formulas: EscapeFormulas = True,
     *,
     reading: "Reading",
@@ -548,8 +586,9 @@ def predict(
     with _errors_as_sentences():
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
         run_prediction(
-            model, file, output, names, batch_size, num_workers, num_beams, reading, escape_formulas, probabilities
-        )
+            model, file, output, names, batch_size, num_workers, num_beams, reading, escape_formulas, probabilities,
+            coverage,
+        )  # fmt: skip
     leave_processes()
 
 

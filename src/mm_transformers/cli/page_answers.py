@@ -13,6 +13,7 @@ from ..model.answers import check_tasks
 from ..model.limits import limits
 from ..model.messages import listed
 from ..model.modalities import ARGUMENTS, NOUNS, PARTS, ReaderContext
+from ..model.oddness import odd_sentence
 from ..model.pipeline_mm_transformer import read_rows
 from ..model.predictions import Predictions
 from .time_limit import TimeLimitError, time_limit
@@ -56,7 +57,8 @@ def answers_as_html(
         names = check_tasks(model, [str(name) for name in tasks])
         with time_limit(limits().request_seconds) as check:
             read, note = _read(processor, row)
-            cards = _cards(model, processor, read, names, check)
+            cards, warning = _cards(model, processor, read, names, check)
+            note = " ".join(filter(None, (warning, note)))
     except (ValueError, ImportError) as error:
         return render_page([], re.sub(r"^Row \d+: ", "", str(error)), kinds)
     return render_page(cards, "", kinds, note)
@@ -99,7 +101,8 @@ def _cards(
     row: dict[str, Any],
     tasks: Sequence[str],
     check: Callable[[], None],
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], str]:
+    """The cards, and a warning if the row is unlike the training rows."""
     variants = {"": row}
     for name in row:
         if rest := {other: part for other, part in row.items() if other != name}:
@@ -112,15 +115,14 @@ def _cards(
         raise ValueError(read["error"])
     inputs = {name: value.to(model.device) for name, value in read["tensors"].items()}
     predictions = Predictions.of(model, inputs)
-    answered = predictions.answers(processor, tasks, read["word_index"])
+    answered = predictions.answers(processor, tasks, read["word_index"], advise=True)
     cards = []
     for name in tasks:
         check()
         answers = {variant: one[name] for variant, one in zip(variants, answered, strict=True)}
-        cards.append(
-            _card(model, processor, row, name, answers, _bars(model.tasks[name], predictions.logits.get(name)))
-        )
-    return cards
+        cards.append(_card(model, processor, row, name, answers, _bars(model.tasks[name], _sure(predictions, name))))
+    odd = predictions.odd_rows()
+    return cards, odd_sentence("This row", odd[0]) if odd and odd[0].is_odd else ""
 
 
 def _card(
@@ -142,6 +144,7 @@ def _card(
         raise
     except ValueError as error:
         problem = str(error)
+    whole = answers[""]
     shown = {name: kind.show_answer(answer) for name, answer in answers.items()}
     return {
         "task": task,
@@ -153,7 +156,12 @@ def _card(
         "pictures": pictures,
         "sounds": sounds,
         "problem": problem,
+        "advice": [one["text"] for one in whole.get("advice", ())] if isinstance(whole, dict) else [],
     }
+
+
+def _sure(predictions: Predictions, task: str) -> Any:
+    return predictions.calibrated_logits(task) if task in predictions.logits else None
 
 
 def _bars(kind: Any, logits: Any) -> list[tuple[str, float]]:

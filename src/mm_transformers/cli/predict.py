@@ -202,11 +202,13 @@ def run_prediction(
     reading: Reading,
     escape_formulas: bool = True,
     probabilities: bool = False,
+    coverage: float | None = None,
 ) -> None:
     """
     Answers the rows of a file, or the pictures and sounds of a folder.
 
     Args:
+        coverage: also writes sets or intervals that hold the truth in this share of rows.
         probabilities: also writes a column with the probability of each label.
         escape_formulas: as in [`table_writer`].
 
@@ -216,7 +218,9 @@ def run_prediction(
     suffix = check_suffix(output)
     opened = open_rows(model_name, file, output, reading, tasks)
     options = {} if num_beams is None else {"num_beams": num_beams}
-    predictor = Predictor(opened.model, opened.collator, tasks, batch_size, num_workers, probabilities, **options)
+    predictor = Predictor(
+        opened.model, opened.collator, tasks, batch_size, num_workers, probabilities, coverage, **options
+    )
     names = predictor.probability_names
     answered = predictor.stream(opened.rows, prepare=opened.reader, keep=partial(plain_cells, list(opened.types)))
     table = ((kept, answer_columns(answers, names)) for batch in answered for kept, answers in batch)

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+from .calibration import check_calibration
 from .decoders import check_decoder, decoder_vocab_size
 from .encoder_classes import sub_config_of
 from .encoders import encoder_width
@@ -102,6 +103,9 @@ class MMTransformerConfig(PreTrainedConfig):
             The parts that are not trained. `"text"`, `"vision"` or `"audio"` is a whole encoder; for an
             encoder-decoder, the encoder with the embeddings that its decoder shares. Or the name of a sub-module of
             [`MMTransformerModel`], such as `"text_model.embeddings"`.
+        calibration (`dict`, *optional*):
+            How far to trust answers, by the modalities that a row has; [`calibrate`] writes it. `None` leaves
+            probabilities as they are.
 
     Raises:
         ValueError: one sentence, if something does not fit.
@@ -164,6 +168,7 @@ class MMTransformerConfig(PreTrainedConfig):
     task_weighting: str | dict = "static"
     initializer_range: float = 0.02
     freeze: list | None = None
+    calibration: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _resolve(self.text_config or {"model_type": "bert"}, "text")
@@ -189,6 +194,7 @@ class MMTransformerConfig(PreTrainedConfig):
         self.validate_fusion()
         self.validate_tasks()
         self.validate_freeze()
+        self.validate_calibration()
         # So that tools that expect one classifier find the labels of the first.
         labels = next((list(map(str, task["labels"])) for task in self.tasks if "labels" in task), None)
         if labels is not None:
@@ -361,6 +367,10 @@ class MMTransformerConfig(PreTrainedConfig):
     def validate_freeze(self) -> None:
         """Part of `@strict`-powered validation."""
         check_freeze(self.freeze, ["text", *self.modalities])
+
+    def validate_calibration(self) -> None:
+        """Part of `@strict`-powered validation."""
+        check_calibration(self.calibration, self.get_tasks())
 
 
 def _read(cls: Any, path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

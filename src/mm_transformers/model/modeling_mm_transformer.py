@@ -39,6 +39,7 @@ from .input_checks import check_finite_weights, check_layout, is_finite, what_is
 from .linear_probe import with_probe
 from .modalities import ENCODERS, OTHER_ENCODERS, modalities_of, own_encoders, own_inputs
 from .new_heads import load_with_tasks
+from .oddness import Oddness
 from .pairs import PairTask, choose_partners, may_mismatch
 from .pretrained_encoders import default_dtype, load_encoders, split_options, with_defaults
 from .regularization import regularization_loss, take_starting_point
@@ -910,6 +911,8 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
             if not task.needs_decoder
         }
         self.heads = TaskHeads(heads)
+        odd = (config.calibration or {}).get("oddness")
+        self.oddness: Optional[Oddness] = None if odd is None else Oddness(odd)
         # The weights at the start of training, for an L2-SP regularizer; not saved.
         self.starting_point: Optional[dict[str, torch.Tensor]] = None
         self.post_init()

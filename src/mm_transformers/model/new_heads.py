@@ -8,6 +8,7 @@ from typing import Any, Optional, Protocol
 from torch import nn
 from transformers.utils import logging
 
+from .calibration import for_tasks
 from .checkpoint_checks import with_new_heads
 from .configuration_mm_transformer import MMTransformerConfig
 from .encoders import HUB_KWARGS, encoder_width
@@ -69,6 +70,7 @@ def load_with_tasks(
     if tasks is not None:
         values = given.to_dict()
         values["tasks"] = [task.to_dict() if hasattr(task, "to_dict") else task for task in tasks]
+        values["calibration"] = for_tasks(values.get("calibration"), saved.get_tasks(), values["tasks"])
         given = MMTransformerConfig.from_dict(values)
     new = tasks_with_new_heads(saved, given)
     if not new:

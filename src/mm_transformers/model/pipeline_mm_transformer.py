@@ -10,8 +10,10 @@ from typing import Any, Optional, overload
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineIterator
+from transformers.utils import logging
 
 from .answers import check_tasks, unwrapped
+from .conformal import level_of
 from .downloads import is_url
 from .embeddings import vectors_of_rows
 from .file_contents import content_of, describe
@@ -19,8 +21,12 @@ from .label_cells import is_null
 from .limits import CarriedLimits
 from .messages import listed
 from .modalities import ARGUMENTS, PARTS, as_list
+from .oddness import odd_sentence
 from .predictions import Predictions
 from .task_token_classification import split_words
+
+
+logger = logging.get_logger(__name__)
 
 
 class RowPipeline(Pipeline):
@@ -124,6 +130,13 @@ class MultimodalPipeline(RowPipeline):
             all; without this option, the answer is one label.
         threshold (`float`): For tasks with any number of labels: the lowest probability of a label in the answer.
         generate_kwargs (`dict`): For tasks that write: `num_beams`, `max_new_tokens`, ...
+        coverage (`float`, *optional*):
+            For calibrated tasks (see [`calibrate`]): adds `"set"`, the labels that hold the truth in this share of
+            rows, or `"interval"`, and `"abstain"`, whether the row should get no answer.
+        advise (`bool`, *optional*, defaults to `False`):
+            Adds `"advice"` to the answers of rows with missing parts: how much each part would help.
+
+    A calibrated model warns of rows unlike the training rows.
 
     Raises:
         ValueError: one sentence, if a row is empty, has an unknown key, or has an input that cannot be read or has no
@@ -144,9 +157,16 @@ class MultimodalPipeline(RowPipeline):
         top_k: Any = "",
         threshold: Any = None,
         generate_kwargs: Optional[dict[str, Any]] = None,
+        coverage: Optional[float] = None,
+        advise: Optional[bool] = None,
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        _refuse_options(unknown, "multimodal", ["tasks", "top_k", "threshold", "generate_kwargs"])
+        known = ["tasks", "top_k", "threshold", "generate_kwargs", "coverage", "advise"]
+        _refuse_options(unknown, "multimodal", known)
+        if top_k != "" and (coverage is not None or advise):
+            raise ValueError("coverage and advise are about one answer, so they do not go with top_k.")
+        if coverage is not None:
+            level_of(coverage)
         # As in the pipelines of transformers, "" stands for an option that is not given.
         top_k = sys.maxsize if top_k is None else None if top_k == "" else top_k
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
@@ -158,6 +178,8 @@ class MultimodalPipeline(RowPipeline):
             "tasks": None if tasks is None else check_tasks(self.model, tasks),
             "decode_options": options or None,
             "generate_kwargs": generate_kwargs,
+            "coverage": coverage,
+            "advise": advise,
         }
         return {}, {name: value for name, value in given.items() if value is not None}, {}
 
@@ -167,12 +189,20 @@ class MultimodalPipeline(RowPipeline):
         tasks: Optional[Sequence[str]] = None,
         decode_options: Optional[dict[str, Any]] = None,
         generate_kwargs: Optional[dict[str, Any]] = None,
+        coverage: Optional[float] = None,
+        advise: bool = False,
     ) -> Any:
         if "error" in inputs:
             raise ValueError(inputs["error"])
         names, texts, word_index = tasks or list(self.model.tasks), inputs["texts"], inputs["word_index"]
         predictions = Predictions.of(self.model, inputs["tensors"])
-        answers = predictions.answers(self.processor, names, word_index, decode_options, **(generate_kwargs or {}))
+        trust: dict[str, Any] = {"coverage": coverage, "advise": advise}
+        answers = predictions.answers(
+            self.processor, names, word_index, decode_options, **trust, **(generate_kwargs or {})
+        )
+        for row, odd in zip(inputs["numbers"], predictions.odd_rows() or (), strict=False):
+            if odd.is_odd:
+                logger.warning(odd_sentence(f"Row {row}", odd))
         for name in names:
             if self.model.tasks[name].is_token_level:
                 for row, text in zip(answers, texts, strict=True):
@@ -229,7 +259,7 @@ def read_rows(
     is_table: bool = False,
 ) -> dict[str, Any]:
     """
-    The model inputs of some rows with their numbers: `tensors`, `texts` and, for tasks that label words, `word_index`.
+    The model inputs of some rows: `tensors`, `numbers`, `texts` and, for tasks that label words, `word_index`.
 
     If a row cannot be read, the result is the `error`, in one sentence. It is not raised here, since the loader would
     put the traceback of its worker into the message.
@@ -256,6 +286,7 @@ def read_rows(
         return {"error": str(error)}
     return {
         "tensors": tensors,
+        "numbers": [number for number, _ in numbered],
         "texts": [row.get("text") or "" for row in rows],
         "word_index": tensors.pop("word_index", None),
     }

@@ -7,8 +7,13 @@ from typing import Any, Optional
 
 import torch
 
+from .advice import advice_for
 from .answers import evaluation_mode
+from .availability import groups_of
+from .calibration import Calibration
+from .embeddings import rows_with_text
 from .generation import FusedText, writing_tasks
+from .oddness import OddRow, row_vectors
 
 
 class Predictions:
@@ -19,6 +24,7 @@ class Predictions:
     Args:
         model ([`MMTransformerForMultiTask`]): Runs in evaluation mode, whatever its mode.
         outputs ([`MMTransformerModelOutput`]): The output of `model.model` for the batch.
+        has_text (`torch.BoolTensor` of shape `(batch,)`, *optional*): The rows with a text; by default all.
 
     Example:
 
@@ -31,8 +37,9 @@ class Predictions:
     ```
     """
 
-    def __init__(self, model: Any, outputs: FusedText) -> None:
-        self.model, self.outputs = model, outputs
+    def __init__(self, model: Any, outputs: FusedText, has_text: Optional[torch.Tensor] = None) -> None:
+        self.model, self.outputs, self.has_text = model, outputs, has_text
+        self.calibration = Calibration(model.config.calibration)
 
     @classmethod
     def of(cls, model: Any, inputs: Mapping[str, Any]) -> "Predictions":
@@ -43,13 +50,34 @@ class Predictions:
             inputs: the tensors of the processor, without labels, on the device of the model.
         """
         with evaluation_mode(model), torch.no_grad():
-            return cls(model, model.model(**inputs))
+            has_text = rows_with_text(inputs) if {"input_ids", "attention_mask"} & set(inputs) else None
+            return cls(model, model.model(**inputs), has_text)
 
     @cached_property
     def logits(self) -> dict[str, torch.Tensor]:
         """The logits of each task that has a head."""
         with evaluation_mode(self.model), torch.no_grad():
             return self.model(encoder_outputs=self.outputs).logits
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """The availability group of each row, such as `"text + vision"`."""
+        return groups_of(self.outputs, self.model.config.modalities, self.has_text)
+
+    def calibrated_logits(self, task: str) -> torch.Tensor:
+        """The logits of a task, divided by the temperatures of each row's group; unchanged without a calibration."""
+        return self.calibrated(task, self.logits[task])
+
+    def calibrated(self, task: str, logits: torch.Tensor) -> torch.Tensor:
+        """The same for given logits of these rows."""
+        return self.calibration.tempered(self.model.tasks[task], logits, self.groups)
+
+    def odd_rows(self) -> Optional[list[OddRow]]:
+        """How unlike the training rows each row is; `None` for a model without statistics of them."""
+        if self.model.oddness is None:
+            return None
+        with torch.no_grad():
+            return self.model.oddness(row_vectors(self.outputs, self.has_text), self.groups)
 
     def labelled_logits(self, task: str, labels: torch.Tensor) -> torch.Tensor:
         """
@@ -73,6 +101,8 @@ class Predictions:
         word_index: Optional[torch.Tensor] = None,
         decode_options: Optional[Mapping[str, Any]] = None,
         probabilities: bool = False,
+        coverage: Optional[float] = None,
+        advise: bool = False,
         **generation_options: Any,
     ) -> list[dict[str, Any]]:
         """
@@ -85,13 +115,22 @@ class Predictions:
                 The number of the word that starts at each token; for tasks that label words.
             decode_options: options of `decode`, such as `top_k`, for the tasks that take them.
             probabilities: adds the probability of each label to the answers, as [`Task.add_probabilities`] does.
+            coverage: adds `"set"` or `"interval"`, and `"abstain"`, for the tasks that are calibrated; see
+                [`Task.add_region`].
+            advise: adds `"advice"`: how much each missing part would help; see [`advice_for`].
             generation_options: for `model.generate`.
+
+        Raises:
+            ValueError: if `coverage` is not between 0 and 1, or none of the tasks is calibrated.
         """
         model = self.model
         columns: dict[str, list[Any]] = {}
         writing = writing_tasks(model.tasks)
+        names = list(model.tasks if tasks is None else tasks)
+        if coverage is not None and not any(map(self.calibration.can_cover, names)):
+            self.calibration.thresholds(names[0], [], coverage)
         with evaluation_mode(model), torch.no_grad():
-            for name in model.tasks if tasks is None else tasks:
+            for name in names:
                 task = model.tasks[name]
                 if name in writing:
                     ids = model.write(writing[name], self.outputs, **generation_options)
@@ -100,7 +139,25 @@ class Predictions:
                 else:
                     known = inspect.signature(task.decode).parameters
                     options = {key: value for key, value in (decode_options or {}).items() if key in known}
-                    columns[name] = task.decode(self.logits[name], word_index, **options)
+                    logits, sure = self.logits[name], self.calibrated_logits(name)
+                    columns[name] = (
+                        task.decode(logits, word_index, **options)
+                        if sure is logits
+                        else task.decode_calibrated(logits, sure, word_index, **options)
+                    )
                     if probabilities and task.probability_names:
-                        task.add_probabilities(columns[name], self.logits[name], word_index)
+                        task.add_probabilities(columns[name], sure, word_index)
+                    if coverage is not None and self.calibration.can_cover(name):
+                        task.add_region(columns[name], logits, self.calibration.thresholds(name, self.groups, coverage))
+                    if advise:
+                        self._advise(task, columns[name], sure)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def _advise(self, task: Any, answers: list[Any], logits: torch.Tensor) -> None:
+        if not self.calibration.can_advise(task.name):
+            return
+        tables = [self.calibration.advice(task.name, group) for group in self.groups]
+        # Without labels: only the confidence is needed.
+        confidences = task.answer_confidences(logits)
+        for i, (answer, table) in enumerate(zip(answers, tables, strict=True)):
+            answer["advice"] = advice_for(table, None if confidences is None else float(confidences[i]))

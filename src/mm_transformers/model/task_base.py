@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .conformal import LEVELS, quantile_thresholds
 from .label_cells import ids_are_places, infer_labels
 from .linear_problem import LinearProblem
 from .registry import registered
@@ -539,6 +540,111 @@ class Task:
         labelled = labels != -100
         confidence, chosen = probabilities[labelled].max(-1)
         return confidence, chosen == labels[labelled]
+
+    def temper(self, logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
+        """
+        Logits divided by temperatures: above 1 they make probabilities less certain, and change no answer.
+
+        With a temperature for each label, that of the most probable label divides the logits of the row (or word).
+
+        Args:
+            logits: (batch, ..., num_labels).
+            temperatures: (batch, 1) or (batch, num_labels) float32.
+        """
+        shape = (len(logits), *[1] * (logits.ndim - 2), temperatures.shape[-1])
+        of_rows = temperatures.reshape(shape)
+        if temperatures.shape[-1] > 1:
+            of_rows = of_rows.expand_as(logits).gather(-1, logits.argmax(-1, keepdim=True))
+        return logits.float() / of_rows
+
+    def log_likelihood(self, logits: torch.Tensor, labels: torch.Tensor) -> Optional[torch.Tensor]:
+        """
+        The log-likelihood of the label of each row, (rows,): its mean over words or labels; NaN without a label.
+
+        By default that of [`probabilities`], for one label per row (or word). `None` for tasks without probabilities:
+        they have no temperature.
+        """
+        probabilities = self.probabilities(logits)
+        if probabilities is None or labels.is_floating_point() or probabilities.shape[:-1] != labels.shape:
+            return None
+        known = labels != -100
+        of_labels = probabilities.gather(-1, labels.clamp(min=0)[..., None])[..., 0].clamp(min=1e-30).log()
+        sums, counts = (torch.where(known, of_labels, 0.0), known) if labels.ndim == 1 else (
+            torch.where(known, of_labels, 0.0).flatten(1).sum(1), known.flatten(1).sum(1))  # fmt: skip
+        return torch.where(counts > 0, sums / counts.clamp(min=1), torch.nan)
+
+    def decode_calibrated(
+        self, logits: torch.Tensor, calibrated: torch.Tensor, word_index: Optional[torch.Tensor] = None, **options: Any
+    ) -> list[Any]:
+        """The answers of [`decode`] with calibrated probabilities; by default those to the calibrated logits."""
+        return self.decode(calibrated, word_index, **options)
+
+    def conformal_thresholds(
+        self, logits: torch.Tensor, labels: torch.Tensor, levels: Sequence[float] = LEVELS
+    ) -> Optional[tuple[list[float], int]]:
+        """
+        For each coverage the threshold of [`add_region`], and the number of labelled rows.
+
+        `None` for tasks without sets and intervals. By default the score of a label is 1 less its probability
+        (https://arxiv.org/abs/1609.00451), for tasks that choose one label for the whole row.
+
+        Args:
+            logits, labels: of calibration rows. The logits are those of the model, without temperatures: these depend
+                on the same rows, which would weaken the promise.
+        """
+        probabilities = self.probabilities(logits)
+        if probabilities is None or labels.is_floating_point() or labels.ndim != 1 or probabilities.ndim != 2:
+            return None
+        known = labels != -100
+        scores = 1 - probabilities[known].gather(1, labels[known][:, None])[:, 0]
+        return quantile_thresholds(scores, levels), int(known.sum())
+
+    def add_region(self, answers: list[Any], logits: torch.Tensor, thresholds: Sequence[float]) -> None:
+        """
+        Adds to each answer the labels that it cannot exclude, `"set"`, and whether to `"abstain"`.
+
+        By default a set holds the labels whose score is at most the threshold, the most probable first, and always the
+        most probable. A row whose set is not a single label should get no answer.
+
+        Args:
+            answers: dicts of [`decode`]; changed in place.
+            logits: as for [`conformal_thresholds`].
+            thresholds: of each row, from [`conformal_thresholds`]; infinite where no promise can be kept.
+        """
+        names = self.label_names
+        for answer, row, threshold in zip(answers, self.probabilities(logits), thresholds, strict=True):
+            values, ids = row.sort(descending=True, stable=True)
+            within = (1 - values <= threshold).tolist()
+            found = [names[i] for i, holds in zip(ids.tolist(), within, strict=True) if holds]
+            answer["set"] = found or [names[int(ids[0])]]
+            answer["abstain"] = len(answer["set"]) != 1
+
+    def answer_confidences(self, logits: torch.Tensor) -> Optional[torch.Tensor]:
+        """
+        The confidence of the answer to each row, (rows,): by default the highest probability.
+
+        `None` for tasks without probabilities, and for those that answer by word.
+        """
+        probabilities = self.probabilities(logits)
+        return None if probabilities is None or probabilities.ndim != 2 else probabilities.max(-1).values
+
+    def outcomes(self, logits: torch.Tensor, labels: torch.Tensor) -> Optional[tuple[str, torch.Tensor]]:
+        """
+        How good the answer to each row is, for advice about missing parts; `None` if the task does not say.
+
+        By default 1 where the most probable label is right and 0 elsewhere, for one label per row.
+
+        Args:
+            logits, labels: calibrated logits of rows, and their labels.
+
+        Returns:
+            `"right"` (higher is better) or `"error"` (lower is better), and its value of each row (rows,), NaN without
+            a label.
+        """
+        probabilities = self.probabilities(logits)
+        if probabilities is None or labels.is_floating_point() or labels.ndim != 1 or probabilities.ndim != 2:
+            return None
+        return "right", torch.where(labels == -100, torch.nan, (probabilities.argmax(-1) == labels).float())
 
     def majority_share(self, labels: torch.Tensor) -> Optional[float]:
         """

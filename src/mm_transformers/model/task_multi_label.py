@@ -2,7 +2,7 @@
 
 import numbers
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .class_weights import BALANCED, check_weights, known_weights, weight_tensor
+from .conformal import LEVELS, risk_thresholds
 from .label_cells import PADDING, as_scalar, check_labels, is_missing, label_id, label_scores, shorten_value
 from .label_lists import split_labels
 from .linear_problem import BinaryProblem
@@ -180,6 +181,49 @@ class MultiLabel(Task):
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.float().sigmoid()
+
+    def temper(self, logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
+        """Each logit is divided by the temperature of its own label."""
+        return logits.float() / temperatures
+
+    def log_likelihood(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        signs = torch.where(labels == 1, 1.0, -1.0)
+        of_labels = nn.functional.logsigmoid(signs * logits.float()).mean(-1)
+        return torch.where(labels.isnan().any(-1), torch.nan, of_labels)
+
+    def decode_calibrated(
+        self, logits: torch.Tensor, calibrated: torch.Tensor, word_index: Optional[torch.Tensor] = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """The labels stay those of the thresholds of the task, which were chosen without a calibration."""
+        answers = self.decode(calibrated, word_index, **options)
+        if options.get("threshold") is None:
+            for answer, own in zip(answers, self.decode(logits), strict=True):
+                answer["labels"] = own["labels"]
+        return answers
+
+    def conformal_thresholds(
+        self, logits: torch.Tensor, labels: torch.Tensor, levels: Sequence[float] = LEVELS
+    ) -> tuple[list[float], int]:
+        """The coverage is the mean share of the true labels in the set."""
+        known = ~labels.isnan().any(-1)
+        return risk_thresholds(1 - self.probabilities(logits[known]), labels[known] == 1, levels), int(known.sum())
+
+    def add_region(self, answers: list[Any], logits: torch.Tensor, thresholds: Sequence[float]) -> None:
+        """Adds the labels that cannot be excluded, `"set"`, and whether these are all, `"abstain"`."""
+        within = 1 - self.probabilities(logits) <= torch.tensor(thresholds, device=logits.device)[:, None]
+        for answer, row in zip(answers, within.tolist(), strict=True):
+            answer["set"] = [name for name, holds in zip(self.labels, row, strict=True) if holds]
+            answer["abstain"] = all(row)
+
+    def answer_confidences(self, logits: torch.Tensor) -> torch.Tensor:
+        """The probability that all labels are right, if they were independent."""
+        probabilities = self.probabilities(logits)
+        return torch.where(self.chosen(probabilities), probabilities, 1 - probabilities).prod(-1)
+
+    def outcomes(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """Right if all labels are."""
+        right = (self.chosen(self.probabilities(logits)) == (labels == 1)).all(-1).float()
+        return "right", torch.where(labels.isnan().any(-1), torch.nan, right)
 
     def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
         """All labels must be right; the confidence is the product of their probabilities."""

@@ -3,13 +3,14 @@
 import math
 import numbers
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
 
+from .conformal import LEVELS, quantile_thresholds
 from .label_cells import NO_NUMBER, NUMBER, as_scalar, is_null, shorten_value
 from .linear_problem import RidgeProblem
 from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, register_task
@@ -101,6 +102,24 @@ class Regression(Task):
 
     def decode(self, logits: torch.Tensor, word_index: Optional[torch.Tensor] = None) -> list[dict[str, Any]]:
         return [{"value": value} for value in logits.float().tolist()]
+
+    def conformal_thresholds(
+        self, logits: torch.Tensor, labels: torch.Tensor, levels: Sequence[float] = LEVELS
+    ) -> tuple[list[float], int]:
+        """The score is the absolute error, so the threshold is half of the length of the interval."""
+        known = ~labels.isnan()
+        return quantile_thresholds((logits[known].double() - labels[known].double()).abs(), levels), int(known.sum())
+
+    def add_region(self, answers: list[Any], logits: torch.Tensor, thresholds: Sequence[float]) -> None:
+        """Adds the lowest and the highest number, `"interval"`: `None` if there is none, and then `"abstain"`."""
+        for answer, radius in zip(answers, thresholds, strict=True):
+            known = math.isfinite(radius)
+            answer["interval"] = [answer["value"] - radius, answer["value"] + radius] if known else None
+            answer["abstain"] = not known
+
+    def outcomes(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """The absolute error."""
+        return "error", (logits.float() - labels.float()).abs()
 
     def judge(self, logits: torch.Tensor, label: torch.Tensor) -> Judgement:
         return Judgement(float(logits), None if label.isnan() else float(label))

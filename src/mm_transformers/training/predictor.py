@@ -16,10 +16,14 @@ from ..data.collator import MMDataCollator
 from ..data.folders import FolderRows
 from ..data.sources import ROW_KEY, media_of, name_of_row
 from ..model.answers import check_tasks, unwrapped
+from ..model.conformal import level_of
 from ..model.embeddings import vectors_of_rows
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.predictions import Predictions
 from ..model.processing_mm_transformer import MMTransformerProcessor
+
+
+_OWN_OPTIONS = ("batch_size", "num_workers", "probabilities", "coverage")
 
 
 class Predictor:
@@ -37,6 +41,8 @@ class Predictor:
         num_workers (`int`, *optional*, defaults to 0): Processes that read files in the background.
         probabilities (`bool`, *optional*, defaults to `False`):
             Adds `"probabilities"` to the answers of tasks that choose among labels: a dict from label to probability.
+        coverage (`float`, *optional*): Adds sets or intervals that hold the truth in this share of rows, and whether to
+            abstain, for tasks that are calibrated; see [`calibrate`].
         generation_options: for `model.generate`, if a task writes texts.
 
     Raises:
@@ -66,6 +72,7 @@ class Predictor:
         batch_size: int = 32,
         num_workers: int = 0,
         probabilities: bool = False,
+        coverage: float | None = None,
         **generation_options: Any,
     ):
         self.model: MMTransformerForMultiTask = unwrapped(model)
@@ -73,7 +80,9 @@ class Predictor:
             collator = MMDataCollator(collator, self.model.config)
         self.collator, self.tasks = collator, check_tasks(self.model, tasks)
         self.batch_size, self.num_workers, self.generation_options = batch_size, num_workers, generation_options
-        self.probabilities = probabilities
+        self.probabilities, self.coverage = probabilities, coverage
+        if coverage is not None:
+            level_of(coverage)
 
     @property
     def probability_names(self) -> dict[str, list[str]]:
@@ -90,11 +99,11 @@ class Predictor:
         Args:
             name: a folder or a Hub id.
             tasks: the tasks to answer; all by default.
-            options: `batch_size`, `num_workers`, `probabilities`, and the options of [`MMDataCollator`], such as
-                `image_column`. The columns default to those of the training table, if the processor knows them.
+            options: `batch_size`, `num_workers`, `probabilities`, `coverage`, and the options of [`MMDataCollator`],
+                such as `image_column`. The columns default to those of the training table, if the processor knows them.
         """
         model = MMTransformerForMultiTask.from_pretrained(name)
-        own = {key: options.pop(key) for key in ("batch_size", "num_workers", "probabilities") if key in options}
+        own = {key: options.pop(key) for key in _OWN_OPTIONS if key in options}
         processor = MMTransformerProcessor.from_pretrained(name)
         known = {f"{key}_column": names for key, names in processor.input_columns.items()}
         collator = MMDataCollator(processor, model.config, **{**known, **options})
@@ -213,6 +222,7 @@ class Predictor:
             self.tasks,
             word_index,
             probabilities=self.probabilities,
+            coverage=self.coverage,
             **self.generation_options,
         )
         for answer, text in zip(answers, texts, strict=True):

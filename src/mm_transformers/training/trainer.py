@@ -614,6 +614,10 @@ class MMTrainer(Trainer):
                 "in the training arguments."
             )
         self._has_trained = True
+        if self.fused_model.config.calibration is not None:
+            logger.warning("Training changes the probabilities, so the calibration of the model is removed.")
+            self.fused_model.config.calibration = None
+            self.fused_model.oddness = None
         self._kept.forget()
         self._start, self._average, self._trained_from = Start(), None, None
         self._losses.begin()

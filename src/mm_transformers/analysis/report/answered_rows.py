@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
+import torch
 from accelerate.utils import send_to_device
 
 from ...data.collator import MMDataCollator
 from ...model.label_cells import is_missing
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.predictions import Predictions
+from ...model.task_base import Judgement, Task
 
 
 class Answered(NamedTuple):
@@ -55,16 +57,25 @@ def _answer_batch(
     found = []
     for name, task in model.tasks.items():
         of_task = predictions.labelled_logits(name, labels[name])
+        sure = of_task if task.needs_decoder else predictions.calibrated(name, of_task)
         for i, (number, row) in enumerate(zip(numbers, rows, strict=True)):
             total, count = task.loss(of_task[i : i + 1], labels[name][i : i + 1])
             loss = float(total / count) if count > 0 else None
             if task.needs_other_rows:
                 loss = None
-            judged, cell = task.judge(of_task[i], labels[name][i]), row.get(task.column or task.name)
+            judged, cell = _judged(task, of_task[i], sure[i], labels[name][i]), row.get(task.column or task.name)
             if judged.truth is None and loss is not None and not is_missing(cell):
                 judged = judged._replace(truth=cell)
             found.append(Answered(number, name, loss, *judged))
     return found
+
+
+def _judged(task: Task, logits: torch.Tensor, calibrated: torch.Tensor, label: torch.Tensor) -> Judgement:
+    """The judgement of an answer, with its calibrated confidence."""
+    judged = task.judge(logits, label)
+    if calibrated is logits or judged.confidence is None:
+        return judged
+    return judged._replace(confidence=task.judge(calibrated, label).confidence)
 
 
 def confusion(answers: Sequence[Answered], labels: Sequence[str]) -> list[list[int]]:

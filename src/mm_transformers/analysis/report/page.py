@@ -23,6 +23,7 @@ from ...training.linear_start.study import DoubtfulLabel
 from ...training.linear_start.verdict import Verdict
 from ..ablation.results import Ablation
 from ..ablation.tables import Table
+from ..calibration.measures import accuracy_at, risk_coverage
 from ..explaining.colors import text_color
 from ..explaining.explain import explain
 from ..explaining.explanation import Explanation
@@ -131,10 +132,20 @@ def _section(
         "num_labelled": len(labelled),
         "accuracy": sum(bool(a.is_right) for a in judged) / len(judged) if judged else None,
         "loss": float(np.mean(losses)) if losses else None,
+        "surest": _surest(judged),
         "labels": names,
         "confusion": matrix if found else None,
         "groups": [(name, [draw(answered) for answered in group]) for name, group in groups.items() if group],
     }
+
+
+def _surest(judged: list[Answered]) -> list[tuple[int, float]]:
+    """The shares of right answers if only so many percent of the rows are answered, the surest first."""
+    sure = [(a.confidence, bool(a.is_right)) for a in judged if a.confidence is not None]
+    if len(sure) < 10:
+        return []
+    curve = risk_coverage(np.array([confidence for confidence, _ in sure]), np.array([right for _, right in sure]))
+    return [(percent, accuracy_at(curve, percent / 100)) for percent in (50, 70, 90)]
 
 
 def _shaded(counts: list[int]) -> list[tuple[int, str, str]]:

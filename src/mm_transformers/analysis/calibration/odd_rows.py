@@ -1,0 +1,74 @@
+"""Fits the statistics that tell rows which are unlike the training rows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...model.availability import OTHER
+from ...model.oddness import FUSED, Oddness, distance, fitted
+from .hidden_parts import GroupRows
+
+
+RANK = 32
+# The share of calibration rows that are told to be odd.
+FALSE_ALARMS = 0.01
+_FEWEST = 40
+
+
+def fit_oddness(
+    groups: Mapping[str, GroupRows], training: Mapping[str, GroupRows] | None = None, rank: int = RANK
+) -> Oddness | None:
+    """
+    The statistics of training rows, with thresholds by calibration rows.
+
+    Args:
+        groups: the calibration rows by availability group.
+        training: rows that the model was trained on; without them the statistics are those of every other calibration
+            row, and the thresholds come from the remaining ones.
+
+    Returns:
+        `None` if there are too few rows.
+    """
+    known = training or {group: _half(rows, 0) for group, rows in groups.items()}
+    judged = groups if training else {group: _half(rows, 1) for group, rows in groups.items()}
+    parts: dict[str, dict[str, Any]] = {}
+    statistics: dict[str, tuple[torch.Tensor, ...]] = {}
+    for name in dict.fromkeys(name for rows in known.values() for name in rows.vectors):
+        vectors, own = _distinct(known, name), _distinct(judged, name)
+        if min(len(vectors), len(own)) < _FEWEST:
+            continue
+        statistics[name] = fitted(vectors, min(rank, len(vectors) // 4))
+        scale = float(distance(own, *statistics[name]).median())
+        parts[name] = {"width": vectors.shape[1], "rank": len(statistics[name][1]), "scale": max(scale, 1e-6)}
+    if not parts:
+        return None
+    oddness = Oddness({"parts": parts, "thresholds": {}})
+    for name, values in statistics.items():
+        for kind, value in zip(("mean", "directions", "precisions"), values, strict=True):
+            getattr(oddness, f"{name}_{kind}").copy_(value)
+    scores = {group: [row.score for row in oddness(rows.vectors, [group] * len(rows.numbers))]
+              for group, rows in judged.items() if len(rows.numbers)}  # fmt: skip
+    thresholds = {group: _threshold(values) for group, values in scores.items() if len(values) >= _FEWEST}
+    thresholds[OTHER] = max([_threshold(values) for values in scores.values()])
+    oddness.thresholds = thresholds
+    return oddness
+
+
+def _half(rows: GroupRows, which: int) -> GroupRows:
+    return rows.chosen(rows.numbers % 2 == which)
+
+
+def _distinct(groups: Mapping[str, GroupRows], name: str) -> torch.Tensor:
+    """The vectors of a part. A row that is in several groups counts once, but for its fused vector."""
+    found: dict[Any, torch.Tensor] = {}
+    for group, rows in groups.items():
+        if name in rows.vectors:
+            for number, vector in zip(rows.numbers.tolist(), rows.vectors[name], strict=True):
+                found[(number, group) if name == FUSED else number] = vector
+    return torch.stack(list(found.values())) if found else torch.empty(0, 1)
+
+
+def _threshold(scores: list[float]) -> float:
+    ordered = sorted(scores)
+    return ordered[min(int((1 - FALSE_ALARMS) * len(ordered)), len(ordered) - 1)]

@@ -1,0 +1,291 @@
+"""Calibration: what is fitted, what it changes, what it must not change."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from rows import make_rows
+from tiny import make_image, make_model, make_processor
+from transformers import pipeline
+
+from mm_transformers import Classification, MMTransformerForMultiTask, MultiLabel, Predictor, Regression
+from mm_transformers.analysis import calibrate
+from mm_transformers.analysis.calibration.cells import TaskRows
+from mm_transformers.analysis.calibration.hidden_parts import GroupRows, rows_by_group
+from mm_transformers.analysis.calibration.measures import accuracy_at, class_wise_error, risk_coverage
+from mm_transformers.analysis.calibration.odd_rows import fit_oddness
+from mm_transformers.analysis.calibration.temperatures import cross_tempered, fit_temperatures
+from mm_transformers.data.collator import MMDataCollator
+from mm_transformers.model.oddness import distance, fitted
+from mm_transformers.model.predictions import Predictions
+
+
+TOPIC = Classification("topic", labels=["animals", "food", "travel"])
+
+
+def labelled_rows(n=120):
+    rows = make_rows(n)
+    for i, row in enumerate(rows):
+        row["topic"] = ["animals", "food", "travel"][i % 3]
+        row["score"] = float(i % 7)
+        row["image"] = None if i % 4 == 1 else make_image(i)
+    return rows
+
+
+def sampled(n, temperature, num_labels=3, seed=0):
+    """Logits that are `temperature` times too large for their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(n, num_labels, generator=generator)
+    labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    return logits * temperature, labels
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    tasks = [TOPIC, MultiLabel("tags", labels=["red", "green", "blue"]), Regression("score")]
+    model, processor = make_model(tasks=tasks), make_processor()
+    # Untrained heads give nearly equal logits, for which temperatures mean nothing.
+    with torch.no_grad():
+        for head in (model.heads.topic, model.heads.tags, model.heads.score):
+            head.out_proj.weight.mul_(60)
+    before = pipeline("multimodal", model=model, processor=processor)
+    questions = [{"text": "red cat"}, {"image": make_image(1)}, {"text": "blue crane", "image": make_image(2)}]
+    answers = before(questions)
+    result = calibrate(model, processor, labelled_rows(), min_rows=30)
+    return model, processor, questions, answers, result
+
+
+def test_the_temperature_is_found_again():
+    [found] = fit_temperatures(TOPIC, *sampled(4000, 2.5))
+    assert found == pytest.approx(2.5, rel=0.08)
+
+
+def test_labels_get_their_own_temperatures_only_where_it_pays():
+    logits, labels = sampled(3000, 2.0)
+    assert len(fit_temperatures(TOPIC, logits, labels)) == 1
+    # Answers with the first label are too sure, the others are right.
+    logits, labels = sampled(3000, 1.0)
+    logits = torch.where((logits.argmax(1) == 0)[:, None], 4 * logits, logits)
+    found = fit_temperatures(TOPIC, logits, labels)
+    assert found[0] == pytest.approx(4, rel=0.2)
+    assert found[1:] == pytest.approx([1, 1], rel=0.15)
+
+
+def test_temperatures_of_tags_are_those_of_each_label():
+    task = MultiLabel("tags", labels=["red", "blue"])
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(3000, 2, generator=generator)
+    labels = (torch.rand(3000, 2, generator=generator) < logits.sigmoid()).float()
+    found = fit_temperatures(task, logits * torch.tensor([1.0, 3.0]), labels)
+    assert found == pytest.approx([1, 3], rel=0.15)
+
+
+def test_a_temperature_per_label_keeps_the_answer():
+    logits = torch.randn(50, 3)
+    tempered = TOPIC.temper(logits, torch.tensor([[0.3, 2.0, 9.0]]).expand(50, -1))
+    assert torch.equal(tempered.argmax(1), logits.argmax(1))
+
+
+def test_each_row_is_measured_without_its_own_label():
+    logits, labels = sampled(100, 3.0)
+    changed = labels.clone()
+    changed[7] = (labels[7] + 1) % 3
+    first, second = cross_tempered(TOPIC, logits, labels), cross_tempered(TOPIC, logits, changed)
+    assert torch.equal(first[7], second[7])
+    assert not torch.equal(first, second)
+
+
+def group_of(n, natural, seed=0):
+    logits, labels = sampled(n, 1.5, seed=seed)
+    flags = torch.arange(n) < natural
+    return GroupRows(torch.arange(n), flags, {"topic": logits}, {"topic": labels}, {})
+
+
+def test_small_groups_are_calibrated_together():
+    groups = {"text + vision": group_of(200, 200), "text": group_of(30, 30, 1), "vision": group_of(20, 20, 2)}
+    cells = TaskRows(TOPIC, groups, 50).cells()
+    assert set(cells) == {"text + vision", "other"}
+    assert cells["other"]["rows"] == 50
+    thresholds = cells["other"]["thresholds"]
+    assert thresholds[-1] is None  # 99.5% of 51 rows
+    assert thresholds[179] is not None  # 90%
+
+
+def test_hidden_parts_fill_small_groups_only():
+    groups = {"text": group_of(100, 10), "vision": group_of(100, 60, 1)}
+    of_task = TaskRows(TOPIC, groups, 50)
+    assert {group: len(labels) for group, (_, labels) in of_task.groups.items()} == {"text": 100, "vision": 60}
+
+
+def test_hidden_parts_give_the_answers_of_rows_without_them():
+    model, processor = make_model(), make_processor()
+    rows = labelled_rows(7)
+    groups = rows_by_group(model, MMDataCollator(processor, model.config), rows, batch_size=3)
+    assert set(groups) == {"text", "vision", "text + vision"}
+    whole = [i for i, row in enumerate(rows) if row["image"] is not None]
+    assert groups["vision"].numbers.tolist() == whole
+    assert not groups["vision"].natural.any()
+    assert groups["text"].numbers.tolist() == list(range(7))
+    for group, kept in (("text", ["text"]), ("vision", ["image"]), ("text + vision", ["text", "image"])):
+        inputs = [{part: rows[i][part] for part in kept} for i in groups[group].numbers.tolist()]
+        texts = [row.get("text") for row in inputs]
+        images = [row.get("image") for row in inputs] if "image" in kept else None
+        expected = Predictions.of(model, dict(processor(text=texts, images=images)))
+        torch.testing.assert_close(groups[group].logits["topic"], expected.logits["topic"], atol=1e-5, rtol=1e-4)
+        assert expected.groups == [group] * len(inputs)
+
+
+def test_answers_stay_and_scores_change(calibrated):
+    model, processor, questions, before, _ = calibrated
+    after = pipeline("multimodal", model=model, processor=processor)(questions)
+    cells = model.config.calibration["tasks"]["topic"]["cells"]
+    assert any(cell["temperatures"] != [1.0] for cell in cells.values())
+    for old, new, group in zip(before, after, ["text", "vision", "text + vision"], strict=True):
+        assert new["topic"]["label"] == old["topic"]["label"]
+        assert new["tags"]["labels"] == old["tags"]["labels"]
+        assert new["score"] == old["score"]
+        if cells[group]["temperatures"] != [1.0]:
+            assert new["topic"]["score"] != old["topic"]["score"]
+
+
+def test_a_saved_model_answers_the_same(calibrated, tmp_path):
+    model, processor, questions, _, _ = calibrated
+    pipe = pipeline("multimodal", model=model, processor=processor)
+    pipe.save_pretrained(tmp_path)
+    loaded = pipeline("multimodal", model=MMTransformerForMultiTask.from_pretrained(tmp_path), processor=processor)
+    assert loaded(questions, coverage=0.9, advise=True) == pipe(questions, coverage=0.9, advise=True)
+    for name, value in model.oddness.state_dict().items():
+        assert torch.equal(loaded.model.oddness.state_dict()[name], value)
+
+
+def test_sets_intervals_and_advice(calibrated):
+    model, processor, questions, _, _ = calibrated
+    pipe = pipeline("multimodal", model=model, processor=processor)
+    for answer in pipe(questions, coverage=0.8):
+        found = answer["topic"]["set"]
+        assert found[0] == answer["topic"]["label"]
+        assert answer["topic"]["abstain"] == (len(found) != 1)
+        low, high = answer["score"]["interval"]
+        assert low < answer["score"]["value"] < high
+    [advice] = pipe({"text": "red cat"}, advise=True)["topic"]["advice"]
+    assert advice["add"] == "vision"
+    assert advice["text"].startswith("With an image, ")
+    assert pipe(questions[2], advise=True)["topic"]["advice"] == []
+
+
+def test_the_advice_is_what_was_measured(calibrated):
+    """The mean over the bins is the accuracy of all rows with a picture, without and with it."""
+    model, processor, *_ = calibrated
+    rows = [row for row in labelled_rows() if row["image"] is not None]
+    table = model.config.calibration["tasks"]["topic"]["advice"]["text"]["vision"]
+    for column, kept in (("now", ["text"]), ("then", ["text", "image"])):
+        inputs = [{part: row[part] if part in kept else None for part in ("text", "image")} for row in rows]
+        answers = Predictor(model, processor, tasks=["topic"])(inputs)
+        right = np.mean([a["topic"]["label"] == row["topic"] for a, row in zip(answers, rows, strict=True)])
+        assert np.average(table[column], weights=table["rows"]) == pytest.approx(right, abs=1e-3)
+
+
+def test_predictor_and_pipeline_agree(calibrated):
+    model, processor, questions, _, _ = calibrated
+    pipe = pipeline("multimodal", model=model, processor=processor)
+    expected = [answer["topic"] for answer in pipe(questions, coverage=0.9)]
+    found = [
+        answer["topic"]
+        for answer in Predictor(model, processor, coverage=0.9)([{"text": "", **row} for row in questions])
+    ]
+    for one, other in zip(expected, found, strict=True):
+        assert one["set"] == other["set"]
+        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+def test_an_uncalibrated_model_cannot_promise():
+    model, processor = make_model(), make_processor()
+    pipe = pipeline("multimodal", model=model, processor=processor)
+    with pytest.raises(ValueError, match="run `calibrate"):
+        pipe({"text": "red cat"}, coverage=0.9)
+    with pytest.raises(ValueError, match="coverage must be above 0"):
+        pipe({"text": "red cat"}, coverage=1.5)
+
+
+def test_rows_without_labels_are_refused():
+    with pytest.raises(ValueError, match="No task can be calibrated"):
+        calibrate(make_model(), make_processor(), [{"text": "red cat"}] * 3)
+
+
+def test_new_heads_lose_their_calibration(calibrated, tmp_path):
+    model, *_ = calibrated
+    model.save_pretrained(tmp_path)
+    tasks = [Classification("topic", labels=["a", "b"]), model.tasks["tags"]]
+    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path, tasks=tasks)
+    assert set(loaded.config.calibration["tasks"]) == {"tags"}
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c["tasks"].update(other={"cells": {}}),
+    lambda c: c["tasks"]["topic"]["cells"]["text"].update(temperatures=[0.0]),
+    lambda c: c["tasks"]["topic"]["cells"]["text"].update(temperatures=[1.0, 2.0]),
+    lambda c: c["tasks"]["topic"]["cells"]["text"].update(temperatures=[float("nan")]),
+    lambda c: c["tasks"]["topic"]["cells"]["text"].update(thresholds=[1.0]),
+    lambda c: c["tasks"]["topic"]["advice"]["text"]["vision"].update(rows=[]),
+    lambda c: c["oddness"]["parts"]["text"].update(width=10**12),
+    lambda c: c["oddness"].update(thresholds={"text": -1}),
+])  # fmt: skip
+def test_a_damaged_calibration_is_refused(calibrated, change):
+    values = calibrated[0].config.to_dict()
+    values["calibration"] = json.loads(json.dumps(values["calibration"]))
+    change(values["calibration"])
+    with pytest.raises(ValueError, match="calibration"):
+        type(calibrated[0].config).from_dict(values)
+
+
+def test_the_result_can_be_shown(calibrated):
+    result = calibrated[4]
+    assert "topic" in str(result)
+    json.dumps(result.to_dict(), allow_nan=False)
+    assert len(result.plot().axes) > 2
+
+
+def test_odd_rows_are_told():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(6, 40, generator=generator)
+
+    def rows(n, shift):
+        vectors = torch.randn(n, 6, generator=generator) @ basis + 0.1 * torch.randn(n, 40, generator=generator)
+        return GroupRows(torch.arange(n), torch.ones(n).bool(), {}, {}, {"vision": vectors + shift})
+
+    oddness = fit_oddness({"vision": rows(400, 0)})
+    warned = {shift: np.mean([odd.is_odd for odd in oddness(rows(300, shift).vectors, ["vision"] * 300)])
+              for shift in (0, 1)}  # fmt: skip
+    assert warned[0] < 0.05
+    assert warned[1] > 0.95
+
+
+def test_the_distance_is_that_of_the_covariance():
+    vectors = torch.randn(500, 5, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.arange(1.0, 6))
+    found = distance(vectors, *fitted(vectors, 5))
+    inverse = np.linalg.inv(np.cov(vectors.double().numpy().T))
+    centred = (vectors - vectors.mean(0)).double().numpy()
+    expected = np.sqrt(np.einsum("ij,jk,ik->i", centred, inverse, centred))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3)
+
+
+def test_the_curve_is_that_of_a_loop():
+    rng = np.random.default_rng(0)
+    confidences, right = rng.permutation(50) / 50, rng.random(50) < 0.7
+    curve = risk_coverage(confidences, right)
+    for place, number in enumerate(range(1, 51)):
+        surest = np.argsort(-confidences)[:number]
+        assert curve.accuracies[place] == pytest.approx(right[surest].mean())
+    assert accuracy_at(curve, 1.0) == pytest.approx(right.mean())
+
+
+def test_rows_of_equal_confidence_are_answered_together():
+    curve = risk_coverage(np.array([0.5, 0.5, 0.5, 0.5]), np.array([True, True, False, False]))
+    assert curve.accuracies == pytest.approx([0.5] * 4)
+
+
+def test_perfect_probabilities_have_no_class_wise_error():
+    p = torch.tensor([[0.8, 0.2]] * 10)
+    assert class_wise_error(p, torch.tensor([0] * 8 + [1] * 2)) == pytest.approx(0, abs=1e-6)
+    assert class_wise_error(p, torch.tensor([0] * 5 + [1] * 5)) == pytest.approx(0.3, abs=1e-6)
