@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from .decoders import check_decoder, decoder_vocab_size
+from .decoders import check_decoder, decoder_vocab_size, is_language_model
 from .encoder_classes import sub_config_of
 from .encoders import encoder_width
 from .freeze_rules import check_freeze
@@ -282,8 +282,13 @@ class MMTransformerConfig(PreTrainedConfig):
 
     @property
     def has_decoder(self) -> bool:
-        """Whether some task writes text, so that the text model is a whole encoder-decoder."""
+        """Whether some task writes text, so that the text model is a whole encoder-decoder or language model."""
         return any(task.needs_decoder for task in self.get_tasks().values())
+
+    @property
+    def has_language_model(self) -> bool:
+        """Whether some task writes text, and the text model is the decoder-only language model that writes it."""
+        return self.has_decoder and self.decoder_config is None and is_language_model(self.text_config)
 
     @property
     def decoder_vocab_size(self) -> int:
@@ -356,6 +361,12 @@ class MMTransformerConfig(PreTrainedConfig):
             seen.add(task.name)
         writing = [task for task in self.get_tasks().values() if task.needs_decoder]
         check_decoder(self.text_config, self.decoder_config, writing)
+        mixes = bool(self.modalities) and fusion_class(self.fusion_type, self.fusion_kwargs or {}).mixes_text
+        if mixes and self.has_language_model:
+            raise ValueError(
+                f"Task {writing[0].name!r} is written token by token, but in fusion_type {self.fusion_type!r} text "
+                "tokens depend on later ones: use fusion_type='cross_attention'."
+            )
         check_regularization(self.regularization, self.get_tasks())
 
     def validate_freeze(self) -> None:

@@ -480,10 +480,50 @@ def probe_seq2seq(model: PreTrainedModel) -> list[str]:
         return [name for name in unused_parameters(model, run) if not is_expert(name)]
 
 
+def probe_writing(model: PreTrainedModel) -> list[str]:
+    """The parameters of a language model that get no gradient when it writes."""
+    if is_deepspeed_zero3_enabled():
+        return []
+    ids = torch.ones(1, 4, dtype=torch.int64, device=model.device)
+
+    def run() -> torch.Tensor:
+        with one_sentence(f"{model.config.model_type!r} cannot write: it fails on one blank text"):
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+    with torch.inference_mode(False):
+        return [name for name in unused_parameters(model, run) if not is_expert(name)]
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the states of a text encoder depend on no later token."""
+    if is_deepspeed_zero3_enabled():
+        return True
+    seen, was_training = _Probe(model, "text"), model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.inference_mode(False):
+            torch.manual_seed(0)
+            model.eval()
+            first, second = seen._text(8), seen._text(8)
+            both = torch.cat([first["input_ids"][:, :5], second["input_ids"][:, 5:]], 1)
+            return not seen._differ(seen._run({"input_ids": both})[:, :5], seen._run(first)[:, :5])
+    finally:
+        model.train(was_training)
+
+
+def observe_writing(build: Callable[[], PreTrainedModel]) -> list[str]:
+    """[`probe_writing`] of a language model, built again on the meta device."""
+    return _on_meta(build, probe_writing)
+
+
 def observe_seq2seq(build: Callable[[], PreTrainedModel]) -> list[str]:
-    """The same for an encoder-decoder, built again on the meta device."""
+    """[`probe_seq2seq`] of an encoder-decoder, built again on the meta device."""
+    return _on_meta(build, probe_seq2seq)
+
+
+def _on_meta(build: Callable[[], PreTrainedModel], probe_it: Callable[[PreTrainedModel], list[str]]) -> list[str]:
     with torch.random.fork_rng(devices=[]), torch.device("meta"), _unpartitioned():
         try:
-            return probe_seq2seq(build().eval())
+            return probe_it(build().eval())
         except (RuntimeError, NotImplementedError, ValueError):  # its operations depend on values
             return []

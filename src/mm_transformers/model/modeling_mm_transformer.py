@@ -25,7 +25,7 @@ from .answers import decode_answers, evaluation_mode
 from .checkpoint_checks import check_fit, checked, is_pickle_error, what_is_wrong
 from .configuration_mm_transformer import MMTransformerConfig
 from .custom_code import reference, warn_if_not_copied, write_code
-from .decoders import build_seq2seq
+from .decoders import build_writer, text_encoder_of
 from .distributed import is_sharded
 from .embeddings import embed_rows, rows_with_text, unit_length
 from .encoder_classes import blank_input, takes_audio_mask
@@ -36,6 +36,7 @@ from .fusion import Stream, fusion_class
 from .fusion_layers import Gate, StreamProjection, masked_mean
 from .generation import AnswerDecoder, WritingTask, split_inputs, task_that_writes, writing_tasks
 from .input_checks import check_finite_weights, check_layout, is_finite, what_is_wrong_with_inputs
+from .language_model import LanguageModelWriter
 from .linear_probe import with_probe
 from .modalities import ENCODERS, OTHER_ENCODERS, modalities_of, own_encoders, own_inputs
 from .new_heads import load_with_tasks
@@ -417,8 +418,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         width = encoder_width(config.text_config)
         self.has_decoder = config.has_decoder
         if text_model is None and self.has_decoder:
-            text_model = build_seq2seq(config.text_config, config.decoder_config)
-        # If a task writes text, this is a whole encoder-decoder; the outputs of its encoder are fused.
+            text_model = build_writer(config.text_config, config.decoder_config)
+        # If a task writes text, this is a whole encoder-decoder, or a language model with its head.
         self.text_model = text_model if text_model is not None else build_encoder(config.text_config, "text")
         self.vision_model = self.audio_model = self.fusion = None
         if config.modalities:
@@ -448,7 +449,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
 
     @property
     def text_encoder(self) -> PreTrainedModel:
-        return self.text_model.get_encoder() if self.has_decoder else self.text_model
+        return text_encoder_of(self.text_model) if self.has_decoder else self.text_model
 
     def encoder(self, modality: str) -> Any:
         """The encoder of "text", "vision" or another modality; of an encoder-decoder the encoder."""
@@ -476,6 +477,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             ValueError: if there are no parameters of such a name.
         """
         encoders = {modality: self.encoder(modality) for modality in ("text", *self.config.modalities)}
+        if self.config.has_language_model:
+            encoders["text"] = self.text_model  # with its head
         self._frozen_encoders = freeze_parameters(self, self.config.freeze or [], encoders)
         self.train(self.training)
 
@@ -663,6 +666,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
 
         text_inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
         encoded = {"text": self._text_stream(attention_mask, text_features, **text_inputs)}
+        if self.config.has_language_model and input_ids is not None:
+            encoded["text"] = encoded["text"]._replace(token_ids=self._prompt_ids(input_ids, attention_mask))
         for name in self.config.modalities:
             frames = frame_index if name == "vision" else None
             stream = self._item_stream(name, items[name], index[name], frames, is_full[name])
@@ -758,6 +763,20 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         # Not by `torch.where`, which ONNX Runtime lacks for truth values.
         mask = attention_mask.bool() | (~present[:, None] & first)
         return Stream("text", self.null_text(states, present), mask, item_means=means)
+
+    @property
+    def begin_id(self) -> int:
+        """The token that a language model continues in rows without a text."""
+        config = self.text_model.generation_config
+        known = [config.bos_token_id, config.eos_token_id, config.pad_token_id]
+        ids = [value[0] if isinstance(value, (list, tuple)) else value for value in known if value is not None]
+        return ids[0] if ids else 0
+
+    def _prompt_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The ids of the texts; rows without a text have the token that begins one, where they have [`NullText`]."""
+        is_absent = ~attention_mask.bool().any(-1, keepdim=True)
+        first = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
+        return input_ids.masked_fill(is_absent & first, self.begin_id)
 
     def _item_stream(
         self,
@@ -1097,8 +1116,10 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         return decode_answers(self.tasks, outputs.logits, word_index)
 
     @property
-    def _answer_decoder(self) -> AnswerDecoder:
+    def _answer_decoder(self) -> AnswerDecoder | LanguageModelWriter:
         # Created each time, since PEFT and FSDP replace `text_model` by other modules.
+        if self.config.has_language_model:
+            return LanguageModelWriter(self.model)
         return AnswerDecoder(self.model.text_model)
 
     def read_written(
