@@ -34,14 +34,19 @@ def is_language_model(text_config: PreTrainedConfig) -> bool:
     [`load_writer`] measures whether it is causal. Here this is read from the config: BERT and others, which also have a
     head that writes, are decoders only if their config says so.
     """
-    has_head = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text_config), None) is not None
+    has_head = language_model_class(text_config) is not None
     says_otherwise = getattr(text_config, "use_bidirectional_attention", False)
     is_decoder = getattr(text_config, "is_decoder", True) and not says_otherwise
     return has_head and is_decoder and not text_config.is_encoder_decoder
 
 
+def language_model_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that writes text by the model of a config alone; `None` if there is none."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
 def text_encoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model from [`build_writer`] that reads the text: the encoder, or the language model without head."""
+    """The part of a model from [`build_writer`] that reads texts: the encoder, or a language model without its head."""
     return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
 
@@ -81,8 +86,8 @@ def load_writer(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs:
     traits.pop("unused", None)
     if not is_causal(model.base_model):
         raise ValueError(
-            f"The text encoder ({config.model_type!r}) cannot write: its tokens attend to later ones. Use a decoder-only "
-            "language model or an encoder-decoder, or give a decoder_config."
+            f"The text encoder ({config.model_type!r}) cannot write: its tokens attend to later ones. Use a "
+            "decoder-only language model or an encoder-decoder, or give a decoder_config."
         )
     unused = probe_writing(model)
     if traits:

@@ -133,12 +133,7 @@ class AnswerDecoder:
         Raises:
             ValueError: if there is not exactly one answer per row.
         """
-        if not isinstance(ids, torch.Tensor) or len(ids) != num_rows:
-            raise ValueError(
-                f"Task {task.name!r}: a row has one answer, so num_return_sequences must be 1 and "
-                "return_dict_in_generate False. For more, call model.generate(...)."
-            )
-        return ids[:, len(self.start_ids(task)) :]
+        return answer_ids(task, ids, num_rows, len(self.start_ids(task)))
 
     @contextmanager
     def _nothing_forced(self) -> Iterator[None]:
@@ -150,6 +145,21 @@ class AnswerDecoder:
             yield
         finally:
             config.forced_bos_token_id = forced
+
+
+def answer_ids(task: WritingTask, ids: Any, num_rows: int, num_start_ids: int) -> torch.Tensor:
+    """
+    The generated ids without those at the start.
+
+    Raises:
+        ValueError: if there is not exactly one answer per row.
+    """
+    if not isinstance(ids, torch.Tensor) or len(ids) != num_rows:
+        raise ValueError(
+            f"Task {task.name!r}: a row has one answer, so num_return_sequences must be 1 and "
+            "return_dict_in_generate False. For more, call model.generate(...)."
+        )
+    return ids[:, num_start_ids:]
 
 
 def refuse_assistant(options: Mapping[str, Any]) -> None:

@@ -667,7 +667,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         text_inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
         encoded = {"text": self._text_stream(attention_mask, text_features, **text_inputs)}
         if self.config.has_language_model and input_ids is not None:
-            encoded["text"] = encoded["text"]._replace(token_ids=self._prompt_ids(input_ids, attention_mask))
+            encoded["text"] = encoded["text"]._replace(token_ids=self.prompt_ids(input_ids, attention_mask))
         for name in self.config.modalities:
             frames = frame_index if name == "vision" else None
             stream = self._item_stream(name, items[name], index[name], frames, is_full[name])
@@ -772,7 +772,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         ids = [value[0] if isinstance(value, (list, tuple)) else value for value in known if value is not None]
         return ids[0] if ids else 0
 
-    def _prompt_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def prompt_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The ids of the texts; rows without a text have the token that begins one, where they have [`NullText`]."""
         is_absent = ~attention_mask.bool().any(-1, keepdim=True)
         first = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
@@ -1016,8 +1016,10 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         """
         own = own_inputs(kwargs)
         check_keywords(self, kwargs)
+        read: dict[str, torch.Tensor] = {}
         if encoder_outputs is None:
-            encoder_outputs = self.model(
+            encode = partial(
+                self.model,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 token_type_ids=token_type_ids,
@@ -1028,8 +1030,6 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 input_features=input_features,
                 audio_attention_mask=audio_attention_mask,
                 audio_index=audio_index,
-                inputs_embeds=inputs_embeds,
-                text_features=text_features,
                 image_features=image_features,
                 audio_features=audio_features,
                 audio_feature_mask=audio_feature_mask,
@@ -1037,6 +1037,14 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 output_hidden_states=output_hidden_states,
                 **own,
             )
+            if labels is not None and input_ids is not None and text_features is None and self._reads_at_once:
+                mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+                first, its_task = next(iter(writing_tasks(self.tasks).items()))
+                read[first], encoder_outputs = LanguageModelWriter(self.model).read(
+                    its_task, labels.get(first), lambda states: encode(text_features=states), input_ids, mask
+                )
+            else:
+                encoder_outputs = encode(inputs_embeds=inputs_embeds, text_features=text_features)
         logits = self.heads(encoder_outputs)
         loss = losses = None
         if labels is not None:
@@ -1048,7 +1056,9 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 }
             writing = writing_tasks(self.tasks)
             for name, task in self.tasks.items():
-                if name in writing:
+                if name in read:
+                    logits[name] = read[name]
+                elif name in writing:
                     logits[name] = self.read_written(writing[name], encoder_outputs, labels.get(name))
                 elif task.needs_mismatches and name in labels:
                     mismatched = self.judge_mismatched(name, encoder_outputs, logits, labels[name])
@@ -1122,6 +1132,13 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
             return LanguageModelWriter(self.model)
         return AnswerDecoder(self.model.text_model)
 
+    @property
+    def _reads_at_once(self) -> bool:
+        """Whether one pass of a language model reads the texts, for heads, and the answers behind them."""
+        # A text that is dropped in training is no prompt, either.
+        drops_text = self.training and "text" in self.config.modality_dropout_probabilities
+        return self.config.has_language_model and not drops_text
+
     def read_written(
         self, task: WritingTask, encoder_outputs: MMTransformerModelOutput, labels: Optional[torch.Tensor]
     ) -> torch.Tensor:
@@ -1167,6 +1184,10 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         writing = task_that_writes(self.tasks, task)
         inputs, options = split_inputs(type(self.model).forward, kwargs)
         if encoder_outputs is None:
+            if self.config.has_language_model and inputs.get("input_ids") is not None:
+                # The language model reads the texts as it writes; here they are for heads alone.
+                width = encoder_width(self.config.text_config)
+                inputs["text_features"] = torch.zeros(*inputs["input_ids"].shape, width, device=self.device)
             encoder_outputs = self.model(**inputs)
         return self._answer_decoder.generate(writing, encoder_outputs, **options)
 

@@ -404,6 +404,9 @@ class MMTransformerProcessor(ProcessorMixin):
             tokenizer = _read_part("tokenizer", AutoTokenizer, text, **kwargs)
             if positions is not None:
                 tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+            if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+                # As of most language models; the mask says which tokens are padding.
+                tokenizer.pad_token = tokenizer.eos_token
         image_processor = feature_extractor = None
         if vision is not None:
             chosen = {} if backend is None else {"backend": backend}
