@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import torch
-from tiny import VISION_ENCODERS, VOCAB_SIZE, make_batch, open_gates
+from tiny import VISION_ENCODERS, VOCAB_SIZE, make_image_processor, make_tokenizer, open_gates
+from tokenizers import processors
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -13,6 +14,7 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     PhiConfig,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     SmolLM3Config,
 )
@@ -48,10 +50,12 @@ LANGUAGE_MODELS = {
 
 
 def save_language_model(folder: Path, kind: str = "llama", seed: int = 3) -> dict[str, str]:
-    """The folders of a language model and of a vision encoder."""
+    """The folders of a language model and of a vision encoder, with tokenizer and image processor."""
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(LANGUAGE_MODELS[kind]()).save_pretrained(folder / "text")
     AutoModel.from_config(VISION_ENCODERS["vit"]()).save_pretrained(folder / "vision")
+    make_prompt_tokenizer().save_pretrained(folder / "text")
+    make_image_processor().save_pretrained(folder / "vision")
     return {"text": str(folder / "text"), "vision": str(folder / "vision")}
 
 
@@ -69,6 +73,23 @@ def make_language_model(kind="llama", seed=0, gates_open=True, tasks=None, **kwa
     return model
 
 
+def make_prompt_tokenizer() -> PreTrainedTokenizerFast:
+    """As that of most language models: no special tokens around a text, and no padding token."""
+    tokenizer = make_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.Sequence([])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", bos_token="[CLS]", eos_token="[SEP]", model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"], chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+
+
+# The form of a chat; the words of the roles are those of the tiny vocabulary.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }} in {% endfor %}{% if add_generation_prompt %}is {% endif %}"
+)
+
+
 def to_the_left(batch: dict) -> dict:
     """The same batch with the padding of its texts on the left."""
     lengths = batch["attention_mask"].sum(1).tolist()
@@ -82,6 +103,3 @@ def to_the_left(batch: dict) -> dict:
 def texts_of(batch: dict) -> dict:
     """The texts alone, as a language model of transformers takes them to write."""
     return {name: to_the_left(batch)[name] for name in ("input_ids", "attention_mask")}
-
-
-__all__ = ["LANGUAGE_MODELS", "make_batch", "make_language_model", "save_language_model", "texts_of", "to_the_left"]
