@@ -100,7 +100,8 @@ class MMTransformerConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new weights.
         freeze (`list[str]`, *optional*):
             The parts that are not trained. `"text"`, `"vision"` or `"audio"` is a whole encoder; for an
-            encoder-decoder, the encoder with the embeddings that its decoder shares. Or the name of a sub-module of
+            encoder-decoder, the encoder with the embeddings that its decoder shares; for a language model that writes,
+            all of it. Or the name of a sub-module of
             [`MMTransformerModel`], such as `"text_model.embeddings"`.
 
     Raises:

@@ -347,8 +347,9 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
 
         Args:
             text (`str`): Hub id or local folder of a text encoder. For CLIP and SigLIP this is the text tower. For an
-                encoder-decoder it is the encoder, and also the decoder if a task writes text. `None` for a model that
-                reads no text.
+                encoder-decoder it is the encoder, and also the decoder if a task writes text; for a decoder-only
+                language model the model, and also its head if a task writes text. `None` for a model that reads no
+                text.
             vision (`str`, *optional*): Hub id or local folder of a vision encoder; for CLIP and SigLIP the vision
                 tower.
             audio (`str`, *optional*): Hub id or local folder of an audio encoder; for Whisper its encoder.
@@ -452,7 +453,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         return text_encoder_of(self.text_model) if self.has_decoder else self.text_model
 
     def encoder(self, modality: str) -> Any:
-        """The encoder of "text", "vision" or another modality; of an encoder-decoder the encoder."""
+        """The encoder of "text", "vision" or another modality; of a text model that writes the part that reads."""
         return self.text_encoder if modality == "text" else getattr(self, f"{modality}_model")
 
     def embedding_width(self, name: str) -> int:
@@ -1170,7 +1171,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
 
         Returns:
             (batch, length) int64: the ids of the tokens; the first ones are those that the decoder starts with,
-            [`decoder_start_ids`].
+            [`decoder_start_ids`]. The text that a language model continues is left out.
 
         Raises:
             ValueError: if there is no such task, it does not write, or `assistant_model` is given.
