@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, GenerationConfig
 from writers import LABELS, TOPIC
 
-from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask
+from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask, Retrieval
 
 
 every_language_model = pytest.mark.parametrize("kind", first_quickly(LANGUAGE_MODELS))
@@ -316,3 +316,32 @@ def test_vocabulary_grows(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = MMTransformerForMultiTask.from_pretrained(tmp_path)
     assert loaded.generate(**batch).tolist() == model.generate(**batch).tolist()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_heads_read_the_last_token(side):
+    """Of each row, wherever the padding is; of a model that has only seen the text before it."""
+    model = make_language_model(text_pooling="last", linear_probe=True, tasks=[TOPIC, Retrieval("search")])
+    nn.init.normal_(model.heads.topic.probe.linear.weight)
+    batch = make_batch(labels=False)
+    with torch.no_grad():
+        outputs = model.model(**(to_the_left(batch) if side == "left" else batch))
+        logits = model.heads.topic(outputs)
+        lengths, text = batch["attention_mask"].sum(1), {k: batch[k] for k in ("input_ids", "attention_mask")}
+        last = model.model.text_encoder(**text).last_hidden_state[torch.arange(4), lengths - 1]
+        torch.testing.assert_close(outputs.encoded["text"].item_means, last, rtol=1e-4, atol=1e-5)
+        vectors = model.embed(**batch)
+        torch.testing.assert_close(vectors["text"], last, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(vectors["fused"], outputs.pooler_output, rtol=1e-4, atol=1e-5)
+        found = model.encode_text(**text)
+        expected = nn.functional.normalize(model.heads.search.text_projection(last), dim=-1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits, model(**batch).logits["topic"], rtol=1e-4, atol=1e-5)
+        mean = make_language_model(linear_probe=True, tasks=[TOPIC, Retrieval("search")])
+        mean.load_state_dict(model.state_dict())
+        assert not torch.allclose(mean(**batch).logits["topic"], logits, atol=1e-3)
+
+
+def test_a_pooling_that_is_not_known():
+    with pytest.raises(ValueError, match="text_pooling must be one of mean, last, but is 'first'"):
+        make_language_model(text_pooling="first")

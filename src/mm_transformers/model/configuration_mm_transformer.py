@@ -17,6 +17,7 @@ from .encoder_classes import sub_config_of
 from .encoders import encoder_width
 from .freeze_rules import check_freeze
 from .fusion import fusion_class
+from .fusion_layers import TEXT_POOLINGS
 from .hub_kernels import check_values
 from .limits import limits
 from .messages import check_folder, one_line, shortened
@@ -97,6 +98,9 @@ class MMTransformerConfig(PreTrainedConfig):
         task_weighting (`str` or `dict`, *optional*, defaults to `"static"`):
             The task weighting of [`MMTrainer`]: `"static"`, `"uncertainty"`, `"famo"`, `"db_mtl"`, `"gradnorm"`,
             `"pcgrad"`, or a kind of your own; with options: `{"kind": "famo", "learning_rate": 0.01}`.
+        text_pooling (`str`, *optional*, defaults to `"mean"`):
+            The vector of a text for heads, linear probes, retrieval and embeddings: `"mean"` of its tokens, or the
+            `"last"` one, which alone has read the whole text in a decoder-only language model.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new weights.
         freeze (`list[str]`, *optional*):
             The parts that are not trained. `"text"`, `"vision"` or `"audio"` is a whole encoder; for an
@@ -163,6 +167,7 @@ class MMTransformerConfig(PreTrainedConfig):
     tasks: list | None = None
     regularization: dict | None = None
     task_weighting: str | dict = "static"
+    text_pooling: str = "mean"
     initializer_range: float = 0.02
     freeze: list | None = None
 
@@ -326,6 +331,10 @@ class MMTransformerConfig(PreTrainedConfig):
             raise ValueError(
                 "num_frames must be at least 1 and frame_embedding 'sinusoidal' or 'learned', but they are "
                 f"{self.num_frames} and {self.frame_embedding!r}."
+            )
+        if self.text_pooling not in TEXT_POOLINGS:
+            raise ValueError(
+                f"text_pooling must be one of {', '.join(TEXT_POOLINGS)}, but is {shortened(self.text_pooling)}."
             )
         if not (math.isfinite(self.initializer_range) and self.initializer_range >= 0):
             raise ValueError(f"initializer_range must be at least 0 and finite, but is {self.initializer_range}.")

@@ -310,3 +310,15 @@ def masked_mean(hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
     """Mean of the unmasked tokens, 0 if there are none. (batch, length, width) -> (batch, width)."""
     weights = mask[..., None].to(hidden_states.dtype)
     return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def last_unmasked(hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The last of the unmasked tokens, 0 if there are none. (batch, length, width) -> (batch, width)."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask * places).amax(1)
+    found = hidden_states.gather(1, last[:, None, None].expand(-1, 1, hidden_states.shape[-1]))[:, 0]
+    return torch.where(mask.any(1, keepdim=True), found, 0)
+
+
+# The values of `config.text_pooling`: how one vector is made of the tokens of a text.
+TEXT_POOLINGS = {"mean": masked_mean, "last": last_unmasked}

@@ -33,7 +33,7 @@ from .encoder_features import EncoderFeatures
 from .encoders import build_encoder, encoder_width
 from .freeze_rules import batch_norms, freeze_parameters, frozen_batch_norm
 from .fusion import Stream, fusion_class
-from .fusion_layers import Gate, StreamProjection, masked_mean
+from .fusion_layers import TEXT_POOLINGS, Gate, StreamProjection, masked_mean
 from .generation import AnswerDecoder, WritingTask, split_inputs, task_that_writes, writing_tasks
 from .input_checks import check_finite_weights, check_layout, is_finite, what_is_wrong_with_inputs
 from .language_model import LanguageModelWriter
@@ -66,7 +66,7 @@ class MMTransformerModelOutput(ModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(batch, text_len, text hidden size)`):
             The fused states: the text tokens, after attending to the other modalities of their row.
         pooler_output (`torch.FloatTensor` of shape `(batch, text hidden size)`):
-            Mean of `last_hidden_state` over the tokens that are not padding.
+            Mean of `last_hidden_state` over the tokens that are not padding, or the last of these (`text_pooling`).
         attention_mask (`torch.BoolTensor` of shape `(batch, text_len)`):
             True at tokens, False at padding. In rows without a text, the first place holds a learned vector and is
             True.
@@ -707,7 +707,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             last_hidden_state = fused.hidden_states
         return MMTransformerModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=masked_mean(last_hidden_state, text.mask),
+            pooler_output=self.pool_text(last_hidden_state, text.mask),
             attention_mask=text.mask,
             encoded=encoded,
             kept=kept,
@@ -757,13 +757,17 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
                     f"have {tuple(features.shape)}."
                 )
             states = features.to(self.text_encoder.dtype)
-        means = masked_mean(states, attention_mask.bool()) if self.config.linear_probe else None
+        means = self.pool_text(states, attention_mask.bool()) if self.config.linear_probe else None
         if self.fusion is None:
             return Stream("text", states, attention_mask.bool(), item_means=means)
         first = torch.arange(states.shape[1], device=states.device) == 0
         # Not by `torch.where`, which ONNX Runtime lacks for truth values.
         mask = attention_mask.bool() | (~present[:, None] & first)
         return Stream("text", self.null_text(states, present), mask, item_means=means)
+
+    def pool_text(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The vector of each text, as `config.text_pooling` says: (batch, text_len, width) -> (batch, width)."""
+        return TEXT_POOLINGS[self.config.text_pooling](states, mask)
 
     @property
     def begin_id(self) -> int:
