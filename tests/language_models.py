@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -43,6 +44,7 @@ LANGUAGE_MODELS = {
     "phi": lambda: PhiConfig(**{**_ROTARY, "num_key_value_heads": 4}),
     "gpt2": lambda: GPT2Config(**_IDS, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "smollm3": lambda: SmolLM3Config(**_ROTARY, no_rope_layers=[1, 0]),
+    "gpt-neox": lambda: GPTNeoXConfig(**{k: v for k, v in _ROTARY.items() if k != "num_key_value_heads"}),
     "mamba": lambda: MambaConfig(
         **_IDS, hidden_size=32, num_hidden_layers=2, state_size=8, conv_kernel=4, expand=2, use_mambapy=False,
     ),

@@ -6,7 +6,7 @@ from cases import first_quickly
 from language_models import LANGUAGE_MODELS, make_language_model, save_language_model, texts_of, to_the_left
 from tiny import TEXT_ENCODERS, VOCAB_SIZE, make_batch, open_gates
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, BertConfig, GenerationConfig, OPTConfig, RwkvConfig
 from writers import LABELS, TOPIC
 
 from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask, Retrieval
@@ -77,7 +77,8 @@ def test_one_pass_gives_what_two_give(kind):
 def test_greedy_is_the_argmax_of_the_logits(kind):
     model, batch = make_language_model(kind), make_batch(labels=False)
     written = model.generate(**batch, max_new_tokens=5)
-    labels = written.masked_fill(written == 0, -100)
+    ended = (written == 2).cumsum(1) - (written == 2).to(torch.int64) > 0  # places after the end
+    labels = written.masked_fill(ended, -100)
     logits = model(**batch, labels={"german": labels}).logits["german"]
     known = labels != -100
     assert torch.equal(logits.argmax(-1)[known], labels[known])
@@ -279,6 +280,39 @@ def test_a_language_model_whose_tokens_see_later_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(decoders, "is_language_model", lambda config: True)
     with pytest.raises(ValueError, match=r"\('bert'\) cannot write: its tokens attend to later ones"):
         decoders.load_writer(str(tmp_path), None)
+
+
+def test_a_head_that_calls_an_inner_part(tmp_path):
+    """The head of OPT calls the decoder inside of the model without head."""
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": VOCAB_SIZE}
+    width = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 37}
+    config = OPTConfig(**ids, **width, num_hidden_layers=2, num_attention_heads=4, init_std=0.3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "text")
+    vision = save_language_model(tmp_path / "other")["vision"]
+    model = MMTransformerForMultiTask.from_encoders(
+        text=str(tmp_path / "text"), vision=vision, tasks=[TOPIC, GERMAN], initializer_range=0.3
+    )
+    bare = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
+    batch = make_batch(labels=False)
+    options = {"max_new_tokens": 6, "pad_token_id": 0}
+    expected = bare.generate(**texts_of(batch), **options)[:, 9:]
+    assert torch.equal(model.generate(**batch, **options), expected)
+    open_gates(model)
+    assert not torch.equal(model.generate(**batch, **options), expected)
+    with torch.no_grad():
+        at_once = model(**batch, labels=LABELS)
+        apart = model(encoder_outputs=model.model(**batch), labels=LABELS)
+    torch.testing.assert_close(at_once.losses, apart.losses, rtol=1e-4, atol=1e-4)
+
+
+def test_a_language_model_that_reads_padding(tmp_path):
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": VOCAB_SIZE}
+    config = RwkvConfig(**ids, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\('rwkv'\) cannot write: padding before a text changes its states"):
+        MMTransformerForMultiTask.from_encoders(text=str(tmp_path), tasks=[GERMAN])
 
 
 def test_more_than_the_language_model_has_positions_for():

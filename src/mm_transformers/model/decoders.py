@@ -5,6 +5,7 @@ from typing import Any, Optional
 
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     EncoderDecoderConfig,
@@ -14,7 +15,16 @@ from transformers import (
 )
 
 from .encoder_classes import without_random_skips
-from .encoder_probe import is_causal, observe_seq2seq, observe_writing, probe, probe_seq2seq, probe_writing, traits_of
+from .encoder_probe import (
+    ignores_leading_padding,
+    is_causal,
+    observe_seq2seq,
+    observe_writing,
+    probe,
+    probe_seq2seq,
+    probe_writing,
+    traits_of,
+)
 from .encoders import (
     HUB_KWARGS,
     build_encoder,
@@ -31,13 +41,14 @@ def is_language_model(text_config: PreTrainedConfig) -> bool:
     """
     Whether the text encoder of a config is a decoder-only language model, which writes by a head of its own.
 
-    [`load_writer`] measures whether it is causal. Here this is read from the config: BERT and others, which also have a
-    head that writes, are decoders only if their config says so.
+    [`load_writer`] measures whether it is causal. Here this is read from the config: models that also fill in masked
+    words, such as BERT, are decoders only if their config says so.
     """
-    has_head = language_model_class(text_config) is not None
+    if language_model_class(text_config) is None or text_config.is_encoder_decoder:
+        return False
+    fills_in = MODEL_FOR_MASKED_LM_MAPPING.get(type(text_config), None) is not None
     says_otherwise = getattr(text_config, "use_bidirectional_attention", False)
-    is_decoder = getattr(text_config, "is_decoder", True) and not says_otherwise
-    return has_head and is_decoder and not text_config.is_encoder_decoder
+    return not says_otherwise and (not fills_in or bool(getattr(text_config, "is_decoder", False)))
 
 
 def language_model_class(config: PreTrainedConfig) -> Any:
@@ -72,7 +83,7 @@ def load_writer(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs:
     The same with the weights of a Hub repository or local folder; see [`load_seq2seq`].
 
     Raises:
-        ValueError: one sentence, if a language model is not causal, so it cannot write.
+        ValueError: one sentence, if a language model is not causal, or padding changes its states.
     """
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
     config = encoder_config_from_pretrained(path, "text", **hub_kwargs)
@@ -88,6 +99,11 @@ def load_writer(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs:
         raise ValueError(
             f"The text encoder ({config.model_type!r}) cannot write: its tokens attend to later ones. Use a "
             "decoder-only language model or an encoder-decoder, or give a decoder_config."
+        )
+    if not ignores_leading_padding(model.base_model):
+        raise ValueError(
+            f"The text encoder ({config.model_type!r}) cannot write: padding before a text changes its states, so the "
+            "rows of a batch would change each other. Use another language model."
         )
     unused = probe_writing(model)
     if traits:

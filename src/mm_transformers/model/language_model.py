@@ -231,6 +231,7 @@ class _FusedStates:
     ) -> None:
         self.model, self.num_rows, self.streams, self.encode = model, num_rows, streams, encode
         self.mask: Optional[torch.Tensor] = None  # of the tokens; all by default
+        self._is_inside = False  # whether the language model without head is running
         self.fused: Any = None
 
     @classmethod
@@ -240,16 +241,32 @@ class _FusedStates:
     @contextmanager
     def shown_to(self, text_model: PreTrainedModel) -> Iterator[None]:
         """Within the block the head of the language model reads the fused states."""
-        hook = text_model.base_model.register_forward_hook(self._replace)
+        base = text_model.base_model
+        hooks = [base.register_forward_pre_hook(self._enter), base.register_forward_hook(self._leave)]
+        decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+        if decoder is not base:
+            # The head of OPT calls the decoder inside.
+            hooks.append(decoder.register_forward_hook(self._replace))
         token = _running.set(self)
         try:
             yield
         finally:
             _running.reset(token)
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        if _running.get() is self:
+            self._is_inside = True
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if _running.get() is not self:
+            return None
+        self._is_inside = False
+        return self._replace(module, inputs, output)
 
     def _replace(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        if _running.get() is not self:
+        if _running.get() is not self or self._is_inside:
             return None
         states = output[0]
         if self.encode is not None:
