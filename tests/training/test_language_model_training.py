@@ -11,6 +11,7 @@ from writers import LABELS, TOPIC
 
 from mm_transformers import (
     Classification,
+    FeatureCache,
     Generation,
     MMDataCollator,
     MMTrainer,
@@ -245,3 +246,25 @@ def test_a_new_head_beside_it(folder):
     outputs = model(**make_batch(labels=False))
     assert outputs.logits["mood"].shape == (4, 2)
     assert model.generate(**make_batch(labels=False)).shape[0] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", [[TOPIC, GERMAN], [GERMAN]], ids=["beside a head", "alone"])
+def test_features_of_a_frozen_language_model_are_cached(tasks, tmp_path):
+    """The head reads the stored features; the language model runs for the answers only, and the pictures never."""
+    model, rows = make_language_model(tasks=tasks, freeze=["text", "vision"]), Dataset.from_list(make_rows())
+    collator = MMDataCollator(make_llm_processor(), model.config)
+    cached = FeatureCache(tmp_path).prepare(model, collator, rows)
+    batch, expected = cached([rows[i] for i in range(12)]), collator([rows[i] for i in range(12)])
+    assert "text_features" in batch
+    assert "image_features" in batch
+    calls = []
+    model.model.text_encoder.register_forward_hook(lambda *_: calls.append("text"))
+    model.model.vision_model.register_forward_hook(lambda *_: calls.append("vision"))
+    with torch.no_grad():
+        losses = model(**batch).losses
+        assert calls == ["text"]
+        torch.testing.assert_close(losses, model(**expected).losses, rtol=1e-4, atol=1e-4)
+    labels = batch.pop("labels"), expected.pop("labels")
+    assert labels[0].keys() == labels[1].keys()
+    assert torch.equal(model.generate(**batch), model.generate(**expected))
