@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import pandas as pd
 import torch
+from language_models import LANGUAGE_MODELS, make_prompt_tokenizer
 from tiny import (
     AUDIO_ENCODERS,
     FEATURE_EXTRACTORS,
@@ -16,7 +17,7 @@ from tiny import (
     make_image_processor,
     make_tokenizer,
 )
-from transformers import AutoModel, AutoModelForSeq2SeqLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mm_transformers import Classification, Generation, MMTransformerForMultiTask, MMTransformerProcessor
 
@@ -57,6 +58,9 @@ def save_reader_folder(folder: Path) -> Path:
     marian = folder / "Helsinki-NLP" / "opus-mt-en-de"
     AutoModelForSeq2SeqLM.from_config(SEQ2SEQ["marian"]()).save_pretrained(marian)
     make_tokenizer().save_pretrained(marian)
+    language_model = folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    AutoModelForCausalLM.from_config(LANGUAGE_MODELS["llama, tied"]()).save_pretrained(language_model)
+    make_prompt_tokenizer().save_pretrained(language_model)
     whisper = folder / "openai" / "whisper-base"
     AutoModel.from_config(AUDIO_ENCODERS["whisper"]()).save_pretrained(whisper)
     FEATURE_EXTRACTORS["whisper"]().save_pretrained(whisper)

@@ -13,11 +13,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .calibration import check_calibration
-from .decoders import check_decoder, decoder_vocab_size
+from .decoders import check_decoder, decoder_vocab_size, is_language_model
 from .encoder_classes import sub_config_of
 from .encoders import encoder_width
 from .freeze_rules import check_freeze
 from .fusion import fusion_class
+from .fusion_layers import TEXT_POOLINGS
 from .hub_kernels import check_values
 from .limits import limits
 from .messages import check_folder, one_line, shortened
@@ -98,10 +99,14 @@ class MMTransformerConfig(PreTrainedConfig):
         task_weighting (`str` or `dict`, *optional*, defaults to `"static"`):
             The task weighting of [`MMTrainer`]: `"static"`, `"uncertainty"`, `"famo"`, `"db_mtl"`, `"gradnorm"`,
             `"pcgrad"`, or a kind of your own; with options: `{"kind": "famo", "learning_rate": 0.01}`.
+        text_pooling (`str`, *optional*, defaults to `"mean"`):
+            The vector of a text for heads, linear probes, retrieval and embeddings: `"mean"` of its tokens, or the
+            `"last"` one, which alone has read the whole text in a decoder-only language model.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new weights.
         freeze (`list[str]`, *optional*):
             The parts that are not trained. `"text"`, `"vision"` or `"audio"` is a whole encoder; for an
-            encoder-decoder, the encoder with the embeddings that its decoder shares. Or the name of a sub-module of
+            encoder-decoder, the encoder with the embeddings that its decoder shares; for a language model that writes,
+            all of it. Or the name of a sub-module of
             [`MMTransformerModel`], such as `"text_model.embeddings"`.
         calibration (`dict`, *optional*):
             How far to trust answers, by the modalities that a row has; [`calibrate`] writes it. `None` leaves
@@ -166,6 +171,7 @@ class MMTransformerConfig(PreTrainedConfig):
     tasks: list | None = None
     regularization: dict | None = None
     task_weighting: str | dict = "static"
+    text_pooling: str = "mean"
     initializer_range: float = 0.02
     freeze: list | None = None
     calibration: dict | None = None
@@ -288,8 +294,13 @@ class MMTransformerConfig(PreTrainedConfig):
 
     @property
     def has_decoder(self) -> bool:
-        """Whether some task writes text, so that the text model is a whole encoder-decoder."""
+        """Whether some task writes text, so that the text model is a whole encoder-decoder or language model."""
         return any(task.needs_decoder for task in self.get_tasks().values())
+
+    @property
+    def has_language_model(self) -> bool:
+        """Whether some task writes text, and the text model is the decoder-only language model that writes it."""
+        return self.has_decoder and self.decoder_config is None and is_language_model(self.text_config)
 
     @property
     def decoder_vocab_size(self) -> int:
@@ -327,6 +338,10 @@ class MMTransformerConfig(PreTrainedConfig):
                 "num_frames must be at least 1 and frame_embedding 'sinusoidal' or 'learned', but they are "
                 f"{self.num_frames} and {self.frame_embedding!r}."
             )
+        if self.text_pooling not in TEXT_POOLINGS:
+            raise ValueError(
+                f"text_pooling must be one of {', '.join(TEXT_POOLINGS)}, but is {shortened(self.text_pooling)}."
+            )
         if not (math.isfinite(self.initializer_range) and self.initializer_range >= 0):
             raise ValueError(f"initializer_range must be at least 0 and finite, but is {self.initializer_range}.")
         check_token_reduction(self.vision_token_reduction)
@@ -362,6 +377,12 @@ class MMTransformerConfig(PreTrainedConfig):
             seen.add(task.name)
         writing = [task for task in self.get_tasks().values() if task.needs_decoder]
         check_decoder(self.text_config, self.decoder_config, writing)
+        mixes = bool(self.modalities) and fusion_class(self.fusion_type, self.fusion_kwargs or {}).mixes_text
+        if mixes and self.has_language_model:
+            raise ValueError(
+                f"Task {writing[0].name!r} is written token by token, but in fusion_type {self.fusion_type!r} text "
+                "tokens depend on later ones: use fusion_type='cross_attention'."
+            )
         check_regularization(self.regularization, self.get_tasks())
 
     def validate_freeze(self) -> None:

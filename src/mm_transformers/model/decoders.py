@@ -1,9 +1,11 @@
-"""Text encoders that can also write: pretrained encoder-decoders of transformers, or combined ones."""
+"""Text encoders that can also write: encoder-decoders and language models of transformers, or combined ones."""
 
 import copy
 from typing import Any, Optional
 
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     EncoderDecoderConfig,
@@ -13,16 +15,100 @@ from transformers import (
 )
 
 from .encoder_classes import without_random_skips
-from .encoder_probe import observe_seq2seq, probe, probe_seq2seq, traits_of
+from .encoder_probe import (
+    ignores_leading_padding,
+    is_causal,
+    observe_seq2seq,
+    observe_writing,
+    probe,
+    probe_seq2seq,
+    probe_writing,
+    traits_of,
+)
 from .encoders import (
     HUB_KWARGS,
     build_encoder,
+    encoder_config_from_pretrained,
     load_encoder,
     max_text_positions,
     parameters_to_buffers,
     read_encoder_config,
     without_pickles,
 )
+
+
+def is_language_model(text_config: PreTrainedConfig) -> bool:
+    """
+    Whether the text encoder of a config is a decoder-only language model, which writes by a head of its own.
+
+    [`load_writer`] measures whether it is causal. Here this is read from the config: models that also fill in masked
+    words, such as BERT, are decoders only if their config says so.
+    """
+    if language_model_class(text_config) is None or text_config.is_encoder_decoder:
+        return False
+    fills_in = MODEL_FOR_MASKED_LM_MAPPING.get(type(text_config), None) is not None
+    says_otherwise = getattr(text_config, "use_bidirectional_attention", False)
+    return not says_otherwise and (not fills_in or bool(getattr(text_config, "is_decoder", False)))
+
+
+def language_model_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that writes text by the model of a config alone; `None` if there is none."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def text_encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model from [`build_writer`] that reads texts: the encoder, or a language model without its head."""
+    return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+
+
+def build_writer(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig]) -> PreTrainedModel:
+    """
+    The encoder-decoder or language model of the configs, with new weights; see [`build_seq2seq`].
+
+    Raises:
+        ValueError: one sentence, if the text encoder cannot be used.
+    """
+    if decoder_config is not None or not is_language_model(text_config):
+        return build_seq2seq(text_config, decoder_config)
+    unused = traits_of(text_config).get("unused_with_decoder")
+    if unused is None:
+        unused = observe_writing(
+            lambda: AutoModelForCausalLM.from_config(without_random_skips(copy.deepcopy(text_config)))
+        )
+    return parameters_to_buffers(AutoModelForCausalLM.from_config(without_random_skips(text_config)), unused)
+
+
+def load_writer(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs: Any) -> PreTrainedModel:
+    """
+    The same with the weights of a Hub repository or local folder; see [`load_seq2seq`].
+
+    Raises:
+        ValueError: one sentence, if a language model is not causal, or padding changes its states.
+    """
+    hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+    config = encoder_config_from_pretrained(path, "text", **hub_kwargs)
+    if decoder_config is not None or not is_language_model(config):
+        return load_seq2seq(path, decoder_config, **kwargs)
+    with without_pickles(path):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=without_random_skips(config), **{"trust_remote_code": False, **kwargs}
+        )
+    traits = probe(model.base_model, "text")
+    traits.pop("unused", None)
+    if not is_causal(model.base_model):
+        raise ValueError(
+            f"The text encoder ({config.model_type!r}) cannot write: its tokens attend to later ones. Use a "
+            "decoder-only language model or an encoder-decoder, or give a decoder_config."
+        )
+    if not ignores_leading_padding(model.base_model):
+        raise ValueError(
+            f"The text encoder ({config.model_type!r}) cannot write: padding before a text changes its states, so the "
+            "rows of a batch would change each other. Use another language model."
+        )
+    unused = probe_writing(model)
+    if traits:
+        model.config.encoder_traits = {**traits, "unused_with_decoder": unused}
+    return parameters_to_buffers(model, unused)
 
 
 def build_seq2seq(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig]) -> PreTrainedModel:
@@ -95,10 +181,12 @@ def check_decoder(text_config: PreTrainedConfig, decoder_config: Optional[PreTra
         raise ValueError(f"text_config ({text_config.model_type!r}) already has a decoder: leave out decoder_config.")
     if decoder_config is not None and not tasks:
         raise ValueError("decoder_config is given, but no task writes text; add a Generation task or leave it out.")
-    if tasks and decoder_config is None and not text_config.is_encoder_decoder:
+    can_write = text_config.is_encoder_decoder or is_language_model(text_config)
+    if tasks and decoder_config is None and not can_write:
         raise ValueError(
             f"Task {tasks[0].name!r} writes text, but text_config ({text_config.model_type!r}) has no decoder: use "
-            "an encoder-decoder (Marian, BART, T5, ...) as text encoder, or give a decoder_config."
+            "an encoder-decoder (Marian, BART, T5, ...) or a language model (Llama, Qwen, Gemma, ...) as text encoder, "
+            "or give a decoder_config."
         )
     positions = max_text_positions(text_config) if decoder_config is None else _decoder_positions(decoder_config)
     for task in tasks:

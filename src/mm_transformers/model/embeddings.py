@@ -34,7 +34,7 @@ def embed_rows(model: Any, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]
     shown = mask if model.fusion is None else torch.where(present["text"][:, None], mask, 1)
     of_text = {name: given.pop(name) for name in ("token_type_ids",) if name in given}
     features, _ = model.encode("text", input_ids=ids, attention_mask=shown, **of_text)
-    vectors = {"text": masked_mean(features, mask.bool())}
+    vectors = {"text": model.pool_text(features, mask.bool())}
     given |= {"text_features": features, "attention_mask": mask}
     for name in model.config.modalities:
         stream = _encode_items(model, name, given, len(ids), ids.device)

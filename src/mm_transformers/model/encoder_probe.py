@@ -23,6 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput
 
 from .encoder_classes import (
+    arguments_of,
     audio_token_mask,
     blank_input,
     check_class,
@@ -480,10 +481,73 @@ def probe_seq2seq(model: PreTrainedModel) -> list[str]:
         return [name for name in unused_parameters(model, run) if not is_expert(name)]
 
 
+def probe_writing(model: PreTrainedModel) -> list[str]:
+    """The parameters of a language model that get no gradient when it writes."""
+    if is_deepspeed_zero3_enabled():
+        return []
+    ids = torch.ones(1, 4, dtype=torch.int64, device=model.device)
+
+    def run() -> torch.Tensor:
+        with one_sentence(f"{model.config.model_type!r} cannot write: it fails on one blank text"):
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+    with torch.inference_mode(False):
+        return [name for name in unused_parameters(model, run) if not is_expert(name)]
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the states of a text encoder depend on no later token."""
+
+    def holds(seen: _Probe) -> bool:
+        first, second = seen._text(8), seen._text(8)
+        both = torch.cat([first["input_ids"][:, :5], second["input_ids"][:, 5:]], 1)
+        return not seen._differ(seen._run({"input_ids": both})[:, :5], seen._run(first)[:, :5])
+
+    return _measured(model, holds)
+
+
+def ignores_leading_padding(model: PreTrainedModel) -> bool:
+    """Whether padding before a text, with a mask, changes none of its states."""
+    cls: Any = model.__class__
+
+    def holds(seen: _Probe) -> bool:
+        text = seen._text(8)["input_ids"]
+        inputs, mask = {"input_ids": torch.cat([torch.zeros_like(text[:, :3]), text], 1)}, torch.ones(1, 11).long()
+        mask[:, :3] = 0
+        if "position_ids" in arguments_of(cls):
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).to(text.device)
+        padded = seen._run(inputs, mask.to(text.device))
+        return not seen._differ(padded[:, 3:], seen._run({"input_ids": text}))
+
+    return _measured(model, holds)
+
+
+def _measured(model: PreTrainedModel, holds: Callable[[_Probe], bool]) -> bool:
+    if is_deepspeed_zero3_enabled():  # each process has only a part of each parameter
+        return True
+    was_training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.inference_mode(False):
+            torch.manual_seed(0)
+            return holds(_Probe(model.eval(), "text"))
+    finally:
+        model.train(was_training)
+
+
+def observe_writing(build: Callable[[], PreTrainedModel]) -> list[str]:
+    """[`probe_writing`] of a language model, built again on the meta device."""
+    return _on_meta(build, probe_writing)
+
+
 def observe_seq2seq(build: Callable[[], PreTrainedModel]) -> list[str]:
-    """The same for an encoder-decoder, built again on the meta device."""
+    """[`probe_seq2seq`] of an encoder-decoder, built again on the meta device."""
+    return _on_meta(build, probe_seq2seq)
+
+
+def _on_meta(build: Callable[[], PreTrainedModel], probe_it: Callable[[PreTrainedModel], list[str]]) -> list[str]:
     with torch.random.fork_rng(devices=[]), torch.device("meta"), _unpartitioned():
         try:
-            return probe_seq2seq(build().eval())
+            return probe_it(build().eval())
         except (RuntimeError, NotImplementedError, ValueError):  # its operations depend on values
             return []

@@ -33,6 +33,7 @@ class Stream(NamedTuple):
         is_full: whether every place of every row is known to hold a token, without reading the tensors.
         item_means (num_items, encoder width), *optional*: the mean of the encoder outputs of each item, for linear
             probes; 0 for a missing text. Of an encoder of ours, its linear features.
+        token_ids (num_items, item_length) int64, *optional*: the ids of a text that a language model continues.
 
     Example:
 
@@ -50,6 +51,7 @@ class Stream(NamedTuple):
     is_full: bool = False
     item_means: Optional[torch.Tensor] = None
     scales: Optional[torch.Tensor] = None
+    token_ids: Optional[torch.Tensor] = None
 
     @property
     def differs_by_row(self) -> bool:
@@ -88,6 +90,11 @@ class Stream(NamedTuple):
             return token_mask
         has_item = (self.item_index >= 0).repeat_interleave(length, dim=1)
         return has_item if token_mask is None else self._by_row(token_mask) & has_item
+
+    @property
+    def row_ids(self) -> Optional[torch.Tensor]:
+        """(batch, length) int64: `token_ids` row by row."""
+        return None if self.token_ids is None else self._by_row(self.token_ids)
 
     @property
     def present(self) -> torch.Tensor:
@@ -225,6 +232,8 @@ class Fusion(nn.Module):
     """
 
     kind: ClassVar[str]
+    # False if the fused state of a token depends on no other text token. Then a language model can write behind it.
+    mixes_text: ClassVar[bool] = True
 
     def __init__(self, config: PreTrainedConfig, stream_names: list[str], text_hidden_size: int) -> None:
         super().__init__()

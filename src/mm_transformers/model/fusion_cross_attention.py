@@ -43,6 +43,7 @@ class CrossAttentionFusion(Fusion):
     """
 
     kind: ClassVar[str] = "cross_attention"
+    mixes_text: ClassVar[bool] = False
 
     def __init__(self, config: PreTrainedConfig, stream_names: list[str], text_hidden_size: int) -> None:
         super().__init__(config, stream_names, text_hidden_size)

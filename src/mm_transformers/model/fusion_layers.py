@@ -1,6 +1,8 @@
 """The building blocks of fusion kinds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -158,6 +160,24 @@ def eager_attention_forward(
     return torch.matmul(dropped, value).transpose(1, 2).contiguous(), weights
 
 
+# Of this thread: id of an attention -> its keys and values.
+_kept: ContextVar[Optional[dict[int, tuple[torch.Tensor, torch.Tensor]]]] = ContextVar("_kept", default=None)
+
+
+@contextmanager
+def kept_keys() -> Iterator[None]:
+    """
+    Within the block, each attention of a fusion projects its keys once, and keeps them.
+
+    For a language model that writes token by token: its texts grow, and the other modalities stay.
+    """
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 class FusionAttention(nn.Module):
     """Multi-head attention (https://arxiv.org/abs/1706.03762) of queries to keys, through any implementation that
     transformers has. (batch, num_queries, width), (batch, num_keys, width) -> (batch, num_queries, width). The keys may
@@ -201,11 +221,16 @@ class FusionAttention(nn.Module):
         if absent and attention is eager_attention_forward:
             options = {"present": mask.present[:, None]}
         query = self.q_proj(queries)
+        kept = None if torch.compiler.is_compiling() else _kept.get()
+        known = None if kept is None else kept.get(id(self))
+        if known is None or known[0].shape[0] != (queries.shape[0] if mask.packed is None else 1):
+            known = heads(of_keys(self.k_proj)), heads(of_keys(self.v_proj))
+            if kept is not None:
+                kept[id(self)] = known
         output, weights = attention(
             self,
             heads(query if packing is None else packing.unpack(query)),
-            heads(of_keys(self.k_proj)),
-            heads(of_keys(self.v_proj)),
+            *known,
             mask.attention_mask,
             is_causal=False,
             scaling=self.scaling,
@@ -285,3 +310,15 @@ def masked_mean(hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
     """Mean of the unmasked tokens, 0 if there are none. (batch, length, width) -> (batch, width)."""
     weights = mask[..., None].to(hidden_states.dtype)
     return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def last_unmasked(hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The last of the unmasked tokens, 0 if there are none. (batch, length, width) -> (batch, width)."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask * places).amax(1)
+    found = hidden_states.gather(1, last[:, None, None].expand(-1, 1, hidden_states.shape[-1]))[:, 0]
+    return torch.where(mask.any(1, keepdim=True), found, 0)
+
+
+# The values of `config.text_pooling`: how one vector is made of the tokens of a text.
+TEXT_POOLINGS = {"mean": masked_mean, "last": last_unmasked}

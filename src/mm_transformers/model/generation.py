@@ -112,16 +112,9 @@ class AnswerDecoder:
         Raises:
             ValueError: if `assistant_model` is given.
         """
-        if options.get("assistant_model") is not None:
-            raise ValueError(
-                "generate does not support assistant_model, which cannot read the fused states of this model: leave "
-                "it out."
-            )
+        refuse_assistant(options)
         states = fused.last_hidden_state
-        given = options.get("generation_config")
-        # 20 is the default of older releases of transformers.
-        says_length = given is not None and (given.max_new_tokens or given.max_length not in (None, 20))
-        if not says_length and not {"max_length", "max_new_tokens"} & set(options):
+        if stated_length(options) is None:
             options["max_new_tokens"] = task.max_length
         start = torch.tensor(self.start_ids(task), device=states.device)
         with self._nothing_forced():
@@ -140,12 +133,7 @@ class AnswerDecoder:
         Raises:
             ValueError: if there is not exactly one answer per row.
         """
-        if not isinstance(ids, torch.Tensor) or len(ids) != num_rows:
-            raise ValueError(
-                f"Task {task.name!r}: a row has one answer, so num_return_sequences must be 1 and "
-                "return_dict_in_generate False. For more, call model.generate(...)."
-            )
-        return ids[:, len(self.start_ids(task)) :]
+        return answer_ids(task, ids, num_rows, len(self.start_ids(task)))
 
     @contextmanager
     def _nothing_forced(self) -> Iterator[None]:
@@ -157,6 +145,44 @@ class AnswerDecoder:
             yield
         finally:
             config.forced_bos_token_id = forced
+
+
+def answer_ids(task: WritingTask, ids: Any, num_rows: int, num_start_ids: int) -> torch.Tensor:
+    """
+    The generated ids without those at the start.
+
+    Raises:
+        ValueError: if there is not exactly one answer per row.
+    """
+    if not isinstance(ids, torch.Tensor) or len(ids) != num_rows:
+        raise ValueError(
+            f"Task {task.name!r}: a row has one answer, so num_return_sequences must be 1 and "
+            "return_dict_in_generate False. For more, call model.generate(...)."
+        )
+    return ids[:, num_start_ids:]
+
+
+def refuse_assistant(options: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: if `assistant_model` is among the options of `generate`.
+    """
+    if options.get("assistant_model") is not None:
+        raise ValueError(
+            "generate does not support assistant_model, which cannot read the fused states of this model: leave it out."
+        )
+
+
+def stated_length(options: Mapping[str, Any]) -> Optional[str]:
+    """Which option of `generate` limits the length, "max_new_tokens" or "max_length"; `None` if none does."""
+    given = options.get("generation_config")
+    for name in ("max_new_tokens", "max_length"):
+        if name in options:
+            return name
+    if given is not None and given.max_new_tokens:
+        return "max_new_tokens"
+    # 20 is the default of older releases of transformers.
+    return "max_length" if given is not None and given.max_length not in (None, 20) else None
 
 
 def writing_tasks(tasks: Mapping[str, Task]) -> dict[str, WritingTask]:

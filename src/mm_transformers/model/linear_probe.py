@@ -9,7 +9,7 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from .encoders import encoder_width
-from .fusion_layers import masked_mean
+from .fusion_layers import TEXT_POOLINGS
 from .modalities import ENCODERS, own_encoders
 
 
@@ -109,10 +109,12 @@ class ProbedHead(nn.Module):
         head: from [`Task.build_head`]; at its initialisation, an input of zeros must give zeros.
         probe: has as many outputs as the head.
         has_fusion: whether the model has a fusion.
+        text_pooling: as in the config.
     """
 
-    def __init__(self, head: nn.Module, probe: LinearProbe, has_fusion: bool) -> None:
+    def __init__(self, head: nn.Module, probe: LinearProbe, has_fusion: bool, text_pooling: str = "mean") -> None:
         super().__init__()
+        self.pool = TEXT_POOLINGS[text_pooling]
         self.head, self.probe, self.has_fusion = head, probe, has_fusion
 
     def init_own_parameters(self, std: float) -> None:
@@ -127,7 +129,7 @@ class ProbedHead(nn.Module):
             text = outputs.encoded["text"]
             seen = type(outputs)(**outputs)
             seen.last_hidden_state = outputs.last_hidden_state - text.hidden_states
-            seen.pooler_output = outputs.pooler_output - masked_mean(text.hidden_states, text.mask)
+            seen.pooler_output = outputs.pooler_output - self.pool(text.hidden_states, text.mask)
         logits = self.head(seen)
         return logits + self.probe(outputs).view_as(logits)
 
@@ -169,7 +171,7 @@ def with_probe(head: nn.Module, task: Any, config: Any) -> nn.Module:
         if name in config.modalities and encoder_kind.own is not None and not encoder_kind.own.scales_linear_features
     }
     probe = LinearProbe(probe_widths(config), problem.num_outputs, problem.per_token, unscaled)
-    return ProbedHead(head, probe, has_fusion=bool(config.modalities))
+    return ProbedHead(head, probe, bool(config.modalities), config.text_pooling)
 
 
 def _owner(task: Any, method: str) -> type:

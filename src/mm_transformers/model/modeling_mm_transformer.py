@@ -25,7 +25,7 @@ from .answers import decode_answers, evaluation_mode
 from .checkpoint_checks import check_fit, checked, is_pickle_error, what_is_wrong
 from .configuration_mm_transformer import MMTransformerConfig
 from .custom_code import reference, warn_if_not_copied, write_code
-from .decoders import build_seq2seq
+from .decoders import build_writer, text_encoder_of
 from .distributed import is_sharded
 from .embeddings import embed_rows, rows_with_text, unit_length
 from .encoder_classes import blank_input, takes_audio_mask
@@ -33,9 +33,10 @@ from .encoder_features import EncoderFeatures
 from .encoders import build_encoder, encoder_width
 from .freeze_rules import batch_norms, freeze_parameters, frozen_batch_norm
 from .fusion import Stream, fusion_class
-from .fusion_layers import Gate, StreamProjection, masked_mean
+from .fusion_layers import TEXT_POOLINGS, Gate, StreamProjection, masked_mean
 from .generation import AnswerDecoder, WritingTask, split_inputs, task_that_writes, writing_tasks
 from .input_checks import check_finite_weights, check_layout, is_finite, what_is_wrong_with_inputs
+from .language_model import LanguageModelWriter
 from .linear_probe import with_probe
 from .modalities import ENCODERS, OTHER_ENCODERS, modalities_of, own_encoders, own_inputs
 from .new_heads import load_with_tasks
@@ -66,7 +67,7 @@ class MMTransformerModelOutput(ModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(batch, text_len, text hidden size)`):
             The fused states: the text tokens, after attending to the other modalities of their row.
         pooler_output (`torch.FloatTensor` of shape `(batch, text hidden size)`):
-            Mean of `last_hidden_state` over the tokens that are not padding.
+            Mean of `last_hidden_state` over the tokens that are not padding, or the last of these (`text_pooling`).
         attention_mask (`torch.BoolTensor` of shape `(batch, text_len)`):
             True at tokens, False at padding. In rows without a text, the first place holds a learned vector and is
             True.
@@ -347,8 +348,9 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
 
         Args:
             text (`str`): Hub id or local folder of a text encoder. For CLIP and SigLIP this is the text tower. For an
-                encoder-decoder it is the encoder, and also the decoder if a task writes text. `None` for a model that
-                reads no text.
+                encoder-decoder it is the encoder, and also the decoder if a task writes text; for a decoder-only
+                language model the model, and also its head if a task writes text. `None` for a model that reads no
+                text.
             vision (`str`, *optional*): Hub id or local folder of a vision encoder; for CLIP and SigLIP the vision
                 tower.
             audio (`str`, *optional*): Hub id or local folder of an audio encoder; for Whisper its encoder.
@@ -418,8 +420,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         width = encoder_width(config.text_config)
         self.has_decoder = config.has_decoder
         if text_model is None and self.has_decoder:
-            text_model = build_seq2seq(config.text_config, config.decoder_config)
-        # If a task writes text, this is a whole encoder-decoder; the outputs of its encoder are fused.
+            text_model = build_writer(config.text_config, config.decoder_config)
+        # If a task writes text, this is a whole encoder-decoder, or a language model with its head.
         self.text_model = text_model if text_model is not None else build_encoder(config.text_config, "text")
         self.vision_model = self.audio_model = self.fusion = None
         if config.modalities:
@@ -449,10 +451,10 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
 
     @property
     def text_encoder(self) -> PreTrainedModel:
-        return self.text_model.get_encoder() if self.has_decoder else self.text_model
+        return text_encoder_of(self.text_model) if self.has_decoder else self.text_model
 
     def encoder(self, modality: str) -> Any:
-        """The encoder of "text", "vision" or another modality; of an encoder-decoder the encoder."""
+        """The encoder of "text", "vision" or another modality; of a text model that writes the part that reads."""
         return self.text_encoder if modality == "text" else getattr(self, f"{modality}_model")
 
     def embedding_width(self, name: str) -> int:
@@ -477,6 +479,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             ValueError: if there are no parameters of such a name.
         """
         encoders = {modality: self.encoder(modality) for modality in ("text", *self.config.modalities)}
+        if self.config.has_language_model:
+            encoders["text"] = self.text_model  # with its head
         self._frozen_encoders = freeze_parameters(self, self.config.freeze or [], encoders)
         self.train(self.training)
 
@@ -664,6 +668,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
 
         text_inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
         encoded = {"text": self._text_stream(attention_mask, text_features, **text_inputs)}
+        if self.config.has_language_model and input_ids is not None:
+            encoded["text"] = encoded["text"]._replace(token_ids=self.prompt_ids(input_ids, attention_mask))
         for name in self.config.modalities:
             frames = frame_index if name == "vision" else None
             stream = self._item_stream(name, items[name], index[name], frames, is_full[name])
@@ -702,7 +708,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             last_hidden_state = fused.hidden_states
         return MMTransformerModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=masked_mean(last_hidden_state, text.mask),
+            pooler_output=self.pool_text(last_hidden_state, text.mask),
             attention_mask=text.mask,
             encoded=encoded,
             kept=kept,
@@ -752,13 +758,31 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
                     f"have {tuple(features.shape)}."
                 )
             states = features.to(self.text_encoder.dtype)
-        means = masked_mean(states, attention_mask.bool()) if self.config.linear_probe else None
+        means = self.pool_text(states, attention_mask.bool()) if self.config.linear_probe else None
         if self.fusion is None:
             return Stream("text", states, attention_mask.bool(), item_means=means)
         first = torch.arange(states.shape[1], device=states.device) == 0
         # Not by `torch.where`, which ONNX Runtime lacks for truth values.
         mask = attention_mask.bool() | (~present[:, None] & first)
         return Stream("text", self.null_text(states, present), mask, item_means=means)
+
+    def pool_text(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The vector of each text, as `config.text_pooling` says: (batch, text_len, width) -> (batch, width)."""
+        return TEXT_POOLINGS[self.config.text_pooling](states, mask)
+
+    @property
+    def begin_id(self) -> int:
+        """The token that a language model continues in rows without a text."""
+        config = self.text_model.generation_config
+        known = [config.bos_token_id, config.eos_token_id, config.pad_token_id]
+        ids = [value[0] if isinstance(value, (list, tuple)) else value for value in known if value is not None]
+        return ids[0] if ids else 0
+
+    def prompt_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The ids of the texts; rows without a text have the token that begins one, where they have [`NullText`]."""
+        is_absent = ~attention_mask.bool().any(-1, keepdim=True)
+        first = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
+        return input_ids.masked_fill(is_absent & first, self.begin_id)
 
     def _item_stream(
         self,
@@ -1000,8 +1024,10 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         """
         own = own_inputs(kwargs)
         check_keywords(self, kwargs)
+        read: dict[str, torch.Tensor] = {}
         if encoder_outputs is None:
-            encoder_outputs = self.model(
+            encode = partial(
+                self.model,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 token_type_ids=token_type_ids,
@@ -1012,8 +1038,6 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 input_features=input_features,
                 audio_attention_mask=audio_attention_mask,
                 audio_index=audio_index,
-                inputs_embeds=inputs_embeds,
-                text_features=text_features,
                 image_features=image_features,
                 audio_features=audio_features,
                 audio_feature_mask=audio_feature_mask,
@@ -1021,6 +1045,14 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 output_hidden_states=output_hidden_states,
                 **own,
             )
+            if labels is not None and input_ids is not None and text_features is None and self._reads_at_once:
+                mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+                first, its_task = next(iter(writing_tasks(self.tasks).items()))
+                read[first], encoder_outputs = LanguageModelWriter(self.model).read(
+                    its_task, labels.get(first), lambda states: encode(text_features=states), input_ids, mask
+                )
+            else:
+                encoder_outputs = encode(inputs_embeds=inputs_embeds, text_features=text_features)
         logits = self.heads(encoder_outputs)
         loss = losses = None
         if labels is not None:
@@ -1032,7 +1064,9 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 }
             writing = writing_tasks(self.tasks)
             for name, task in self.tasks.items():
-                if name in writing:
+                if name in read:
+                    logits[name] = read[name]
+                elif name in writing:
                     logits[name] = self.read_written(writing[name], encoder_outputs, labels.get(name))
                 elif task.needs_mismatches and name in labels:
                     mismatched = self.judge_mismatched(name, encoder_outputs, logits, labels[name])
@@ -1100,9 +1134,18 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         return decode_answers(self.tasks, outputs.logits, word_index)
 
     @property
-    def _answer_decoder(self) -> AnswerDecoder:
+    def _answer_decoder(self) -> AnswerDecoder | LanguageModelWriter:
         # Created each time, since PEFT and FSDP replace `text_model` by other modules.
+        if self.config.has_language_model:
+            return LanguageModelWriter(self.model)
         return AnswerDecoder(self.model.text_model)
+
+    @property
+    def _reads_at_once(self) -> bool:
+        """Whether one pass of a language model reads the texts, for heads, and the answers behind them."""
+        # A text that is dropped in training is no prompt, either.
+        drops_text = self.training and "text" in self.config.modality_dropout_probabilities
+        return self.config.has_language_model and not drops_text
 
     def read_written(
         self, task: WritingTask, encoder_outputs: MMTransformerModelOutput, labels: Optional[torch.Tensor]
@@ -1135,7 +1178,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
 
         Returns:
             (batch, length) int64: the ids of the tokens; the first ones are those that the decoder starts with,
-            [`decoder_start_ids`].
+            [`decoder_start_ids`]. The text that a language model continues is left out.
 
         Raises:
             ValueError: if there is no such task, it does not write, or `assistant_model` is given.
@@ -1149,6 +1192,10 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         writing = task_that_writes(self.tasks, task)
         inputs, options = split_inputs(type(self.model).forward, kwargs)
         if encoder_outputs is None:
+            if self.config.has_language_model and inputs.get("input_ids") is not None:
+                # The language model reads the texts as it writes; here they are for heads alone.
+                width = encoder_width(self.config.text_config)
+                inputs["text_features"] = torch.zeros(*inputs["input_ids"].shape, width, device=self.device)
             encoder_outputs = self.model(**inputs)
         return self._answer_decoder.generate(writing, encoder_outputs, **options)
 

@@ -313,7 +313,10 @@ def _checked(row: Any, number: int, known: Optional[Sequence[str]], processor: A
             near = difflib.get_close_matches(str(key), keys, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"a row has any of {_listed(keys)}."
             raise ValueError(f"Row {number} has the key {key!r}; {hint}")
-    row = processor.with_keys(row)
+    try:
+        row = processor.with_keys(row)
+    except ValueError as error:
+        raise ValueError(f"Row {number}: {error}") from error
     parts = {name: row[name] for name in keys if name in row and not is_null(row[name])}
     if isinstance(parts.get("image"), (list, tuple)):
         parts["image"] = as_list(parts["image"]) or None

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_mm_transformer import MMTransformerConfig
-from .decoders import load_seq2seq
+from .decoders import load_writer
 from .encoders import HUB_KWARGS, encoder_config_from_pretrained, load_encoder
 from .no_text import config_without_text
 from .tasks import Task, task_from_dict
@@ -113,7 +113,7 @@ def load_encoders(paths: Mapping[str, str], options: Mapping[str, Any], **kwargs
     models, configs = {}, {}
     for modality, path in paths.items():
         if modality == "text" and config.has_decoder:
-            model = load_seq2seq(path, config.decoder_config, **kwargs)
+            model = load_writer(path, config.decoder_config, **kwargs)
             configs[modality] = model.config if config.decoder_config is None else model.encoder.config
         else:
             model, configs[modality] = load_encoder(path, modality, **kwargs)

@@ -20,6 +20,7 @@ from transformers.processing_utils import AudioKwargs, ImagesKwargs, ProcessingK
 from transformers.utils import logging
 
 from .audio import AudioError, audio_key, load_audio
+from .chats import MESSAGES, without_chat
 from .configuration_mm_transformer import resolve_own
 from .custom_code import reference, write_code
 from .downloads import fetch
@@ -299,6 +300,8 @@ class MMTransformerProcessor(ProcessorMixin):
             m.columns(configs[m.encoder.name]) for m in MODALITIES.values() if m.columns and m.encoder.name in configs
         ]
         names = [name for name in ARGUMENTS if name != "text" or self.reads_text]
+        if getattr(self.tokenizer, "chat_template", None):
+            names.append(MESSAGES)
         others = [column for columns in self.input_columns.values() for column in columns if column not in names]
         return [*names, *others, *(column for columns in several for column in columns)]
 
@@ -314,7 +317,7 @@ class MMTransformerProcessor(ProcessorMixin):
         {'text': 'title: Old chair\\nbody: Made of oak.'}
         ```
         """
-        row = dict(row)
+        row = self.without_chat(row)
         for key, columns in self.input_columns.items():
             # A column may be called as the key: then it is one of the columns, and not all of them.
             cells = {column: row.pop(column) for column in columns if column in row}
@@ -328,6 +331,27 @@ class MMTransformerProcessor(ProcessorMixin):
             else:
                 row[key] = [item for cell in cells.values() for item in PARTS[key].items(cell)] or None
         return row
+
+    def without_chat(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        A row with "text", "image" and the like instead of "messages", by the chat template of the tokenizer.
+
+        The pipeline does this itself. For training rows: `data.map(processor.without_chat)`.
+
+        Args:
+            row: `{"messages": [{"role": "user", "content": ...}]}`. The content is a text, or a list of parts as in
+                transformers: `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`.
+
+        Raises:
+            ValueError: one sentence, if the tokenizer has no chat template, or the messages have another form.
+
+        Example:
+
+        ```python
+        >>> row = processor.without_chat({"title": "Old chair"})  # unchanged, since it has no messages
+        ```
+        """
+        return without_chat(self.tokenizer, row)
 
     def cells_of(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """
@@ -406,6 +430,9 @@ class MMTransformerProcessor(ProcessorMixin):
             tokenizer = _read_part("tokenizer", AutoTokenizer, text, **kwargs)
             if positions is not None:
                 tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+            if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+                # As of most language models; the mask says which tokens are padding.
+                tokenizer.pad_token = tokenizer.eos_token
         image_processor = feature_extractor = None
         if vision is not None:
             chosen = {} if backend is None else {"backend": backend}

@@ -26,8 +26,9 @@ class Generation(Task):
     The loss is cross-entropy, averaged over the tokens of the labelled rows.
 
     A decoder reads the fused text tokens. It is that of the text encoder, if this is an encoder-decoder (Marian, BART,
-    T5, NLLB, ...). Otherwise it is built from `config.decoder_config`. Several tasks share it, and `decoder_start_ids`
-    tells them apart. [`MMTransformerForMultiTask.generate`] writes the answers.
+    T5, NLLB, ...). A decoder-only language model (Llama, Qwen, GPT-2, ...) continues the text itself: the text of a row
+    is the prompt, the answer follows. Otherwise the decoder is built from `config.decoder_config`. Several tasks share
+    it, and `decoder_start_ids` tells them apart. [`MMTransformerForMultiTask.generate`] writes the answers.
 
     Logits (batch, target_len, vocab_size), only if labels are given. Labels (batch, target_len) int64: the token ids up
     to the end of the text, then -100; -100 in rows without a label. A cell is a string.
@@ -37,7 +38,8 @@ class Generation(Task):
         decoder_start_ids (`list[int]`, *optional*):
             The ids with which the decoder starts; they are not predicted. A language code (mBART, M2M100, NLLB: the
             start token and the code) or the tokens of a prompt. Defaults to the `decoder_start_token_id` of the
-            pretrained model, and its `forced_bos_token_id` if it has one.
+            pretrained model, and its `forced_bos_token_id` if it has one. For a language model, they stand between the
+            text and the answer; none by default.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Share of the probability that is spread over the vocabulary (https://arxiv.org/abs/1512.00567).
 

@@ -13,6 +13,7 @@ from .distributed import gather_rows
 from .embeddings import missing_as_nan
 from .encoders import encoder_width
 from .fusion_base import Stream
+from .fusion_layers import TEXT_POOLINGS
 from .modalities import OTHER_ENCODERS
 from .pairs import Pairs, encode_pair, labels_of_pairs_left, matching_pairs, pair_ids, pooled, read_truth_value
 from .task_base import NO_CONTEXT, LabelContext, Task, register_task
@@ -89,7 +90,7 @@ class Retrieval(Task):
                 f"{', '.join(['text', *config.modalities])}."
             )
         sizes = (encoder_width(config.text_config), config.fusion_hidden_size)
-        return RetrievalHead(*sizes, self.embedding_size, self.modality, self.temperature)
+        return RetrievalHead(*sizes, self.embedding_size, self.modality, self.temperature, config.text_pooling)
 
     @classmethod
     def read_text(cls, text: str, separator: str) -> Any:
@@ -157,10 +158,19 @@ class Retrieval(Task):
 
 
 class RetrievalHead(nn.Module):
-    """A projection of the mean of the text tokens and one of the mean of the item's tokens, and the temperature."""
+    """A projection of the pooled text tokens and one of the mean of the item's tokens, and the temperature."""
 
-    def __init__(self, text_size: int, item_size: int, embedding_size: int, modality: str, temperature: float) -> None:
+    def __init__(
+        self,
+        text_size: int,
+        item_size: int,
+        embedding_size: int,
+        modality: str,
+        temperature: float,
+        text_pooling: str = "mean",
+    ) -> None:
         super().__init__()
+        self.pool_text = TEXT_POOLINGS[text_pooling]
         self.modality, self.temperature = modality, temperature
         self.text_projection = nn.Linear(text_size, embedding_size, bias=False)
         self.item_projection = nn.Linear(item_size, embedding_size, bias=False)
@@ -171,7 +181,7 @@ class RetrievalHead(nn.Module):
         init.constant_(self.logit_scale, math.log(1 / self.temperature))
 
     def embed_text(self, stream: Stream) -> torch.Tensor:
-        return unit_vectors(self.text_projection(pooled(stream)))
+        return unit_vectors(self.text_projection(self.pool_text(stream.hidden_states, stream.mask)))
 
     def embed_item(self, stream: Stream) -> torch.Tensor:
         """Of length 1; 0 where there is no item."""

@@ -99,6 +99,11 @@ def export_model(
             on few rows at a time.
         ImportError: if the export package is not installed.
     """
+    if model.config.has_language_model:
+        raise ValueError(
+            "A model whose language model writes cannot be exported: an exported graph keeps no cache of the text. "
+            "Serve it by the pipeline."
+        )
     check_exporters(kind)
     folder = Path(folder)
     format = FORMATS.get(kind)

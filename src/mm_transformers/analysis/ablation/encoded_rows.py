@@ -99,7 +99,10 @@ class EncodedRows:
 
     def _no_text(self, num_rows: int) -> Stream:
         vector = self.model.null_text.weight.to(self.encoded["text"].tokens.dtype)
-        return Stream("text", vector.expand(num_rows, 1, -1))
+        ids = None
+        if self.encoded["text"].token_ids is not None:
+            ids = torch.full((num_rows, 1), self.model.begin_id, device=vector.device)
+        return Stream("text", vector.expand(num_rows, 1, -1), token_ids=ids)
 
 
 def joined(streams: Sequence[Optional[Stream]], sizes: Sequence[int]) -> Stream:
@@ -120,6 +123,9 @@ def joined(streams: Sequence[Optional[Stream]], sizes: Sequence[int]) -> Stream:
         token_mask = torch.cat([pad(mask, (0, length - mask.shape[1])) for mask in masks])
     means: Any = [stream.item_means for stream in given]
     result = Stream(given[0].name, tokens, token_mask, item_means=None if means[0] is None else torch.cat(means))
+    ids = [stream.token_ids for stream in given if stream.token_ids is not None]
+    if ids:
+        result = result._replace(token_ids=torch.cat([pad(part, (0, length - part.shape[1])) for part in ids]))
     if all(stream is not None and stream.item_index is None for stream in streams):
         return result
     places, first = [], 0
@@ -155,10 +161,9 @@ def of_rows(stream: Stream, rows: torch.Tensor) -> Optional[Stream]:
         return None
     index = index.clone()
     index[index >= 0] = places
-    mask, means = (None if x is None else x[used] for x in (stream.token_mask, stream.item_means))
-    return stream._replace(
-        tokens=stream.tokens[used], token_mask=mask, item_index=index, item_means=means, is_full=False
-    )
+    of_items = ("token_mask", "item_means", "token_ids")
+    kept = {name: x[used] for name in of_items if (x := getattr(stream, name)) is not None}
+    return stream._replace(tokens=stream.tokens[used], item_index=index, is_full=False, **kept)
 
 
 def exchanged(present: np.ndarray, rng: np.random.Generator) -> np.ndarray:

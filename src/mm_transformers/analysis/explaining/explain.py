@@ -131,6 +131,11 @@ def explain(
     if task is None and len(model.tasks) > 1:
         raise ValueError(f"Choose the task to explain by task=, one of {', '.join(model.tasks)}.")
     names = check_tasks(model, None if task is None else [task])
+    if model.config.has_language_model and model.tasks[names[0]].needs_decoder:
+        raise ValueError(
+            f"Task {names[0]!r} is written by a language model that reads its own text, which explain does not follow: "
+            "explain a task with a head, or measure the inputs by ablate."
+        )
     if word is not None and word < 0:
         raise ValueError(f"word must be at least 0, but is {word}.")
     question = Question(names[0], answer, word, generation_options)

@@ -1,0 +1,107 @@
+"""Tiny decoder-only language models of several families, models with them as text encoders, and batches for these."""
+
+from pathlib import Path
+
+import torch
+from tiny import VISION_ENCODERS, VOCAB_SIZE, make_image_processor, make_tokenizer, open_gates
+from tokenizers import processors
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    SmolLM3Config,
+)
+from writers import TOPIC
+
+from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask
+
+
+# Weights this large, or a random model would write the same token over and over.
+_IDS = dict(vocab_size=VOCAB_SIZE, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3)
+_ROTARY = dict(
+    **_IDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=37,
+    max_position_embeddings=64,
+)  # fmt: skip
+
+LANGUAGE_MODELS = {
+    "llama": lambda: LlamaConfig(**_ROTARY),
+    "llama, tied": lambda: LlamaConfig(**_ROTARY, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**_ROTARY, head_dim=8),
+    # Windows shorter than the texts, and logits that are bent.
+    "gemma3": lambda: Gemma3TextConfig(
+        **_ROTARY, head_dim=8, sliding_window=6, layer_types=["sliding_attention", "full_attention"],
+        final_logit_softcapping=5.0, query_pre_attn_scalar=8,
+    ),
+    "mistral": lambda: MistralConfig(**_ROTARY, sliding_window=6),
+    "phi": lambda: PhiConfig(**{**_ROTARY, "num_key_value_heads": 4}),
+    "gpt2": lambda: GPT2Config(**_IDS, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "smollm3": lambda: SmolLM3Config(**_ROTARY, no_rope_layers=[1, 0]),
+    "gpt-neox": lambda: GPTNeoXConfig(**{k: v for k, v in _ROTARY.items() if k != "num_key_value_heads"}),
+    "mamba": lambda: MambaConfig(
+        **_IDS, hidden_size=32, num_hidden_layers=2, state_size=8, conv_kernel=4, expand=2, use_mambapy=False,
+    ),
+}  # fmt: skip
+
+
+def save_language_model(folder: Path, kind: str = "llama", seed: int = 3) -> dict[str, str]:
+    """The folders of a language model and of a vision encoder, with tokenizer and image processor."""
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(LANGUAGE_MODELS[kind]()).save_pretrained(folder / "text")
+    AutoModel.from_config(VISION_ENCODERS["vit"]()).save_pretrained(folder / "vision")
+    make_prompt_tokenizer().save_pretrained(folder / "text")
+    make_image_processor().save_pretrained(folder / "vision")
+    return {"text": str(folder / "text"), "vision": str(folder / "vision")}
+
+
+def make_language_model(kind="llama", seed=0, gates_open=True, tasks=None, **kwargs) -> MMTransformerForMultiTask:
+    """A model whose text encoder writes, with new weights."""
+    torch.manual_seed(seed)
+    tasks = [TOPIC, Generation("german", max_length=8)] if tasks is None else tasks
+    kwargs = {"vision_config": VISION_ENCODERS["vit"](), "num_fusion_layers": 2, **kwargs}
+    config = MMTransformerConfig(
+        text_config=LANGUAGE_MODELS[kind](), tasks=tasks, num_fusion_attention_heads=4, initializer_range=0.2, **kwargs
+    )
+    model = MMTransformerForMultiTask(config).eval()
+    if gates_open:
+        open_gates(model)
+    return model
+
+
+def make_prompt_tokenizer() -> PreTrainedTokenizerFast:
+    """As that of most language models: no special tokens around a text, and no padding token."""
+    tokenizer = make_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.Sequence([])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", bos_token="[CLS]", eos_token="[SEP]", model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"], chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+
+
+# The form of a chat; the words of the roles are those of the tiny vocabulary.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }} in {% endfor %}{% if add_generation_prompt %}is {% endif %}"
+)
+
+
+def to_the_left(batch: dict) -> dict:
+    """The same batch with the padding of its texts on the left."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    moved = {
+        name: torch.stack([row.roll(len(row) - length) for row, length in zip(batch[name], lengths, strict=True)])
+        for name in ("input_ids", "attention_mask")
+    }
+    return {**batch, **moved}
+
+
+def texts_of(batch: dict) -> dict:
+    """The texts alone, as a language model of transformers takes them to write."""
+    return {name: to_the_left(batch)[name] for name in ("input_ids", "attention_mask")}
