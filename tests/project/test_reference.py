@@ -81,4 +81,6 @@ def test_troubleshooting_quotes_sentences_of_the_code():
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=name_of)
 def test_no_page_is_long(page):
-    assert len(page.read_text().splitlines()) <= 250
+    text = page.read_text()
+    # The commands are looked up, not read from top to bottom.
+    assert len(text.splitlines()) <= (300 if reference.NOTE in text else 250)
