@@ -211,7 +211,9 @@ class Fusion(nn.Module):
 
     This class guarantees two properties. A row without any stream stays exactly unchanged, and the fused states have
     the width of the text encoder. Each kind must guarantee two more. [`fuse`] leaves the text states unchanged at
-    initialisation (add to them through a [`Gate`] only), and masked tokens have no effect.
+    initialisation (add to them through a [`Gate`] only), and masked tokens have no effect. A kind in which the fused
+    state of a text token depends on no other text token sets `mixes_text = False`; then a language model can write
+    behind it.
 
     Example:
 
