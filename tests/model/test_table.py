@@ -295,7 +295,7 @@ def test_all_unknown_values_are_one_and_differ_from_missing():
     model = make_model()
     rows = [{"text": "a", "table": {"brand": brand}} for brand in ("x", "y", "acme", None)]
     x, y, acme, missing = logits_of(model, rows)
-    assert torch.equal(x, y)
+    torch.testing.assert_close(x, y)  # matrix products may depend on the place in the batch
     assert not torch.allclose(x, acme)
     assert not torch.allclose(x, missing)
 

@@ -418,7 +418,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         super().__init__(config)
         self._frozen_encoders: list[str] = []
         width = encoder_width(config.text_config)
-        self.has_decoder = config.has_decoder
+        # Read here, since a config parses its tasks each time.
+        self.has_decoder, self.has_language_model = config.has_decoder, config.has_language_model
         if text_model is None and self.has_decoder:
             text_model = build_writer(config.text_config, config.decoder_config)
         # If a task writes text, this is a whole encoder-decoder, or a language model with its head.
@@ -479,7 +480,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             ValueError: if there are no parameters of such a name.
         """
         encoders = {modality: self.encoder(modality) for modality in ("text", *self.config.modalities)}
-        if self.config.has_language_model:
+        if self.has_language_model:
             encoders["text"] = self.text_model  # with its head
         self._frozen_encoders = freeze_parameters(self, self.config.freeze or [], encoders)
         self.train(self.training)
@@ -668,7 +669,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
 
         text_inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
         encoded = {"text": self._text_stream(attention_mask, text_features, **text_inputs)}
-        if self.config.has_language_model and input_ids is not None:
+        if self.has_language_model and input_ids is not None:
             encoded["text"] = encoded["text"]._replace(token_ids=self.prompt_ids(input_ids, attention_mask))
         for name in self.config.modalities:
             frames = frame_index if name == "vision" else None
@@ -1136,7 +1137,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
     @property
     def _answer_decoder(self) -> AnswerDecoder | LanguageModelWriter:
         # Created each time, since PEFT and FSDP replace `text_model` by other modules.
-        if self.config.has_language_model:
+        if self.model.has_language_model:
             return LanguageModelWriter(self.model)
         return AnswerDecoder(self.model.text_model)
 
@@ -1145,7 +1146,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         """Whether one pass of a language model reads the texts, for heads, and the answers behind them."""
         # A text that is dropped in training is no prompt, either.
         drops_text = self.training and "text" in self.config.modality_dropout_probabilities
-        return self.config.has_language_model and not drops_text
+        return self.model.has_language_model and not drops_text
 
     def read_written(
         self, task: WritingTask, encoder_outputs: MMTransformerModelOutput, labels: Optional[torch.Tensor]
@@ -1192,7 +1193,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         writing = task_that_writes(self.tasks, task)
         inputs, options = split_inputs(type(self.model).forward, kwargs)
         if encoder_outputs is None:
-            if self.config.has_language_model and inputs.get("input_ids") is not None:
+            if self.model.has_language_model and inputs.get("input_ids") is not None:
                 # The language model reads the texts as it writes; here they are for heads alone.
                 width = encoder_width(self.config.text_config)
                 inputs["text_features"] = torch.zeros(*inputs["input_ids"].shape, width, device=self.device)
