@@ -20,11 +20,18 @@ def own_size(config: PreTrainedConfig) -> Optional[tuple[int, int]]:
 
 
 def size_options(encoder: PreTrainedModel, config: PreTrainedConfig, pixel_values: torch.Tensor) -> dict[str, bool]:
-    """The options of a forward pass for pictures of another size: position embeddings are interpolated."""
+    """
+    The options of a forward pass for pictures of another size: position embeddings are interpolated.
+
+    There are none for a size that is no multiple of the patch: the encoder refuses it, and would drop the rim otherwise.
+    """
     cls: Any = encoder.__class__
-    is_usual = own_size(config) in (None, tuple(pixel_values.shape[-2:]))
+    size, patch = tuple(pixel_values.shape[-2:]), getattr(config, "patch_size", None) or 1
+    patches = (patch, patch) if isinstance(patch, int) else tuple(patch)[-2:]
+    is_usual = own_size(config) in (None, size)
+    fits = all(side % part == 0 for side, part in zip(size, patches, strict=True))
     takes = "interpolate_pos_encoding" in arguments_of(cls)
-    return {"interpolate_pos_encoding": True} if takes and not is_usual else {}
+    return {"interpolate_pos_encoding": True} if takes and fits and not is_usual else {}
 
 
 def size_of(image_processor: Any) -> Optional[tuple[int, int]]:
