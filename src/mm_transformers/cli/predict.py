@@ -283,7 +283,7 @@ def open_rows(
     _check_columns(table.schema.names, collator, columns, reading, file)
     reader = RowReader(
         _features(table.schema, collator.input_columns),
-        {name: kind for name, kind in media_of(collator).items() if MODALITIES[kind].has_files},
+        {name: part for name, part in media_of(collator).items() if MODALITIES[part].has_files},
         data.image_root or str(file.parent),
     )
     return OpenedRows(file, model, collator, table, reader, table.plain_types())

@@ -144,7 +144,7 @@ class _TableEstimator(BaseEstimator):
         if reset:
             self._column_names = list(map(str, X.columns)) if is_table else [f"x{i}" for i in range(X.shape[1])]
         table.columns = pd.Index(self._column_names)
-        return table, not is_table and X.dtype.kind in "biuf"
+        return table, not is_table and (np.issubdtype(X.dtype, np.number) or X.dtype == bool)
 
     def _encoded(self, targets: list[tuple[str, np.ndarray]]) -> pd.DataFrame:
         """The cells of the targets, as their tasks read them."""

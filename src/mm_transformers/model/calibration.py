@@ -18,10 +18,10 @@ class Calibration:
     """
     The calibration of a model, by task and availability group.
 
-    `config.calibration` is a dict. Under `"tasks"` each task has its `"cells"`: availability group -> the number of
-    calibration rows (`"rows"`), the `"temperatures"` by which logits are divided (one, or one for each label), and the
-    `"thresholds"` of sets and intervals (one for each of `LEVELS`, `None` if there are too few rows). Rows of other
-    groups are in the cell `"other"`. `"advice"` and `"oddness"` are explained in their modules.
+    `config.calibration` is a dict. Under `"tasks"` each task has its `"cells"`: one for each availability group, and
+    `"other"` for rows of other groups. A cell has three entries. `"rows"` is the number of calibration rows.
+    `"temperatures"` divide the logits: one, or one for each label. `"thresholds"` are those of sets and intervals, one
+    for each of `LEVELS`, `None` if there are too few rows. `"advice"` and `"oddness"` are explained in their modules.
 
     Args:
         values (`dict`, *optional*): `config.calibration`; `None` changes no answer.

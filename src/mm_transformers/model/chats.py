@@ -75,15 +75,15 @@ def _as_text(message: Mapping[str, Any], found: dict[str, list[Any]]) -> dict[st
         return dict(message)
     texts = []
     for part in content if isinstance(content, (list, tuple)) else [content]:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
+        part_type = part.get("type") if isinstance(part, Mapping) else None
+        if part_type == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
             continue
-        given = [part[key] for key in (kind, *_ITEM_KEYS) if kind in _MEDIA and part.get(key) is not None]
+        given = [part[key] for key in (part_type, *_ITEM_KEYS) if part_type in _MEDIA and part.get(key) is not None]
         if not given:
             raise ValueError(
                 "A part of a message must be {'type': 'text', 'text': ...} or {'type': 'image', 'image': ...} (or "
                 f"video or audio), but is {shortened(part)}."
             )
-        found.setdefault(kind, []).append(given[0])
+        found.setdefault(part_type, []).append(given[0])
     return {**message, "content": "\n".join(texts)}

@@ -23,7 +23,7 @@ def size_options(encoder: PreTrainedModel, config: PreTrainedConfig, pixel_value
     """
     The options of a forward pass for pictures of another size: position embeddings are interpolated.
 
-    There are none for a size that is no multiple of the patch: the encoder refuses it, and would drop the rim otherwise.
+    There are none if a side is no multiple of the patch: the encoder refuses it then, instead of dropping the rim.
     """
     cls: Any = encoder.__class__
     size, patch = tuple(pixel_values.shape[-2:]), getattr(config, "patch_size", None) or 1

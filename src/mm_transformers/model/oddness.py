@@ -68,7 +68,7 @@ class Oddness(nn.Module):
         found = {}
         for name, part in self.parts.items():
             if name in vectors:
-                of_part = (getattr(self, f"{name}_{kind}") for kind in ("mean", "directions", "precisions"))
+                of_part = (getattr(self, f"{name}_{statistic}") for statistic in ("mean", "directions", "precisions"))
                 found[name] = distance(vectors[name].float(), *of_part) / part["scale"]
         return found
 
