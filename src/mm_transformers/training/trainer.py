@@ -614,10 +614,6 @@ class MMTrainer(Trainer):
                 "in the training arguments."
             )
         self._has_trained = True
-        if self.fused_model.config.calibration is not None:
-            logger.warning("Training changes the probabilities, so the calibration of the model is removed.")
-            self.fused_model.config.calibration = None
-            self.fused_model.oddness = None
         self._kept.forget()
         self._start, self._average, self._trained_from = Start(), None, None
         self._losses.begin()
@@ -637,6 +633,9 @@ class MMTrainer(Trainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # Only here the model is certainly the trained one: a `model_init` makes a new one for each trial.
         fused, checkpoint = self.fused_model, kwargs.get("resume_from_checkpoint")
+        if fused.config.calibration is not None:
+            logger.warning("Training changes the probabilities, so the calibration of the model is removed.")
+            fused.config.calibration, fused.oddness = None, None
         self._run = Run(to_restore=checkpoint)
         check_finite_weights(fused)
         # A model of `model_init` has not seen the training rows.
