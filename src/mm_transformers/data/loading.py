@@ -189,8 +189,7 @@ def leave_out_empty_rows(data: datasets.DatasetDict, columns: Iterable[str]) -> 
 
 
 def _has_content(cells: pyarrow.ChunkedArray) -> np.ndarray:
-    kind, cells = cells.type, cells.combine_chunks()
-    valid = compute.invert(cells.is_null(nan_is_null=True))
+    kind, valid = cells.type, compute.invert(cells.is_null(nan_is_null=True))
     if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
         filled = compute.greater(compute.utf8_length(compute.utf8_trim_whitespace(cells)), 0)
     elif pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
@@ -200,7 +199,7 @@ def _has_content(cells: pyarrow.ChunkedArray) -> np.ndarray:
         filled = functools.reduce(compute.or_, fields) if fields else valid
     else:
         filled = valid
-    return compute.and_(valid, compute.fill_null(filled, False)).to_numpy(zero_copy_only=False)
+    return compute.and_(valid, compute.fill_null(filled, False)).to_numpy()
 
 
 def first_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:

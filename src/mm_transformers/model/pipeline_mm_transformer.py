@@ -131,8 +131,8 @@ class MultimodalPipeline(RowPipeline):
         threshold (`float`): For tasks with any number of labels: the lowest probability of a label in the answer.
         generate_kwargs (`dict`): For tasks that write: `num_beams`, `max_new_tokens`, ...
         coverage (`float`, *optional*):
-            For calibrated tasks (see [`calibrate`]): adds `"set"`, the labels that hold the truth in this share of
-            rows, or `"interval"`, and `"abstain"`, whether the row should get no answer.
+            For calibrated tasks (see [`calibrate`]): adds `"set"` or `"interval"`, which hold the truth in this share
+            of rows. `"abstain"` says whether the row should get no answer.
         advise (`bool`, *optional*, defaults to `False`):
             Adds `"advice"` to the answers of rows with missing parts: how much each part would help.
 
@@ -196,9 +196,14 @@ class MultimodalPipeline(RowPipeline):
             raise ValueError(inputs["error"])
         names, texts, word_index = tasks or list(self.model.tasks), inputs["texts"], inputs["word_index"]
         predictions = Predictions.of(self.model, inputs["tensors"])
-        trust: dict[str, Any] = {"coverage": coverage, "advise": advise}
         answers = predictions.answers(
-            self.processor, names, word_index, decode_options, **trust, **(generate_kwargs or {})
+            self.processor,
+            names,
+            word_index,
+            decode_options,
+            coverage=coverage,
+            advise=advise,
+            **(generate_kwargs or {}),
         )
         for row, odd in zip(inputs["numbers"], predictions.odd_rows() or (), strict=False):
             if odd.is_odd:

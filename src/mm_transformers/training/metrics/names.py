@@ -17,7 +17,7 @@ def is_measured(value: Any) -> bool:
 
 def is_known_error(name: str) -> bool:
     """Whether the loss, or a registered metric that is better when smaller, has this name."""
-    return name.endswith(("loss", *(key for key, metric in METRICS.items() if metric.less_is_better)))
+    return name.endswith(_known_errors())
 
 
 def less_is_better(name: str) -> bool:
@@ -27,8 +27,11 @@ def less_is_better(name: str) -> bool:
     Args:
         name: such as `"mae"` or `"price_mae"`.
     """
-    endings = ("loss", *(key for key, metric in METRICS.items() if metric.less_is_better), *_ERRORS)
-    return any(name == ending or name.endswith(f"_{ending}") for ending in endings)
+    return any(name == ending or name.endswith(f"_{ending}") for ending in (*_known_errors(), *_ERRORS))
+
+
+def _known_errors() -> tuple[str, ...]:
+    return "loss", *(key for key, metric in METRICS.items() if metric.less_is_better)
 
 
 def task_of_metric(metric: str, tasks: Iterable[str]) -> str | None:
