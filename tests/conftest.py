@@ -1,4 +1,5 @@
 import importlib
+import logging
 import os
 
 
@@ -16,6 +17,17 @@ import transformers_tests
 hypothesis.settings.register_profile("quick", max_examples=40, deadline=None)
 if "CI" not in os.environ:
     hypothesis.settings.load_profile("quick")
+
+
+@pytest.fixture(autouse=True)
+def same_loggers():
+    """Undoes what a test did to the loggers, for example by a command that silences them."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "mm_transformers")]
+    before = [(logger, logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, level, propagate in before:
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @pytest.fixture
