@@ -31,6 +31,7 @@ def run_demo(path, *options: str) -> str:
 def test_demo_trains_prints_saves_reloads_and_draws(tmp_path):
     shown = run_demo(tmp_path, "--steps", "3", "--fusion", "late", "--seed", "1")
     assert "in a new process, the model gives the same answers" in shown
+    assert shown.splitlines()[-1].split() == ["mm-transformers", "demo", "--ui", "--output-dir", str(tmp_path)]
     saved = json.loads((tmp_path / "results.json").read_text())
     results = saved["accuracy"]
     assert list(results) == ["sentiment", "topic", "intent", "german", "french"]

@@ -88,6 +88,14 @@ class TestImageProcessor:
         assert pixels.shape == (1, 3, height, width)
         assert size_of(image_processor) in (None, (height, width))
 
+    @pytest.mark.parametrize("side", [{"a": 1}, 0, -1, 2.5, "32", True, None, [32]])
+    def test_a_broken_size_is_none(self, side):
+        image_processor = ViTImageProcessor()
+        image_processor.size = {"height": 32, "width": side}
+        assert size_of(image_processor) is None
+        image_processor.size = {"height": side, "width": 32}
+        assert size_of(image_processor) is None
+
     def test_the_cropped_rim_keeps_its_share(self):
         image_processor = CLIPImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})
         set_size(image_processor, 448)

@@ -35,7 +35,7 @@ from mm_transformers import (
     table_columns,
 )
 from mm_transformers.model.table import TableEncoder, TableReader
-from mm_transformers.model.table_kinds import read_category, read_number
+from mm_transformers.model.table_kinds import column_of, read_category, read_number
 from mm_transformers.training.linear_start.probe_start import probes_of
 
 
@@ -588,3 +588,11 @@ def test_a_model_without_text():
         processor(text=["a cat"], table=[{"price": 3.0}])
     with pytest.raises(ValueError, match="^A model without text needs another input"):
         MMTransformerForMultiTask.from_encoders(text=None, tasks=tasks)
+
+
+@pytest.mark.parametrize("mean", [0.4, -1, 19723, 499_999, 500_000, 1e300, -499_999, -500_000, -1e300])
+def test_the_example_of_a_column_of_dates(mean):
+    column = column_of({"name": "sold", "kind": "date", "mean": mean, "std": 1.0, "format": "%Y-%m-%d"})
+    # pandas has no such days, so numpy is the reference.
+    day = str(np.datetime64(math.floor(min(max(mean, -500_000), 500_000)), "D"))
+    assert column.example() in (day, day.lstrip("0"))  # some C libraries write the year 601 without its zero

@@ -287,6 +287,14 @@ def test_pictures_that_a_shortest_edge_would_blow_up(tmp_path):
     assert collator([{"text": "a", "image": thin}, {"text": "b", "image": wide}])["image_index"].tolist() == [[-1], [0]]
 
 
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_an_empty_column_without_compression_has_a_page_of_no_bytes(tmp_path, version):
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"text": ["a", "b"], "empty": pyarrow.array([None, None], pyarrow.string())})
+    pyarrow.parquet.write_table(table, path, compression="none", data_page_version=version)
+    assert list(TableRows(path)) == [{"text": "a", "empty": None}, {"text": "b", "empty": None}]
+
+
 @pytest.mark.parametrize("compression", ["zstd", "snappy", "none"])
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 def test_headers_of_pages_are_read_as_arrow_reads_them(tmp_path, compression, version):

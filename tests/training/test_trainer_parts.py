@@ -1,6 +1,7 @@
 """The parts of the trainer, each alone."""
 
 import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from transformers import EarlyStoppingCallback, TrainerState
 
 from mm_transformers import Classification, Regression
 from mm_transformers.training.checkpoints.callback_states import restore_callbacks
-from mm_transformers.training.checkpoints.folders import SAVING, newest_complete_checkpoint
+from mm_transformers.training.checkpoints.folders import SAVING, newest_complete_checkpoint, why_not_written
 from mm_transformers.training.checkpoints.staging import staged_checkpoint
 from mm_transformers.training.divergence import check_finite
 from mm_transformers.training.objective.step_losses import StepLosses, divisors_of
@@ -124,6 +125,20 @@ def test_a_checkpoint_is_complete_or_not_there(tmp_path):
         write(3, KeyError("a mistake"))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert Path(newest_complete_checkpoint(tmp_path)).name == "checkpoint-1"
+
+
+def test_the_reason_of_a_failed_write_is_found(tmp_path):
+    full = os.strerror(errno.ENOSPC)
+    of_rust = RuntimeError(f"I/O error: {full} (os error {errno.ENOSPC})")
+    assert why_not_written(of_rust, tmp_path) == full
+    caused = KeyError("a")
+    caused.__cause__ = OSError(errno.EROFS, "read-only")
+    assert why_not_written(caused, tmp_path) == os.strerror(errno.EROFS)
+    assert why_not_written(RuntimeError("PytorchStreamWriter failed writing file"), tmp_path) == (
+        "torch could not write a file"
+    )
+    for error in (OSError(errno.ENOENT, "gone"), RuntimeError("os error 2"), ValueError("a mistake")):
+        assert why_not_written(error, tmp_path) is None
 
 
 def test_a_number_that_is_not_finite_is_told(tmp_path):

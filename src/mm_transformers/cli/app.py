@@ -100,7 +100,7 @@ def _allowed(allow_urls: bool, hosts: list[str] | None) -> bool | list[str]:
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each of the three models.")] = 250,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each of the three models.")] = 200,
     output_dir: Annotated[Path, typer.Option(help="Folder for the model, the plot and the results.")] = Path(
         "demo-output"
     ),

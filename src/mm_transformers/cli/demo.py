@@ -147,6 +147,8 @@ def run_demo(steps: int, output_dir: Path, seed: int, fusion_type: str) -> dict[
     for name in ("demo.png", "ablation.png", "explanation.png"):
         console.print(f"Wrote {output_dir / name}", soft_wrap=True)
     console.print(f"All in {time.perf_counter() - start:.0f} s.")
+    console.print(f"Look at [bold]{output_dir / 'demo.png'}[/bold], and ask the model yourself:", soft_wrap=True)
+    console.print(f"    mm-transformers demo --ui --output-dir {output_dir}", soft_wrap=True, highlight=False)
     return results
 
 

@@ -40,8 +40,9 @@ def size_of(image_processor: Any) -> Optional[tuple[int, int]]:
         size = getattr(image_processor, "crop_size", None)
     else:
         size = getattr(image_processor, "size", None) if getattr(image_processor, "do_resize", False) else None
-    size = dict(size or {})
-    return (size["height"], size["width"]) if size.get("height") and size.get("width") else None
+    sides = [dict(size or {}).get(side) for side in ("height", "width")]
+    # A broken file may hold anything; then the image processor raises its own error at the first picture.
+    return (sides[0], sides[1]) if all(type(side) is int and side > 0 for side in sides) else None
 
 
 def set_size(image_processor: Any, size: int | Sequence[int]) -> None:
