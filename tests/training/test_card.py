@@ -17,7 +17,7 @@ from tiny import SEQ2SEQ, make_model, make_processor
 
 from mm_transformers import Generation, MMTrainer, MMTransformerConfig, MMTransformerForMultiTask
 from mm_transformers.training.card.card_file import write_card
-from mm_transformers.training.card.facts import CardFacts, Measurement
+from mm_transformers.training.card.facts import CardFacts, Measurement, _duration
 from mm_transformers.training.card.manual_edits import (
     add_memory,
     fingerprint,
@@ -105,6 +105,8 @@ def test_tasks_training_and_nothing_of_this_machine(trained, card):
     assert "| topic | classification | animals, food, travel |" in sections["## Tasks"]
     assert "| steps | 3 |" in sections["## Training"]
     assert "| learning rate | 0.01 |" in sections["## Training"]
+    seconds = next(logs["train_runtime"] for logs in trained.state.log_history if "train_runtime" in logs)
+    assert f"| time | {round(seconds)} s |" in sections["## Training"]
     assert "| text | bert |" in sections["## Encoders"]
     assert sections["## Limits"]
     assert str(Path(trained.args.output_dir).parent) not in text
@@ -320,3 +322,18 @@ def test_the_command_measures_and_writes(trained, card, tmp_path):
     assert data.license == "mit"
     assert data.datasets == ["me/d"]
     assert yaml.safe_load(card.read_text().split("---")[1])["model-index"][0]["name"] == "my-model"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (3599, "59 min 59 s"),
+        (3600, "1 h 0 min"),
+        (90061, "25 h 1 min"),
+    ],
+)
+def test_times_are_written_for_people(seconds, text):
+    assert _duration(seconds) == text
