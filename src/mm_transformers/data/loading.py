@@ -188,7 +188,8 @@ def leave_out_empty_rows(data: datasets.DatasetDict, columns: Iterable[str], num
         count = np.sum(~filled)
         logger.warning(
             f"{count:,} of {len(rows):,} {split} rows {'has' if count == 1 else 'have'} no content in {names} and "
-            f"{'is' if count == 1 else 'are'} left out; the first is row {filled.argmin():,}. Later messages number the other rows."
+            f"{'is' if count == 1 else 'are'} left out; the first is row {filled.argmin():,}. Later messages number "
+            "the other rows."
         )
         data[split] = rows.select(np.flatnonzero(filled))
 

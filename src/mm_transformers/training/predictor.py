@@ -287,8 +287,9 @@ class Predictor:
                 self.num_empty_rows += len(empty)
                 yield answered
         if self.num_empty_rows and state.is_main_process:
+            count = self.num_empty_rows
             logger.warning(
-                f"{self.num_empty_rows:,} {'row has' if self.num_empty_rows == 1 else 'rows have'} no content in {self.collator.shown_inputs()} "
+                f"{count:,} {'row has' if count == 1 else 'rows have'} no content in {self.collator.shown_inputs()} "
                 f"and no answer; the first is row {self.first_empty_row:,}."
             )
 
