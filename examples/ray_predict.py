@@ -37,6 +37,7 @@ class Answers:
         columns, data = Reading().options(model)
         options = {**columns.collator_options, **data.collator_options}
         self.predictor = Predictor.from_pretrained(model, batch_size=batch_size, **options)
+        self.example = answer_columns(self.predictor.example())
         self.reader = RowReader(None, media_of(self.predictor.collator), image_root)
         print(f"Worker {os.getpid()} has loaded the model.")
 
@@ -48,7 +49,9 @@ class Answers:
         # As `mm-transformers predict`: an input column stays beside the answer of the same name.
         batch = batch.rename_columns([f"{name}_input" if name in answers[0] else name for name in batch.column_names])
         for name in answers[0]:
-            batch = batch.append_column(name, pyarrow.array([row[name] for row in answers]))
+            # The example gives the type, also in a batch without any answer.
+            cells = pyarrow.array([*(row[name] for row in answers), self.example[name]])
+            batch = batch.append_column(name, cells[:-1])
         return batch
 
 

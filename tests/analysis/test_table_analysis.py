@@ -1,5 +1,6 @@
 """Ablations and explanations of columns of numbers and categories."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import TEXT_ENCODERS, VISION_ENCODERS, make_image, make_image_processor, make_tokenizer, open_gates
@@ -15,6 +16,7 @@ from mm_transformers import (
 )
 from mm_transformers.analysis import ablate, explain
 from mm_transformers.analysis.explaining.methods import METHODS
+from mm_transformers.model.linear_probe import ProbedHead
 from mm_transformers.training.linear_start.probe_start import probes_of
 
 
@@ -63,6 +65,35 @@ def test_the_gain_of_a_column_is_that_of_rows_without_it(linear_probe):
     assert not any("column" in variant for variant in found.variants)
     assert found.to_dict()["columns"] == found.columns
     assert "| task  | column | " in found.to_markdown()
+
+
+def test_of_many_columns_those_that_change_the_answers_most_are_left_out():
+    """Only three of 40 columns have weights in the linear start."""
+    names = [f"x{i}" for i in range(40)]
+    rng = np.random.default_rng(0)
+    rows = [
+        {"text": "a cat", **dict(zip(names, map(float, rng.normal(size=40)), strict=True)), "cost": float(i)}
+        for i in range(9)
+    ]
+    table = table_columns(rows, names)
+    processor = MMTransformerProcessor(make_image_processor(), make_tokenizer(), table_config=table)
+    model = make_model(table, linear_probe=True)
+    used = {"x7", "x31", "x39"}
+    for probes in probes_of(model).values():
+        for probe in probes:
+            block, _ = probe.blocks[list(probe.widths).index("table")]
+            with torch.no_grad():
+                probe.linear.weight[:, block] = torch.tensor([5.0 * (name in used) for name in names])
+    for head in (module for module in model.modules() if isinstance(module, ProbedHead)):
+        for parameter in head.head.parameters():
+            parameter.data.zero_()  # the head reads the columns through the fusion
+    found = ablate(model, processor, rows, num_permutations=1, num_additive_rows=0)
+    assert len(found.columns["cost"]) == 30
+    assert used <= set(found.columns["cost"])
+    gains = found.columns["cost"]
+    assert {name for name, gain in gains.items() if abs(gain) > 1e-4} == used
+    assert "Of the 40 columns, the 30 were left out one by one whose removal changes the answers" in found.to_markdown()
+    assert found.to_dict()["num_columns"] == 40
 
 
 def test_columns_that_read_each_other_are_left_out_together_only():

@@ -41,3 +41,20 @@ def test_the_folder_holds_the_calibration(folder, monkeypatch):
     assert {"topic_set", "topic_abstain", "score_interval", "score_abstain"} <= set(answers.columns)
     covered = [truth in found for truth, found in zip(answers["topic_input"], answers["topic_set"], strict=True)]
     assert sum(covered) >= 54  # on the rows that chose the thresholds at least the promised share
+
+
+def test_rows_without_content_are_left_out_and_get_no_answer(folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(folder)
+    table = pd.read_csv("rows.csv")
+    empty = pd.DataFrame([{"text": None, "image": None, "topic": "food", "score": 1}])
+    pd.concat([empty, table]).to_csv("with-empty.csv", index=False)
+    mm("calibrate", "model", "rows.csv", "--output", tmp_path / "a.json", "--min-rows", "15")
+    mm("calibrate", "model", "with-empty.csv", "--output", tmp_path / "b.json", "--min-rows", "15")
+    assert json.loads((tmp_path / "a.json").read_text()) == json.loads((tmp_path / "b.json").read_text())
+    assert any(m.startswith("1 of 61 with-empty.csv rows has no content in 'text', 'image'") for m in caplog.messages)
+    mm("predict", "model", "with-empty.csv", "--output", tmp_path / "answers.csv", "--coverage", "0.9")
+    answers = pd.read_csv(tmp_path / "answers.csv")
+    new = [name for name in answers if name not in ("text", "image", "topic_input", "score_input")]
+    assert {"topic_set", "topic_abstain", "score_interval", "score_abstain"} <= set(new)
+    assert answers[new].iloc[0].isna().all()
+    assert answers[new].iloc[1:].notna().all(axis=None)

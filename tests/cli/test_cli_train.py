@@ -294,7 +294,6 @@ def test_predict_names_what_cannot_be_read(trained, tmp_path):
         ("text\n", ["--output", "a.csv"], "rows.csv has no rows"),
         ("", ["--output", "a.csv"], "rows.csv has no rows"),
         ("text,id\na,1\nb,2,3\n", ["--output", "a.csv"], "cannot be read as CSV"),
-        ("text\na\n\"\"\n", ["--output", "a.csv"], "row 1 has no content in 'text'"),
         ("text\na\n", ["--output", "rows.csv/a.csv"], "rows.csv is not a folder"),
         ("text\na\n", ["--output", "."], ". must end in one of"),
         ("text,topic,topic_input\na,b,c\n", ["--output", "a.csv"], "columns 'topic', which has the name of an answer"),

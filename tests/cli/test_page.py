@@ -4,11 +4,21 @@ import re
 import shutil
 
 import pytest
+import torch
 from pages import Page
 from PIL import Image
-from tiny import make_feature_extractor, make_image, make_image_processor, make_model, make_processor, make_tokenizer
+from tiny import (
+    make_feature_extractor,
+    make_image,
+    make_image_processor,
+    make_model,
+    make_processor,
+    make_tasks,
+    make_tokenizer,
+)
+from transformers import pipeline
 
-from mm_transformers import MMTransformerProcessor
+from mm_transformers import MMTransformerConfig, MMTransformerForMultiTask, MMTransformerProcessor, table_columns
 from mm_transformers.cli.page import answers_as_html, demo_examples, load_page, make_page
 from mm_transformers.cli.space import write_space
 from mm_transformers.cli.uploads import Upload
@@ -240,3 +250,73 @@ def test_pages_of_models_with_sound_have_a_place_for_it():
     assert {"Text", "Picture", "Sound", "Tasks"} <= set(labels)
     text_only = make_page(make_model(vision=None), make_processor(), "text")
     assert "Picture" not in [getattr(block, "label", None) for block in text_only.blocks.values()]
+
+
+# Columns
+
+TABLE = table_columns(
+    [{"price": 1.0, "brand": "acme", "sold": "2024-01-10"}, {"price": 3.0, "brand": "<b>", "sold": "2024-03-02"}],
+    {"price": "number", "brand": "category", "sold": "date"},
+)
+
+
+def make_table_page(text=True):
+    """A model of columns, with a text or not, its processor, and the function and the components of its page."""
+    pytest.importorskip("gradio")
+    tiny = make_model(vision=None, tasks=[task for task in make_tasks() if text or task.name == "topic"]).config
+    config = MMTransformerConfig(**{**tiny.to_diff_dict(), "table_config": TABLE, "reads_text": text})
+    torch.manual_seed(0)
+    model = MMTransformerForMultiTask(config).eval()
+    processor = MMTransformerProcessor(tokenizer=make_tokenizer(), table_config=TABLE, reads_text=text)
+    page = make_page(model, processor, "columns")
+    blocks = {getattr(block, "label", None): block for block in page.blocks.values()}
+    [answer] = [fn.fn for fn in page.fns.values() if fn.api_name == "answer"]
+    return model, processor, answer, blocks
+
+
+def test_each_column_has_a_field():
+    *_, blocks = make_table_page()
+    assert {name: type(blocks[name]).__name__ for name in ("Text", "price", "brand", "sold")} == {
+        "Text": "Textbox", "price": "Number", "brand": "Dropdown", "sold": "Textbox",
+    }  # fmt: skip
+    assert [value for _, value in blocks["brand"].choices] == ["", "<b>", "acme"]
+    assert blocks["price"].value is None
+    *_, blocks = make_table_page(text=False)
+    assert "Text" not in blocks
+    assert "price" in blocks
+
+
+def test_the_page_answers_as_the_pipeline():
+    model, processor, answer, _ = make_table_page()
+    pipe = pipeline("multimodal", model=model, processor=processor)
+    for price, brand in ((2.5, "acme"), (None, ""), ("", "acme"), (7, None)):
+        page = words_of(answer("a cat", price, brand, None, ["topic"]))
+        row = {"text": "a cat", "price": price, "brand": brand}
+        found = pipe({name: cell for name, cell in row.items() if cell not in (None, "")}, tasks=["topic"])
+        assert f"topic {found['topic']['label']}" in page
+        assert ("without the numbers and categories" in page) == any((price, brand))
+    assert "There is no input yet: give a text or numbers and categories." in words_of(
+        answer("", None, "", "", ["topic"])
+    )
+    assert "without" not in words_of(answer("", 3, "", "", ["topic"]))
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        (["many", None, None], "'many' is no number"),
+        ([float("inf"), None, None], "is not finite"),
+        ([10**400, None, None], "is not finite"),
+        ([{"path": "/etc/passwd"}, None, None], "Column 'price': give a number or a text"),
+        ([[1], None, None], "Column 'price': give a number or a text"),
+        ([True, None, None], "Column 'price': give a number or a text"),
+        ([1, "x" * 1001, None], "Column 'brand': the value has 1,001 characters, and may have 1,000."),
+        ([1, ["acme"], None], "Column 'brand': give a number or a text"),
+        ([1, "acme", "yesterday"], "'yesterday'"),
+    ],
+)
+def test_other_values_of_columns_are_refused(cells, said):
+    page = make_table_page()[2]("a cat", *cells, ["topic"])
+    assert said in words_of(page)
+    assert 'role="alert"' in page
+    assert "<b>" not in page

@@ -101,6 +101,39 @@ def test_the_predictor_adds_them_to_answers(folder):
     assert predictor.probability_names["score"] == Regression("score").probability_names == []
 
 
+# Rows without any content
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_rows_without_content_keep_their_places(folder, tmp_path, monkeypatch, caplog, kind):
+    monkeypatch.setattr("mm_transformers.data.tables.CHUNK_SIZE", 2)  # so that the first ones have no type
+    write_csv(tmp_path / "rows.csv", [{"id": i, "text": t} for i, t in enumerate(["", " ", "", "a red dog"])])
+    write_csv(tmp_path / "filled.csv", [{"id": 3, "text": "a red dog"}])
+    options = ("--probabilities", "--batch-size", 2, "--output")
+    mm("predict", folder / "model", tmp_path / "rows.csv", *options, tmp_path / f"a.{kind}")
+    mm("predict", folder / "model", tmp_path / "filled.csv", *options, tmp_path / f"b.{kind}")
+    rows, [filled] = read(tmp_path / f"a.{kind}"), read(tmp_path / f"b.{kind}")
+    assert [str(row["id"]) for row in rows] == ["0", "1", "2", "3"]
+    assert rows[3].keys() == filled.keys()
+    assert rows[3]["topic"] == filled["topic"]
+    assert float(rows[3]["score"]) == pytest.approx(float(filled["score"]), abs=1e-5)
+    new = [name for name in filled if name not in ("id", "text")]
+    assert all(row[name] in (None, "", [], "[]") for row in rows[:3] for name in new)
+    assert "3 rows have no content in 'text', 'image', 'video' and no answer; the first is row 0." in caplog.messages
+
+
+def test_evaluation_leaves_out_rows_without_content(folder, tmp_path, caplog):
+    rows = [{"text": "a red dog", "topic": "animals"}, {"text": "", "topic": "food"}, {"text": "sea", "topic": "food"}]
+    write_csv(tmp_path / "rows.csv", rows)
+    write_csv(tmp_path / "filled.csv", [rows[0], rows[2]])
+    mm("evaluate", folder / "model", tmp_path / "rows.csv", "--output", tmp_path / "a.json")
+    mm("evaluate", folder / "model", tmp_path / "filled.csv", "--output", tmp_path / "b.json")
+    assert any(message.startswith("1 of 3 rows.csv rows has no content in 'text' and") for message in caplog.messages)
+    scores = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
+    assert scores[0]["eval_topic_f1"] == scores[1]["eval_topic_f1"]
+    assert scores[0]["eval_samples"] == 2
+
+
 # Folders
 
 

@@ -73,5 +73,13 @@ def test_a_warning_counts_them(caplog):
     leave_out_empty_rows(data, ["text", "price"])
     assert data["test"] is test
     assert [r.message for r in caplog.records] == [
-        "2 of 4 train rows have no content in 'text', 'price' and are left out; the first is row 1."
+        "2 of 4 train rows have no content in 'text', 'price' and are left out; the first is row 1. "
+        "Later messages number the other rows."
     ]
+
+
+def test_texts_that_are_no_numbers_are_missing_in_columns_of_numbers():
+    cells = {"text": [None, "n/a", None, None], "price": ["N/A", None, " - ", "3"], "brand": [None, None, None, "-"]}
+    data = datasets.DatasetDict({"train": datasets.Dataset.from_dict({**cells, "number": range(4)})})
+    leave_out_empty_rows(data, list(cells), ["price"])
+    assert data["train"]["number"][:] == [1, 3]

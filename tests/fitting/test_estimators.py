@@ -261,3 +261,13 @@ def test_an_own_name_for_the_target():
     found = MMRegressor(training=ONE_STEP).fit(x, y)
     assert found.result_.plan.targets[0].task["name"] == "a"
     assert found.predict(x) == pytest.approx(y.to_numpy(), abs=0.5)
+
+
+def test_a_row_without_content_has_no_prediction(classifier, iris):
+    x, y = iris
+    with_empty = np.vstack([x[:60], np.full((1, 4), np.nan), x[60:]])
+    with pytest.raises(ValueError, match="^X: row 60 has no content in 'x0', 'x1', 'x2', 'x3', so it has no answer"):
+        classifier.predict(with_empty)
+    assert classifier.predict(x).shape == y.shape
+    [empty] = classifier.result_.predictor([dict.fromkeys(["x0", "x1", "x2", "x3"])])
+    assert empty == {"y": {"label": None, "score": None}}

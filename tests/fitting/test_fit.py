@@ -81,7 +81,7 @@ def test_what_is_said(fitted):
         "predict    stars (regression): 48 different numbers",
         said[10],
     ]
-    assert re.fullmatch(r"Rows: \d+ train, \d+ test, \d+ validation\.", said[10])
+    assert re.fullmatch(r"Rows: \d+ train, \d+ validation, \d+ test\.", said[10])
     assert said[-1].startswith("The model is in ")
 
 
@@ -100,7 +100,10 @@ def test_scores_stand_beside_simple_models(fitted):
     assert {verdict.task: verdict.rows for verdict in result.verdicts} == {"topic": "test", "stars": "test"}
     for verdict in result.verdicts:
         assert verdict.model == result.metrics["test"][f"test_{verdict.task}_{verdict.metric}"]
-        assert str(verdict) in said
+        row = next(line for line in said if line.startswith(f"| {verdict.task} "))
+        shown = map(verdict.shown, (verdict.model, verdict.linear, verdict.text_alone, verdict.majority))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells == [verdict.task, verdict.metric, *shown, str(verdict.num_rows)]
     (topic, _) = result.verdicts
     assert topic.linear > topic.majority  # the brand tells the topic
 
@@ -376,3 +379,19 @@ def test_fit_on_the_command_line(folder, encoders):
     rows = [{"title": "red cat", "full description": "", "brand": "other"}]
     assert len(Predictor.from_pretrained(folder / "by-command", text_column=["title", "full description"],
                                          image_column="photo")(rows)) == 1  # fmt: skip
+
+
+def test_the_command_prints_no_logs(folder, encoders, tmp_path, capfd):
+    """No bars and dicts of losses in a file; the lines are decisions, rows, scores, files and what to do next."""
+    command = ("fit", folder / "rows.csv", "--predict", "topic", "--output", tmp_path / "model", "--preset", "fast")
+    said = mm(*command, "--text", encoders["text"], "--vision", encoders["vision"], "--column", "stars:ignore")
+    captured = capfd.readouterr()
+    lines = said.splitlines()
+    assert not any("it/s" in text or "eval_" in text for text in (said, captured.out, captured.err))
+    kinds = [
+        line.split()[0]
+        for line in lines[: lines.index("Scores on the test rows, beside simple models of the same inputs:")]
+    ]
+    assert set(kinds) <= {"leave", "text", "image", "number", "category", "date", "predict", "Rows:", "training"}
+    assert "Beside the model are recipe.yaml, report.html, README.md." in lines
+    assert [line.split()[0] for line in lines[-3:]] == ["Next:", "mm-transformers", "mm-transformers"]

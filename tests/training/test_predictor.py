@@ -12,6 +12,7 @@ from mm_transformers import MMDataCollator, Predictor
 from mm_transformers.analysis.report import write_report
 from mm_transformers.cli.page_answers import answers_as_html
 from mm_transformers.model.predictions import Predictions
+from mm_transformers.training.predictor import answer_columns
 
 
 ROWS = [
@@ -159,3 +160,57 @@ def test_tables_of_pandas_and_features_of_data_sets(model, predictor, tmp_path):
 def test_a_report_may_be_named_by_a_text(model, tmp_path):
     write_report(f"{tmp_path}/report.html", model, make_processor(), [{"text": "a red dog", "image": None}])
     assert "topic" in (tmp_path / "report.html").read_text()
+
+
+# Rows without any content
+
+NOTHING = {"text": " ", "image": None, "id": 10}
+
+
+def leaves(answer):
+    if isinstance(answer, dict):
+        return [leaf for part in answer.values() for leaf in leaves(part)]
+    return [leaf for part in answer for leaf in leaves(part)] if isinstance(answer, list) else [answer]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_row_without_content_has_an_empty_answer(model, predictor, caplog, workers):
+    predictor.probabilities, predictor.num_workers = True, workers
+    filled = predictor(ROWS)
+    rows = [ROWS[0], NOTHING, ROWS[1], ROWS[2], NOTHING, NOTHING]  # the last batch has no other rows
+    with caplog.at_level("WARNING", "mm_transformers"):
+        answered = [pair for batch in predictor.stream(rows, keep=lambda row: row["id"]) for pair in batch]
+    assert [kept for kept, _ in answered] == [7, 10, 8, 9, 10, 10]
+    answers = [answer for _, answer in answered]
+    assert_alike([answers[0], answers[2], answers[3]], filled)
+    for i in (1, 4, 5):
+        assert set(leaves(answers[i])) == {None}
+        columns = answer_columns(answers[i], predictor.probability_names)
+        assert list(columns) == list(answer_columns(filled[0], predictor.probability_names))
+        assert all(cell is None or cell == [] for cell in columns.values())
+    assert [r.message for r in caplog.records] == [
+        "3 rows have no content in 'text', 'image', 'video' and no answer; the first is row 1."
+    ]
+    assert (predictor.num_empty_rows, predictor.first_empty_row) == (3, 1)
+    predictor(ROWS)
+    assert predictor.num_empty_rows == 0
+
+
+def test_a_row_without_content_has_no_vectors(predictor):
+    vectors = predictor.embed([ROWS[0], NOTHING])
+    assert np.isfinite(vectors["fused"][0]).all()
+    assert all(np.isnan(vector[1]).all() for vector in vectors.values())
+
+
+def test_a_row_whose_only_picture_is_dropped_has_an_empty_answer(model):
+    collator = MMDataCollator(make_processor(), model.config, on_bad_file="drop")
+    rows = [{"text": "", "image": b"no picture"}, {"text": "a red dog", "image": b"no picture"}]
+    empty, filled = Predictor(model, collator)(rows)
+    assert set(leaves(empty)) == {None}
+    assert_alike(filled, alone(model, {"text": "a red dog", "image": None}))
+
+
+def test_training_still_refuses_rows_without_content(predictor):
+    predictor([NOTHING])
+    with pytest.raises(ValueError, match="row 0 of the batch has no content in 'text', 'image', 'video': remove"):
+        predictor.collator([NOTHING])

@@ -4,12 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from ..fitting.fit import fit
 from ..fitting.fit_report import REPORT_NAME
+from ..fitting.folds import FOLDS_NAME
 from ..fitting.plan import make_plan
+from ..training.card.card_file import CARD_NAME
 from ..training.recipe import RECIPE_NAME
 from .processes import say
-from .train import show_progress_of_package
+from .progress import RichProgressCallback, one_bar_at_a_time
+from .train import show_warnings_of_package
 
 
 def columns_to_predict(text: str) -> list[str]:
@@ -41,8 +46,18 @@ def run_fit(table: Path, predict: str, output: Path, column: Sequence[str], **op
     Raises:
         ValueError, OSError: one sentence.
     """
-    show_progress_of_package(True)
-    result = fit(table, columns_to_predict(predict), output, columns=kinds_of_columns(column), say=say, **options)
+    show_warnings_of_package()
+    bar = RichProgressCallback("training", Console(stderr=True))
+    try:
+        with one_bar_at_a_time():
+            result = fit(
+                table, columns_to_predict(predict), output, columns=kinds_of_columns(column), say=say,
+                print_logs=False, callbacks=[bar], **options,
+            )  # fmt: skip
+    finally:
+        bar.progress.stop()  # otherwise an error leaves the terminal without a cursor
+    files = (RECIPE_NAME, REPORT_NAME, FOLDS_NAME, CARD_NAME)
+    say(f"Beside the model are {', '.join(name for name in files if (output / name).is_file())}.")
     report = f"open {output / REPORT_NAME}"
     say(f"Next: {report if (output / REPORT_NAME).is_file() else 'read ' + str(output / 'README.md')}")
     say(f"      mm-transformers predict {output} new-rows.csv --output answers.csv")

@@ -1,4 +1,4 @@
-"""The demo page: type a text, add a picture or a sound, see the answers and their explanations."""
+"""The demo page: type a text, add a picture, a sound or numbers, see the answers and their explanations."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,7 +12,8 @@ from ..model.limits import limits
 from ..model.modalities import PARTS
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
-from .page_answers import answers_as_html, either, render_page
+from .page_answers import COLUMNS_KIND, answers_as_html, either, render_page
+from .page_fields import MOST_OPEN, ColumnField, column_fields
 from .request_filter import RequestFilter
 from .uploads import REFUSAL, UploadError, check_inputs, opened_upload, upload_folder
 
@@ -32,7 +33,8 @@ def load_page(model: str, examples: Sequence[Sequence[Any]] = ()) -> Any:
 
     Args:
         model: folder or Hub id.
-        examples: example rows: each a text, then a picture and a sound if the model takes them.
+        examples: example rows: each a text, then a picture and a sound if the model takes them, then the cells of
+            columns.
 
     Raises:
         ImportError: if gradio is not installed.
@@ -62,15 +64,16 @@ def make_page(
     except ImportError as error:
         raise ImportError("The page needs `gradio`: pip install mm-transformers[demo]") from error
 
-    kinds = [
-        "text",
-        # A page has no field for the frames of a video, for columns, and for modalities of a user's own.
+    columns = column_fields(model.config)
+    files = [
+        # A page has no field for the frames of a video, and for modalities of a user's own.
         *(
             name
             for name, part in PARTS.items()
             if part.encoder.name in model.config.modalities and not part.is_sequence and part.encoder.own is None
         ),
     ]
+    kinds = [*(["text"] if model.config.reads_text else []), *files, *([COLUMNS_KIND] if columns else [])]
     upload_folder()  # before gradio asks for it
     kept = limits().upload_seconds
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(max(kept // 6, 1), kept)) as page:
@@ -78,23 +81,30 @@ def make_page(
         gr.Markdown(f"# {plain_markdown(title)}\n\n{told}")
         with gr.Row():
             with gr.Column(scale=1):
-                inputs: list[Any] = [gr.Textbox(label="Text", lines=2, submit_btn=False, autofocus=True)]
+                inputs: list[Any] = []
+                if "text" in kinds:
+                    inputs.append(gr.Textbox(label="Text", lines=2, submit_btn=False, autofocus=True))
                 if "image" in kinds:
                     sources: Any = ["upload", "clipboard", "webcam"]
                     inputs.append(gr.Image(label="Picture", type="filepath", sources=sources, height=260))
                 if "audio" in kinds:
                     inputs.append(gr.Audio(label="Sound", type="filepath", sources=["upload", "microphone"]))
+                if columns:
+                    with gr.Accordion("Numbers and categories", open=len(columns) <= MOST_OPEN):
+                        gr.Markdown("An empty field is a missing value.")
+                        inputs += [column.component() for column in columns]
                 tasks = gr.CheckboxGroup(list(model.tasks), value=list(model.tasks), label="Tasks")
                 button = gr.Button("Answer", variant="primary")
             with gr.Column(scale=2):
                 answers = gr.HTML(label="Answers", value=render_page([], "", kinds))
-        answer = _answering(model, processor, kinds)
+        answer = _answering(model, processor, kinds, columns)
         # The raw value from the client: gradio's own file readers only report "Error", and fetch addresses.
         options: dict[str, Any] = {"preprocess": False, "concurrency_limit": _AT_ONCE}
         button.click(answer, [*inputs, tasks], answers, api_name="answer", **options)
-        inputs[0].submit(answer, [*inputs, tasks], answers, api_visibility="private", **options)
+        if "text" in kinds:
+            inputs[0].submit(answer, [*inputs, tasks], answers, api_visibility="private", **options)
         if examples:
-            gr.Examples([list(example) for example in examples], inputs)
+            gr.Examples([list(example) for example in examples], inputs[: len(examples[0])])
             for component in inputs:
                 component.keep_in_cache |= component.temp_files  # the examples are no uploads
     page.queue(max_size=limits().waiting_requests, api_open=False)
@@ -139,16 +149,23 @@ def launch_options() -> dict[str, Any]:
 
 
 def _answering(
-    model: MMTransformerForMultiTask, processor: MMTransformerProcessor, kinds: Sequence[str]
+    model: MMTransformerForMultiTask,
+    processor: MMTransformerProcessor,
+    kinds: Sequence[str],
+    columns: Sequence[ColumnField],
 ) -> Callable[..., str]:
+    parts = [kind for kind in kinds if kind != COLUMNS_KIND]
+
     def answer(*given: Any) -> str:
-        *parts, tasks = given
+        *values, tasks = given
         try:
             row = {
-                name: part if name == "text" else opened_upload(part)
-                for name, part in zip(kinds, parts, strict=True)
-                if part is not None and part != ""
+                name: value if name == "text" else opened_upload(value)
+                for name, value in zip(parts, values[: len(parts)], strict=True)
+                if value is not None and value != ""
             }
+            cells = zip(columns, values[len(parts) :], strict=True)
+            row |= {column.name: cell for column, value in cells if (cell := column.cell(value)) is not None}
         except ValueError as error:
             return render_page([], str(error), kinds)
         return answers_as_html(model, processor, row, tasks, kinds)

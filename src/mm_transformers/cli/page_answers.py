@@ -12,7 +12,7 @@ from ..analysis.explaining.html import colored_words, heat_map_url, picture_url,
 from ..model.answers import check_tasks
 from ..model.limits import limits
 from ..model.messages import listed
-from ..model.modalities import ARGUMENTS, NOUNS, PARTS, ReaderContext
+from ..model.modalities import ARGUMENTS, MODALITIES, NOUNS, PARTS, ReaderContext
 from ..model.oddness import odd_sentence
 from ..model.pipeline_mm_transformer import read_rows
 from ..model.predictions import Predictions
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ..model.processing_mm_transformer import MMTransformerProcessor
 
 
+# Stands for all columns of numbers and categories among the kinds of inputs.
+COLUMNS_KIND = "table"
+_NOUNS = {**NOUNS, COLUMNS_KIND: MODALITIES["table"].nouns}
 _MOST_LETTERS = 20  # of a word, on average; some languages put no spaces between words
 
 
@@ -41,7 +44,8 @@ def answers_as_html(
     Args:
         model ([`MMTransformerForMultiTask`]): Runs in evaluation mode, whatever its mode.
         processor ([`MMTransformerProcessor`]): The processor of the model.
-        row: the given inputs, of `kinds`: a text; a file as an [`Upload`], or as an object in memory. Never a path.
+        row: the given inputs, of `kinds`: a text; a file as an [`Upload`], or as an object in memory, never a path; and
+            cells of columns by their names.
         tasks: names of the selected tasks.
     """
     try:
@@ -68,6 +72,8 @@ def _read(processor: "MMTransformerProcessor", row: Mapping[str, Any]) -> tuple[
     """The row with its files decoded once, and a sentence about what was left out."""
     read, note = dict(row), ""
     for part_name, part in row.items():
+        if part_name in processor.table_columns:
+            continue
         if part_name == "text":
             read[part_name], note = _first_words(part)
             continue
@@ -104,12 +110,14 @@ def _cards(
 ) -> tuple[list[dict[str, Any]], str]:
     """The cards, and a warning if the row is unlike the training rows."""
     variants = {"": row}
-    for name in row:
-        if rest := {other: part for other, part in row.items() if other != name}:
-            variants[f"without the {NOUNS[name]}"] = rest
+    columns = processor.table_columns
+    kinds = {name: COLUMNS_KIND if name in columns else name for name in row}
+    for kind in dict.fromkeys(kinds.values()):
+        if rest := {name: part for name, part in row.items() if kinds[name] != kind}:
+            variants[f"without the {_NOUNS[kind]}"] = rest
     # One batch: shared inputs of the variants are encoded once.
     wants_words = any(model.tasks[name].is_token_level for name in tasks)
-    read = read_rows(list(enumerate(variants.values())), processor, tuple(ARGUMENTS), wants_words)
+    read = read_rows(list(enumerate(variants.values())), processor, (*ARGUMENTS, *columns), wants_words)
     check()
     if "error" in read:
         raise ValueError(read["error"])
@@ -194,4 +202,4 @@ def render_page(cards: list[dict[str, Any]], message: str, kinds: Sequence[str],
 
 def either(kinds: Sequence[str]) -> str:
     """ "a text or a picture"."""
-    return listed([f"a {NOUNS[name]}" for name in kinds], "or")
+    return listed([_NOUNS[name] if name == COLUMNS_KIND else f"a {_NOUNS[name]}" for name in kinds], "or")

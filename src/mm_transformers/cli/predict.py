@@ -23,7 +23,7 @@ from ..data.collator import MMDataCollator
 from ..data.files import check_writable
 from ..data.folders import FolderRows
 from ..data.labels import check_labels, has_labels, prepare_labels
-from ..data.loading import load_files
+from ..data.loading import leave_out_empty_rows, load_files
 from ..data.row_labels import as_columns
 from ..data.sources import media_of
 from ..data.tables import TableRows, check_suffix, plain_cells, table_writer
@@ -163,6 +163,7 @@ def evaluator(
             rows = _read(model, file, columns, data)
         _check_columns(rows.column_names, collator, columns, reading, file)
         check_labels({file.name: rows}, model.tasks.values(), columns.text, data.label_separator)
+        rows = _with_content(rows, model, collator, file)
         _check_labelled(rows, collator, file)
         yield MMTrainer(model, args, data_collator=collator, eval_dataset=rows), rows
 
@@ -181,7 +182,16 @@ def load_with_rows(
     rows = _read(model, file, columns, data)
     _check_columns(rows.column_names, collator, columns, reading, file)
     check_labels({file.name: rows}, model.tasks.values(), columns.text, data.label_separator)
-    return model, collator, rows
+    return model, collator, _with_content(rows, model, collator, file)
+
+
+def _with_content(
+    rows: datasets.Dataset, model: MMTransformerForMultiTask, collator: MMDataCollator, file: Path
+) -> datasets.Dataset:
+    splits, table = datasets.DatasetDict({file.name: rows}), model.config.table_config
+    numbers = [] if table is None else [column["name"] for column in table.numbers]
+    leave_out_empty_rows(splits, collator.input_columns, numbers)
+    return splits[file.name]
 
 
 def _read(model: MMTransformerForMultiTask, file: Path, columns: ColumnsSection, data: DataSection) -> datasets.Dataset:
@@ -224,8 +234,10 @@ def run_prediction(
     names = predictor.probability_names
     answered = predictor.stream(opened.rows, prepare=opened.reader, keep=partial(plain_cells, list(opened.types)))
     table = ((kept, answer_columns(answers, names)) for batch in answered for kept, answers in batch)
+    told = "Wrote the answers to {:,} rows to {}."
     with opened.errors_with_names():
-        write_rows(table, output, suffix, opened.types, escape_formulas, "Wrote the answers to {:,} rows to {}.")
+        example = answer_columns(predictor.example(), names) if suffix == ".parquet" else None
+        write_rows(table, output, suffix, opened.types, escape_formulas, told, example=example)
 
 
 @dataclass
@@ -363,6 +375,7 @@ def write_rows(
     escape_formulas: bool,
     told: str,
     new_types: Mapping[str, pyarrow.DataType] | None = None,
+    example: Mapping[str, Any] | None = None,
 ) -> None:
     """
     Writes a table, in the main process only; the others compute their share.
@@ -372,6 +385,7 @@ def write_rows(
         types: of the kept columns.
         told: the sentence at the end, with places for the number of rows and the file.
         new_types: of new columns, if known.
+        example: new cells that have a type, for others that are all empty in the first rows.
     """
     if not this_process().is_main_process:
         for _ in rows:
@@ -395,7 +409,7 @@ def write_rows(
                         f"same name '{twice}_input' in the output; rename one of them."
                     )
                 renamed = {names[name]: dtype for name, dtype in types.items()}
-                writer = table_writer(file, suffix, {**renamed, **(new_types or {})}, escape_formulas)
+                writer = table_writer(file, suffix, {**renamed, **(new_types or {})}, escape_formulas, example)
             writer.write([{names[n]: cell for n, cell in kept.items()} | new])
             num_rows += 1
             bar.advance(shown)

@@ -37,6 +37,11 @@ def run_training(path: Path, overrides: list[str], allow_urls: bool | list[str] 
         say(f"The model is in {args.output_dir}.")
 
 
+def show_warnings_of_package() -> None:
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("mm_transformers").setLevel(logging.WARNING)
+
+
 def show_progress_of_package(should_log: bool) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("mm_transformers").setLevel(logging.INFO if should_log else logging.ERROR)

@@ -2,7 +2,10 @@
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Optional
+
+import torch
 
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
@@ -154,7 +157,7 @@ class MMDataCollator:
         limits = [max_length, positions, processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
         self.pad_to_multiple_of, self.label_separator = pad_to_multiple_of, label_separator
-        self.gives_references = self.gives_word_index = False
+        self.gives_references = self.gives_word_index = self.takes_empty_rows = False
         # Set by [`FeatureCache.prepare`]: the stored features of frozen encoders.
         self.cached: Optional[CachedFeatures] = None
         self.uncached: MMDataCollator = self  # the original of this copy
@@ -204,6 +207,16 @@ class MMDataCollator:
         collator.gives_word_index = True
         return collator
 
+    def with_empty_rows(self) -> "MMDataCollator":
+        """
+        A copy that takes rows without any content, and gives `has_content` (batch,).
+
+        A row whose only files could not be read, and are dropped, has no content either.
+        """
+        collator = copy.copy(self)
+        collator.takes_empty_rows = True
+        return collator
+
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         names = [name_of_row(row, i) for i, row in enumerate(rows)]
         media: dict[str, Any] = {}
@@ -240,6 +253,8 @@ class MMDataCollator:
         batch["labels"] = {name: task.collate_labels(values[name], context) for name, task in self.tasks.items()}
         if self.gives_word_index and context.word_index is not None:
             batch["word_index"] = context.word_index
+        if self.takes_empty_rows:
+            batch["has_content"] = ~torch.tensor(is_empty, dtype=torch.bool)
         if self.gives_references:
             found = {name: task.encode_references(values[name]) for name, task in self.tasks.items()}
             if any(value is not None for value in found.values()):
@@ -281,8 +296,8 @@ class MMDataCollator:
             name: the name of the row in messages.
         """
         text = join_texts({column: self._text(row, column, name) for column in self.text_columns} or {"": ""})
-        if not text.strip() and not had_other:
-            raise ValueError(f"{name} has no content in {self._shown_inputs(row)}: remove the row.")
+        if not text.strip() and not had_other and not self.takes_empty_rows:
+            raise ValueError(f"{name} has no content in {self.shown_inputs(row)}: remove the row.")
         return text
 
     def _text(self, row: Mapping[str, Any], column: str, name: str) -> str:
@@ -312,7 +327,8 @@ class MMDataCollator:
             ) from error
         return text
 
-    def _shown_inputs(self, row: Mapping[str, Any]) -> str:
+    def shown_inputs(self, row: Mapping[str, Any] = MappingProxyType({})) -> str:
+        """The columns that the model reads, for messages; of many, the first ones."""
         columns = [repr(own_column(row, column)) for column in self.input_columns]
         return ", ".join([*columns[:20], *(["..."] if len(columns) > 20 else [])])
 

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import metadata_load
 from transformers.utils import logging
 
+from ..model.label_cells import NO_NUMBER
 from ..model.messages import one_line
 from ..model.tasks import Task
 from .cells import with_root
@@ -161,12 +162,13 @@ def hold_out(
         data["train"], data[split] = train, held_out
 
 
-def leave_out_empty_rows(data: datasets.DatasetDict, columns: Iterable[str]) -> None:
+def leave_out_empty_rows(data: datasets.DatasetDict, columns: Iterable[str], numbers: Collection[str] = ()) -> None:
     """
     Removes the rows without any content from all splits, with a warning that counts them.
 
     Args:
         columns: those that the model reads; a split may lack some.
+        numbers: those of them that hold numbers or dates, where texts such as "n/a" are missing cells.
 
     Raises:
         ValueError: if a split has no other rows.
@@ -175,23 +177,31 @@ def leave_out_empty_rows(data: datasets.DatasetDict, columns: Iterable[str]) -> 
     for split, rows in data.items():
         read = [column for column in columns if column in rows.column_names]
         parts = rows.select_columns(read).with_format("arrow").iter(1000)
-        filled = np.concatenate([np.any([_has_content(part[column]) for column in read], axis=0) for part in parts])
+        filled = np.concatenate(
+            [np.any([_has_content(part[column], column in numbers) for column in read], axis=0) for part in parts]
+        )
         if filled.all():
             continue
         names = ", ".join(map(repr, read))
         if not filled.any():
             raise ValueError(f"No {split} row has content in {names}.")
+        count = np.sum(~filled)
         logger.warning(
-            f"{np.sum(~filled):,} of {len(rows):,} {split} rows have no content in {names} and are left out; the first "
-            f"is row {filled.argmin():,}."
+            f"{count:,} of {len(rows):,} {split} rows {'has' if count == 1 else 'have'} no content in {names} and "
+            f"{'is' if count == 1 else 'are'} left out; the first is row {filled.argmin():,}. Later messages number "
+            "the other rows."
         )
         data[split] = rows.select(np.flatnonzero(filled))
 
 
-def _has_content(cells: pyarrow.ChunkedArray) -> np.ndarray:
+def _has_content(cells: pyarrow.ChunkedArray, are_numbers: bool = False) -> np.ndarray:
     kind, valid = cells.type, compute.invert(cells.is_null(nan_is_null=True))
     if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-        filled = compute.greater(compute.utf8_length(compute.utf8_trim_whitespace(cells)), 0)
+        texts = compute.utf8_trim_whitespace(cells)
+        filled = compute.greater(compute.utf8_length(texts), 0)
+        if are_numbers:
+            missing = compute.is_in(compute.utf8_lower(texts), value_set=pyarrow.array(sorted(NO_NUMBER), kind))
+            filled = compute.and_not(filled, missing)
     elif pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
         filled = compute.greater(compute.list_value_length(cells), 0)
     elif pyarrow.types.is_struct(kind):  # a picture: its path, its bytes

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from itertools import islice
@@ -328,7 +328,11 @@ def _plain_type(kind: pyarrow.DataType) -> pyarrow.DataType | None:
 
 
 def table_writer(
-    file: IO[bytes], suffix: str, types: dict[str, pyarrow.DataType], escape_formulas: bool = True
+    file: IO[bytes],
+    suffix: str,
+    types: dict[str, pyarrow.DataType],
+    escape_formulas: bool = True,
+    example: Mapping[str, Any] | None = None,
 ) -> "TableWriter":
     """
     A writer for rows.
@@ -338,9 +342,10 @@ def table_writer(
         suffix: the kind of table.
         types: column -> type, if known; Parquet takes the others from the first rows.
         escape_formulas: in CSV, puts an apostrophe before texts that begin like a formula.
+        example: cells of other columns, which have no content in the first rows perhaps.
     """
     if suffix == ".parquet":
-        return _ParquetWriter(file, types)
+        return _ParquetWriter(file, types, example or {})
     return _CsvWriter(file, escape_formulas) if suffix == ".csv" else _JsonWriter(file)
 
 
@@ -391,9 +396,9 @@ def _as_csv(cell: Any) -> Any:
 
 
 class _ParquetWriter(TableWriter):
-    def __init__(self, file: IO[bytes], types: dict[str, pyarrow.DataType]):
+    def __init__(self, file: IO[bytes], types: dict[str, pyarrow.DataType], example: Mapping[str, Any]):
         super().__init__(file)
-        self.types = types
+        self.types, self.example = types, example
         self.waiting: list[dict[str, Any]] = []
         self.writer: Any = None
 
@@ -410,7 +415,7 @@ class _ParquetWriter(TableWriter):
     def _write_waiting(self) -> None:
         if self.writer is None:
             found = pyarrow.Table.from_pylist(
-                [{k: v for k, v in r.items() if k not in self.types} for r in self.waiting]
+                [{k: v for k, v in r.items() if k not in self.types} for r in [*self.waiting, self.example]]
             )
             types = {f.name: f.type for f in found.schema} | self.types
             names = list(self.waiting[0]) if self.waiting else list(types)

@@ -156,7 +156,13 @@ class _TableEstimator(BaseEstimator):
         table, _ = self._table(X, reset=False)
         predictor = self.result_.predictor
         with quiet():
-            rows = Predictor(self.model_, predictor.collator, probabilities=probabilities)(table)
+            answering = Predictor(self.model_, predictor.collator, probabilities=probabilities)
+            rows = answering(table)
+        if answering.num_empty_rows:  # scikit-learn needs an answer per row, and an invented one would look like others
+            raise ValueError(
+                f"X: row {answering.first_empty_row:,} has no content in {predictor.collator.shown_inputs()}, so it "
+                f"has no answer; remove such rows (here {answering.num_empty_rows:,})."
+            )
         names = [target.task["name"] for target in self.result_.plan.targets]
         return [[row[name] for row in rows] for name in names]
 

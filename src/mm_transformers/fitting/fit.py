@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers import TrainerCallback
 
+from ..data.loading import SPLITS
 from ..training.checkpoints.lock import locked
 from ..training.linear_start.study import DoubtfulLabel, Study
 from ..training.linear_start.verdict import Verdict
 from ..training.predictor import Predictor
 from ..training.recipe.builders import build_trainer, load_data, training_arguments
 from ..training.recipe.output_folder import check_output, is_finished
-from .fit_report import REPORT_NAME, measured, tell_doubtful, write_fit_report
+from .fit_report import REPORT_NAME, measured, score_lines, tell_doubtful, write_fit_report
 from .folds import CrossValidation, cross_validate
 from .plan import HELD_OUT, Plan, make_plan
 from .timed_run import run_in_time
@@ -104,6 +106,7 @@ def fit(
     training: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
     print_logs: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> FitResult:
     """
     Trains a model on a table and measures it on held-out rows.
@@ -139,8 +142,9 @@ def fit(
         report (`bool`, *optional*, defaults to `True`): Whether to write `report.html`.
         training (`dict`, *optional*): Fields of [`MMTrainingArguments`].
         say (*optional*): A function that prints a line.
-        print_logs (`bool`, *optional*, defaults to `True`): Whether the losses of the training are printed if there is
-            no progress bar (`training={"disable_tqdm": True}`).
+        print_logs (`bool`, *optional*, defaults to `True`): Whether the progress bar of [`~transformers.Trainer`], its
+            losses and its metrics are printed.
+        callbacks (`list[TrainerCallback]`, *optional*): Further callbacks of the trainings.
 
     Returns:
         [`FitResult`]
@@ -178,21 +182,22 @@ def fit(
     with locked(args.output_dir) if not is_finished(args) else nullcontext():
         if folds is not None:
             crossed = cross_validate(
-                recipe, folds, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs
-            )  # fmt: skip
+                recipe, folds, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs, callbacks=callbacks
+            )
         data = load_data(recipe, args)
         study.rows = data.splits.get("test")
-        count = ", ".join(f"{len(rows):,} {split}" for split, rows in data.splits.items())
+        count = ", ".join(f"{len(data.splits[split]):,} {split}" for split in SPLITS if split in data.splits)
         say(f"Rows: {count}.")
         recipe, args, run = run_in_time(
-            recipe, args, data, study, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs
-        )
+            recipe, args, data, study, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs,
+            callbacks=callbacks,
+        )  # fmt: skip
         plan = replace(plan, recipe=recipe)
         trainer = run.trainer
         if trainer is None:
             trainer = build_trainer(recipe, args, data, saved=output, allow_urls=allow_urls)
     verdicts = measured(study.verdicts, run.metrics.get("test", {}))
-    for line in map(str, verdicts) if crossed is None else crossed.lines():
+    for line in score_lines(verdicts) if crossed is None else crossed.lines():
         say(line)
     verdicts = verdicts if crossed is None else crossed.verdicts
     tell_doubtful(study.doubtful, say)

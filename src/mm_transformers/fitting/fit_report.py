@@ -1,6 +1,6 @@
 """What `fit` says and writes about a trained model: verdicts, doubtful labels, `report.html`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from ..analysis.ablation.ablate import ablate
-from ..analysis.ablation.tables import Table
+from ..analysis.ablation.tables import Table, as_markdown
 from ..analysis.report import write_report
 from ..training.linear_start.study import DoubtfulLabel, Study
 from ..training.linear_start.verdict import Verdict
@@ -19,6 +19,8 @@ from ..training.trainer import MMTrainer
 REPORT_NAME = "report.html"
 # Rows in the report's ablation; more hardly change it.
 _MOST_ABLATED = 2_000
+# Characters of a line.
+_SCREEN = 120
 
 
 def measured(verdicts: Mapping[str, Verdict], metrics: Mapping[str, Any]) -> list[Verdict]:
@@ -27,6 +29,29 @@ def measured(verdicts: Mapping[str, Verdict], metrics: Mapping[str, Any]) -> lis
         replace(verdict, model=metrics.get(f"test_{name}_{verdict.metric}"), rows="test")
         for name, verdict in verdicts.items()
     ]
+
+
+def score_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """The scores as a table, and a sentence for each task that training did not improve."""
+    if not verdicts:
+        return
+    columns = {
+        "predicted": [verdict.task for verdict in verdicts],
+        "score": [verdict.metric for verdict in verdicts],
+        "model": [verdict.shown(verdict.model) for verdict in verdicts],
+        "linear model": [verdict.shown(verdict.linear) for verdict in verdicts],
+        "text alone": [verdict.shown(verdict.text_alone) for verdict in verdicts],
+        "constant answer": [verdict.shown(verdict.majority) for verdict in verdicts],
+        "labels": [f"{verdict.num_rows:,}" for verdict in verdicts],
+    }
+    if all(verdict.text_alone is None for verdict in verdicts):
+        del columns["text alone"]
+    table = Table(list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)], num_keys=2)
+    yield f"Scores on the {verdicts[0].rows} rows, beside simple models of the same inputs:"
+    yield from as_markdown(table, _SCREEN).splitlines()
+    for verdict in verdicts:
+        if verdict.note:
+            yield f"{verdict.task}: {verdict.note}."
 
 
 def tell_doubtful(doubtful: Mapping[str, Sequence[DoubtfulLabel]], say: Callable[[str], None]) -> None:
@@ -53,7 +78,7 @@ def write_fit_report(
     """
     model, collator = trainer.fused_model.eval(), trainer.data_collator.uncached
     ablation = None
-    if len(model.config.modalities) > 1:
+    if len(model.config.modalities) + model.config.reads_text > 1:
         some = rows.select(range(min(len(rows), _MOST_ABLATED)))
         ablation = ablate(
             model, collator.processor, some, collator=collator, batch_size=trainer.args.eval_batch_size,

@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from transformers import TrainerCallback
 
 from ..analysis.ablation.tables import Table
 from ..data.folding import fold_numbers
@@ -160,6 +161,7 @@ def cross_validate(
     allow_urls: bool | Collection[str] = False,
     say: Callable[[str], None] = print,
     print_logs: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> CrossValidation:
     """
     Trains one model per fold, on all other rows, and measures it on the fold. No model is kept.
@@ -173,7 +175,7 @@ def cross_validate(
         end: the time, of `time.monotonic()`, for the folds and one more training; `None` for no limit.
         allow_urls: as in [`MMDataCollator`].
         say: prints a line.
-        print_logs: as in [`run_recipe`].
+        print_logs, callbacks: as in [`run_recipe`].
 
     Raises:
         ValueError, OSError: one sentence.
@@ -195,8 +197,9 @@ def cross_validate(
             began = time.monotonic()
             slot = None if end is None else began + (end - began) / (folds - number + 2)
             fold = _measure(
-                recipe, number, numbers, splits, tasks, folder / f"fold-{number}", slot, allow_urls, say, print_logs
-            )
+                recipe, number, numbers, splits, tasks, folder / f"fold-{number}", slot, allow_urls, say, print_logs,
+                callbacks,
+            )  # fmt: skip
             with write_atomically(file) as target:
                 target.write(json.dumps({"stamp": stamp, **dataclasses.asdict(fold)}).encode())
             shutil.rmtree(folder / f"fold-{number}", ignore_errors=True)
@@ -222,6 +225,7 @@ def _measure(
     allow_urls: bool | Collection[str],
     say: Callable[[str], None],
     print_logs: bool,
+    callbacks: Sequence[TrainerCallback],
 ) -> Fold:
     """Trains the model of a fold in a folder."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
@@ -234,8 +238,8 @@ def _measure(
     study = Study(data.splits["test"])
     args = training_arguments(recipe)
     _, _, run = run_in_time(
-        recipe, args, data, study, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs
-    )  # fmt: skip
+        recipe, args, data, study, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs, callbacks=callbacks
+    )
     assert run.trainer is not None
     collator = run.trainer.data_collator.uncached
     predictor = Predictor(run.trainer.fused_model, collator, batch_size=run.trainer.args.eval_batch_size)

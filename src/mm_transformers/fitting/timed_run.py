@@ -1,10 +1,12 @@
 """Runs a recipe within a time."""
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback
 
 from ..model.messages import one_line
 from ..training.arguments import MMTrainingArguments
@@ -32,12 +34,14 @@ def run_in_time(
     allow_urls: bool | Collection[str] = False,
     say: Callable[[str], None] = print,
     print_logs: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[Recipe, MMTrainingArguments, RecipeRun]:
     """
     [`run_recipe`] that ends at a time; the recipe is written beside the model.
 
     Args:
         end: the time, of `time.monotonic()`; `None` for no limit.
+        print_logs, callbacks: as in [`run_recipe`].
 
     Returns:
         The recipe and the arguments that fit into the time, and what came of them.
@@ -45,9 +49,8 @@ def run_in_time(
     Raises:
         ValueError, OSError: one sentence.
     """
-    callbacks = []
     if end is not None:
-        callbacks = [TimeLimit(end - _REPORT_SHARE * (end - time.monotonic()))]
+        callbacks = [*callbacks, TimeLimit(end - _REPORT_SHARE * (end - time.monotonic()))]
         if not is_finished(args):
             recipe, args = _within(recipe, args, data, end, allow_urls, say)
     recipe.save(Path(args.output_dir))

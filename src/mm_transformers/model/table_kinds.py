@@ -107,6 +107,10 @@ class TableColumn(ABC):
     def example(self) -> Any:
         """A typical cell, for the example of a model card."""
 
+    def choices(self) -> Optional[list[str]]:
+        """The known values, for the field of a page; `None` if the column takes any value."""
+        return None
+
 
 COLUMNS: dict[str, type[TableColumn]] = {}
 
@@ -242,6 +246,9 @@ class CategoryColumn(TableColumn):
 
     def example(self) -> Any:
         return self.config["values"][0] if self.config["values"] else ""
+
+    def choices(self) -> list[str]:
+        return list(self.config["values"])
 
 
 def read_number(cell: Any) -> Optional[float]:

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers.utils import logging
 
 from ..data.cells import RowReader, opened
 from ..data.collator import MMDataCollator
@@ -23,6 +24,8 @@ from ..model.predictions import Predictions
 from ..model.processing_mm_transformer import MMTransformerProcessor
 
 
+logger = logging.get_logger(__name__)
+
 _OWN_OPTIONS = ("batch_size", "num_workers", "probabilities", "coverage")
 
 
@@ -31,6 +34,10 @@ class Predictor:
     Answers the rows of a table, a list or a stream, in their order, a few batches at a time.
 
     With n processes, each answers every n-th batch, and all get all answers.
+
+    A row without any content gets answers whose parts are all `None`, such as `{"label": None, "score": None}`, and a
+    warning counts such rows: one empty row must not cost the answers to a million others. `num_empty_rows` and
+    `first_empty_row` are those of the last run.
 
     Args:
         model ([`MMTransformerForMultiTask`]): On the device of this process.
@@ -81,6 +88,7 @@ class Predictor:
         self.collator, self.tasks = collator, check_tasks(self.model, tasks)
         self.batch_size, self.num_workers, self.generation_options = batch_size, num_workers, generation_options
         self.probabilities, self.coverage = probabilities, coverage
+        self.num_empty_rows, self.first_empty_row = 0, -1
         if coverage is not None:
             level_of(coverage)
 
@@ -88,6 +96,12 @@ class Predictor:
     def probability_names(self) -> dict[str, list[str]]:
         """Task -> the labels whose probabilities its answers hold; for [`answer_columns`]."""
         return {name: self.model.tasks[name].probability_names for name in self.tasks if self.probabilities}
+
+    def example(self) -> dict[str, Any]:
+        """The answers to a short text, or for a model without text to nothing: they have the types of all answers."""
+        inputs = dict(self.collator.processor(text=["a"], return_word_index=True, return_tensors="pt"))
+        word_index = inputs.pop("word_index", None)
+        return self._answers(send_to_device(inputs, self.model.device), word_index, ["a"])[0]
 
     @classmethod
     def from_pretrained(
@@ -241,6 +255,7 @@ class Predictor:
             compute: model inputs, numbers of words, texts -> the result of each row.
         """
         state = PartialState()
+        self.num_empty_rows, self.first_empty_row = 0, -1
         if isinstance(rows, (str, os.PathLike)):
             rows = FolderRows(rows, self.collator)
             prepare = rows.read
@@ -254,21 +269,41 @@ class Predictor:
             if isinstance(batch, ValueError):
                 done = [batch]
             elif batch is not None:
-                kept, inputs, word_index, texts = batch
+                kept, inputs, word_index, texts, empty, first = batch
                 results = compute(send_to_device(inputs, self.model.device), word_index, texts)
-                done = [list(zip(kept, results, strict=True))]
+                for i in empty:
+                    results[i] = {name: _without_values(result) for name, result in results[i].items()}
+                done = [(list(zip(kept, results, strict=True)), [first + i for i in empty])]
             if state.num_processes > 1:
                 done = gather_object(done)
             if not done:
-                return
+                break
             for computed in done:
                 if isinstance(computed, ValueError):
                     raise computed  # in all processes, so that none waits for the others
-                yield computed
+                answered, empty = computed
+                if empty and not self.num_empty_rows:
+                    self.first_empty_row = empty[0]
+                self.num_empty_rows += len(empty)
+                yield answered
+        if self.num_empty_rows and state.is_main_process:
+            count = self.num_empty_rows
+            logger.warning(
+                f"{count:,} {'row has' if count == 1 else 'rows have'} no content in {self.collator.shown_inputs()} "
+                f"and no answer; the first is row {self.first_empty_row:,}."
+            )
 
 
 def _nothing(row: Any) -> None:
     return None
+
+
+def _without_values(result: Any) -> Any:
+    """The same parts, each `None`, so that a table has the same columns for each row."""
+    if isinstance(result, dict):
+        return dict.fromkeys(result)
+    # Answers of tasks that label words are a list of dicts, one per word: a row without words has none.
+    return [] if isinstance(result, list) and all(isinstance(item, dict) for item in result) else None
 
 
 def answer_columns(
@@ -339,7 +374,8 @@ class _Share(IterableDataset[dict[str, Any]]):
         prepare: Callable[[Any], Mapping[str, Any]],
         keep: Callable[[Any], Any],
     ):
-        self.rows, self.collator, self.batch_size = rows, collator.with_word_index(), batch_size
+        self.rows, self.batch_size = rows, batch_size
+        self.collator = collator.with_word_index().with_empty_rows()
         self.rank, self.num_processes = rank, num_processes
         self.reader, self.prepare, self.keep = reader, prepare, keep
         self.columns = collator.input_columns
@@ -364,7 +400,7 @@ class _Share(IterableDataset[dict[str, Any]]):
 
     def _read(
         self, rows: list[Mapping[str, Any]], first: int
-    ) -> tuple[list[Any], dict[str, Any], torch.Tensor | None, list[str]]:
+    ) -> tuple[list[Any], dict[str, Any], torch.Tensor | None, list[str], list[int], int]:
         # Without the columns of labels, which need not be labels, if there are any.
         prepared = [self.prepare(self.reader(row)) for row in rows]
         known: list[Mapping[str, Any]]
@@ -372,4 +408,5 @@ class _Share(IterableDataset[dict[str, Any]]):
         inputs = self.collator(known)
         inputs.pop("labels")
         texts = [self.collator.text_of(row, True, name_of_row(row, i)) for i, row in enumerate(known)]
-        return [self.keep(row) for row in rows], inputs, inputs.pop("word_index", None), texts
+        empty = (~inputs.pop("has_content")).nonzero().flatten().tolist()
+        return [self.keep(row) for row in rows], inputs, inputs.pop("word_index", None), texts, empty, first

@@ -756,8 +756,10 @@ class MMTrainer(Trainer):
 
     def _tell_verdicts(self) -> None:
         self.verdicts = with_measured(self._start.verdicts, self.state, self.args.load_best_model_at_end)
+        told_later = self.study is not None and self.study.rows is not None  # on other rows, by the caller
         for verdict in self.verdicts if self.is_world_process_zero() else []:
-            logger.warning(str(verdict))
+            if not told_later:
+                logger.warning(str(verdict))
             config = self.fused_model.config
             if not verdict.others_help and config.modalities and config.reads_text:
                 others = " and ".join(config.modalities)

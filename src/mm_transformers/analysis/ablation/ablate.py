@@ -65,6 +65,9 @@ def ablate(
     all variants. Without any input, the model answers from its priors. Rows are taken in a random order, and exchange
     modalities with others of the same 256 rows. Labels of words are not scored where the text is missing or exchanged.
 
+    Of a table with more than 30 columns, 30 are left out one by one: those whose removal changes the answers to 64
+    random rows most. The others are only left out with the whole table; a sentence in the result says so.
+
     [`Matching`] judges each pair and its mismatched pairs. Mismatched pairs are drawn from all rows, as [`MMTrainer`]
     draws them, and are encoded too. Rows with an exchanged text or picture have no score: such pairs are already
     mismatched, so their labels are meaningless.
@@ -122,6 +125,7 @@ def ablate(
     for numbers in logging.tqdm(windows, desc="ablate", disable=len(windows) <= 1):
         with evaluation_mode(model):
             window = scores.encode([rows[int(i)] for i in numbers], collator)
+            scores.choose_columns(window)
             scores.add(window, rng, num_permutations)
             # The order is random, so its first rows are a random sample.
             held = scores.sample(window, min(num_additive_rows, len(rows)) - held) + held
@@ -154,6 +158,7 @@ class _Scores:
         self.additive: dict[str, torch.Tensor] = {}
         # The columns that are left out one by one -> their token, and their features for linear probes.
         self.columns: dict[str, tuple[int, list[int]]] = _columns_of(model.config.table_config)
+        self.num_columns = len(self.columns)
         self.num_additive = 0
         # Missing or exchanged modalities of a variant; words have no answer if the text is one of them.
         self.without_words: set[str] = set()
@@ -177,6 +182,29 @@ class _Scores:
         self.window_labels, self.window_references = labels, references
         self.labels = labels if self.labels is None else nested_concat(self.labels, labels)
         return EncodedRows.together(parts)
+
+    def choose_columns(self, window: EncodedRows) -> None:
+        """Keeps the columns whose removal changes the answers most, if there are too many to leave out each."""
+        if len(self.columns) <= MOST_COLUMNS:
+            return
+        rows = np.arange(min(window.num_rows, _RANKED_ROWS))
+        names = [name for name in self.wanted if not self.tasks[name].needs_decoder]
+
+        def logits(encoded: EncodedRows) -> dict[str, torch.Tensor]:
+            found = self.model(encoder_outputs=encoded.view(dict.fromkeys(self.modalities, rows))).logits
+            return {name: found[name].float() for name in names}
+
+        whole = logits(window) if names else {}
+        effects = {}
+        for column, place in self.columns.items():
+            rest = logits(window.without_column(*place)) if names else {}
+            # In units of the spread of the logits, so that tasks can be compared.
+            changes = [
+                float((rest[n] - whole[n]).norm() / (whole[n] - whole[n].mean(0)).norm().clamp(1e-9)) for n in names
+            ]
+            effects[column] = max(changes, default=0.0)
+        most = set(sorted(effects, key=lambda column: -effects[column])[:MOST_COLUMNS] if names else ())
+        self.columns = {column: place for column, place in self.columns.items() if column in most}
 
     def add(self, window: EncodedRows, rng: np.random.Generator, num_permutations: int) -> None:
         views = self._views(window, rng, num_permutations)
@@ -324,8 +352,9 @@ class _Scores:
                 variants[name] = {metric: float(np.mean([run[metric] for run in runs])) for metric in runs[0]}
                 spreads[name] = {metric: float(np.std([run[metric] for run in runs])) for metric in runs[0]}
         result = Ablation(
-            variants, spreads, self._majority(), tasks=self.tasks, num_rows=len(self.labels[next(iter(self.tasks))])
-        )
+            variants, spreads, self._majority(), tasks=self.tasks, num_rows=len(self.labels[next(iter(self.tasks))]),
+            num_columns=self.num_columns,
+        )  # fmt: skip
         self._add_contributions(result, compute_metrics, measured)
         result.calibration = {n: c for n, t in self.tasks.items() if (c := self._calibration(n, t)) is not None}
         shown = [
@@ -411,14 +440,16 @@ class _Scores:
 
 
 _SHUFFLED, _COLUMN = "shuffled/", "without column/"
-# A table with more columns is only left out as a whole.
+# Each column that is left out costs one more pass over all rows.
 MOST_COLUMNS = 30
+# The rows on which more columns than that are compared.
+_RANKED_ROWS = 64
 
 
 def _columns_of(table: Any) -> dict[str, tuple[int, list[int]]]:
     """Column -> its token, and the numbers of its features for linear probes."""
     # With layers between the columns, the other tokens have read the column.
-    if table is None or table.num_hidden_layers or len(table.columns) > MOST_COLUMNS:
+    if table is None or table.num_hidden_layers:
         return {}
     tokens = TableEncoder.linear_tokens(table)
     return {

@@ -64,12 +64,13 @@ class Ablation:
         majority: task -> share of the most frequent label, for tasks that choose one of several.
         contributions: task -> the contributions of the modalities to its main metric.
         columns: task -> column of numbers or categories -> the gain of the main metric by this column: the score with
-            all inputs over the score without the column, positive if it improves the answers. Empty for tables of more
-            than 30 columns, or with `num_hidden_layers`.
+            all inputs over the score without the column, positive if it improves the answers. Of more than 30 columns,
+            the 30 whose removal changes the answers most. Empty with `num_hidden_layers`.
         calibration: task -> the calibration of its answers, for tasks that choose.
         slices: column -> value -> variant -> metric -> value.
         tasks: name -> task.
         num_rows: the number of scored rows.
+        num_columns: the number of columns that could be left out one by one.
     """
 
     variants: dict[str, dict[str, float]]
@@ -81,6 +82,7 @@ class Ablation:
     tasks: Mapping[str, Task] = field(default_factory=dict)
     num_rows: int = 0
     columns: dict[str, dict[str, float]] = field(default_factory=dict)
+    num_columns: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `None` for missing numbers."""
@@ -96,6 +98,7 @@ class Ablation:
             "calibration": {name: value._asdict() for name, value in self.calibration.items()},
             "slices": self.slices,
             "columns": self.columns,
+            "num_columns": self.num_columns,
         }
         return _without_nan(found)
 
@@ -114,7 +117,21 @@ class Ablation:
 
     @property
     def note(self) -> str:
-        """A sentence with the rows on which interaction was measured; "" if it was not."""
+        """The rows on which interaction was measured, and the columns that were, if not all; "" if all were."""
+        return " ".join(filter(None, (self._rows_note, self._columns_note)))
+
+    @property
+    def _columns_note(self) -> str:
+        measured = max(map(len, self.columns.values()), default=0)
+        if not 0 < measured < self.num_columns:
+            return ""
+        return (
+            f"Of the {self.num_columns:,} columns, the {measured} were left out one by one whose removal changes the "
+            "answers to some random rows most."
+        )
+
+    @property
+    def _rows_note(self) -> str:
         counts = {found.num_rows for found in self.contributions.values() if found.interaction is not None}
         if not counts:
             return ""

@@ -66,11 +66,14 @@ class Verdict:
             f"{self.task}: {self.shown(self.model)} {self.metric} on {self.num_rows:,} {self.rows} labels (linear "
             f"start {self.shown(self.linear)}, {alone}majority {self.shown(self.majority)})"
         )
+        return f"{line}; {self.note}" if self.note else line
+
+    @property
+    def note(self) -> str:
+        """What is to say of a task that training did not improve."""
         if self.kept_start:
-            line += "; no trained weights were better than the linear start, so the start is kept"
-        elif self.model is not None and self.gain < 0:
-            line += "; this task ended below its linear start"
-        return line
+            return "no trained weights were better than the linear start, so the start is kept"
+        return "this task ended below its linear start" if self.model is not None and self.gain < 0 else ""
 
 
 def shown_score(metric: str, value: Optional[float]) -> str:

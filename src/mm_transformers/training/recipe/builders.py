@@ -1,7 +1,7 @@
 """Builds the arguments, the data and the trainer of a recipe."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +12,14 @@ from ...data.collator import MMDataCollator
 from ...data.labels import check_labels, complete_task, prepare_labels
 from ...data.loading import check_columns, first_rows, hold_out, leave_out_empty_rows, load_files, load_named
 from ...data.row_labels import as_columns
-from ...data.table_columns import table_columns
+from ...data.table_columns import are_numbers, table_columns
 from ...model.encoders import HUB_KWARGS
 from ...model.messages import one_line
 from ...model.modalities import PARTS, own_encoders
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.processing_mm_transformer import MMTransformerProcessor
 from ...model.table import TableConfig
+from ...model.table_kinds import COLUMNS
 from ...model.tasks import Task
 from ..arguments import MMTrainingArguments
 from ..trainer import MMTrainer
@@ -94,7 +95,7 @@ def load_rows(recipe: Recipe, args: MMTrainingArguments) -> tuple[datasets.Datas
         for column in columns.table or ():
             check_columns(splits, {"columns.table": (column,)})
         splits = prepare_labels(splits, recipe.tasks)
-    leave_out_empty_rows(splits, _read_columns(recipe))
+    leave_out_empty_rows(splits, _read_columns(recipe), _number_columns(recipe, splits["train"]))
     # Before rows are held out: they may hold the only rows of a rare label.
     tasks = [complete_task(task, splits["train"], data.label_separator) for task in recipe.tasks]
     check_labels(splits, tasks, columns.text, data.label_separator)
@@ -140,6 +141,17 @@ def _read_columns(recipe: Recipe) -> list[str]:
     media = (("vision", columns.image), ("vision", columns.video), ("audio", columns.audio))
     read = [column for encoder, part in media if encoders.get(encoder) is not None for column in as_columns(part)]
     return [*as_columns(columns.text), *read, *(columns.table or ()), *columns.own.values()]
+
+
+def _number_columns(recipe: Recipe, rows: datasets.Dataset) -> list[str]:
+    """The columns that the model will read as numbers or dates."""
+    columns = recipe.columns.table or []
+    kinds = columns if isinstance(columns, Mapping) else dict.fromkeys(columns)
+    return [
+        name
+        for name, kind in kinds.items()
+        if (COLUMNS[kind].is_number if kind in COLUMNS else kind is None and are_numbers(rows[name]))
+    ]
 
 
 def build_trainer(

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..arguments import MMTrainingArguments
 from ..checkpoints import check_checkpoint as check_resumable
@@ -53,7 +53,7 @@ def run_recipe(
         say: prints a sentence.
         study: asks for more about the linear start.
         callbacks: of the trainer.
-        print_logs: whether losses and metrics are printed where there is no progress bar.
+        print_logs: whether the progress bar of [`~transformers.Trainer`], its losses and its metrics are printed.
 
     Raises:
         ValueError, OSError: one sentence.
@@ -76,7 +76,8 @@ def run_recipe(
         saved = folder if finished else None
         trainer = build_trainer(recipe, args, data, saved=saved, allow_urls=allow_urls, callbacks=list(callbacks))
         if not print_logs:
-            trainer.remove_callback(PrinterCallback)
+            for callback in (PrinterCallback, ProgressCallback):
+                trainer.remove_callback(callback)
     if trainer is not None and not finished:
         _train(trainer, args, data, say, study)
     for split, prefix in measured.items():
