@@ -83,20 +83,24 @@ class PrefixRun:
         before, shown = self.model.fusion(self.streams)
         states, mask = torch.cat([before.to(texts.dtype), texts], 1), torch.cat([shown, mask.bool()], 1)
         self.num_before = before.shape[1]
-        self._check_length(mask)
+        most = self._most_places(mask)
         packed = mask[:, : self.num_before + (num_packed or ids.shape[1])]
         order = (packed if to_the_right else ~packed).to(torch.int8).argsort(dim=1, stable=True)
         rest = torch.arange(packed.shape[1], mask.shape[1], device=mask.device).expand(len(mask), -1)
         order = torch.cat([order, rest], 1)
         self._text_places = order.argsort(1)[:, self.num_before :]
         states = states.gather(1, order[..., None].expand_as(states))
-        return {"inputs_embeds": states, "attention_mask": mask.gather(1, order).to(torch.int64)}
+        mask = mask.gather(1, order).to(torch.int64)
+        if most is not None and not to_the_right:
+            states, mask = states[:, :most], mask[:, :most]  # the rest is padding in all rows
+        return {"inputs_embeds": states, "attention_mask": mask}
 
     def text_states(self, states: torch.Tensor) -> torch.Tensor:
         """The states of the texts, (batch, length, width), of all states."""
         if self._text_places is None:
             return states
-        return states.gather(1, self._text_places[..., None].expand(-1, -1, states.shape[-1]))
+        places = self._text_places.clamp(max=states.shape[1] - 1)
+        return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
 
     @contextmanager
     def shown_to(self, text_model: nn.Module) -> Iterator[None]:
@@ -107,14 +111,17 @@ class PrefixRun:
         """The output for these states of the texts."""
         return FusionOutput(states)
 
-    def _check_length(self, mask: torch.Tensor) -> None:
+    def _most_places(self, mask: torch.Tensor) -> Optional[int]:
+        """The longest row, if there are more places than positions of the text encoder; otherwise `None`."""
         positions = max_text_positions(self.model.config.text_config)
         # The width comes first, since counting waits for a GPU.
         if positions is None or torch.compiler.is_compiling() or mask.shape[1] <= positions:
-            return
+            return None
         longest = int(mask.sum(1).max())
         if longest > positions:
             raise ValueError(
                 f"Prefix and text have up to {longest} tokens, but the text encoder has {positions} positions: use "
-                "fewer tokens per picture by vision_token_reduction, or shorten the text by processor(..., max_length=...)."
+                "fewer tokens per picture by vision_token_reduction, or shorten the text by "
+                "processor(..., max_length=...)."
             )
+        return longest
