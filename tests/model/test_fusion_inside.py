@@ -312,7 +312,9 @@ def test_a_frozen_language_model_lets_gradients_through():
     model(**make_batch(labels=False), labels=LABELS).loss.backward()
     named = dict(model.named_parameters())
     assert not any(p.requires_grad for name, p in named.items() if ".text_model." in name)
-    assert all(p.grad.abs().sum() > 0 for name, p in named.items() if "fusion.places" in name and "k_proj.bias" not in name)
+    assert all(
+        p.grad.abs().sum() > 0 for name, p in named.items() if "fusion.places" in name and "k_proj.bias" not in name
+    )
 
 
 def without_dropout(model):
@@ -398,7 +400,10 @@ def test_a_language_model_that_does_not_write():
     [
         ({"fusion_layers_every": 3}, "fusion_layers_every must be from 1 to 2, the number of layers .*, but is 3"),
         ({"fusion_layers_every": -1}, "fusion_layers_every must be from 1 to 2, the number of layers .*, but is -1"),
-        ({"fusion_layers_every": 1, "fusion_type": "late"}, "fusion_layers_every=1 needs a fusion whose layers read no"),
+        (
+            {"fusion_layers_every": 1, "fusion_type": "late"},
+            "fusion_layers_every=1 needs a fusion whose layers read no",
+        ),
         ({"fusion_layers_every": 1, "fusion_type": "prefix"}, "fusion_layers_every=1 needs a fusion whose layers read"),
         (
             {"fusion_layers_every": 1, "text_config": TEXT_ENCODERS["bert"]()},
@@ -421,5 +426,8 @@ def test_zero_is_behind():
 def test_texts_that_are_known_by_their_features_only():
     model, batch = make_inside(), make_batch(labels=False)
     features = torch.zeros(4, 9, 32)
-    with torch.no_grad(), pytest.raises(ValueError, match="reads the texts beside the other modalities, so give them as"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="reads the texts beside the other modalities, so give them as"),
+    ):
         model(text_features=features, attention_mask=batch["attention_mask"])

@@ -92,7 +92,9 @@ def test_answers_are_those_of_the_language_model_that_reads_the_prefix(kind, bea
 @pytest.mark.parametrize("others", [True, False], ids=["beside pictures", "no pictures"])
 def test_rows_without_pictures_answer_as_the_language_model_does(kind, others, tmp_path):
     encoders = save_language_model(tmp_path, kind)
-    model = MMTransformerForMultiTask.from_encoders(**encoders, tasks=[TOPIC, GERMAN], fusion_type="prefix")
+    model = MMTransformerForMultiTask.from_encoders(
+        **encoders, tasks=[TOPIC, GERMAN], fusion_type="prefix", initializer_range=0.5
+    )
     bare = AutoModelForCausalLM.from_pretrained(encoders["text"]).eval()
     batch = make_batch(labels=False)
     if not others:

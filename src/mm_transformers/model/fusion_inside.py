@@ -34,9 +34,7 @@ class InsideFusion(nn.Module):
         super().__init__()
         options = config.fusion_kwargs
         kind = fusion_class(config.fusion_type, options)
-        self.places = nn.ModuleList(
-            kind(config, stream_names, text_hidden_size, **options) for _ in range(num_places)
-        )
+        self.places = nn.ModuleList(kind(config, stream_names, text_hidden_size, **options) for _ in range(num_places))
 
     @property
     def kind_of_places(self) -> type[Fusion]:

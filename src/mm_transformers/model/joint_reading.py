@@ -65,7 +65,9 @@ def check_joint(config: Any) -> None:
 
 
 def _check_encoder(config: Any, text_encoder: PreTrainedModel, width: int) -> None:
-    asked = f"fusion_layers_every={config.fusion_layers_every}" if config.fusion_layers_every else "fusion_type='prefix'"
+    asked = (
+        f"fusion_layers_every={config.fusion_layers_every}" if config.fusion_layers_every else "fusion_type='prefix'"
+    )
     name = text_encoder.config.model_type
     if any(traits_of(config.text_config).get(trait) for trait in ("by_length", "one_by_one")):
         raise ValueError(
