@@ -402,7 +402,7 @@ def test_a_language_model_that_does_not_write():
         ({"fusion_layers_every": -1}, "fusion_layers_every must be from 1 to 2, the number of layers .*, but is -1"),
         (
             {"fusion_layers_every": 1, "fusion_type": "late"},
-            "fusion_layers_every=1 needs a fusion whose layers read no",
+            "fusion_layers_every=1 needs a fusion whose layers read",
         ),
         ({"fusion_layers_every": 1, "fusion_type": "prefix"}, "fusion_layers_every=1 needs a fusion whose layers read"),
         (
@@ -417,6 +417,21 @@ def test_what_does_not_fit(values, message):
         MMTransformerConfig(**given, tasks=[TOPIC])
 
 
+def test_a_language_model_that_had_other_places():
+    """The language model of one model becomes that of another."""
+    model, batch = make_inside("llama", 1), make_batch(labels=False)
+    config = make_inside("llama", 2).config
+    torch.manual_seed(0)
+    expected = MMTransformerForMultiTask(config).eval()
+    torch.manual_seed(0)
+    other = MMTransformerForMultiTask(config, text_model=model.model.text_model).eval()
+    other.load_state_dict(expected.state_dict())
+    open_gates(other)
+    open_gates(expected)
+    with torch.no_grad():
+        torch.testing.assert_close(other(**batch, labels=LABELS).losses, expected(**batch, labels=LABELS).losses)
+
+
 def test_zero_is_behind():
     assert type(make_language_model(fusion_layers_every=0).model.fusion).__name__ == "CrossAttentionFusion"
     config = MMTransformerConfig(text_config=LlamaConfig(num_hidden_layers=8), fusion_layers_every=4, tasks=[TOPIC])
@@ -428,6 +443,6 @@ def test_texts_that_are_known_by_their_features_only():
     features = torch.zeros(4, 9, 32)
     with (
         torch.no_grad(),
-        pytest.raises(ValueError, match="reads the texts beside the other modalities, so give them as"),
+        pytest.raises(ValueError, match="reads the texts beside the other modalities, so give them"),
     ):
         model(text_features=features, attention_mask=batch["attention_mask"])

@@ -61,8 +61,8 @@ class MMTransformerConfig(PreTrainedConfig):
             own.
         fusion_layers_every (`int`, *optional*):
             For a decoder-only language model as text encoder: the fusion stands inside, before every n-th layer, with
-            `num_fusion_layers` layers at each place (https://arxiv.org/abs/2204.14198). 4 is usual. By default it stands
-            behind the last layer.
+            `num_fusion_layers` layers at each place (https://arxiv.org/abs/2204.14198). 4 is usual. By default it
+            stands behind the last layer.
         fusion_kwargs (`dict`, *optional*): Options of the fusion kind, for example `{"num_latents": 8}`.
         fusion_hidden_size (`int`, *optional*): Width of the fusion. Defaults to that of the text encoder.
         num_fusion_layers (`int`, *optional*, defaults to 3): Number of fusion layers.

@@ -45,10 +45,10 @@ class _Placed:
     which runs the layer again in the backward pass.
     """
 
-    fusion_place: int
+    fusion_place: Any  # its number; `None` if the layer has lost it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = _current()
+        run = None if self.fusion_place is None else _current()
         if run is not None and args:
             args = (run.fuse(self.fusion_place, args[0]), *args[1:])
         elif run is not None:
@@ -57,7 +57,8 @@ class _Placed:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # By the class of the layer, since no module holds the mixed one.
-        return _blank, (type(self).__mro__[2],), self.__dict__
+        classes = type(self).__mro__
+        return _blank, (classes[classes.index(_Placed) + 1],), self.__dict__
 
 
 @cache
@@ -68,7 +69,7 @@ def _placed(layer_class: type) -> type:
 
 
 def _blank(layer_class: type) -> Any:
-    placed = _placed(layer_class)
+    placed: Any = _placed(layer_class)
     return placed.__new__(placed)
 
 
@@ -106,7 +107,10 @@ def number_of_places(num_layers: int, every: int) -> int:
 
 def give_places(layers: nn.ModuleList, every: int) -> None:
     """Makes places before every n-th layer, as in OpenFlamingo: the last of each n layers reads fused states."""
+    layer: Any
     for number, layer in enumerate(layers):
-        if (number + 1) % every == 0:
-            layer.fusion_place = (number + 1) // every - 1
+        has_place = (number + 1) % every == 0
+        if has_place and not isinstance(layer, _Placed):
             layer.__class__ = _placed(type(layer))
+        if isinstance(layer, _Placed):  # perhaps by an earlier model of the same language model
+            layer.fusion_place = (number + 1) // every - 1 if has_place else None

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ class InsideFusion(nn.Module):
     @property
     def kind_of_places(self) -> type[Fusion]:
         """The class of the fusions."""
-        return type(self.places[0])
+        return cast(type[Fusion], type(self.places[0]))
 
     def forward(
         self, place: int, text_states: torch.Tensor, text_mask: torch.Tensor, streams: list[Stream], **options: Any

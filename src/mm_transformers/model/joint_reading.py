@@ -1,6 +1,6 @@
 """Text encoders that read the other modalities of their rows themselves: by layers inside, or by tokens before."""
 
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -68,15 +68,15 @@ def _check_encoder(config: Any, text_encoder: PreTrainedModel, width: int) -> No
     asked = (
         f"fusion_layers_every={config.fusion_layers_every}" if config.fusion_layers_every else "fusion_type='prefix'"
     )
-    name = text_encoder.config.model_type
+    name, every = text_encoder.config.model_type, config.fusion_layers_every
     if any(traits_of(config.text_config).get(trait) for trait in ("by_length", "one_by_one")):
         raise ValueError(
             f"{asked}: the text encoder ({name!r}) runs on few rows at a time, since padding changes its outputs. Use "
             "another text encoder, or leave it out."
         )
-    if not config.fusion_layers_every and "inputs_embeds" not in arguments_of(type(text_encoder)):
+    if not every and "inputs_embeds" not in arguments_of(cast(Any, type(text_encoder))):
         raise ValueError(f"{asked}: the text encoder ({name!r}) takes no inputs_embeds. Use another fusion_type.")
-    if not config.fusion_layers_every and text_encoder.get_input_embeddings().weight.shape[1] != width:
+    if not every and text_encoder.get_input_embeddings().weight.shape[1] != width:
         raise ValueError(
             f"{asked}: the input embeddings of the text encoder ({name!r}) are narrower than its states. Use another "
             "fusion_type."

@@ -96,7 +96,7 @@ class LanguageModelWriter:
         self, task: WritingTask, labels: Optional[torch.Tensor], encoded: dict[str, Any]
     ) -> tuple[torch.Tensor, FusionOutput]:
         """
-        [`logits`], and the fused states of the texts, from one pass of a language model that reads the other modalities.
+        [`logits`], and the fused states of the texts, from one pass of a language model that reads other modalities.
 
         Args:
             labels: as [`logits`] takes them.
