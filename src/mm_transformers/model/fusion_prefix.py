@@ -61,7 +61,8 @@ class PrefixRun:
     ) -> None:
         self.model, self.streams = model, streams
         self.num_before = 0  # tokens before the texts
-        self._text_places: Optional[torch.Tensor] = None
+        # Where each token of the prefix, and then of the text, is among those that were read, (batch, tokens).
+        self.places: Optional[torch.Tensor] = None
 
     def inputs(
         self, ids: torch.Tensor, mask: torch.Tensor, num_packed: int = 0, to_the_right: bool = True
@@ -88,7 +89,7 @@ class PrefixRun:
         order = (packed if to_the_right else ~packed).to(torch.int8).argsort(dim=1, stable=True)
         rest = torch.arange(packed.shape[1], mask.shape[1], device=mask.device).expand(len(mask), -1)
         order = torch.cat([order, rest], 1)
-        self._text_places = order.argsort(1)[:, self.num_before :]
+        self.places = order.argsort(1)
         states = states.gather(1, order[..., None].expand_as(states))
         mask = mask.gather(1, order).to(torch.int64)
         if most is not None and not to_the_right:
@@ -97,9 +98,9 @@ class PrefixRun:
 
     def text_states(self, states: torch.Tensor) -> torch.Tensor:
         """The states of the texts, (batch, length, width), of all states."""
-        if self._text_places is None:
+        if self.places is None:
             return states
-        places = self._text_places.clamp(max=states.shape[1] - 1)
+        places = self.places[:, self.num_before :].clamp(max=states.shape[1] - 1)
         return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
 
     @contextmanager

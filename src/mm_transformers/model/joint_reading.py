@@ -1,7 +1,11 @@
 """Text encoders that read the other modalities of their rows themselves: by layers inside, or by tokens before."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Optional, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -83,11 +87,30 @@ def _check_encoder(config: Any, text_encoder: PreTrainedModel, width: int) -> No
         )
 
 
+# Of this thread: the runs of a block, for those who follow an answer back.
+_observed: ContextVar[Optional[list[Any]]] = ContextVar("_observed", default=None)
+
+
+@contextmanager
+def observed_runs() -> Iterator[list[Any]]:
+    """Within the block, all runs of [`joint_run`] are put into the list."""
+    runs: list[Any] = []
+    token = _observed.set(runs)
+    try:
+        yield runs
+    finally:
+        _observed.reset(token)
+
+
 def joint_run(model: Any, encoded: dict[str, Any], outputs_wanted: Optional[dict[str, Any]] = None) -> Any:
     """One use of the text encoder of a model for encoded rows: an [`InsideRun`] or a [`PrefixRun`]."""
     streams, num_rows = other_streams(encoded), len(encoded["text"].mask)
     cls = InsideRun if model.config.fusion_layers_every else PrefixRun
-    return cls(model, streams, num_rows, outputs_wanted)
+    run = cls(model, streams, num_rows, outputs_wanted)
+    observed = None if torch.compiler.is_compiling() else _observed.get()
+    if observed is not None:
+        observed.append(run)
+    return run
 
 
 def fuse_jointly(model: Any, encoded: dict[str, Any], outputs_wanted: dict[str, Any]) -> FusionOutput:
