@@ -95,6 +95,22 @@ def test_only_texts_could_be_cached(kind, tmp_path):
         FeatureCache(tmp_path).prepare(model, collator, rows)
 
 
+@every_kind
+@pytest.mark.parametrize("tasks", [[GERMAN], [TOPIC, GERMAN]], ids=["alone", "beside a head"])
+def test_evaluation_writes_what_generate_writes(kind, tasks):
+    model, batch = make(kind, tasks=tasks), make_batch(labels=False)
+    labels = {name: value for name, value in LABELS.items() if name in model.tasks}
+    outputs, written = model.forward_and_write(labels=labels, **batch)
+    assert torch.equal(written["german"], model.generate(**batch))
+    with torch.no_grad():
+        torch.testing.assert_close(outputs.losses, model(**batch, labels=labels).losses, rtol=1e-4, atol=1e-4)
+    calls = []
+    model.model.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    model.forward_and_write(labels=labels, generation_kwargs={"max_new_tokens": 1}, **batch)
+    # The text alone and with pictures for heads; the answer, and what is written.
+    assert len(calls) == (2 if len(tasks) == 1 else 4)
+
+
 @pytest.mark.slow
 @every_kind
 def test_adapters_of_the_language_model(kind, tmp_path):

@@ -1293,7 +1293,12 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
             labels, inputs: as [`MMTransformerForMultiTask.forward`] takes them.
             generation_kwargs (`dict`, *optional*): For [`~transformers.GenerationMixin.generate`].
         """
-        encoder_outputs = self.model(**inputs)
+        no_text = self._text_of_no_head(inputs.get("input_ids")) if self.model.has_language_model else None
+        if no_text is None:
+            encoder_outputs = self.model(**inputs)
+        else:
+            # Only the answers read the texts, beside the other modalities.
+            encoder_outputs = self.model.output_of(self.model.encode_rows(**{**inputs, "text_features": no_text})[0])
         # Not by a call of the model: under FSDP this already is one.
         outputs = self.forward(encoder_outputs=encoder_outputs, labels=labels)
         options = generation_kwargs or {}
