@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from tiny import VISION_ENCODERS, VOCAB_SIZE, make_image_processor, make_tokenizer, open_gates
+from tiny import VISION_ENCODERS, VOCAB_SIZE, make_image, make_image_processor, make_tokenizer, open_gates
 from tokenizers import processors
 from transformers import (
     AutoModel,
@@ -18,10 +18,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     SmolLM3Config,
+    TrainingArguments,
 )
 from writers import TOPIC
 
-from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask
+from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask, MMTransformerProcessor
 
 
 # Weights this large, or a random model would write the same token over and over.
@@ -105,3 +106,31 @@ def to_the_left(batch: dict) -> dict:
 def texts_of(batch: dict) -> dict:
     """The texts alone, as a language model of transformers takes them to write."""
     return {name: to_the_left(batch)[name] for name in ("input_ids", "attention_mask")}
+
+
+WORDS = ["red dog", "green cat", "blue crane", "small bat", "big desk", "lovely sun"]
+
+
+def make_llm_processor() -> MMTransformerProcessor:
+    tokenizer = make_prompt_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    return MMTransformerProcessor(image_processor=make_image_processor(), tokenizer=tokenizer)
+
+
+def make_rows(n=12) -> list[dict]:
+    """Some without a text, a picture or a label."""
+    return [
+        {
+            "text": "" if i % 4 == 0 else WORDS[i % 6], "image": None if i % 4 == 1 else make_image(i % 3),
+            "topic": [0, 1, 2, None][i % 4], "german": None if i % 5 == 4 else WORDS[i % 6].split()[-1],
+        }
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def make_args(path, **kwargs):
+    defaults = dict(
+        per_device_train_batch_size=4, per_device_eval_batch_size=5, max_steps=3, save_strategy="no", report_to=[],
+        disable_tqdm=True, use_cpu=True, learning_rate=1e-3, dataloader_pin_memory=False,
+    )  # fmt: skip
+    return TrainingArguments(str(path), **{**defaults, **kwargs})

@@ -95,6 +95,14 @@ class FeatureCache:
         # Encoders of ours are small, and trained from new weights.
         known = ["text", *(name for name in model.config.modalities if ENCODERS[name].own is None)]
         frozen = [modality for modality in known if model.model.is_frozen(modality)]
+        if "text" in frozen and model.model.reads_jointly:
+            told = "The text encoder reads the other modalities of a row, so its outputs depend on more than the text"
+            frozen.remove("text")
+            if not frozen:
+                raise ValueError(
+                    f"{told} and cannot be cached, and no other encoder is frozen: leave out feature_cache."
+                )
+            logger.warning_once(f"{told} and are not cached. Those of {' and '.join(frozen)} are.")
         if not frozen:
             raise ValueError(
                 "A feature cache needs an encoder that is frozen as a whole, but this model has none: give the model "

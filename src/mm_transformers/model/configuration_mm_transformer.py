@@ -20,6 +20,7 @@ from .freeze_rules import check_freeze
 from .fusion import fusion_class
 from .fusion_layers import TEXT_POOLINGS
 from .hub_kernels import check_values
+from .joint_reading import check_joint
 from .limits import limits
 from .messages import check_folder, one_line, shortened
 from .modalities import OTHER_ENCODERS, own_encoders
@@ -56,7 +57,12 @@ class MMTransformerConfig(PreTrainedConfig):
             text encoder has no decoder. It must have `decoder_start_token_id` (or `bos_token_id`), `eos_token_id` and
             `pad_token_id`.
         fusion_type (`str`, *optional*, defaults to `"cross_attention"`):
-            `"cross_attention"`, `"co_attention"`, `"bottleneck"`, `"merged"`, `"late"`, or a kind of your own.
+            `"cross_attention"`, `"co_attention"`, `"bottleneck"`, `"merged"`, `"late"`, `"prefix"`, or a kind of your
+            own.
+        fusion_layers_every (`int`, *optional*):
+            For a decoder-only language model as text encoder: the fusion stands inside, before every n-th layer, with
+            `num_fusion_layers` layers at each place (https://arxiv.org/abs/2204.14198). 4 is usual. By default it
+            stands behind the last layer.
         fusion_kwargs (`dict`, *optional*): Options of the fusion kind, for example `{"num_latents": 8}`.
         fusion_hidden_size (`int`, *optional*): Width of the fusion. Defaults to that of the text encoder.
         num_fusion_layers (`int`, *optional*, defaults to 3): Number of fusion layers.
@@ -154,6 +160,7 @@ class MMTransformerConfig(PreTrainedConfig):
     table_config: dict | PreTrainedConfig | None = None
     decoder_config: dict | PreTrainedConfig | None = None
     fusion_type: str = "cross_attention"
+    fusion_layers_every: int | None = None
     fusion_kwargs: dict | None = None
     fusion_hidden_size: int | None = None
     num_fusion_layers: int = 3
@@ -303,6 +310,19 @@ class MMTransformerConfig(PreTrainedConfig):
         return self.has_decoder and self.decoder_config is None and is_language_model(self.text_config)
 
     @property
+    def reads_jointly(self) -> bool:
+        """Whether the text encoder reads the other modalities itself: by layers inside of it, or as a prefix."""
+        if not self.modalities:
+            return False
+        kind = fusion_class(self.fusion_type, self.fusion_kwargs or {})
+        return bool(self.fusion_layers_every) or kind.is_read_by_text
+
+    @property
+    def begins_texts(self) -> bool:
+        """Whether a row without a text begins with the first token of texts, also for heads."""
+        return self.reads_jointly and is_language_model(self.text_config)
+
+    @property
     def decoder_vocab_size(self) -> int:
         return decoder_vocab_size(self.text_config, self.decoder_config)
 
@@ -317,6 +337,7 @@ class MMTransformerConfig(PreTrainedConfig):
     def validate_fusion(self) -> None:
         """Part of `@strict`-powered validation."""
         fusion_class(self.fusion_type, self.fusion_kwargs or {})
+        check_joint(self)
         own = {
             "num_fusion_layers": self.num_fusion_layers,
             "fusion_kwargs": self.fusion_kwargs or {},
@@ -381,7 +402,7 @@ class MMTransformerConfig(PreTrainedConfig):
         if mixes and self.has_language_model:
             raise ValueError(
                 f"Task {writing[0].name!r} is written token by token, but in fusion_type {self.fusion_type!r} text "
-                "tokens depend on later ones: use fusion_type='cross_attention'."
+                "tokens depend on later ones: use fusion_type='cross_attention' or 'prefix'."
             )
         check_regularization(self.regularization, self.get_tasks())
 

@@ -6,6 +6,7 @@ from .fusion_co_attention import CoAttentionFusion
 from .fusion_cross_attention import CrossAttentionFusion
 from .fusion_late import LateFusion
 from .fusion_merged import MergedFusion
+from .fusion_prefix import PrefixFusion
 
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Fusion",
     "LateFusion",
     "MergedFusion",
+    "PrefixFusion",
     "Stream",
     "fusion_class",
     "register_fusion",

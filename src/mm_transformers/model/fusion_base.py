@@ -33,7 +33,8 @@ class Stream(NamedTuple):
         is_full: whether every place of every row is known to hold a token, without reading the tensors.
         item_means (num_items, encoder width), *optional*: the mean of the encoder outputs of each item, for linear
             probes; 0 for a missing text. Of an encoder of ours, its linear features.
-        token_ids (num_items, item_length) int64, *optional*: the ids of a text that a language model continues.
+        token_ids (num_items, item_length) int64, *optional*: the ids of a text that a language model continues, or that
+            its encoder reads beside the other modalities; -1 at the learned vector of a missing text.
 
     Example:
 
@@ -236,6 +237,8 @@ class Fusion(nn.Module):
     kind: ClassVar[str]
     # False if the fused state of a token depends on no other text token. Then a language model can write behind it.
     mixes_text: ClassVar[bool] = True
+    # True if the text encoder itself reads the other modalities, so that the fusion needs no layers behind it.
+    is_read_by_text: ClassVar[bool] = False
 
     def __init__(self, config: PreTrainedConfig, stream_names: list[str], text_hidden_size: int) -> None:
         super().__init__()

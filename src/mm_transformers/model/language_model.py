@@ -1,34 +1,31 @@
 """Answers that a decoder-only language model writes: it continues the text of each row, behind the fusion."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from .decoders import language_model_class
 from .encoder_classes import arguments_of
 from .encoders import max_text_positions
-from .fusion_base import Stream
+from .fusion_base import FusionOutput
+from .fusion_behind import BehindRun, LastStates
 from .fusion_layers import kept_keys
 from .generation import WritingTask, answer_ids, refuse_assistant, stated_length, writing_tasks
+from .joint_reading import joint_run
 from .padding import roll_rows
+from .row_streams import other_streams
 from .task_base import Task
-
-
-# A hook belongs to a module, which several threads may run at once; each has its own fusion.
-_running: ContextVar[Optional["_FusedStates"]] = ContextVar("_running", default=None)
 
 
 class LanguageModelWriter:
     """
     Continues the text of each row by the language model that is the text encoder: the text is the prompt.
 
-    The language model of transformers runs as it is, with its own head, cache and settings. A hook replaces its last
-    hidden states by the fused ones. No fused state depends on a later token, so answers are written token by token.
+    The language model of transformers runs as it is, with its own head, cache and settings. The other modalities enter
+    behind its last hidden states, between its layers, or as a prefix. No fused state depends on a later token, so
+    answers are written token by token.
 
     Args:
         model ([`MMTransformerModel`]): Its `text_model` is a decoder-only language model.
@@ -65,7 +62,7 @@ class LanguageModelWriter:
         """
         text = fused.encoded["text"]
         ids, mask = self._prompts(task, text.row_ids, text.mask)
-        return self._logits(task, _FusedStates.of(self.model, fused), ids, mask, labels)
+        return self._logits(task, self._run(fused), ids, mask, labels)
 
     def read(
         self,
@@ -92,13 +89,37 @@ class LanguageModelWriter:
         def encode_prompts(states: torch.Tensor) -> Any:
             return encode(roll_rows(states[:, : given.shape[1]], to_the_left))
 
-        reading = _FusedStates(self.model, len(ids), encode=encode_prompts)
+        reading = BehindRun(self.model, len(ids), encode=encode_prompts)
         return self._logits(task, reading, ids, mask, labels), reading.fused
+
+    def read_jointly(
+        self, task: WritingTask, labels: Optional[torch.Tensor], encoded: dict[str, Any]
+    ) -> tuple[torch.Tensor, FusionOutput]:
+        """
+        [`logits`], and the fused states of the texts, from one pass of a language model that reads other modalities.
+
+        Args:
+            labels: as [`logits`] takes them.
+            encoded: modality -> its tokens, as [`MMTransformerModel.encode_rows`] gives them.
+        """
+        text, run = encoded["text"], joint_run(self.model, encoded)
+        ids, mask = self._prompts(task, text.row_ids, text.mask)
+        seen: list[torch.Tensor] = []
+        with LastStates(seen.append).shown_to(self.text_model):
+            logits = self._logits(task, run, ids, mask, labels)
+        states = run.text_states(seen[0])[:, : text.mask.shape[1]]
+        return logits, run.output(roll_rows(states, -_places_to_the_right(text.mask)))
+
+    def _run(self, fused: Any) -> Any:
+        """One use of the language model for rows that were encoded."""
+        if self.model.reads_jointly:
+            return joint_run(self.model, fused.encoded)
+        return BehindRun(self.model, len(fused.encoded["text"].mask), other_streams(fused.encoded))
 
     def _logits(
         self,
         task: WritingTask,
-        reading: "_FusedStates",
+        reading: Any,
         ids: torch.Tensor,
         mask: torch.Tensor,
         labels: Optional[torch.Tensor],
@@ -107,7 +128,12 @@ class LanguageModelWriter:
             # The language model takes part in every backward pass, as heads do.
             labels = torch.full((len(ids), 1), -100, device=ids.device)
         length, known = labels.shape[1], labels[:, :-1] != -100
-        reading.mask = mask = torch.cat([mask, known], dim=1)
+        given = reading.inputs(
+            torch.cat([ids, labels[:, :-1].masked_fill(~known, 0)], dim=1),
+            torch.cat([mask, known], dim=1),
+            num_packed=ids.shape[1],
+        )
+        mask = given["attention_mask"]
         self._check_length(task, mask)
         options: dict[str, Any] = {}
         takes = arguments_of(language_model_class(self.model.config.text_config))
@@ -116,12 +142,7 @@ class LanguageModelWriter:
         if "logits_to_keep" in takes:
             options["logits_to_keep"] = length
         with reading.shown_to(self.text_model):
-            outputs = self.text_model(
-                input_ids=torch.cat([ids, labels[:, :-1].masked_fill(~known, 0)], dim=1),
-                attention_mask=mask.to(torch.int64),
-                use_cache=False,
-                **options,
-            )
+            outputs = self.text_model(**given, use_cache=False, **options)
         logits = outputs.logits[:, -length:]
         # Heads read the vector of rows without a text; it takes part in every backward pass, too.
         null_text = getattr(self.model, "null_text", None)
@@ -145,16 +166,24 @@ class LanguageModelWriter:
         options = self._with_length(task, options)
         text = fused.encoded["text"]
         ids, mask = self._prompts(task, text.row_ids, text.mask)
-        self._check_length(task, mask, options.get("max_new_tokens") or 1)
+        run = self._run(fused)
+        prompts = run.inputs(ids, mask)
+        self._check_length(task, prompts["attention_mask"], options.get("max_new_tokens") or 1)
         config, given = self.text_model.generation_config, options.get("generation_config")
         if config.pad_token_id is None and getattr(given, "pad_token_id", None) is None:
             options.setdefault("pad_token_id", self._end_id())
-        with _FusedStates.of(self.model, fused).shown_to(self.text_model), kept_keys():
-            written = self.text_model.generate(input_ids=ids, attention_mask=mask.to(torch.int64), **options)
-        before = ids.shape[1] - len(self.start_ids(task))
+        with run.shown_to(self.text_model), kept_keys():
+            written = self.text_model.generate(**prompts, **options)
+        start = ids[0, ids.shape[1] - len(self.start_ids(task)) :]
+
+        def answers(sequences: torch.Tensor) -> torch.Tensor:
+            if "input_ids" in prompts:
+                sequences = sequences[:, ids.shape[1] :]
+            return torch.cat([start.expand(len(sequences), -1), sequences], 1)
+
         if isinstance(written, torch.Tensor):
-            return written[:, before:]
-        written.sequences = written.sequences[:, before:]
+            return answers(written)
+        written.sequences = answers(written.sequences)
         return written
 
     def without_start(self, task: WritingTask, ids: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -209,86 +238,6 @@ class LanguageModelWriter:
         ids, mask = roll_rows(ids, to_the_right), roll_rows(mask, to_the_right)
         start = torch.tensor(self.start_ids(task), dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
         return torch.cat([ids, start], 1), torch.cat([mask, torch.ones_like(start, dtype=torch.bool)], 1)
-
-
-class _FusedStates:
-    """
-    Replaces the last hidden states of a language model by fused ones.
-
-    Args:
-        model: the [`MMTransformerModel`].
-        num_rows: the number of rows.
-        streams: the other modalities of the rows.
-        encode: instead of `streams`: from all states to the [`MMTransformerModelOutput`] that has them.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        num_rows: int,
-        streams: Optional[list[Stream]] = None,
-        encode: Optional[Callable[[torch.Tensor], Any]] = None,
-    ) -> None:
-        self.model, self.num_rows, self.streams, self.encode = model, num_rows, streams, encode
-        self.mask: Optional[torch.Tensor] = None  # of the tokens; all by default
-        self._is_inside = False  # whether the language model without head is running
-        self.fused: Any = None
-
-    @classmethod
-    def of(cls, model: Any, fused: Any) -> "_FusedStates":
-        return cls(model, len(fused.encoded["text"].mask), _others(fused))
-
-    @contextmanager
-    def shown_to(self, text_model: PreTrainedModel) -> Iterator[None]:
-        """Within the block the head of the language model reads the fused states."""
-        base = text_model.base_model
-        hooks = [base.register_forward_pre_hook(self._enter), base.register_forward_hook(self._leave)]
-        decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
-        if decoder is not base:
-            # The head of OPT calls the decoder inside.
-            hooks.append(decoder.register_forward_hook(self._replace))
-        token = _running.set(self)
-        try:
-            yield
-        finally:
-            _running.reset(token)
-            for hook in hooks:
-                hook.remove()
-
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
-        if _running.get() is self:
-            self._is_inside = True
-
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        if _running.get() is not self:
-            return None
-        self._is_inside = False
-        return self._replace(module, inputs, output)
-
-    def _replace(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        if _running.get() is not self or self._is_inside:
-            return None
-        states = output[0]
-        if self.encode is not None:
-            self.fused = self.encode(states)
-            self.streams = _others(self.fused)
-        if not self.streams:
-            return None
-        copies = states.shape[0] // self.num_rows
-        if copies > 1:
-            # Beams of a row, and several answers to it, stand side by side.
-            rows = torch.arange(self.num_rows, device=states.device).repeat_interleave(copies)
-            self.streams, self.num_rows = [stream.of_rows(rows) for stream in self.streams], states.shape[0]
-        mask = states.new_ones(states.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
-        fused = self.model.fusion(states, mask, self.streams).hidden_states
-        if isinstance(output, tuple):
-            return (fused, *output[1:])
-        output.last_hidden_state = fused
-        return output
-
-
-def _others(fused: Any) -> list[Stream]:
-    return [stream for name, stream in fused.encoded.items() if name != "text"]
 
 
 def _places_to_the_right(mask: torch.Tensor) -> torch.Tensor:

@@ -32,10 +32,12 @@ from .encoder_classes import blank_input, takes_audio_mask
 from .encoder_features import EncoderFeatures
 from .encoders import build_encoder, encoder_width
 from .freeze_rules import batch_norms, freeze_parameters, frozen_batch_norm
-from .fusion import Stream, fusion_class
+from .fusion import Stream
+from .fusion_base import FusionOutput
 from .fusion_layers import TEXT_POOLINGS, Gate, StreamProjection, masked_mean
 from .generation import AnswerDecoder, WritingTask, split_inputs, task_that_writes, writing_tasks
 from .input_checks import check_finite_weights, check_layout, is_finite, what_is_wrong_with_inputs
+from .joint_reading import build_fusion, fuse_jointly
 from .language_model import LanguageModelWriter
 from .linear_probe import with_probe
 from .modalities import ENCODERS, OTHER_ENCODERS, modalities_of, own_encoders, own_inputs
@@ -44,6 +46,7 @@ from .oddness import Oddness
 from .pairs import PairTask, choose_partners, may_mismatch
 from .pretrained_encoders import default_dtype, load_encoders, split_options, with_defaults
 from .regularization import regularization_loss, take_starting_point
+from .row_streams import other_streams
 from .safe_writing import saved_aside
 from .streams import FRAME_EMBEDDINGS, ItemOrder, NullText, check_index, check_keywords, drop_modalities
 from .task_base import Task, TaskHeads, check_label_shape
@@ -280,7 +283,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
 
         fusion = getattr(self, "model", self).fusion
         if fusion is not None:
-            warn_if_not_copied(type(fusion))
+            warn_if_not_copied(getattr(fusion, "kind_of_places", type(fusion)))
         for name, encoder_kind in own_encoders().items():
             if encoder_kind.own is not None and name in self.config.modalities:
                 warn_if_not_copied(encoder_kind.own)
@@ -420,15 +423,16 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         width = encoder_width(config.text_config)
         # Read here, since a config parses its tasks each time.
         self.has_decoder, self.has_language_model = config.has_decoder, config.has_language_model
+        self.reads_jointly, self.begins_texts = config.reads_jointly, config.begins_texts
         if text_model is None and self.has_decoder:
             text_model = build_writer(config.text_config, config.decoder_config)
         # If a task writes text, this is a whole encoder-decoder, or a language model with its head.
         self.text_model = text_model if text_model is not None else build_encoder(config.text_config, "text")
         self.vision_model = self.audio_model = self.fusion = None
         if config.modalities:
-            self.null_text = NullText(width)
-            options = config.fusion_kwargs
-            self.fusion = fusion_class(config.fusion_type, options)(config, config.modalities, width, **options)
+            if not config.begins_texts:
+                self.null_text = NullText(width)
+            self.fusion = build_fusion(config, self.text_encoder, width)
         if config.vision_config is not None:
             self.vision_model = vision_model or build_encoder(config.vision_config, "vision")
             self.vision_projection = StreamProjection(config, encoder_width(config.vision_config))
@@ -669,7 +673,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
 
         text_inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
         encoded = {"text": self._text_stream(attention_mask, text_features, **text_inputs)}
-        if self.has_language_model and input_ids is not None:
+        if (self.has_language_model or self.reads_jointly) and input_ids is not None:
             encoded["text"] = encoded["text"]._replace(token_ids=self.prompt_ids(input_ids, attention_mask))
         for name in self.config.modalities:
             frames = frame_index if name == "vision" else None
@@ -701,12 +705,23 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
                 f"attn_implementation={self.config._attn_implementation!r} returns no attentions; load the model with "
                 "attn_implementation='eager', or call model.set_attn_implementation('eager')."
             )
+        text, fused = encoded["text"], None
+        wanted = {"output_attentions": bool(output_attentions), "output_hidden_states": output_hidden_states or False}
+        if self.reads_jointly:
+            fused = fuse_jointly(self, encoded, wanted)
+        elif self.fusion is not None:
+            fused = self.fusion(text.hidden_states, text.mask, other_streams(encoded), **wanted)
+        return self.output_of(encoded, fused, kept)
+
+    def output_of(
+        self,
+        encoded: dict[str, Stream],
+        fused: Optional[FusionOutput] = None,
+        kept: Optional[dict[str, torch.Tensor]] = None,
+    ) -> MMTransformerModelOutput:
+        """The output for encoded rows, and what a fusion gave for them; by default the text states, unfused."""
         text = encoded["text"]
-        last_hidden_state, fused = text.hidden_states, None
-        if self.fusion is not None:
-            streams = [stream for name, stream in encoded.items() if name != "text"]
-            fused = self.fusion(text.hidden_states, text.mask, streams, output_attentions, output_hidden_states)
-            last_hidden_state = fused.hidden_states
+        last_hidden_state = text.hidden_states if fused is None else fused.hidden_states
         return MMTransformerModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=self.pool_text(last_hidden_state, text.mask),
@@ -747,18 +762,15 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         self, attention_mask: torch.Tensor, features: Optional[torch.Tensor] = None, **inputs: Optional[torch.Tensor]
     ) -> Stream:
         given = {name: value for name, value in inputs.items() if value is not None}
+        if self.begins_texts:
+            return self._begun_text_stream(attention_mask, features, **given)
         # A row without a text has one token, a learned vector; the outputs of the encoder are not used there.
         present = attention_mask.bool().any(-1)
         if features is None:
             shown = torch.where(present[:, None], attention_mask, 1) if self.fusion is not None else attention_mask
             states, _ = self.encode("text", attention_mask=shown, **given)
         else:
-            if features.shape[:2] != attention_mask.shape:
-                raise ValueError(
-                    f"text_features must begin with the shape of attention_mask, {tuple(attention_mask.shape)}, but "
-                    f"have {tuple(features.shape)}."
-                )
-            states = features.to(self.text_encoder.dtype)
+            states = self._known_states(features, attention_mask)
         means = self.pool_text(states, attention_mask.bool()) if self.config.linear_probe else None
         if self.fusion is None:
             return Stream("text", states, attention_mask.bool(), item_means=means)
@@ -767,6 +779,44 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         mask = attention_mask.bool() | (~present[:, None] & first)
         return Stream("text", self.null_text(states, present), mask, item_means=means)
 
+    def _begun_text_stream(
+        self, attention_mask: torch.Tensor, features: Optional[torch.Tensor] = None, **given: torch.Tensor
+    ) -> Stream:
+        """The same for a language model that reads the first token of texts where a row has none."""
+        first = torch.arange(attention_mask.shape[1], device=attention_mask.device) == 0
+        mask = attention_mask.bool() | (~attention_mask.bool().any(-1, keepdim=True) & first)
+        if features is None:
+            if "input_ids" in given:
+                given["input_ids"] = self.prompt_ids(given["input_ids"], attention_mask)
+            states, _ = self.encode("text", attention_mask=mask.to(torch.int64), **given)
+        else:
+            states = self._known_states(features, attention_mask)
+        means = self.pool_text(states, attention_mask.bool()) if self.config.linear_probe else None
+        return Stream("text", states, mask, item_means=means)
+
+    def _known_states(self, features: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        if features.shape[:2] != attention_mask.shape:
+            raise ValueError(
+                f"text_features must begin with the shape of attention_mask, {tuple(attention_mask.shape)}, but "
+                f"have {tuple(features.shape)}."
+            )
+        return features.to(self.text_encoder.dtype)
+
+    def no_text(self, num_rows: int) -> Stream:
+        """The text stream of rows without a text, with one token."""
+        device = self.device
+        ids = torch.zeros(num_rows, 1, dtype=torch.int64, device=device)
+        absent = torch.zeros_like(ids)
+        if self.begins_texts:
+            stream = self._begun_text_stream(absent[:1], input_ids=ids[:1])
+            stream = Stream("text", stream.tokens.expand(num_rows, -1, -1))
+        else:
+            vector = self.null_text.weight.to(self.text_encoder.dtype)
+            stream = Stream("text", vector.expand(num_rows, 1, -1))
+        if self.has_language_model or self.reads_jointly:
+            stream = stream._replace(token_ids=self.prompt_ids(ids, absent))
+        return stream
+
     def pool_text(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The vector of each text, as `config.text_pooling` says: (batch, text_len, width) -> (batch, width)."""
         return TEXT_POOLINGS[self.config.text_pooling](states, mask)
@@ -774,16 +824,21 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
     @property
     def begin_id(self) -> int:
         """The token that a language model continues in rows without a text."""
-        config = self.text_model.generation_config
+        config = getattr(self.text_model, "generation_config", None) or self.config.text_config
         known = [config.bos_token_id, config.eos_token_id, config.pad_token_id]
         ids = [value[0] if isinstance(value, (list, tuple)) else value for value in known if value is not None]
         return ids[0] if ids else 0
 
     def prompt_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The ids of the texts; rows without a text have the token that begins one, where they have [`NullText`]."""
+        """
+        The ids of the texts; rows without a text have the token that begins one, where they have [`NullText`].
+
+        For an encoder that is no language model, they have -1 there.
+        """
+        begin_id = self.begin_id if self.has_language_model or self.begins_texts else -1
         is_absent = ~attention_mask.bool().any(-1, keepdim=True)
         first = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
-        return input_ids.masked_fill(is_absent & first, self.begin_id)
+        return input_ids.masked_fill(is_absent & first, begin_id)
 
     def _item_stream(
         self,
@@ -1027,8 +1082,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         check_keywords(self, kwargs)
         read: dict[str, torch.Tensor] = {}
         if encoder_outputs is None:
-            encode = partial(
-                self.model,
+            given = dict(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 token_type_ids=token_type_ids,
@@ -1042,11 +1096,20 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 image_features=image_features,
                 audio_features=audio_features,
                 audio_feature_mask=audio_feature_mask,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
                 **own,
             )
-            if labels is not None and input_ids is not None and text_features is None and self._reads_at_once:
+            encode = partial(
+                self.model, **given, output_attentions=output_attentions, output_hidden_states=output_hidden_states
+            )
+            if text_features is None:
+                text_features = self._text_of_no_head(input_ids)
+            at_once = labels is not None and input_ids is not None and self._reads_at_once
+            if at_once and self.model.reads_jointly and not self._shows(output_attentions, output_hidden_states):
+                first, its_task = next(iter(writing_tasks(self.tasks).items()))
+                encoded, kept = self.model.encode_rows(**given, text_features=text_features)
+                read[first], fused = LanguageModelWriter(self.model).read_jointly(its_task, labels.get(first), encoded)
+                encoder_outputs = self.model.output_of(encoded, fused, kept)
+            elif at_once and not self.model.reads_jointly and text_features is None:
                 mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
                 first, its_task = next(iter(writing_tasks(self.tasks).items()))
                 read[first], encoder_outputs = LanguageModelWriter(self.model).read(
@@ -1148,6 +1211,18 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         drops_text = self.training and "text" in self.config.modality_dropout_probabilities
         return self.model.has_language_model and not drops_text
 
+    def _text_of_no_head(self, input_ids: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        """Zeros in place of the states of the texts alone, if the text encoder reads jointly and no head reads them."""
+        if input_ids is None or not self.model.reads_jointly or self.heads.names:
+            return None
+        return torch.zeros(*input_ids.shape, encoder_width(self.config.text_config), device=input_ids.device)
+
+    def _shows(self, output_attentions: Optional[bool], output_hidden_states: bool | list[int] | None) -> bool:
+        config = self.config
+        shown = config.output_attentions if output_attentions is None else output_attentions
+        states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return bool(shown) or states not in (None, False)
+
     def read_written(
         self, task: WritingTask, encoder_outputs: MMTransformerModelOutput, labels: Optional[torch.Tensor]
     ) -> torch.Tensor:
@@ -1197,7 +1272,10 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 # The language model reads the texts as it writes; here they are for heads alone.
                 width = encoder_width(self.config.text_config)
                 inputs["text_features"] = torch.zeros(*inputs["input_ids"].shape, width, device=self.device)
-            encoder_outputs = self.model(**inputs)
+            if self.model.has_language_model and self.model.reads_jointly:
+                encoder_outputs = self.model.output_of(self.model.encode_rows(**inputs)[0])
+            else:
+                encoder_outputs = self.model(**inputs)
         return self._answer_decoder.generate(writing, encoder_outputs, **options)
 
     @torch.no_grad()
@@ -1215,7 +1293,12 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
             labels, inputs: as [`MMTransformerForMultiTask.forward`] takes them.
             generation_kwargs (`dict`, *optional*): For [`~transformers.GenerationMixin.generate`].
         """
-        encoder_outputs = self.model(**inputs)
+        no_text = self._text_of_no_head(inputs.get("input_ids")) if self.model.has_language_model else None
+        if no_text is None:
+            encoder_outputs = self.model(**inputs)
+        else:
+            # Only the answers read the texts, beside the other modalities.
+            encoder_outputs = self.model.output_of(self.model.encode_rows(**{**inputs, "text_features": no_text})[0])
         # Not by a call of the model: under FSDP this already is one.
         outputs = self.forward(encoder_outputs=encoder_outputs, labels=labels)
         options = generation_kwargs or {}

@@ -63,7 +63,7 @@ class EncodedRows:
             if modalities is None or name in modalities:
                 taken = of_rows(stream, chosen)
             else:
-                taken = self._no_text(len(chosen)) if name == "text" else None
+                taken = self.model.no_text(len(chosen)) if name == "text" else None
             if taken is not None:
                 fused[name] = taken
         return self.model.fuse(fused)
@@ -96,13 +96,6 @@ class EncodedRows:
         if modality not in self.encoded:
             return np.zeros(self.num_rows, dtype=bool)
         return self.encoded[modality].present.cpu().numpy()
-
-    def _no_text(self, num_rows: int) -> Stream:
-        vector = self.model.null_text.weight.to(self.encoded["text"].tokens.dtype)
-        ids = None
-        if self.encoded["text"].token_ids is not None:
-            ids = torch.full((num_rows, 1), self.model.begin_id, device=vector.device)
-        return Stream("text", vector.expand(num_rows, 1, -1), token_ids=ids)
 
 
 def joined(streams: Sequence[Optional[Stream]], sizes: Sequence[int]) -> Stream:

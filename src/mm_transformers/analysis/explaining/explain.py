@@ -10,9 +10,11 @@ import torch
 from ...data.cells import as_records
 from ...model.answers import check_tasks, unwrapped
 from ...model.images import load_image, pixels_for_each
+from ...model.joint_reading import observed_runs
 from ...model.label_cells import is_null
 from ...model.modalities import as_clips, as_list, own_encoders
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
+from ...model.padding import leading_padding, roll_rows
 from ...model.pipeline_mm_transformer import read_rows
 from ...model.processing_mm_transformer import MMTransformerProcessor
 from ...model.video import load_frames
@@ -23,6 +25,7 @@ from .own_copy import own_copy
 from .questions import Asked, Question
 from .recording import watched
 from .shares import shares_of_modalities
+from .text_passes import path_of
 from .token_places import over_time, patch_grid, seen_region, spread_over_pixels, token_spans
 
 
@@ -131,10 +134,11 @@ def explain(
     if task is None and len(model.tasks) > 1:
         raise ValueError(f"Choose the task to explain by task=, one of {', '.join(model.tasks)}.")
     names = check_tasks(model, None if task is None else [task])
-    if model.config.has_language_model and model.tasks[names[0]].needs_decoder:
+    is_continued = model.config.has_language_model and model.tasks[names[0]].needs_decoder
+    if method == "integrated_gradients" and (is_continued or model.config.reads_jointly):
         raise ValueError(
-            f"Task {names[0]!r} is written by a language model that reads its own text, which explain does not follow: "
-            "explain a task with a head, or measure the inputs by ablate."
+            f"Task {names[0]!r}: the text encoder reads more than the text of a row, which integrated_gradients does "
+            "not follow: choose another method, such as 'chefer'."
         )
     if word is not None and word < 0:
         raise ValueError(f"word must be at least 0, but is {word}.")
@@ -167,11 +171,29 @@ def _explain_batch(
         raise ValueError(read["error"])
     inputs = {name: x.to(model.device) for name, x in apart(read["tensors"]).items()}
     words = None if read["word_index"] is None else read["word_index"].to(model.device)
-    with watched(model) as seen:
+    # As text encoders get it, so that their attentions have the places of the tokens.
+    shifts, length = leading_padding(inputs["attention_mask"]), inputs["attention_mask"].shape[1]
+    for name in ("input_ids", "token_type_ids", "attention_mask"):
+        if name in inputs:
+            inputs[name] = roll_rows(inputs[name], shifts)
+    if words is not None and words.shape[1] == length:
+        words = roll_rows(words, shifts)
+    is_continued = model.config.has_language_model and model.tasks[question.task].needs_decoder
+    answers = None
+    if is_continued:
+        # Written before anything is recorded.
+        with torch.no_grad():
+            written = question.ask(
+                model, processor, model.model(**inputs), read["texts"], words, first_row=numbered[0][0]
+            )
+        answers = written.answers
+    with watched(model) as seen, observed_runs() as runs:
         outputs = model.model(**inputs, output_attentions=True)
-        asked = question.ask(model, processor, outputs, read["texts"], words, first_row=numbered[0][0])
+        asked = question.ask(model, processor, outputs, read["texts"], words, answers, first_row=numbered[0][0])
         if method in ATTENTION_METHODS:
-            relevance = relevance_of_inputs(seen, outputs, asked.scores, ATTENTION_METHODS[method])
+            kind = ATTENTION_METHODS[method]
+            path = path_of(model, seen, outputs, runs, is_continued, kind)
+            relevance = path.of_rows(relevance_of_inputs(path.seen, path.outputs, asked.scores, kind))
     if method == "random":
         relevance = _random(outputs, seen.num_tokens, seed)
     elif method == "integrated_gradients":

@@ -47,17 +47,26 @@ def relevance_of_inputs(
             method.weigh(attention.float(), zeros_if_none(gradient, attention).float())
             for attention, gradient in zip(watched, of_attentions, strict=True)
         ]
-        seen = seen.replaced(weights)
+        seen = seen.replaced(weights).in_order()
         in_encoders = {name: _in_encoder(seen, name, method) for name in names}
-        relevance = Relevance({name: _in_fusion(seen, encoded[name], in_encoders[name], method) for name in names})
+        starts = dict(in_encoders)
+        if seen.text_in_fusion:
+            length = seen.num_tokens["text"]
+            starts["text"] = torch.eye(length, device=scores.device).expand(len(scores), -1, -1)
+        relevance = Relevance({name: _in_fusion(seen, encoded[name], starts[name], method) for name in names})
         before: Optional[Relevance] = None
         if seen.fusion and of_states[0] is not None:
             before = relevance.copy()
             follow(relevance, seen.fusion, method.rule)
-            # Rows with text only leave the fusion unchanged.
-            unchanged = torch.cat([before.matrix, torch.zeros_like(relevance.matrix[:, before.matrix.shape[1] :])], 1)
-            relevance.matrix = torch.where(_has_any(encoded)[:, None, None], relevance.matrix, unchanged)
+            if not seen.text_in_fusion:
+                # Rows with text only leave the fusion unchanged.
+                added = torch.zeros_like(relevance.matrix[:, before.matrix.shape[1] :])
+                unchanged = torch.cat([before.matrix, added], 1)
+                relevance.matrix = torch.where(_has_any(encoded)[:, None, None], relevance.matrix, unchanged)
             read = {"text": _Read.of(states[0], of_states[0], encoded["text"])}
+            if seen.read_places is not None:
+                places = seen.read_places
+                read = {"text": _Read(*(values.gather(1, places) for values in read["text"]))}
         else:
             of_encoders = zip(names, states[1:], of_states[1:], strict=True)
             read = {name: _Read.of(state, gradient, encoded[name]) for name, state, gradient in of_encoders}
@@ -115,11 +124,12 @@ def _read_by_head(
     found = torch.zeros_like(relevance.matrix[:, 0])
     for name, (depends, evidence) in read.items():
         depends, evidence = _distribution(depends), _distribution(evidence)
-        is_followed = method.through_encoders and bool(seen.encoders.get(name))
+        in_fusion = name == "text" and seen.text_in_fusion
+        is_followed = method.through_encoders and (in_fusion or bool(seen.encoders.get(name)))
         if is_followed:
             weights = depends
         elif before is not None and not method.by_gradients:
-            weights = torch.where(_has_any(encoded)[:, None], depends, evidence)
+            weights = depends if in_fusion else torch.where(_has_any(encoded)[:, None], depends, evidence)
         else:
             weights = evidence
         mixed, itself = relevance.of([name], relevance.names), relevance.identity([name])

@@ -24,6 +24,24 @@ _Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
 
 @dataclass
+class TextPass:
+    """
+    One pass of the text encoder.
+
+    Args:
+        attentions: its self-attentions, (batch, heads, tokens, tokens) each; empty as in [`Seen`].
+        states (batch, tokens, width): its outputs.
+        crossings: the attentions of the layers of the fusions inside of it, by place; of a fusion behind it at 0.
+        fused (batch, tokens, width): the output of the last of these fusions, if there was one.
+    """
+
+    attentions: tuple[torch.Tensor, ...] = ()
+    states: Any = None
+    crossings: dict[int, tuple[tuple[AttentionStep, ...], ...]] = field(default_factory=dict)
+    fused: Optional[torch.Tensor] = None
+
+
+@dataclass
 class Seen:
     """
     The recording of one forward pass.
@@ -38,6 +56,10 @@ class Seen:
         merged (items, remaining tokens, tokens): the weights of tokens in the means that replace them.
         fusion: the attentions of each layer of the fusion.
         probes: the linear probes of all heads, with their features.
+        passes: all passes of the text encoder; `encoders`, `states` and `num_tokens` are of the first.
+        text_in_fusion: whether `fusion` includes the attentions of the text encoder.
+        places (batch, tokens): the place of each token of `fusion` in its weights, if these are in another order.
+        read_places (batch, text tokens): the places of the text among the states that are read, likewise.
     """
 
     encoders: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
@@ -48,6 +70,27 @@ class Seen:
     merged: Optional[torch.Tensor] = None
     fusion: tuple[tuple[AttentionStep, ...], ...] = ()
     probes: list[tuple[LinearProbe, torch.Tensor]] = field(default_factory=list)
+    passes: list[TextPass] = field(default_factory=list)
+    text_in_fusion: bool = False
+    places: Optional[torch.Tensor] = None
+    read_places: Optional[torch.Tensor] = None
+
+    def in_order(self) -> "Seen":
+        """The same with the weights (batch, queries, keys) of the fusion in the order of its tokens."""
+        if self.places is None:
+            return self
+        places = self.places
+
+        def ordered(weights: torch.Tensor) -> torch.Tensor:
+            # Places beyond the weights are padding in all rows.
+            there = (places < weights.shape[-1]).to(weights)
+            at = places.clamp(max=weights.shape[-1] - 1)
+            rows = weights.gather(1, at[:, :, None].expand(-1, -1, weights.shape[2]))
+            found = rows.gather(2, at[:, None].expand(-1, at.shape[1], -1))
+            return found * there[:, :, None] * there[:, None]
+
+        fusion = tuple(tuple(step._replace(weights=ordered(step.weights)) for step in layer) for layer in self.fusion)
+        return replace(self, fusion=fusion)
 
     def attentions(self) -> list[torch.Tensor]:
         """All attentions, in the order of [`replaced`]."""
@@ -85,9 +128,13 @@ def watched(model: MMTransformerForMultiTask) -> Iterator[Seen]:
             shows = ENCODERS[name].own is None and _shows_attentions(encoder)
             ask = _ask_for_attentions if shows else _ask_for_gradients
             hooks.append(encoder.register_forward_pre_hook(ask, with_kwargs=True))
+            if name == "text":
+                hooks.append(encoder.register_forward_pre_hook(lambda *_: seen.passes.append(TextPass())))
             hooks.append(encoder.register_forward_hook(_Remember(seen, name)))
         if fused.fusion is not None:
             hooks.append(fused.fusion.register_forward_hook(_remember_fusion(seen)))
+            if fused.config.fusion_layers_every or not fused.reads_jointly:
+                hooks.append(fused.fusion.register_forward_pre_hook(_ask_fusion_for_attentions, with_kwargs=True))
         reduction = getattr(fused, "vision_reduction", None)
         # If PEFT trains it completely, the copy is inside a wrapper.
         for part in () if reduction is None else reduction.modules():
@@ -201,19 +248,32 @@ class _Remember:
             self.seen.encoders[self.name] = ()
             return
         states = output.last_hidden_state
+        attentions = tuple(x for x in getattr(output, "attentions", None) or () if x is not None)
+        if self.name == "text":
+            whole = all(x.shape[-2:] == (states.shape[1], states.shape[1]) for x in attentions)
+            self.seen.passes[-1].attentions, self.seen.passes[-1].states = attentions if whole else (), states
+            if len(self.seen.passes) > 1:
+                return
         if states.ndim == 4:
             self.seen.maps[self.name] = (states.shape[2], states.shape[3])
         num_tokens = as_tokens(states).shape[1]
         self.seen.states[self.name], self.seen.num_tokens[self.name] = states, num_tokens
-        attentions = tuple(x for x in getattr(output, "attentions", None) or () if x is not None)
         # Windows attend to a part of the tokens, and each stage has fewer tokens.
         whole = all(x.shape[-2:] == (num_tokens, num_tokens) and len(x) == len(states) for x in attentions)
         self.seen.encoders[self.name] = attentions if whole else ()
 
 
+def _ask_fusion_for_attentions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+    return args, {**kwargs, "output_attentions": True}
+
+
 def _remember_fusion(seen: Seen) -> _Hook:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.fusion = output.layers
+        if isinstance(output, tuple) and hasattr(output, "layers"):
+            seen.fusion = output.layers
+            if seen.passes:
+                place = args[0] if isinstance(args[0], int) else 0
+                seen.passes[-1].crossings[place], seen.passes[-1].fused = output.layers, output.hidden_states
 
     return hook
 

@@ -95,7 +95,12 @@ def follow(relevance: Relevance, layers: Sequence[Sequence[AttentionStep]], rule
                 places = relevance.tokens(step.queries)
                 relevance.matrix[:, places] = rule.within(relevance.matrix[:, places], step.weights)
             else:
+                places = relevance.tokens(step.queries)
+                own = relevance.matrix[:, places]
                 rule.across(relevance, before, step)
+                # A row that attends to nothing stays as it is.
+                attends = step.weights.flatten(1).any(-1)[:, None, None]
+                relevance.matrix[:, places] = torch.where(attends, relevance.matrix[:, places], own)
     return relevance
 
 

@@ -1,0 +1,33 @@
+"""The other modalities of rows, for a language model that runs several copies of each row."""
+
+from typing import Any
+
+import torch
+
+from .fusion_base import Stream
+
+
+class RowStreams:
+    """
+    The streams of rows, repeated for beams and for several answers to a row, which stand side by side.
+
+    Args:
+        streams: the modalities of the rows beside the text.
+        num_rows: the number of rows.
+    """
+
+    def __init__(self, streams: list[Stream], num_rows: int) -> None:
+        self.streams, self.num_rows = streams, num_rows
+
+    def for_states(self, states: torch.Tensor) -> list[Stream]:
+        """The streams of the rows of these states, (rows or a multiple of them, length, width)."""
+        copies = states.shape[0] // self.num_rows
+        if copies > 1:
+            rows = torch.arange(self.num_rows, device=states.device).repeat_interleave(copies)
+            self.streams, self.num_rows = [stream.of_rows(rows) for stream in self.streams], states.shape[0]
+        return self.streams
+
+
+def other_streams(encoded: dict[str, Any]) -> list[Stream]:
+    """The streams of all modalities beside the text."""
+    return [stream for name, stream in encoded.items() if name != "text"]
