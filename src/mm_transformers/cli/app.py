@@ -120,6 +120,10 @@ def demo(
         int | None,
         typer.Option(min=1, max=65535, help="With --ui: the port. Default: the first free port from 7860."),
     ] = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(help="With --ui: a table; its first complete rows become examples on the page."),
+    ] = None,
 ) -> None:
     """Train a small model on the data set of the package, and show what the pictures contribute."""
     from .demo import run_demo
@@ -128,7 +132,7 @@ def demo(
         if ui:
             from .page import run_page
 
-            run_page(model or str(output_dir / "model"), model is None, port)
+            run_page(model or str(output_dir / "model"), model is None, port, examples)
         else:
             run_demo(steps=steps, output_dir=output_dir, seed=seed, fusion_type=fusion)
 

@@ -9,18 +9,17 @@ import torch
 
 from ..data.markdown import plain_markdown
 from ..model.limits import limits
-from ..model.modalities import PARTS
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from .page_answers import COLUMNS_KIND, answers_as_html, either, render_page
-from .page_fields import MOST_OPEN, ColumnField, column_fields
+from .page_examples import demo_examples, table_examples
+from .page_fields import MOST_OPEN, ColumnField, column_fields, media_fields
 from .request_filter import RequestFilter
 from .uploads import REFUSAL, UploadError, check_inputs, opened_upload, upload_folder
 
 
 _AT_ONCE = 2  # requests
 _SESSIONS = 64  # whose last inputs and answers gradio keeps in memory
-_EXAMPLE_SIZE = 256  # pixels; the 64 pixels of the demo are too few for viewers
 _WITHOUT_FONTS_FROM_ELSEWHERE = ["system-ui", "sans-serif"]
 
 
@@ -65,15 +64,7 @@ def make_page(
         raise ImportError("The page needs `gradio`: pip install mm-transformers[demo]") from error
 
     columns = column_fields(model.config)
-    files = [
-        # A page has no field for the frames of a video, and for modalities of a user's own.
-        *(
-            name
-            for name, part in PARTS.items()
-            if part.encoder.name in model.config.modalities and not part.is_sequence and part.encoder.own is None
-        ),
-    ]
-    kinds = [*(["text"] if model.config.reads_text else []), *files, *([COLUMNS_KIND] if columns else [])]
+    kinds = [*media_fields(model.config), *([COLUMNS_KIND] if columns else [])]
     upload_folder()  # before gradio asks for it
     kept = limits().upload_seconds
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(max(kept // 6, 1), kept)) as page:
@@ -173,12 +164,13 @@ def _answering(
     return answer
 
 
-def run_page(model: str, is_default: bool, port: Optional[int]) -> None:
+def run_page(model: str, is_default: bool, port: Optional[int], rows: Optional[Path] = None) -> None:
     """
     Serves the page of a saved model until it is interrupted.
 
     Args:
         is_default: whether the user has not named the model.
+        rows: a table, whose first rows become examples.
 
     Raises:
         ValueError, OSError: one sentence.
@@ -189,7 +181,12 @@ def run_page(model: str, is_default: bool, port: Optional[int]) -> None:
         )
     with tempfile.TemporaryDirectory() as folder:
         try:
-            page = load_page(model, demo_examples(Path(folder)) if is_default else ())
+            examples: Sequence[Sequence[Any]] = ()
+            if rows is not None:
+                examples = table_examples(rows, model, Path(folder))
+            elif is_default:
+                examples = demo_examples(Path(folder))
+            page = load_page(model, examples)
         except ImportError as error:
             raise ValueError(str(error)) from error
         try:
@@ -199,22 +196,3 @@ def run_page(model: str, is_default: bool, port: Optional[int]) -> None:
             raise ValueError(
                 f"The page cannot be served: {wanted} in use, or not allowed. Choose another --port."
             ) from error
-
-
-def demo_examples(folder: Path, num_texts: int = 3) -> list[list[str]]:
-    """
-    Rows of the test split of the embedded data set, for the demo model: texts, each with two pictures.
-
-    The two pictures give the text different sentiments. They become files in `folder`.
-    """
-    from ..data.embedded.dataset import GRID, load_demo_dataset
-
-    by_text: dict[str, dict[str, Any]] = {}
-    for row in load_demo_dataset(1, 1, len(GRID), image_size=_EXAMPLE_SIZE)["test"]:
-        by_text.setdefault(row["text"], {}).setdefault(row["sentiment"], row["image"])
-    examples: list[list[str]] = []
-    for text, pictures in [(text, found) for text, found in by_text.items() if len(found) > 1][:num_texts]:
-        for picture in list(pictures.values())[:2]:
-            examples.append([text, str(folder / f"{len(examples)}.png")])
-            picture.save(examples[-1][1])
-    return examples

@@ -1,10 +1,11 @@
-"""The fields of the demo page for columns of numbers and categories."""
+"""The fields of the demo page: texts and files, numbers and categories."""
 
 from dataclasses import dataclass
 from typing import Any, Optional
 
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.label_cells import shorten
+from ..model.modalities import PARTS
 from ..model.table_kinds import column_of
 
 
@@ -61,6 +62,17 @@ class ColumnField:
                 f"{_MOST_CHARACTERS:,}."
             )
         return given
+
+
+def media_fields(config: MMTransformerConfig) -> list[str]:
+    """The fields for text, pictures and sound, in their order on the page; each is a key of a row."""
+    # A page has no field for the frames of a video, and for modalities of a user's own.
+    files = [
+        name
+        for name, part in PARTS.items()
+        if part.encoder.name in config.modalities and not part.is_sequence and part.encoder.own is None
+    ]
+    return [*(["text"] if config.reads_text else []), *files]
 
 
 def column_fields(config: MMTransformerConfig) -> list[ColumnField]:
