@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from command_line import mm
+from distributed import run_in_processes
 from recipes import write_csv
 from tiny import (
     make_audio_processor,
@@ -120,6 +121,19 @@ def test_rows_without_content_keep_their_places(folder, tmp_path, monkeypatch, c
     new = [name for name in filled if name not in ("id", "text")]
     assert all(row[name] in (None, "", [], "[]") for row in rows[:3] for name in new)
     assert "3 rows have no content in 'text', 'image', 'video' and no answer; the first is row 0." in caplog.messages
+
+
+@pytest.mark.slow
+def test_processes_count_rows_without_content_together(folder, tmp_path):
+    texts = ["a red dog", "", "the cat", "", "a", "b", ""]
+    write_csv(tmp_path / "rows.csv", [{"id": i, "text": text} for i, text in enumerate(texts)])
+    command = ["predict", str(folder / "model"), str(tmp_path / "rows.csv"), "--batch-size", "2", "--output"]
+    said = run_in_processes(["-m", "mm_transformers.cli", *command, str(tmp_path / "two.csv")])
+    mm(*command, tmp_path / "one.csv")
+    assert said.count("3 rows have no content in 'text', 'image', 'video' and no answer; the first is row 1.") == 1
+    for two, one in zip(read(tmp_path / "two.csv"), read(tmp_path / "one.csv"), strict=True):
+        assert (two["id"], two["topic"]) == (one["id"], one["topic"])
+        assert (two["topic"] == "") == (two["text"] == "")
 
 
 def test_evaluation_leaves_out_rows_without_content(folder, tmp_path, caplog):
