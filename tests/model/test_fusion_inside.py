@@ -1,8 +1,12 @@
 """Fusion layers between the layers of a language model, for any family; independent references in plain torch."""
 
 import copy
+import json
 import math
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -446,3 +450,27 @@ def test_texts_that_are_known_by_their_features_only():
         pytest.raises(ValueError, match="reads the texts beside the other modalities, so give them"),
     ):
         model(text_features=features, attention_mask=batch["attention_mask"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"fusion_layers_every": 1}, {"fusion_type": "prefix"}], ids=["inside", "prefix"])
+def test_the_code_beside_the_weights_is_complete(options, tmp_path):
+    """Loaded without this package, it writes the same."""
+    model, batch = make_language_model(**options), make_batch(labels=False)
+    model.save_pretrained(tmp_path / "model")
+    torch.save(batch, tmp_path / "batch.pt")
+    script = """
+import sys
+sys.modules["mm_transformers"] = None
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained("model", trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+print(model.generate(**torch.load("batch.pt")).tolist())
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == model.generate(**batch).tolist()

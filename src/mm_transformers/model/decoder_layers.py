@@ -111,6 +111,7 @@ def give_places(layers: nn.ModuleList, every: int) -> None:
     for number, layer in enumerate(layers):
         has_place = (number + 1) % every == 0
         if has_place and not isinstance(layer, _Placed):
-            layer.__class__ = _placed(type(layer))
+            kind: Any = type(layer)
+            layer.__class__ = _placed(kind)
         if isinstance(layer, _Placed):  # perhaps by an earlier model of the same language model
             layer.fusion_place = (number + 1) // every - 1 if has_place else None

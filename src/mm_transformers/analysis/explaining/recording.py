@@ -269,7 +269,8 @@ def _ask_fusion_for_attentions(module: nn.Module, args: tuple[Any, ...], kwargs:
 
 def _remember_fusion(seen: Seen) -> _Hook:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, tuple) and hasattr(output, "layers"):
+        # Not by `isinstance`, since a model with code of its own has other classes. A prefix has no layers.
+        if hasattr(output, "layers"):
             seen.fusion = output.layers
             if seen.passes:
                 place = args[0] if isinstance(args[0], int) else 0

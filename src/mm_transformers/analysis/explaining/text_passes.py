@@ -59,8 +59,8 @@ def path_of(
             f"The language model ({model.config.text_config.model_type!r}) has no attention of all tokens to all, "
             "through which a written answer could be followed: choose method='attention'."
         )
-    encoded: dict[str, Stream] = {**outputs.encoded}
-    streams = other_streams(encoded)
+    encoded: dict[str, Stream] = dict(outputs.encoded or {})
+    streams, mask = other_streams(encoded), encoded["text"].mask
     run = runs[-1] if reads_jointly else None
     places: Optional[torch.Tensor] = getattr(run, "places", None)
     before = sum(stream.mask.shape[1] for stream in streams)
@@ -82,7 +82,7 @@ def path_of(
             changed["read_places"] = places[:, before:]
         encoded["text"] = Stream("text", tokens)
         followed = type(outputs)(**{**outputs, "last_hidden_state": read, "encoded": encoded})
-        return Path(replace(seen, **changed), followed, _prompt_places(outputs.encoded["text"].mask))
+        return Path(replace(seen, **changed), followed, _prompt_places(mask))
     return Path(replace(seen, **changed), outputs)
 
 
