@@ -185,8 +185,7 @@ def load_with_rows(
 
 
 def _read(model: MMTransformerForMultiTask, file: Path, columns: ColumnsSection, data: DataSection) -> datasets.Dataset:
-    media = (*as_columns(columns.image), columns.video, *as_columns(columns.audio))
-    splits = load_files({"test": str(file)}, media, data.image_root, option="The file")
+    splits = load_files({"test": str(file)}, columns.files, data.image_root, option="The file")
     tasks = [task.to_dict() for task in model.tasks.values()]
     return prepare_labels(splits, tasks)["test"]
 

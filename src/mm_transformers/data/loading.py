@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ TEXT_TYPES = (datasets.Value("string"), datasets.Value("large_string"))
 
 def load_files(
     files: Mapping[str, str],
-    media_columns: tuple[str, ...],
+    media_columns: Sequence[str],
     root: str | None = None,
     cache_dir: str | None = None,
     option: str = "{split}",
@@ -147,8 +147,8 @@ def hold_out(
     Takes a part of the training rows as another split, by [`hold_out_rows`]; an existing split is kept.
 
     Args:
-        columns: `text_column`, `image_column`, `video_column`, `audio_column`, `label_separator` and `group_column`,
-            as in [`hold_out_rows`].
+        columns: `text_column`, `image_column`, `video_column`, `audio_column`, `own_columns`, `label_separator` and
+            `group_column`, as in [`hold_out_rows`].
         tasks: the tasks whose labels are to be distributed equally.
         split: "validation" or "test".
 

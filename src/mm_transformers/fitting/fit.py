@@ -30,7 +30,7 @@ class FitResult:
     Args:
         output (`Path`): The folder with the model, `recipe.yaml`, the model card and `report.html`.
         plan ([`Plan`]): What each column was taken for, and the recipe.
-        metrics (`dict[str, dict]`): "validation" and "test" -> metrics, such as `test_price_r2`.
+        metrics (`dict[str, dict]`): "validation" and "test" -> metrics, such as `test_price_mae`.
         verdicts (`list[Verdict]`): Per task: the score on the test rows beside a linear model, a linear model of the
             text alone and the majority. With folds, the means over the folds.
         doubtful (`dict[str, list[DoubtfulLabel]]`): Task -> labels of training rows that may be wrong.

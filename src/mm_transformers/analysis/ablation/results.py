@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import numpy as np
 
 from ...model.tasks import Task
-from ...training.metrics import less_is_better, task_of_metric
+from ...training.metrics import less_is_better, metric_named, task_of_metric
 from .calibration import Calibration
 from .encoded_rows import shown_name
 from .tables import Table, as_markdown
@@ -16,9 +16,6 @@ from .tables import Table, as_markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Metrics from 0 to 100.
-_FROM_0_TO_100 = ("bleu", "chrf")
 
 
 class Contribution(NamedTuple):
@@ -236,12 +233,13 @@ def _figure(ablation: Ablation) -> "Figure":
 
 
 def _scale(metric: str) -> float:
-    """The factor that scales a metric to 0 to 1, as the others."""
-    return 0.01 if metric.endswith(_FROM_0_TO_100) else 1.0
+    """The value of a metric that stands for 100%; 1 for numbers that are no shares."""
+    known = metric_named(metric)
+    return 1.0 if known is None or known.scale is None else known.scale
 
 
 def _label(metric: str) -> str:
-    return metric.replace("_", " ") + (" / 100" if _scale(metric) != 1 else "")
+    return metric.replace("_", " ") + (f" / {_scale(metric):g}" if _scale(metric) != 1 else "")
 
 
 def _draw_scores(axes: Any, ablation: Ablation, tasks: list[str]) -> None:
@@ -252,8 +250,8 @@ def _draw_scores(axes: Any, ablation: Ablation, tasks: list[str]) -> None:
     colors = color_sequences["tab10"]
     for number, variant in enumerate(variants):
         metrics = [ablation.contributions[task].metric for task in tasks]
-        values = [ablation.variants[variant].get(metric, np.nan) * _scale(metric) for metric in metrics]
-        spreads = [ablation.spreads.get(variant, {}).get(metric, 0.0) * _scale(metric) for metric in metrics]
+        values = [ablation.variants[variant].get(metric, np.nan) / _scale(metric) for metric in metrics]
+        spreads = [ablation.spreads.get(variant, {}).get(metric, 0.0) / _scale(metric) for metric in metrics]
         places = np.arange(len(tasks)) + (number - (len(variants) - 1) / 2) * width
         color = "#999999" if variant == "nothing" else colors[number % 10]
         axes.bar(places, values, width * 0.92, yerr=spreads if any(spreads) else None, label=variant, color=color)
@@ -273,7 +271,7 @@ def _draw_shapley(axes: Any, ablation: Ablation, tasks: list[str]) -> None:
     names = list(next(iter(ablation.contributions.values())).shapley) if tasks else []
     for number, name in enumerate(names):
         found = [ablation.contributions[task] for task in tasks]
-        values = [one.shapley[name] * _scale(one.metric) for one in found]
+        values = [one.shapley[name] / _scale(one.metric) for one in found]
         places = np.arange(len(tasks)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
         axes.barh(places, values, 0.74 / len(names), label=shown_name(name), color=color_sequences["Set2"][number])
     axes.set_yticks(range(len(tasks)), tasks)
