@@ -220,9 +220,9 @@ def run_prediction(
     predictor = Predictor(
         opened.model, opened.collator, tasks, batch_size, num_workers, probabilities, coverage, **options
     )
-    names = predictor.probability_names
+    names, keys = predictor.probability_names, predictor.answer_keys
     answered = predictor.stream(opened.rows, prepare=opened.reader, keep=partial(plain_cells, list(opened.types)))
-    table = ((kept, answer_columns(answers, names)) for batch in answered for kept, answers in batch)
+    table = ((kept, answer_columns(answers, names, keys)) for batch in answered for kept, answers in batch)
     with opened.errors_with_names():
         write_rows(table, output, suffix, opened.types, escape_formulas, "Wrote the answers to {:,} rows to {}.")
 

@@ -241,11 +241,12 @@ def _measure(
     collator = run.trainer.data_collator.uncached
     predictor = Predictor(run.trainer.fused_model, collator, batch_size=run.trainer.args.eval_batch_size)
     predictions = []
+    keys = {f"{name}_predicted": of_answer for name, of_answer in predictor.answer_keys.items()}
     columns = {task.name: task.column or task.name for task in tasks}
     labels = parts["test"].select_columns(list(columns.values()))
     for place, cells, answers in zip(places.tolist(), labels, predictor(parts["test"]), strict=True):
         known = {f"{name}_true": cells[column] for name, column in columns.items()}
-        answered = answer_columns({f"{name}_predicted": answer for name, answer in answers.items()})
+        answered = answer_columns({f"{n}_predicted": answer for n, answer in answers.items()}, answer_keys=keys)
         predictions.append({"row": place, "fold": number, **known, **answered})
     metrics = run.metrics["test"]
     del run, predictor, collator

@@ -295,15 +295,25 @@ class MMTransformerProcessor(ProcessorMixin):
     @property
     def row_keys(self) -> list[str]:
         """The keys of a row that this processor reads: "text", "image", ..., and the columns of a table."""
+        names = [name for name in ARGUMENTS if name != "text" or self.reads_text]
+        columns = [column for column in self._known_columns if column not in names]
+        if getattr(self.tokenizer, "chat_template", None) and self._takes_chats:
+            names.append(MESSAGES)
+        return [*names, *columns]
+
+    @property
+    def _known_columns(self) -> list[str]:
+        """The columns of a row whose names the processor knows."""
         configs = self.own_configs
         several = [
             m.columns(configs[m.encoder.name]) for m in MODALITIES.values() if m.columns and m.encoder.name in configs
         ]
-        names = [name for name in ARGUMENTS if name != "text" or self.reads_text]
-        if getattr(self.tokenizer, "chat_template", None):
-            names.append(MESSAGES)
-        others = [column for columns in self.input_columns.values() for column in columns if column not in names]
-        return [*names, *others, *(column for columns in several for column in columns)]
+        return [column for columns in (*self.input_columns.values(), *several) for column in columns]
+
+    @property
+    def _takes_chats(self) -> bool:
+        """Whether "messages" is a chat, and no column of the training table."""
+        return MESSAGES not in self._known_columns
 
     def with_keys(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """
@@ -317,7 +327,7 @@ class MMTransformerProcessor(ProcessorMixin):
         {'text': 'title: Old chair\\nbody: Made of oak.'}
         ```
         """
-        row = self.without_chat(row)
+        row = self.without_chat(row) if self._takes_chats else dict(row)
         for key, columns in self.input_columns.items():
             # A column may be called as the key: then it is one of the columns, and not all of them.
             cells = {column: row.pop(column) for column in columns if column in row}

@@ -28,7 +28,7 @@ from ..model.modalities import ENCODERS
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import drop_link
-from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES
+from .export_spec import DECODER, FIRST_GRAPH, SPEC_NAME, SUFFIXES
 
 
 # The output of the graph of a model with a decoder beside the logits of its heads.
@@ -128,7 +128,7 @@ def export_model(
     try:
         first, second = sample_inputs(model, processor, 2), sample_inputs(model, processor, 3)
         sample = Sample(first, _differing(first, second))
-        graphs: dict[str, tuple[nn.Module, Sample]] = {FUSED: (FusedGraph(model), sample)}
+        graphs: dict[str, tuple[nn.Module, Sample]] = {FIRST_GRAPH: (FusedGraph(model), sample)}
         if model.can_generate():
             graphs[DECODER] = (DecoderGraph(model.model.text_model), _decoder_sample(model, first))
         spec: dict[str, Any] = {"format": kind, "int8": int8, "graphs": {}}

@@ -17,7 +17,7 @@ from ..model.label_cells import shorten
 from ..model.modalities import OTHER_ENCODERS
 from ..model.modeling_mm_transformer import MMTransformerOutput
 from .export import STATES, STATES_MASK
-from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES, example_shape, read_spec
+from .export_spec import DECODER, FIRST_GRAPH, SPEC_NAME, SUFFIXES, example_shape, read_spec
 
 
 _Run = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -68,7 +68,7 @@ class ExportedModel:
         load = {"onnx": _onnx_graph, "torch": _torch_graph}[spec["format"]]
         suffix = SUFFIXES[spec["format"]]
         graphs = {name: load(Path(folder, f"{name}{suffix}"), graph) for name, graph in spec["graphs"].items()}
-        self.model = _Fused(graphs[FUSED], spec["graphs"][FUSED])
+        self.model = _Fused(graphs[FIRST_GRAPH], spec["graphs"][FIRST_GRAPH])
         if DECODER in graphs:
             decoder_config: Any = copy.deepcopy(self.config.decoder_config or self.config.text_config)
             decoder_config.is_encoder_decoder = True  # also for a decoder that was added to an encoder

@@ -108,13 +108,20 @@ def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
 def _joined(parts: Sequence[GroupRows]) -> GroupRows:
     numbers = torch.cat([part.numbers for part in parts])
     natural = torch.cat([part.natural for part in parts])
-    logits = {name: _stacked([part.logits[name] for part in parts], 0.0) for name in parts[0].logits}
+    logits = {name: stacked_logits([part.logits[name] for part in parts]) for name in parts[0].logits}
     vectors = {name: torch.cat([part.vectors[name] for part in parts]) for name in parts[0].vectors}
-    labels = {
-        name: _stacked([part.labels[name] for part in parts], torch.nan if value.is_floating_point() else -100)
-        for name, value in parts[0].labels.items()
-    }
+    labels = {name: stacked_labels([part.labels[name] for part in parts]) for name in parts[0].labels}
     return GroupRows(numbers, natural, logits, labels, vectors)
+
+
+def stacked_logits(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The logits of several parts, one after the other. Those of words are padded with 0 to the longest text."""
+    return _stacked(parts, 0.0)
+
+
+def stacked_labels(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The labels of several parts, one after the other. Those of words are padded to the longest text, as missing."""
+    return _stacked(parts, torch.nan if parts[0].is_floating_point() else -100)
 
 
 def _stacked(tensors: Sequence[torch.Tensor], padding: float) -> torch.Tensor:

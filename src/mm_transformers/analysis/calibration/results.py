@@ -11,6 +11,7 @@ from ...model.task_base import Task
 from ..ablation.calibration import Calibration as Reliability
 from ..ablation.calibration import calibration
 from ..ablation.tables import Table, as_markdown
+from .hidden_parts import stacked_labels, stacked_logits
 from .measures import RiskCoverage, accuracy_at, class_wise_error, risk_coverage
 from .temperatures import cross_tempered
 
@@ -140,8 +141,9 @@ def measured(
         found[group] = one
         if group in natural:
             together.append((logits, after, labels))
-    if len(together) > 1 and len({part[0].shape[1:] for part in together}) == 1:
-        found["all"] = _measure(task, *(torch.cat(parts) for parts in zip(*together, strict=True)))
+    if len(together) > 1:
+        before, after, labels = zip(*together, strict=True)
+        found["all"] = _measure(task, stacked_logits(before), stacked_logits(after), stacked_labels(labels))
     return found
 
 
