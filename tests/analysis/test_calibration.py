@@ -24,7 +24,7 @@ from mm_transformers.analysis.calibration.cells import TaskRows
 from mm_transformers.analysis.calibration.hidden_parts import GroupRows, rows_by_group
 from mm_transformers.analysis.calibration.measures import accuracy_at, class_wise_error, risk_coverage
 from mm_transformers.analysis.calibration.odd_rows import fit_oddness
-from mm_transformers.analysis.calibration.results import measured
+from mm_transformers.analysis.calibration.results import measures_of
 from mm_transformers.analysis.calibration.temperatures import cross_tempered, fit_temperatures
 from mm_transformers.data.collator import MMDataCollator
 from mm_transformers.model.oddness import distance, fitted
@@ -318,7 +318,7 @@ def test_texts_of_other_lengths_are_calibrated_together():
     short, long = (TaskRows(task, groups(length), min_rows=20) for length in (2, 3))
     assert short.cells()["other"] == long.cells()["other"]
     assert short.cells()["other"]["rows"] == 24
-    found, expected = (measured(task, rows.groups, list(rows.groups), rows.cells()) for rows in (short, long))
+    found, expected = (measures_of(task, rows.groups, list(rows.groups), rows.cells()) for rows in (short, long))
     assert found["all"].before.counts == expected["all"].before.counts
     assert found["all"].before.ece == expected["all"].before.ece
     assert sum(found["all"].before.counts) == 72 - 8

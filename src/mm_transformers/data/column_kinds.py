@@ -135,6 +135,8 @@ def known_kinds() -> tuple[str, ...]:
 
 def check_names(rows: datasets.Dataset, names: Iterable[str], option: str) -> None:
     """
+    Checks that a table has columns.
+
     Raises:
         ValueError: if the table lacks one of these columns.
     """

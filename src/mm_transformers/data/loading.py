@@ -90,6 +90,8 @@ def _read(path: str, split: str, cache_dir: str | None) -> datasets.Dataset:
 
 def _rows_of(table: TableRows, version: Any) -> Iterator[dict[str, Any]]:
     """
+    The rows of a file, for the cache of `datasets`.
+
     Args:
         version: of the file; `datasets` reads it anew when this changes.
     """
@@ -113,6 +115,8 @@ def load_named(name: str, config_name: str | None = None, cache_dir: str | None 
 
 def _check_local(folder: Path) -> None:
     """
+    Checks that a data set in a folder consists of files.
+
     Raises:
         ValueError: if the README of a data set, or its `.huggingface.yaml`, names addresses as its files.
     """
@@ -204,6 +208,8 @@ def _has_content(cells: pyarrow.ChunkedArray) -> np.ndarray:
 
 def first_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
     """
+    The first rows of a split; without a count all of them.
+
     Raises:
         ValueError: if the count is less than 1.
     """

@@ -16,7 +16,7 @@ from ..training.linear_start.verdict import Verdict
 from ..training.predictor import Predictor
 from ..training.recipe.builders import build_trainer, load_data, training_arguments
 from ..training.recipe.output_folder import check_output, is_finished
-from .fit_report import REPORT_NAME, measured, tell_doubtful, write_fit_report
+from .fit_report import REPORT_NAME, tell_doubtful, with_test_scores, write_fit_report
 from .folds import CrossValidation, cross_validate
 from .plan import HELD_OUT, Plan, make_plan
 from .timed_run import run_in_time
@@ -191,7 +191,7 @@ def fit(
         trainer = run.trainer
         if trainer is None:
             trainer = build_trainer(recipe, args, data, saved=output, allow_urls=allow_urls)
-    verdicts = measured(study.verdicts, run.metrics.get("test", {}))
+    verdicts = with_test_scores(study.verdicts, run.metrics.get("test", {}))
     for line in map(str, verdicts) if crossed is None else crossed.lines():
         say(line)
     verdicts = verdicts if crossed is None else crossed.verdicts

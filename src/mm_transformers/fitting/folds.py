@@ -27,7 +27,7 @@ from ..training.metrics import result_names
 from ..training.predictor import Predictor, answer_columns
 from ..training.recipe import Recipe
 from ..training.recipe.builders import load_rows, split_data, split_options, training_arguments
-from .fit_report import measured
+from .fit_report import with_test_scores
 from .timed_run import run_in_time
 
 
@@ -251,7 +251,7 @@ def _measure(
     metrics = run.metrics["test"]
     del run, predictor, collator
     gc.collect()  # the model of this fold, before the next one is built
-    return Fold(number, len(places), metrics, measured(study.verdicts, metrics), predictions)
+    return Fold(number, len(places), metrics, with_test_scores(study.verdicts, metrics), predictions)
 
 
 def _stamp(recipe: Recipe, numbers: np.ndarray) -> str:

@@ -154,6 +154,8 @@ def answer_ids(task: WritingTask, ids: Any, num_rows: int, num_start_ids: int) -
 
 def refuse_assistant(options: Mapping[str, Any]) -> None:
     """
+    Refuses the option of `generate` that cannot work here.
+
     Raises:
         ValueError: if `assistant_model` is among the options of `generate`.
     """

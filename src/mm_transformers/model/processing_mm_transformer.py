@@ -138,6 +138,8 @@ def _is_number(value: Any) -> bool:
 
 def _check_settings(part: Any) -> None:
     """
+    Checks the settings of the parts of a processor.
+
     Raises:
         ValueError: if a setting of a tokenizer or a feature extractor is of another type.
     """
@@ -155,6 +157,8 @@ def _check_settings(part: Any) -> None:
 
 def _check_size(image_processor: Any, path: Any) -> None:
     """
+    Checks the size of the pictures that an image processor makes.
+
     Raises:
         ValueError: if an image processor makes pictures larger than those that are kept in memory.
     """
@@ -466,6 +470,8 @@ class MMTransformerProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> BatchFeature:
         """
+        The inputs of the model for some rows.
+
         Args:
             text (`str` or `list[str]`): One text per row; `None` or "" in a row that has none.
             images (*optional*):
@@ -720,6 +726,8 @@ class MMTransformerProcessor(ProcessorMixin):
 
     def _pixel_values(self, pictures: list[Any], options: Mapping[str, Any]) -> torch.Tensor:
         """
+        All pictures, processed: (num_images, channels, height, width).
+
         Args:
             pictures: `PIL.Image.Image`s, and tensors (channels, height, width) of processed pictures.
         """

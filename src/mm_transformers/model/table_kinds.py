@@ -29,7 +29,8 @@ class TableColumn(ABC):
     model reads standardised, or categories, which the model reads as entries of an embedding.
 
     Args:
-        config (`dict`): `{"name": ..., "kind": ...}` and the keys that [`TableColumn.learned`] adds.
+        config (`dict`): `{"name": ..., "kind": ...}` and the keys that [`TableColumn.learned`] adds. The config of a
+            number has `mean` and `std`, that of a category `values`.
 
     Raises:
         ValueError: when checked, one sentence.

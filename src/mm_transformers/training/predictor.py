@@ -242,6 +242,8 @@ class Predictor:
         compute: Callable[[dict[str, Any], Any, list[str]], list[dict[str, Any]]],
     ) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
         """
+        The results of `compute`, batch by batch, in the order of the rows.
+
         Args:
             compute: model inputs, numbers of words, texts -> the result of each row.
         """

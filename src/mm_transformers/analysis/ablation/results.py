@@ -9,7 +9,7 @@ import numpy as np
 
 from ...model.tasks import Task
 from ...training.metrics import less_is_better, metric_named, task_of_metric
-from .calibration import Calibration
+from ..reliability import Reliability, draw_reliability
 from .encoded_rows import shown_name
 from .tables import Table, as_markdown
 
@@ -73,7 +73,7 @@ class Ablation:
     spreads: dict[str, dict[str, float]] = field(default_factory=dict)
     majority: dict[str, float] = field(default_factory=dict)
     contributions: dict[str, Contribution] = field(default_factory=dict)
-    calibration: dict[str, Calibration] = field(default_factory=dict)
+    calibration: dict[str, Reliability] = field(default_factory=dict)
     slices: dict[str, dict[str, dict[str, dict[str, float]]]] = field(default_factory=dict)
     tasks: Mapping[str, Task] = field(default_factory=dict)
     num_rows: int = 0
@@ -228,7 +228,9 @@ def _figure(ablation: Ablation) -> "Figure":
     if ablation.calibration:
         shown = list(ablation.calibration)[:3]
         for column, task in enumerate(shown):
-            _draw_reliability(figure.add_subplot(grid[1, column]), ablation, task)
+            found = ablation.calibration[task]
+            title = f"{task}: calibration error {found.ece:.3f}"
+            draw_reliability(figure.add_subplot(grid[1, column]), {task: found}, title)
     return figure
 
 
@@ -279,19 +281,4 @@ def _draw_shapley(axes: Any, ablation: Ablation, tasks: list[str]) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_title("Shapley value of each modality (> 0: it helps)", fontsize=9)
     axes.legend(fontsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_reliability(axes: Any, ablation: Ablation, task: str) -> None:
-    found = ablation.calibration[task]
-    used = [i for i, count in enumerate(found.counts) if count]
-    axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
-    sizes = [10 + 90 * found.counts[i] / max(found.counts) for i in used]
-    axes.plot([found.confidences[i] for i in used], [found.accuracies[i] for i in used], color="#1f77b4", linewidth=1)
-    axes.scatter([found.confidences[i] for i in used], [found.accuracies[i] for i in used], s=sizes, color="#1f77b4")
-    axes.set_xlim(0, 1.05)
-    axes.set_ylim(0, 1.05)
-    axes.set_xlabel("confidence", fontsize=8)
-    axes.set_ylabel("share of right answers", fontsize=8)
-    axes.set_title(f"{task}: calibration error {found.ece:.3f}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

@@ -17,7 +17,7 @@ from ...model.processing_mm_transformer import MMTransformerProcessor
 from .cells import MIN_ROWS, TaskRows, advice_tables
 from .hidden_parts import GroupRows, rows_by_group
 from .odd_rows import fit_oddness
-from .results import CalibrationResult, GroupMeasures, measured
+from .results import CalibrationResult, GroupMeasures, measures_of
 
 
 logger = logging.get_logger(__name__)
@@ -93,7 +93,7 @@ def calibrate(
             continue
         values["tasks"][name] = {"cells": cells, "advice": advice_tables(task, groups, cells, min_rows)}
         natural = [group for group, rows in groups.items() if bool(rows.natural.any())]
-        result.groups[name] = measured(task, of_task.groups, natural, cells)
+        result.groups[name] = measures_of(task, of_task.groups, natural, cells)
         result.notes += _notes(name, result.groups[name], cells, min_rows)
     if not values["tasks"]:
         raise ValueError(

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from ...model.availability import OTHER
-from ...model.oddness import FUSED, Oddness, distance, fitted
+from ...model.embeddings import FUSED
+from ...model.oddness import Oddness, distance, fitted
 from .hidden_parts import GroupRows
 
 

@@ -92,6 +92,11 @@ class ColumnsSection:
         own = {name: column for name, column in values.items() if name not in known}
         return cls(**{name: value for name, value in values.items() if name in known}, own=own)
 
+    @classmethod
+    def from_columns(cls, columns: typing.Mapping[str, typing.Sequence[str]]) -> "ColumnsSection":
+        """The section of known columns, in the form of [`by_key`]."""
+        return cls.from_dict({key: names[0] if len(names) == 1 else list(names) for key, names in columns.items()})
+
     @property
     def plain(self) -> dict[str, Any]:
         """The columns of texts, images, videos and sounds, as arguments."""
