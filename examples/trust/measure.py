@@ -19,12 +19,12 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from mm_transformers import Task
-from mm_transformers.analysis.ablation.calibration import calibration
 from mm_transformers.analysis.calibration.cells import advice_tables, is_labelled
 from mm_transformers.analysis.calibration.hidden_parts import GroupRows
 from mm_transformers.analysis.calibration.measures import accuracy_at, class_wise_error, risk_coverage
 from mm_transformers.analysis.calibration.odd_rows import fit_oddness
 from mm_transformers.analysis.calibration.temperatures import fit_temperatures, tempered
+from mm_transformers.analysis.reliability import reliability
 from mm_transformers.model.task_base import task_from_dict
 
 
@@ -133,7 +133,7 @@ def errors(task: Task, groups: Groups) -> dict[str, Any]:
 
 def _errors(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
     confidence, right = task.confidences(logits, labels)
-    return (calibration(confidence.double().numpy(), right.numpy()).ece,
+    return (reliability(confidence.double().numpy(), right.numpy()).ece,
             class_wise_error(task.probabilities(logits), labels))  # fmt: skip
 
 

@@ -22,7 +22,6 @@ from writers import make_writer
 
 from mm_transformers import Classification, Generation, Matching, MMDataCollator, MMTrainer, MultiTaskMetrics, Retrieval
 from mm_transformers.analysis import ablate
-from mm_transformers.analysis.ablation.calibration import calibration
 from mm_transformers.analysis.ablation.contributions import (
     additive_projection,
     perceptual_score,
@@ -32,6 +31,7 @@ from mm_transformers.analysis.ablation.contributions import (
 from mm_transformers.analysis.ablation.encoded_rows import exchanged
 from mm_transformers.analysis.ablation.results import Ablation, Contribution, main_metric
 from mm_transformers.analysis.ablation.tables import Table, as_markdown
+from mm_transformers.analysis.reliability import reliability
 from mm_transformers.data.markdown import plain_markdown
 from mm_transformers.training.metrics import less_is_better
 from mm_transformers.training.metrics.mismatches import draw_mismatches
@@ -355,7 +355,7 @@ def test_names_of_metrics_where_there_is_nobody_to_ask(name, less):
 @settings(max_examples=50, deadline=None)
 def test_calibration_error_against_a_loop(answers):
     confidences, right = np.array([c for c, _ in answers]), np.array([r for _, r in answers])
-    found = calibration(confidences, right, num_bins=15)
+    found = reliability(confidences, right, num_bins=15)
     error = 0.0
     for number in range(15):
         inside = [i for i, c in enumerate(confidences) if min(int(c * 15), 14) == number]

@@ -1,5 +1,6 @@
 """Calibration: what is fitted, what it changes, what it must not change."""
 
+import importlib
 import json
 
 import numpy as np
@@ -9,12 +10,21 @@ from rows import make_rows
 from tiny import make_image, make_model, make_processor
 from transformers import pipeline
 
-from mm_transformers import Classification, MMTransformerForMultiTask, MultiLabel, Predictor, Regression
+from mm_transformers import (
+    Classification,
+    MMTransformerForMultiTask,
+    MultiLabel,
+    Predictor,
+    Regression,
+    TokenClassification,
+)
 from mm_transformers.analysis import calibrate
+from mm_transformers.analysis.calibration import odd_rows
 from mm_transformers.analysis.calibration.cells import TaskRows
 from mm_transformers.analysis.calibration.hidden_parts import GroupRows, rows_by_group
 from mm_transformers.analysis.calibration.measures import accuracy_at, class_wise_error, risk_coverage
 from mm_transformers.analysis.calibration.odd_rows import fit_oddness
+from mm_transformers.analysis.calibration.results import measures_of
 from mm_transformers.analysis.calibration.temperatures import cross_tempered, fit_temperatures
 from mm_transformers.data.collator import MMDataCollator
 from mm_transformers.model.oddness import distance, fitted
@@ -289,3 +299,51 @@ def test_perfect_probabilities_have_no_class_wise_error():
     p = torch.tensor([[0.8, 0.2]] * 10)
     assert class_wise_error(p, torch.tensor([0] * 8 + [1] * 2)) == pytest.approx(0, abs=1e-6)
     assert class_wise_error(p, torch.tensor([0] * 5 + [1] * 5)) == pytest.approx(0.3, abs=1e-6)
+
+
+def test_texts_of_other_lengths_are_calibrated_together():
+    """Groups differ in their longest text. Padding changes nothing, and no row is left out."""
+    task = TokenClassification("words", labels=["a", "b", "c"])
+    logits, labels = (x.view(24, 3, *x.shape[1:]) for x in sampled(72, 2.0))
+    labels[:8, 2:] = -100
+
+    def groups(length_of_first):
+        parts = {"text": (slice(0, 8), length_of_first), "text + vision": (slice(8, 24), 3)}
+        return {
+            name: GroupRows(torch.arange(24)[rows], torch.ones(24, dtype=torch.bool)[rows],
+                            {"words": logits[rows, :length]}, {"words": labels[rows, :length]}, {})
+            for name, (rows, length) in parts.items()
+        }  # fmt: skip
+
+    short, long = (TaskRows(task, groups(length), min_rows=20) for length in (2, 3))
+    assert short.cells()["other"] == long.cells()["other"]
+    assert short.cells()["other"]["rows"] == 24
+    found, expected = (measures_of(task, rows.groups, list(rows.groups), rows.cells()) for rows in (short, long))
+    assert found["all"].before.counts == expected["all"].before.counts
+    assert found["all"].before.ece == expected["all"].before.ece
+    assert sum(found["all"].before.counts) == 72 - 8
+    assert found["all"].rows == 24
+
+
+def test_training_rows_are_drawn_at_random(monkeypatch):
+    module = importlib.import_module("mm_transformers.analysis.calibration.calibrate")
+    monkeypatch.setattr(module, "_MOST_TRAINING_ROWS", 100)
+    model, processor = make_model(tasks=[Regression("score")]), make_processor()
+    rows = sorted(make_rows(200), key=lambda row: row["text"])
+    for i, row in enumerate(rows):
+        row["image"] = make_image(i) if i >= 100 else None  # the first 100 rows have none
+    calibrate(model, processor, labelled_rows(60), training_rows=rows, hide=False)
+    assert "vision" in model.config.calibration["oddness"]["parts"]
+
+
+def test_the_halves_of_the_rows_are_drawn_at_random():
+    """Rows that alternate between two classes: the statistics must know both."""
+    vectors = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    vectors[::2, 0] += 50
+    rows = GroupRows(torch.arange(400), torch.ones(400).bool(), {}, {}, {"text": vectors})
+    first, second = (odd_rows._half(rows, which).numbers for which in (0, 1))
+    assert sorted([*first.tolist(), *second.tolist()]) == list(range(400))
+    assert len(first) == 200
+    assert abs(int((first % 2).sum()) - 100) < 30
+    oddness = fit_oddness({"text": rows})
+    assert np.mean([odd.is_odd for odd in oddness({"text": vectors}, ["text"] * 400)]) < 0.05

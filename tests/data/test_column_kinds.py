@@ -120,6 +120,8 @@ def test_one_word_of_the_user_corrects_a_wrong_guess():
 def test_targets_are_no_inputs():
     rows = datasets.Dataset.from_pandas(pd.DataFrame({"a": ["x y z v w"] * 3, "b": [1, 2, 3]}))
     assert [column.name for column in column_kinds(rows, ["b"])] == ["a"]
+    rows = rows.select_columns(["b", "a"]).add_column("c", [1, 2, 3])
+    assert [column.name for column in column_kinds(rows, iter(["b", "c"]))] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,14 @@ def test_labels_that_are_missing():
     rows = datasets.Dataset.from_dict({"x": ["n/a", "?", None, *map(str, range(40))]})
     assert target(rows, "x").left_out == 3
     assert target(rows, "x").task == {"name": "x", "kind": "regression", "scale": 11.5}
+
+
+def test_long_columns_are_sampled_at_random():
+    labels = ["a", "b"] * 20_000
+    assert target(datasets.Dataset.from_dict({"x": labels}), "x").reason == "2 different labels"
+    assert of(labels) == ("category", "2 different values in 20,000 rows")
+    # Missing labels are counted in the whole column.
+    assert target(datasets.Dataset.from_dict({"x": ["n/a", "?", *map(str, range(20_100))]}), "x").left_out == 2
 
 
 def test_targets_that_cannot_be_predicted():

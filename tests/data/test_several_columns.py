@@ -10,6 +10,7 @@ from tiny import make_audio_processor, make_clip, make_image, make_model, make_p
 from transformers import pipeline
 
 from mm_transformers import Classification, DataSource, FeatureCache, MMDataCollator, Predictor, fit
+from mm_transformers.data.folding import fold_numbers
 from mm_transformers.data.splitting import hold_out_rows
 from mm_transformers.training.recipe import read_recipe
 
@@ -109,11 +110,15 @@ def test_rows_that_share_a_picture_in_any_column_stay_together():
         for i in range(20)
         for side in (0, 1)
     ]
-    train, held_out = hold_out_rows(rows, 0.3, image_column=["front", "back"], tasks=TASKS)
+    columns = ["front", "back"]
+    train, held_out = hold_out_rows(rows, 0.3, image_column=columns, tasks=TASKS)
     one, other = ({row["front"] or row["back"] for row in part} for part in (train, held_out))
     assert one
     assert other
     assert not one & other
+    numbers = fold_numbers(rows, 4, image_column=columns, audio_column=["left", "right"], tasks=TASKS).tolist()
+    assert numbers[::2] == numbers[1::2]  # of the same picture
+    assert set(numbers) == {0, 1, 2, 3}
 
 
 def test_a_feature_cache_finds_the_items(tmp_path):

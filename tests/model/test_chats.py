@@ -6,7 +6,7 @@ from language_models import make_language_model, make_prompt_tokenizer
 from tiny import make_image, make_image_processor, make_processor
 from transformers import pipeline
 
-from mm_transformers import Generation, MMTransformerProcessor
+from mm_transformers import Generation, MMTransformerProcessor, TableConfig
 
 
 @pytest.fixture
@@ -102,3 +102,16 @@ def test_a_template_that_fails(processor):
     processor.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="The chat template of the tokenizer fails on the messages: roles must alter"):
         processor.without_chat({"messages": [chat("a dog")]})
+
+
+def test_a_column_called_messages_is_no_chat(processor):
+    table = TableConfig(columns=[{"name": "messages", "kind": "number", "mean": 3.0, "std": 2.0}], hidden_size=16)
+    for known in (processor, make_processor()):  # with a chat template, and without one
+        parts = {"image_processor": known.image_processor, "tokenizer": known.tokenizer}
+        with_number = MMTransformerProcessor(**parts, table_config=table)
+        assert with_number.with_keys({"messages": 12, "text": "a"}) == {"messages": 12, "text": "a"}
+        assert with_number.row_keys.count("messages") == 1
+        with_text = MMTransformerProcessor(**parts, input_columns={"text": ["messages"]})
+        assert with_text.with_keys({"messages": "the red dog"}) == {"text": "the red dog"}
+        assert with_text.row_keys.count("messages") == 1
+    assert processor.with_keys({"messages": [chat("the dog")]}) == {"text": "the dog in is "}

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     GenerationConfig,
     Seq2SeqTrainingArguments,
+    StoppingCriteriaList,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -508,18 +509,26 @@ def test_one_start_id_is_not_followed_by_a_forced_one():
     ids = model.generate(**batch)
     logits = model(**batch, labels={"german": ids[:, 1:]}).logits["german"]
     assert torch.equal(ids[:, 1], logits[:, 0].argmax(-1))
+    # Other threads may generate at the same time, so the config never changes.
+    seen = []
+
+    def watch(ids, scores):
+        seen.append(model.generation_config.forced_bos_token_id)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    assert torch.equal(model.generate(**batch, stopping_criteria=StoppingCriteriaList([watch])), ids)
+    assert set(seen) == {7}
     assert model.generation_config.forced_bos_token_id == 7
 
 
 def test_lengths_that_are_asked_for():
     model, batch = make_writer("bart"), make_batch(labels=False)
     model.generation_config.eos_token_id = None  # writes on and on
-    from transformers import GenerationConfig
-
     assert model.generate(**batch).shape[1] == 1 + 8
     assert model.generate(**batch, generation_config=GenerationConfig(num_beams=2)).shape[1] == 1 + 8
     assert model.generate(**batch, generation_config=GenerationConfig(max_new_tokens=5)).shape[1] == 1 + 5
     assert model.generate(**batch, max_new_tokens=3).shape[1] == 1 + 3
+    assert model.generate(**batch, max_length=None, max_new_tokens=None).shape[1] == 1 + 8
     assert model.generate(**batch, word_index=torch.zeros(4, 9)).shape[1] == 1 + 8
 
 

@@ -5,6 +5,9 @@ import json
 import math
 import re
 from dataclasses import fields
+from decimal import Decimal
+from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -24,6 +27,7 @@ from tiny import (
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
+from transformers import pipeline
 
 from mm_transformers import (
     Classification,
@@ -33,11 +37,14 @@ from mm_transformers import (
     MMTransformerForMultiTask,
     MultiLabel,
     Regression,
+    TableConfig,
     Task,
     TokenClassification,
     register_task,
 )
+from mm_transformers.model.calibration import check_calibration
 from mm_transformers.model.label_cells import is_missing, is_null
+from mm_transformers.model.table_kinds import read_number
 from mm_transformers.model.task_base import TASK_KINDS, LabelContext, PooledHead, TaskHeads, task_from_dict
 from mm_transformers.model.task_token_classification import index_words, split_words
 from mm_transformers.training.predictor import Predictor, answer_columns
@@ -687,6 +694,47 @@ class TestWordsWithoutTokens:
             ids = ENTITIES.encode_label(labels, row["text"] or "")
             assert [None if i == -100 else ENTITIES.labels[i] for i in ids] == labels
 
+    def test_a_kind_decides_what_its_answers_for_words_are(self, monkeypatch):
+        class Tags(TokenClassification):
+            kind: ClassVar[str] = "tags"
+            answer_keys: ClassVar[tuple[str, ...]] = ("tag",)
+
+            def decode(self, logits, word_index=None):
+                return [[{"tag": word["label"]} for word in row] for row in super().decode(logits, word_index)]
+
+            def complete_answer(self, answer, text):
+                return answer
+
+        class Counts(Tags):
+            kind: ClassVar[str] = "counts"
+            answer_keys: ClassVar[tuple[str, ...]] = ()
+
+            def decode(self, logits, word_index=None):
+                return [[word["tag"] for word in row] for row in super().decode(logits, word_index)]
+
+            def answer_with_words(self, answer, text):
+                return len(answer)
+
+        monkeypatch.setitem(TASK_KINDS, "tags", Tags)
+        monkeypatch.setitem(TASK_KINDS, "counts", Counts)
+        tags, counts = Tags("tags", labels=["O", "NAME"]), Counts("counts", labels=["O", "NAME"])
+        model = make_model(tasks=[tags, counts])
+        pipe = pipeline("multimodal", model=model, processor=make_processor())
+        answer = pipe({"text": "red  cat"})
+        assert [sorted(word) for word in answer["tags"]] == [["end", "start", "tag", "word"]] * 2
+        assert [(word["word"], word["start"], word["end"]) for word in answer["tags"]] == [("red", 0, 3), ("cat", 5, 8)]
+        assert answer["counts"] == 2
+        # The columns of a file are the same for rows without words.
+        for kind, columns in (
+            (ENTITIES, ["x", "x_score"]),
+            (model.tasks["tags"], ["x"]),
+            (model.tasks["counts"], ["x"]),
+        ):
+            some, none = (answer_columns({"x": answer}, answer_keys={"x": kind.answer_keys}) for answer in (
+                kind.decode(torch.zeros(1, 2, len(kind.labels)))[0], []
+            ))  # fmt: skip
+            assert list(some) == list(none) == columns
+
     @pytest.mark.parametrize(("text", "is_told"), [("red cat", False), ("red \u200b cat", True), ("cat " * 60, True)])
     def test_labels_that_count_nowhere_are_told(self, text, is_told, caplog):
         caplog.set_level("WARNING")
@@ -792,3 +840,50 @@ class TestScaleOfRegression:
         value = Regression.read_text(text, "|")
         assert value is None or value != value
         assert Regression("price").encode_label(value, "") is None
+
+
+# Numbers
+
+
+def test_decimals_are_numbers():
+    task = Regression("price")
+    assert task.encode_label(Decimal("1.5"), "") == 1.5
+    assert task.encode_label(Decimal("NaN"), "") is task.encode_label(Decimal("sNaN"), "") is None
+    cells = [Decimal("1.50"), Decimal("4.25"), Decimal("9.75")]
+    assert Regression.options_for(cells) == Regression.options_for([1.5, 4.25, 9.75])
+    assert Classification("stars", labels=["1", "2"]).encode_label(Decimal("2"), "") == 1
+    assert Classification.infer_options({}, [Decimal(2), Decimal(1), None], "stars") == {"labels": ["1", "2"]}
+    assert read_number(Decimal("1.5")) == 1.5
+    assert read_number(Decimal("sNaN")) is None
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("nan"), "1", None, True, Fraction(10**400)])
+def test_numbers_of_a_config_are_finite(value):
+    with pytest.raises(ValueError, match="scale must be a number above 0"):
+        Regression("price", scale=value)
+    with pytest.raises(ValueError, match="loss_weight must be a number >= 0"):
+        Regression("price", loss_weight=value)
+    for name in ("mean", "std"):
+        with pytest.raises(ValueError, match="must have a finite mean and a std above 0"):
+            TableConfig(columns=[{"name": "x", "kind": "number", "mean": 1.0, "std": 1.0, name: value}])
+    with pytest.raises(ValueError, match=re.escape("is not as `calibrate` writes it")):
+        check_calibration(
+            {"tasks": {"price": {"cells": {"all": {"rows": 9, "temperatures": [value]}}}}},
+            {"price": Regression("price")},
+        )
+
+
+def test_a_registered_kind_is_replaced_by_its_own_module_only(monkeypatch):
+    def define(module):
+        class Regression(Task):
+            kind = "regression"
+
+        Regression.__module__, Regression.__qualname__ = module, "Regression"
+        return Regression
+
+    monkeypatch.setitem(TASK_KINDS, "regression", Regression)
+    with pytest.raises(ValueError, match="Task kind 'regression' is already taken by Regression"):
+        register_task(define("__main__"))
+    assert TASK_KINDS["regression"] is Regression
+    again = register_task(define("transformers_modules.me.task_regression"))  # the code of a checkpoint
+    assert TASK_KINDS["regression"] is again

@@ -30,6 +30,7 @@ from mm_transformers import (
 from mm_transformers.analysis import ablate, explain, faithfulness
 from mm_transformers.analysis.report.answered_rows import answers_to, confusion
 from mm_transformers.cli.page_answers import answers_as_html
+from mm_transformers.data.folding import fold_numbers
 from mm_transformers.model.fusion import FUSION_KINDS, Fusion, register_fusion
 from mm_transformers.model.fusion_layers import Gate, masked_mean
 from mm_transformers.model.label_cells import label_id, label_scores
@@ -52,6 +53,8 @@ from mm_transformers.sharing.exported_model import ExportedModel
 from mm_transformers.training.linear_start.linear_models import Regressions
 from mm_transformers.training.linear_start.probe_start import probes_of
 from mm_transformers.training.metrics import ArrayMetric, base, register_metric
+from mm_transformers.training.recipe import read_recipe
+from mm_transformers.training.recipe.builders import split_options
 from mm_transformers.training.weighting import TaskWeighting, register_weighting
 from mm_transformers.training.weighting.base import WEIGHTINGS
 
@@ -325,6 +328,18 @@ def test_fusion_and_weighting_are_those_of_the_recipe(folder, model):
     last = load_file(saved)["last"]
     assert last.shape == (2,)
     assert (last != 1).all(), "both tasks had a loss"
+
+
+def test_columns_of_ones_own_modality(folder, monkeypatch):
+    recipe = read_recipe(folder / "recipe.yaml")
+    rows = [{"text": f"row {i}", "readings": f"{i // 2};0.5"} for i in range(40)]
+    numbers = fold_numbers(rows, 4, **split_options(recipe))
+    assert numbers[::2].tolist() == numbers[1::2].tolist()
+    assert set(numbers) == {0, 1, 2, 3}
+    assert recipe.columns.files == ["image", "video", "audio"]
+    monkeypatch.setitem(PARTS, "sensor", replace(SENSOR, has_files=True))
+    assert recipe.columns.files == ["image", "video", "audio", "readings"]
+    assert recipe.columns.by_key(["vision", "sensor"]) == {"sensor": ["readings"]}
 
 
 def test_modality_is_that_of_the_recipe(model, processor, rows):

@@ -14,8 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import make_args, make_dataset
 from tiny import SEQ2SEQ, make_model, make_processor
+from transformers import pipeline
 
-from mm_transformers import Generation, MMTrainer, MMTransformerConfig, MMTransformerForMultiTask
+from mm_transformers import (
+    Generation,
+    MMTrainer,
+    MMTransformerConfig,
+    MMTransformerForMultiTask,
+    MMTransformerProcessor,
+    Regression,
+    TableConfig,
+)
 from mm_transformers.training.card.card_file import write_card
 from mm_transformers.training.card.facts import CardFacts, Measurement, _duration
 from mm_transformers.training.card.manual_edits import (
@@ -26,6 +35,7 @@ from mm_transformers.training.card.manual_edits import (
     split_sections,
     take_memory,
 )
+from mm_transformers.training.card.sections import sections_of as every_section
 
 
 def train(folder: Path, **kwargs) -> MMTrainer:
@@ -337,3 +347,23 @@ def test_the_command_measures_and_writes(trained, card, tmp_path):
 )
 def test_times_are_written_for_people(seconds, text):
     assert _duration(seconds) == text
+
+
+def test_a_model_that_reads_no_text():
+    table = TableConfig(columns=[{"name": "price", "kind": "number", "mean": 3.0, "std": 2.0}], hidden_size=16)
+    model = MMTransformerForMultiTask.from_encoders(text=None, table=table, tasks=[Regression("cost")])
+    sections = every_section(CardFacts("me/my-model", model.config))
+    assert "A model that reads numbers and categories and answers 1 task: cost." in sections[""]
+    row = eval(re.search(r"pipe\((\{.*\})\)", sections["## Use"])[1])
+    assert set(row) == {"price"}
+    processor = MMTransformerProcessor.from_encoders(text=None, table=table)
+    assert set(pipeline("multimodal", model=model, processor=processor)(row)) == {"cost"}
+    assert "Each input can be left out" not in sections["## Use"]
+    assert "| text |" not in sections["## Encoders"]
+    assert "| table |" in sections["## Encoders"]
+    assert "labels" not in sections["## Limits"]
+    assert "more than the text" not in sections["## Limits"]
+    sections = every_section(CardFacts("me/my-model", make_model().config))
+    assert "A model that reads text and pictures or video and answers" in sections[""]
+    assert "It knows only the labels above." in sections["## Limits"]
+    assert "Each input can be left out" in sections["## Use"]

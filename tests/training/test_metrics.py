@@ -16,7 +16,8 @@ from transformers import EvalPrediction
 from mm_transformers import ArrayMetric, register_metric
 from mm_transformers.model.task_base import Task, task_from_dict
 from mm_transformers.model.tasks import Classification, Generation, MultiLabel, Regression, TokenClassification
-from mm_transformers.training.metrics import METRICS, MultiTaskMetrics, headline, is_known_error, less_is_better
+from mm_transformers.training.linear_start.verdict import shown_score, verdict_of
+from mm_transformers.training.metrics import METRICS, MultiTaskMetrics, base, headline, is_known_error, less_is_better
 
 
 TOPIC = Classification("topic", labels=["animals", "food", "travel"])
@@ -305,7 +306,8 @@ class TestMultiTaskMetrics:
         results = compute(task, logits, labels)
         assert set(results) == {"topic_loss", "topic_f1_micro", "topic_balanced_accuracy"}
         assert results["topic_balanced_accuracy"] == pytest.approx(expected)
-        assert headline(task, torch.tensor(logits[known]), torch.tensor(labels[known]))[0] == "f1_micro"
+        first = headline(task, torch.tensor(logits[known]), torch.tensor(labels[known]))
+        assert first == pytest.approx(np.mean(labels[known] == logits.argmax(-1)[known]))
         # The checkpoint holds the names; older releases can read a task that has none.
         assert task_from_dict(task.to_dict()) == task
         assert "metrics" not in TOPIC.to_dict()
@@ -314,6 +316,48 @@ class TestMultiTaskMetrics:
         assert less_is_better("topic_largest_mistake")
         assert is_known_error("eval_topic_largest_mistake")
         assert not less_is_better("topic_balanced_accuracy")
+
+    def test_the_longest_name_of_a_metric_counts(self, monkeypatch):
+        class Opposite(METRICS["mse"]):
+            key, less_is_better = "neg_mse", False
+
+        monkeypatch.setitem(base._METRICS, "neg_mse", Opposite)
+        assert not is_known_error("eval_price_neg_mse")
+        assert not less_is_better("price_neg_mse")
+        assert is_known_error("eval_price_mse")
+        assert not is_known_error("eval_xmse")  # another name that ends alike
+        assert not is_known_error("eval_closs")
+        assert is_known_error("loss")
+        assert less_is_better("caption_wer")
+
+    @pytest.mark.parametrize(
+        ("metric", "value", "shown"),
+        [("bleu", 32.5, "32.5"), ("chrf", 60.0, "60.0"), ("accuracy", 0.875, "87.5"), ("mae", 12.25, "12.25"),
+         ("pearson", -0.5, "-0.5"), ("largest_mistake", 3.0, "3"), ("from_text_recall_at_1", 0.5, "50.0"),
+         ("loss", 0.25, "0.25"), ("accuracy", None, "not measured")],
+    )  # fmt: skip
+    def test_scores_as_people_read_them(self, metric, value, shown):
+        assert shown_score(metric, value) == shown
+
+    def test_the_headline_of_a_metric_with_several_results(self, monkeypatch):
+        class Pair(METRICS["f1"]):
+            key = "pair"
+
+            @classmethod
+            def names(cls):
+                return ["right", "wrong"]
+
+            def _compute(self, *, predictions=None, references=None, **kwargs):
+                share = float(np.mean(np.asarray(predictions) == np.asarray(references)))
+                return {"wrong": 1 - share, "right": share}
+
+        monkeypatch.setitem(base._METRICS, "pair", Pair)
+        task = Classification("topic", ["a", "b"], metrics=["pair"])
+        logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+        labels = torch.tensor([0, 1, 0, 0])
+        assert headline(task, logits, labels) == 0.75
+        verdict = verdict_of(task, labels, logits, None, logits[[0, 0, 0, 0]])
+        assert (verdict.metric, verdict.linear, verdict.majority) == ("right", 0.75, 0.75)
 
     def test_metrics_cannot_be_registered_by_accident(self):
         with pytest.raises(TypeError):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..data.sources import batches
 from ..model.answers import evaluation_mode
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 
@@ -47,16 +48,15 @@ def contrastive_accuracy(
     if len(wrong) != len(rows):
         raise ValueError(f"There must be one wrong text per row, but there are {len(wrong)} for {len(rows)} rows.")
     wins = 0.0
-    for start in range(0, len(rows), batch_size):
-        batch_rows = [dict(rows[i]) for i in range(start, min(start + batch_size, len(rows)))]
-        wrong_rows = [{**row, kind.column: text} for row, text in zip(batch_rows, wrong[start:], strict=False)]
+    for numbers, batch_rows in batches(rows, batch_size):
+        wrong_rows = [{**row, kind.column: wrong[number]} for number, row in zip(numbers, batch_rows, strict=True)]
         right_scores, wrong_scores = (_perplexities(model, collator(r), task) for r in (batch_rows, wrong_rows))
         if right_scores.isnan().any():
-            raise ValueError(f"Row {start + int(right_scores.isnan().nonzero()[0]):,} has no text for task {task!r}.")
+            number = numbers[int(right_scores.isnan().nonzero()[0])]
+            raise ValueError(f"Row {number:,} has no text for task {task!r}.")
         if wrong_scores.isnan().any():
-            raise ValueError(
-                f"Row {start + int(wrong_scores.isnan().nonzero()[0]):,} has no wrong text to compare with."
-            )
+            number = numbers[int(wrong_scores.isnan().nonzero()[0])]
+            raise ValueError(f"Row {number:,} has no wrong text to compare with.")
         wins += (right_scores < wrong_scores).sum().item() + 0.5 * (right_scores == wrong_scores).sum().item()
     return wins / len(rows)
 

@@ -5,10 +5,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from ..analysis import explain
 from ..analysis.explaining.html import colored_words, heat_map_url, picture_url, sound_colors
+from ..data.pages import rendered
 from ..model.answers import check_tasks
 from ..model.limits import limits
 from ..model.messages import listed
@@ -192,12 +191,8 @@ def render_page(cards: list[dict[str, Any]], message: str, kinds: Sequence[str],
         kinds: the possible inputs of a row.
         note: a sentence about what was left out.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("answers.html.jinja").render(
-        cards=cards, message=message, note=note, given=either(kinds)
-    )
+    given = either(kinds)
+    return rendered(__package__, "answers.html.jinja", cards=cards, message=message, note=note, given=given)
 
 
 def either(kinds: Sequence[str]) -> str:

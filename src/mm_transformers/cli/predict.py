@@ -62,14 +62,18 @@ class Reading:
     # Only from the command line: the recipe beside a model may come from a stranger.
     allow_urls: bool | list[str] = False
 
-    def options(self, model: str) -> tuple[ColumnsSection, DataSection]:
+    def options(self, model: str, known: Mapping[str, Sequence[str]]) -> tuple[ColumnsSection, DataSection]:
         """
         The columns and the data section.
+
+        Args:
+            model: its folder or Hub id.
+            known: the columns that the processor knows; a model may be without its recipe.
 
         Raises:
             ValueError: if the recipe is no YAML.
         """
-        columns, data = ColumnsSection(), DataSection()
+        columns, data = ColumnsSection.from_columns(known), DataSection()
         check_folder(model)
         path = cached_file(model, RECIPE_NAME, _raise_exceptions_for_missing_entries=False)
         # Only the options for reading rows; others may be from another release.
@@ -85,7 +89,7 @@ class Reading:
         said = recipe.get("columns")
         if isinstance(said, dict):
             columns.text = None if said.get("text", "") is None else columns.text
-            columns.own = {name: column for name, column in said.items() if name in PARTS and isinstance(column, str)}
+            columns.own |= {name: column for name, column in said.items() if name in PARTS and isinstance(column, str)}
         for name in ("text", "image", "video", "audio"):
             columns.own.pop(name, None)
             setattr(columns, name, self.columns.get(name) or getattr(columns, name))
@@ -154,8 +158,7 @@ def evaluator(
     Raises:
         ValueError, OSError: one sentence.
     """
-    columns, data = reading.options(model_name)
-    model, collator = _load(model_name, columns, data, reading.allow_urls)
+    model, collator, columns, data = _load(model_name, reading)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder, per_device_eval_batch_size=batch_size, report_to="none")
         show_progress_of_package(args.should_log)
@@ -177,8 +180,7 @@ def load_with_rows(
     Raises:
         ValueError, OSError: one sentence.
     """
-    columns, data = reading.options(model_name)
-    model, collator = _load(model_name, columns, data, reading.allow_urls)
+    model, collator, columns, data = _load(model_name, reading)
     rows = _read(model, file, columns, data)
     _check_columns(rows.column_names, collator, columns, reading, file)
     check_labels({file.name: rows}, model.tasks.values(), columns.text, data.label_separator)
@@ -195,8 +197,7 @@ def _with_content(
 
 
 def _read(model: MMTransformerForMultiTask, file: Path, columns: ColumnsSection, data: DataSection) -> datasets.Dataset:
-    media = (*as_columns(columns.image), columns.video, *as_columns(columns.audio))
-    splits = load_files({"test": str(file)}, media, data.image_root, option="The file")
+    splits = load_files({"test": str(file)}, columns.files, data.image_root, option="The file")
     tasks = [task.to_dict() for task in model.tasks.values()]
     return prepare_labels(splits, tasks)["test"]
 
@@ -231,12 +232,12 @@ def run_prediction(
     predictor = Predictor(
         opened.model, opened.collator, tasks, batch_size, num_workers, probabilities, coverage, **options
     )
-    names = predictor.probability_names
+    names, keys = predictor.probability_names, predictor.answer_keys
     answered = predictor.stream(opened.rows, prepare=opened.reader, keep=partial(plain_cells, list(opened.types)))
-    table = ((kept, answer_columns(answers, names)) for batch in answered for kept, answers in batch)
+    table = ((kept, answer_columns(answers, names, keys)) for batch in answered for kept, answers in batch)
     told = "Wrote the answers to {:,} rows to {}."
     with opened.errors_with_names():
-        example = answer_columns(predictor.example(), names) if suffix == ".parquet" else None
+        example = answer_columns(predictor.example(), names, keys) if suffix == ".parquet" else None
         write_rows(table, output, suffix, opened.types, escape_formulas, told, example=example)
 
 
@@ -283,8 +284,7 @@ def open_rows(
     if output.exists() and file.exists() and output.samefile(file):
         raise ValueError(f"The output would overwrite the rows: {output} is the input.")
     table = None if file.is_dir() else TableRows(file)  # an unreadable table is told before the model is loaded
-    columns, data = reading.options(model_name)
-    model, collator = _load(model_name, columns, data, reading.allow_urls)
+    model, collator, columns, data = _load(model_name, reading)
     check_tasks(model, tasks)
     state = this_process()
     show_progress_of_package(state.is_main_process)
@@ -301,17 +301,17 @@ def open_rows(
     return OpenedRows(file, model, collator, table, reader, table.plain_types())
 
 
-def _load(
-    name: str, columns: ColumnsSection, data: DataSection, allow_urls: bool | list[str]
-) -> tuple[MMTransformerForMultiTask, MMDataCollator]:
+def _load(name: str, reading: Reading) -> tuple[MMTransformerForMultiTask, MMDataCollator, ColumnsSection, DataSection]:
+    """A saved model, a collator for rows as `reading` says, and how they are read."""
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         checkpoint = newest_checkpoint(name)
         advice = "" if checkpoint is None else f"; its training has not ended, but it has the checkpoint {checkpoint}"
         raise ValueError(f"{name} holds no model{advice}.")
     model = MMTransformerForMultiTask.from_pretrained(name).eval()
     processor = MMTransformerProcessor.from_pretrained(name)
+    columns, data = reading.options(name, processor.input_columns)
     options: dict[str, Any] = {**columns.collator_options, **data.collator_options}
-    return model, MMDataCollator(processor, model.config, allow_urls=allow_urls, **options)
+    return model, MMDataCollator(processor, model.config, allow_urls=reading.allow_urls, **options), columns, data
 
 
 def _check_columns(

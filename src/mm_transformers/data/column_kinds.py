@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from ..model.dates import date_format
 from ..model.downloads import is_url
@@ -56,11 +57,13 @@ class ColumnKind:
         name (`str`): The column.
         role (`str`): One of [`known_kinds`]; "ignore" for columns that are left out.
         reason (`str`): Why; part of a sentence.
+        is_said (`bool`, *optional*, defaults to `False`): Whether the user said so.
     """
 
     name: str
     role: str
     reason: str
+    is_said: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,13 @@ def column_kinds(
     for name, role in said.items():
         if role not in known_kinds():
             raise ValueError(f"Column {name!r} cannot be {role!r}: the kinds are {', '.join(known_kinds())}.")
+    left_aside = set(targets)
     found = []
     for name in rows.column_names:
-        if name in set(targets):
+        if name in left_aside:
             continue
         if name in said:
-            found.append(ColumnKind(name, said[name], "you said so"))
+            found.append(ColumnKind(name, said[name], "you said so", is_said=True))
         else:
             found.append(ColumnKind(name, *_kind(rows, name, Path(root))))
     return found
@@ -131,6 +135,8 @@ def known_kinds() -> tuple[str, ...]:
 
 def check_names(rows: datasets.Dataset, names: Iterable[str], option: str) -> None:
     """
+    Checks that a table has columns.
+
     Raises:
         ValueError: if the table lacks one of these columns.
     """
@@ -185,10 +191,11 @@ def _kind(rows: datasets.Dataset, name: str, root: Path) -> tuple[str, str]:
 
 
 def _cells(rows: datasets.Dataset, name: str) -> list[Any]:
-    """At most 20,000 cells, evenly spread."""
-    step = max(1, len(rows) // _MOST_ROWS)
-    chosen = rows if step == 1 else rows.select(range(0, len(rows), step))
-    return list(chosen.select_columns([name])[:][name])
+    """The cells of at most 20,000 rows, in their order. The choice is random: each n-th row may be of one kind."""
+    column = rows.select_columns([name])
+    if len(rows) > _MOST_ROWS:
+        column = column.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:_MOST_ROWS]))
+    return list(column[:][name])
 
 
 def _is_empty(cell: Any) -> bool:
@@ -270,8 +277,7 @@ def target(rows: datasets.Dataset, column: str, kind: str | None = None, has_dec
     check_names(rows, [column], "--predict")
     name = task_name(column)
     task: dict[str, Any] = {"name": name, **({} if name == column else {"column": column})}
-    every = _cells(rows, column)
-    cells = [cell for cell in every if not _is_empty(cell)]
+    cells = [cell for cell in _cells(rows, column) if not _is_empty(cell)]
     if not cells:
         raise ValueError(f"--predict {column}: the column is empty, so there is nothing to learn from.")
     separator: str | None = None
@@ -283,9 +289,15 @@ def target(rows: datasets.Dataset, column: str, kind: str | None = None, has_dec
         kind, reason, separator = _task_kind(rows.features[column], cells, column, has_decoder)
     task_kind = TASK_KINDS[kind]
     separator_of_cells = separator or LABEL_SEPARATOR
-    read = [task_kind.read_text(cell, separator_of_cells) if isinstance(cell, str) else cell for cell in cells]
-    labels = [cell for cell in read if cell is not None]
-    left_out = len(every) - len(labels)
+
+    def known(cells: Iterable[Any]) -> list[Any]:
+        given = (cell for cell in cells if not _is_empty(cell))
+        read = (task_kind.read_text(cell, separator_of_cells) if isinstance(cell, str) else cell for cell in given)
+        return [cell for cell in read if cell is not None]
+
+    labels = known(cells)
+    parts = rows.select_columns([column]).iter(10_000)
+    left_out = len(rows) - sum(len(known(part[column])) for part in parts)
     return Target({**task, "kind": kind, **task_kind.options_for(labels)}, reason, separator, left_out)
 
 

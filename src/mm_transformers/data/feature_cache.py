@@ -191,6 +191,8 @@ class FeatureCache:
 
     def _make_room(self, counts: dict[str, int], needed: int) -> None:
         """
+        Removes stored features until there is room; those that were not used for the longest time go first.
+
         Args:
             counts: modality -> the number of items to encode.
             needed: how many bytes they are expected to take.

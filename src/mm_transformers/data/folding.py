@@ -1,14 +1,13 @@
 """Divides rows into folds, without leakage between any two."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..model.modalities import as_clips, as_list, as_one
 from ..model.tasks import Task
 from .cells import LABEL_SEPARATOR, as_records
-from .splitting import Media, allocate, find_groups, strata_of
+from .splitting import allocate, find_groups, media_of_columns, strata_of
 
 
 def fold_numbers(
@@ -16,13 +15,14 @@ def fold_numbers(
     folds: int,
     *,
     text_column: str | Sequence[str] | None = "text",
-    image_column: str = "image",
+    image_column: str | Sequence[str] = "image",
     video_column: str = "video",
-    audio_column: str = "audio",
+    audio_column: str | Sequence[str] = "audio",
     tasks: Iterable[Task] = (),
     group_column: str | None = None,
     seed: int = 0,
     label_separator: str = LABEL_SEPARATOR,
+    own_columns: Mapping[str, str] | None = None,
 ) -> np.ndarray:
     """
     The fold of each row. The rules are those of [`hold_out_rows`]: rows of one picture, file, text or group are in one
@@ -33,8 +33,8 @@ def fold_numbers(
     Args:
         dataset: a map-style data set whose rows are dicts, or a table.
         folds (`int`): The number of folds, at least 2.
-        text_column, image_column, video_column, audio_column, tasks, group_column, seed, label_separator: as in
-            [`hold_out_rows`].
+        text_column, image_column, video_column, audio_column, tasks, group_column, seed, label_separator, own_columns:
+            as in [`hold_out_rows`].
 
     Returns:
         (num_rows,) int64, from 0 to `folds - 1`.
@@ -52,7 +52,7 @@ def fold_numbers(
     if folds < 2:
         raise ValueError(f"The number of folds must be at least 2, but is {folds}.")
     rows, tasks = as_records(dataset), list(tasks)
-    media: Media = {audio_column: as_clips, video_column: as_one, image_column: as_list}
+    media = media_of_columns(audio=audio_column, video=video_column, image=image_column, **(own_columns or {}))
     groups = find_groups(rows, 1 / folds, text_column, media, group_column)
     strata = strata_of(rows, tasks, text_column, label_separator)
     numbers = np.full(len(groups), folds - 1, dtype=np.int64)

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ TEXT_TYPES = (datasets.Value("string"), datasets.Value("large_string"))
 
 def load_files(
     files: Mapping[str, str],
-    media_columns: tuple[str, ...],
+    media_columns: Sequence[str],
     root: str | None = None,
     cache_dir: str | None = None,
     option: str = "{split}",
@@ -91,6 +91,8 @@ def _read(path: str, split: str, cache_dir: str | None) -> datasets.Dataset:
 
 def _rows_of(table: TableRows, version: Any) -> Iterator[dict[str, Any]]:
     """
+    The rows of a file, for the cache of `datasets`.
+
     Args:
         version: of the file; `datasets` reads it anew when this changes.
     """
@@ -114,6 +116,8 @@ def load_named(name: str, config_name: str | None = None, cache_dir: str | None 
 
 def _check_local(folder: Path) -> None:
     """
+    Checks that a data set in a folder consists of files.
+
     Raises:
         ValueError: if the README of a data set, or its `.huggingface.yaml`, names addresses as its files.
     """
@@ -148,8 +152,8 @@ def hold_out(
     Takes a part of the training rows as another split, by [`hold_out_rows`]; an existing split is kept.
 
     Args:
-        columns: `text_column`, `image_column`, `video_column`, `audio_column`, `label_separator` and `group_column`,
-            as in [`hold_out_rows`].
+        columns: `text_column`, `image_column`, `video_column`, `audio_column`, `own_columns`, `label_separator` and
+            `group_column`, as in [`hold_out_rows`].
         tasks: the tasks whose labels are to be distributed equally.
         split: "validation" or "test".
 
@@ -214,6 +218,8 @@ def _has_content(cells: pyarrow.ChunkedArray, are_numbers: bool = False) -> np.n
 
 def first_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
     """
+    The first rows of a split; without a count all of them.
+
     Raises:
         ValueError: if the count is less than 1.
     """

@@ -110,6 +110,8 @@ def _lengths(array: Any) -> Any:
 
 def _pages(content: Any, column: pyarrow.parquet.ColumnChunkMetaData) -> Iterator[Page]:
     """
+    The pages of a column chunk.
+
     Args:
         content: all bytes of the file.
     """

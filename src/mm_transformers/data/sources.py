@@ -11,6 +11,14 @@ from ..model.task_base import Task
 from .cells import RowReader, opened, warn_of_ids
 
 
+class NumberedRows(Protocol):
+    """Rows by their number, such as a list, a data set or a `Subset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Any: ...
+
+
 class NamedColumns(Protocol):
     """Columns with files, such as [`MediaColumn`]."""
 
@@ -216,6 +224,13 @@ class DataSource:
         if self.is_stream:
             return StreamOfSource(dataset, source, reader)
         return RowsOfSource(dataset, source, numbers, reader)
+
+
+def batches(rows: NumberedRows, batch_size: int) -> Iterator[tuple[range, list[Any]]]:
+    """The rows in batches, each with the numbers of its rows, from 0."""
+    for start in range(0, len(rows), batch_size):
+        numbers = range(start, min(start + batch_size, len(rows)))
+        yield numbers, [rows[number] for number in numbers]
 
 
 def rows_of(dataset: Any, collator: ReadColumns, numbers: Optional[Sequence[int]] = None) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..model.file_contents import check_file, content_of
 from ..model.label_cells import as_scalar, is_null
 from ..model.limits import limits
-from ..model.modalities import as_clips, as_list, as_one
+from ..model.modalities import PARTS
 from ..model.tasks import Task
 from .cells import LABEL_SEPARATOR, as_records
 from .mixture import DataMixture
@@ -30,6 +30,16 @@ logger = logging.get_logger(__name__)
 
 # A column of images, videos or sounds -> the function that splits one of its cells into items.
 Media = Mapping[str, Callable[[Any], list[Any]]]
+
+
+def media_of_columns(**columns: str | Sequence[str]) -> Media:
+    """
+    The columns of images, videos, sounds and items of your own modalities, with the functions that split their cells.
+
+    Args:
+        columns: modality -> its column or columns.
+    """
+    return {column: PARTS[name].items for name, given in columns.items() for column in as_columns(given)}
 
 
 def hold_out_rows(
@@ -44,6 +54,7 @@ def hold_out_rows(
     group_column: str | None = None,
     seed: int = 0,
     label_separator: str = LABEL_SEPARATOR,
+    own_columns: Mapping[str, str] | None = None,
 ) -> tuple[Any, Any]:
     """
     Splits rows into training rows and held-out rows, without leakage between the two.
@@ -71,6 +82,7 @@ def hold_out_rows(
         group_column (`str`, *optional*): A column whose equal cells belong together, such as an author or a scene.
         seed (`int`, *optional*, defaults to 0): The seed of all random choices.
         label_separator (`str`, *optional*, defaults to `"|"`): As in [`MMDataCollator`].
+        own_columns (`dict[str, str]`, *optional*): Modality of your own -> its column; see [`register_modality`].
 
     Returns:
         The training rows and the held-out rows: of the type of `dataset`, or `torch.utils.data.Subset`s of it.
@@ -85,8 +97,7 @@ def hold_out_rows(
     >>> train, validation = hold_out_rows(rows, 0.1, tasks=[Classification("topic", labels=["animals", "food"])])
     ```
     """
-    media: Media = dict.fromkeys(as_columns(audio_column), as_clips)
-    media = {**media, video_column: as_one, **dict.fromkeys(as_columns(image_column), as_list)}
+    media = media_of_columns(audio=audio_column, video=video_column, image=image_column, **(own_columns or {}))
     train, held_out = _split(dataset, fraction, text_column, media, list(tasks), group_column, seed, label_separator)
     return train.rows, held_out.rows
 

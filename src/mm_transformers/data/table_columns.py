@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..model.label_cells import is_null, shorten
 from ..model.table import TableConfig
 from ..model.table_kinds import COLUMNS, CategoryColumn, NumberColumn, TableError, column_of, read_number
@@ -82,7 +84,7 @@ def _column(name: str, kind: str | None, cells: list[Any]) -> dict[str, Any]:
 def are_numbers(cells: Iterable[Any]) -> bool:
     """Whether the cells of a column that are not empty are numbers, and not truth values."""
     for cell in cells:
-        if type(cell).__name__ in ("bool", "bool_"):
+        if isinstance(cell, (bool, np.bool_)):
             return False
         try:
             read_number(cell)

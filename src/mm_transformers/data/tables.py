@@ -28,6 +28,8 @@ _LARGE_PART = 2**25  # bytes of as many rows; larger parts become Python objects
 
 class _Part(NamedTuple):
     """
+    A few rows of a table, as they are read.
+
     Args:
         rows ([`pyarrow.RecordBatch`]): A few rows.
         size: their bytes as Python objects, about.
@@ -264,6 +266,8 @@ _SCALARS = (str, bool, int, float, type(None))
 
 def _are_texts_and_numbers(cells: list[Any], known: pyarrow.DataType | None) -> bool:
     """
+    Whether the cells of a column are texts and other scalars, so that no type of Arrow fits all.
+
     Args:
         known: the type of earlier cells.
     """

@@ -9,10 +9,14 @@ from sklearn.utils import column_or_1d
 from ..model.label_cells import NUMBER, PADDING
 
 
+def as_pandas(table: Any) -> Any:
+    """Tables of polars, pyarrow and datasets as those of pandas; anything else as it is."""
+    return table.to_pandas() if hasattr(table, "to_pandas") and not hasattr(table, "iloc") else table
+
+
 def targets_of(y: Any, table: pd.DataFrame) -> list[tuple[str, np.ndarray]]:
     """The names of the targets, which differ from the columns of the table, and their cells."""
-    if hasattr(y, "to_pandas") and not hasattr(y, "iloc"):
-        y = y.to_pandas()
+    y = as_pandas(y)
     values = np.asarray(y)
     if values.ndim == 2 and values.shape[1] > 1:
         names = list(map(str, y.columns)) if hasattr(y, "columns") else [f"y{i}" for i in range(values.shape[1])]

@@ -15,7 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..training.predictor import Predictor
-from .estimator_targets import names_of_classes, targets_of
+from .estimator_targets import as_pandas, names_of_classes, targets_of
 from .fit import FitResult
 from .fit import fit as fit_table
 from .plan import HELD_OUT
@@ -131,8 +131,7 @@ class _TableEstimator(BaseEstimator):
 
     def _table(self, X: Any, reset: bool) -> tuple[pd.DataFrame, bool]:
         """The inputs, with the names of the columns of the training; and whether all are numbers of an array."""
-        if hasattr(X, "to_pandas") and not hasattr(X, "iloc"):  # polars, pyarrow, datasets
-            X = X.to_pandas()
+        X = as_pandas(X)
         is_table = isinstance(X, pd.DataFrame)
         if is_table:
             validate_data(self, X, reset=reset, skip_check_array=True)

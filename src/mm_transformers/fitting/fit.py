@@ -18,7 +18,7 @@ from ..training.linear_start.verdict import Verdict
 from ..training.predictor import Predictor
 from ..training.recipe.builders import build_trainer, load_data, training_arguments
 from ..training.recipe.output_folder import check_output, is_finished
-from .fit_report import REPORT_NAME, measured, score_lines, tell_doubtful, write_fit_report
+from .fit_report import REPORT_NAME, score_lines, tell_doubtful, with_test_scores, write_fit_report
 from .folds import CrossValidation, cross_validate
 from .plan import HELD_OUT, Plan, make_plan
 from .timed_run import run_in_time
@@ -32,7 +32,7 @@ class FitResult:
     Args:
         output (`Path`): The folder with the model, `recipe.yaml`, the model card and `report.html`.
         plan ([`Plan`]): What each column was taken for, and the recipe.
-        metrics (`dict[str, dict]`): "validation" and "test" -> metrics, such as `test_price_r2`.
+        metrics (`dict[str, dict]`): "validation" and "test" -> metrics, such as `test_price_mae`.
         verdicts (`list[Verdict]`): Per task: the score on the test rows beside a linear model, a linear model of the
             text alone and the majority. With folds, the means over the folds.
         doubtful (`dict[str, list[DoubtfulLabel]]`): Task -> labels of training rows that may be wrong.
@@ -196,7 +196,7 @@ def fit(
         trainer = run.trainer
         if trainer is None:
             trainer = build_trainer(recipe, args, data, saved=output, allow_urls=allow_urls)
-    verdicts = measured(study.verdicts, run.metrics.get("test", {}))
+    verdicts = with_test_scores(study.verdicts, run.metrics.get("test", {}))
     for line in score_lines(verdicts) if crossed is None else crossed.lines():
         say(line)
     verdicts = verdicts if crossed is None else crossed.verdicts

@@ -23,7 +23,7 @@ _MOST_ABLATED = 2_000
 _SCREEN = 120
 
 
-def measured(verdicts: Mapping[str, Verdict], metrics: Mapping[str, Any]) -> list[Verdict]:
+def with_test_scores(verdicts: Mapping[str, Verdict], metrics: Mapping[str, Any]) -> list[Verdict]:
     """The verdicts on the test rows, with the scores of the trained model there."""
     return [
         replace(verdict, model=metrics.get(f"test_{name}_{verdict.metric}"), rows="test")

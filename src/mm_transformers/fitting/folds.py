@@ -24,10 +24,11 @@ from ..model.safe_writing import write_atomically
 from ..model.tasks import Task
 from ..training.linear_start.study import Study
 from ..training.linear_start.verdict import Verdict, shown_score
+from ..training.metrics import result_names
 from ..training.predictor import Predictor, answer_columns
 from ..training.recipe import Recipe
 from ..training.recipe.builders import load_rows, split_data, split_options, training_arguments
-from .fit_report import measured
+from .fit_report import with_test_scores
 from .timed_run import run_in_time
 
 
@@ -44,7 +45,7 @@ class Fold:
     Args:
         number (`int`): From 1.
         num_rows (`int`): The rows of the fold.
-        metrics (`dict`): Metrics, such as `test_price_r2`.
+        metrics (`dict`): Metrics, such as `test_price_mae`.
         verdicts (`list[Verdict]`): Per task: the score beside those of simple models, on the same rows.
         predictions (`list[dict]`): Per row: its number in the table, the fold, labels (`price_true`) and answers
             (`price_predicted`).
@@ -58,7 +59,7 @@ class Fold:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The metrics without their prefix, such as `price_r2`."""
+        """The metrics without their prefix, such as `price_mae`."""
         return {
             name.removeprefix("test_"): float(value)
             for name, value in self.metrics.items()
@@ -185,7 +186,7 @@ def cross_validate(
     splits, tasks = load_rows(recipe, args)
     numbers = fold_numbers(splits["train"], folds, tasks=tasks, **split_options(recipe))
     folder, stamp = output / _FOLDER, _stamp(recipe, numbers)
-    main_metrics = {task.name: task.default_metrics[0] for task in tasks if task.default_metrics}
+    main_metrics = {task.name: result_names(task)[0] for task in tasks if task.metric_names}
     found: list[Fold] = []
     for number in range(1, folds + 1):
         file = folder / f"fold-{number}.json"
@@ -244,20 +245,21 @@ def _measure(
     collator = run.trainer.data_collator.uncached
     predictor = Predictor(run.trainer.fused_model, collator, batch_size=run.trainer.args.eval_batch_size)
     predictions = []
+    keys = {f"{name}_predicted": of_answer for name, of_answer in predictor.answer_keys.items()}
     columns = {task.name: task.column or task.name for task in tasks}
     labels = parts["test"].select_columns(list(columns.values()))
     for place, cells, answers in zip(places.tolist(), labels, predictor(parts["test"]), strict=True):
         known = {f"{name}_true": cells[column] for name, column in columns.items()}
-        answered = answer_columns({f"{name}_predicted": answer for name, answer in answers.items()})
+        answered = answer_columns({f"{n}_predicted": answer for n, answer in answers.items()}, answer_keys=keys)
         predictions.append({"row": place, "fold": number, **known, **answered})
     metrics = run.metrics["test"]
     del run, predictor, collator
     gc.collect()  # the model of this fold, before the next one is built
-    return Fold(number, len(places), metrics, measured(study.verdicts, metrics), predictions)
+    return Fold(number, len(places), metrics, with_test_scores(study.verdicts, metrics), predictions)
 
 
 def _stamp(recipe: Recipe, numbers: np.ndarray) -> str:
-    """A hash of all that the results depend on."""
+    """A hash of the recipe, the folds and the tables."""
     found = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode())
     found.update(numbers.tobytes())
     for _, path in sorted(recipe.data.files.items()):

@@ -207,7 +207,7 @@ def _targets(predict: Sequence[str]) -> dict[str, str | None]:
 
 
 def _only_for_groups(column: ColumnKind, group: str | None) -> ColumnKind:
-    if column.name != group or column.reason == "you said so":
+    if column.name != group or column.is_said:
         return column
     return ColumnKind(column.name, IGNORE, "it groups the rows; held-out rows have other values")
 

@@ -25,8 +25,9 @@ def as_file(rows: Any, path: Path) -> str | os.PathLike[str]:
     if isinstance(rows, datasets.DatasetDict):
         raise ValueError(f"The table has the splits {', '.join(rows)}: give them as table, validation= and test=.")
     if not isinstance(rows, datasets.Dataset):
-        records = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
-        rows = datasets.Dataset.from_list([_plain(record) for record in records])
+        records = [_plain(record) for record in (rows.to_dict("records") if hasattr(rows, "to_dict") else rows)]
+        names = dict.fromkeys(name for record in records for name in record)  # rows may lack columns
+        rows = datasets.Dataset.from_dict({name: [record.get(name) for record in records] for name in names})
     content = io.BytesIO()
     rows.to_parquet(content)
     if path.is_file() and path.read_bytes() == content.getvalue():

@@ -64,9 +64,9 @@ def seconds_per_row(trainer: Any) -> float:
     return seconds / count
 
 
-def epochs_within(trainer: Any, seconds: float, most: float) -> float:
+def epochs_within(trainer: Any, seconds: float) -> float:
     """
-    The number of epochs that fit into a time, at most `most`; below 1 if not even one does.
+    The number of epochs that fit into a time: a whole number, or below 1 if not even one fits.
 
     Args:
         trainer ([`MMTrainer`]): before its training.
@@ -74,4 +74,4 @@ def epochs_within(trainer: Any, seconds: float, most: float) -> float:
     held_out = 0 if trainer.eval_dataset is None else len(trainer.eval_dataset)
     per_epoch = seconds_per_row(trainer) * (len(trainer.train_dataset) + _EVALUATION_COST * held_out)
     fitting = seconds * TRAINING_SHARE / max(per_epoch, 1e-9)
-    return min(most, float(int(fitting)) if fitting >= 1 else fitting)
+    return float(int(fitting)) if fitting >= 1 else fitting

@@ -12,7 +12,7 @@ from ..model.messages import one_line
 from ..training.arguments import MMTrainingArguments
 from ..training.linear_start.study import Study
 from ..training.recipe import Recipe
-from ..training.recipe.builders import RecipeData, build_trainer, training_arguments
+from ..training.recipe.builders import EncoderError, RecipeData, build_trainer, training_arguments
 from ..training.recipe.output_folder import is_finished
 from ..training.recipe.run import RecipeRun, run_recipe
 from .encoder_choice import advice
@@ -56,8 +56,8 @@ def run_in_time(
     recipe.save(Path(args.output_dir))
     try:
         run = run_recipe(recipe, args, data, allow_urls, say, study, callbacks, print_logs)
-    except OSError as error:
-        raise _without_encoder(error, recipe) from error
+    except EncoderError as error:
+        raise _with_advice(error) from error
     return recipe, args, run
 
 
@@ -72,26 +72,24 @@ def _within(
     """The recipe with as many epochs as fit into the time. If none does, with encoders that stay as they are."""
     try:
         trainer = build_trainer(recipe, args, data, allow_urls=allow_urls)
-    except OSError as error:
-        raise _without_encoder(error, recipe) from error
-    left, most = end - time.monotonic(), args.num_train_epochs
-    epochs = epochs_within(trainer, left, most)
+    except EncoderError as error:
+        raise _with_advice(error) from error
+    most = args.num_train_epochs
+    epochs = epochs_within(trainer, end - time.monotonic())
     encoders = [name for name in ("text", "vision", "audio") if recipe.model.get(name)]
-    if epochs < 1 and encoders and not recipe.model.get("freeze"):
+    if epochs < min(1, most) and encoders and not recipe.model.get("freeze"):
         say("The time is too short to train the encoders for one epoch, so they stay as they are.")
         cache = str(Path(args.output_dir) / "features")
         model, section = {**recipe.model, "freeze": encoders}, replace(recipe.data, feature_cache=cache)
         epochs = PRESETS["fast"].training["num_train_epochs"]
         recipe = replace(recipe, model=model, data=section)
-    elif epochs < most:
-        epochs = max(epochs, 1.0)
-        say(f"{epochs:.0f} epochs fit into the time.")
+    else:
+        epochs = min(max(epochs, 1.0), most)
+        if epochs < most:
+            say(f"{epochs:.0f} epochs fit into the time.")
     recipe = replace(recipe, training={**recipe.training, "num_train_epochs": epochs})
     return recipe, training_arguments(recipe)
 
 
-def _without_encoder(error: OSError, recipe: Recipe) -> OSError:
-    named = next((name for name in ("text", "vision", "audio") if str(recipe.model.get(name)) in str(error)), None)
-    if named is None:
-        return error
-    return OSError(f"The {named} encoder cannot be loaded: {one_line(error, 300)} {advice(named)}")
+def _with_advice(error: EncoderError) -> OSError:
+    return OSError(f"The {error.encoder} encoder cannot be loaded: {one_line(error, 300)} {advice(error.encoder)}")

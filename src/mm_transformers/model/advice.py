@@ -25,13 +25,16 @@ def advice_for(tables: Mapping[str, Any], confidence: Optional[float]) -> list[d
         place = bisect_right(table["edges"], confidence) if confidence is not None else 0
         now, then = table["now"][place], table["then"][place]
         told = {"add": name, "measure": table["measure"], "now": now, "then": then, "rows": table["rows"][place]}
-        found.append({**told, "text": _sentence(ENCODERS[name].noun if name in ENCODERS else name, **told)})
+        found.append({**told, "text": _sentence(told)})
     return sorted(found, key=lambda one: one["now"] - one["then"] if one["measure"] == "right" else
                   one["then"] - one["now"])  # fmt: skip
 
 
-def _sentence(noun: str, measure: str, now: float, then: float, rows: int, add: str) -> str:
+def _sentence(told: Mapping[str, Any]) -> str:
+    noun = ENCODERS[told["add"]].noun if told["add"] in ENCODERS else told["add"]
     article = "an" if noun[0] in "aeiou" else "a"
-    if measure == "right":
-        return f"With {article} {noun}, {then:.0%} of such rows are right instead of {now:.0%} ({rows} rows)."
-    return f"With {article} {noun}, the mean error of such rows is {then:.3g} instead of {now:.3g} ({rows} rows)."
+    if told["measure"] == "right":
+        change = f"{told['then']:.0%} of such rows are right instead of {told['now']:.0%}"
+    else:
+        change = f"the mean error of such rows is {told['then']:.3g} instead of {told['now']:.3g}"
+    return f"With {article} {noun}, {change} ({told['rows']} rows)."

@@ -100,6 +100,8 @@ def _check_rate(rate: Any, name: str) -> None:
 
 def _check_length(num_frames: int, num_samples: int, rate: int, name: str) -> None:
     """
+    Checks that a clip is not longer than the limits.
+
     Args:
         num_frames: samples of one channel.
         num_samples: those of all channels.

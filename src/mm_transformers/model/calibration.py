@@ -1,7 +1,6 @@
 """How far to trust the answers of a model: what `config.calibration` stores, and how it changes answers."""
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
@@ -9,6 +8,7 @@ import torch
 
 from .availability import OTHER
 from .conformal import LEVELS, level_of
+from .label_cells import is_finite_number
 from .messages import shortened
 from .oddness import check_oddness
 from .task_base import Task
@@ -140,9 +140,7 @@ def check_calibration(values: Any, tasks: Mapping[str, Task]) -> None:
 
 
 def _numbers(values: Any) -> bool:
-    return isinstance(values, (list, tuple)) and all(
-        isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x) for x in values
-    )
+    return isinstance(values, (list, tuple)) and all(map(is_finite_number, values))
 
 
 def _check(is_right: bool, where: str, value: Any) -> None:

@@ -84,6 +84,8 @@ def checked(path: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> 
 
 def check_fit(model: PreTrainedModel, info: LoadingInfo) -> None:
     """
+    Checks that the weights of a checkpoint are those of the model.
+
     Args:
         model: On the meta device, where it takes no memory.
         info: The names of weights that do not fit.

@@ -1,10 +1,10 @@
 """The weight of each label in a loss: numbers, or "balanced" over the training rows."""
 
-import math
-import numbers
 from typing import Any, Optional
 
 import torch
+
+from .label_cells import is_finite_number
 
 
 BALANCED = "balanced"
@@ -33,7 +33,7 @@ def check_weights(task: Any, option: str) -> Any:
                 f"Task {task.name!r}: {option} names {label!r}, which is not one of its labels: "
                 f"{', '.join(task.labels[:20])}{', ...' if len(task.labels) > 20 else ''}."
             )
-        if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
+        if not is_finite_number(weight) or weight < 0:
             raise ValueError(
                 f"Task {task.name!r}: {option} of {label!r} must be a finite number >= 0, but is {weight!r}."
             )

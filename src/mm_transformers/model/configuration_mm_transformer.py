@@ -1,7 +1,6 @@
 """Configuration of the fused model."""
 
 import difflib
-import math
 import os
 import re
 from typing import Any, ClassVar, Optional
@@ -21,6 +20,7 @@ from .fusion import fusion_class
 from .fusion_layers import TEXT_POOLINGS
 from .hub_kernels import check_values
 from .joint_reading import check_joint
+from .label_cells import is_finite_number
 from .limits import limits
 from .messages import check_folder, one_line, shortened
 from .modalities import OTHER_ENCODERS, own_encoders
@@ -363,7 +363,7 @@ class MMTransformerConfig(PreTrainedConfig):
             raise ValueError(
                 f"text_pooling must be one of {', '.join(TEXT_POOLINGS)}, but is {shortened(self.text_pooling)}."
             )
-        if not (math.isfinite(self.initializer_range) and self.initializer_range >= 0):
+        if not is_finite_number(self.initializer_range) or self.initializer_range < 0:
             raise ValueError(f"initializer_range must be at least 0 and finite, but is {self.initializer_range}.")
         check_token_reduction(self.vision_token_reduction)
         unknown = sorted(set(self.modality_dropout_probabilities) - {"text", *self.modalities})

@@ -121,6 +121,8 @@ class _Rule:
 
     def check(self, url: str) -> None:
         """
+        Checks an address.
+
         Raises:
             OSError, ValueError: if the address is not one that may be asked.
         """

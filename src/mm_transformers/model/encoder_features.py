@@ -50,6 +50,8 @@ class EncoderFeatures:
         self, attention_mask: Optional[torch.Tensor] = None, **inputs: torch.Tensor
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """
+        The output of the encoder for all items.
+
         Args:
             attention_mask (`torch.Tensor` of shape `(items, length)`, *optional*):
                 1 where the text or the clip is, 0 at padding.

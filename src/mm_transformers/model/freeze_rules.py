@@ -11,6 +11,8 @@ from .modalities import ENCODERS
 
 def check_freeze(entries: Optional[list[str]], modalities: list[str]) -> None:
     """
+    Checks `config.freeze`.
+
     Args:
         entries: `config.freeze`.
         modalities: those of the model, "text" among them.

@@ -208,7 +208,7 @@ class Fusion(nn.Module):
     The base class of fusions, in which text tokens attend to the tokens of other modalities.
 
     A kind subclasses it, sets `kind`, implements [`fuse`] and is decorated with [`register_fusion`]. Keyword arguments
-    of its `__init__` after `stream_names` are its options, given by `config.fusion_kwargs`.
+    of its `__init__` after `text_hidden_size` are its options, given by `config.fusion_kwargs`.
 
     This class guarantees two properties. A row without any stream stays exactly unchanged, and the fused states have
     the width of the text encoder. Each kind must guarantee two more. [`fuse`] leaves the text states unchanged at

@@ -1,8 +1,7 @@
 """Answers that a decoder writes: the decoder of a pretrained encoder-decoder reads the fused states."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Optional, Protocol, cast
 
 import torch
@@ -116,15 +115,17 @@ class AnswerDecoder:
         states = fused.last_hidden_state
         if stated_length(options) is None:
             options["max_new_tokens"] = task.max_length
+        # A forced first token, as of mBART, is among the start ids. The config stays as it is: threads share it.
+        forced = getattr(options.get("generation_config"), "forced_bos_token_id", None)
+        options.setdefault("forced_bos_token_id", forced)
         start = torch.tensor(self.start_ids(task), device=states.device)
-        with self._nothing_forced():
-            return self.text_model.generate(
-                encoder_outputs=BaseModelOutput(last_hidden_state=states),
-                attention_mask=fused.attention_mask.to(torch.int64),
-                decoder_start_token_id=start[0].item(),
-                decoder_input_ids=start.repeat(states.shape[0], 1),
-                **options,
-            )
+        return self.text_model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=fused.attention_mask.to(torch.int64),
+            decoder_start_token_id=start[0].item(),
+            decoder_input_ids=start.repeat(states.shape[0], 1),
+            **options,
+        )
 
     def without_start(self, task: WritingTask, ids: torch.Tensor, num_rows: int) -> torch.Tensor:
         """
@@ -134,17 +135,6 @@ class AnswerDecoder:
             ValueError: if there is not exactly one answer per row.
         """
         return answer_ids(task, ids, num_rows, len(self.start_ids(task)))
-
-    @contextmanager
-    def _nothing_forced(self) -> Iterator[None]:
-        """Turns off forced tokens: a wanted first token is among the [`start_ids`]."""
-        config = self.text_model.generation_config
-        forced = config.forced_bos_token_id
-        config.forced_bos_token_id = None
-        try:
-            yield
-        finally:
-            config.forced_bos_token_id = forced
 
 
 def answer_ids(task: WritingTask, ids: Any, num_rows: int, num_start_ids: int) -> torch.Tensor:
@@ -164,6 +154,8 @@ def answer_ids(task: WritingTask, ids: Any, num_rows: int, num_start_ids: int) -
 
 def refuse_assistant(options: Mapping[str, Any]) -> None:
     """
+    Refuses the option of `generate` that cannot work here.
+
     Raises:
         ValueError: if `assistant_model` is among the options of `generate`.
     """
@@ -177,7 +169,7 @@ def stated_length(options: Mapping[str, Any]) -> Optional[str]:
     """Which option of `generate` limits the length, "max_new_tokens" or "max_length"; `None` if none does."""
     given = options.get("generation_config")
     for name in ("max_new_tokens", "max_length"):
-        if name in options:
+        if options.get(name) is not None:
             return name
     if given is not None and given.max_new_tokens:
         return "max_new_tokens"

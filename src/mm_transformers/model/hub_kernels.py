@@ -42,6 +42,8 @@ def _is_available(package: str) -> bool:
 
 def check_values(values: Mapping[str, Any]) -> None:
     """
+    Checks that a config names no attention kernel of the Hub.
+
     Args:
         values: Of a `config.json`. No saved config has such an implementation.
 

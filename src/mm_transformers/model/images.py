@@ -74,6 +74,8 @@ def num_pixels(item: Any) -> int:
 
 def _declared_pixels(image: Any, unknown: int) -> int:
     """
+    The number of pixels of an image, without decoding it.
+
     Args:
         unknown: the number for addresses, and for what cannot be opened.
     """

@@ -42,6 +42,8 @@ _ENCODER_OF = {encoder.features: encoder.name for encoder in ENCODERS.values() i
 
 def check_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     """
+    Checks the shapes and the types of inputs.
+
     Args:
         model ([`MMTransformerPreTrainedModel`]): The model that gets the inputs.
         inputs: The arguments of its `forward`, by name.
@@ -138,6 +140,8 @@ def _check_labels(model: PreTrainedModel, labels: Any) -> None:
 
 def check_finite_weights(model: nn.Module) -> None:
     """
+    Checks the weights of a model.
+
     Raises:
         ValueError: one sentence, if a weight is NaN or infinite.
     """
@@ -160,14 +164,11 @@ def is_finite(outputs: ModelOutput) -> bool:
     return all(bool(x.sum().isfinite()) for x in tensors if isinstance(x, torch.Tensor))
 
 
-def what_is_wrong_with_inputs(
-    model: PreTrainedModel, error: Exception, args: tuple, kwargs: Mapping[str, Any]
-) -> Optional[str]:
+def what_is_wrong_with_inputs(model: PreTrainedModel, args: tuple, kwargs: Mapping[str, Any]) -> Optional[str]:
     """
     A sentence about the inputs of a failed forward pass; `None` if nothing is found.
 
     Args:
-        error: The error of the forward pass.
         args, kwargs: Of `model.forward`.
     """
     try:

@@ -6,6 +6,7 @@ import numbers
 import re
 from collections import Counter
 from collections.abc import Iterable
+from decimal import Decimal
 from typing import Any, Optional
 
 import torch
@@ -39,8 +40,18 @@ def is_missing(value: Any) -> bool:
 
 
 def as_scalar(value: Any) -> Any:
-    """The Python value of a scalar of numpy or torch, which formatted data sets hold; anything else as it is."""
+    """The Python value of a scalar of numpy or torch, or of a `Decimal`, as tables hold; anything else as it is."""
+    if isinstance(value, Decimal):
+        return math.nan if value.is_nan() else float(value)  # a signalling NaN is no float
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold; truth values are none."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_labels(name: str, labels: list[Any]) -> list[str]:
@@ -66,7 +77,7 @@ def infer_labels(cells: Iterable[Any], column: str) -> list[str]:
     values: set[Any] = set()
     kinds: set[type] = set()
     for cell in cells:
-        for label in cell if isinstance(cell, (list, tuple)) else [cell]:
+        for label in map(as_scalar, cell if isinstance(cell, (list, tuple)) else [cell]):
             if not isinstance(label, (str, bool, numbers.Real, type(None))):
                 raise ValueError(
                     f"Column {column!r} holds {shorten_value(label)} of type {type(label).__name__}, which "

@@ -86,6 +86,8 @@ class LinearProblem(ABC):
     @abstractmethod
     def solver(self, features: Array, labels: Array, counts: Array, regressions: Regressions) -> Solver:
         """
+        The function that fits the linear model.
+
         Args:
             features (num_items, columns), labels: of the training items.
             counts (num_items,): how much each item counts.

@@ -188,7 +188,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         try:
             outputs = super().__call__(*args, **kwargs)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-            problem = what_is_wrong_with_inputs(self, error, args, kwargs)
+            problem = what_is_wrong_with_inputs(self, args, kwargs)
             if problem is None:
                 raise
             raise ValueError(problem) from error

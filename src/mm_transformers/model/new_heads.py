@@ -114,6 +114,8 @@ def tasks_with_new_heads(saved: MMTransformerConfig, config: MMTransformerConfig
 
 def check_same_heads(saved: Mapping[str, Task], tasks: Mapping[str, Task], checkpoint: str) -> None:
     """
+    Checks that tasks can use the heads of a checkpoint.
+
     Raises:
         ValueError: if the head of a task differs from that of the checkpoint, such as labels in another order.
     """

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from .availability import OTHER
+from .embeddings import FUSED, missing_as_nan
 from .fusion_layers import masked_mean
 from .modalities import ENCODERS
 
 
-FUSED = "fused"
 _MOST = 65_536
 
 
@@ -135,7 +135,7 @@ def row_vectors(outputs: Any, has_text: Optional[torch.Tensor] = None) -> dict[s
         present = stream.present if name != "text" or has_text is None else has_text
         means = stream.row_means
         means = masked_mean(stream.hidden_states, stream.mask) if means is None else means
-        found[name] = torch.where(present[:, None], means.float(), torch.nan)
+        found[name] = missing_as_nan(means.float(), present)
     return found
 
 

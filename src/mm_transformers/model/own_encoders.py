@@ -68,6 +68,8 @@ class OwnEncoder(nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """
+        Encodes all items.
+
         Returns:
             The tokens (num_items, tokens, hidden_size), and which of them hold something, (num_items, tokens) bool;
             `None` if all do. Every parameter must have a gradient.

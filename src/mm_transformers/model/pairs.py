@@ -62,6 +62,7 @@ def pair_ids(groups: list[Optional[int]], context: LabelContext, modality: str) 
 class PairTask(Protocol):
     """A task about pairs of a text and an item of another modality, such as [`Retrieval`] and [`Matching`]."""
 
+    name: str
     modality: str
 
 

@@ -23,7 +23,6 @@ from .messages import listed
 from .modalities import ARGUMENTS, PARTS, as_list
 from .oddness import odd_sentence
 from .predictions import Predictions
-from .task_token_classification import split_words
 
 
 logger = logging.get_logger(__name__)
@@ -208,10 +207,8 @@ class MultimodalPipeline(RowPipeline):
         for row, odd in zip(inputs["numbers"], predictions.odd_rows() or (), strict=False):
             if odd.is_odd:
                 logger.warning(odd_sentence(f"Row {row}", odd))
-        for name in names:
-            if self.model.tasks[name].is_token_level:
-                for row, text in zip(answers, texts, strict=True):
-                    row[name] = _with_words(row[name], text)
+        for row, text in zip(answers, texts, strict=True):
+            row.update({name: self.model.tasks[name].answer_with_words(row[name], text) for name in names})
         return {"answers": answers}
 
 
@@ -354,15 +351,6 @@ def _refuse_addresses(row: dict[str, Any], number: int) -> None:
                     f"Row {number}: {describe(item, name)} is an address in a data set, which is not fetched. If you "
                     "trust the rows, give them as dicts, in a list or a generator."
                 )
-
-
-def _with_words(answers: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    """Each word with its answer and its place in the text; words without a token have no answer."""
-    return [
-        {"word": text[start:end], **answer, "start": start, "end": end}
-        for (start, end), answer in zip(split_words(text), answers, strict=False)
-        if answer["label"] is not None
-    ]
 
 
 def _names_of_values(rows: Any, columns: Sequence[str]) -> dict[str, list[str]]:

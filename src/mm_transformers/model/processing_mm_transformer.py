@@ -138,6 +138,8 @@ def _is_number(value: Any) -> bool:
 
 def _check_settings(part: Any) -> None:
     """
+    Checks the settings of the parts of a processor.
+
     Raises:
         ValueError: if a setting of a tokenizer or a feature extractor is of another type.
     """
@@ -155,6 +157,8 @@ def _check_settings(part: Any) -> None:
 
 def _check_size(image_processor: Any, path: Any) -> None:
     """
+    Checks the size of the pictures that an image processor makes.
+
     Raises:
         ValueError: if an image processor makes pictures larger than those that are kept in memory.
     """
@@ -295,15 +299,25 @@ class MMTransformerProcessor(ProcessorMixin):
     @property
     def row_keys(self) -> list[str]:
         """The keys of a row that this processor reads: "text", "image", ..., and the columns of a table."""
+        names = [name for name in ARGUMENTS if name != "text" or self.reads_text]
+        columns = [column for column in self._known_columns if column not in names]
+        if getattr(self.tokenizer, "chat_template", None) and self._takes_chats:
+            names.append(MESSAGES)
+        return [*names, *columns]
+
+    @property
+    def _known_columns(self) -> list[str]:
+        """The columns of a row whose names the processor knows."""
         configs = self.own_configs
         several = [
             m.columns(configs[m.encoder.name]) for m in MODALITIES.values() if m.columns and m.encoder.name in configs
         ]
-        names = [name for name in ARGUMENTS if name != "text" or self.reads_text]
-        if getattr(self.tokenizer, "chat_template", None):
-            names.append(MESSAGES)
-        others = [column for columns in self.input_columns.values() for column in columns if column not in names]
-        return [*names, *others, *(column for columns in several for column in columns)]
+        return [column for columns in (*self.input_columns.values(), *several) for column in columns]
+
+    @property
+    def _takes_chats(self) -> bool:
+        """Whether "messages" is a chat, and no column of the training table."""
+        return MESSAGES not in self._known_columns
 
     def with_keys(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """
@@ -317,7 +331,7 @@ class MMTransformerProcessor(ProcessorMixin):
         {'text': 'title: Old chair\\nbody: Made of oak.'}
         ```
         """
-        row = self.without_chat(row)
+        row = self.without_chat(row) if self._takes_chats else dict(row)
         for key, columns in self.input_columns.items():
             # A column may be called as the key: then it is one of the columns, and not all of them.
             cells = {column: row.pop(column) for column in columns if column in row}
@@ -456,6 +470,8 @@ class MMTransformerProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> BatchFeature:
         """
+        The inputs of the model for some rows.
+
         Args:
             text (`str` or `list[str]`): One text per row; `None` or "" in a row that has none.
             images (*optional*):
@@ -710,6 +726,8 @@ class MMTransformerProcessor(ProcessorMixin):
 
     def _pixel_values(self, pictures: list[Any], options: Mapping[str, Any]) -> torch.Tensor:
         """
+        All pictures, processed: (num_images, channels, height, width).
+
         Args:
             pictures: `PIL.Image.Image`s, and tensors (channels, height, width) of processed pictures.
         """

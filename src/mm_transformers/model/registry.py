@@ -11,7 +11,8 @@ def registered(kinds: dict[str, T], what: str, attribute: str = "kind") -> Calla
     """
     A class decorator that adds a class to a registry under its name.
 
-    A class of the same qualified name replaces the earlier one, so that a module can be loaded again.
+    A class of the same module and qualified name replaces the earlier one, so that a module can be loaded again.
+    Of the module the last part counts: a checkpoint with its own code has other packages around it.
 
     Args:
         kinds: the registry, changed in place.
@@ -38,7 +39,7 @@ def registered(kinds: dict[str, T], what: str, attribute: str = "kind") -> Calla
         if not isinstance(kind, str) or not kind:
             raise ValueError(f"{cls.__name__} needs a class attribute `{attribute}`, a string that names the {what}.")
         known = kinds.get(kind)
-        if known is not None and known.__qualname__ != cls.__qualname__:
+        if known is not None and _home(known) != _home(cls):
             raise ValueError(
                 f"{what.capitalize()} {kind!r} is already taken by {known.__name__}; choose another `{attribute}`."
             )
@@ -46,3 +47,7 @@ def registered(kinds: dict[str, T], what: str, attribute: str = "kind") -> Calla
         return cls
 
     return add
+
+
+def _home(cls: type) -> tuple[str, str]:
+    return cls.__module__.rpartition(".")[-1], cls.__qualname__

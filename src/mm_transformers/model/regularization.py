@@ -1,7 +1,5 @@
 """The regulariser: lambda * sum_j Omega(theta_j) over the task layers, and the encoders if requested."""
 
-import math
-import numbers
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional
 
@@ -9,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .label_cells import is_finite_number
 from .modalities import ENCODERS
 
 
@@ -94,7 +93,7 @@ def check_regularization(spec: Optional[dict[str, Any]], tasks: dict[str, Any]) 
             raise ValueError(
                 f"The kind of the regularization{where} must be one of {', '.join(_PENALTIES)}, but is {name!r}."
             )
-        if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
+        if not is_finite_number(weight) or weight < 0:
             raise ValueError(f"The weight of the regularization{where} must be a number >= 0, but is {weight!r}.")
 
 

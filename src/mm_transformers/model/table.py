@@ -303,6 +303,8 @@ class TableEncoder(OwnEncoder):
         self, table_numbers: Optional[torch.Tensor] = None, table_categories: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
+        The tokens of the columns, and which of them hold something.
+
         Args:
             table_numbers (num_tables, num_numbers) float32: standardised; NaN where missing. `None` without such
                 columns, and likewise:

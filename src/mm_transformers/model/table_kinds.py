@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Optional
 
 from .dates import FORMATS, date_format, read_date
-from .label_cells import NO_NUMBER, NUMBER, as_scalar, is_null, shorten, shorten_value
+from .label_cells import NO_NUMBER, NUMBER, as_scalar, is_finite_number, is_null, shorten, shorten_value
 from .limits import limits, named
 from .registry import registered
 
@@ -29,7 +29,8 @@ class TableColumn(ABC):
     model reads standardised, or categories, which the model reads as entries of an embedding.
 
     Args:
-        config (`dict`): `{"name": ..., "kind": ...}` and the keys that [`TableColumn.learned`] adds.
+        config (`dict`): `{"name": ..., "kind": ...}` and the keys that [`TableColumn.learned`] adds. The config of a
+            number has `mean` and `std`, that of a category `values`.
 
     Raises:
         ValueError: when checked, one sentence.
@@ -173,9 +174,9 @@ class NumberColumn(TableColumn):
 
     def checked(self, where: str) -> dict[str, Any]:
         mean, std = self.config["mean"], self.config["std"]
-        are_numbers = all(isinstance(x, numbers.Real) and not isinstance(x, bool) for x in (mean, std))
-        if not are_numbers or not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-            raise ValueError(f"{where} must have a finite mean and a std above 0, but has {mean!r} and {std!r}.")
+        if not (is_finite_number(mean) and is_finite_number(std) and std > 0):
+            found = f"{shorten_value(mean)} and {shorten_value(std)}"
+            raise ValueError(f"{where} must have a finite mean and a std above 0, but has {found}.")
         return {**self.config, "mean": float(mean), "std": float(std)}
 
     def example(self) -> Any:
@@ -278,8 +279,6 @@ def read_number(cell: Any) -> Optional[float]:
         if not NUMBER.fullmatch(text) or len(text) > 400:
             raise TableError(f"{shorten(cell)!r} is no number")
         cell = float(text)
-    if type(cell).__name__ == "Decimal":
-        cell = float(cell)
     if not isinstance(cell, numbers.Real):
         raise TableError(f"expected a number, but got {shorten_value(cell)} of type {type(cell).__name__}")
     try:
@@ -315,7 +314,7 @@ def read_category(cell: Any) -> Optional[str]:
         return cell.strip() or None
     if isinstance(cell, (bool, int)):
         return str(cell)
-    if isinstance(cell, numbers.Real) and math.isfinite(cell):
+    if is_finite_number(cell):
         number = float(cell)
         return str(int(number)) if number.is_integer() else repr(number)
     raise TableError(f"expected a text or a whole number, but got {shorten_value(cell)} of type {type(cell).__name__}")

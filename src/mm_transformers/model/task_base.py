@@ -1,8 +1,6 @@
 """The base class of task kinds, and their registry."""
 
 import dataclasses
-import math
-import numbers
 import re
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Sequence
@@ -14,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .conformal import LEVELS, quantile_thresholds
-from .label_cells import ids_are_places, infer_labels
+from .label_cells import ids_are_places, infer_labels, is_finite_number, shorten_value
 from .linear_problem import LinearProblem
 from .registry import registered
 
@@ -182,6 +180,8 @@ class Task:
     auto_class: ClassVar[Optional[str]] = None
     # True if labels belong to words of the text; the context of labels then has the `word_index`.
     is_token_level: ClassVar[bool] = False
+    # The keys of an answer for one word. They name the columns of a file also for a row without words.
+    answer_keys: ClassVar[tuple[str, ...]] = ()
     # True if a column of texts that are all whole numbers holds numbers: ids of labels, or labels that are numbers.
     takes_whole_numbers: ClassVar[bool] = False
     # True if a decoder writes the answer; there is no head then.
@@ -208,8 +208,8 @@ class Task:
         if self.name in _RESERVED_NAMES or hasattr(TaskHeads({}), self.name):
             raise ValueError(f"Task name {self.name!r} is reserved; choose another and say `column={self.name!r}`.")
         weight = self.loss_weight
-        if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"Task {self.name!r}: loss_weight must be a number >= 0, but is {weight!r}.")
+        if not is_finite_number(weight) or weight < 0:
+            raise ValueError(f"Task {self.name!r}: loss_weight must be a number >= 0, but is {shorten_value(weight)}.")
         self.loss_weight = float(weight)  # JSON cannot store a number of numpy
         if self.column is None:
             self.column = self.name
@@ -667,6 +667,10 @@ class Task:
 
     def complete_answer(self, answer: Any, text: str) -> Any:
         """The answer of a row for a file; answers for words get one entry for each word."""
+        return answer
+
+    def answer_with_words(self, answer: Any, text: str) -> Any:
+        """The answer of a row for the pipeline; answers for words get each word and its place in the text."""
         return answer
 
     def answer_scores(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .conformal import LEVELS, quantile_thresholds
-from .label_cells import NO_NUMBER, NUMBER, as_scalar, is_null, shorten_value
+from .label_cells import NO_NUMBER, NUMBER, as_scalar, is_finite_number, is_null, shorten_value
 from .linear_problem import RidgeProblem
 from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, register_task
 
@@ -51,8 +51,7 @@ class Regression(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_number = isinstance(self.scale, numbers.Real) and not isinstance(self.scale, bool)
-        if not is_number or not (math.isfinite(self.scale) and self.scale > 0):
+        if not is_finite_number(self.scale) or self.scale <= 0:
             raise ValueError(f"Task {self.name!r}: scale must be a number above 0, but is {shorten_value(self.scale)}.")
         self.scale = float(self.scale)
 
@@ -72,7 +71,7 @@ class Regression(Task):
     @classmethod
     def options_for(cls, cells: Iterable[Any]) -> dict[str, Any]:
         """The scale: the standard deviation."""
-        values = [float(cell) for cell in cells if isinstance(cell, numbers.Real) and math.isfinite(cell)]
+        values = [float(cell) for cell in map(as_scalar, cells) if is_finite_number(cell)]
         found = statistics.pstdev(values) if len(values) > 1 else 0.0
         return {"scale": float(f"{found:.3g}")} if found > 0 and math.isfinite(found) else {}
 

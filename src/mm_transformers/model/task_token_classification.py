@@ -81,6 +81,7 @@ class TokenClassification(Task):
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "f1_micro")
     hub_task: ClassVar[str] = "token-classification"
     is_token_level: ClassVar[bool] = True
+    answer_keys: ClassVar[tuple[str, ...]] = ("label", "score")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,6 +194,14 @@ class TokenClassification(Task):
     def complete_answer(self, answer: Any, text: str) -> Any:
         missing = len(split_words(text)) - len(answer)
         return answer + [{"label": None, "score": 0.0}] * missing
+
+    def answer_with_words(self, answer: Any, text: str) -> Any:
+        """Each word with its answer and its place in the text; words without a token have no answer."""
+        return [
+            {"word": text[start:end], **of_word, "start": start, "end": end}
+            for (start, end), of_word in zip(split_words(text), answer, strict=False)
+            if of_word.get("label", text) is not None
+        ]
 
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None

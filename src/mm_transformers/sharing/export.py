@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,8 @@ from ..model.modalities import ENCODERS
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import drop_link
-from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES
+from .export_spec import DECODER, FIRST_GRAPH, SPEC_NAME
+from .graph_formats import FORMATS, GraphFormat
 
 
 # The output of the graph of a model with a decoder beside the logits of its heads.
@@ -106,11 +107,11 @@ def export_model(
         )
     check_exporters(kind)
     folder = Path(folder)
-    format = FORMATS.get(kind)
-    if format is None:
-        raise ValueError(f"The format must be one of {', '.join(FORMATS)}, but is {kind!r}.")
-    if int8 and not format.takes_int8:
-        raise ValueError("int8 needs the format onnx: programs of torch.export keep the precision of the model.")
+    graph_format = FORMATS.get(kind)
+    if graph_format is None:
+        raise ValueError(f"The kind of graphs must be one of {', '.join(FORMATS)}, but is {kind!r}.")
+    if int8 and not graph_format.takes_int8:
+        raise ValueError("int8 needs ONNX graphs: programs of torch.export keep the precision of the model.")
     for modality in ("text", *model.config.modalities):
         encoder_config = getattr(model.config, f"{modality}_config")
         if {"by_length", "one_by_one"} & set(traits_of(encoder_config)):
@@ -128,12 +129,12 @@ def export_model(
     try:
         first, second = sample_inputs(model, processor, 2), sample_inputs(model, processor, 3)
         sample = Sample(first, _differing(first, second))
-        graphs: dict[str, tuple[nn.Module, Sample]] = {FUSED: (FusedGraph(model), sample)}
+        graphs: dict[str, tuple[nn.Module, Sample]] = {FIRST_GRAPH: (FusedGraph(model), sample)}
         if model.can_generate():
             graphs[DECODER] = (DecoderGraph(model.model.text_model), _decoder_sample(model, first))
         spec: dict[str, Any] = {"format": kind, "int8": int8, "graphs": {}}
         for name, (module, traced) in graphs.items():
-            outputs = _export(module, traced, staged / f"{name}{SUFFIXES[kind]}", kind, int8)
+            outputs = _export(module, traced, staged / f"{name}{graph_format.suffix}", graph_format, int8)
             shapes = {
                 key: [None if i in traced.dynamic[key] else n for i, n in enumerate(value.shape)]
                 for key, value in traced.inputs.items()
@@ -220,43 +221,7 @@ def _decoder_sample(model: MMTransformerForMultiTask, inputs: Mapping[str, torch
     return Sample(values, {key: [0, 1] for key in values})
 
 
-def _onnx(module: nn.Module, inputs: dict[str, Any], options: dict[str, Any], path: Path, int8: bool) -> None:
-    from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
-
-    quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig()) if int8 else None
-    program, _ = OnnxExporter().export_program(module, inputs, OnnxConfig(quantizer=quantizer, **options))
-    OnnxExporter.save_program(program, path)
-
-
-def _torch(module: nn.Module, inputs: dict[str, Any], options: dict[str, Any], path: Path, int8: bool) -> None:
-    from transformers.exporters import DynamoConfig, DynamoExporter
-
-    program, _ = DynamoExporter().export_program(module, inputs, DynamoConfig(**options))
-    DynamoExporter.save_program(program, path)
-
-
-class GraphFormat(NamedTuple):
-    """
-    A format of exported graphs.
-
-    Args:
-        write: exports a module to a file.
-        takes_int8: whether matrices may be 8-bit integers.
-        packages: modules that it needs, and how they are installed.
-    """
-
-    write: Callable[[nn.Module, dict[str, Any], dict[str, Any], Path, bool], None]
-    takes_int8: bool
-    packages: dict[str, str]
-
-
-FORMATS = {
-    "onnx": GraphFormat(_onnx, True, dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "mm-transformers[onnx]")),
-    "torch": GraphFormat(_torch, False, {}),
-}
-
-
-def _export(module: nn.Module, sample: Sample, path: Path, kind: str, int8: bool) -> list[str]:
+def _export(module: nn.Module, sample: Sample, path: Path, graph_format: GraphFormat, int8: bool) -> list[str]:
     """Writes one graph; returns the names of its outputs."""
     module.eval()
     with torch.no_grad():
@@ -268,5 +233,5 @@ def _export(module: nn.Module, sample: Sample, path: Path, kind: str, int8: bool
         },
         "prefer_deferred_runtime_asserts_over_guards": True,
     }
-    FORMATS[kind].write(module, dict(sample.inputs), options, path, int8)
+    graph_format.write(module, dict(sample.inputs), options, path, int8)
     return names

@@ -9,11 +9,11 @@ from typing import Any, Optional
 import torch
 
 from ..model.limits import limits
+from .graph_formats import FORMATS
 
 
 SPEC_NAME = "export.json"
-FUSED, DECODER = "model", "decoder"
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+FIRST_GRAPH, DECODER = "model", "decoder"
 _ANY_SIZE = 16_000  # a second of sound is more than any encoder needs
 
 
@@ -25,15 +25,15 @@ def read_spec(path: Path) -> dict[str, Any]:
         path: of the file, which may come from a stranger.
 
     Returns:
-        "format", one of `SUFFIXES`; and "graphs": for `FUSED`, and perhaps `DECODER`, "inputs" (name -> shape, `None`
-            for any size), "types" (name -> type of torch) and "outputs" (names).
+        "format", one of `FORMATS`; and "graphs": for `FIRST_GRAPH`, and perhaps `DECODER`, "inputs" (name -> shape,
+            `None` for any size), "types" (name -> type of torch) and "outputs" (names).
 
     Raises:
         ValueError: one sentence, if the file has another content.
     """
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
-        is_known = spec["format"] in SUFFIXES and {FUSED} <= set(spec["graphs"]) <= {FUSED, DECODER}
+        is_known = spec["format"] in FORMATS and {FIRST_GRAPH} <= set(spec["graphs"]) <= {FIRST_GRAPH, DECODER}
         is_known = is_known and all(map(_is_graph, spec["graphs"].values()))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         is_known = False

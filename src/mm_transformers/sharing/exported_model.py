@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -13,14 +13,11 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from ..model.answers import decode_answers
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.generation import AnswerDecoder, split_inputs, task_that_writes
-from ..model.label_cells import shorten
 from ..model.modalities import OTHER_ENCODERS
 from ..model.modeling_mm_transformer import MMTransformerOutput
 from .export import STATES, STATES_MASK
-from .export_spec import DECODER, FUSED, SPEC_NAME, SUFFIXES, example_shape, read_spec
-
-
-_Run = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+from .export_spec import DECODER, FIRST_GRAPH, SPEC_NAME, example_shape, read_spec
+from .graph_formats import FORMATS, Run
 
 
 class ExportedModel:
@@ -58,17 +55,19 @@ class ExportedModel:
                 f"{folder} holds no exported model: it has no {SPEC_NAME}. Export a model by `mm-transformers export`."
             )
         spec = read_spec(path)
-        if spec["format"] == "torch" and not trust_pickle:
+        graph_format = FORMATS[spec["format"]]
+        if graph_format.needs_trust and not trust_pickle:
             raise ValueError(
                 f"{folder} holds programs of torch.export, which can run any code when they are loaded. Export to "
                 "ONNX instead, or pass trust_pickle=True if you trust their author."
             )
         self.config = MMTransformerConfig.from_pretrained(folder)
         self.tasks = self.config.get_tasks()
-        load = {"onnx": _onnx_graph, "torch": _torch_graph}[spec["format"]]
-        suffix = SUFFIXES[spec["format"]]
-        graphs = {name: load(Path(folder, f"{name}{suffix}"), graph) for name, graph in spec["graphs"].items()}
-        self.model = _Fused(graphs[FUSED], spec["graphs"][FUSED])
+        graphs = {
+            name: graph_format.load(Path(folder, f"{name}{graph_format.suffix}"), graph)
+            for name, graph in spec["graphs"].items()
+        }
+        self.model = _Fused(graphs[FIRST_GRAPH], spec["graphs"][FIRST_GRAPH])
         if DECODER in graphs:
             decoder_config: Any = copy.deepcopy(self.config.decoder_config or self.config.text_config)
             decoder_config.is_encoder_decoder = True  # also for a decoder that was added to an encoder
@@ -113,7 +112,7 @@ class _Fused:
 
     text_model: Optional[PreTrainedModel] = None
 
-    def __init__(self, run: _Run, spec: Mapping[str, Any]):
+    def __init__(self, run: Run, spec: Mapping[str, Any]):
         self.run, self.shapes, self.types = run, spec["inputs"], spec["types"]
 
     def __call__(self, **inputs: Any) -> _FusedOutput:
@@ -174,7 +173,7 @@ class _Decoder(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_cache_class = False
 
-    def __init__(self, config: PreTrainedConfig, run: _Run):
+    def __init__(self, config: PreTrainedConfig, run: Run):
         super().__init__(config)
         self.run = run
         self.nothing = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
@@ -204,33 +203,3 @@ class _Decoder(PreTrainedModel, GenerationMixin):
         states = encoder_outputs[0]
         feed = {"decoder_input_ids": decoder_input_ids, STATES: states, STATES_MASK: attention_mask}
         return Seq2SeqLMOutput(logits=self.run(feed)["logits"])
-
-
-def _onnx_graph(path: Path, spec: Mapping[str, Any]) -> _Run:
-    import onnxruntime
-
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # from onnxruntime: no file, no graph, weights in files outside of its folder
-        raise OSError(f"{path} cannot be loaded ({shorten(' '.join(str(error).split()))}).") from error
-    taken = [node.name for node in session.get_inputs()]
-
-    def run(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        outputs = session.run(None, {name: inputs[name].contiguous().numpy() for name in taken})
-        return dict(zip(spec["outputs"], map(torch.from_numpy, outputs), strict=True))
-
-    return run
-
-
-def _torch_graph(path: Path, spec: Mapping[str, Any]) -> _Run:
-    try:
-        module = torch.export.load(path).module()
-    except Exception as error:
-        raise OSError(f"{path} cannot be loaded ({shorten(' '.join(str(error).split()))}).") from error
-
-    @torch.no_grad()
-    def run(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        outputs = module(**inputs)
-        return {name: outputs[name] for name in spec["outputs"]}
-
-    return run

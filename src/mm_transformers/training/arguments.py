@@ -204,6 +204,8 @@ class MMTrainingArguments(Seq2SeqTrainingArguments):
 
     def _check_ranges(self) -> None:
         """
+        Checks the ranges of numbers.
+
         Raises:
             ValueError: one sentence, if a number is out of its range; before transformers divides by it.
         """

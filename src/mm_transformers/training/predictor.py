@@ -103,6 +103,11 @@ class Predictor:
         word_index = inputs.pop("word_index", None)
         return self._answers(send_to_device(inputs, self.model.device), word_index, ["a"])[0]
 
+    @property
+    def answer_keys(self) -> dict[str, Sequence[str]]:
+        """Task -> the keys of its answer for one word; for [`answer_columns`]."""
+        return {name: self.model.tasks[name].answer_keys for name in self.tasks}
+
     @classmethod
     def from_pretrained(
         cls, name: str | os.PathLike[str], tasks: Sequence[str] | None = None, **options: Any
@@ -251,6 +256,8 @@ class Predictor:
         compute: Callable[[dict[str, Any], Any, list[str]], list[dict[str, Any]]],
     ) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
         """
+        The results of `compute`, batch by batch, in the order of the rows.
+
         Args:
             compute: model inputs, numbers of words, texts -> the result of each row.
         """
@@ -307,7 +314,9 @@ def _without_values(result: Any) -> Any:
 
 
 def answer_columns(
-    answers: Mapping[str, Any], probability_names: Mapping[str, Sequence[str]] | None = None
+    answers: Mapping[str, Any],
+    probability_names: Mapping[str, Sequence[str]] | None = None,
+    answer_keys: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """
     The answers of a row as columns.
@@ -317,6 +326,7 @@ def answer_columns(
 
     Args:
         probability_names: task -> the labels whose probabilities become columns, such as `topic_probability_animals`.
+        answer_keys: task -> the keys of an answer for one word; see [`Predictor.answer_keys`].
 
     Raises:
         ValueError: if two tasks would have the same column, as tasks `topic` and `topic_score` do.
@@ -324,7 +334,8 @@ def answer_columns(
     columns: dict[str, Any] = {}
     for name, answer in answers.items():
         labels = (probability_names or {}).get(name, ())
-        for column, value in [*_parts(name, answer, bool(labels)), *_probabilities(name, answer, labels)]:
+        keys = (answer_keys or {}).get(name, ())
+        for column, value in [*_parts(name, answer, keys, bool(labels)), *_probabilities(name, answer, labels)]:
             if column in columns:
                 raise ValueError(
                     f"The answers of task {name!r} and of another task would both be in a column {column!r}. Answer "
@@ -334,11 +345,11 @@ def answer_columns(
     return columns
 
 
-def _parts(name: str, answer: Any, without_probabilities: bool) -> list[tuple[str, Any]]:
+def _parts(name: str, answer: Any, keys: Sequence[str], without_probabilities: bool) -> list[tuple[str, Any]]:
     """The parts of the answer of one task, with their columns."""
     if isinstance(answer, list) and all(isinstance(item, dict) for item in answer):
-        keys = list(dict.fromkeys(key for item in answer for key in item)) or ["label", "score"]
-        answer = {key: [item.get(key) for item in answer] for key in keys}
+        found = dict.fromkeys(key for item in answer for key in item) or keys
+        answer = {key: [item.get(key) for item in answer] for key in found} or answer
     if not isinstance(answer, dict):
         return [(name, answer)]
     parts = [part for part in answer.items() if not (without_probabilities and part[0] == "probabilities")]
@@ -401,7 +412,7 @@ class _Share(IterableDataset[dict[str, Any]]):
     def _read(
         self, rows: list[Mapping[str, Any]], first: int
     ) -> tuple[list[Any], dict[str, Any], torch.Tensor | None, list[str], list[int], int]:
-        # Without the columns of labels, which need not be labels, if there are any.
+        # Columns of labels are left out: their cells may be no labels of the task.
         prepared = [self.prepare(self.reader(row)) for row in rows]
         known: list[Mapping[str, Any]]
         known = [{c: row[c] for c in self.columns if c in row} | {ROW_KEY: first + i} for i, row in enumerate(prepared)]

@@ -8,7 +8,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from torch import nn
@@ -43,6 +43,7 @@ from ..data.splitting import Part, split_for_validation
 from ..model.answers import unwrapped
 from ..model.input_checks import check_finite_weights
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
+from ..model.pairs import PairTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.regularization import penalties, take_starting_point
 from ..model.safe_writing import drop_link, saved_aside
@@ -981,7 +982,7 @@ class MMTrainer(Trainer):
         elif not isinstance(own, MultiTaskMetrics) and own_logits is None:
             self.compute_metrics = WithLosses(self.fused_model.config, own)
         has_losses = isinstance(self.compute_metrics, (MultiTaskMetrics, WithLosses))
-        of_pairs = [task for task in tasks.values() if task.needs_mismatches]
+        of_pairs = [cast(PairTask, task) for task in tasks.values() if task.needs_mismatches]
         if of_pairs and self.preprocess_logits_for_metrics is None and isinstance(self.data_collator, MMDataCollator):
             self.compute_metrics = WithMismatches(
                 of_pairs, dataloader.dataset, self.data_collator, self._logits_of, self.compute_metrics

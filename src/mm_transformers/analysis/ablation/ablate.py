@@ -25,7 +25,7 @@ from ...model.tasks import Task
 from ...training.metrics import MultiTaskMetrics, less_is_better
 from ...training.metrics.mismatches import Unlabelled, mismatched_rows
 from ...training.metrics.written_answers import losses_of_rows
-from .calibration import Calibration, calibration
+from ..reliability import Reliability, reliability
 from .contributions import additive_projection, perceptual_score, shapley_values, subsets
 from .encoded_rows import EncodedRows, exchanged, pairs, shown_name
 from .results import Ablation, Contribution, main_metric
@@ -431,12 +431,12 @@ class _Scores:
                 shares[name] = share
         return shares
 
-    def _calibration(self, name: str, task: Task) -> Optional[Calibration]:
+    def _calibration(self, name: str, task: Task) -> Optional[Reliability]:
         found = None if task.needs_decoder else task.confidences(self.answers[ALL][name], self.labels[name])
         if found is None or len(found[0]) == 0 or not found[0].isfinite().all():
             return None
         confidences, are_right = found
-        return calibration(confidences.numpy(), are_right.numpy())
+        return reliability(confidences.numpy(), are_right.numpy())
 
 
 _SHUFFLED, _COLUMN = "shuffled/", "without column/"

@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import numpy as np
 
 from ...model.tasks import Task
-from ...training.metrics import less_is_better, task_of_metric
-from .calibration import Calibration
+from ...training.metrics import less_is_better, metric_named, task_of_metric
+from ..reliability import Reliability, draw_reliability
 from .encoded_rows import shown_name
 from .tables import Table, as_markdown
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Metrics from 0 to 100.
-_FROM_0_TO_100 = ("bleu", "chrf")
 
 
 class Contribution(NamedTuple):
@@ -77,7 +74,7 @@ class Ablation:
     spreads: dict[str, dict[str, float]] = field(default_factory=dict)
     majority: dict[str, float] = field(default_factory=dict)
     contributions: dict[str, Contribution] = field(default_factory=dict)
-    calibration: dict[str, Calibration] = field(default_factory=dict)
+    calibration: dict[str, Reliability] = field(default_factory=dict)
     slices: dict[str, dict[str, dict[str, dict[str, float]]]] = field(default_factory=dict)
     tasks: Mapping[str, Task] = field(default_factory=dict)
     num_rows: int = 0
@@ -248,17 +245,20 @@ def _figure(ablation: Ablation) -> "Figure":
     if ablation.calibration:
         shown = list(ablation.calibration)[:3]
         for column, task in enumerate(shown):
-            _draw_reliability(figure.add_subplot(grid[1, column]), ablation, task)
+            found = ablation.calibration[task]
+            title = f"{task}: calibration error {found.ece:.3f}"
+            draw_reliability(figure.add_subplot(grid[1, column]), {task: found}, title)
     return figure
 
 
 def _scale(metric: str) -> float:
-    """The factor that scales a metric to 0 to 1, as the others."""
-    return 0.01 if metric.endswith(_FROM_0_TO_100) else 1.0
+    """The value of a metric that stands for 100%; 1 for numbers that are no shares."""
+    known = metric_named(metric)
+    return 1.0 if known is None or known.scale is None else known.scale
 
 
 def _label(metric: str) -> str:
-    return metric.replace("_", " ") + (" / 100" if _scale(metric) != 1 else "")
+    return metric.replace("_", " ") + (f" / {_scale(metric):g}" if _scale(metric) != 1 else "")
 
 
 def _draw_scores(axes: Any, ablation: Ablation, tasks: list[str]) -> None:
@@ -269,8 +269,8 @@ def _draw_scores(axes: Any, ablation: Ablation, tasks: list[str]) -> None:
     colors = color_sequences["tab10"]
     for number, variant in enumerate(variants):
         metrics = [ablation.contributions[task].metric for task in tasks]
-        values = [ablation.variants[variant].get(metric, np.nan) * _scale(metric) for metric in metrics]
-        spreads = [ablation.spreads.get(variant, {}).get(metric, 0.0) * _scale(metric) for metric in metrics]
+        values = [ablation.variants[variant].get(metric, np.nan) / _scale(metric) for metric in metrics]
+        spreads = [ablation.spreads.get(variant, {}).get(metric, 0.0) / _scale(metric) for metric in metrics]
         places = np.arange(len(tasks)) + (number - (len(variants) - 1) / 2) * width
         color = "#999999" if variant == "nothing" else colors[number % 10]
         axes.bar(places, values, width * 0.92, yerr=spreads if any(spreads) else None, label=variant, color=color)
@@ -290,7 +290,7 @@ def _draw_shapley(axes: Any, ablation: Ablation, tasks: list[str]) -> None:
     names = list(next(iter(ablation.contributions.values())).shapley) if tasks else []
     for number, name in enumerate(names):
         found = [ablation.contributions[task] for task in tasks]
-        values = [one.shapley[name] * _scale(one.metric) for one in found]
+        values = [one.shapley[name] / _scale(one.metric) for one in found]
         places = np.arange(len(tasks)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
         axes.barh(places, values, 0.74 / len(names), label=shown_name(name), color=color_sequences["Set2"][number])
     axes.set_yticks(range(len(tasks)), tasks)
@@ -298,19 +298,4 @@ def _draw_shapley(axes: Any, ablation: Ablation, tasks: list[str]) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_title("Shapley value of each modality (> 0: it helps)", fontsize=9)
     axes.legend(fontsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_reliability(axes: Any, ablation: Ablation, task: str) -> None:
-    found = ablation.calibration[task]
-    used = [i for i, count in enumerate(found.counts) if count]
-    axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
-    sizes = [10 + 90 * found.counts[i] / max(found.counts) for i in used]
-    axes.plot([found.confidences[i] for i in used], [found.accuracies[i] for i in used], color="#1f77b4", linewidth=1)
-    axes.scatter([found.confidences[i] for i in used], [found.accuracies[i] for i in used], s=sizes, color="#1f77b4")
-    axes.set_xlim(0, 1.05)
-    axes.set_ylim(0, 1.05)
-    axes.set_xlabel("confidence", fontsize=8)
-    axes.set_ylabel("share of right answers", fontsize=8)
-    axes.set_title(f"{task}: calibration error {found.ece:.3f}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

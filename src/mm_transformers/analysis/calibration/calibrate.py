@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+from torch.utils.data import Subset
 from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
@@ -15,7 +17,7 @@ from ...model.processing_mm_transformer import MMTransformerProcessor
 from .cells import MIN_ROWS, TaskRows, advice_tables
 from .hidden_parts import GroupRows, rows_by_group
 from .odd_rows import fit_oddness
-from .results import CalibrationResult, GroupMeasures, measured
+from .results import CalibrationResult, GroupMeasures, measures_of
 
 
 logger = logging.get_logger(__name__)
@@ -49,8 +51,8 @@ def calibrate(
         processor ([`MMTransformerProcessor`] or [`MMDataCollator`]): The processor of the model, or a collator if the
             columns have other names.
         rows: a data set, a list of dicts, a table of pandas, or a [`DataSource`].
-        training_rows (*optional*): The rows of the training, with which odd rows are compared. Without them every other
-            row of `rows` stands for them.
+        training_rows (*optional*): The rows of the training, with which odd rows are compared. Without them half of
+            `rows` stands for them, chosen at random.
         min_rows (`int`, *optional*, defaults to 50): Groups with fewer labelled rows are calibrated together, as
             `"other"`.
         hide (`bool`, *optional*, defaults to `True`): Whether a group with fewer than `min_rows` rows also gets other
@@ -91,7 +93,7 @@ def calibrate(
             continue
         values["tasks"][name] = {"cells": cells, "advice": advice_tables(task, groups, cells, min_rows)}
         natural = [group for group, rows in groups.items() if bool(rows.natural.any())]
-        result.groups[name] = measured(task, of_task.groups, natural, cells)
+        result.groups[name] = measures_of(task, of_task.groups, natural, cells)
         result.notes += _notes(name, result.groups[name], cells, min_rows)
     if not values["tasks"]:
         raise ValueError(
@@ -116,8 +118,9 @@ def _set_oddness(
     training = None
     if training_rows is not None:
         known, _ = rows_of(training_rows, collator)
-        known = [known[i] for i in range(min(len(known), _MOST_TRAINING_ROWS))]
-        training = rows_by_group(model, collator, known, False, batch_size)
+        # A random choice: rows may be sorted, such as by class.
+        chosen = np.sort(np.random.default_rng(0).permutation(len(known))[:_MOST_TRAINING_ROWS])
+        training = rows_by_group(model, collator, Subset(known, chosen.tolist()), False, batch_size)
     oddness = fit_oddness(groups, training)
     if oddness is not None:
         values["oddness"] = {"parts": oddness.parts, "thresholds": oddness.thresholds}

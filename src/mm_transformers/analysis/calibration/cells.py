@@ -9,7 +9,7 @@ import torch
 from ...model.availability import OTHER, group_name, modalities_in
 from ...model.conformal import stored
 from ...model.task_base import Task
-from .hidden_parts import GroupRows
+from .hidden_parts import GroupRows, stacked_labels, stacked_logits
 from .temperatures import fit_temperatures, tempered
 
 
@@ -37,7 +37,7 @@ class TaskRows:
         for group, rows in groups.items():
             if task.name not in rows.logits:  # no words to label
                 continue
-            labelled = is_labelled(task, rows.labels[task.name])
+            labelled = _has_whole_label(rows.labels[task.name])
             own = labelled & rows.natural
             kept = own if int(own.sum()) >= min_rows else labelled
             self.groups[group] = (rows.logits[task.name][kept], rows.labels[task.name][kept])
@@ -57,18 +57,15 @@ class TaskRows:
         return cells
 
 
-def is_labelled(task: Task, labels: torch.Tensor) -> torch.Tensor:
-    """(rows,) bool"""
+def _has_whole_label(labels: torch.Tensor) -> torch.Tensor:
+    """(rows,) bool. Rows with only some values of a vector have no outcome; rows with some labelled words have one."""
     if labels.is_floating_point():
         return ~labels.isnan().flatten(1).any(1) if labels.ndim > 1 else ~labels.isnan()
     return (labels != -100).flatten(1).any(1) if labels.ndim > 1 else labels != -100
 
 
 def _together(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    shapes = {part[0].shape[1:] for part in parts}
-    if len(shapes) > 1:  # texts of other lengths
-        parts = [max(parts, key=lambda part: len(part[0]))]
-    return torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts])
+    return stacked_logits([logits for logits, _ in parts]), stacked_labels([labels for _, labels in parts])
 
 
 def _cell(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
@@ -111,7 +108,7 @@ def advice_tables(
 def _table(
     task: Task, without: GroupRows, whole: GroupRows, cell: Mapping[str, Any], min_rows: int
 ) -> Optional[dict[str, Any]]:
-    labelled = is_labelled(task, without.labels[task.name])
+    labelled = _has_whole_label(without.labels[task.name])
     shared = np.intersect1d(without.numbers[labelled].numpy(), whole.numbers.numpy())
     if len(shared) < min_rows:
         return None

@@ -1,6 +1,6 @@
 """The logits and vectors of rows as they are, and with parts hidden."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.nn.functional import pad
 
+from ...data.sources import NumberedRows, batches
 from ...model.answers import evaluation_mode
 from ...model.availability import group_name
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
@@ -44,7 +45,7 @@ class GroupRows(NamedTuple):
 def rows_by_group(
     model: MMTransformerForMultiTask,
     collator: Callable[[Any], dict[str, Any]],
-    rows: Sequence[Mapping[str, Any]],
+    rows: NumberedRows,
     hide: bool = True,
     batch_size: int = 32,
 ) -> dict[str, GroupRows]:
@@ -56,14 +57,13 @@ def rows_by_group(
     """
     found: dict[str, list[GroupRows]] = {}
     with evaluation_mode(model), torch.no_grad():
-        for start in range(0, len(rows), batch_size):
-            numbers = range(start, min(start + batch_size, len(rows)))
-            batch = send_to_device(collator([rows[i] for i in numbers]), model.device)
+        for numbers, of_batch in batches(rows, batch_size):
+            batch = send_to_device(collator(of_batch), model.device)
             labels = {name: value.cpu() for name, value in batch.pop("labels", {}).items()}
             batch.pop("word_index", None)
             encoded = EncodedRows.of(model.model, batch)
             for group, part in _of_batch(model, encoded, labels, hide):
-                found.setdefault(group, []).append(part._replace(numbers=part.numbers + start))
+                found.setdefault(group, []).append(part._replace(numbers=part.numbers + numbers.start))
     return {group: _joined(parts) for group, parts in found.items()}
 
 
@@ -108,13 +108,20 @@ def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
 def _joined(parts: Sequence[GroupRows]) -> GroupRows:
     numbers = torch.cat([part.numbers for part in parts])
     natural = torch.cat([part.natural for part in parts])
-    logits = {name: _stacked([part.logits[name] for part in parts], 0.0) for name in parts[0].logits}
+    logits = {name: stacked_logits([part.logits[name] for part in parts]) for name in parts[0].logits}
     vectors = {name: torch.cat([part.vectors[name] for part in parts]) for name in parts[0].vectors}
-    labels = {
-        name: _stacked([part.labels[name] for part in parts], torch.nan if value.is_floating_point() else -100)
-        for name, value in parts[0].labels.items()
-    }
+    labels = {name: stacked_labels([part.labels[name] for part in parts]) for name in parts[0].labels}
     return GroupRows(numbers, natural, logits, labels, vectors)
+
+
+def stacked_logits(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The logits of several parts, one after the other. Those of words are padded with 0 to the longest text."""
+    return _stacked(parts, 0.0)
+
+
+def stacked_labels(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The labels of several parts, one after the other. Those of words are padded to the longest text, as missing."""
+    return _stacked(parts, torch.nan if parts[0].is_floating_point() else -100)
 
 
 def _stacked(tensors: Sequence[torch.Tensor], padding: float) -> torch.Tensor:

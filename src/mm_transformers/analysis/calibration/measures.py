@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..ablation.calibration import NUM_BINS, calibration
+from ..reliability import NUM_BINS, reliability
 
 
 class RiskCoverage(NamedTuple):
@@ -33,7 +33,7 @@ def class_wise_error(probabilities: torch.Tensor, labels: torch.Tensor, num_bins
     errors = []
     for number in range(probabilities.shape[1]):
         holds = (labels == number).numpy()
-        errors.append(calibration(probabilities[:, number].double().numpy(), holds, num_bins).ece)
+        errors.append(reliability(probabilities[:, number].double().numpy(), holds, num_bins).ece)
     return float(np.mean(errors))
 
 

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...model.availability import OTHER
-from ...model.oddness import FUSED, Oddness, distance, fitted
+from ...model.embeddings import FUSED
+from ...model.oddness import Oddness, distance, fitted
 from .hidden_parts import GroupRows
 
 
@@ -24,8 +26,8 @@ def fit_oddness(
 
     Args:
         groups: the calibration rows by availability group.
-        training: rows that the model was trained on; without them the statistics are those of every other calibration
-            row, and the thresholds come from the remaining ones.
+        training: rows that the model was trained on; without them the statistics are those of one of each two
+            calibration rows, and the thresholds come from the other ones.
 
     Returns:
         `None` if there are too few rows.
@@ -56,7 +58,10 @@ def fit_oddness(
 
 
 def _half(rows: GroupRows, which: int) -> GroupRows:
-    return rows.chosen(rows.numbers % 2 == which)
+    """One of each two rows, the same ones in all groups. The choice is random: rows may alternate."""
+    pairs = rows.numbers.numpy() // 2
+    shifts = np.random.default_rng(0).integers(0, 2, pairs.max(initial=-1) + 1)[pairs]
+    return rows.chosen((rows.numbers + torch.from_numpy(shifts)) % 2 == which)
 
 
 def _distinct(groups: Mapping[str, GroupRows], name: str) -> torch.Tensor:

@@ -8,9 +8,9 @@ import torch
 
 from ...model.availability import OTHER
 from ...model.task_base import Task
-from ..ablation.calibration import Calibration as Reliability
-from ..ablation.calibration import calibration
 from ..ablation.tables import Table, as_markdown
+from ..reliability import Reliability, draw_reliability, reliability
+from .hidden_parts import stacked_labels, stacked_logits
 from .measures import RiskCoverage, accuracy_at, class_wise_error, risk_coverage
 from .temperatures import cross_tempered
 
@@ -114,12 +114,13 @@ class CalibrationResult:
         for number, task in enumerate(tasks):
             of_task = [(group, found) for name, group, found in shown if name == task]
             for column, (group, found) in enumerate(of_task):
-                _draw_reliability(grid[2 * number, column], found, f"{task}: {group}")
+                curves = {n: one for n, one in (("after", found.after), ("before", found.before)) if one is not None}
+                draw_reliability(grid[2 * number, column], curves, f"{task}: {group} ({found.rows:,} rows)")
                 _draw_curve(grid[2 * number + 1, column], found)
         return figure
 
 
-def measured(
+def measures_of(
     task: Task, groups: dict[str, tuple[torch.Tensor, torch.Tensor]], natural: list[str], cells: dict[str, Any]
 ) -> dict[str, GroupMeasures]:
     """
@@ -140,8 +141,9 @@ def measured(
         found[group] = one
         if group in natural:
             together.append((logits, after, labels))
-    if len(together) > 1 and len({part[0].shape[1:] for part in together}) == 1:
-        found["all"] = _measure(task, *(torch.cat(parts) for parts in zip(*together, strict=True)))
+    if len(together) > 1:
+        raw, tempered, truth = (list(parts) for parts in zip(*together, strict=True))
+        found["all"] = _measure(task, stacked_logits(raw), stacked_logits(tempered), stacked_labels(truth))
     return found
 
 
@@ -152,8 +154,8 @@ def _measure(task: Task, before: torch.Tensor, after: torch.Tensor, labels: torc
         return one
     first, right = pair[0]
     second, right_after = pair[1]
-    one.before = calibration(first.double().numpy(), right.numpy())
-    one.after = calibration(second.double().numpy(), right_after.numpy())
+    one.before = reliability(first.double().numpy(), right.numpy())
+    one.after = reliability(second.double().numpy(), right_after.numpy())
     one.curve_before = risk_coverage(first.double().numpy(), right.numpy())
     one.curve_after = risk_coverage(second.double().numpy(), right_after.numpy())
     if labels.ndim == 1:
@@ -196,22 +198,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(part) for part in value]
     return None if isinstance(value, float) and value != value else value
-
-
-def _draw_reliability(axes: Any, found: GroupMeasures, title: str) -> None:
-    axes.set_visible(True)
-    axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
-    for name, one, color in (("before", found.before, "#d62728"), ("after", found.after, "#1f77b4")):
-        assert one is not None
-        used = [i for i, count in enumerate(one.counts) if count]
-        x, y = ([values[i] for i in used] for values in (one.confidences, one.accuracies))
-        axes.plot(x, y, marker="o", markersize=3, linewidth=1, color=color, label=f"{name}: {100 * one.ece:.1f}%")
-    axes.set(xlim=(0, 1.05), ylim=(0, 1.05))
-    axes.set_xlabel("confidence", fontsize=8)
-    axes.set_ylabel("share of right answers", fontsize=8)
-    axes.set_title(f"{title} ({found.rows:,} rows)", fontsize=9)
-    axes.legend(fontsize=7, title="calibration error", title_fontsize=7, loc="upper left", frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_curve(axes: Any, found: GroupMeasures) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ...data.cells import as_records
+from ...data.sources import batches
 from ...model.answers import check_tasks, unwrapped
 from ...model.images import load_image, pixels_for_each
 from ...model.joint_reading import observed_runs
@@ -149,9 +150,9 @@ def explain(
     model = own_copy(model).eval()
     found: list[Explanation] = []
     is_table = not is_one and hasattr(row, "column_names")
-    for start in range(0, len(rows), batch_size):
-        batch = list(enumerate(rows))[start : start + batch_size]
-        found += _explain_batch(model, processor, batch, question, method, seed + start, is_table)
+    for numbers, of_batch in batches(rows, batch_size):
+        batch = list(zip(numbers, of_batch, strict=True))
+        found += _explain_batch(model, processor, batch, question, method, seed + numbers.start, is_table)
     return found[0] if is_one else found
 
 

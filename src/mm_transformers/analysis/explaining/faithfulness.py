@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ...data.sources import batches
 from ...model.answers import check_tasks, evaluation_mode, unwrapped
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.pipeline_mm_transformer import read_rows
@@ -91,14 +92,10 @@ def faithfulness(
         raise ValueError(f"faithfulness needs a task that chooses one label for each row; {task!r} does not.")
     explanations = explain(model, processor, list(rows), task, method, batch_size=batch_size, seed=seed)
     curves: dict[bool, list[np.ndarray]] = {True: [], False: []}
-    for start in range(0, len(rows), batch_size):
-        batch = explanations[start : start + batch_size]
-        read = read_rows(
-            [(i, rows[i]) for i in range(start, min(start + batch_size, len(rows)))],
-            processor,
-            known=None,
-            wants_words=False,
-        )
+    for numbers, of_batch in batches(rows, batch_size):
+        batch = [explanations[number] for number in numbers]
+        numbered = list(zip(numbers, of_batch, strict=True))
+        read = read_rows(numbered, processor, known=None, wants_words=False)
         inputs = {name: value.to(model.device) for name, value in apart(read["tensors"]).items()}
         for first in (True, False):
             probabilities = [

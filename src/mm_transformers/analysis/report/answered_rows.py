@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from ...data.collator import MMDataCollator
+from ...data.sources import batches
 from ...model.label_cells import is_missing
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.predictions import Predictions
@@ -43,9 +44,8 @@ def answers_to(
     Raises:
         ValueError: as the collator, if a row cannot be read.
     """
-    for start in range(0, len(rows), batch_size):
-        numbers = range(start, min(start + batch_size, len(rows)))
-        yield _answer_batch(model, collator, numbers, [rows[i] for i in numbers])
+    for numbers, of_batch in batches(rows, batch_size):
+        yield _answer_batch(model, collator, numbers, of_batch)
 
 
 def _answer_batch(

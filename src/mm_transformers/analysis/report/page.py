@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Optional
 
-import jinja2
 import numpy as np
 from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
+from ...data.pages import rendered
 from ...data.sources import rows_of
 from ...model.answers import unwrapped
 from ...model.modalities import MODALITIES
@@ -92,10 +92,9 @@ def write_report(
                 answers[answered.task].append(answered)
     draw = partial(_Drawn, model, processor, collator, rows, method)
     sections = [_section(model.tasks[name], found, draw, num_examples, seed) for name, found in answers.items()]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("report.html.jinja").render(
+    page = rendered(
+        __package__,
+        "report.html.jinja",
         title=title or "Answers of the model, and their reasons",
         num_rows=len(rows),
         method=method,

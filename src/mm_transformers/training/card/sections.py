@@ -19,7 +19,7 @@ def sections_of(facts: CardFacts) -> dict[str, str]:
     tasks = facts.config.get_tasks()
     sections = {
         "": _introduction(facts, tasks),
-        **({} if facts.is_adapter else {"## Use": _use(facts, tasks)}),
+        **({} if facts.is_adapter else {"## Use": _use(facts)}),
         "## Tasks": _tasks(tasks),
         "## Encoders": _encoders(facts),
     }
@@ -31,12 +31,14 @@ def sections_of(facts: CardFacts) -> dict[str, str]:
         sections["## Training"] = markdown_table(
             ["", ""], [[name, plain_markdown(value)] for name, value in facts.training.rows.items()]
         )
-    sections["## Limits"] = _limits(facts)
+    sections["## Limits"] = _limits(facts, tasks)
     return sections
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
+    A table in Markdown.
+
     Args:
         header, rows: cells in Markdown; see [`plain_markdown`].
     """
@@ -45,7 +47,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _introduction(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
-    inputs = ["text", *(" or ".join(part.nouns for part in modalities_of(name)) for name in facts.config.modalities)]
+    others = (" or ".join(part.nouns for part in modalities_of(name)) for name in facts.config.modalities)
+    inputs = [*(["text"] if facts.config.reads_text else []), *others]
     size = f", {facts.num_parameters / 1e6:,.1f} million parameters" if facts.num_parameters else ""
     return (
         f"# {plain_markdown(facts.name.rpartition('/')[2])}\n\nA model that reads {listed(inputs)} and answers "
@@ -60,8 +63,8 @@ def _table_cell(column: Mapping[str, Any]) -> str:
     return f"{json.dumps(column['name'], ensure_ascii=False)}: {json.dumps(example, ensure_ascii=False)}"
 
 
-def _use(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
-    row, setup = ['"text": "What you want to know about."'], []
+def _use(facts: CardFacts) -> str:
+    row, setup = ['"text": "What you want to know about."'] if facts.config.reads_text else [], []
     if "vision" in facts.config.modalities:
         setup += ["from PIL import Image", ""]
         row.append('"image": Image.new("RGB", (224, 224))')
@@ -78,10 +81,11 @@ def _use(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
         f"print(pipe({{{', '.join(row)}}}))",
     ]
     others = "Images may also be paths, addresses or bytes. " if "vision" in facts.config.modalities else ""
+    others += "Each input can be left out. " if len(row) > 1 else ""
     return (
         "```python\n"
         + "\n".join(code)
-        + f"\n```\n\n{others}Each input can be left out. After `import mm_transformers`, `trust_remote_code=True` is "
+        + f"\n```\n\n{others}After `import mm_transformers`, `trust_remote_code=True` is "
         "not needed, and no code of this repository is run."
     )
 
@@ -98,7 +102,7 @@ def _tasks(tasks: Mapping[str, Task]) -> str:
 
 def _encoders(facts: CardFacts) -> str:
     rows = []
-    for name in ("text", *facts.config.modalities, "decoder"):
+    for name in (*(["text"] if facts.config.reads_text else []), *facts.config.modalities, "decoder"):
         config = getattr(facts.config, f"{name}_config", None)
         if config is not None:
             source = base_model_of(config)
@@ -122,13 +126,13 @@ def _results(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
     return markdown_table(["task", "metric", *map(plain_markdown, splits)], rows)
 
 
-def _limits(facts: CardFacts) -> str:
-    lines = ["It knows only the labels above, and answers with one of them even if none fits."]
+def _limits(facts: CardFacts, tasks: Mapping[str, Task]) -> str:
+    lines = ["It knows only the labels above."] if any(task.label_names for task in tasks.values()) else []
     if not facts.measurements:
         lines.append("Its quality has not been measured.")
     else:
         lines.append("The results are valid for data like the test data. Nothing else has been measured.")
-    if facts.config.modalities and not facts.ablation:
+    if facts.config.reads_text and facts.config.modalities and not facts.ablation:
         lines.append("It has not been measured whether it uses more than the text.")
     lines.append("It has the biases of its pretrained encoders.")
     return "\n".join(f"- {line}" for line in lines)

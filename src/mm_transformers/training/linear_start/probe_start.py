@@ -323,6 +323,8 @@ def _labelled(
     problem: LinearProblem, features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, groups: np.ndarray
 ) -> _Items:
     """
+    The items that have a label.
+
     Args:
         rows: the numbers of the rows.
         groups: of all rows.

@@ -1,4 +1,4 @@
-"""Compares a trained model with simple models on the validation rows: one line per task."""
+"""Compares a trained model with simple models on held-out rows: one line per task."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,13 +8,13 @@ import torch
 from transformers import TrainerState
 
 from ...model.task_base import Task
-from ..metrics import headline, is_known_error
+from ..metrics import headline, is_known_error, metric_named, result_names
 
 
 @dataclass
 class Verdict:
     """
-    The scores of one task on the validation rows.
+    The scores of one task on held-out rows.
 
     Args:
         task: its name.
@@ -22,10 +22,10 @@ class Verdict:
         linear: the linear model with which the task started.
         text_alone: a linear model of the text alone; `None` if the model reads no texts.
         majority: a constant answer: the most frequent label, or the mean of the training rows.
-        num_rows: the number of labelled validation rows (or words).
+        num_rows: the number of labelled held-out rows (or words).
         model: the trained model, with the kept weights. `None` if it was not measured.
         kept_start: whether the start is kept, since no trained weights were better.
-        rows: which rows: "validation" or "test".
+        rows: which rows: "validation", "test" or "out-of-fold".
     """
 
     task: str
@@ -80,7 +80,10 @@ def shown_score(metric: str, value: Optional[float]) -> str:
     """A score of a metric as people read it: shares in percent."""
     if value is None:
         return "not measured"
-    return f"{value:.4g}" if is_known_error(metric) or metric == "pearson" else f"{100 * value:.1f}"
+    known = metric_named(metric)
+    scale = None if is_known_error(metric) else 1.0
+    scale = scale if known is None else known.scale
+    return f"{value:.4g}" if scale is None else f"{100 * value / scale:.1f}"
 
 
 def verdict_of(
@@ -104,10 +107,10 @@ def verdict_of(
         return None
 
     def score(logits: torch.Tensor) -> float:
-        return headline(task, logits, labels)[1]
+        return headline(task, logits, labels)
 
     alone = None if text_alone is None else score(text_alone)
-    return Verdict(task.name, task.metric_names[0], score(linear), alone, score(majority), len(labels))
+    return Verdict(task.name, result_names(task)[0], score(linear), alone, score(majority), len(labels))
 
 
 def with_measured(verdicts: Mapping[str, Verdict], state: TrainerState, has_best: bool) -> list[Verdict]:

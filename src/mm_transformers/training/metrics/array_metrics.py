@@ -85,7 +85,7 @@ class Pearson(ArrayMetric):
     It is 0.0 if one side is constant (so also for a single row): a constant explains nothing.
     """
 
-    key, value_type, ndims = "pearson", "float64", (1, 2)
+    key, value_type, ndims, scale = "pearson", "float64", (1, 2), None
 
     def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
         rows = len(references)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Optional, TypeVar
 
 import datasets
 import evaluate
@@ -19,8 +19,16 @@ class TaskMetric(evaluate.Metric):
     """
 
     key: ClassVar[str]
-    # Whether a smaller value is better.
+    # Whether a smaller value is better. This also sets `scale = None`, if the class does not set it.
     less_is_better: ClassVar[bool] = False
+    # The value that stands for 100%; `None` for numbers that are no shares, such as errors.
+    scale: ClassVar[Optional[float]] = 1.0
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        says = any("scale" in vars(base) for base in cls.__mro__ if base is not TaskMetric)
+        if cls.less_is_better and not says:
+            cls.scale = None
 
     @classmethod
     def names(cls) -> list[str]:
@@ -31,6 +39,19 @@ class TaskMetric(evaluate.Metric):
     def fits(cls, references: Any) -> bool:
         """Whether the metric can compare such values."""
         raise NotImplementedError
+
+    def columns(self) -> list[datasets.Features]:
+        """The types of predictions and references that it takes; the first match is used."""
+        raise NotImplementedError
+
+    def _info(self) -> evaluate.MetricInfo:
+        types = self.columns()
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation="",
+            inputs_description="",
+            features=types[0] if len(types) == 1 else types,
+        )
 
 
 M = TypeVar("M", bound=TaskMetric)
@@ -96,20 +117,14 @@ class ArrayMetric(TaskMetric):
     # 1: one value per row or token; 2: one vector per row.
     ndims: ClassVar[tuple[int, ...]]
 
-    def _info(self) -> evaluate.MetricInfo:
+    def columns(self) -> list[datasets.Features]:
         value = datasets.Value(self.value_type)
         by_ndim = {1: value, 2: datasets.Sequence(value)}
         # The first match is taken. Vectors come first: up to NumPy 2.3 a vector of length 1 counts as a number.
-        features = [
+        return [
             datasets.Features({"predictions": by_ndim[ndim], "references": by_ndim[ndim]})
             for ndim in sorted(self.ndims, reverse=True)
         ]
-        return evaluate.MetricInfo(
-            description=type(self).__doc__ or "",
-            citation="",
-            inputs_description="",
-            features=features[0] if len(features) == 1 else features,
-        )
 
     def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
         score = float(self.score(np.asarray(references), np.asarray(predictions)))
@@ -148,14 +163,9 @@ class TextMetric(TaskMetric):
     ```
     """
 
-    def _info(self) -> evaluate.MetricInfo:
+    def columns(self) -> list[datasets.Features]:
         text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=type(self).__doc__ or "",
-            citation="",
-            inputs_description="",
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
+        return [datasets.Features({"predictions": text, "references": text})]
 
     def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
         return {self.key: float(self.score(list(references), list(predictions)))}

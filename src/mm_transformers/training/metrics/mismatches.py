@@ -1,7 +1,7 @@
 """Mismatched pairs for the evaluation of tasks that judge pairs, independent of batches and processes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from ...data.collator import MMDataCollator
 from ...data.sources import is_iterable
 from ...model.modalities import modalities_of
 from ...model.pairs import Pairs, PairTask
-from ...model.task_base import Task
 
 
 logger = logging.get_logger(__name__)
@@ -170,7 +169,7 @@ class WithMismatches:
 
     def __init__(
         self,
-        tasks: Sequence[Task],
+        tasks: Sequence[PairTask],
         rows: Any,
         collator: MMDataCollator,
         answer: Callable[[MismatchedRows], dict[str, np.ndarray]],
@@ -188,6 +187,6 @@ class WithMismatches:
         for task in self.tasks:
             logits, labels = prediction.predictions[task.name], prediction.label_ids[task.name]
             logits[:, 1:] = np.nan  # other rows of the same batch
-            for column, numbers, rows in mismatched_rows(cast(PairTask, task), self.rows, labels, self.collator):
+            for column, numbers, rows in mismatched_rows(task, self.rows, labels, self.collator):
                 logits[numbers, column] = self.answer(rows)[task.name][:, 0]
         return self.own(prediction)

@@ -223,17 +223,16 @@ def result_names(task: Task) -> list[str]:
     return [name for metric in _build_metrics(task.name, task.metric_names) for name in metric.names()]
 
 
-def headline(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> tuple[str, float]:
+def headline(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> float:
     """
-    The name and the value of a task's first metric.
+    The value of a task's first metric; of several results, the first one.
 
     Args:
         logits, labels: of rows (or words) that all have a label.
     """
-    name = task.metric_names[0]
-    metric = METRICS[name](keep_in_memory=True)
+    metric = METRICS[task.metric_names[0]](keep_in_memory=True)
     predictions, references = (x.numpy() for x in task.predictions_and_references(logits, labels))
-    return name, _compute(task.name, metric, predictions, references)[name]
+    return _compute(task.name, metric, predictions, references)[metric.names()[0]]
 
 
 def _entry_of(task: str, arrays: Any, field: str) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from .base import METRICS
+from .base import METRICS, TaskMetric
 
 
 # Endings of names of metrics from elsewhere that are better when smaller.
@@ -17,7 +17,8 @@ def is_measured(value: Any) -> bool:
 
 def is_known_error(name: str) -> bool:
     """Whether the loss, or a registered metric that is better when smaller, has this name."""
-    return name.endswith(_known_errors())
+    metric = metric_named(name)
+    return _ends(name, "loss") if metric is None else metric.less_is_better
 
 
 def less_is_better(name: str) -> bool:
@@ -27,11 +28,24 @@ def less_is_better(name: str) -> bool:
     Args:
         name: such as `"mae"` or `"price_mae"`.
     """
-    return any(name == ending or name.endswith(f"_{ending}") for ending in (*_known_errors(), *_ERRORS))
+    metric = metric_named(name)
+    return any(_ends(name, end) for end in ("loss", *_ERRORS)) if metric is None else metric.less_is_better
 
 
-def _known_errors() -> tuple[str, ...]:
-    return "loss", *(key for key, metric in METRICS.items() if metric.less_is_better)
+def metric_named(name: str) -> type[TaskMetric] | None:
+    """
+    The registered metric with a result of this name; `None` if there is none.
+
+    Args:
+        name: such as `"mae"`, `"price_mae"` or `"eval_price_mae"`. Of several endings the longest one counts.
+    """
+    found = {result: metric for metric in METRICS.values() for result in (metric.key, *metric.names())}
+    longest = max((result for result in found if _ends(name, result)), key=len, default=None)
+    return None if longest is None else found[longest]
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f"_{ending}")
 
 
 def task_of_metric(metric: str, tasks: Iterable[str]) -> str | None:

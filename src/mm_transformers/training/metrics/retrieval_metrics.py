@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import datasets
-import evaluate
 import numpy as np
 
 from .base import TaskMetric, register_metric
@@ -28,18 +27,9 @@ class RetrievalRecall(TaskMetric):
         """The names of its results."""
         return [*(f"{side}_recall_at_{k}" for side in ("from_text", "to_text") for k in cls.ks), "mean_recall"]
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=type(self).__doc__ or "",
-            citation="",
-            inputs_description="",
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float32")),
-                    "references": datasets.Sequence(datasets.Value("int64")),
-                }
-            ),
-        )
+    def columns(self) -> list[datasets.Features]:
+        vectors, ids = (datasets.Sequence(datasets.Value(dtype)) for dtype in ("float32", "int64"))
+        return [datasets.Features({"predictions": vectors, "references": ids})]
 
     @classmethod
     def fits(cls, references: Any) -> bool:
@@ -49,6 +39,8 @@ class RetrievalRecall(TaskMetric):
 
     def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
         """
+        The recalls of both directions, and their mean.
+
         Args:
             predictions (rows, 2 * size): the vectors of text and item of each row.
             references (rows, 3): fingerprints of text, item and group; -1 is no group.

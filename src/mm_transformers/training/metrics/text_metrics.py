@@ -16,7 +16,7 @@ class Bleu(TextMetric):
             languages without spaces.
     """
 
-    key = "bleu"
+    key, scale = "bleu", 100.0
 
     def __init__(self, tokenize: str = "13a", **kwargs: Any):
         super().__init__(**kwargs)
@@ -32,7 +32,7 @@ class Bleu(TextMetric):
 class ChrF(TextMetric):
     """chrF of the whole corpus, 0 to 100: F-score of character n-grams (https://aclanthology.org/W15-3049)."""
 
-    key = "chrf"
+    key, scale = "chrf", 100.0
 
     def score(self, references: list[str], predictions: list[str]) -> float:
         from sacrebleu import corpus_chrf

@@ -26,6 +26,20 @@ from ..trainer import MMTrainer
 from .recipe import Recipe
 
 
+class EncoderError(OSError):
+    """
+    An encoder cannot be loaded.
+
+    Args:
+        encoder: "text", "vision" or "audio".
+        message: of the error that was raised.
+    """
+
+    def __init__(self, encoder: str, message: str):
+        super().__init__(message)
+        self.encoder = encoder
+
+
 class RecipeData(NamedTuple):
     """
     The rows of "train", perhaps of "validation" and "test", and what training rows determine.
@@ -76,9 +90,7 @@ def load_rows(recipe: Recipe, args: MMTrainingArguments) -> tuple[datasets.Datas
         if data.dataset_name is not None:
             splits = load_named(data.dataset_name, data.dataset_config_name, cache_dir)
         else:
-            own = (column for name, column in columns.own.items() if PARTS[name].has_files)
-            media = (*as_columns(columns.image), columns.video, *as_columns(columns.audio), *own)
-            splits = load_files(data.files, media, data.image_root, cache_dir, option="data.{split}")
+            splits = load_files(data.files, columns.files, data.image_root, cache_dir, option="data.{split}")
         for column in as_columns(columns.text):
             check_columns(splits, {"columns.text": (column,)})
         wanted: dict[str, tuple[str, ...]] = {}
@@ -104,8 +116,9 @@ def load_rows(recipe: Recipe, args: MMTrainingArguments) -> tuple[datasets.Datas
 
 def split_options(recipe: Recipe) -> dict[str, Any]:
     """The options of [`hold_out_rows`] that a recipe sets."""
-    data = recipe.data
-    return {**recipe.columns.plain, "label_separator": data.label_separator, "group_column": data.group_column}
+    data, columns = recipe.data, recipe.columns
+    options = {"label_separator": data.label_separator, "group_column": data.group_column}
+    return {**columns.plain, "own_columns": columns.own, **options}
 
 
 def split_data(recipe: Recipe, splits: datasets.DatasetDict, tasks: list[Task]) -> RecipeData:
@@ -138,9 +151,8 @@ def split_data(recipe: Recipe, splits: datasets.DatasetDict, tasks: list[Task]) 
 def _read_columns(recipe: Recipe) -> list[str]:
     """The columns that the model of a recipe reads."""
     columns, encoders = recipe.columns, recipe.model
-    media = (("vision", columns.image), ("vision", columns.video), ("audio", columns.audio))
-    read = [column for encoder, part in media if encoders.get(encoder) is not None for column in as_columns(part)]
-    return [*as_columns(columns.text), *read, *(columns.table or ()), *columns.own.values()]
+    parts = (names for part, names in columns.by_modality.items() if encoders.get(PARTS[part].encoder.name) is not None)
+    return [*as_columns(columns.text), *(column for names in parts for column in names), *(columns.table or ())]
 
 
 def _number_columns(recipe: Recipe, rows: datasets.Dataset) -> list[str]:
@@ -200,8 +212,14 @@ def build_trainer(
         options |= {name: value for name, value in recipe.model.items() if name not in encoders}
         known: dict[str, Any] = {name: options[name] for name in (*HUB_KWARGS, "num_frames") if name in options}
         known["image_size"] = options.pop("image_size", None)
-        processor = MMTransformerProcessor.from_encoders(**encoders, backend=options.pop("backend", None), **known)
-        model = MMTransformerForMultiTask.from_encoders(**encoders, tasks=data.tasks, **options)
+        try:
+            processor = MMTransformerProcessor.from_encoders(**encoders, backend=options.pop("backend", None), **known)
+            model = MMTransformerForMultiTask.from_encoders(**encoders, tasks=data.tasks, **options)
+        except OSError as error:
+            named = next((n for n, path in encoders.items() if isinstance(path, str) and path in str(error)), None)
+            if named is None:
+                raise
+            raise EncoderError(named, str(error)) from error
         processor.input_columns = recipe.columns.by_key(model.config.modalities)
     reading: dict[str, Any] = {**recipe.columns.collator_options, **recipe.data.collator_options}
     collator = MMDataCollator(processor, model.config, allow_urls=allow_urls, **reading)

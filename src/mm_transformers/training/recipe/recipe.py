@@ -12,6 +12,7 @@ from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments
 
+from ...data.row_labels import as_columns
 from ...model.configuration_mm_transformer import MMTransformerConfig
 from ...model.encoders import HUB_KWARGS
 from ...model.messages import shortened
@@ -91,6 +92,11 @@ class ColumnsSection:
         own = {name: column for name, column in values.items() if name not in known}
         return cls(**{name: value for name, value in values.items() if name in known}, own=own)
 
+    @classmethod
+    def from_columns(cls, columns: typing.Mapping[str, typing.Sequence[str]]) -> "ColumnsSection":
+        """The section of known columns, in the form of [`by_key`]."""
+        return cls.from_dict({key: names[0] if len(names) == 1 else list(names) for key, names in columns.items()})
+
     @property
     def plain(self) -> dict[str, Any]:
         """The columns of texts, images, videos and sounds, as arguments."""
@@ -101,6 +107,16 @@ class ColumnsSection:
     def collator_options(self) -> dict[str, Any]:
         return {**self.plain, **{f"{name}_column": column for name, column in self.own.items()}}
 
+    @property
+    def by_modality(self) -> dict[str, list[str]]:
+        """The columns of each modality with one input per column, also of your own."""
+        return {name: as_columns(self.own.get(name, getattr(self, name, name))) for name in PARTS}
+
+    @property
+    def files(self) -> list[str]:
+        """The columns whose texts are paths or addresses of files."""
+        return [column for name, columns in self.by_modality.items() if PARTS[name].has_files for column in columns]
+
     def by_key(self, modalities: typing.Sequence[str]) -> dict[str, list[str]]:
         """
         The columns that have another name than the key of a row.
@@ -108,9 +124,8 @@ class ColumnsSection:
         Args:
             modalities: those that the model reads beside texts.
         """
-        columns = {"text": self.text, **{name: getattr(self, name) for name in PARTS if hasattr(self, name)}}
         read = {"text", *(name for name, part in PARTS.items() if part.encoder.name in modalities)}
-        found = {name: [column] if isinstance(column, str) else list(column or ()) for name, column in columns.items()}
+        found = {"text": as_columns(self.text), **self.by_modality}
         return {name: names for name, names in found.items() if name in read and names and names != [name]}
 
 
