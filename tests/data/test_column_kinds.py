@@ -70,6 +70,11 @@ def folder(tmp_path):
         ("address", [f"https://example.org/{i}.jpg" for i in range(N)],
          ("image", "paths of files, of which 60 of 60 that were looked at exist")),
         ("thing", [{"a": 1}] * N, ("ignore", "its cells are neither texts, numbers nor files that can be read")),
+        ("text", ["grin", "smile", "cat"] * 20, ("text", "its name (3 different values in 60 rows)")),
+        ("text", ["7", "8", "9"] * 20, ("text", "its name (3 different numbers)")),
+        ("text", ["same"] * N, ("ignore", "all its cells are 'same'")),
+        ("video", ["yes", "no"] * 30,
+         ("ignore", "an input of a row has its name; rename it to use it (2 different values in 60 rows)")),
         ("Straße (€)", ["Weg", "Gasse", "Allee"] * 20, ("category", "3 different values in 60 rows")),
     ],
 )  # fmt: skip

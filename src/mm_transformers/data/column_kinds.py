@@ -19,6 +19,7 @@ from ..model.downloads import is_url
 from ..model.file_contents import content_of, is_absent
 from ..model.label_cells import is_null, shorten
 from ..model.limits import limits
+from ..model.table import RESERVED
 from ..model.table_kinds import COLUMNS, TableError, read_number
 from ..model.tasks import TASK_KINDS
 from .cells import LABEL_SEPARATOR
@@ -124,8 +125,17 @@ def column_kinds(
         if name in said:
             found.append(ColumnKind(name, said[name], "you said so", is_said=True))
         else:
-            found.append(ColumnKind(name, *_kind(rows, name, Path(root))))
+            found.append(_without_reserved_name(ColumnKind(name, *_kind(rows, name, Path(root)))))
     return found
+
+
+def _without_reserved_name(column: ColumnKind) -> ColumnKind:
+    """A column of numbers or categories cannot be called as an input of a row: the row would have two of it."""
+    if column.role not in COLUMNS or column.name not in RESERVED:
+        return column
+    if column.name == TEXT:
+        return ColumnKind(TEXT, TEXT, f"its name ({column.reason})")
+    return ColumnKind(column.name, IGNORE, f"an input of a row has its name; rename it to use it ({column.reason})")
 
 
 def known_kinds() -> tuple[str, ...]:
