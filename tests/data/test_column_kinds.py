@@ -72,6 +72,8 @@ def folder(tmp_path):
         ("thing", [{"a": 1}] * N, ("ignore", "its cells are neither texts, numbers nor files that can be read")),
         ("text", ["grin", "smile", "cat"] * 20, ("text", "its name (3 different values in 60 rows)")),
         ("text", ["7", "8", "9"] * 20, ("text", "its name (3 different numbers)")),
+        ("text", [7, 8, 9] * 20,
+         ("ignore", "an input of a row has its name; rename it to use it (3 different numbers)")),
         ("text", ["same"] * N, ("ignore", "all its cells are 'same'")),
         ("video", ["yes", "no"] * 30,
          ("ignore", "an input of a row has its name; rename it to use it (2 different values in 60 rows)")),

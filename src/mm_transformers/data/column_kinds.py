@@ -125,15 +125,16 @@ def column_kinds(
         if name in said:
             found.append(ColumnKind(name, said[name], "you said so", is_said=True))
         else:
-            found.append(_without_reserved_name(ColumnKind(name, *_kind(rows, name, Path(root)))))
+            column = ColumnKind(name, *_kind(rows, name, Path(root)))
+            found.append(_without_reserved_name(column, getattr(rows.features[name], "dtype", None)))
     return found
 
 
-def _without_reserved_name(column: ColumnKind) -> ColumnKind:
+def _without_reserved_name(column: ColumnKind, dtype: str | None) -> ColumnKind:
     """A column of numbers or categories cannot be called as an input of a row: the row would have two of it."""
     if column.role not in COLUMNS or column.name not in RESERVED:
         return column
-    if column.name == TEXT:
+    if column.name == TEXT and dtype in ("string", "large_string"):
         return ColumnKind(TEXT, TEXT, f"its name ({column.reason})")
     return ColumnKind(column.name, IGNORE, f"an input of a row has its name; rename it to use it ({column.reason})")
 
