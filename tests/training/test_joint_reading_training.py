@@ -196,6 +196,8 @@ def test_modality_dropout_also_drops_texts(kind):
 def test_what_is_not_supported_says_so(kind, tmp_path):
     with pytest.raises(ValueError, match="A model whose language model writes cannot be exported"):
         export_model(make(kind), make_llm_processor(), tmp_path / "exported")
+    with pytest.raises(ValueError, match="A model whose text encoder reads other modalities itself .* cannot be ex"):
+        export_model(make(kind, tasks=[TOPIC]), make_llm_processor(), tmp_path / "exported")
 
 
 @pytest.mark.slow

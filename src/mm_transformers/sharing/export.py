@@ -96,14 +96,19 @@ def export_model(
         int8 (`bool`, *optional*, defaults to `False`): Matrices as 8-bit integers, for ONNX.
 
     Raises:
-        ValueError: if the folder is not empty, if int8 is requested for another kind than ONNX, or if an encoder runs
-            on few rows at a time.
+        ValueError: if the folder is not empty, if int8 is requested for another kind than ONNX, if an encoder runs on
+            few rows at a time, or if the text encoder reads other modalities itself.
         ImportError: if the export package is not installed.
     """
     if model.config.has_language_model:
         raise ValueError(
             "A model whose language model writes cannot be exported: an exported graph keeps no cache of the text. "
             "Serve it by the pipeline."
+        )
+    if model.config.reads_jointly:
+        raise ValueError(
+            "A model whose text encoder reads other modalities itself (fusion_layers_every, or fusion_type='prefix') "
+            "cannot be exported. Serve it by the pipeline."
         )
     check_exporters(kind)
     folder = Path(folder)
