@@ -233,12 +233,17 @@ def sensor_reader(context):
     return read
 
 
+def as_key(item):
+    return item if isinstance(item, str) else np.asarray(item).tobytes()
+
+
 SENSOR_ENCODER = EncoderKind(
-    "sensor", ("sensor_values",), "sensor_index", None, None, "sensor", "sensors", "time-series", own=SensorEncoder
-)
+    "sensor", inputs=("sensor_values",), index="sensor_index", noun="sensor", plural="sensors", hub_tag="time-series",
+    own=SensorEncoder,
+)  # fmt: skip
 SENSOR = Modality(
-    "sensor", "sensor", SENSOR_ENCODER, "sensor", "readings of sensors", as_readings, str, sensor_reader,
-    axes=(1,), most_axes=1, has_one=True, has_files=False,
+    "sensor", argument="sensor", encoder=SENSOR_ENCODER, noun="sensor", nouns="readings of sensors", items=as_readings,
+    key=as_key, reader=sensor_reader, axes=(1,), most_axes=1, has_one=True, has_files=False,
 )  # fmt: skip
 
 

@@ -127,7 +127,9 @@ def _cards(
     for name in tasks:
         check()
         answers = {variant: one[name] for variant, one in zip(variants, answered, strict=True)}
-        cards.append(_card(model, processor, row, name, answers, _bars(model.tasks[name], _sure(predictions, name))))
+        cards.append(
+            _card(model, processor, row, name, answers, _bars(model.tasks[name], _calibrated(predictions, name)))
+        )
     odd = predictions.odd_rows()
     return cards, odd_sentence("This row", odd[0]) if odd and odd[0].is_odd else ""
 
@@ -141,7 +143,7 @@ def _card(
     bars: list[tuple[str, float]],
 ) -> dict[str, Any]:
     """One task: the answers to the row and to the row without each part, and the heat maps of the first."""
-    kind, problem, rests_on, words, pictures, sounds = model.tasks[task], "", "", [], [], []
+    problem, rests_on, words, pictures, sounds = "", "", [], [], []
     try:
         explanation = explain(model, processor, row, task)
         rests_on, words = explanation.rests_on, colored_words(explanation)
@@ -152,7 +154,7 @@ def _card(
     except ValueError as error:
         problem = str(error)
     whole = answers[""]
-    shown = {name: kind.show_answer(answer) for name, answer in answers.items()}
+    shown = {name: model.tasks[task].show_answer(answer) for name, answer in answers.items()}
     return {
         "task": task,
         "answer": shown.pop(""),
@@ -167,18 +169,18 @@ def _card(
     }
 
 
-def _sure(predictions: Predictions, task: str) -> Any:
+def _calibrated(predictions: Predictions, task: str) -> Any:
     return predictions.calibrated_logits(task) if task in predictions.logits else None
 
 
-def _bars(kind: Any, logits: Any) -> list[tuple[str, float]]:
+def _bars(task: Any, logits: Any) -> list[tuple[str, float]]:
     """The probabilities of the labels, the highest first; for tasks that choose for the whole row."""
-    if logits is None or kind.is_token_level:
+    if logits is None or task.is_token_level:
         return []
-    values = kind.probabilities(logits[:1])
+    values = task.probabilities(logits[:1])
     if values is None:
         return []
-    return sorted(zip(kind.label_names, values[0].tolist(), strict=True), key=lambda pair: -pair[1])[:8]
+    return sorted(zip(task.label_names, values[0].tolist(), strict=True), key=lambda pair: -pair[1])[:8]
 
 
 def render_page(cards: list[dict[str, Any]], message: str, kinds: Sequence[str], note: str = "") -> str:

@@ -224,7 +224,7 @@ class TableRows:
     def _read_json(self) -> Iterator[dict[str, Any]]:
         number = 0
         try:
-            for number, row in enumerate(self._json_values()):
+            for row in self._json_values():
                 if not isinstance(row, dict):
                     raise ValueError(f"{self.path}: row {number:,} must be a JSON object, but is {str(row)[:50]!r}.")
                 yield row

@@ -68,11 +68,13 @@ class Plan:
         columns (`list[ColumnKind]`): What each column is taken for, targets left aside.
         targets (`list[Target]`): The tasks.
         recipe ([`Recipe`]): The training.
+        unused (`list[str]`): The modalities whose encoder was named, but that no column has.
     """
 
     columns: list[ColumnKind]
     targets: list[Target]
     recipe: Recipe
+    unused: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """The decisions about the columns, one sentence each."""
@@ -85,6 +87,7 @@ class Plan:
             name = task.get("column", task["name"])
             without = f"; {predicted.left_out:,} rows have no label" if predicted.left_out else ""
             found.append(f"predict    {name} ({task['kind'].replace('_', ' ')}): {predicted.reason}{without}")
+        found += [f"not used   the {name} encoder: no column has its input" for name in self.unused]
         return found
 
 
@@ -156,7 +159,7 @@ def plan_fit(
             "No column is left to predict from: " + "; ".join(f"{column.name}: {column.reason}" for column in found)
             + ". Give a column a kind by --column name:kind."
         )  # fmt: skip
-    separators = {found.separator for found in targets if found.separator is not None}
+    separators = {target.separator for target in targets if target.separator is not None}
     if len(separators) > 1:
         raise ValueError(
             f"The columns to predict separate their labels in {len(separators)} ways "
@@ -179,10 +182,11 @@ def plan_fit(
         "data": section,
         "columns": _columns_section(found, table),
         "model": model,
-        "tasks": [found.task for found in targets],
+        "tasks": [target.task for target in targets],
         "training": {"output_dir": str(Path(output).absolute()), **chosen.training, **(training or {})},
     }
-    plan = Plan(found, targets, Recipe.from_dict(values))
+    unused = [modality for modality, name in given.items() if name and modality not in encoders]
+    plan = Plan(found, targets, Recipe.from_dict(values), unused)
     plan.recipe.comment = [
         "Written by mm-transformers fit. Train again: mm-transformers train recipe.yaml training.output_dir=again",
         "Other kinds of columns: mm-transformers fit ... --column name:kind. What each column was taken for:",

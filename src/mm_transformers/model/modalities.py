@@ -22,36 +22,40 @@ class EncoderKind:
     Args:
         name: `{name}_config` of the config, `{name}_model` of the model.
         inputs: the names of its main input; a class of transformers takes one of them, an encoder of ours all.
+        noun, plural: one of its inputs, and several, in messages and tables.
+        hub_tag: its tag on the Hub.
         index: the tensor with the items of each row; `None` for text, since each row has one.
         features: the tensor that may replace the output of the encoder; `None` for encoders of ours.
         processor_part: the attribute of the processor that prepares the input; `None` for encoders of ours.
-        noun, plural: one of its inputs, and several, in messages and tables.
-        hub_tag: its tag on the Hub.
         own: the class of the encoder, if transformers has none.
     """
 
     name: str
     inputs: tuple[str, ...]
-    index: Optional[str]
-    features: Optional[str]
-    processor_part: Optional[str]
     noun: str
     plural: str
     hub_tag: str
+    index: Optional[str] = None
+    features: Optional[str] = None
+    processor_part: Optional[str] = None
     own: Optional[type[OwnEncoder]] = None
 
 
-TEXT = EncoderKind("text", ("input_ids",), None, "text_features", "tokenizer", "text", "texts", "text")
+TEXT = EncoderKind(
+    "text", inputs=("input_ids",), noun="text", plural="texts", hub_tag="text", features="text_features",
+    processor_part="tokenizer",
+)  # fmt: skip
 VISION = EncoderKind(
-    "vision", ("pixel_values",), "image_index", "image_features", "image_processor", "image", "images", "image"
-)
+    "vision", inputs=("pixel_values",), noun="image", plural="images", hub_tag="image", index="image_index",
+    features="image_features", processor_part="image_processor",
+)  # fmt: skip
 AUDIO = EncoderKind(
-    "audio", ("input_values", "input_features"), "audio_index", "audio_features", "feature_extractor", "sound",
-    "sounds", "audio",
+    "audio", inputs=("input_values", "input_features"), noun="sound", plural="sounds", hub_tag="audio",
+    index="audio_index", features="audio_features", processor_part="feature_extractor",
 )  # fmt: skip
 COLUMNS = EncoderKind(
-    "table", ("table_numbers", "table_categories"), "table_index", None, None, "table", "tables", "tabular",
-    own=TableEncoder,
+    "table", inputs=("table_numbers", "table_categories"), noun="table", plural="tables", hub_tag="tabular",
+    index="table_index", own=TableEncoder,
 )  # fmt: skip
 
 # By name, in the order of the streams of fusions.
@@ -217,18 +221,21 @@ class Modality:
 
 
 IMAGE = Modality(
-    "image", "images", VISION, "picture", "pictures", as_list, image_key, _image_reader, (2, 3), 3, pixels_for_each,
-    num_pixels,
+    "image", argument="images", encoder=VISION, noun="picture", nouns="pictures", items=as_list, key=image_key,
+    reader=_image_reader, axes=(2, 3), most_axes=3, pixels_for_each=pixels_for_each, num_pixels=num_pixels,
 )  # fmt: skip
 VIDEO = Modality(
-    "video", "videos", VISION, "video", "video", as_one, video_key, _video_reader, (3, 4), 4, num_pixels=num_pixels,
-    is_sequence=True,
+    "video", argument="videos", encoder=VISION, noun="video", nouns="video", items=as_one, key=video_key,
+    reader=_video_reader, axes=(3, 4), most_axes=4, num_pixels=num_pixels, is_sequence=True,
 )  # fmt: skip
 # An array with two axes is one clip with several channels; a list of lists is several clips.
-SOUND = Modality("audio", "audio", AUDIO, "sound", "sound", as_clips, audio_key, _clip_reader, (1,), 2)
+SOUND = Modality(
+    "audio", argument="audio", encoder=AUDIO, noun="sound", nouns="sound", items=as_clips, key=audio_key,
+    reader=_clip_reader, axes=(1,), most_axes=2,
+)  # fmt: skip
 TABLE = Modality(
-    "table", "table", COLUMNS, "table", "numbers and categories", as_rows, row_key, _table_reader, has_files=False,
-    columns=lambda config: config.names,
+    "table", argument="table", encoder=COLUMNS, noun="table", nouns="numbers and categories", items=as_rows,
+    key=row_key, reader=_table_reader, has_files=False, columns=lambda config: config.names,
 )  # fmt: skip
 
 # What a row may hold beside its text, by the argument of the processor.

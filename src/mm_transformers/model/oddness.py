@@ -12,6 +12,8 @@ from .fusion_layers import masked_mean
 from .modalities import ENCODERS
 
 
+# The share of calibration rows that count as odd.
+FALSE_ALARMS = 0.01
 _MOST = 65_536
 
 
@@ -39,7 +41,7 @@ def odd_sentence(row: str, odd: OddRow) -> str:
     )
     return (
         f"{row} is unlike the rows that the model was calibrated on: its {part} is {odd.score:.1f} times as far from "
-        "them as 99% of these rows. Do not rely on its answers."
+        f"them as {1 - FALSE_ALARMS:.0%} of these rows. Do not rely on its answers."
     )
 
 

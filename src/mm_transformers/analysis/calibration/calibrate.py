@@ -36,8 +36,9 @@ def calibrate(
     batch_size: int = 32,
 ) -> CalibrationResult:
     """
-    Fits how far to trust the answers of a model, for each task and each availability group (text alone, image alone,
-    both, ...), and writes it into `model.config.calibration`. Save the model afterwards.
+    Fits how far to trust the answers, for each task and availability group (text alone, image alone, both, ...).
+
+    It writes the result into `model.config.calibration`. Save the model afterwards.
 
     Answers then have calibrated probabilities: temperatures divide the logits. They change no answer. `coverage=0.9` of
     the pipeline and of [`Predictor`] gives sets and intervals that hold the truth in 90% of rows. A warning names rows

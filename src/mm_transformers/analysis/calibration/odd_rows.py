@@ -8,13 +8,11 @@ import torch
 
 from ...model.availability import OTHER
 from ...model.embeddings import FUSED
-from ...model.oddness import Oddness, distance, fitted
+from ...model.oddness import FALSE_ALARMS, Oddness, distance, fitted
 from .hidden_parts import GroupRows
 
 
 RANK = 32
-# The share of calibration rows that are told to be odd.
-FALSE_ALARMS = 0.01
 _FEWEST = 40
 
 

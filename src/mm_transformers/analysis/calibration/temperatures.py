@@ -11,10 +11,11 @@ from ...model.task_base import Task
 
 
 NUM_FOLDS = 5
-# The logarithms of single labels differ from the shared one by a prior of the standard deviation 0.5.
+# The prior of the difference between a label's logarithm and the shared one: standard deviation 0.5.
 _PENALTY = 2.0
 # Rows per label below which labels have no temperatures of their own.
 _ROWS_PER_LABEL = 10
+# The bound of a temperature's logarithm: 1/20 to 20.
 _WIDEST = math.log(20.0)
 
 
