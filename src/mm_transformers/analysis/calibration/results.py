@@ -142,8 +142,8 @@ def measures_of(
         if group in natural:
             together.append((logits, after, labels))
     if len(together) > 1:
-        parts = list(zip(*together, strict=True))
-        found["all"] = _measure(task, *map(stacked_logits, parts[:2]), stacked_labels(parts[2]))
+        raw, tempered, of_rows = zip(*together, strict=True)
+        found["all"] = _measure(task, stacked_logits(raw), stacked_logits(tempered), stacked_labels(of_rows))
     return found
 
 
