@@ -18,9 +18,11 @@ from tiny import (
     make_processor,
     make_tasks,
     make_tokenizer,
+    open_gates,
 )
 
-from mm_transformers import MMTransformerProcessor, Predictor, Regression
+from mm_transformers import MMTransformerForMultiTask, MMTransformerProcessor, Predictor, Regression, TableConfig
+from mm_transformers.cli.predict import Reading, run_prediction
 
 
 TEXTS = ["a red dog", "the big cat is in the river", ""]
@@ -246,3 +248,39 @@ def test_a_folder_of_sounds(tmp_path):
         expected = model(**inputs).logits["score"]
     assert len(rows) == 3
     assert rows[1]["score"]["value"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def answers_of(model, rows, output, **columns):
+    run_prediction(str(model), rows, output, None, 2, 0, None, Reading(columns))
+    return [row["score"] for row in read(output)]
+
+
+def test_columns_are_those_of_the_processor(tmp_path):
+    """Also without a recipe beside the model, as in Python."""
+    model, processor = make_model(tasks=[Regression("score")]), make_processor()
+    processor.input_columns = {"text": ["title", "body"], "image": ["photo"]}
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    make_image(3).save(tmp_path / "3.png")
+    rows = [{"title": "a red dog", "body": "in the river", "photo": "3.png", "name": "big cat"}]
+    write_csv(tmp_path / "rows.csv", rows)
+    expected = Predictor.from_pretrained(tmp_path / "model")([{**rows[0], "photo": str(tmp_path / "3.png")}])
+    found = answers_of(tmp_path / "model", tmp_path / "rows.csv", tmp_path / "answers.jsonl")
+    assert found == pytest.approx([expected[0]["score"]["value"]])
+    found = answers_of(tmp_path / "model", tmp_path / "rows.csv", tmp_path / "other.jsonl", text="name")
+    assert found != pytest.approx([expected[0]["score"]["value"]])
+    (tmp_path / "model" / "recipe.yaml").write_text("columns: {text: name}")
+    assert answers_of(tmp_path / "model", tmp_path / "rows.csv", tmp_path / "third.jsonl") == found
+
+
+def test_a_model_without_text_and_recipe(tmp_path):
+    table = TableConfig(columns=[{"name": "price", "kind": "number", "mean": 3.0, "std": 2.0}], hidden_size=16)
+    model = MMTransformerForMultiTask.from_encoders(text=None, table=table, tasks=[Regression("score")])
+    open_gates(model)
+    model.save_pretrained(tmp_path / "model")
+    MMTransformerProcessor.from_encoders(text=None, table=table).save_pretrained(tmp_path / "model")
+    write_csv(tmp_path / "rows.csv", [{"price": 1}, {"price": 7}])
+    found = answers_of(tmp_path / "model", tmp_path / "rows.csv", tmp_path / "answers.jsonl")
+    expected = Predictor.from_pretrained(tmp_path / "model")([{"price": 1}, {"price": 7}])
+    assert found == pytest.approx([answer["score"]["value"] for answer in expected])
+    assert len(set(found)) == 2

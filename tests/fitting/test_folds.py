@@ -14,6 +14,8 @@ from sklearn.metrics import accuracy_score, mean_absolute_error
 from mm_transformers import Classification, fit
 from mm_transformers.data.folding import fold_numbers
 from mm_transformers.fitting import folds as folds_module
+from mm_transformers.fitting.folds import cross_validate
+from mm_transformers.training.recipe import read_recipe
 
 
 QUICK = {"max_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
@@ -171,6 +173,19 @@ def test_the_command(tmp_path):
     assert (tmp_path / "model" / "folds.csv").is_file()
     [events] = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}  # the folds are not tracked
     assert EventAccumulator(str(events)).Reload().Scalars("eval/kind_loss")
+
+
+@pytest.mark.slow
+def test_the_first_metric_is_that_of_the_task(fitted, tmp_path):
+    recipe, said = read_recipe(fitted[0].output / "recipe.yaml"), []
+    recipe.tasks[0]["metrics"] = ["f1_micro", "accuracy"]
+    recipe.training["output_dir"] = str(tmp_path / "model")
+    result = cross_validate(recipe, 2, say=said.append, print_logs=False)
+    assert result.main_metrics == {"kind": "f1_micro", "price": "mae"}
+    # With one class per row it is the accuracy.
+    assert result.mean["kind_f1_micro"] == result.mean["kind_accuracy"]
+    assert "not measured" not in "".join([*said, *result.lines()])
+    assert {verdict.metric for verdict in result.verdicts} == {"f1_micro", "mae"}
 
 
 def test_folds_have_equal_shares_of_labels():

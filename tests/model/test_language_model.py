@@ -204,6 +204,7 @@ def test_lengths_that_are_asked_for():
     assert model.generate(**batch, generation_config=GenerationConfig(max_length=6)).shape[1] == 6
     assert model.generate(**batch, max_new_tokens=3).shape[1] == 3
     assert model.generate(**batch, max_length=3).shape[1] == 3
+    assert torch.equal(model.generate(**batch, max_length=None, max_new_tokens=None), model.generate(**batch))
 
 
 def test_sampling_and_several_answers_to_a_row():

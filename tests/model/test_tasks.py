@@ -857,7 +857,11 @@ def test_decimals_are_numbers():
     assert read_number(Decimal("sNaN")) is None
 
 
-@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("nan"), "1", None, True, Fraction(10**400)])
+@pytest.mark.parametrize(
+    "value",
+    [10**400, -(10**400), float("inf"), float("nan"), "1", None, True, Fraction(10**400)],
+    ids=["huge", "below", "inf", "nan", "text", "none", "truth value", "fraction"],
+)
 def test_numbers_of_a_config_are_finite(value):
     with pytest.raises(ValueError, match="scale must be a number above 0"):
         Regression("price", scale=value)

@@ -47,6 +47,9 @@ class TableColumn(ABC):
     ...     def read(self, cell):
     ...         number = super().read(cell)
     ...         return None if number is None else math.log1p(number)
+    ...
+    ...     def example(self):  # a cell, not its logarithm
+    ...         return round(math.expm1(self.config["mean"]), 2)
 
     >>> table_columns([{"price": 0}, {"price": 99}], {"price": "log_number"}).columns[0]["kind"]
     'log_number'
@@ -106,7 +109,7 @@ class TableColumn(ABC):
 
     @abstractmethod
     def example(self) -> Any:
-        """A typical cell, for the example of a model card."""
+        """A typical cell, for the example of a model card; a kind whose [`read`] changes numbers overrides it."""
 
     def choices(self) -> Optional[list[str]]:
         """The known values, for the field of a page; `None` if the column takes any value."""

@@ -142,8 +142,8 @@ def measures_of(
         if group in natural:
             together.append((logits, after, labels))
     if len(together) > 1:
-        raw, tempered, truth = (list(parts) for parts in zip(*together, strict=True))
-        found["all"] = _measure(task, stacked_logits(raw), stacked_logits(tempered), stacked_labels(truth))
+        raw, tempered, of_rows = zip(*together, strict=True)
+        found["all"] = _measure(task, stacked_logits(raw), stacked_logits(tempered), stacked_labels(of_rows))
     return found
 
 
