@@ -11,7 +11,7 @@ from ..data.markdown import plain_markdown
 from ..model.limits import limits
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
-from .page_answers import COLUMNS_KIND, answers_as_html, either, render_page
+from .page_answers import COLUMNS_FIELD, answers_as_html, either, render_page
 from .page_examples import demo_examples, table_examples
 from .page_fields import MOST_OPEN, ColumnField, column_fields, media_fields
 from .request_filter import RequestFilter
@@ -64,21 +64,21 @@ def make_page(
         raise ImportError("The page needs `gradio`: pip install mm-transformers[demo]") from error
 
     columns = column_fields(model.config)
-    kinds = [*media_fields(model.config), *([COLUMNS_KIND] if columns else [])]
+    fields = [*media_fields(model.config), *([COLUMNS_FIELD] if columns else [])]
     upload_folder()  # before gradio asks for it
     kept = limits().upload_seconds
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(max(kept // 6, 1), kept)) as page:
-        told = f"Give {either(kinds)}. Colours show which parts an answer depends on, on one scale for all."
+        told = f"Give {either(fields)}. Colours show which parts an answer depends on, on one scale for all."
         gr.Markdown(f"# {plain_markdown(title)}\n\n{told}")
         with gr.Row():
             with gr.Column(scale=1):
                 inputs: list[Any] = []
-                if "text" in kinds:
+                if "text" in fields:
                     inputs.append(gr.Textbox(label="Text", lines=2, submit_btn=False, autofocus=True))
-                if "image" in kinds:
+                if "image" in fields:
                     sources: Any = ["upload", "clipboard", "webcam"]
                     inputs.append(gr.Image(label="Picture", type="filepath", sources=sources, height=260))
-                if "audio" in kinds:
+                if "audio" in fields:
                     inputs.append(gr.Audio(label="Sound", type="filepath", sources=["upload", "microphone"]))
                 if columns:
                     with gr.Accordion("Numbers and categories", open=len(columns) <= MOST_OPEN):
@@ -87,12 +87,12 @@ def make_page(
                 tasks = gr.CheckboxGroup(list(model.tasks), value=list(model.tasks), label="Tasks")
                 button = gr.Button("Answer", variant="primary")
             with gr.Column(scale=2):
-                answers = gr.HTML(label="Answers", value=render_page([], "", kinds))
-        answer = _answering(model, processor, kinds, columns)
+                answers = gr.HTML(label="Answers", value=render_page([], "", fields))
+        answer = _answering(model, processor, fields, columns)
         # The raw value from the client: gradio's own file readers only report "Error", and fetch addresses.
         options: dict[str, Any] = {"preprocess": False, "concurrency_limit": _AT_ONCE}
         button.click(answer, [*inputs, tasks], answers, api_name="answer", **options)
-        if "text" in kinds:
+        if "text" in fields:
             inputs[0].submit(answer, [*inputs, tasks], answers, api_visibility="private", **options)
         if examples:
             gr.Examples([list(example) for example in examples], inputs[: len(examples[0])])
@@ -142,10 +142,10 @@ def launch_options() -> dict[str, Any]:
 def _answering(
     model: MMTransformerForMultiTask,
     processor: MMTransformerProcessor,
-    kinds: Sequence[str],
+    fields: Sequence[str],
     columns: Sequence[ColumnField],
 ) -> Callable[..., str]:
-    parts = [kind for kind in kinds if kind != COLUMNS_KIND]
+    parts = [field for field in fields if field != COLUMNS_FIELD]
 
     def answer(*given: Any) -> str:
         *values, tasks = given
@@ -158,8 +158,8 @@ def _answering(
             cells = zip(columns, values[len(parts) :], strict=True)
             row |= {column.name: cell for column, value in cells if (cell := column.cell(value)) is not None}
         except ValueError as error:
-            return render_page([], str(error), kinds)
-        return answers_as_html(model, processor, row, tasks, kinds)
+            return render_page([], str(error), fields)
+        return answers_as_html(model, processor, row, tasks, fields)
 
     return answer
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from ..model.processing_mm_transformer import MMTransformerProcessor
 
 
-# Stands for all columns of numbers and categories among the kinds of inputs.
-COLUMNS_KIND = "table"
-_NOUNS = {**NOUNS, COLUMNS_KIND: MODALITIES["table"].nouns}
+# Stands for all columns of numbers and categories among the fields.
+COLUMNS_FIELD = "table"
+_NOUNS = {**NOUNS, COLUMNS_FIELD: MODALITIES["table"].nouns}
 _MOST_LETTERS = 20  # of a word, on average; some languages put no spaces between words
 
 
@@ -35,7 +35,7 @@ def answers_as_html(
     processor: "MMTransformerProcessor",
     row: dict[str, Any],
     tasks: Any,
-    kinds: Sequence[str],
+    fields: Sequence[str],
 ) -> str:
     """
     The answers of the page to a row; an error sentence, if they take longer than `limits().request_seconds`.
@@ -43,7 +43,7 @@ def answers_as_html(
     Args:
         model ([`MMTransformerForMultiTask`]): Runs in evaluation mode, whatever its mode.
         processor ([`MMTransformerProcessor`]): The processor of the model.
-        row: the given inputs, of `kinds`: a text; a file as an [`Upload`], or as an object in memory, never a path; and
+        row: the given inputs, of `fields`: a text; a file as an [`Upload`] or as an object in memory, never as a path;
             cells of columns by their names.
         tasks: names of the selected tasks.
     """
@@ -54,17 +54,17 @@ def answers_as_html(
         if not text.strip():
             row = {name: part for name, part in row.items() if name != "text"}
         if not row:
-            return render_page([], f"There is no input yet: give {either(kinds)}.", kinds)
+            return render_page([], f"There is no input yet: give {either(fields)}.", fields)
         if not tasks:
-            return render_page([], "Tick at least one task.", kinds)
+            return render_page([], "Tick at least one task.", fields)
         names = check_tasks(model, [str(name) for name in tasks])
         with time_limit(limits().request_seconds) as check:
             read, note = _read(processor, row)
             cards, warning = _cards(model, processor, read, names, check)
             note = " ".join(filter(None, (warning, note)))
     except (ValueError, ImportError) as error:
-        return render_page([], re.sub(r"^Row \d+: ", "", str(error)), kinds)
-    return render_page(cards, "", kinds, note)
+        return render_page([], re.sub(r"^Row \d+: ", "", str(error)), fields)
+    return render_page(cards, "", fields, note)
 
 
 def _read(processor: "MMTransformerProcessor", row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -110,10 +110,10 @@ def _cards(
     """The cards, and a warning if the row is unlike the training rows."""
     variants = {"": row}
     columns = processor.table_columns
-    kinds = {name: COLUMNS_KIND if name in columns else name for name in row}
-    for kind in dict.fromkeys(kinds.values()):
-        if rest := {name: part for name, part in row.items() if kinds[name] != kind}:
-            variants[f"without the {_NOUNS[kind]}"] = rest
+    fields = {name: COLUMNS_FIELD if name in columns else name for name in row}
+    for field in dict.fromkeys(fields.values()):
+        if rest := {name: part for name, part in row.items() if fields[name] != field}:
+            variants[f"without the {_NOUNS[field]}"] = rest
     # One batch: shared inputs of the variants are encoded once.
     wants_words = any(model.tasks[name].is_token_level for name in tasks)
     read = read_rows(list(enumerate(variants.values())), processor, (*ARGUMENTS, *columns), wants_words)
@@ -183,20 +183,20 @@ def _bars(task: Any, logits: Any) -> list[tuple[str, float]]:
     return sorted(zip(task.label_names, values[0].tolist(), strict=True), key=lambda pair: -pair[1])[:8]
 
 
-def render_page(cards: list[dict[str, Any]], message: str, kinds: Sequence[str], note: str = "") -> str:
+def render_page(cards: list[dict[str, Any]], message: str, fields: Sequence[str], note: str = "") -> str:
     """
     The HTML of the answers.
 
     Args:
         cards: of the tasks; names, labels and texts in them are escaped.
         message: the error; then there are no cards.
-        kinds: the possible inputs of a row.
+        fields: the possible inputs of a row.
         note: a sentence about what was left out.
     """
-    given = either(kinds)
+    given = either(fields)
     return rendered(__package__, "answers.html.jinja", cards=cards, message=message, note=note, given=given)
 
 
-def either(kinds: Sequence[str]) -> str:
+def either(fields: Sequence[str]) -> str:
     """ "a text or a picture"."""
-    return listed([_NOUNS[name] if name == COLUMNS_KIND else f"a {_NOUNS[name]}" for name in kinds], "or")
+    return listed([_NOUNS[name] if name == COLUMNS_FIELD else f"a {_NOUNS[name]}" for name in fields], "or")

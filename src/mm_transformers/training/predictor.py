@@ -36,7 +36,7 @@ class Predictor:
     With n processes, each answers every n-th batch, and all get all answers.
 
     A row without any content gets answers whose parts are all `None`, such as `{"label": None, "score": None}`, and a
-    warning counts such rows: one empty row must not cost the answers to a million others. `num_empty_rows` and
+    warning counts such rows. One empty row must not cost the answers to a million others. `num_empty_rows` and
     `first_empty_row` are those of the last run.
 
     Args:
