@@ -82,12 +82,13 @@ def decoder_layers(text_model: PreTrainedModel) -> nn.ModuleList:
     """
     count = getattr(text_model.config.get_text_config(), "num_hidden_layers", None)
     lists = [m for m in text_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists or not all(isinstance(layer, GradientCheckpointingLayer) for layer in lists[0]):
+    found = max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()), default=None)
+    if found is None or not all(isinstance(layer, GradientCheckpointingLayer) for layer in found):
         raise ValueError(
             f"fusion_layers_every: the layers of the language model ({text_model.config.model_type!r}) were not found "
             "in one list, so no fusion can stand between them: leave it out."
         )
-    return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
+    return found
 
 
 def number_of_places(num_layers: int, every: int) -> int:
