@@ -50,8 +50,8 @@ AUDIO = EncoderKind(
     "sounds", "audio",
 )  # fmt: skip
 COLUMNS = EncoderKind(
-    "table", ("table_numbers", "table_categories"), "table_index", None, None, "table", "tables", "tabular",
-    own=TableEncoder,
+    "table", ("table_numbers", "table_bins", "table_categories"), "table_index", None, None, "table", "tables",
+    "tabular", own=TableEncoder,
 )  # fmt: skip
 
 # By name, in the order of the streams of fusions.
