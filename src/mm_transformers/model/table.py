@@ -298,9 +298,7 @@ class TableEncoder(OwnEncoder):
 
         sizes = len(config.numbers), sum(config.num_bins), len(config.categories)
         numbers, bins, categories = torch.from_numpy(np.stack(items)).split(sizes, 1)
-        return _not_empty(
-            table_numbers=numbers.float(), table_bins=bins.float(), table_categories=categories.long()
-        )
+        return _not_empty(table_numbers=numbers.float(), table_bins=bins.float(), table_categories=categories.long())
 
     @classmethod
     def blank_input(cls, config: TableConfig) -> dict[str, torch.Tensor]:
