@@ -1,5 +1,6 @@
 """Piecewise-linear numbers: bins, shares, and the model that reads them."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -55,7 +56,7 @@ def make_model(table=TABLE, **options) -> MMTransformerForMultiTask:
 def test_shares_are_those_of_exact_fractions(edges, number):
     expected = [
         min(max((Fraction(number) - Fraction(low)) / (Fraction(high) - Fraction(low)), Fraction(0)), Fraction(1))
-        for low, high in zip(edges, edges[1:], strict=False)
+        for low, high in itertools.pairwise(edges)
     ]
     assert shares_of_bins(number, edges) == pytest.approx([float(share) for share in expected], rel=1e-9, abs=1e-12)
 
@@ -106,7 +107,7 @@ def test_edges_are_values_in_order(values):
         assert set(edges) <= set(values)
         assert 3 <= len(edges) <= 9
         assert (edges[0], edges[-1]) == (min(values), max(values))
-        assert all(low < high for low, high in zip(edges, edges[1:], strict=False))
+        assert all(low < high for low, high in itertools.pairwise(edges))
     else:
         assert len(values) < 20 or len(set(values)) < 3 or max(np.unique(values, return_counts=True)[1]) > 1
 

@@ -1,5 +1,6 @@
 """The bins of a column of numbers, and the place of a number in them (https://arxiv.org/abs/2203.05556)."""
 
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ def checked_bins(edges: Any, where: str) -> list[float]:
             f"{shorten_value(edges)}."
         )
     found = [float(edge) for edge in edges]
-    if any(low >= high for low, high in zip(found, found[1:], strict=False)):
+    if any(low >= high for low, high in itertools.pairwise(found)):
         raise ValueError(f"{where} must have bins that increase, but has {shorten_value(edges)}.")
     return found
 
