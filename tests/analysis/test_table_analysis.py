@@ -29,6 +29,8 @@ ROWS = [
 ]  # fmt: skip
 TABLE = table_columns(ROWS, ["price", "brand"])
 PROCESSOR = MMTransformerProcessor(make_image_processor(), make_tokenizer(), table_config=TABLE)
+# With bins of the prices.
+BINNED = TableConfig(columns=[{**TABLE.columns[0], "bins": [0.0, 4.0, 9.0, 19.0]}, TABLE.columns[1]])
 
 
 def make_model(table=TABLE, **options) -> MMTransformerForMultiTask:
@@ -49,15 +51,16 @@ def make_model(table=TABLE, **options) -> MMTransformerForMultiTask:
     return model
 
 
-@pytest.mark.parametrize("linear_probe", [False, True])
-def test_the_gain_of_a_column_is_that_of_rows_without_it(linear_probe):
-    model = make_model(linear_probe=linear_probe)
+@pytest.mark.parametrize(("table", "linear_probe"), [(TABLE, False), (TABLE, True), (BINNED, False), (BINNED, True)])
+def test_the_gain_of_a_column_is_that_of_rows_without_it(table, linear_probe):
+    model = make_model(table, linear_probe=linear_probe)
+    processor = MMTransformerProcessor(make_image_processor(), make_tokenizer(), table_config=table)
     options = {"num_permutations": 1, "num_additive_rows": 0}
-    found = ablate(model, PROCESSOR, ROWS, **options)
+    found = ablate(model, processor, ROWS, **options)
     assert set(found.columns["topic"]) == {"price", "brand"}
     metric, sign = found.contributions["cost"].metric, -1 if found.contributions["cost"].less_is_better else 1
     for column in ("price", "brand"):
-        rest = ablate(model, PROCESSOR, [{**row, column: None} for row in ROWS], **options)
+        rest = ablate(model, processor, [{**row, column: None} for row in ROWS], **options)
         gain = sign * (found.variants["all"][metric] - rest.variants["all"][metric])
         assert found.columns["cost"][column] == pytest.approx(gain, abs=1e-5)
         gain = found.variants["all"]["topic_accuracy"] - rest.variants["all"]["topic_accuracy"]
@@ -136,6 +139,26 @@ def test_a_column_alone_in_the_probe_is_the_most_relevant():
     assert found.answer == "y"
     assert price.relevance == pytest.approx(0, abs=1e-6)
     assert brand.relevance > 0.1
+    assert found.shares["table"] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_bins_of_a_number_count_for_its_column():
+    """Without a fusion, the answer is the sum of the features times their weights."""
+    model = make_model(BINNED, linear_probe=True)
+    processor = MMTransformerProcessor(make_image_processor(), make_tokenizer(), table_config=BINNED)
+    for parameter in model.parameters():
+        if parameter.shape == (1,):
+            torch.nn.init.zeros_(parameter)  # the gates
+    [probe] = probes_of(model)["topic"]
+    block, _ = probe.blocks[-1]
+    with torch.no_grad():
+        probe.linear.weight.zero_()
+        probe.linear.weight[:, block.start + 3] = torch.tensor([-1.0, 2.0])  # of the last bin
+    found = explain(model, processor, {"text": "a", "price": 19.0, "brand": "acme"}, "topic")
+    price, brand = found.columns
+    assert found.answer == "y"
+    assert price.relevance > 0.1
+    assert brand.relevance == pytest.approx(0, abs=1e-6)
     assert found.shares["table"] == pytest.approx(1, abs=1e-3)
 
 

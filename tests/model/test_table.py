@@ -11,7 +11,7 @@ import torch
 from sklearn.compose import make_column_transformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 from tiny import (
     FUSION_KINDS,
     TEXT_ENCODERS,
@@ -422,19 +422,38 @@ def test_a_model_without_columns_refuses_them():
 # Linear start
 
 
-def test_linear_features_are_those_of_scikit_learn():
-    """With the weights of a logistic regression on standardised numbers and one-hots, the model answers as it does."""
+@pytest.mark.parametrize("bins", [0, 8])
+def test_linear_features_are_those_of_scikit_learn(bins):
+    """With the weights of a logistic regression on the same features, the model answers as it does."""
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({
         "price": rng.normal(3, 2, 80), "year": rng.integers(1950, 2020, 80).astype(float),
         "brand": rng.choice(["acme", "zeta", "other"], 80),
     })  # fmt: skip
     topics = (frame["price"] + (frame["brand"] == "acme") * 2 + rng.normal(0, 1, 80) > 3.5).astype(int)
-    reference = make_pipeline(
-        make_column_transformer((StandardScaler(), ["price", "year"]), (OneHotEncoder(), ["brand"])),
-        LogisticRegression(max_iter=1000, tol=1e-8),
-    ).fit(frame, topics)
     table = table_columns(frame, ["price", "year", "brand"])
+    if not bins:
+        columns = [{key: x for key, x in column.items() if key != "bins"} for column in table.columns]
+        table = TableConfig(columns=columns)
+    assert table.num_bins == [bins, bins]
+
+    def shares(name):
+        edges = next(found for found in table.columns if found["name"] == name).get("bins", [])
+        pairs, mean = list(itertools.pairwise(edges)), frame[name].mean()
+        return FunctionTransformer(
+            lambda x: np.column_stack([
+                np.interp(x[name], pair, [0, 1]) - np.interp(mean, pair, [0, 1]) for pair in pairs
+            ] or [np.zeros((len(x), 0))]),
+            feature_names_out=lambda _, __: [f"{name}_{i}" for i in range(len(pairs))],
+        )  # fmt: skip
+
+    reference = make_pipeline(
+        make_column_transformer(
+            (StandardScaler(), ["price", "year"]), (shares("price"), ["price"]), (shares("year"), ["year"]),
+            (OneHotEncoder(), ["brand"]),
+        ),
+        LogisticRegression(max_iter=1000, tol=1e-8),
+    ).fit(frame, topics)  # fmt: skip
     processor = MMTransformerProcessor.from_encoders(text=None, table=table)
     model = MMTransformerForMultiTask.from_encoders(
         text=None, table=table, tasks=[Classification("topic", labels=["0", "1"])]
@@ -443,6 +462,7 @@ def test_linear_features_are_those_of_scikit_learn():
     block, indicator = probe.blocks[1]
     names = reference[0].get_feature_names_out().tolist()
     order = ["standardscaler__price", "standardscaler__year"]
+    order += [f"functiontransformer-{i}__{name}_{b}" for i, name in ((1, "price"), (2, "year")) for b in range(bins)]
     order += [f"onehotencoder__brand_{value}" for value in table.columns[2]["values"]]
     weights = torch.tensor(reference[1].coef_[0][[names.index(name) for name in order]], dtype=torch.float32)
     with torch.no_grad():

@@ -222,9 +222,20 @@ def test_what_an_exported_model_cannot_take(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cells", [{"price": 2.0, "brand": "a"}, {"price": 2.0}, {"brand": "a"}])
-def test_columns_of_numbers_and_categories(tmp_path, cells):
-    table = table_columns([cells, {"price": 3.0, "brand": "b"}], list(cells))
+@pytest.mark.parametrize(
+    ("cells", "num_rows"),
+    [
+        ({"price": 2.0, "brand": "a"}, 1),
+        ({"price": 2.0}, 1),
+        ({"brand": "a"}, 1),
+        ({"price": 2.0, "size": 7, "brand": "a"}, 40),
+    ],
+)
+def test_columns_of_numbers_and_categories(tmp_path, cells, num_rows):
+    """Many rows give the prices bins, and the sizes none."""
+    rows = [{"price": 3.0 + i, "size": 7 + i % 2, "brand": "b"} for i in range(num_rows)]
+    table = table_columns([cells, *rows], list(cells))
+    assert sum(table.num_bins) == (4 if num_rows > 1 else 0)
     processor = MMTransformerProcessor(None, make_tokenizer(), table_config=table)
     tasks = [Classification("topic", labels=["a", "b"])]
     config = MMTransformerConfig(

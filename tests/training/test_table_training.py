@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import pairwise
 
 import datasets
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import yaml
 from command_line import mm
 from recipes import make_rows, read_csv, recipe_values, save_encoders, write_csv
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from tiny import make_tokenizer
 
 from mm_transformers import (
@@ -21,6 +22,7 @@ from mm_transformers import (
     MMTransformerForMultiTask,
     MMTransformerProcessor,
     Predictor,
+    Regression,
     table_columns,
 )
 from mm_transformers.analysis import ablate, explain
@@ -172,6 +174,44 @@ def test_a_table_alone_starts_as_a_linear_model(tmp_path):
     assert same.mean() > 0.95
     accuracy = (np.array(labels) == np.array(["x", "y"])[logits.argmax(-1).numpy()]).mean()
     assert accuracy > 0.9
+
+
+@pytest.mark.slow
+def test_the_start_of_numbers_is_an_additive_model(tmp_path):
+    """A sum of functions of columns that are not linear: the start is a ridge regression on pieces of them."""
+    rng = np.random.default_rng(0)
+    x, skewed = rng.normal(size=400), rng.lognormal(0, 2, 400)
+    cost = np.abs(x) + np.log(skewed) + rng.normal(0, 0.1, 400)
+    rows = [{"x": a, "skewed": b, "cost": c} for a, b, c in zip(x, skewed, cost, strict=True)]
+    rows[5]["x"] = rows[6]["skewed"] = None
+    table = table_columns(rows, ["x", "skewed"])
+    torch.manual_seed(0)
+    trainer = MMTrainer(
+        MMTransformerForMultiTask.from_encoders(text=None, table=table, tasks=[Regression("cost")]),
+        MMTrainingArguments(
+            str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, max_steps=1, refit=False, learning_rate=1e-12,
+            validation_fraction=0.0, save_strategy="no",
+        ),
+        processing_class=MMTransformerProcessor.from_encoders(text=None, table=table),
+        train_dataset=datasets.Dataset.from_list(rows),
+    )  # fmt: skip
+    trainer.train()
+    [strength] = trainer._start.models["cost"].scales
+    parts = []
+    for values, name in ((x, "x"), (skewed, "skewed")):
+        known = np.array([row[name] is not None for row in rows])
+        mean, std = values[known].mean(), values[known].std()
+        edges = np.quantile(values[known], np.arange(9) / 8, method="inverted_cdf")
+        parts.append(np.where(known, (values - mean) / std, 0))
+        for pair in pairwise(edges):
+            parts.append(np.where(known, np.interp(values, pair, [0, 1]) - np.interp(mean, pair, [0, 1]), 0))
+    design, std = np.column_stack(parts), cost.std()
+    reference = Ridge(alpha=1 / strength).fit(design, (cost - cost.mean()) / std)
+    expected = reference.predict(design) * std + cost.mean()
+    found = trainer.predict(rows).predictions["cost"].reshape(-1)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=5e-3)
+    linear = Ridge().fit(design[:, [0, 9]], cost)
+    assert np.abs(found - cost).mean() < 0.3 * np.abs(linear.predict(design[:, [0, 9]]) - cost).mean()
 
 
 @pytest.mark.slow

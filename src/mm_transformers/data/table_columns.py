@@ -11,12 +11,19 @@ from ..model.table_kinds import COLUMNS, CategoryColumn, NumberColumn, TableErro
 from .row_labels import rows_with_columns
 
 
+# A table with more edges of bins has none: a linear model would have too many features.
+_MOST_EDGES = 4096
+
+
 def table_columns(rows: Any, columns: Sequence[str] | Mapping[str, str | None], **options: Any) -> TableConfig:
     """
     The columns of numbers and categories of a model, with their statistics in the training rows.
 
     A column without a kind is one of numbers, if all of its cells are numbers, or texts that are numbers. Truth values
     are categories. So give the kind of numbers that are names, such as postal codes, and of dates.
+
+    A column of numbers or dates with 20 values or more has up to 8 bins with as many values each. The model then reads
+    piecewise-linear numbers, too. A table with more than about 450 such columns has no bins.
 
     Args:
         rows: the training rows: a `datasets.Dataset`, a pandas `DataFrame`, a list of dicts or a [`DataSource`].
@@ -58,6 +65,8 @@ def table_columns(rows: Any, columns: Sequence[str] | Mapping[str, str | None], 
     if kinds.keys() - seen:
         raise ValueError(f"The training rows have no column {min(kinds.keys() - seen)!r}.")
     found = [_column(name, asked, cells[name]) for name, asked in kinds.items()]
+    if sum(len(column.get("bins", ())) for column in found) > _MOST_EDGES:
+        found = [{key: x for key, x in column.items() if key != "bins"} for column in found]
     return TableConfig(columns=found, **options)
 
 

@@ -54,8 +54,8 @@ AUDIO = EncoderKind(
     index="audio_index", features="audio_features", processor_part="feature_extractor",
 )  # fmt: skip
 COLUMNS = EncoderKind(
-    "table", inputs=("table_numbers", "table_categories"), noun="table", plural="tables", hub_tag="tabular",
-    index="table_index", own=TableEncoder,
+    "table", inputs=("table_numbers", "table_bins", "table_categories"), noun="table", plural="tables",
+    hub_tag="tabular", index="table_index", own=TableEncoder,
 )  # fmt: skip
 
 # By name, in the order of the streams of fusions.

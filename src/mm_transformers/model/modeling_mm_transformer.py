@@ -559,6 +559,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
                 Which of `audio_features` belong to the clip and not to its padding; all by default.
             table_numbers (`torch.FloatTensor` of shape `(num_tables, num_numbers)`, *optional*):
                 The standardised numbers of the rows that have columns; NaN where one is missing.
+            table_bins (`torch.FloatTensor` of shape `(num_tables, num_bins)`, *optional*):
+                Their shares of the bins of [`TableConfig`], minus those of the mean; NaN where one is missing.
             table_categories (`torch.LongTensor` of shape `(num_tables, num_categories)`, *optional*):
                 The ids of their categories; -1 where one is missing, 0 for an unknown value.
             table_index (`torch.LongTensor` of shape `(batch, 1)`, *optional*):
@@ -739,8 +741,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
 
         Args:
             inputs: `input_ids`, `attention_mask`, ... of texts; `pixel_values` of images; `input_values` or
-                `input_features`, and `attention_mask` at the rate of these, of sounds; `table_numbers` and
-                `table_categories` of columns.
+                `input_features`, and `attention_mask` at the rate of these, of sounds; `table_numbers`,
+                `table_bins` and `table_categories` of columns.
 
         Returns:
             The features (items, tokens, encoder width), and for sounds which of them belong to the clip and not to its

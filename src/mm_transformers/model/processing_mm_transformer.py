@@ -503,8 +503,9 @@ class MMTransformerProcessor(ProcessorMixin):
             image; `image_index` (batch, max_images) int64; `frame_index` of the same shape, if there is a video; and
             for models with sound `input_values` or `input_features` (num_clips, ...) float32 with
             `audio_attention_mask`, unless no row has a clip, and `audio_index` (batch, max_clips) int64; for models
-            with columns `table_numbers` (num_tables, num_numbers) float32 and `table_categories` (num_tables,
-            num_categories) int64, unless no row has a cell, and `table_index` (batch, 1) int64.
+            with columns `table_numbers` (num_tables, num_numbers) float32, `table_bins` (num_tables, num_bins) float32
+            and `table_categories` (num_tables, num_categories) int64, unless no row has a cell, and `table_index`
+            (batch, 1) int64.
 
         Raises:
             ValueError: if texts are not strings, if there are not as many entries in `images`, `videos` or `audio` as

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, Optional
 
 import torch
@@ -12,6 +13,7 @@ from transformers import initialization as init
 
 from .label_cells import shorten, shorten_value
 from .limits import limits, named
+from .number_bins import CentredShares
 from .own_encoders import OwnEncoder
 from .table_kinds import COLUMNS, ONE_HOTS, TableColumn, TableError, column_of
 
@@ -35,10 +37,11 @@ class TableConfig(PreTrainedConfig):
     Args:
         columns (`list[dict]`):
             One dict per column: `{"name": "price", "kind": "number", "mean": 3.1, "std": 0.7}` with the mean and the
-            standard deviation over the training rows; `{"name": "sold", "kind": "date", "format": "", ...}` with the
-            same of days since 1970 and the format of texts (ISO 8601 by default); or `{"name": "brand", "kind":
-            "category", "values": ["acme"]}` with the known values, the most frequent first. All other values count as
-            one, the unknown one.
+            standard deviation over the training rows, and optionally `"bins": [1.0, 3.0, 9.0]`, the edges of bins for
+            piecewise-linear numbers (https://arxiv.org/abs/2203.05556); `{"name": "sold", "kind": "date", "format": "",
+            ...}` with the same of days since 1970 and the format of texts (ISO 8601 by default); or `{"name": "brand",
+            "kind": "category", "values": ["acme"]}` with the known values, the most frequent first. All other values
+            count as one, the unknown one.
         hidden_size (`int`, *optional*, defaults to 64): The width of the tokens; there is one per column.
         num_hidden_layers (`int`, *optional*, defaults to 0):
             Self-attention layers between the columns of a row, as in FT-Transformer (https://arxiv.org/abs/2106.11959).
@@ -111,6 +114,11 @@ class TableConfig(PreTrainedConfig):
         return [column["name"] for column in (*self.numbers, *self.categories)]
 
     @property
+    def num_bins(self) -> list[int]:
+        """The number of bins of each column of numbers; 0 without bins."""
+        return [max(len(column.get("bins", ())) - 1, 0) for column in self.numbers]
+
+    @property
     def one_hots(self) -> list[tuple[int, int]]:
         """The one-hot features of a linear model: number of the category column, id of the value."""
         most = min(ONE_HOTS, max(1, _ALL_ONE_HOTS // max(len(self.categories), 1)))
@@ -131,8 +139,9 @@ def _checked_column(column: Any, place: int) -> dict[str, Any]:
     if column.get("kind") not in COLUMNS:
         kinds = ", ".join(map(repr, COLUMNS))
         raise ValueError(f"{where} must have one of the kinds {kinds}, but has {column.get('kind')!r}.")
-    known = {"name", "kind", *COLUMNS[column["kind"]].keys}
-    if set(column) != known:
+    kind = COLUMNS[column["kind"]]
+    known = {"name", "kind", *kind.keys}
+    if not known <= set(column) <= known | set(kind.optional_keys):
         raise ValueError(
             f"{where} must have {', '.join(sorted(known))}, but has {', '.join(sorted(map(str, column)))}; "
             "table_columns(rows, columns) finds them in the training rows."
@@ -160,8 +169,8 @@ class TableReader:
     """
     Reads the cells of one row: column -> cell becomes numbers in the order of the tokens.
 
-    The result is an array of `TableConfig.token_names`: standardised numbers, NaN if missing; then ids of values, -1
-    if missing and 0 if unknown. It is `None` if all are missing. The reader returns its own results unchanged.
+    The result is an array: the standardised numbers and their shares of bins, NaN if missing; then ids of values, -1 if
+    missing and 0 if unknown. It is `None` if all are missing. The reader returns its own results unchanged.
 
     Args:
         config ([`TableConfig`]): The columns.
@@ -177,6 +186,7 @@ class TableReader:
 
     def __init__(self, config: TableConfig) -> None:
         self.numbers = [column_of(column) for column in config.numbers]
+        self.shares = [CentredShares(column) for column in config.numbers]
         self.categories = [column_of(column) for column in config.categories]
         self.ids = [{value: i for i, value in enumerate(column["values"], 1)} for column in config.categories]
 
@@ -190,21 +200,25 @@ class TableReader:
                 f"the columns of a row must be a dict from column to cell, but are {shorten_value(cells)} of type "
                 f"{type(cells).__name__}"
             )
-        found = [self._number(column, cells) for column in self.numbers]
-        found += [self._id(column, ids, cells) for column, ids in zip(self.categories, self.ids, strict=True)]
-        values, count = np.array(found, dtype=np.float64), len(self.numbers)
-        is_empty = np.isnan(values[:count]).all() and (values[count:] == _MISSING).all()
-        return None if is_empty else values
-
-    def _number(self, column: TableColumn, cells: Mapping[str, Any]) -> float:
-        number = read_cell(column, cells)
-        if number is None:
-            return math.nan
-        return min(max((number - column.config["mean"]) / column.config["std"], -FURTHEST), FURTHEST)
+        numbers = [read_cell(column, cells) for column in self.numbers]
+        ids = [self._id(column, ids, cells) for column, ids in zip(self.categories, self.ids, strict=True)]
+        if all(number is None for number in numbers) and all(value == _MISSING for value in ids):
+            return None
+        found = [
+            math.nan if number is None else _standardised(column, number)
+            for column, number in zip(self.numbers, numbers, strict=True)
+        ]
+        for shares, number in zip(self.shares, numbers, strict=True):
+            found += shares(number)
+        return np.array(found + ids, dtype=np.float64)
 
     def _id(self, column: TableColumn, ids: Mapping[str, int], cells: Mapping[str, Any]) -> int:
         value = read_cell(column, cells)
         return _MISSING if value is None else ids.get(value, _UNKNOWN)
+
+
+def _standardised(column: TableColumn, number: float) -> float:
+    return min(max((number - column.config["mean"]) / column.config["std"], -FURTHEST), FURTHEST)
 
 
 def as_rows(cell: Any) -> list[Any]:
@@ -222,12 +236,17 @@ def _not_empty(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: value for name, value in tensors.items() if value.shape[1] > 0}
 
 
+def _without_nan(numbers: torch.Tensor) -> torch.Tensor:
+    return torch.where(numbers.isnan(), 0.0, numbers)
+
+
 class TableEncoder(OwnEncoder):
     """
     One token per column: the feature tokenizer of FT-Transformer (https://arxiv.org/abs/2106.11959).
 
-    The token of a number is a vector times the number, plus another vector. That of a category is the vector of its
-    value plus one of the column. Missing cells are masked. The vector of an unknown value is 0 at the start.
+    The token of a number is a vector times the number, plus one vector per bin times its share, plus another vector.
+    That of a category is the vector of its value plus one of the column. Missing cells are masked. The vector of an
+    unknown value is 0 at the start.
     """
 
     config_class = TableConfig
@@ -243,6 +262,12 @@ class TableEncoder(OwnEncoder):
         if config.numbers:
             self.number_weight = nn.Parameter(torch.zeros(len(config.numbers), width))
             self.number_bias = nn.Parameter(torch.zeros(len(config.numbers), width))
+        # For each column of numbers, the places of its shares of bins among those of all; padded with a place beyond.
+        most, total = max(config.num_bins, default=0), sum(config.num_bins)
+        places = iter(range(total))
+        self.bins = [[*islice(places, bins), *[total] * (most - bins)] for bins in config.num_bins]
+        if total:
+            self.bin_weight = nn.Parameter(torch.zeros(len(config.numbers), most, width))
         if sizes:
             self.value_weight = nn.Parameter(torch.zeros(sum(sizes), width))
             self.category_bias = nn.Parameter(torch.zeros(len(sizes), width))
@@ -271,25 +296,28 @@ class TableEncoder(OwnEncoder):
     def prepare(cls, config: TableConfig, items: list[Any]) -> dict[str, torch.Tensor]:
         import numpy as np
 
-        values = torch.from_numpy(np.stack(items))
-        count = len(config.numbers)
-        return _not_empty(table_numbers=values[:, :count].float(), table_categories=values[:, count:].long())
+        sizes = len(config.numbers), sum(config.num_bins), len(config.categories)
+        numbers, bins, categories = torch.from_numpy(np.stack(items)).split(sizes, 1)
+        return _not_empty(table_numbers=numbers.float(), table_bins=bins.float(), table_categories=categories.long())
 
     @classmethod
     def blank_input(cls, config: TableConfig) -> dict[str, torch.Tensor]:
         numbers, categories = len(config.numbers), len(config.categories)
         return _not_empty(
-            table_numbers=torch.full((1, numbers), math.nan), table_categories=torch.full((1, categories), _MISSING)
+            table_numbers=torch.full((1, numbers), math.nan),
+            table_bins=torch.full((1, sum(config.num_bins)), math.nan),
+            table_categories=torch.full((1, categories), _MISSING),
         )
 
     @classmethod
     def linear_width(cls, config: TableConfig) -> int:
-        return len(config.numbers) + len(config.one_hots)
+        return len(config.numbers) + sum(config.num_bins) + len(config.one_hots)
 
     @classmethod
     def linear_tokens(cls, config: TableConfig) -> list[int]:
         count = len(config.numbers)
-        return [*range(count), *(count + place for place, _ in config.one_hots)]
+        of_bins = [place for place, bins in enumerate(config.num_bins) for _ in range(bins)]
+        return [*range(count), *of_bins, *(count + place for place, _ in config.one_hots)]
 
     @classmethod
     def neutral(cls, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -300,7 +328,10 @@ class TableEncoder(OwnEncoder):
         }
 
     def forward(  # type: ignore[override]
-        self, table_numbers: Optional[torch.Tensor] = None, table_categories: Optional[torch.Tensor] = None
+        self,
+        table_numbers: Optional[torch.Tensor] = None,
+        table_bins: Optional[torch.Tensor] = None,
+        table_categories: Optional[torch.Tensor] = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The tokens of the columns, and which of them hold something.
@@ -308,21 +339,28 @@ class TableEncoder(OwnEncoder):
         Args:
             table_numbers (num_tables, num_numbers) float32: standardised; NaN where missing. `None` without such
                 columns, and likewise:
+            table_bins (num_tables, num_bins) float32: the shares of the bins of all columns, minus those of the mean of
+                the column; NaN where missing.
             table_categories (num_tables, num_categories) int64: -1 where missing, 0 for an unknown value.
         """
         tokens, masks = [], []
-        given = {"numbers": table_numbers, "categories": table_categories}
-        for name, columns in (("numbers", self.config.numbers), ("categories", self.config.categories)):
-            count = 0 if given[name] is None else given[name].shape[1]
-            if count != len(columns):
-                raise ValueError(
-                    f"table_{name} must have {len(columns)} columns, one per column of {name}, but has {count}."
-                )
+        for name, one, given, expected in (
+            ("numbers", "column of numbers", table_numbers, len(self.config.numbers)),
+            ("bins", "bin of the columns of numbers", table_bins, sum(self.config.num_bins)),
+            ("categories", "column of categories", table_categories, len(self.config.categories)),
+        ):
+            count = 0 if given is None else given.shape[1]
+            if count != expected:
+                raise ValueError(f"table_{name} must have {expected} columns, one per {one}, but has {count}.")
         if table_numbers is not None:
-            is_missing = table_numbers.isnan()
-            known = torch.where(is_missing, 0.0, table_numbers).to(self.number_weight.dtype)
-            tokens.append(known[..., None] * self.number_weight + self.number_bias)
-            masks.append(~is_missing)
+            known = _without_nan(table_numbers).to(self.dtype)
+            of_numbers = known[..., None] * self.number_weight + self.number_bias
+            if table_bins is not None:
+                shares = nn.functional.pad(_without_nan(table_bins).to(self.dtype), (0, 1))
+                shares = shares[:, torch.tensor(self.bins, device=shares.device)]
+                of_numbers = of_numbers + torch.einsum("ncb,cbw->ncw", shares, self.bin_weight)
+            tokens.append(of_numbers)
+            masks.append(~table_numbers.isnan())
         if table_categories is not None:
             ids = table_categories.clamp(min=_UNKNOWN) + torch.tensor(self.offsets, device=table_categories.device)
             tokens.append(nn.functional.embedding(ids, self.value_weight) + self.category_bias)
@@ -339,12 +377,14 @@ class TableEncoder(OwnEncoder):
         tokens: torch.Tensor,
         mask: torch.Tensor,
         table_numbers: Optional[torch.Tensor] = None,
+        table_bins: Optional[torch.Tensor] = None,
         table_categories: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """The standardised numbers, 0 if missing; and a one-hot of each category, 0 if missing or unknown."""
-        features = []
-        if table_numbers is not None:
-            features.append(torch.where(table_numbers.isnan(), 0.0, table_numbers).float())
+        """
+        The standardised numbers and their shares of bins, 0 if missing; and a one-hot of each category, 0 if missing or
+        unknown.
+        """
+        features = [_without_nan(x).float() for x in (table_numbers, table_bins) if x is not None]
         if table_categories is not None:
             places, values = torch.tensor(self.one_hots, device=table_categories.device).unbind(1)
             features.append((table_categories[:, places] == values).float())

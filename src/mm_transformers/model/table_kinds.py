@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Optional
 from .dates import FORMATS, date_format, read_date
 from .label_cells import NO_NUMBER, NUMBER, as_scalar, is_finite_number, is_null, shorten, shorten_value
 from .limits import limits, named
+from .number_bins import checked_bins, find_bins
 from .registry import registered
 
 
@@ -60,6 +61,8 @@ class TableColumn(ABC):
     is_number: ClassVar[bool] = True
     # The keys of `config` beside name and kind.
     keys: ClassVar[tuple[str, ...]] = ()
+    # Those that may be left out.
+    optional_keys: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -160,12 +163,13 @@ class NumberColumn(TableColumn):
 
     kind = "number"
     keys: ClassVar[tuple[str, ...]] = ("mean", "std")
+    optional_keys = ("bins",)
 
     def read(self, cell: Any) -> Optional[float]:
         return read_number(cell)
 
     def learned(self, values: Sequence[float]) -> dict[str, Any]:
-        """The mean and the standard deviation; the latter is 1 if all values are equal."""
+        """The mean, the standard deviation (1 if all values are equal), and the edges of bins if there are some."""
         # Scaled first, since the square of a large number is not finite.
         largest = max(map(abs, values)) or 1.0
         scaled = [value / largest for value in values]
@@ -173,14 +177,17 @@ class NumberColumn(TableColumn):
         variance = math.fsum((value - mean) ** 2 for value in scaled) / len(scaled)
         # Equal values may differ from their mean by rounding.
         std = math.sqrt(variance) * largest if len(set(values)) > 1 else 0.0
-        return {"mean": mean * largest, "std": std if std > 0 and math.isfinite(std) else 1.0}
+        found = {"mean": mean * largest, "std": std if std > 0 and math.isfinite(std) else 1.0}
+        bins = find_bins(values)
+        return {**found, "bins": bins} if bins else found
 
     def checked(self, where: str) -> dict[str, Any]:
         mean, std = self.config["mean"], self.config["std"]
         if not (is_finite_number(mean) and is_finite_number(std) and std > 0):
-            found = f"{shorten_value(mean)} and {shorten_value(std)}"
-            raise ValueError(f"{where} must have a finite mean and a std above 0, but has {found}.")
-        return {**self.config, "mean": float(mean), "std": float(std)}
+            both = f"{shorten_value(mean)} and {shorten_value(std)}"
+            raise ValueError(f"{where} must have a finite mean and a std above 0, but has {both}.")
+        found = {**self.config, "mean": float(mean), "std": float(std)}
+        return {**found, "bins": checked_bins(self.config["bins"], where)} if "bins" in self.config else found
 
     def example(self) -> Any:
         return float(f"{self.config['mean']:.3g}")
