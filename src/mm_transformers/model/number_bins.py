@@ -43,7 +43,8 @@ def checked_bins(edges: Any, where: str) -> list[float]:
     Raises:
         ValueError: one sentence.
     """
-    if not isinstance(edges, (list, tuple)) or not 2 <= len(edges) <= _MOST_EDGES or not all(map(is_finite_number, edges)):
+    is_list = isinstance(edges, (list, tuple)) and 2 <= len(edges) <= _MOST_EDGES
+    if not is_list or not all(map(is_finite_number, edges)):
         raise ValueError(
             f"{where} must have bins that are a list of 2 to {_MOST_EDGES} finite numbers, but has "
             f"{shorten_value(edges)}."
