@@ -178,7 +178,11 @@ def test_shell_lines_can_be_run(line, monkeypatch):
         for shown, given in ((help_of_command(), words[1:place]), (help_of_command(words[place]), words[place:])):
             for option in (word for word in given if word.startswith("--")):
                 assert option in shown
-    elif words[0] in ("python", "accelerate"):
+    elif words[0] in ("accelerate", "torchrun") and "-m" in words:
+        module, command = words[words.index("-m") + 1 :][:2]
+        assert module == "mm_transformers.cli"
+        assert command in COMMANDS
+    elif words[0] in ("python", "accelerate", "torchrun"):
         script = next((word for word in words if word.endswith(".py")), None)
         if script is None:
             assert words[:3] == ["python", "-m", "build"], line
