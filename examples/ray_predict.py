@@ -89,9 +89,9 @@ def answer(
         batch_size=8 * batch_size,
         concurrency=workers,
         num_gpus=gpus,
-    ).materialize()
-    answered.write_parquet(output)
-    return answered.count()
+    )
+    answered.write_parquet(output)  # block by block: the answers need not fit into memory
+    return table.count()
 
 
 def main() -> None:
