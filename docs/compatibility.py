@@ -61,9 +61,9 @@ def page() -> str:
         "has older ones where it must. Continuous integration runs the tests on Python 3.10 to 3.14, and with the "
         "oldest transformers (`make test-floor`).",
         "",
-        f"Check yours: `pip show transformers` must say {versions[1][1]} or newer. The installation needs 1.4 GB of disk "
-        "with the CPU build of torch; [decision 35](decisions/0035-one-installation-without-plot-extras.md) has the "
-        "parts.",
+        f"Check yours: `pip show transformers` must say {versions[1][1]} or newer. The installation needs 1.4 GB of "
+        "disk with the CPU build of torch; [decision 35](decisions/0035-one-installation-without-plot-extras.md) has "
+        "the parts.",
         "",
         _table(["library", "lowest", "tested", "tested with the oldest transformers"], versions),
         "",

@@ -302,7 +302,8 @@ def choice() -> list[str]:
     rows = [(modality, encoder.name, encoder.suits) for modality in ENCODERS for encoder in ENCODERS[modality]]
     lines = [f"| {modality} | `{name}` | {suits} |" for modality, name, suits in [*rows, *WRITERS]]
     return [
-        "To begin with, take one of these names of the Hub. `fit` takes the first of its modality, if none is named or cached.",
+        "To begin with, take one of these names of the Hub. If none is named or cached, `fit` takes the first of its "
+        "modality.",
         "",
         "| for | encoder | good for |",
         "| --- | --- | --- |",
