@@ -57,8 +57,13 @@ def page() -> str:
         "",
         "## Versions",
         "",
-        "*Lowest* is what can work. *Tested* is the version in `constraints.txt`, with which all tests run on Python "
-        "3.11 or newer; `make test-floor` runs them with the oldest transformers.",
+        "*Lowest* is what can work. *Tested* is the version in `constraints.txt` for Python 3.11 or newer; for 3.10 it "
+        "has older ones where it must. Continuous integration runs the tests on Python 3.10 to 3.14, and with the "
+        "oldest transformers (`make test-floor`).",
+        "",
+        f"Check yours: `pip show transformers` must say {versions[1][1]} or newer. The installation needs 1.4 GB of "
+        "disk with the CPU build of torch; [decision 35](decisions/0035-one-installation-without-plot-extras.md) has "
+        "the parts.",
         "",
         _table(["library", "lowest", "tested", "tested with the oldest transformers"], versions),
         "",

@@ -155,7 +155,12 @@ def _index() -> str:
 def _group(group: str) -> str:
     title, sentence, _ = GROUPS[group]
     names = "\n\n".join(f"::: {path}" for path in names_of(group))
-    return f"# {title}\n\n{sentence}\n\n{NOTE}\n\n{names}\n"
+    module, _, example = names_of(group)[-1].rpartition(".")
+    help_of = (
+        "On the site (`make docs`) each name has its text here. In a clone: "
+        f"`python -c 'import {module} as m; help(m.{example})'`."
+    )
+    return f"# {title}\n\n{sentence}\n\n{NOTE}\n\n{help_of}\n\n{names}\n"
 
 
 def _config() -> str:

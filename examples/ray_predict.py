@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow
 import ray
 
-from mm_transformers import Predictor
+from mm_transformers import MMTransformerProcessor, Predictor
 from mm_transformers.cli.predict import Reading
 from mm_transformers.data.cells import RowReader
 from mm_transformers.data.sources import media_of
@@ -34,7 +34,7 @@ class Answers:
     """
 
     def __init__(self, model: str, batch_size: int, image_root: str | None = None):
-        columns, data = Reading().options(model)
+        columns, data = Reading().options(model, MMTransformerProcessor.from_pretrained(model).input_columns)
         options = {**columns.collator_options, **data.collator_options}
         self.predictor = Predictor.from_pretrained(model, batch_size=batch_size, **options)
         self.example = answer_columns(self.predictor.example())
@@ -89,9 +89,9 @@ def answer(
         batch_size=8 * batch_size,
         concurrency=workers,
         num_gpus=gpus,
-    ).materialize()
-    answered.write_parquet(output)
-    return answered.count()
+    )
+    answered.write_parquet(output)  # block by block: the answers need not fit into memory
+    return table.count()
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The pages of the documentation, their code blocks, and a folder with what the blocks find in it."""
 
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -74,6 +75,8 @@ def save_reader_folder(folder: Path) -> Path:
         for split in ("train", "validation", "test"):
             data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
             data.to_parquet(folder / name / f"{split}.parquet")
+    pd.DataFrame(_messages(folder)).to_parquet(folder / "rows.parquet")
+    shutil.copy(ROOT / "examples/ray_predict.py", folder)
     _save_model(folder)
     return folder
 

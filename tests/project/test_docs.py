@@ -101,9 +101,10 @@ def test_no_code_hides_in_blocks_of_text(page):
     pytest.param(page, id=name_of(page), marks=pytest.mark.nightly if name_of(page) in NIGHTLY else pytest.mark.slow)
     for page in PYTHON_PAGES if name_of(page) not in PUSHING
 ])  # fmt: skip
-def test_python_blocks_run_one_after_the_other(page, folder):
+def test_python_blocks_run_one_after_the_other(page, folder, monkeypatch):
     if name_of(page) in NEEDED:
         pytest.importorskip(NEEDED[name_of(page)])
+        monkeypatch.syspath_prepend(str(folder))  # a file that the reader has copied beside the program
     torch.manual_seed(0)
     names: dict = {"__name__": "page"}
     for code in code_of(page):
@@ -178,7 +179,11 @@ def test_shell_lines_can_be_run(line, monkeypatch):
         for shown, given in ((help_of_command(), words[1:place]), (help_of_command(words[place]), words[place:])):
             for option in (word for word in given if word.startswith("--")):
                 assert option in shown
-    elif words[0] in ("python", "accelerate"):
+    elif words[0] in ("accelerate", "torchrun") and "-m" in words:
+        module, command = words[words.index("-m") + 1 :][:2]
+        assert module == "mm_transformers.cli"
+        assert command in COMMANDS
+    elif words[0] in ("python", "accelerate", "torchrun"):
         script = next((word for word in words if word.endswith(".py")), None)
         if script is None:
             assert words[:3] == ["python", "-m", "build"], line
