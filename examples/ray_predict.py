@@ -37,13 +37,15 @@ class Answers:
         columns, data = Reading().options(model, MMTransformerProcessor.from_pretrained(model).input_columns)
         options = {**columns.collator_options, **data.collator_options}
         self.predictor = Predictor.from_pretrained(model, batch_size=batch_size, **options)
-        self.example = answer_columns(self.predictor.example())
+        self.example = answer_columns(self.predictor.example(), answer_keys=self.predictor.answer_keys)
         self.reader = RowReader(None, media_of(self.predictor.collator), image_root)
         print(f"Worker {os.getpid()} has loaded the model.")
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
         answered = self.predictor.stream(batch.to_pylist(), prepare=self.reader, keep=lambda row: None)
-        answers = [answer_columns(answer) for part in answered for _, answer in part]
+        answers = [
+            answer_columns(answer, answer_keys=self.predictor.answer_keys) for part in answered for _, answer in part
+        ]
         if not answers:
             return batch
         # As `mm-transformers predict`: an input column stays beside the answer of the same name.

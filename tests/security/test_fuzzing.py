@@ -492,7 +492,7 @@ class TestPage:
         monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
         answer = _answering(
             MMTransformerForMultiTask.from_pretrained(saved).eval(), MMTransformerProcessor.from_pretrained(saved),
-            ["text", "image", "audio"],
+            ["text", "image", "audio"], [],
         )  # fmt: skip
         files = [tmp_path / "picture", tmp_path / "sound"]
         uploads = [{"path": str(file), "meta": {"_type": "gradio.FileData"}} for file in files]

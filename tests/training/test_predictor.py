@@ -185,8 +185,9 @@ def test_a_row_without_content_has_an_empty_answer(model, predictor, caplog, wor
     assert_alike([answers[0], answers[2], answers[3]], filled)
     for i in (1, 4, 5):
         assert set(leaves(answers[i])) == {None}
-        columns = answer_columns(answers[i], predictor.probability_names)
-        assert list(columns) == list(answer_columns(filled[0], predictor.probability_names))
+        names, keys = predictor.probability_names, predictor.answer_keys
+        columns = answer_columns(answers[i], names, keys)
+        assert list(columns) == list(answer_columns(filled[0], names, keys))
         assert all(cell is None or cell == [] for cell in columns.values())
     assert [r.message for r in caplog.records] == [
         "3 rows have no content in 'text', 'image', 'video' and no answer; the first is row 1."
