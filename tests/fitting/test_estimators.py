@@ -241,7 +241,8 @@ def test_nothing_is_printed(iris, capfd, recwarn):
         ([[1], [2]], ["a", "a"], "y has one class only, 'a', so there is nothing to learn."),
         ([[1], [2], [3]], ["a", None, "b"], "Input y contains NaN or None in 1 rows: leave these rows out, or use"),
         ([[1], [2]], ["a", "b", "a"], "Found input variables with inconsistent numbers of samples: [2, 3]"),
-        (pd.DataFrame([[1, 2]] * 9, columns=["a", "a"]), ["a", "b", "b"] * 3, "Expected unique column names"),
+        (pd.DataFrame([[1, 2]] * 9, columns=["a", "a"]), ["a", "b", "b"] * 3, "X has two columns called 'a': rename"),
+        (pd.DataFrame([[1, 2]] * 9, columns=[1, "1"]), ["a", "b", "b"] * 3, "X has two columns called '1': rename"),
     ],
 )  # fmt: skip
 def test_errors(x, y, message):

@@ -1,6 +1,7 @@
 """`MMClassifier` and `MMRegressor`: `fit` as estimators of scikit-learn."""
 
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -134,6 +135,8 @@ class _TableEstimator(BaseEstimator):
         X = as_pandas(X)
         is_table = isinstance(X, pd.DataFrame)
         if is_table:
+            if twice := [name for name, count in Counter(map(str, X.columns)).items() if count > 1]:
+                raise ValueError(f"X has two columns called {twice[0]!r}: rename one of them.")
             validate_data(self, X, reset=reset, skip_check_array=True)
             table = X.reset_index(drop=True)
         else:
