@@ -1,5 +1,6 @@
 """`mm-transformers fit` and `init`: from a table to a trained model, or to its recipe."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..training.card.card_file import CARD_NAME
 from ..training.recipe import RECIPE_NAME
 from .processes import say
 from .progress import RichProgressCallback, one_bar_at_a_time
-from .train import show_warnings_of_package
+from .train import show_messages_of_package
 
 
 def columns_to_predict(text: str) -> list[str]:
@@ -46,7 +47,7 @@ def run_fit(table: Path, predict: str, output: Path, column: Sequence[str], **op
     Raises:
         ValueError, OSError: one sentence.
     """
-    show_warnings_of_package()
+    show_messages_of_package(logging.WARNING)
     bar = RichProgressCallback("training", Console(stderr=True))
     try:
         with one_bar_at_a_time():
@@ -59,7 +60,7 @@ def run_fit(table: Path, predict: str, output: Path, column: Sequence[str], **op
     files = (RECIPE_NAME, REPORT_NAME, FOLDS_NAME, CARD_NAME)
     say(f"Beside the model are {', '.join(name for name in files if (output / name).is_file())}.")
     report = f"open {output / REPORT_NAME}"
-    say(f"Next: {report if (output / REPORT_NAME).is_file() else 'read ' + str(output / 'README.md')}")
+    say(f"Next: {report if (output / REPORT_NAME).is_file() else f'read {output / CARD_NAME}'}")
     say(f"      mm-transformers predict {output} new-rows.csv --output answers.csv")
     say(f"      mm-transformers demo --ui --model {result.output}")
 

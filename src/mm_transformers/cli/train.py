@@ -37,11 +37,12 @@ def run_training(path: Path, overrides: list[str], allow_urls: bool | list[str] 
         say(f"The model is in {args.output_dir}.")
 
 
-def show_warnings_of_package() -> None:
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("mm_transformers").setLevel(logging.WARNING)
-
-
 def show_progress_of_package(should_log: bool) -> None:
+    """Shows the messages of the package, down to those about progress; only errors, if another process shows them."""
+    show_messages_of_package(logging.INFO if should_log else logging.ERROR)
+
+
+def show_messages_of_package(level: int) -> None:
+    """Shows the messages of the package from this level on."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("mm_transformers").setLevel(logging.INFO if should_log else logging.ERROR)
+    logging.getLogger("mm_transformers").setLevel(level)

@@ -78,7 +78,7 @@ def write_fit_report(
     """
     model, collator = trainer.fused_model.eval(), trainer.data_collator.uncached
     ablation = None
-    if len(model.config.modalities) + model.config.reads_text > 1:
+    if len(model.config.read_modalities) > 1:
         some = rows.select(range(min(len(rows), _MOST_ABLATED)))
         ablation = ablate(
             model, collator.processor, some, collator=collator, batch_size=trainer.args.eval_batch_size,

@@ -310,6 +310,11 @@ class MMTransformerConfig(PreTrainedConfig):
         return self.has_decoder and self.decoder_config is None and is_language_model(self.text_config)
 
     @property
+    def read_modalities(self) -> list[str]:
+        """What the model reads: "text", unless it reads no texts, and the `modalities`."""
+        return [*(["text"] if self.reads_text else []), *self.modalities]
+
+    @property
     def reads_jointly(self) -> bool:
         """Whether the text encoder reads the other modalities itself: by layers inside of it, or as a prefix."""
         if not self.modalities:

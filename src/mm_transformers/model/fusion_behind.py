@@ -88,7 +88,6 @@ class BehindRun(RowStreams):
     ) -> None:
         super().__init__(streams or [], num_rows)
         self.model, self.encode = model, encode
-        self.mask: Optional[torch.Tensor] = None  # of the tokens; all by default
         self.fused: Any = None
 
     def inputs(self, ids: torch.Tensor, mask: torch.Tensor, num_packed: int = 0) -> dict[str, torch.Tensor]:
@@ -109,8 +108,4 @@ class BehindRun(RowStreams):
         streams = self.for_states(states)
         if not streams:
             return None
-        mask = self.mask
-        if mask is None or mask.shape != states.shape[:2]:
-            # While it writes: one token of each row or beam.
-            mask = states.new_ones(states.shape[:2], dtype=torch.bool)
-        return self.model.fusion(states, mask, streams).hidden_states
+        return self.model.fusion(states, self.mask_for(states), streams).hidden_states

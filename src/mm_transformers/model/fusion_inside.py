@@ -70,7 +70,6 @@ class InsideRun(RowStreams):
     ) -> None:
         super().__init__(streams, num_rows)
         self.model, self.outputs_wanted = model, outputs_wanted or {}
-        self.mask: Optional[torch.Tensor] = None  # of the tokens; all by default
         self.outputs: list[FusionOutput] = []
 
     num_before = 0  # tokens before the texts
@@ -91,10 +90,7 @@ class InsideRun(RowStreams):
         streams = self.for_states(states)
         if not streams:
             return states
-        mask = self.mask
-        if mask is None or mask.shape != states.shape[:2]:
-            mask = states.new_ones(states.shape[:2], dtype=torch.bool)
-        found = self.model.fusion(place, states, mask, streams, **self.outputs_wanted)
+        found = self.model.fusion(place, states, self.mask_for(states), streams, **self.outputs_wanted)
         if any(value not in (None, False) for value in self.outputs_wanted.values()):
             self.outputs.append(found)
         return found.hidden_states

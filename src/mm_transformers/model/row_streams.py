@@ -1,6 +1,6 @@
 """The other modalities of rows, for a language model that runs several copies of each row."""
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -18,6 +18,7 @@ class RowStreams:
 
     def __init__(self, streams: list[Stream], num_rows: int) -> None:
         self.streams, self.num_rows = streams, num_rows
+        self.mask: Optional[torch.Tensor] = None  # of the tokens; all by default
 
     def for_states(self, states: torch.Tensor) -> list[Stream]:
         """The streams of the rows of these states, (rows or a multiple of them, length, width)."""
@@ -26,6 +27,12 @@ class RowStreams:
             rows = torch.arange(self.num_rows, device=states.device).repeat_interleave(copies)
             self.streams, self.num_rows = [stream.of_rows(rows) for stream in self.streams], states.shape[0]
         return self.streams
+
+    def mask_for(self, states: torch.Tensor) -> torch.Tensor:
+        """The mask of these states, (batch, length) bool; all, while the model writes one token of each row or beam."""
+        if self.mask is None or self.mask.shape != states.shape[:2]:
+            return states.new_ones(states.shape[:2], dtype=torch.bool)
+        return self.mask
 
 
 def other_streams(encoded: dict[str, Any]) -> list[Stream]:

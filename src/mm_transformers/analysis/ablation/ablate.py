@@ -104,7 +104,7 @@ def ablate(
     ```
     """
     model = unwrapped(model)
-    modalities = [*(["text"] if model.config.reads_text else []), *model.config.modalities]
+    modalities = model.config.read_modalities
     if len(modalities) < 2:
         raise ValueError(f"The model reads only {modalities[0]}, so there is no modality to leave out.")
     if len(rows) == 0:

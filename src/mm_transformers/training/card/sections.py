@@ -102,7 +102,7 @@ def _tasks(tasks: Mapping[str, Task]) -> str:
 
 def _encoders(facts: CardFacts) -> str:
     rows = []
-    for name in (*(["text"] if facts.config.reads_text else []), *facts.config.modalities, "decoder"):
+    for name in (*facts.config.read_modalities, "decoder"):
         config = getattr(facts.config, f"{name}_config", None)
         if config is not None:
             source = base_model_of(config)
