@@ -134,3 +134,42 @@ def make_args(path, **kwargs):
         disable_tqdm=True, use_cpu=True, learning_rate=1e-3, dataloader_pin_memory=False,
     )  # fmt: skip
     return TrainingArguments(str(path), **{**defaults, **kwargs})
+
+
+# What holds wherever the fusion stands
+
+
+def assert_greedy_is_the_argmax_of_the_logits(model, batch: dict) -> None:
+    written = model.generate(**batch, max_new_tokens=5)
+    ended = (written == 2).cumsum(1) - (written == 2).to(torch.int64) > 0  # places after the end
+    labels = written.masked_fill(ended, -100)
+    logits = model(**batch, labels={"german": labels}).logits["german"]
+    known = labels != -100
+    assert torch.equal(logits.argmax(-1)[known], labels[known])
+
+
+def assert_caches_make_no_difference(model, batch: dict) -> None:
+    for beams in (1, 2):
+        cached = model.generate(**batch, num_beams=beams, use_cache=True)
+        assert torch.equal(cached, model.generate(**batch, num_beams=beams, use_cache=False))
+
+
+def written_alone(model, batch: dict, row: int, **options) -> torch.Tensor:
+    """The answer to a row of a batch that is padded on the right, by itself."""
+    images = batch["image_index"][row][batch["image_index"][row] >= 0]
+    return model.generate(
+        input_ids=batch["input_ids"][row][batch["attention_mask"][row].bool()][None],
+        pixel_values=batch["pixel_values"][images] if len(images) else None,
+        image_index=torch.arange(len(images))[None],
+        **options,
+    )[0]
+
+
+def assert_it_learns_to_write(trainer) -> None:
+    """A trainer whose language model is frozen learns its training rows, which are its evaluation rows."""
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if ".text_model." in name}
+    assert trainer.evaluate()["eval_german_exact_match"] == 0.0
+    trainer.train()
+    assert trainer.evaluate()["eval_german_exact_match"] > 0.8
+    after = dict(trainer.model.named_parameters())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())

@@ -123,9 +123,9 @@ def test_missing_cells_have_none():
     assert explain(make_model(), PROCESSOR, {"text": "a"}, "topic").columns == []
 
 
-def test_a_column_alone_in_the_probe_is_the_most_relevant():
-    """Without a fusion, the answer is the sum of the features times their weights."""
-    model = make_model(linear_probe=True)
+def model_of_one_feature(table, feature):
+    """Without a fusion, the answer is the sum of the features times their weights: here of one feature of the table."""
+    model = make_model(table, linear_probe=True)
     for parameter in model.parameters():
         if parameter.shape == (1,):
             torch.nn.init.zeros_(parameter)  # the gates
@@ -133,7 +133,12 @@ def test_a_column_alone_in_the_probe_is_the_most_relevant():
     block, _ = probe.blocks[-1]
     with torch.no_grad():
         probe.linear.weight.zero_()
-        probe.linear.weight[:, block.start + 2] = torch.tensor([-1.0, 2.0])  # of the second brand
+        probe.linear.weight[:, block.start + feature] = torch.tensor([-1.0, 2.0])
+    return model
+
+
+def test_a_column_alone_in_the_probe_is_the_most_relevant():
+    model = model_of_one_feature(TABLE, 2)  # the second brand
     found = explain(model, PROCESSOR, {"text": "a", "price": 9.0, "brand": TABLE.columns[1]["values"][1]}, "topic")
     price, brand = found.columns
     assert found.answer == "y"
@@ -143,17 +148,8 @@ def test_a_column_alone_in_the_probe_is_the_most_relevant():
 
 
 def test_the_bins_of_a_number_count_for_its_column():
-    """Without a fusion, the answer is the sum of the features times their weights."""
-    model = make_model(BINNED, linear_probe=True)
+    model = model_of_one_feature(BINNED, 3)  # the last bin
     processor = MMTransformerProcessor(make_image_processor(), make_tokenizer(), table_config=BINNED)
-    for parameter in model.parameters():
-        if parameter.shape == (1,):
-            torch.nn.init.zeros_(parameter)  # the gates
-    [probe] = probes_of(model)["topic"]
-    block, _ = probe.blocks[-1]
-    with torch.no_grad():
-        probe.linear.weight.zero_()
-        probe.linear.weight[:, block.start + 3] = torch.tensor([-1.0, 2.0])  # of the last bin
     found = explain(model, processor, {"text": "a", "price": 19.0, "brand": "acme"}, "topic")
     price, brand = found.columns
     assert found.answer == "y"

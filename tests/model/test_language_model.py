@@ -3,7 +3,16 @@
 import pytest
 import torch
 from cases import first_quickly
-from language_models import LANGUAGE_MODELS, make_language_model, save_language_model, texts_of, to_the_left
+from language_models import (
+    LANGUAGE_MODELS,
+    assert_caches_make_no_difference,
+    assert_greedy_is_the_argmax_of_the_logits,
+    make_language_model,
+    save_language_model,
+    texts_of,
+    to_the_left,
+    written_alone,
+)
 from tiny import TEXT_ENCODERS, VOCAB_SIZE, make_batch, open_gates
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, GenerationConfig, OPTConfig, RwkvConfig
@@ -75,21 +84,12 @@ def test_one_pass_gives_what_two_give(kind):
 
 @every_language_model
 def test_greedy_is_the_argmax_of_the_logits(kind):
-    model, batch = make_language_model(kind), make_batch(labels=False)
-    written = model.generate(**batch, max_new_tokens=5)
-    ended = (written == 2).cumsum(1) - (written == 2).to(torch.int64) > 0  # places after the end
-    labels = written.masked_fill(ended, -100)
-    logits = model(**batch, labels={"german": labels}).logits["german"]
-    known = labels != -100
-    assert torch.equal(logits.argmax(-1)[known], labels[known])
+    assert_greedy_is_the_argmax_of_the_logits(make_language_model(kind), make_batch(labels=False))
 
 
 @every_language_model
 def test_caches_make_no_difference(kind):
-    model, batch = make_language_model(kind), make_batch(labels=False)
-    for beams in (1, 2):
-        cached = model.generate(**batch, num_beams=beams, use_cache=True)
-        assert torch.equal(cached, model.generate(**batch, num_beams=beams, use_cache=False))
+    assert_caches_make_no_difference(make_language_model(kind), make_batch(labels=False))
 
 
 @every_language_model
@@ -97,14 +97,8 @@ def test_caches_make_no_difference(kind):
 def test_rows_write_in_a_batch_as_they_do_alone(kind, side):
     model, batch = make_language_model(kind), make_batch(labels=False)
     together = model.generate(**(to_the_left(batch) if side == "left" else batch), num_beams=2)
-    for row, index in enumerate(batch["image_index"]):
-        images = index[index >= 0]
-        alone = model.generate(
-            input_ids=batch["input_ids"][row][batch["attention_mask"][row].bool()][None],
-            pixel_values=batch["pixel_values"][images] if len(images) else None,
-            image_index=torch.arange(len(images))[None],
-            num_beams=2,
-        )[0]
+    for row in range(len(together)):
+        alone = written_alone(model, batch, row, num_beams=2)
         padded = torch.zeros_like(together[row])
         padded[: len(alone)] = alone
         assert torch.equal(together[row], padded)
