@@ -194,8 +194,8 @@ _DATA = {
     "validation_fraction": "Share of the rows of `train` that is held out for validation.",
     "test_fraction": "Share of the rows of `train` that is held out for the test.",
     "group_column": "Held-out rows share no cell of this column with training rows.",
-    "max_train_samples": "The first rows of `train` only.",
-    "max_eval_samples": "The first rows of the others only.",
+    "max_train_samples": "So many random rows of `train` only; the same ones at each call.",
+    "max_eval_samples": "So many random rows of each of the others only.",
     "image_root": "Folder of relative paths. Default: the folder of each file.",
     "feature_cache": "Folder of a `FeatureCache`.",
 }

@@ -1,19 +1,23 @@
 """
 Captions by a language model: where do pictures enter best? Behind its layers, inside, or as a prefix.
 
-A language model writes the caption of each picture after a prompt. Printed are loss, BLEU and chrF of test rows with
-their own picture, without any, and with the picture of another row.
+A language model writes the captions of each picture after a prompt, and answers questions about it by heads. Printed
+are loss, BLEU and chrF of test rows with their own picture, without any, and with the picture of another row; how often
+the right caption has a lower perplexity than a wrong one; and the accuracy of the heads beside that of a linear model.
 
     python captions.py --text HuggingFaceTB/SmolLM2-135M --vision google/vit-base-patch16-224-in21k \\
-        --data stamps --fusion inside
+        --data stamps --captions text german --labels category --fusion inside
 
-The data are train.parquet and test.parquet with a column of pictures and one of captions, such as those of
-stamps/build_dataset.py.
+The data are train.parquet and test.parquet with columns of pictures, captions and labels, such as those of
+stamps/build_dataset.py. Each call adds one line to results.jsonl and prints the means over the seeds so far.
 """
 
 import argparse
 import json
+import resource
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -24,13 +28,17 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from mm_transformers import (
+    Classification,
     FeatureCache,
     Generation,
+    MMDataCollator,
     MMTrainer,
     MMTrainingArguments,
     MMTransformerForMultiTask,
     MMTransformerProcessor,
 )
+from mm_transformers.analysis.contrastive import contrastive_accuracy
+from mm_transformers.training.linear_start.study import Study
 
 
 FUSIONS = {
@@ -42,21 +50,23 @@ METRICS = ("loss", "bleu", "chrf")
 
 
 def read_rows(args: argparse.Namespace, split: str, most: int | None) -> datasets.Dataset:
-    """Rows with a prompt as text, a picture, and the caption that is to be written."""
+    """Rows with a prompt as text, a picture, captions and labels."""
     rows = datasets.Dataset.from_parquet(str(args.data / f"{split}.parquet"))
-    if args.caption_column not in rows.column_names:
-        raise SystemExit(f"{split}.parquet has no column {args.caption_column!r}; choose one by --caption_column.")
-    made = [
-        {"text": args.prompt, "image": row["image"], "caption": row[args.caption_column]}
+    columns = [*args.captions, *args.labels]
+    for column in columns:
+        if column not in rows.column_names:
+            raise SystemExit(f"{split}.parquet has no column {column!r}; choose by --captions and --labels.")
+    kept = [
+        {"prompt": args.prompt, "image": row["image"], **{column: row[column] for column in columns}}
         for row in rows
-        if row["image"] is not None and row[args.caption_column]
+        if row["image"] is not None and row[args.captions[0]]
     ]
-    return datasets.Dataset.from_list(made[:most], features=features_of(rows))
+    return datasets.Dataset.from_list(kept[:most], features=features_of(rows, columns))
 
 
-def features_of(rows: datasets.Dataset) -> datasets.Features:
+def features_of(rows: datasets.Dataset, columns: Sequence[str]) -> datasets.Features:
     text = datasets.Value("string")
-    return datasets.Features({"text": text, "image": rows.features["image"], "caption": text})
+    return datasets.Features({"prompt": text, "image": rows.features["image"], **dict.fromkeys(columns, text)})
 
 
 def with_pictures(rows: datasets.Dataset, kind: str, seed: int) -> datasets.Dataset:
@@ -71,19 +81,40 @@ def with_pictures(rows: datasets.Dataset, kind: str, seed: int) -> datasets.Data
         moved = dict(zip(order, np.roll(order, 1), strict=True))
         cells = [cells[moved[i]] for i in range(len(cells))]
     made = [{**row, "image": cell} for row, cell in zip(rows, cells, strict=True)]
-    return datasets.Dataset.from_list(made, features=features_of(rows))
+    return datasets.Dataset.from_list(made, features=rows.features)
 
 
-def make_model(args: argparse.Namespace) -> MMTransformerForMultiTask:
-    return MMTransformerForMultiTask.from_encoders(
-        text=args.text,
-        vision=args.vision,
-        tasks=[Generation("caption", max_length=args.max_length)],
-        freeze=["vision", "text"] if args.language_model == "frozen" else ["vision"],
-        # Rows of this data all have a picture, and the loss without one is measured, not trained.
-        modality_dropout=args.modality_dropout,
-        **FUSIONS[args.fusion](args),
-    )
+def in_pairs(rows: datasets.Dataset, column: str, seed: int) -> tuple[datasets.Dataset, list[str]]:
+    """
+    Rows in pairs of different captions, and for each row the caption of the other.
+
+    A model that ignores the pictures prefers the same caption twice, so it is right in half of the rows.
+    """
+    captions, left = rows[column], np.random.default_rng(seed).permutation(len(rows)).tolist()
+    numbers: list[int] = []
+    while left:
+        first = left.pop()
+        if not captions[first]:
+            continue
+        second = next((i for i in left if captions[i] and captions[i] != captions[first]), None)
+        if second is not None:
+            left.remove(second)
+            numbers += [first, second]
+    wrong = [captions[numbers[place ^ 1]] for place in range(len(numbers))]
+    return rows.select(numbers), wrong
+
+
+def make_tasks(args: argparse.Namespace, processor: MMTransformerProcessor, train: datasets.Dataset) -> list:
+    """One task that writes per column of captions, one head per column of labels."""
+    tasks: list = []
+    for column in args.captions:
+        # Tokens before the answer tell the languages apart.
+        start = processor.tokenizer(f" ({column}):", add_special_tokens=False)["input_ids"]
+        ids = start if len(args.captions) > 1 else None
+        tasks.append(Generation(column, max_length=args.max_length, decoder_start_ids=ids))
+    for column in args.labels:
+        tasks.append(Classification(column, labels=sorted({label for label in train[column] if label})))
+    return tasks
 
 
 def with_adapters(model: MMTransformerForMultiTask, args: argparse.Namespace):
@@ -93,35 +124,17 @@ def with_adapters(model: MMTransformerForMultiTask, args: argparse.Namespace):
     return get_peft_model(model, LoraConfig(r=16, target_modules=pattern, modules_to_save=model.new_modules))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", required=True, help="a decoder-only language model: Hub id or folder")
-    parser.add_argument("--vision", required=True, help="a vision encoder: Hub id or folder")
-    parser.add_argument("--data", type=Path, required=True, help="the folder of train.parquet and test.parquet")
-    parser.add_argument("--fusion", choices=list(FUSIONS), default="inside", help="where pictures enter (%(default)s)")
-    parser.add_argument("--every", type=int, default=4, help="inside: before every n-th layer (%(default)s)")
-    parser.add_argument("--language_model", choices=["frozen", "lora", "trained"], default="frozen")
-    parser.add_argument("--lora_modules", nargs="+", default=["q_proj", "v_proj"], help="of the language model")
-    parser.add_argument("--caption_column", default="text", help="the column to write (%(default)s)")
-    parser.add_argument("--prompt", default="A drawing of", help="the text before the caption (%(default)r)")
-    parser.add_argument("--max_length", type=int, default=32, help="tokens of the longest caption (%(default)s)")
-    parser.add_argument("--modality_dropout", type=float, default=0.1, help="share of pictures lost (%(default)s)")
-    parser.add_argument("--epochs", type=float, default=10)
-    parser.add_argument("--max_steps", type=int, default=-1, help="stop after so many steps (%(default)s: never)")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=3e-4)
-    parser.add_argument("--train_rows", type=int, help="use the first rows only")
-    parser.add_argument("--test_rows", type=int, help="use the first rows only")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("captions"), help="where to write (%(default)s)")
-    args = parser.parse_args()
-    logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    start, console = time.perf_counter(), Console()
-    set_seed(args.seed)
-    train, test = read_rows(args, "train", args.train_rows), read_rows(args, "test", args.test_rows)
+def train_model(args: argparse.Namespace, train: datasets.Dataset, test: datasets.Dataset) -> MMTrainer:
     processor = MMTransformerProcessor.from_encoders(text=args.text, vision=args.vision)
-    model = make_model(args)
+    model = MMTransformerForMultiTask.from_encoders(
+        text=args.text,
+        vision=args.vision,
+        tasks=make_tasks(args, processor, train),
+        freeze=["vision", "text"] if args.language_model == "frozen" else ["vision"],
+        # Rows of this data all have a picture, and the loss without one is measured, not trained.
+        modality_dropout=args.modality_dropout,
+        **FUSIONS[args.fusion](args),
+    )
     trained = with_adapters(model, args) if args.language_model == "lora" else model
     trainer = MMTrainer(
         trained,
@@ -138,27 +151,106 @@ def main() -> None:
             report_to=[],
             disable_tqdm=True,
         ),
+        data_collator=MMDataCollator(processor, model.config, text_column="prompt"),
         processing_class=processor,
         train_dataset=train,
         eval_dataset=test,
         feature_cache=FeatureCache(args.output_dir / "features"),
     )
+    trainer.study = Study(test)
     trainer.train()
+    return trainer
+
+
+def measure(args: argparse.Namespace, trainer: MMTrainer, test: datasets.Dataset) -> dict[str, float]:
+    """Name -> figure: "text bleu, no picture", "category accuracy", ..."""
     scores = {}
     for kind in ("right", "no", "shuffled"):
-        metrics = trainer.evaluate(with_pictures(test, kind, args.seed))
-        scores[kind] = {name: metrics[f"eval_caption_{name}"] for name in METRICS}
-    table = Table(title=f"{args.fusion}, language model {args.language_model}: {len(test)} test rows")
-    for name in ("picture", *METRICS):
-        table.add_column(name, justify="left" if name == "picture" else "right")
-    for kind, found in scores.items():
-        table.add_row(kind, f"{found['loss']:.3f}", f"{found['bleu']:.1f}", f"{found['chrf']:.1f}")
-    console.print(table)
+        rows = with_pictures(test, kind, args.seed)
+        metrics = trainer.evaluate(rows)
+        for column in args.captions:
+            scores |= {f"{column} {name}, {kind} picture": metrics[f"eval_{column}_{name}"] for name in METRICS}
+            pairs, wrong = in_pairs(rows, column, args.seed)
+            accuracy = contrastive_accuracy(trainer.fused_model, trainer.collator_for(pairs), pairs, column, wrong)
+            scores[f"{column} contrastive accuracy, {kind} picture"] = accuracy
+        for column in args.labels:
+            scores[f"{column} accuracy, {kind} picture"] = metrics[f"eval_{column}_accuracy"]
+    for column in args.labels:
+        scores[f"{column} accuracy, linear model"] = trainer.study.verdicts[column].linear
+    return scores
+
+
+def summary(results: Sequence[dict]) -> Table:
+    """Means and standard deviations over the seeds, one column per way of the fusion."""
+    found: dict = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        settings = result["settings"]
+        way = f"{settings['fusion']}, {settings['language_model']}"
+        for name, value in {**result["scores"], "minutes": result["seconds"] / 60, "GB": result["gigabytes"]}.items():
+            found[name][way].append(value)
+    ways = list(dict.fromkeys(way for by_way in found.values() for way in by_way))
+    table = Table(title=f"Captions, {len({result['settings']['seed'] for result in results})} seeds")
+    table.add_column("score")
+    for way in ways:
+        table.add_column(way, justify="right")
+    for name, by_way in found.items():
+        scale, digits = (100, 1) if "accuracy" in name else (1, 2 if "loss" in name else 1)
+        cells = [
+            f"{scale * np.mean(by_way[way]):.{digits}f} ± {scale * np.std(by_way[way]):.{digits}f}" if way in by_way else ""
+            for way in ways
+        ]
+        table.add_row(name, *cells)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", required=True, help="a decoder-only language model: Hub id or folder")
+    parser.add_argument("--vision", required=True, help="a vision encoder: Hub id or folder")
+    parser.add_argument("--data", type=Path, required=True, help="the folder of train.parquet and test.parquet")
+    parser.add_argument("--fusion", choices=list(FUSIONS), default="inside", help="where pictures enter (%(default)s)")
+    parser.add_argument("--every", type=int, default=4, help="inside: before every n-th layer (%(default)s)")
+    parser.add_argument("--language_model", choices=["frozen", "lora", "trained"], default="frozen")
+    parser.add_argument("--lora_modules", nargs="+", default=["q_proj", "v_proj"], help="of the language model")
+    parser.add_argument("--captions", nargs="+", default=["text"], help="the columns to write (%(default)s)")
+    parser.add_argument("--labels", nargs="*", default=[], help="columns that heads answer (none by default)")
+    parser.add_argument("--prompt", default="A drawing of", help="the text before the captions (%(default)r)")
+    parser.add_argument("--max_length", type=int, default=32, help="tokens of the longest caption (%(default)s)")
+    parser.add_argument("--modality_dropout", type=float, default=0.1, help="share of pictures lost (%(default)s)")
+    parser.add_argument("--epochs", type=float, default=10)
+    parser.add_argument("--max_steps", type=int, default=-1, help="stop after so many steps (%(default)s: never)")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--train_rows", type=int, help="use the first rows only")
+    parser.add_argument("--test_rows", type=int, help="use the first rows only")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("captions"), help="where to write (%(default)s)")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    start = time.perf_counter()
+    set_seed(args.seed)
+    train, test = read_rows(args, "train", args.train_rows), read_rows(args, "test", args.test_rows)
+    trainer = train_model(args, train, test)
+    trained = time.perf_counter() - start
+    scores = measure(args, trainer, test)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    report = {"settings": settings, "scores": scores, "seconds": round(time.perf_counter() - start)}
+    settings |= {"text": Path(args.text).name, "vision": Path(args.vision).name}
+    result = {
+        "settings": {name: value for name, value in settings.items() if name not in ("data", "output_dir")},
+        "scores": scores,
+        "training_seconds": round(trained),
+        "seconds": round(time.perf_counter() - start),
+        "gigabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),  # kB on Linux
+        "rows": {"train": len(train), "test": len(test)},
+        "steps": trainer.state.global_step,
+    }
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-    console.print(f"Wrote results.json to {args.output_dir}, in {report['seconds']} s.")
+    file = args.output_dir / "results.jsonl"
+    with file.open("a") as lines:
+        lines.write(json.dumps(result) + "\n")
+    Console(width=160).print(summary([json.loads(line) for line in file.read_text().splitlines()]))
+    print(f"Wrote {file}, in {result['seconds']} s.")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from mm_transformers import (
     MMTransformerProcessor,
 )
 from mm_transformers.data.labels import check_labels, complete_task, prepare_labels
-from mm_transformers.data.loading import check_columns, first_rows, hold_out, load_files, load_named
+from mm_transformers.data.loading import check_columns, sample_rows, hold_out, load_files, load_named
 from mm_transformers.model.tasks import Task
 from mm_transformers.training.checkpoints import newest_complete_checkpoint
 
@@ -202,8 +202,8 @@ def main() -> None:
     check_labels(data, tasks, data_args.text_column, data_args.label_separator)
     kinds = ("text_column", "image_column", "video_column", "audio_column", "label_separator")
     hold_out(data, training_args.validation_fraction, {kind: getattr(data_args, kind) for kind in kinds}, tasks)
-    data["train"] = first_rows(data["train"], data_args.max_train_samples)
-    data["validation"] = first_rows(data["validation"], data_args.max_eval_samples)
+    data["train"] = sample_rows(data["train"], data_args.max_train_samples)
+    data["validation"] = sample_rows(data["validation"], data_args.max_eval_samples)
 
     hub = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
     if training_args.do_train:
@@ -263,7 +263,7 @@ def main() -> None:
     if training_args.do_predict:
         if "test" not in data:
             raise ValueError("--do_predict needs a test split; name its file by --test_file.")
-        rows = first_rows(data["test"], data_args.max_predict_samples)
+        rows = sample_rows(data["test"], data_args.max_predict_samples)
         output = trainer.predict(rows, metric_key_prefix="predict")
         output.metrics["predict_samples"] = len(rows)
         trainer.log_metrics("predict", output.metrics)

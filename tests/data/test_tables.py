@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mm_transformers.data.files import check_writable
 from mm_transformers.data.labels import check_labels, prepare_labels
-from mm_transformers.data.loading import first_rows, load_files
+from mm_transformers.data.loading import sample_rows, load_files
 from mm_transformers.data.tables import TableRows, table_writer
 from mm_transformers.model.label_cells import infer_labels
 from mm_transformers.model.safe_writing import write_atomically
@@ -196,7 +196,7 @@ def test_what_is_no_label_is_told(cells, message):
 
 def test_numbers_of_rows_are_positive():
     with pytest.raises(ValueError, match="at least 1, but is -3"):
-        first_rows(datasets.Dataset.from_dict({"text": ["a"]}), -3)
+        sample_rows(datasets.Dataset.from_dict({"text": ["a"]}), -3)
 
 
 def test_where_nothing_can_be_written_is_told_at_once(tmp_path):

@@ -11,28 +11,40 @@ from tiny import make_image
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
+    ("captions", "options"),
     [
-        ["--fusion", "behind"],
-        ["--fusion", "inside", "--every", 2],
-        ["--fusion", "inside", "--every", 1, "--language_model", "lora"],
-        ["--fusion", "prefix", "--language_model", "trained"],
+        (["text", "german"], ["--fusion", "behind"]),
+        (["text"], ["--fusion", "inside", "--every", 2]),
+        (["text"], ["--fusion", "inside", "--every", 1, "--language_model", "lora"]),
+        (["german"], ["--fusion", "prefix", "--language_model", "trained"]),
     ],
-    ids=lambda options: " ".join(map(str, options)),
+    ids=str,
 )
-def test_captions_are_scored_with_right_no_and_shuffled_pictures(options, tmp_path):
+def test_captions_are_scored_with_right_no_and_shuffled_pictures(captions, options, tmp_path):
     encoders = save_language_model(tmp_path)
     words = ["red dog", "green cat", "blue crane", "small bat", "big desk", "lovely sun"]
-    rows = [{"text": words[i], "image": make_image(i)} for i in range(6)]
-    features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
+    text = datasets.Value("string")
+    rows = [
+        {"text": words[i], "german": words[-i], "image": make_image(i), "topic": "ab"[i % 2]} for i in range(6)
+    ]  # fmt: skip
+    features = datasets.Features({"text": text, "german": text, "image": datasets.Image(), "topic": text})
     (tmp_path / "data").mkdir()
     for split in ("train", "test"):
         datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "data" / f"{split}.parquet"))
     given = [x for name, path in encoders.items() for x in (f"--{name}", path)]
-    more = ["--data", tmp_path / "data", "--max_steps", 4, "--batch_size", 6, "--prompt", "the", "--test_rows", 5]
-    run(EXAMPLES / "captions.py", *given, *more, *options, "--learning_rate", 0.01, cwd=tmp_path)
-    report = json.loads((tmp_path / "captions/results.json").read_text())
-    losses = {kind: scores["loss"] for kind, scores in report["scores"].items()}
-    assert list(losses) == ["right", "no", "shuffled"]
-    assert len(set(losses.values())) == 3  # pictures count, and which picture it is
-    assert all(set(scores) == {"loss", "bleu", "chrf"} for scores in report["scores"].values())
+    given += ["--data", tmp_path / "data", "--max_steps", 4, "--batch_size", 6, "--prompt", "the", "--test_rows", 5]
+    given += ["--learning_rate", 0.01]
+    more = ["--captions", *captions, "--labels", "topic"]
+    for seed in (0, 1):
+        shown = run(EXAMPLES / "captions.py", *given, *more, *options, "--seed", seed, cwd=tmp_path)
+    assert "Captions, 2 seeds" in shown
+    results = [json.loads(line) for line in (tmp_path / "captions/results.jsonl").read_text().splitlines()]
+    for result in results:
+        scores = result["scores"]
+        for column in captions:
+            losses = {scores[f"{column} loss, {kind} picture"] for kind in ("right", "no", "shuffled")}
+            assert len(losses) == 3  # pictures count, and which picture it is
+            # Without a picture, one caption of a pair is preferred for both of its rows.
+            assert scores[f"{column} contrastive accuracy, no picture"] == 0.5
+        assert 0 <= scores["topic accuracy, linear model"] <= 1
+        assert result["steps"] == 4

@@ -21,9 +21,8 @@ from mm_transformers import Predictor, fit
 from mm_transformers.fitting import plan_fit
 from mm_transformers.fitting.encoder_choice import ENCODERS, choose_encoder
 from mm_transformers.fitting.table_files import as_file
-from mm_transformers.fitting.time_limit import TimeLimit, epochs_within, seconds_per_row
-from mm_transformers.fitting.timed_run import _within as within
-from mm_transformers.fitting.timed_run import run_in_time
+from mm_transformers.fitting.time_limit import TimeLimit, epochs_within, rows_within, seconds_per_row
+from mm_transformers.fitting.timed_run import fit_into_time, run_in_time
 from mm_transformers.model.table_kinds import COLUMNS
 from mm_transformers.model.tasks import TASK_KINDS
 from mm_transformers.training.linear_start.study import Study
@@ -309,8 +308,8 @@ def test_the_time_of_a_row_is_measured_on_a_copy(folder, encoders):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
-    assert epochs_within(trainer, 1e9) > 5
-    assert epochs_within(trainer, 1e-9) < 1
+    assert epochs_within(trainer, seconds, 1e9) > 5
+    assert epochs_within(trainer, seconds, 1e-9) < 1
 
 
 def timed(folder, encoders, **section):
@@ -328,17 +327,50 @@ def folder_rows(folder):
 
 def test_half_an_epoch_fits_into_the_time(folder, encoders):
     said = []
-    recipe, args = within(*timed(folder, encoders), time.monotonic() + 1e6, False, said.append)
+    recipe, args, _ = fit_into_time(*timed(folder, encoders), time.monotonic() + 1e6, say=said.append)
     assert args.num_train_epochs == recipe.training["num_train_epochs"] == 0.5
     assert said == []
     assert "freeze" not in recipe.model
 
 
+def test_frozen_encoders_read_as_many_rows_as_fit_into_the_time():
+    splits = {"train": range(800), "validation": range(100), "test": range(100)}
+    assert rows_within(splits, 0.1, 1e4) == {}
+    # 45 of 100 seconds are for the encoders: 450 rows, and all held-out rows are less than half of them.
+    assert rows_within(splits, 0.1, 100) == {"train": 250}
+    # 90 rows: half of them held out, in two parts.
+    assert rows_within(splits, 0.1, 20) == {"validation": 32, "test": 32, "train": 32}
+    assert rows_within(splits, 0.1, 60) == {"validation": 67, "test": 67, "train": 136}
+    assert rows_within({"train": range(800)}, 0.1, 100) == {"train": 450}
+    assert rows_within(splits, 0.1, -5) == {"validation": 32, "test": 32, "train": 32}
+
+
+def test_too_little_time_for_the_encoders_leaves_out_rows(folder, encoders, monkeypatch):
+    monkeypatch.setattr("mm_transformers.fitting.timed_run.seconds_per_row", lambda trainer: 10.0)
+    monkeypatch.setattr("mm_transformers.fitting.time_limit._FEWEST_ROWS", 4)
+    said, (recipe, args, data) = [], timed(folder, encoders)
+    assert len(data.splits["train"]) > 6
+    recipe, args, data = fit_into_time(recipe, args, data, time.monotonic() + 80, say=said.append)
+    assert recipe.model["freeze"] == ["text", "vision"]
+    assert recipe.data.max_train_samples == len(data.splits["train"]) < 7
+    assert said[0] == "The time is too short to train the encoders for one epoch, so they stay as they are."
+    assert said[1].startswith("The encoders cannot read all rows in the time, so a random choice is used: ")
+    # The recipe alone chooses the same rows.
+    again = load_data(recipe, training_arguments(recipe))
+    assert {split: rows.to_list() for split, rows in again.splits.items()} == {
+        split: rows.to_list() for split, rows in data.splits.items()
+    }
+
+
 def test_only_an_encoder_that_cannot_be_loaded_is_told_as_one(folder, encoders, tmp_path):
     recipe, args, data = timed(folder, encoders)
     missing = replace(recipe, model={**recipe.model, "vision": str(tmp_path / "none")})
-    with pytest.raises(OSError, match="^The vision encoder cannot be loaded: .* Good ones are: facebook/dinov2-small"):
-        run_in_time(missing, args, data, Study(), end=time.monotonic() + 1e6, say=str)
+    for run in (
+        lambda: fit_into_time(missing, args, data, time.monotonic() + 1e6, say=str),
+        lambda: run_in_time(missing, args, data, Study(), say=str),
+    ):
+        with pytest.raises(OSError, match="^The vision encoder cannot be loaded: .* Good ones are: facebook/dinov2-small"):
+            run()
     # A file in the way, whose path begins with that of the encoder.
     cache = f"{encoders['text']}/config.json/features"
     recipe, args, data = timed(folder, encoders, feature_cache=cache)

@@ -131,6 +131,17 @@ def test_a_huge_number_stays_finite():
     assert TableReader(TABLE)({"price": -1e300}).tolist()[0] == -100.0
 
 
+def test_a_number_far_outside_the_training_rows_is_told_once_for_a_column(caplog):
+    read = TableReader(TABLE)
+    with caplog.at_level("WARNING"):
+        read({"price": 50.0})
+        assert not caplog.messages
+        read({"price": 1e12})
+        read({"price": -1e12})
+    (message,) = caplog.messages
+    assert "Column 'price' has 1e+12, more than 100 standard deviations from the mean" in message
+
+
 def test_a_number_of_minus_one_is_no_missing_category():
     """-1 marks a missing category, but is a number like any other."""
     assert TableReader(TABLE)({"price": 1.0}).tolist()[0] == -1.0

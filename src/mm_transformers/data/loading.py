@@ -216,16 +216,18 @@ def _has_content(cells: pyarrow.ChunkedArray, are_numbers: bool = False) -> np.n
     return compute.and_(valid, compute.fill_null(filled, False)).to_numpy()
 
 
-def first_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
+def sample_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
     """
-    The first rows of a split; without a count all of them.
+    A random choice of the rows of a split in their order, the same at each call; without a count all of them.
 
     Raises:
         ValueError: if the count is less than 1.
     """
     if count is not None and count < 1:
         raise ValueError(f"A number of rows must be at least 1, but is {count}.")
-    return rows if count is None else rows.select(range(min(count, len(rows))))
+    if count is None or count >= len(rows):
+        return rows
+    return rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:count]))
 
 
 def check_columns(data: Mapping[str, datasets.Dataset], wanted: Mapping[str, tuple[str, ...]]) -> None:

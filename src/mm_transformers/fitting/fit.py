@@ -21,7 +21,7 @@ from ..training.recipe.output_folder import check_output, is_finished
 from .fit_report import REPORT_NAME, score_lines, tell_doubtful, with_test_scores, write_fit_report
 from .folds import CrossValidation, cross_validate
 from .plan import HELD_OUT, Plan, make_plan
-from .timed_run import run_in_time
+from .timed_run import fit_into_time, run_in_time
 
 
 @dataclass
@@ -129,7 +129,7 @@ def fit(
         preset (`str`, *optional*, defaults to `"balanced"`): `"fast"` trains on stored outputs of the encoders,
             `"balanced"` trains the encoders for up to 5 epochs, `"best"` for up to 20. All stop early.
         minutes (`float`, *optional*): The time for everything. The training gets as many epochs as fit; if not even one
-            does, the encoders stay as they are.
+            does, the encoders stay as they are. If they cannot read all rows in the time, a random choice is used.
         group (`str`, *optional*): A column whose equal cells stay on one side of the split, such as an author.
         image_root (`str`, *optional*): Where relative paths begin; by default at the folder of the table.
         allow_urls: as in [`MMDataCollator`].
@@ -185,10 +185,12 @@ def fit(
                 recipe, folds, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs, callbacks=callbacks
             )
         data = load_data(recipe, args)
-        study.rows = data.splits.get("test")
         count = ", ".join(f"{len(data.splits[split]):,} {split}" for split in SPLITS if split in data.splits)
         say(f"Rows: {count}.")
-        recipe, args, run = run_in_time(
+        if end is not None:
+            recipe, args, data = fit_into_time(recipe, args, data, end, allow_urls=allow_urls, say=say)
+        study.rows = data.splits.get("test")
+        run = run_in_time(
             recipe, args, data, study, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs,
             callbacks=callbacks,
         )  # fmt: skip

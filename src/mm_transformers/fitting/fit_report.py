@@ -19,6 +19,8 @@ from ..training.trainer import MMTrainer
 REPORT_NAME = "report.html"
 # Rows in the report's ablation; more hardly change it.
 _MOST_ABLATED = 2_000
+# The fusion runs this number squared times.
+_ADDITIVE_ROWS = 64
 # Characters of a line.
 _SCREEN = 120
 
@@ -76,15 +78,15 @@ def write_fit_report(
         rows: held-out rows to answer.
         folds: the scores on folds, if there are any.
     """
-    model, collator = trainer.fused_model.eval(), trainer.data_collator.uncached
+    model, collator = trainer.fused_model.eval(), trainer.collator_for(rows)
     ablation = None
     if len(model.config.read_modalities) > 1:
         some = rows.select(range(min(len(rows), _MOST_ABLATED)))
         ablation = ablate(
             model, collator.processor, some, collator=collator, batch_size=trainer.args.eval_batch_size,
-            compute_metrics=trainer.compute_metrics,
+            compute_metrics=trainer.compute_metrics, num_additive_rows=_ADDITIVE_ROWS,
         )  # fmt: skip
-    doubtful = _with_texts(study.doubtful, data, collator)
+    doubtful = _with_texts(study.doubtful, data, collator.uncached)
     write_report(
         path, model, collator.processor, rows, ablation=ablation, collator=collator, title=path.parent.name,
         batch_size=trainer.args.eval_batch_size, verdicts=verdicts, doubtful=doubtful, folds=folds,

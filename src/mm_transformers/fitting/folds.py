@@ -29,7 +29,7 @@ from ..training.predictor import Predictor, answer_columns
 from ..training.recipe import Recipe
 from ..training.recipe.builders import load_rows, split_data, split_options, training_arguments
 from .fit_report import with_test_scores
-from .timed_run import run_in_time
+from .timed_run import fit_into_time, run_in_time
 
 
 FOLDS_NAME = "folds.csv"
@@ -236,9 +236,13 @@ def _measure(
     # Trackers would put all trainings of a process into one run.
     recipe = replace(recipe, training={**recipe.training, "output_dir": str(folder), "report_to": "none"})
     data = split_data(recipe, parts, copy.deepcopy(tasks))  # training decides on options of tasks
-    study = Study(data.splits["test"])
     args = training_arguments(recipe)
-    _, _, run = run_in_time(
+    if end is not None:
+        # Each row gets an answer, so no test rows are left out.
+        fitting = fit_into_time(recipe, args, data, end, allow_urls=allow_urls, say=say, shorten=("train", "validation"))
+        recipe, args, data = fitting
+    study = Study(data.splits["test"])
+    run = run_in_time(
         recipe, args, data, study, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs, callbacks=callbacks
     )
     assert run.trainer is not None

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
@@ -14,7 +15,12 @@ from ..data.sources import ROWS_PER_SOURCE, rows_of
 # The share of the time for training; the rest is for the start, the evaluations and the report.
 TRAINING_SHARE = 0.6
 # An evaluation of a row takes this share of a training step of a row.
-_EVALUATION_COST = 0.35
+EVALUATION_COST = 0.35
+# The share of the time for frozen encoders, which read each row once.
+_ENCODING_SHARE = 0.45
+_FEWEST_ROWS = 32
+# The time of a step is measured on so few rows if a whole batch takes longer than this.
+_FEW_ROWS, _QUICK_SECONDS = 4, 1.0
 
 
 class TimeLimit(TrainerCallback):
@@ -47,31 +53,56 @@ def seconds_per_row(trainer: Any) -> float:
     """
     collator, args = trainer.data_collator, trainer.args
     rows, _ = rows_of(trainer.train_dataset, collator)
-    size = min(args.train_batch_size, len(rows))
-    parts = [range(start, min(start + size, len(rows))) for start in (0, size) if start < len(rows)]
+    sizes = [min(size, len(rows)) for size in (_FEW_ROWS, _FEW_ROWS, args.train_batch_size)]
     model = copy.deepcopy(trainer.fused_model).train()
-    seconds, count = 0.0, 1
+    per_row, first = 0.0, 0
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        for part in parts:  # the first one is slower, and counts only if it is alone
+        for i, size in enumerate(sizes):
+            numbers = [(first + place) % len(rows) for place in range(size)]
             start = time.perf_counter()
-            inputs = dict(collator([rows[i] for i in part]))
+            inputs = dict(collator([rows[number] for number in numbers]))
             inputs.pop(ROWS_PER_SOURCE, None)
-            loss = model(**send_to_device(inputs, model.device)).loss
-            loss.backward()
+            model(**send_to_device(inputs, model.device)).loss.backward()
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds, count = time.perf_counter() - start, len(part)
-    return seconds / count
+            seconds, first = time.perf_counter() - start, first + size
+            per_row = seconds / size
+            # The first batch is slower than the others. A whole batch is measured only where that is quick.
+            if i == 1 and per_row * sizes[-1] > _QUICK_SECONDS:
+                break
+    return per_row
 
 
-def epochs_within(trainer: Any, seconds: float) -> float:
+def epochs_within(trainer: Any, per_row: float, seconds: float) -> float:
     """
     The number of epochs that fit into a time: a whole number, or below 1 if not even one fits.
 
     Args:
         trainer ([`MMTrainer`]): before its training.
+        per_row: the result of [`seconds_per_row`].
     """
     held_out = 0 if trainer.eval_dataset is None else len(trainer.eval_dataset)
-    per_epoch = seconds_per_row(trainer) * (len(trainer.train_dataset) + _EVALUATION_COST * held_out)
+    per_epoch = per_row * (len(trainer.train_dataset) + EVALUATION_COST * held_out)
     fitting = seconds * TRAINING_SHARE / max(per_epoch, 1e-9)
     return float(int(fitting)) if fitting >= 1 else fitting
+
+
+def rows_within(splits: Mapping[str, Sized], per_row: float, seconds: float) -> dict[str, int]:
+    """
+    Split -> the number of its rows that the encoders can read in a time, for splits with more of them.
+
+    Held-out rows get up to half of the time.
+
+    Args:
+        splits: split -> its rows.
+        per_row: the seconds of the encoders for one row.
+    """
+    most = int(seconds * _ENCODING_SHARE / max(per_row, 1e-9))
+    held_out = [name for name in splits if name != "train"]
+    counts = {name: len(splits[name]) for name in splits}
+    if held_out:
+        each = max(most // 2 // len(held_out), _FEWEST_ROWS)
+        counts |= {name: min(counts[name], each) for name in held_out}
+    left = most - sum(counts[name] for name in held_out)
+    counts["train"] = min(counts["train"], max(left, _FEWEST_ROWS))
+    return {name: count for name, count in counts.items() if count < len(splits[name])}

@@ -4,24 +4,117 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from transformers import TrainerCallback
 
+from ..data.loading import SPLITS
 from ..model.messages import one_line
 from ..training.arguments import MMTrainingArguments
 from ..training.linear_start.study import Study
 from ..training.recipe import Recipe
-from ..training.recipe.builders import EncoderError, RecipeData, build_trainer, training_arguments
+from ..training.recipe.builders import EncoderError, RecipeData, build_trainer, limited_data, training_arguments
 from ..training.recipe.output_folder import is_finished
 from ..training.recipe.run import RecipeRun, run_recipe
 from .encoder_choice import advice
 from .plan import PRESETS
-from .time_limit import TimeLimit, epochs_within
+from .time_limit import EVALUATION_COST, TimeLimit, epochs_within, rows_within, seconds_per_row
 
 
 # The share of the time that is left for the test and the report.
 _REPORT_SHARE = 0.15
+
+
+class Timed(NamedTuple):
+    """
+    What fits into a time.
+
+    Args:
+        recipe, args, data: the recipe, its training arguments and its rows.
+    """
+
+    recipe: Recipe
+    args: MMTrainingArguments
+    data: RecipeData
+
+
+def fit_into_time(
+    recipe: Recipe,
+    args: MMTrainingArguments,
+    data: RecipeData,
+    end: float,
+    *,
+    allow_urls: bool | Collection[str] = False,
+    say: Callable[[str], None] = print,
+    shorten: Collection[str] = SPLITS,
+) -> Timed:
+    """
+    The recipe with as many epochs as fit into the time, its arguments and its rows.
+
+    If not even one epoch fits, the encoders stay as they are, so that they read each row once. If the time is too short
+    for that too, a random choice of the rows is read.
+
+    Args:
+        end: the time, of `time.monotonic()`.
+        shorten: the splits of which rows may be left out.
+
+    Raises:
+        OSError: one sentence, if an encoder cannot be loaded.
+    """
+    if is_finished(args):
+        return Timed(recipe, args, data)
+    try:
+        trainer = build_trainer(recipe, args, data, allow_urls=allow_urls)
+    except EncoderError as error:
+        raise _with_advice(error) from error
+    per_row, most = seconds_per_row(trainer), args.num_train_epochs
+    epochs = epochs_within(trainer, per_row, end - time.monotonic())
+    encoders = {name for name in ("text", "vision", "audio") if recipe.model.get(name)}
+    if encoders <= set(recipe.model.get("freeze") or ()) and recipe.data.feature_cache is not None:
+        recipe, data = _fewer_rows(recipe, data, per_row, end, say, shorten)
+        epochs = most  # they are quick
+    elif epochs < min(1, most) and encoders and not recipe.model.get("freeze"):
+        say("The time is too short to train the encoders for one epoch, so they stay as they are.")
+        cache = str(Path(args.output_dir) / "features")
+        model, section = {**recipe.model, "freeze": sorted(encoders)}, replace(recipe.data, feature_cache=cache)
+        recipe = replace(recipe, model=model, data=section)
+        recipe, data = _fewer_rows(recipe, data, EVALUATION_COST * per_row, end, say, shorten)
+        epochs = PRESETS["fast"].training["num_train_epochs"]
+    else:
+        epochs = min(max(epochs, 1.0), most)
+        if epochs < most:
+            say(f"{epochs:.0f} epochs fit into the time.")
+    recipe = replace(recipe, training={**recipe.training, "num_train_epochs": epochs})
+    return Timed(recipe, training_arguments(recipe), data)
+
+
+def _fewer_rows(
+    recipe: Recipe,
+    data: RecipeData,
+    per_row: float,
+    end: float,
+    say: Callable[[str], None],
+    shorten: Collection[str],
+) -> tuple[Recipe, RecipeData]:
+    """
+    The recipe with as many rows as frozen encoders can read in the time, and these rows.
+
+    Args:
+        per_row: the seconds of the encoders for one row.
+    """
+    splits = {split: rows for split, rows in data.splits.items() if split in shorten}
+    fewer = rows_within(splits, per_row, end - time.monotonic())
+    if not fewer:
+        return recipe, data
+    held_out = [count for split, count in fewer.items() if split != "train"]
+    most = {"max_train_samples": fewer.get("train"), "max_eval_samples": min(held_out, default=None)}
+    recipe = replace(recipe, data=replace(recipe.data, **most))
+    kept = {split: rows for split, rows in data.splits.items() if split not in shorten}
+    data = limited_data(recipe, data.splits, data.tasks)
+    data = data._replace(splits={**data.splits, **kept})
+    counts = ", ".join(f"{len(data.splits[split]):,} {split}" for split in fewer)
+    say(f"The encoders cannot read all rows in the time, so a random choice is used: {counts}.")
+    return recipe, data
 
 
 def run_in_time(
@@ -35,7 +128,7 @@ def run_in_time(
     say: Callable[[str], None] = print,
     print_logs: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
-) -> tuple[Recipe, MMTrainingArguments, RecipeRun]:
+) -> RecipeRun:
     """
     [`run_recipe`] that ends at a time; the recipe is written beside the model.
 
@@ -43,52 +136,16 @@ def run_in_time(
         end: the time, of `time.monotonic()`; `None` for no limit.
         print_logs, callbacks: as in [`run_recipe`].
 
-    Returns:
-        The recipe and the arguments that fit into the time, and what came of them.
-
     Raises:
         ValueError, OSError: one sentence.
     """
     if end is not None:
         callbacks = [*callbacks, TimeLimit(end - _REPORT_SHARE * (end - time.monotonic()))]
-        if not is_finished(args):
-            recipe, args = _within(recipe, args, data, end, allow_urls, say)
     recipe.save(Path(args.output_dir))
     try:
-        run = run_recipe(recipe, args, data, allow_urls, say, study, callbacks, print_logs)
+        return run_recipe(recipe, args, data, allow_urls, say, study, callbacks, print_logs)
     except EncoderError as error:
         raise _with_advice(error) from error
-    return recipe, args, run
-
-
-def _within(
-    recipe: Recipe,
-    args: Any,
-    data: RecipeData,
-    end: float,
-    allow_urls: bool | Collection[str],
-    say: Callable[[str], None],
-) -> tuple[Recipe, Any]:
-    """The recipe with as many epochs as fit into the time. If none does, with encoders that stay as they are."""
-    try:
-        trainer = build_trainer(recipe, args, data, allow_urls=allow_urls)
-    except EncoderError as error:
-        raise _with_advice(error) from error
-    most = args.num_train_epochs
-    epochs = epochs_within(trainer, end - time.monotonic())
-    encoders = [name for name in ("text", "vision", "audio") if recipe.model.get(name)]
-    if epochs < min(1, most) and encoders and not recipe.model.get("freeze"):
-        say("The time is too short to train the encoders for one epoch, so they stay as they are.")
-        cache = str(Path(args.output_dir) / "features")
-        model, section = {**recipe.model, "freeze": encoders}, replace(recipe.data, feature_cache=cache)
-        epochs = PRESETS["fast"].training["num_train_epochs"]
-        recipe = replace(recipe, model=model, data=section)
-    else:
-        epochs = min(max(epochs, 1.0), most)
-        if epochs < most:
-            say(f"{epochs:.0f} epochs fit into the time.")
-    recipe = replace(recipe, training={**recipe.training, "num_train_epochs": epochs})
-    return recipe, training_arguments(recipe)
 
 
 def _with_advice(error: EncoderError) -> OSError:

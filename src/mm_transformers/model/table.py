@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .label_cells import shorten, shorten_value
 from .limits import limits, named
@@ -17,6 +18,8 @@ from .number_bins import CentredShares
 from .own_encoders import OwnEncoder
 from .table_kinds import COLUMNS, ONE_HOTS, TableColumn, TableError, column_of
 
+
+logger = logging.get_logger(__name__)
 
 # Keys of a row with another meaning.
 RESERVED = ("text", "image", "video", "audio", "table")
@@ -189,6 +192,7 @@ class TableReader:
         self.shares = [CentredShares(column) for column in config.numbers]
         self.categories = [column_of(column) for column in config.categories]
         self.ids = [{value: i for i, value in enumerate(column["values"], 1)} for column in config.categories]
+        self._warned: set[str] = set()
 
     def __call__(self, cells: Any) -> Any:
         import numpy as np
@@ -205,7 +209,7 @@ class TableReader:
         if all(number is None for number in numbers) and all(value == _MISSING for value in ids):
             return None
         found = [
-            math.nan if number is None else _standardised(column, number)
+            math.nan if number is None else self._standardised(column, number)
             for column, number in zip(self.numbers, numbers, strict=True)
         ]
         for shares, number in zip(self.shares, numbers, strict=True):
@@ -216,9 +220,16 @@ class TableReader:
         value = read_cell(column, cells)
         return _MISSING if value is None else ids.get(value, _UNKNOWN)
 
-
-def _standardised(column: TableColumn, number: float) -> float:
-    return min(max((number - column.config["mean"]) / column.config["std"], -FURTHEST), FURTHEST)
+    def _standardised(self, column: TableColumn, number: float) -> float:
+        score = (number - column.config["mean"]) / column.config["std"]
+        if abs(score) > FURTHEST and column.name not in self._warned:
+            self._warned.add(column.name)
+            logger.warning(
+                f"Column {shorten(column.name)!r} has {number:.6g}, more than {FURTHEST:.0f} standard deviations from "
+                f"the mean of the training rows ({column.config['mean']:.6g}). Such numbers count as "
+                f"{FURTHEST:.0f} standard deviations; check the unit of the column."
+            )
+        return min(max(score, -FURTHEST), FURTHEST)
 
 
 def as_rows(cell: Any) -> list[Any]:

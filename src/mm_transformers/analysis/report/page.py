@@ -68,7 +68,8 @@ def write_report(
         num_examples (`int`, *optional*, defaults to 6): Rows of each kind, at most.
         title (`str`, *optional*): The title of the page.
         ablation ([`Ablation`], *optional*): Of the same rows.
-        collator ([`MMDataCollator`], *optional*): Needed if the columns have other names.
+        collator ([`MMDataCollator`], *optional*): Needed if the columns have other names; one with cached features
+            saves a pass of the encoders.
         verdicts (`list[Verdict]`, *optional*): The scores of the model beside those of simple models.
         doubtful (`dict[str, list]`, *optional*): Task -> labels of training rows that may be wrong, each with a
             description of its row.
@@ -90,7 +91,8 @@ def write_report(
         for answered in batch:
             if answered.task in answers:
                 answers[answered.task].append(answered)
-    draw = partial(_Drawn, model, processor, collator, rows, method)
+    # Stored outputs of encoders suffice for answers, but explanations need pictures and words.
+    draw = partial(_Drawn, model, processor, collator.uncached, rows, method)
     sections = [_section(model.tasks[name], found, draw, num_examples, seed) for name, found in answers.items()]
     page = rendered(
         __package__,

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ...data.collator import MMDataCollator
 from ...data.labels import check_labels, complete_task, prepare_labels
-from ...data.loading import check_columns, first_rows, hold_out, leave_out_empty_rows, load_files, load_named
+from ...data.loading import check_columns, sample_rows, hold_out, leave_out_empty_rows, load_files, load_named
 from ...data.row_labels import as_columns
 from ...data.table_columns import are_numbers, table_columns
 from ...model.encoders import HUB_KWARGS
@@ -132,15 +132,21 @@ def split_data(recipe: Recipe, splits: datasets.DatasetDict, tasks: list[Task]) 
     Raises:
         ValueError: one sentence, if no rows can be held out.
     """
-    data, columns, splits = recipe.data, recipe.columns, datasets.DatasetDict(splits)
+    data, splits = recipe.data, datasets.DatasetDict(splits)
     options = split_options(recipe)
     count = len(splits["train"])
     for split, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
         if fraction is not None:
             # Both are shares of all rows, of which the training rows are what is left.
             hold_out(splits, fraction * count / len(splits["train"]), options, tasks, split)
+    return limited_data(recipe, splits, tasks)
+
+
+def limited_data(recipe: Recipe, splits: Mapping[str, datasets.Dataset], tasks: list[Task]) -> RecipeData:
+    """As many rows of each split as the recipe allows, and the columns of numbers and categories in them."""
+    data, columns = recipe.data, recipe.columns
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_eval_samples}
-    limited = {split: first_rows(rows, limits[split]) for split, rows in splits.items()}
+    limited = {split: sample_rows(rows, limits[split]) for split, rows in splits.items()}
     table = None
     if columns.table:
         # Of the training rows alone: validation and test rows are new to the model.
