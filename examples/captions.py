@@ -195,11 +195,8 @@ def summary(results: Sequence[dict]) -> Table:
         table.add_column(way, justify="right")
     for name, by_way in found.items():
         scale, digits = (100, 1) if "accuracy" in name else (1, 2 if "loss" in name else 1)
-        cells = [
-            f"{scale * np.mean(by_way[way]):.{digits}f} ± {scale * np.std(by_way[way]):.{digits}f}" if way in by_way else ""
-            for way in ways
-        ]
-        table.add_row(name, *cells)
+        cells = [scale * np.array(by_way.get(way, [])) for way in ways]
+        table.add_row(name, *(f"{x.mean():.{digits}f} ± {x.std():.{digits}f}" if len(x) else "" for x in cells))
     return table
 
 

@@ -38,7 +38,7 @@ from mm_transformers import (
     MMTransformerProcessor,
 )
 from mm_transformers.data.labels import check_labels, complete_task, prepare_labels
-from mm_transformers.data.loading import check_columns, sample_rows, hold_out, load_files, load_named
+from mm_transformers.data.loading import check_columns, hold_out, load_files, load_named, sample_rows
 from mm_transformers.model.tasks import Task
 from mm_transformers.training.checkpoints import newest_complete_checkpoint
 

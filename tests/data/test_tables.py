@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mm_transformers.data.files import check_writable
 from mm_transformers.data.labels import check_labels, prepare_labels
-from mm_transformers.data.loading import sample_rows, load_files
+from mm_transformers.data.loading import load_files, sample_rows
 from mm_transformers.data.tables import TableRows, table_writer
 from mm_transformers.model.label_cells import infer_labels
 from mm_transformers.model.safe_writing import write_atomically

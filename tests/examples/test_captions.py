@@ -37,7 +37,7 @@ def test_captions_are_scored_with_right_no_and_shuffled_pictures(captions, optio
     more = ["--captions", *captions, "--labels", "topic"]
     for seed in (0, 1):
         shown = run(EXAMPLES / "captions.py", *given, *more, *options, "--seed", seed, cwd=tmp_path)
-    assert "Captions, 2 seeds" in shown
+    assert "Captions, 2 seeds" in shown.stdout
     results = [json.loads(line) for line in (tmp_path / "captions/results.jsonl").read_text().splitlines()]
     for result in results:
         scores = result["scores"]

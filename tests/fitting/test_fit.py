@@ -369,7 +369,9 @@ def test_only_an_encoder_that_cannot_be_loaded_is_told_as_one(folder, encoders, 
         lambda: fit_into_time(missing, args, data, time.monotonic() + 1e6, say=str),
         lambda: run_in_time(missing, args, data, Study(), say=str),
     ):
-        with pytest.raises(OSError, match="^The vision encoder cannot be loaded: .* Good ones are: facebook/dinov2-small"):
+        with pytest.raises(
+            OSError, match="^The vision encoder cannot be loaded: .* Good ones are: facebook/dinov2-small"
+        ):
             run()
     # A file in the way, whose path begins with that of the encoder.
     cache = f"{encoders['text']}/config.json/features"

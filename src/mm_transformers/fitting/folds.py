@@ -239,7 +239,9 @@ def _measure(
     args = training_arguments(recipe)
     if end is not None:
         # Each row gets an answer, so no test rows are left out.
-        fitting = fit_into_time(recipe, args, data, end, allow_urls=allow_urls, say=say, shorten=("train", "validation"))
+        fitting = fit_into_time(
+            recipe, args, data, end, allow_urls=allow_urls, say=say, shorten=("train", "validation")
+        )
         recipe, args, data = fitting
     study = Study(data.splits["test"])
     run = run_in_time(

@@ -107,8 +107,10 @@ def _fewer_rows(
     if not fewer:
         return recipe, data
     held_out = [count for split, count in fewer.items() if split != "train"]
-    most = {"max_train_samples": fewer.get("train"), "max_eval_samples": min(held_out, default=None)}
-    recipe = replace(recipe, data=replace(recipe.data, **most))
+    most = replace(
+        recipe.data, max_train_samples=fewer.get("train"), max_eval_samples=min(held_out) if held_out else None
+    )
+    recipe = replace(recipe, data=most)
     kept = {split: rows for split, rows in data.splits.items() if split not in shorten}
     data = limited_data(recipe, data.splits, data.tasks)
     data = data._replace(splits={**data.splits, **kept})

@@ -1,8 +1,9 @@
 """
 A model as graphs that need no model code of this package: ONNX, or programs of `torch.export`.
 
-One graph has encoders, fusion and heads. If a task writes, another one has the decoder. The exporters of transformers
-create them; `export.json` beside them lists their inputs and outputs.
+One graph has encoders, fusion and heads. If a task writes, another one has the decoder, and a third one writes further
+tokens with a cache. The exporters of transformers create them. `export.json` beside them lists their inputs and
+outputs.
 """
 
 import importlib
@@ -19,8 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from ..model.answers import evaluation_mode
 from ..model.encoder_probe import traits_of
@@ -28,12 +27,9 @@ from ..model.modalities import ENCODERS
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import drop_link
-from .export_spec import DECODER, FIRST_GRAPH, SPEC_NAME
+from .decoder_graphs import STATES, STATES_MASK, DecoderGraph, StepGraph, keeps_cache
+from .export_spec import DECODER, FIRST_GRAPH, SPEC_NAME, STEP
 from .graph_formats import FORMATS, GraphFormat
-
-
-# The output of the graph of a model with a decoder beside the logits of its heads.
-STATES, STATES_MASK = "fused_states", "fused_mask"
 
 
 class FusedGraph(nn.Module):
@@ -50,25 +46,6 @@ class FusedGraph(nn.Module):
         if self.model.can_generate():
             outputs |= {STATES: encoded.last_hidden_state, STATES_MASK: encoded.attention_mask.to(torch.int64)}
         return outputs
-
-
-class DecoderGraph(nn.Module):
-    """The second graph: the logits of the next token, (batch, 1, vocabulary)."""
-
-    def __init__(self, text_model: PreTrainedModel):
-        super().__init__()
-        self.text_model, self.config = text_model, text_model.config
-
-    def forward(
-        self, decoder_input_ids: torch.Tensor, fused_states: torch.Tensor, fused_mask: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        outputs = self.text_model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=fused_states),
-            attention_mask=fused_mask,
-            decoder_input_ids=decoder_input_ids,
-            use_cache=False,
-        )
-        return {"logits": outputs.logits[:, -1:]}
 
 
 class Sample(NamedTuple):
@@ -136,7 +113,7 @@ def export_model(
         sample = Sample(first, _differing(first, second))
         graphs: dict[str, tuple[nn.Module, Sample]] = {FIRST_GRAPH: (FusedGraph(model), sample)}
         if model.can_generate():
-            graphs[DECODER] = (DecoderGraph(model.model.text_model), _decoder_sample(model, first))
+            graphs |= _decoder_graphs(model, first)
         spec: dict[str, Any] = {"format": kind, "int8": int8, "graphs": {}}
         for name, (module, traced) in graphs.items():
             outputs = _export(module, traced, staged / f"{name}{graph_format.suffix}", graph_format, int8)
@@ -214,16 +191,26 @@ def _differing(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Ten
     }
 
 
-def _decoder_sample(model: MMTransformerForMultiTask, inputs: Mapping[str, torch.Tensor]) -> Sample:
+def _decoder_graphs(
+    model: MMTransformerForMultiTask, inputs: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[nn.Module, Sample]]:
+    """The graphs of the decoder with their inputs; that of further tokens only if the decoder keeps a cache."""
+    text_model = model.model.text_model
     with torch.no_grad():
         encoded = model.model(**inputs)
-    states = encoded.last_hidden_state
-    values = {
-        "decoder_input_ids": torch.ones(states.shape[0], 3, dtype=torch.int64, device=states.device),
-        STATES: states,
-        STATES_MASK: encoded.attention_mask.to(torch.int64),
-    }
-    return Sample(values, {key: [0, 1] for key in values})
+    states, mask = encoded.last_hidden_state, encoded.attention_mask.to(torch.int64)
+    has_cache = keeps_cache(text_model, states, mask)
+    first = DecoderGraph(text_model, has_cache)
+    ids = torch.ones(states.shape[0], 3, dtype=torch.int64, device=states.device)
+    values = {"decoder_input_ids": ids, STATES: states, STATES_MASK: mask}
+    graphs: dict[str, tuple[nn.Module, Sample]] = {DECODER: (first, Sample(values, {key: [0, 1] for key in values}))}
+    if has_cache:
+        with torch.no_grad():
+            cached = {name: value for name, value in first(**values).items() if name != "logits"}
+        values = {**values, "decoder_input_ids": ids[:, :1], **cached}
+        dynamic = {"decoder_input_ids": [0], STATES: [0, 1], STATES_MASK: [0, 1], **{name: [0, 2] for name in cached}}
+        graphs[STEP] = (StepGraph(text_model), Sample(values, dynamic))
+    return graphs
 
 
 def _export(module: nn.Module, sample: Sample, path: Path, graph_format: GraphFormat, int8: bool) -> list[str]:

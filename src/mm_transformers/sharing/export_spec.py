@@ -13,7 +13,7 @@ from .graph_formats import FORMATS
 
 
 SPEC_NAME = "export.json"
-FIRST_GRAPH, DECODER = "model", "decoder"
+FIRST_GRAPH, DECODER, STEP = "model", "decoder", "decoder_step"
 _ANY_SIZE = 16_000  # a second of sound is more than any encoder needs
 
 
@@ -25,15 +25,17 @@ def read_spec(path: Path) -> dict[str, Any]:
         path: of the file, which may come from a stranger.
 
     Returns:
-        "format", one of `FORMATS`; and "graphs": for `FIRST_GRAPH`, and perhaps `DECODER`, "inputs" (name -> shape,
-            `None` for any size), "types" (name -> type of torch) and "outputs" (names).
+        "format", one of `FORMATS`; and "graphs": for `FIRST_GRAPH`, and perhaps `DECODER` and `STEP`, "inputs" (name ->
+            shape, `None` for any size), "types" (name -> type of torch) and "outputs" (names).
 
     Raises:
         ValueError: one sentence, if the file has another content.
     """
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
-        is_known = spec["format"] in FORMATS and {FIRST_GRAPH} <= set(spec["graphs"]) <= {FIRST_GRAPH, DECODER}
+        names = set(spec["graphs"])
+        is_known = spec["format"] in FORMATS and {FIRST_GRAPH} <= names <= {FIRST_GRAPH, DECODER, STEP}
+        is_known = is_known and (DECODER in names or STEP not in names)
         is_known = is_known and all(map(_is_graph, spec["graphs"].values()))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         is_known = False

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from ..model.answers import decode_answers
@@ -15,8 +15,8 @@ from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.generation import AnswerDecoder, split_inputs, task_that_writes
 from ..model.modalities import OTHER_ENCODERS
 from ..model.modeling_mm_transformer import MMTransformerOutput
-from .export import STATES, STATES_MASK
-from .export_spec import DECODER, FIRST_GRAPH, SPEC_NAME, example_shape, read_spec
+from .decoder_graphs import CROSS, SELF, STATES, STATES_MASK, named, pairs
+from .export_spec import DECODER, FIRST_GRAPH, SPEC_NAME, STEP, example_shape, read_spec
 from .graph_formats import FORMATS, Run
 
 
@@ -25,8 +25,8 @@ class ExportedModel:
     The graphs from [`~mm_transformers.sharing.export.export_model`], on the CPU, as a model.
 
     It takes the outputs of the processor, and returns the outputs of [`MMTransformerForMultiTask`], without losses.
-    `generate` and `decode` are those of the model. The graph of the decoder has no cache, so each step reads the whole
-    written text again.
+    `generate` and `decode` are those of the model. If the folder has a graph for it, the keys and values of written
+    tokens are cached. Older folders, and decoders without a cache, read the whole written text again for each token.
 
     Args:
         folder (`str` or `Path`): The folder of the graphs.
@@ -71,7 +71,7 @@ class ExportedModel:
         if DECODER in graphs:
             decoder_config: Any = copy.deepcopy(self.config.decoder_config or self.config.text_config)
             decoder_config.is_encoder_decoder = True  # also for a decoder that was added to an encoder
-            self.model.text_model = _Decoder(decoder_config, graphs[DECODER])
+            self.model.text_model = _Decoder(decoder_config, graphs[DECODER], graphs.get(STEP))
             self.model.text_model.generation_config = GenerationConfig.from_pretrained(folder)
 
     def __call__(self, **inputs: torch.Tensor) -> MMTransformerOutput:
@@ -93,7 +93,7 @@ class ExportedModel:
 
     @torch.no_grad()
     def generate(self, task: Optional[str] = None, **kwargs: Any) -> torch.Tensor:
-        """See [`MMTransformerForMultiTask.generate`]; the decoder has no cache."""
+        """See [`MMTransformerForMultiTask.generate`]."""
         writing = task_that_writes(self.tasks, task)
         inputs, options = split_inputs(_Fused.forward, kwargs)
         return AnswerDecoder(self.model.text_model).generate(writing, self.model(**inputs), **options)
@@ -168,14 +168,13 @@ class _Fused:
 
 
 class _Decoder(PreTrainedModel, GenerationMixin):
-    """The second graph, with the interface of transformers' generation."""
+    """The graphs of the decoder, with the interface of transformers' generation."""
 
     main_input_name = "input_ids"
-    _supports_cache_class = False
 
-    def __init__(self, config: PreTrainedConfig, run: Run):
+    def __init__(self, config: PreTrainedConfig, run: Run, step: Optional[Run]):
         super().__init__(config)
-        self.run = run
+        self.run, self.step = run, step
         self.nothing = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> None:
@@ -186,20 +185,41 @@ class _Decoder(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor,
         encoder_outputs: Optional[BaseModelOutput] = None,
         attention_mask: Optional[torch.Tensor] = None,
+        past_key_values: Optional[EncoderDecoderCache] = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        return {"decoder_input_ids": input_ids, "encoder_outputs": encoder_outputs, "attention_mask": attention_mask}
+        is_cached = past_key_values is not None and past_key_values.get_seq_length() > 0
+        return {
+            "decoder_input_ids": input_ids[:, -1:] if is_cached else input_ids,
+            "encoder_outputs": encoder_outputs,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
 
     def generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return super().generate(*args, **{**kwargs, "use_cache": False})
+        return super().generate(*args, **(kwargs if self.step is not None else {**kwargs, "use_cache": False}))
 
     def forward(
         self,
         decoder_input_ids: Optional[torch.Tensor] = None,
         encoder_outputs: Optional[BaseModelOutput] = None,
         attention_mask: Optional[torch.Tensor] = None,
+        past_key_values: Optional[EncoderDecoderCache] = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         states = encoder_outputs[0]
         feed = {"decoder_input_ids": decoder_input_ids, STATES: states, STATES_MASK: attention_mask}
-        return Seq2SeqLMOutput(logits=self.run(feed)["logits"])
+        cache = past_key_values
+        if cache is None or self.step is None:
+            return Seq2SeqLMOutput(logits=self.run(feed)["logits"])
+        if cache.get_seq_length() == 0:
+            outputs = self.run(feed)
+            for name, part in ((SELF, cache.self_attention_cache), (CROSS, cache.cross_attention_cache)):
+                for i, (keys, values) in enumerate(pairs(name, outputs)):
+                    part.update(keys, values, i)
+        else:
+            cached = {**named(SELF, cache.self_attention_cache), **named(CROSS, cache.cross_attention_cache)}
+            outputs = self.step({**feed, **cached})
+            for layer, (keys, values) in zip(cache.self_attention_cache.layers, pairs(SELF, outputs), strict=True):
+                layer.keys, layer.values = keys, values
+        return Seq2SeqLMOutput(logits=outputs["logits"], past_key_values=cache)

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ...data.collator import MMDataCollator
 from ...data.labels import check_labels, complete_task, prepare_labels
-from ...data.loading import check_columns, sample_rows, hold_out, leave_out_empty_rows, load_files, load_named
+from ...data.loading import check_columns, hold_out, leave_out_empty_rows, load_files, load_named, sample_rows
 from ...data.row_labels import as_columns
 from ...data.table_columns import are_numbers, table_columns
 from ...model.encoders import HUB_KWARGS
