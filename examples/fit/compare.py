@@ -208,7 +208,7 @@ def compare(
     table = table.shuffle(seed=seed)
     table = table.select(range(min(rows or len(table), len(table))))
     # What the numbers and categories add, where there are other inputs too.
-    variants = ["all columns", "without the table"] if name in ("movies", "awkward") else ["all columns"]
+    variants = ["all columns", "without the table"] if name == "movies" else ["all columns"]
     with tempfile.TemporaryDirectory() as folder:
         found, plan, splits = fit_both(table, targets, options, seed, Path(folder), variants)
         parts = {split: rows.to_pandas() for split, rows in splits.items()}

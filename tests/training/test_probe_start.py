@@ -71,17 +71,22 @@ def joint_by_hand(features, labels, blocks, strength):
     )
 
 
-def separate_by_hand(features, labels, blocks, strength, rows=None):
-    """For some rows, by default those of the training, the sum of the logits of one balanced model of each modality."""
+def separate_by_hand(features, labels, blocks, strength, rows=None, factors=(1.0,)):
+    """
+    For some rows, by default those of the training, the sum of the logits of one balanced model of each modality.
+
+    Args:
+        factors: one of all modalities, or one for each.
+    """
     rows = features if rows is None else rows
     total = 0
     counts = 1 / np.bincount(labels)[labels]
     counts *= len(labels) / counts.sum()
-    for part, indicator in blocks:
+    for (part, indicator), factor in zip(blocks, np.broadcast_to(factors, len(blocks)), strict=True):
         there = features[:, indicator] > 0
         model = LogisticRegression(C=strength, tol=1e-8, max_iter=10_000)
         model.fit(features[there][:, part], labels[there], counts[there])
-        total = total + logits_by_hand(model, rows[:, part]) * (rows[:, [indicator]] > 0)
+        total = total + factor * logits_by_hand(model, rows[:, part]) * (rows[:, [indicator]] > 0)
     return total
 
 
@@ -91,8 +96,11 @@ def logits_by_hand(model, rows):
 
 
 def expected_of(model, features, labels, blocks):
-    by_hand = separate_by_hand if model.way.separate else joint_by_hand
-    return np.mean([s * by_hand(features, labels, blocks, strength) for strength, s in model.scales.items()], 0)
+    if model.way.separate:
+        each = [separate_by_hand(features, labels, blocks, c, None, factors) for c, factors in model.scales.items()]
+    else:
+        each = [factor * joint_by_hand(features, labels, blocks, c) for c, (factor,) in model.scales.items()]
+    return np.mean(each, 0)
 
 
 def softmax(logits):
@@ -117,7 +125,7 @@ def test_scales_are_those_of_the_lowest_loss_on_rows_that_were_held_out():
     labels = (features[:, 0] + 0.3 * rng.normal(size=250) > 0).astype(int)
     model = solve(MultinomialProblem(2), blocks, features, labels)
     folds = list(linear_models._folds(MultinomialProblem(2), labels, np.arange(250)))
-    for strength, scale in model.scales.items():
+    for strength, (scale,) in model.scales.items():
         losses = dict.fromkeys(linear_models.SCALES, 0.0)
         for train, held_out in folds:
             truth = labels[held_out]
@@ -126,6 +134,50 @@ def test_scales_are_those_of_the_lowest_loss_on_rows_that_were_held_out():
             for factor in losses:
                 losses[factor] -= (counts * np.log(softmax(factor * logits)[np.arange(len(truth)), truth])).sum()
         assert min(losses, key=losses.get) == pytest.approx(scale, rel=0.2)
+
+
+def rows_with_noise(kind, num=400, seed=0, num_noise=60):
+    """The first modality tells the label, the second one is noise. Two halves: to train, and to test."""
+    rng = np.random.default_rng(seed)
+    x, noise = 0.3 * rng.normal(size=(num, 6)), rng.normal(size=(num, num_noise))
+    scores = x @ rng.normal(size=(6, 3)) + 0.1 * rng.normal(size=(num, 3))
+    labels = {"choice": scores.argmax(1), "tags": (scores > 0).astype(float), "numbers": scores}[kind]
+    features = np.column_stack([x, np.ones(num), noise, np.ones(num)])
+    half = num // 2
+    return features[:half], labels[:half], features[half:], labels[half:]
+
+
+@pytest.mark.parametrize("kind", ["choice", "tags", "numbers"])
+def test_a_modality_of_noise_does_not_outvote_the_others(kind):
+    problem = {"choice": MultinomialProblem, "tags": BinaryProblem, "numbers": RidgeProblem}[kind](3)
+    blocks = [(slice(0, 6), 6), (slice(7, 67), 67)]
+    features, labels, new, truth = rows_with_noise(kind)
+    model, alone = solve(problem, blocks, features, labels), solve(problem, blocks[:1], features[:, :7], labels)
+    losses = (
+        problem.losses(model(new).astype(float), truth).mean(),
+        problem.losses(alone(new[:, :7]).astype(float), truth).mean(),
+    )
+    assert losses[0] < 1.2 * losses[1] + 0.02
+    if kind == "choice":
+        assert all(factors[1] < 0.3 * factors[0] for factors in model.scales.values())
+        assert np.allclose(softmax(model(features)), softmax(expected_of(model, features, labels, blocks)), atol=5e-3)
+    else:
+        assert model.way.without == (1,)
+        assert not model.weight[:, 7:].any()
+
+
+@pytest.mark.parametrize("kind", ["choice", "numbers"])
+def test_a_modality_that_only_repeats_another_stays_for_rows_without_that(kind):
+    problem = {"choice": MultinomialProblem, "numbers": RidgeProblem}[kind](3)
+    features, labels, new, truth = rows_with_noise(kind, num_noise=6)
+    blocks = [(slice(0, 6), 6), (slice(7, 13), 13)]
+    rng = np.random.default_rng(1)
+    for rows in (features, new):
+        rows[:, 7:13] = rows[:, :6] + 0.1 * rng.normal(size=(len(rows), 6))
+    model = solve(problem, blocks, features, labels)
+    new[:, :7] = 0
+    constant = np.tile(problem.majority(labels), (len(new), 1))
+    assert problem.losses(model(new).astype(float), truth).mean() < 0.7 * problem.losses(constant, truth).mean()
 
 
 def test_one_unbalanced_model_is_taken_where_it_is_clearly_more_accurate():
@@ -145,7 +197,7 @@ def test_given_weights_of_labels_are_those_of_the_solution():
     model = solve(problem, blocks, features, labels)
     counts = np.where(labels == 1, 5.0, 1.0)
     logits = 0
-    for strength, scale in model.scales.items():
+    for strength, (scale,) in model.scales.items():
         fit = LogisticRegression(C=strength, tol=1e-8, max_iter=10_000)
         fit.fit(features[:, :5], labels, counts * 80 / counts.sum())
         logits = logits + scale * logits_by_hand(fit, features[:, :5]) / len(model.scales)
@@ -189,13 +241,13 @@ def test_rows_of_one_group_have_a_solution(kind):
     labels = rng.integers(0, 2, 30) if kind is MultinomialProblem else rng.integers(0, 2, (30, 2)).astype(float)
     model = solve(kind(2), blocks, features, labels, np.zeros(30, np.int64))
     assert np.isfinite(model(features)).all()
-    assert set(model.scales.values()) == {1.0}
+    assert set(model.scales.values()) == {(1.0,)}
 
 
 def test_one_row_of_each_class_says_nothing_about_scales():
     blocks, features, _ = random_problem(11, num=4, share=0.0)
     model = solve(MultinomialProblem(4), blocks, features, np.arange(4))
-    assert set(model.scales.values()) == {1.0}
+    assert set(model.scales.values()) == {(1.0,)}
     assert (model(features).argmax(1) == np.arange(4)).all()
 
 

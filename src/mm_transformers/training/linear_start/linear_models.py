@@ -1,7 +1,7 @@
 """The best linear model of a task, from the features of a linear probe."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +20,13 @@ FEW_ROWS, NUM_REPEATS = 200, 3
 MAX_ROWS_TO_CHOOSE = 3_000
 # Weight of a copy of a row without one of its modalities; the row itself has weight 1.
 COPY_WEIGHT = 0.3
+# Passes over the modalities in the search for their factors, and the least gain by these, a share of the loss.
+NUM_PASSES, CLEAR_GAIN = 3, 0.25
 # Possible factors of logits, see [`_choose`].
 SCALES = tuple(sorted((2 ** (i / 4) for i in range(-12, 13)), key=lambda scale: max(scale, 1 / scale)))  # 1 wins ties
+
+
+Scales = dict[float, tuple[float, ...]]
 
 
 class Way(NamedTuple):
@@ -32,10 +37,12 @@ class Way(NamedTuple):
         balanced: whether all classes count alike, however many rows they have.
         separate: whether each modality has its own model, fitted without the others. Their logits are added (product of
             experts: Hinton 2002, https://doi.org/10.1162/089976602760128018).
+        without: the numbers of modalities that a model of all modalities leaves out.
     """
 
     balanced: bool = False
     separate: bool = False
+    without: tuple[int, ...] = ()
 
 
 class LinearModel(NamedTuple):
@@ -45,7 +52,8 @@ class LinearModel(NamedTuple):
     Args:
         weight (num_outputs, num_features), bias (num_outputs,): as in `nn.Linear`.
         way: how it was fitted.
-        scales: inverse strength of the penalty -> factor of its logits; the solution is the mean over the strengths.
+        scales: inverse strength of the penalty -> for each modality the factor of its logits; the solution is the mean
+            over the strengths. A model of all modalities has one factor, that of all.
         num_items: the number of labelled rows (or words).
         label_counts (`num_outputs` integers, *optional*): The number of rows of each label, if classes were balanced.
     """
@@ -53,7 +61,7 @@ class LinearModel(NamedTuple):
     weight: np.ndarray
     bias: np.ndarray
     way: Way
-    scales: dict[float, float]
+    scales: Scales
     num_items: int
     label_counts: list[int] | None = None
 
@@ -75,10 +83,12 @@ def solve(
     Cross-validation chooses how it is fitted. Its folds share no group.
 
     - One label per row: the classes are balanced, and each modality has its own model. Few rows cannot choose a
-      strength, so the answers of several strengths are averaged, each calibrated first. One unbalanced model of all
-      modalities replaces them if it is clearly more accurate (by two standard errors). It also does if the user gave
-      label weights that do not balance the classes.
-    - Otherwise: one model of all modalities, with the strength of the lowest loss.
+      strength, so the answers of several strengths are averaged, each calibrated first. The logits of a modality also
+      get a factor of their own where that is clearly better: so one without information, such as columns of noise, does
+      not outvote the others. One unbalanced model of all modalities replaces them if it is clearly more accurate (by
+      two standard errors). It also does if the user gave label weights that do not balance the classes.
+    - Otherwise: one model of all modalities, with the strength of the lowest loss. It leaves out a modality if the loss
+      is then lower by two standard errors.
 
     A model of all modalities also sees each row without each of its modalities, with a small weight. So it stays good
     for rows with missing modalities.
@@ -108,7 +118,7 @@ def solve(
     labels = problem.shaped(labels)
     small, back = _rotated(features.astype(np.float64), blocks)
     way, scales = _choose(problem, small, labels, groups)
-    weight, bias = _mean(_solver(problem, small, labels, way, 1e-4), scales)
+    weight, bias = _mean(_solver(problem, small, labels, way, 1e-4), small.spread(scales))
     counts = np.bincount(labels, minlength=problem.num_outputs).tolist() if way.balanced else None
     return LinearModel((weight @ back).astype(np.float32), bias.astype(np.float32), way, scales, len(labels), counts)
 
@@ -145,7 +155,8 @@ def held_out_logits(
             break
         if len(np.unique(labels[train], axis=0)) < 2:
             continue
-        weight, bias = _mean(_solver(problem, small.rows(train), labels[train], model.way, 1e-3), model.scales)
+        solver = _solver(problem, small.rows(train), labels[train], model.way, 1e-3)
+        weight, bias = _mean(solver, small.spread(model.scales))
         logits[held_out] = small.rows(held_out).matrix() @ weight.T + bias
         is_known[held_out] = True if labels.ndim > 1 else np.isin(labels[held_out], labels[train])
     return logits, is_known
@@ -165,6 +176,13 @@ class _Rotated(NamedTuple):
             return [x * 0 if i == modality else x for i, x in enumerate(arrays)]
 
         return _Rotated(cleared(self.vectors), cleared(self.present))
+
+    def spread(self, scales: Scales) -> dict[float, np.ndarray]:
+        """Strength -> the factor of each column."""
+        widths = [x.shape[1] + 1 for x in self.vectors]
+        return {
+            strength: np.repeat(np.broadcast_to(factors, len(widths)), widths) for strength, factors in scales.items()
+        }
 
     def matrix(self) -> np.ndarray:
         parts = zip(self.vectors, self.present, strict=True)
@@ -231,6 +249,8 @@ def _solver(problem: LinearProblem, small: _Rotated, labels: np.ndarray, way: Wa
     regressions = Regressions(tol)
     counts = _row_weights(problem, labels, way.balanced)
     if not way.separate:
+        for i in way.without:
+            small = small.without(i)  # the weights of its columns are then 0
         return problem.solver(*_with_copies(small, labels, counts), regressions)
     parts = []
     for x, there in zip(small.vectors, small.present, strict=True):
@@ -275,20 +295,19 @@ def _with_copies(small: _Rotated, labels: np.ndarray, counts: np.ndarray) -> tup
     return np.concatenate(matrices), np.concatenate(targets), weight * len(labels) / weight.sum()
 
 
-def _mean(solver: Solver, scales: dict[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of the solutions of some strengths, each with a scale."""
+def _mean(solver: Solver, scales: dict[float, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of the solutions of some strengths, each with the factors of its columns."""
     solutions = [(scale, *solver(strength)) for strength, scale in scales.items()]
     weight = np.mean([scale * weight for scale, weight, _ in solutions], 0)
-    bias = np.mean([scale * bias for scale, _, bias in solutions], 0)
+    # Biases of their own have models of all modalities only: one factor for all columns.
+    bias = np.mean([scale[0] * bias for scale, _, bias in solutions], 0)
     return weight, np.where(solutions[0][2] == NEVER, NEVER, bias)
 
 
 # Choosing
 
 
-def _choose(
-    problem: LinearProblem, small: _Rotated, labels: np.ndarray, groups: np.ndarray
-) -> tuple[Way, dict[float, float]]:
+def _choose(problem: LinearProblem, small: _Rotated, labels: np.ndarray, groups: np.ndarray) -> tuple[Way, Scales]:
     """The way of fitting, and the strengths with their scales."""
     problem, labels = problem.reduced(labels)
     if len(labels) > MAX_ROWS_TO_CHOOSE:
@@ -296,24 +315,20 @@ def _choose(
         small, labels, groups = small.rows(some), labels[some], groups[some]
     folds = list(_folds(problem, labels, groups))
     if not problem.mixes_strengths:
-        answers, truth = _answers(problem, small, labels, folds, Way(), problem.strengths)
-        losses = {strength: problem.losses(logits, truth).sum() for strength, logits in answers.items()}
-        return Way(), {min(losses, key=lambda strength: losses[strength]): 1.0}
+        way, strength = _without_noise(problem, small, labels, folds)
+        return way, {strength: (1.0,)}
     # No scale makes labels that the training rows of the fold lack more probable.
     is_known = np.concatenate([np.zeros(0, bool), *(np.isin(labels[test], labels[train]) for train, test in folds)])
 
-    def assessed(way: Way) -> tuple[dict[float, float], np.ndarray]:
-        """The best scale of each strength, and the rows that their mean answers correctly."""
+    def assessed(way: Way) -> tuple[Scales, np.ndarray]:
+        """The best scales of each strength, and the rows that their mean answers correctly."""
         answers, truth = _answers(problem, small, labels, folds, way, MIXED_STRENGTHS)
         if len(np.unique(truth[is_known])) < 2:  # one label carries no information about scales
-            return dict.fromkeys(answers, 1.0), np.zeros(len(truth), bool)
+            return dict.fromkeys(answers, (1.0,)), np.zeros(len(truth), bool)
         counts = _row_weights(problem, truth, way.balanced) * is_known
-        scales = {
-            strength: min(SCALES, key=lambda scale: (counts * problem.losses(scale * logits, truth)).sum())
-            for strength, logits in answers.items()
-        }
-        logits = np.sum([scales[strength] * logits for strength, logits in answers.items()], 0)
-        return scales, logits.argmax(1) == truth
+        scales = _scales(lambda logits: problem.losses(logits, truth), answers, counts, may_differ=way.separate)
+        total = np.sum([_scaled(logits, scales[strength]) for strength, logits in answers.items()], 0)
+        return scales, total.argmax(1) == truth
 
     if problem.label_weights is not None and not _is_balanced(problem.label_weights, labels):
         return Way(), assessed(Way())[0]
@@ -326,6 +341,90 @@ def _choose(
     # Repeated folds use the same rows again, without new information.
     is_clear = len(gain) > 0 and gain.mean() > 2 * gain.std() / np.sqrt(len(labels))
     return (second, other_scales) if is_clear else (first, scales)
+
+
+def _without_noise(
+    problem: LinearProblem, small: _Rotated, labels: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]
+) -> tuple[Way, float]:
+    """The best strength of one model, without modalities whose absence clearly lowers the loss."""
+
+    def best_of(way: Way, strengths: Sequence[float]) -> tuple[Way, float, np.ndarray]:
+        answers, truth = _answers(problem, small, labels, folds, way, strengths)
+        losses = {
+            strength: _losses_with_copies(lambda logits: problem.losses(logits, truth), logits, (1.0,))
+            for strength, logits in answers.items()
+        }
+        best = min(losses, key=lambda strength: losses[strength].sum())
+        return way, best, losses[best]
+
+    way, strength, losses = best_of(Way(), problem.strengths)
+    while len(way.without) < len(small.vectors) - 1 and len(losses) > 0:
+        # Without noise another strength may be better. To try all of them takes too long.
+        near = [other for other in problem.strengths if strength / 10 <= other <= 10 * strength]
+        tried = [
+            best_of(Way(without=(*way.without, i)), near) for i in range(len(small.vectors)) if i not in way.without
+        ]
+        other, _, other_losses = min(tried, key=lambda trial: trial[2].sum())
+        gain = losses - other_losses
+        if gain.mean() <= 2 * gain.std() / np.sqrt(len(labels)):
+            break
+        way, strength, losses = best_of(other, problem.strengths)
+    return way, strength
+
+
+def _scales(
+    losses: Callable[[np.ndarray], np.ndarray], answers: dict[float, np.ndarray], counts: np.ndarray, may_differ: bool
+) -> Scales:
+    """
+    The factors with which the logits of each strength have the lowest loss.
+
+    Modalities have factors of their own only if the loss is then lower by a quarter and by two standard errors.
+    Otherwise all have the same factor, since the factors of a few rows are noisy.
+
+    Args:
+        losses: logits -> (num_items,).
+        answers: strength -> logits, as from [`_answers`].
+        counts (num_items,): the weights of the items.
+        may_differ: whether modalities may have factors of their own.
+    """
+    shared: Scales = {}
+    own: Scales = {}
+    gain, total = np.zeros(len(counts)), 0.0
+    for strength, logits in answers.items():
+        shared[strength] = min(((s,) for s in SCALES), key=lambda s: (counts * losses(_scaled(logits, s))).sum())
+
+        def weighted(factors: tuple[float, ...], logits: np.ndarray = logits) -> np.ndarray:
+            return counts * _losses_with_copies(losses, logits, factors)
+
+        best = shared[strength] * (len(logits) - 1)
+        for _ in range(NUM_PASSES if may_differ and len(best) > 1 else 0):
+            for i in range(len(best)):
+                choices = [(*best[:i], scale, *best[i + 1 :]) for scale in (best[i], 0.0, *SCALES)]
+                best = min(choices, key=lambda factors: weighted(factors).sum())
+        own[strength] = best
+        gain += weighted(shared[strength]) - weighted(best)
+        total += weighted(shared[strength]).sum()
+    is_clear = gain.mean() > 2 * gain.std() / np.sqrt(max((counts > 0).sum(), 1))
+    return own if is_clear and gain.sum() > CLEAR_GAIN * total else shared
+
+
+def _scaled(logits: np.ndarray, factors: tuple[float, ...]) -> np.ndarray:
+    """(num_items, num_outputs): the sum of the logits of all modalities, with a common factor or one for each."""
+    if len(factors) == 1:
+        return factors[0] * logits.sum(0)
+    return np.tensordot(factors, logits[:-1], 1) + logits[-1]
+
+
+def _losses_with_copies(
+    losses: Callable[[np.ndarray], np.ndarray], logits: np.ndarray, factors: tuple[float, ...]
+) -> np.ndarray:
+    """(num_items,): the losses of the items, and with a small weight those of copies without each modality."""
+    found = losses(_scaled(logits, factors))
+    for i in range(len(logits) - 1 if len(logits) > 2 else 0):
+        without = logits.copy()
+        without[i] = 0
+        found = found + COPY_WEIGHT * losses(_scaled(without, factors))
+    return found
 
 
 def _is_balanced(label_weights: Sequence[float], labels: np.ndarray) -> bool:
@@ -343,17 +442,24 @@ def _answers(
     way: Way,
     strengths: Sequence[float],
 ) -> tuple[dict[float, np.ndarray], np.ndarray]:
-    """The logits of all held-out rows by strength, and their labels."""
+    """
+    The logits of all held-out rows by strength, and their labels.
+
+    Logits are (num_modalities + 1, num_rows, num_outputs): the summands of each modality, then the biases.
+    """
+    ends = np.cumsum([x.shape[1] + 1 for x in small.vectors])
+    columns = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     found: dict[float, list[np.ndarray]] = {strength: [] for strength in strengths}
     for train, held_out in folds:
         solver = _solver(problem, small.rows(train), labels[train], way, 1e-3)
         seen = small.rows(held_out).matrix()
         for strength, parts in found.items():
             weight, bias = solver(strength)
-            parts.append(seen @ weight.T + bias)
-    empty = np.zeros((0, problem.num_outputs))
-    logits = {strength: np.concatenate([empty, *parts]) for strength, parts in found.items()}
-    return logits, np.concatenate([labels[:0], *(labels[held_out] for _, held_out in folds)])
+            summands = [seen[:, of_part] @ weight[:, of_part].T for of_part in columns]
+            parts.append(np.stack([*summands, np.tile(bias, (len(seen), 1))]))
+    empty = np.zeros((len(columns) + 1, 0, problem.num_outputs))
+    answers = {strength: np.concatenate([empty, *parts], 1) for strength, parts in found.items()}
+    return answers, np.concatenate([labels[:0], *(labels[held_out] for _, held_out in folds)])
 
 
 def _folds(problem: LinearProblem, labels: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
