@@ -68,6 +68,8 @@ def test_numbers_of_the_page_are_those_of_the_rows(model):
             assert one.truth == task.labels[int(label)]
             assert one.is_right == (one.truth == one.answer)
             assert one.loss == pytest.approx(float(loss(logits, label)), abs=1e-5)
+        parts = {"text": bool(row["text"]), "vision": row.get("image") is not None}
+        assert one.group == " + ".join(name for name, there in parts.items() if there)
     known = [one for one in answers if one.truth is not None]
     counts = np.array(confusion(known, task.labels))
     for i, truth in enumerate(task.labels):

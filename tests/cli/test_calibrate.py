@@ -36,6 +36,13 @@ def test_the_folder_holds_the_calibration(folder, monkeypatch):
     measures = json.loads((folder / "measures.json").read_text())["groups"]
     assert set(measures) == {"topic", "score"}
     assert (folder / "measures.png").stat().st_size > 1000
+    card = (folder / "model/README.md").read_text()
+    assert "## How far to trust an answer\n\nCalibrated on 60 rows" in card
+    errors = {group: found["before"][0] for group, found in measures["topic"].items()}
+    for group in ("text", "vision", "text + vision"):
+        [line] = [line for line in card.splitlines() if line.startswith("| topic ") and f"| {group} " in line and
+                  f" {100 * errors[group]:.1f} " in line]  # fmt: skip
+        assert line.split("|")[3].strip() == str(measures["topic"][group]["rows"])
     mm("predict", "model", "rows.csv", "--output", "answers.csv", "--coverage", "0.9")
     answers = pd.read_csv("answers.csv")
     assert {"topic_set", "topic_abstain", "score_interval", "score_abstain"} <= set(answers.columns)

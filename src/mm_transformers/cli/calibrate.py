@@ -3,9 +3,14 @@
 import json
 from pathlib import Path
 
+from ..analysis.ablation.tables import as_markdown
 from ..analysis.calibration import calibrate
+from ..analysis.calibration.results import CalibrationResult
 from ..data.files import check_writable
+from ..data.markdown import plain_markdown
 from ..model.safe_writing import write_atomically
+from ..training.card.card_file import CARD_NAME, write_card
+from ..training.card.facts import CardFacts
 from .predict import Reading, load_with_rows
 from .processes import say
 
@@ -41,7 +46,9 @@ def run_calibration(
     )
     say(str(result))
     model.save_pretrained(model_folder)
-    say(f"Wrote the calibration to {model_folder}.")
+    name = model_folder.resolve().name
+    write_card(model_folder, CardFacts(name, model.config, calibration=_for_card(result, len(rows))))
+    say(f"Wrote the calibration to {model_folder}, and its figures to {CARD_NAME}.")
     if output is not None:
         with write_atomically(output) as target:
             target.write((json.dumps(result.to_dict(), indent=2) + "\n").encode())
@@ -49,3 +56,13 @@ def run_calibration(
         with write_atomically(picture) as drawn:
             result.plot().savefig(drawn, format="png", dpi=120)
         say(f"Wrote {output} and {picture}.")
+
+
+def _for_card(result: CalibrationResult, num_rows: int) -> str:
+    """The tables of the result as Markdown."""
+    about = (
+        f"Calibrated on {num_rows:,} rows, by the inputs that a row has. The errors say how far the probabilities are "
+        "from the shares of right answers. Sizes are numbers of labels in a set, or lengths of an interval."
+    )
+    tables = [as_markdown(table, 200) for table in result.tables()]
+    return "\n\n".join([about, *tables, *map(plain_markdown, result.notes)])

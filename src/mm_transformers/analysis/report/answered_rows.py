@@ -20,12 +20,14 @@ class Answered(NamedTuple):
 
     Args:
         number: the number of the row, from 0.
+        group: its availability group, such as "text + vision".
         task: the name of the task.
         loss: the loss of the label, a mean over its parts (words, labels); `None` without a label.
         answer, truth, is_right, confidence, label_pairs: see [`Judgement`].
     """
 
     number: int
+    group: str
     task: str
     loss: Optional[float]
     answer: Any
@@ -66,7 +68,7 @@ def _answer_batch(
             judged, cell = _judged(task, of_task[i], sure[i], labels[name][i]), row.get(task.column or task.name)
             if judged.truth is None and loss is not None and not is_missing(cell):
                 judged = judged._replace(truth=cell)
-            found.append(Answered(number, name, loss, *judged))
+            found.append(Answered(number, predictions.groups[i], name, loss, *judged))
     return found
 
 

@@ -28,6 +28,7 @@ from ..explaining.colors import text_color
 from ..explaining.explain import explain
 from ..explaining.explanation import Explanation
 from ..explaining.html import colored_words, heat_map_url, picture_url, sound_colors
+from ..reliability import reliability
 from .answered_rows import Answered, answers_to, confusion, most_confident_errors, worst
 
 
@@ -134,6 +135,7 @@ def _section(
         "accuracy": sum(bool(a.is_right) for a in judged) / len(judged) if judged else None,
         "loss": float(np.mean(losses)) if losses else None,
         "surest": _surest(judged),
+        "trust": _trust(judged),
         "labels": names,
         "confusion": matrix if found else None,
         "groups": [(name, [draw(answered) for answered in group]) for name, group in groups.items() if group],
@@ -147,6 +149,18 @@ def _surest(judged: list[Answered]) -> list[tuple[int, float]]:
         return []
     curve = risk_coverage(np.array([confidence for confidence, _ in sure]), np.array([right for _, right in sure]))
     return [(percent, accuracy_at(curve, percent / 100)) for percent in (50, 70, 90)]
+
+
+def _trust(judged: list[Answered]) -> list[tuple[str, int, float, float, float]]:
+    """Per availability group: rows, share of right answers, mean confidence, and calibration error."""
+    found = []
+    for group in dict.fromkeys(answered.group for answered in judged):
+        pairs = [(a.confidence, bool(a.is_right)) for a in judged if a.group == group and a.confidence is not None]
+        if pairs:
+            confidences, right = np.array([pair[0] for pair in pairs]), np.array([pair[1] for pair in pairs])
+            error = reliability(confidences, right).ece
+            found.append((group, len(pairs), float(right.mean()), float(confidences.mean()), error))
+    return found
 
 
 def _shaded(counts: list[int]) -> list[tuple[int, str, str]]:

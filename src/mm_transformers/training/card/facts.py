@@ -58,6 +58,7 @@ class CardFacts:
         measurements: the metrics of the saved weights.
         training: `None` if unknown.
         ablation (`str`, *optional*): Markdown of [`~mm_transformers.analysis.ablation.Ablation`].
+        calibration (`str`, *optional*): Markdown of [`~mm_transformers.analysis.calibration.CalibrationResult`].
         said: license, language, datasets, tags, from a person; they are never guessed.
         encoder_licenses: Hub id -> license, of pretrained encoders.
         num_parameters: of the whole model.
@@ -69,6 +70,7 @@ class CardFacts:
     measurements: list[Measurement] = field(default_factory=list)
     training: Optional[Training] = None
     ablation: Optional[str] = None
+    calibration: Optional[str] = None
     said: dict[str, Any] = field(default_factory=dict)
     encoder_licenses: dict[str, str] = field(default_factory=dict)
     num_parameters: Optional[int] = None

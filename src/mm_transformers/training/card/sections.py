@@ -27,6 +27,8 @@ def sections_of(facts: CardFacts) -> dict[str, str]:
         sections["## Results"] = _results(facts, tasks)
     if facts.ablation:
         sections["## What each modality is good for"] = facts.ablation
+    if facts.calibration:
+        sections["## How far to trust an answer"] = facts.calibration
     if facts.training is not None:
         sections["## Training"] = markdown_table(
             ["", ""], [[name, plain_markdown(value)] for name, value in facts.training.rows.items()]
