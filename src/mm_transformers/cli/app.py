@@ -359,7 +359,8 @@ OnBadFile = Annotated[
     typer.Option(
         "--on_bad_file",
         "--on-bad-file",
-        help="What to do if a picture or sound cannot be read. raise: stop; drop: treat it as missing.",
+        help="What to do if a picture or sound cannot be read. raise: stop; drop: treat it as missing. Default: raise, "
+        "or what the recipe of the model says.",
     ),
 ]
 
