@@ -6,6 +6,7 @@ pages as plain texts for assistants (`llms.txt`).
 
 import os
 import posixpath
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ sys.path.pop(0)
 DOCS = Path(__file__).parent
 LOG = get_plugin_logger("links")
 # Section of the navigation -> folder whose pages belong there.
-FOLDERS = {"How to": "how-to", "Decisions": "decisions", "Reference": "reference", "Benchmarks": "benchmarks"}
+FOLDERS = {"Decisions": "decisions", "Reference": "reference", "Benchmarks": "benchmarks"}
+# Section -> folder whose README.md has its pages in groups.
+GROUPED = {"How to": "how-to"}
 
 
 def on_config(config: Any) -> Any:
@@ -32,10 +35,23 @@ def on_config(config: Any) -> Any:
         if folder := FOLDERS.get(title):
             found = sorted(path.relative_to(DOCS).as_posix() for path in (DOCS / folder).rglob("*.md"))
             pages[1:1] = [page for page in found if page not in pages]
+        if folder := GROUPED.get(title):
+            pages[1:1] = groups_of(DOCS / folder / "README.md")
     return config
 
 
+def groups_of(readme: Path) -> list[dict[str, list[str]]]:
+    """Heading -> pages, for each heading of a list of pages."""
+    found = []
+    for part in re.split(r"^## ", readme.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        pages = re.findall(r"\| \[[^]]*\]\(([\w-]+\.md)\) \|$", part, re.MULTILINE)
+        found.append({part.partition("\n")[0]: [f"{readme.parent.name}/{page}" for page in pages]})
+    return found
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    if page.file.src_uri.startswith("reference/"):
+        markdown = re.sub(r"<!-- in short -->.*?<!-- end -->\n", "", markdown, flags=re.DOTALL)
     folder = posixpath.dirname(page.file.src_uri)
 
     def outside(target: str) -> str | None:

@@ -30,6 +30,10 @@ from mm_transformers.training.recipe.recipe import ColumnsSection, DataSection
 
 FOLDER = Path(__file__).parent / "reference"
 NOTE = "*Written by `python docs/reference.py` from the code.*"
+# docs/hooks.py leaves out what lies between them: the site shows the whole docstrings.
+BEGIN, END = "<!-- in short -->", "<!-- end -->"
+# A longer signature, as that of all training arguments, says nothing.
+MOST_SHOWN = 26
 
 # Page -> its title, its first sentence, and the modules whose public names it shows.
 GROUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -154,13 +158,77 @@ def _index() -> str:
 
 def _group(group: str) -> str:
     title, sentence, _ = GROUPS[group]
-    names = "\n\n".join(f"::: {path}" for path in names_of(group))
+    names = "\n\n".join(map(_entry, names_of(group)))
     module, _, example = names_of(group)[-1].rpartition(".")
     help_of = (
-        "On the site (`make docs`) each name has its text here. In a clone: "
-        f"`python -c 'import {module} as m; help(m.{example})'`."
+        f"The whole texts, with examples: `python -c 'import {module} as m; help(m.{example})'`, or the site "
+        "(`make docs`)."
     )
     return f"# {title}\n\n{sentence}\n\n{NOTE}\n\n{help_of}\n\n{names}\n"
+
+
+def _entry(path: str) -> str:
+    """A name: in short for readers of the repository, then the line that the site replaces by the whole docstring."""
+    module, _, name = path.rpartition(".")
+    thing = getattr(analysis if module.endswith("analysis") else mm_transformers, name)
+    lines = [
+        BEGIN + f'<a id="{path}"></a>',
+        "",
+        f"## {name}",
+        "",
+        f"`{name}{_signature(thing)}`: {summary_of(thing)}",
+        "",
+    ]
+    alike: dict[str, list[str]] = {}
+    for argument, text in arguments_of(thing).items():
+        alike.setdefault(text, []).append(f"`{argument}`")
+    parts = [f"- {', '.join(arguments)}: {text}" for text, arguments in alike.items()]
+    if inspect.isclass(thing):
+        parts += [f"- `.{member}{_signature(value)}`: {summary_of(value)}" for member, value in _members(thing)]
+    return "\n".join([*lines, *parts, *([""] if parts else []), END, f"::: {path}"])
+
+
+def _members(cls: type) -> list[tuple[str, Any]]:
+    """The documented methods and properties that no class above has."""
+    return [
+        (name, getattr(cls, name))
+        for name, value in vars(cls).items()
+        if not name.startswith("_")
+        and not any(hasattr(base, name) for base in cls.__mro__[1:])
+        and (inspect.isfunction(value) or isinstance(value, property | classmethod | staticmethod))
+        and (value.fget if isinstance(value, property) else getattr(cls, name)).__doc__
+    ]
+
+
+def _signature(thing: Any) -> str:
+    """Names and defaults; nothing for a property."""
+    if isinstance(thing, property):
+        return ""
+    found = inspect.signature(thing)
+    if len(found.parameters) > MOST_SHOWN:
+        return "(...)"
+    shown = [
+        parameter.replace(annotation=inspect.Parameter.empty, default=_Shown.of(parameter.default))
+        for parameter in found.parameters.values()
+        if parameter.name != "self" and not parameter.name.startswith("_")
+    ]
+    return str(inspect.Signature(shown))
+
+
+class _Shown:
+    """A default, as a reader may write it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        if value in (inspect.Parameter.empty, None, ()) or isinstance(value, bool | int | float | str):
+            return value
+        return cls(getattr(value, "__name__", "..."))
 
 
 def _config() -> str:
@@ -275,7 +343,8 @@ def _commands() -> str:
     parts = [
         "# Commands",
         "",
-        "`mm-transformers COMMAND --help` shows the same in a terminal.",
+        "`mm-transformers COMMAND --help` shows the same in a terminal. An option without a default is left out unless "
+        "given. Underscores and dashes are the same: `--batch_size`, `--batch-size`.",
         "",
         NOTE,
         "",
@@ -302,10 +371,13 @@ def _parameters(command: Any) -> str:
         )
         default = parameter.default
         is_plain = isinstance(default, str | int | float | Path) and not isinstance(default, bool)
+        shown = f"`{default}`" if is_plain else "required" if parameter.required else ""
+        if isinstance(default, bool):
+            shown = "on" if default else "off"
         rows.append(
             [
                 ", ".join(f"`{name}`" for name in names),
-                f"`{default}`" if is_plain else "",
+                shown,
                 _plain(getattr(parameter, "help", None) or ""),
             ]
         )

@@ -1,7 +1,7 @@
 """
 Answers the rows of large Parquet files with several workers of Ray Data, on one machine or a cluster.
 
-    pip install mm-transformers[ray]
+    pip install -c constraints.txt -e ".[ray]"
     python ray_predict.py my-model rows.parquet answers --workers 2
     python ray_predict.py my-model s3://bucket/rows answers --workers 8 --gpus 1
 

@@ -303,7 +303,8 @@ def choice() -> list[str]:
     lines = [f"| {modality} | `{name}` | {suits} |" for modality, name, suits in [*rows, *WRITERS]]
     return [
         "To begin with, take one of these names of the Hub. If none is named or cached, `fit` takes the first of its "
-        "modality.",
+        "modality; the first text encoder reads English. The encoders for writing must be named, and `fit` writes by a "
+        "language model only if you say `--predict caption:generation`.",
         "",
         "| for | encoder | good for |",
         "| --- | --- | --- |",

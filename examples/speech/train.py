@@ -13,7 +13,7 @@ The test split has voices and sentences that training does not have. The encoder
 weights, so this needs neither a GPU nor the network.
 
     apt install espeak-ng
-    pip install mm-transformers[audio]
+    pip install -c constraints.txt -e ".[audio]"
     python train.py --output_dir speech_results
 """
 

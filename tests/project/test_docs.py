@@ -39,6 +39,7 @@ REPLACED = {
         '["category", "price"], "my-model")': f'["category", "price"], "fitted", {TEXT})',
         "MMClassifier(), X, y, cv=5": f'MMClassifier(preset="fast", {TEXT}), X, y, cv=2',
         'preset="balanced", output_dir="my-model"': f'preset="fast", output_dir="classifier", {TEXT}',
+        'pipeline("multimodal", model="my-model")': 'pipeline("multimodal", model="fitted")',
     }
 }
 # Libraries that no extra of the tests brings in; tests/examples/test_ray.py runs the first.

@@ -233,7 +233,10 @@ def _with_options(options: Callable[..., Any], name: str) -> Callable[[Callable[
 TableArgument = Annotated[Path, typer.Argument(metavar="TABLE", help="CSV, JSON lines or Parquet file.")]
 Predict = Annotated[
     str,
-    typer.Option(help="Columns to predict, separated by commas: category,price. With a kind: price:regression."),
+    typer.Option(
+        help="Columns to predict, separated by commas: category,price. With a kind: price:regression. Kinds: "
+        "classification, multi_label, regression, generation."
+    ),
 ]
 ModelFolder = Annotated[Path, typer.Option(help="Folder of the model, its recipe and its report.")]
 ColumnKinds = Annotated[
@@ -243,7 +246,9 @@ ColumnKinds = Annotated[
         "number, date, category, ignore. Can be repeated."
     ),
 ]
-TextEncoder = Annotated[str | None, typer.Option("--text", help="Text encoder, by Hub id or folder.")]
+TextEncoder = Annotated[
+    str | None, typer.Option("--text", help="Text encoder, by Hub id or folder. The default reads English.")
+]
 VisionEncoder = Annotated[str | None, typer.Option("--vision", help="Vision encoder, by Hub id or folder.")]
 AudioEncoder = Annotated[str | None, typer.Option("--audio", help="Audio encoder, by Hub id or folder.")]
 PresetName = Annotated[
@@ -255,7 +260,7 @@ Validation = Annotated[
 Test = Annotated[Path | None, typer.Option(help="Table of test rows. Default: 15% of the rows are held out.")]
 Group = Annotated[
     str | None,
-    typer.Option(help="Column whose equal values stay together in the split."),
+    typer.Option(help="Column whose equal values stay together in the split, such as a seller. It is no input."),
 ]
 PathsFrom = Annotated[
     str | None, typer.Option("--image-root", help="Folder for relative paths. Default: the folder of the table.")
@@ -283,7 +288,9 @@ def fit(
     planning: dict[str, Any],
     output: ModelFolder = Path("fitted-model"),
     column: ColumnKinds = None,
-    minutes: Annotated[float | None, typer.Option(help="Limit of the whole run, in minutes.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Limit of the whole run, in minutes: fewer epochs, then fewer rows.")
+    ] = None,
     folds: Annotated[
         int | None,
         typer.Option(help="Measure by cross-validation over this number of folds, instead of held-out test rows."),
@@ -359,7 +366,8 @@ OnBadFile = Annotated[
     typer.Option(
         "--on_bad_file",
         "--on-bad-file",
-        help="What to do if a picture or sound cannot be read. raise: stop; drop: treat it as missing.",
+        help="What to do if a picture or sound cannot be read. raise: stop; drop: treat it as missing. Default: raise, "
+        "or what the recipe of the model says.",
     ),
 ]
 

@@ -35,7 +35,8 @@ class FitResult:
         metrics (`dict[str, dict]`): "validation" and "test" -> metrics, such as `test_price_mae`.
         verdicts (`list[Verdict]`): Per task: the score on the test rows beside a linear model, a linear model of the
             text alone and the majority. With folds, the means over the folds.
-        doubtful (`dict[str, list[DoubtfulLabel]]`): Task -> labels of training rows that may be wrong.
+        doubtful (`dict[str, list[DoubtfulLabel]]`): Task -> labels of training rows that may be wrong. `row` counts the
+            training rows, without those that are held out.
         seconds (`float`): How long it took.
         allow_urls (*optional*, defaults to `False`): As in [`MMDataCollator`], for `predict`.
         cross_validation ([`CrossValidation`], *optional*): The scores on the folds, with `folds=...`.

@@ -65,7 +65,8 @@ class MMTransformerConfig(PreTrainedConfig):
             stands behind the last layer.
         fusion_kwargs (`dict`, *optional*): Options of the fusion kind, for example `{"num_latents": 8}`.
         fusion_hidden_size (`int`, *optional*): Width of the fusion. Defaults to that of the text encoder.
-        num_fusion_layers (`int`, *optional*, defaults to 3): Number of fusion layers.
+        num_fusion_layers (`int`, *optional*, defaults to 3):
+            Number of fusion layers. `from_encoders` sets it to 1.
         num_fusion_attention_heads (`int`, *optional*):
             Attention heads of each fusion layer. Defaults to those of the text encoder, or to heads of 64.
         fusion_dropout (`float`, *optional*, defaults to 0.1): Dropout in attention and feed-forward of the fusion.
@@ -73,7 +74,7 @@ class MMTransformerConfig(PreTrainedConfig):
         modality_dropout (`float` or `dict[str, float]`, *optional*, defaults to 0.0):
             Probability that a row loses all of its images (and, independently, all of its sound) in training. So the
             model also learns to answer without them. `{"vision": 0.2, "text": 0.1}` sets it by modality. A row always
-            keeps at least one modality.
+            keeps at least one modality. `from_encoders` sets it to 0.3.
         num_frames (`int`, *optional*, defaults to 8): The largest number of frames of a video.
         frame_embedding (`str`, *optional*, defaults to `"sinusoidal"`):
             The embedding of the numbers of video frames: `"sinusoidal"` or `"learned"`.
