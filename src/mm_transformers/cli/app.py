@@ -651,7 +651,9 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of torch in one process. Default: cores / workers.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0. Default: the GPU, if there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:0. Default: the GPU, if there is one.")
+    ] = None,
 ) -> None:
     """
     Answer rows over HTTP: /predict, /embed, /generate, /health, /metrics, and a page of the API at /docs.

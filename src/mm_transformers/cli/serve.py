@@ -1,12 +1,14 @@
 """`mm-transformers serve`: a model over HTTP, in one or more processes."""
 
 import dataclasses
+import importlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.limits import limits
 from ..model.messages import check_folder
 from ..sharing.serving.settings import ServeSettings, WorkerPlan
@@ -35,12 +37,14 @@ def run_server(
         ValueError, OSError, ImportError: one sentence.
     """
     try:
-        import uvicorn
-
-        from ..sharing.serving import app as _  # with a sentence about the extra
-    except ModuleNotFoundError as error:
+        for name in ("fastapi", "prometheus_client", "python_multipart", "uvicorn"):
+            importlib.import_module(name)
+    except ImportError as error:
         raise ImportError(f"Serving needs `{error.name}`: pip install mm-transformers[serve]") from error
+    import uvicorn
+
     check_folder(model)
+    MMTransformerConfig.from_pretrained(model)  # one error here, and not one of each worker
     settings = ServeSettings(**options)
     if settings.threads is None:
         settings = dataclasses.replace(settings, threads=max(1, _cores() // workers))

@@ -20,9 +20,7 @@ try:
 
     from . import metrics
 except ImportError as error:
-    raise ImportError(
-        f"Serving needs the extra `serve` ({error}): pip install mm-transformers[serve]"
-    ) from error
+    raise ImportError(f"Serving needs the extra `serve` ({error}): pip install mm-transformers[serve]") from error
 
 from ... import __version__
 from .answering import EMBED, PREDICT, ServedModel
@@ -94,7 +92,7 @@ def _described(server: Server) -> str:
     keys = ", ".join(f"`{key}`" for key in server.served.processor.row_keys)
     return (
         f"Tasks: {tasks}. A row may have any of {keys}. Pictures, sounds and videos are files in base64; or send a "
-        "form with one row, whose files are uploads. Errors are one sentence: `{\"error\": \"...\"}`."
+        'form with one row, whose files are uploads. Errors are one sentence: `{"error": "..."}`.'
     )
 
 

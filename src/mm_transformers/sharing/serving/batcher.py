@@ -115,9 +115,7 @@ class Batcher:
             await self._work
         self._thread.shutdown()
 
-    async def submit(
-        self, key: Hashable, items: Sequence[Any], weights: Optional[Sequence[int]] = None
-    ) -> list[Any]:
+    async def submit(self, key: Hashable, items: Sequence[Any], weights: Optional[Sequence[int]] = None) -> list[Any]:
         """
         The results of items, in their order. If this is cancelled, items that still wait are never answered.
 
@@ -137,9 +135,7 @@ class Batcher:
         if self._arrival is None or self._is_closing or too_many or too_heavy:
             raise QueueFullError
         loop, now = asyncio.get_running_loop(), time.monotonic()
-        new = [
-            _Waiting(key, item, size, now, loop.create_future()) for item, size in zip(items, sizes, strict=True)
-        ]
+        new = [_Waiting(key, item, size, now, loop.create_future()) for item, size in zip(items, sizes, strict=True)]
         self._waiting.extend(new)
         self._weight += sum(sizes)
         self._arrival.set()

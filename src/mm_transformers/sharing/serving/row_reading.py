@@ -10,7 +10,7 @@ from ...model.file_contents import decoded_base64
 from ...model.images import ProcessedPictures
 from ...model.label_cells import shorten
 from ...model.limits import limits, named
-from ...model.modalities import MODALITIES, PARTS, VISION, Modality, ReaderContext
+from ...model.modalities import MODALITIES, VISION, Modality, ReaderContext
 from ...model.pipeline_mm_transformer import RowPipeline, checked_row
 from ...model.processing_mm_transformer import check_number
 

@@ -153,9 +153,7 @@ class Server:
         [read] = await self._read([row], size)
         return self._stream(request, read.row, task, options)
 
-    async def _stream(
-        self, request: Request, row: Any, task: str, options: Mapping[str, Any]
-    ) -> AsyncIterator[bytes]:
+    async def _stream(self, request: Request, row: Any, task: str, options: Mapping[str, Any]) -> AsyncIterator[bytes]:
         loop, stopped = asyncio.get_running_loop(), threading.Event()
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
 
