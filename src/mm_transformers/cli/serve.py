@@ -17,8 +17,8 @@ from ..sharing.serving.settings import ServeSettings, WorkerPlan
 _APP = "mm_transformers.sharing.serving.worker:app_of_worker"
 # prometheus_client reads it; see `mm_transformers.sharing.serving.metrics`.
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"
-# A worker that loads a large model does not answer at once.
-_SECONDS_OF_A_PING = 120
+# A busy worker does not answer at once; a dead one is replaced after this time at the latest.
+_SECONDS_OF_A_PING = 20
 
 
 def run_server(
@@ -43,9 +43,9 @@ def run_server(
         raise ImportError(f"Serving needs `{error.name}`: pip install mm-transformers[serve]") from error
     import uvicorn
 
+    settings = ServeSettings(**options)
     check_folder(model)
     MMTransformerConfig.from_pretrained(model)  # one error here, and not one of each worker
-    settings = ServeSettings(**options)
     if settings.threads is None:
         settings = dataclasses.replace(settings, threads=max(1, _cores() // workers))
     WorkerPlan(model, settings, dataclasses.asdict(limits()), tuple(modules)).write()

@@ -132,7 +132,9 @@ class Batcher:
         too_many = len(self._waiting) + len(items) > self.max_waiting
         # Without others in the queue, a request that is too heavy for it must not be refused forever.
         too_heavy = self._weight > 0 and self._weight + sum(sizes) > self.max_waiting_weight
-        if self._arrival is None or self._is_closing or too_many or too_heavy:
+        if self._arrival is None:
+            raise RuntimeError("Nobody answers the queue: use `async with`, or run the lifespan of the application.")
+        if self._is_closing or too_many or too_heavy:
             raise QueueFullError
         loop, now = asyncio.get_running_loop(), time.monotonic()
         new = [_Waiting(key, item, size, now, loop.create_future()) for item, size in zip(items, sizes, strict=True)]
