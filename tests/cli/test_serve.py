@@ -1,6 +1,7 @@
 """`mm-transformers serve`: the real server, with several processes."""
 
 import concurrent.futures
+import contextlib
 import os
 import signal
 import socket
@@ -49,8 +50,11 @@ class Running:
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
     def workers(self) -> set[int]:
-        children = [child for child in self.process.children() if "spawn_main" in " ".join(child.cmdline())]
-        return {child.pid for child in children}
+        found = set()
+        for child in self.process.children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # also of zombies
+                found |= {child.pid} if "spawn_main" in " ".join(child.cmdline()) else set()
+        return found
 
     def until(self, condition, seconds=120):
         end = time.monotonic() + seconds

@@ -162,11 +162,13 @@ def test_requests_of_pages_are_answered(folder):
             )
             fields = [value.partition("=")[::2] for option, value in given if option == "-F"]
             headers = dict(value.split(": ") for option, value in given if option == "-H")
-            sent = {"content": value for option, value in given if option == "-d"} or {
-                "data": {name: value for name, value in fields if not value.startswith("@")},
-                "files": [(name, Path(value[1:]).read_bytes()) for name, value in fields if value.startswith("@")],
-            }
-            answered = client.post(path, headers=headers, **sent)
+            answered = client.post(
+                path,
+                headers=headers,
+                content=dict(given).get("-d"),
+                data={name: value for name, value in fields if not value.startswith("@")},
+                files=[(name, Path(value[1:]).read_bytes()) for name, value in fields if value.startswith("@")],
+            )
             assert answered.status_code == 200, answered.text
             assert len(answered.json()["answers"]) == 1
 

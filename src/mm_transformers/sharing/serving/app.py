@@ -127,7 +127,7 @@ def _add_errors(app: FastAPI, settings: ServeSettings) -> None:
 
 def _add_routes(app: FastAPI, server: Server, title: str) -> None:
     row = example_row(server.served.model.config)
-    errors = {status: {"description": told} for status, told in _STATUSES.items()}
+    errors: dict[int | str, dict[str, Any]] = {status: {"description": told} for status, told in _STATUSES.items()}
 
     async def answered(request: Request, kind: str, body: Any) -> list[Any]:
         work = server.answer(kind, body.rows, body.options(), _size(request))

@@ -3,7 +3,9 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 from prometheus_client import (
@@ -42,16 +44,19 @@ class Metrics:
     def __init__(self) -> None:
         # A registry of its own: one process may have several apps.
         self.registry = CollectorRegistry()
-        made = {"namespace": "mm_transformers", "registry": self.registry}
-        self.requests = Counter("requests", "Requests that were answered.", ["route", "status"], **made)
-        self.seconds = Histogram("request_seconds", "Seconds of a request.", ["route"], buckets=_SECONDS, **made)
-        self.rows = Counter("rows", "Rows that were answered.", ["route"], **made)
-        self.batch_rows = Histogram("batch_rows", "Rows of a forward pass.", buckets=_ROWS, **made)
-        self.batch_seconds = Histogram("batch_seconds", "Seconds of a forward pass.", buckets=_SECONDS, **made)
-        self.waiting = Gauge("waiting_rows", "Rows that wait.", multiprocess_mode="livesum", **made)
-        self.streams = Gauge("streams", "Texts that are being streamed.", multiprocess_mode="livesum", **made)
+        counter, gauge, histogram = (self._named(kind) for kind in (Counter, Gauge, Histogram))
+        self.requests = counter("requests", "Requests that were answered.", ["route", "status"])
+        self.seconds = histogram("request_seconds", "Seconds of a request.", ["route"], buckets=_SECONDS)
+        self.rows = counter("rows", "Rows that were answered.", ["route"])
+        self.batch_rows = histogram("batch_rows", "Rows of a forward pass.", buckets=_ROWS)
+        self.batch_seconds = histogram("batch_seconds", "Seconds of a forward pass.", buckets=_SECONDS)
+        self.waiting = gauge("waiting_rows", "Rows that wait.", multiprocess_mode="livesum")
+        self.streams = gauge("streams", "Texts that are being streamed.", multiprocess_mode="livesum")
         if FOLDER not in os.environ:
             ProcessCollector(registry=self.registry)
+
+    def _named(self, kind: Any) -> Any:
+        return partial(kind, namespace="mm_transformers", registry=self.registry)
 
     @contextmanager
     def streaming(self) -> Iterator[None]:

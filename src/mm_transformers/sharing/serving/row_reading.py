@@ -32,7 +32,7 @@ class ReadRow(NamedTuple):
     weight: int
 
 
-class _Sound(dict):
+class _Sound(dict[str, Any]):
     """A sound in memory; unlike other dicts, it can be referred to weakly."""
 
 

@@ -218,7 +218,8 @@ async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, Resul
 async def _unless_gone(work: Coroutine[Any, Any, Result], gone: "asyncio.Future[None]", timeout: float) -> Result:
     task = asyncio.ensure_future(work)
     try:
-        await asyncio.wait({task, gone}, timeout=max(timeout, 0), return_when=asyncio.FIRST_COMPLETED)
+        waiting: set[asyncio.Future[Any]] = {task, gone}
+        await asyncio.wait(waiting, timeout=max(timeout, 0), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientLeftError if gone.done() else WaitedTooLongError
