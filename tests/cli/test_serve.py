@@ -69,6 +69,12 @@ class Running:
         except httpx.TransportError:
             return False
 
+    def end(self) -> None:
+        self.http.close()
+        for one in [*self.process.children(), self.process] if self.process.is_running() else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
     def started(self) -> int:
         return self.log.read_text().count("Application startup complete")
 
@@ -126,10 +132,7 @@ def test_two_workers_answer_survive_a_kill_and_stop_gracefully(parts):
         assert running.process.wait(60) == 0, running.log.read_text()
         assert "Traceback" not in running.log.read_text()
     finally:
-        for pid in running.workers() if running.process.is_running() else ():
-            os.kill(pid, signal.SIGKILL)
-        running.process.kill()
-        running.http.close()
+        running.end()
 
 
 @pytest.mark.slow
@@ -137,7 +140,10 @@ def test_workers_that_cannot_start_end_the_server(parts):
     folder, _ = parts
     (folder / "model.safetensors").write_bytes(b"no weights")
     running = Running(folder, "--workers", "2")
-    running.process.wait(120)
+    try:
+        running.process.wait(120)
+    finally:
+        running.end()
     log = running.log.read_text()
     assert "Error: " in log
     assert "Traceback" not in log
