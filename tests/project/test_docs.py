@@ -4,6 +4,7 @@ import ast
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import typer
 from command_line import mm
 from documents import PAGES, ROOT, RUN_ELSEWHERE, blocks_of, name_of, save_reader_folder, shell_lines
+from fastapi.testclient import TestClient
 from hub_server import Hub
 
 from mm_transformers import MMTransformerConfig
@@ -23,6 +25,7 @@ from mm_transformers.model.fusion import FUSION_KINDS
 from mm_transformers.model.limits import limits
 from mm_transformers.model.table_kinds import COLUMNS
 from mm_transformers.model.task_base import TASK_KINDS
+from mm_transformers.sharing.serving.app import create_app
 from mm_transformers.training.metrics import base
 from mm_transformers.training.weighting.base import WEIGHTINGS
 
@@ -147,6 +150,30 @@ def test_the_script_does_what_its_line_says(folder):
     assert (folder / "out/model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_requests_of_pages_are_answered(folder):
+    """The lines of `curl`, sent to the server of `my-model`; their files are those of the reader."""
+    lines = [shlex.split(line) for line in SHELL_LINES if line.startswith("curl http://127.0.0.1:8000/")]
+    assert len(lines) == 2
+    with TestClient(create_app("my-model")) as client:
+        for _, address, *options in lines:
+            path, given = (
+                address.removeprefix("http://127.0.0.1:8000"),
+                list(zip(options[::2], options[1::2], strict=True)),
+            )
+            fields = [value.partition("=")[::2] for option, value in given if option == "-F"]
+            headers = dict(value.split(": ") for option, value in given if option == "-H")
+            answered = client.post(
+                path,
+                headers=headers,
+                content=dict(given).get("-d"),
+                data={name: value for name, value in fields if not value.startswith("@")},
+                files=[(name, Path(value[1:]).read_bytes()) for name, value in fields if value.startswith("@")],
+            )
+            assert answered.status_code == 200, answered.text
+            assert len(answered.json()["answers"]) == 1
+
+
 @functools.cache
 def help_of_script(script: str) -> str:
     command = [sys.executable, str(ROOT / script), "--help"]
@@ -195,6 +222,8 @@ def test_shell_lines_can_be_run(line, monkeypatch):
                 assert not option.startswith("--") or option in help_of_script(script)
     elif words[0].startswith((".venv/", ".ci/")):
         pass  # of this repository, in a shell of a contributor
+    elif words[0] == "curl":
+        pass  # test_requests_of_pages_are_answered sends it
     elif words[0] in ("apt", "npm", "git", "cd", "sudo", "tar"):
         pass  # not ours
     else:

@@ -294,7 +294,7 @@ def test_a_body_that_does_not_arrive_ends_the_request(monkeypatch):
     """It would keep its share of the room for uploads for ever."""
     from starlette.exceptions import HTTPException
 
-    monkeypatch.setattr(request_filter, "_SECONDS", 0.2)
+    monkeypatch.setattr(request_filter, "SECONDS", 0.2)
     statuses = []
 
     async def application(scope, receive, send):

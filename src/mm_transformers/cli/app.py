@@ -638,6 +638,47 @@ def embed(
     leave_processes()
 
 
+@app.command()
+def serve(
+    context: typer.Context,
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 chooses a free one.")] = 8000,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with its own copy of the model.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option("--batch_size", "--batch-size", min=1, help="The most rows of one forward pass.")
+    ] = 32,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Milliseconds for which a row waits for others that share its forward pass.")
+    ] = 3.0,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Rows that may wait in one process; further requests get the status 429.")
+    ] = 512,
+    timeout: Annotated[float, typer.Option(help="Seconds of one request; then it gets the status 503.")] = 30.0,
+    streams: Annotated[int, typer.Option(min=1, help="Texts that one process may stream at the same time.")] = 4,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of torch in one process. Default: cores / workers.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:0. Default: the GPU, if there is one.")
+    ] = None,
+) -> None:
+    """
+    Answer rows over HTTP: /predict, /embed, /generate, /health, /metrics, and a page of the API at /docs.
+
+    Rows of different clients that arrive within milliseconds share a forward pass. Needs the extra `serve`.
+    """
+    from .serve import run_server
+
+    with _errors_as_sentences():
+        modules = (context.parent.params.get("modules") if context.parent else None) or ()
+        options = {
+            "batch_rows": batch_size, "batch_seconds": wait / 1000, "waiting_rows": queue, "timeout": timeout,
+            "streams": streams, "threads": threads, "device": device,
+        }  # fmt: skip
+        run_server(model, host, port, workers, options, modules)
+
+
 @app.command("compare-tasks")
 def compare_tasks(
     recipe: Annotated[Path, typer.Argument(help="Recipe, as for `train`: a YAML or JSON file.")],

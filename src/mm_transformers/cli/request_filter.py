@@ -3,11 +3,12 @@
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any, Optional
 from urllib.parse import unquote
 
 from ..model.limits import limits
+from ..sharing.serving.bounded_body import SECONDS, SLOWEST, Receive, bounded, declared_bytes, too_large
 from .uploads import upload_folder
 
 
@@ -19,10 +20,6 @@ _ROUTES = (
 _PREFIX = "/gradio_api/"
 _LOCAL_FILE = re.compile(r"file=(?![A-Za-z][A-Za-z0-9+.\-]+:)")  # an address has a scheme; C: is a drive
 _FORM_BYTES = 2**16  # around a file in a form
-# A body must arrive within so many seconds, and a second more for so many bytes of an upload.
-_SECONDS, _SLOWEST = 60, 2**16
-
-_Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 class RequestFilter:
@@ -37,30 +34,14 @@ class RequestFilter:
         self.app = app
         self.running = 0  # bytes of the uploads that are being received
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: _Receive, send: Any) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        from starlette.exceptions import HTTPException
         from starlette.responses import PlainTextResponse
 
-        most, received, is_complete = _most_bytes(scope), 0, False
         size, others = _upload_bytes(scope), self.running
-        deadline = time.monotonic() + _SECONDS + size / _SLOWEST
-
-        async def bounded() -> MutableMapping[str, Any]:
-            nonlocal received, is_complete
-            left = None if is_complete else max(deadline - time.monotonic(), 0.0)
-            try:
-                message = await asyncio.wait_for(receive(), left)
-            except asyncio.TimeoutError:
-                raise HTTPException(408, "The request took too long to arrive.") from None
-            is_complete = not message.get("more_body", False)
-            received += len(message.get("body") or b"")
-            if received > most:
-                raise HTTPException(413, _too_large(most))  # the application turns it into the answer
-            return message
-
+        guarded = bounded(receive, _most_bytes(scope), SECONDS + size / SLOWEST)
         self.running += size
         try:
             # In a thread: looking through many uploads takes time.
@@ -69,7 +50,7 @@ class RequestFilter:
                 status, told = refusal
                 await PlainTextResponse(told, status)(scope, receive, send)
                 return
-            await self.app(scope, bounded, send)
+            await self.app(scope, guarded, send)
         finally:
             self.running -= size
 
@@ -92,9 +73,9 @@ def _refusal(scope: MutableMapping[str, Any], running: int) -> Optional[tuple[in
     if route is not None and not _LOCAL_FILE.match(route) and route.partition("/")[0] not in _ROUTES:
         return 404, "This page does not exist."
     most = _most_bytes(scope)
-    declared = dict(scope["headers"]).get(b"content-length", b"0")
-    if not declared.isdigit() or int(declared) > most:
-        return 413, _too_large(most)
+    declared = declared_bytes(scope)
+    if declared is None or declared > most:
+        return 413, too_large(most)
     if _is_upload(scope) and not _has_room(running):
         return 507, "There is no space for more uploads at the moment; try again later."
     return None
@@ -118,10 +99,6 @@ def _upload_bytes(scope: MutableMapping[str, Any]) -> int:
     if not declared.isdigit() or b"transfer-encoding" in headers:
         return limits().upload_bytes
     return min(int(declared), limits().upload_bytes)
-
-
-def _too_large(most: int) -> str:
-    return f"The request is larger than the {most:,} bytes that are allowed."
 
 
 def _has_room(running: int) -> bool:

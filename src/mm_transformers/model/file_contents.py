@@ -1,7 +1,6 @@
 """The contents of cells that hold images, videos or sounds: paths, addresses, bytes, and dicts with one of these."""
 
 import base64
-import binascii
 import hashlib
 import os
 import re
@@ -52,19 +51,20 @@ def _inline_bytes(text: str) -> Optional[bytes]:
     found = _DATA_URL.match(text)
     if found is not None:
         content = text[found.end() :]
-        return _decoded(content) if found.group(2) else urllib.parse.unquote_to_bytes(content)
+        return decoded_base64(content) if found.group(2) else urllib.parse.unquote_to_bytes(content)
     text = text.strip()
     if len(text) < 48 or not _BASE64.fullmatch(text):
         return None
-    start = _decoded(text[:24]) or b""
-    return _decoded(text) if start.startswith(_SIGNATURES) or start[4:8] == b"ftyp" else None
+    start = decoded_base64(text[:24]) or b""
+    return decoded_base64(text) if start.startswith(_SIGNATURES) or start[4:8] == b"ftyp" else None
 
 
-def _decoded(text: str) -> Optional[bytes]:
+def decoded_base64(text: str) -> Optional[bytes]:
+    """The bytes of a text in base64, also its variant for addresses; `None` if it is none."""
     text = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except binascii.Error:
+    except ValueError:  # letters beyond ASCII, too
         return None
 
 

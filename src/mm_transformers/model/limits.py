@@ -58,6 +58,13 @@ class Limits:
         upload_bytes (`int`): Bytes of one upload to the demo page.
         all_uploads_bytes (`int`): Bytes of all uploads that the demo page keeps.
         upload_seconds (`int`): Seconds for which the demo page keeps an upload.
+        served_bytes (`int`): Bytes of one request to `mm-transformers serve`.
+        served_rows (`int`): Rows of one request to it.
+        served_characters (`int`): Characters of one text, or of the cell of a column, in such a request.
+        served_memory (`int`):
+            Bytes in memory of the pictures, videos and sounds of one such request. Four times as many may wait.
+        served_tokens (`int`): The largest `max_new_tokens` of such a request.
+        served_beams (`int`): The largest `num_beams` of such a request.
 
     Example:
 
@@ -102,6 +109,12 @@ class Limits:
     upload_bytes: int = 32 * 2**20
     all_uploads_bytes: int = 2**30
     upload_seconds: int = 3600
+    served_bytes: int = 32 * 2**20
+    served_rows: int = 256
+    served_characters: int = 100_000
+    served_memory: int = 256 * 2**20
+    served_tokens: int = 1024
+    served_beams: int = 8
 
 
 _current = Limits()

@@ -4,7 +4,7 @@ import difflib
 import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Optional, overload
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -83,18 +83,41 @@ class RowPipeline(Pipeline):
         # An unknown key is an error in a row made by hand; a table may have any columns.
         is_table = hasattr(inputs.rows, "column_names")
         inputs.names = _names_of_values(inputs.rows, self.processor.table_columns)
+        read = self._reader(forward_params, is_table)
+        loader = DataLoader(inputs, batch_size=batch_size, num_workers=num_workers, collate_fn=read)
+        answered = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
+        return PipelineIterator(answered, self.postprocess, postprocess_params)
+
+    def answer_batch(self, rows: Sequence[Any], **options: Any) -> list[dict[str, Any]]:
+        """
+        The results of some rows, computed as one batch in this thread, without a data loader.
+
+        Args:
+            rows: as for a call; there must be one at least.
+            options: those of a call.
+
+        Raises:
+            ValueError: as a call does; the rows are numbered from 0.
+        """
+        _, given, _ = self._sanitize_parameters(**options)
+        params = {**self._forward_params, **given}
+        return self.forward(self._reader(params)(list(enumerate(rows))), **params)["answers"]
+
+    def known_keys(self) -> tuple[str, ...]:
+        """The keys that a row may have: inputs, and labels, which are ignored."""
+        return (*self.processor.row_keys, *(task.column for task in self.model.tasks.values()))
+
+    def _reader(self, forward_params: dict[str, Any], is_table: bool = False) -> Callable[[Any], dict[str, Any]]:
+        """The function that turns numbered rows into model inputs."""
         names = forward_params.get("tasks") or list(self.model.tasks)
-        read = functools.partial(
+        return functools.partial(
             read_rows,
             processor=self.processor,
-            known=None if is_table else (*self.processor.row_keys, *(t.column for t in self.model.tasks.values())),
+            known=None if is_table else self.known_keys(),
             wants_words=any(self.model.tasks[name].is_token_level for name in names),
             limits=CarriedLimits(),
             is_table=is_table,
         )
-        loader = DataLoader(inputs, batch_size=batch_size, num_workers=num_workers, collate_fn=read)
-        answered = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
-        return PipelineIterator(answered, self.postprocess, postprocess_params)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Saves model and processor; the stock method saves only the parts of the processor."""
@@ -271,7 +294,7 @@ def read_rows(
         is_table: whether the rows come from a data set, whose addresses the user has not typed. These are not fetched.
     """
     try:
-        rows = [_checked(row, number, known, processor) for number, row in numbered]
+        rows = [checked_row(row, number, known, processor) for number, row in numbered]
         for (number, _), row in zip(numbered if is_table else (), rows, strict=False):
             _refuse_addresses(row, number)
         try:
@@ -301,8 +324,19 @@ def _process(rows: list[dict[str, Any]], processor: Any, wants_words: bool) -> d
     return dict(processor(**given, return_word_index=wants_words))
 
 
-def _checked(row: Any, number: int, known: Optional[Sequence[str]], processor: Any) -> dict[str, Any]:
-    """The inputs of the row."""
+def checked_row(row: Any, number: int, known: Optional[Sequence[str]], processor: Any) -> dict[str, Any]:
+    """
+    The inputs of the row: those of its keys that the processor reads, without missing values.
+
+    Args:
+        row: a dict, or a text.
+        number: of the row, in messages.
+        known: the keys that a row may have; `None` for any.
+        processor ([`MMTransformerProcessor`]): Its keys.
+
+    Raises:
+        ValueError: one sentence, if the row has an unknown key, or no content.
+    """
     keys = processor.row_keys
     if isinstance(row, str):
         row = {"text": row}

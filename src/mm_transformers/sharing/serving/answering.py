@@ -1,0 +1,208 @@
+"""The loaded model of a server: answers, vectors and streamed texts, as the pipelines give them."""
+
+import json
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+from ...model.calibration import Calibration
+from ...model.generation import task_that_writes, writing_tasks
+from ...model.modeling_mm_transformer import MMTransformerForMultiTask
+from ...model.pipeline_mm_transformer import MultimodalEmbeddingPipeline, MultimodalPipeline, RowPipeline, read_rows
+from ...model.predictions import Predictions
+from ...model.processing_mm_transformer import MMTransformerProcessor
+
+
+PREDICT, EMBED = "predict", "embed"
+
+
+class Question(NamedTuple):
+    """
+    What is asked of rows; rows with equal questions share a forward pass.
+
+    Args:
+        kind: `PREDICT` or `EMBED`.
+        options: those of the pipeline, as JSON with sorted keys.
+    """
+
+    kind: str
+    options: str
+
+    @classmethod
+    def of(cls, kind: str, options: Mapping[str, Any]) -> "Question":
+        """The question with these options."""
+        return cls(kind, json.dumps(options, sort_keys=True))
+
+
+class ServedModel:
+    """
+    A model with its processor, behind both pipelines.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): Runs in evaluation mode, whatever its mode.
+        processor ([`MMTransformerProcessor`]): The processor of the model.
+        device: Such as `"cpu"`; by default that of the model.
+
+    Example:
+
+    ```python
+    >>> served = ServedModel(model, processor)
+    >>> served.answer(Question.of(PREDICT, {"tasks": ["sentiment"]}), [{"text": "Lovely weather!"}])
+    [{'sentiment': {'label': 'positive', 'score': 0.93}}]
+    ```
+    """
+
+    def __init__(
+        self, model: MMTransformerForMultiTask, processor: MMTransformerProcessor, device: Optional[str] = None
+    ) -> None:
+        self.model, self.processor = model.eval(), processor
+        chosen = {} if device is None else {"device": device}
+        self.pipelines: dict[str, RowPipeline] = {
+            PREDICT: MultimodalPipeline(model=model, processor=processor, **chosen),
+            EMBED: MultimodalEmbeddingPipeline(model=model, processor=processor, **chosen),
+        }
+
+    @classmethod
+    def load(cls, model: str, device: Optional[str] = None) -> "ServedModel":
+        """
+        Loads a folder or a model of the Hub.
+
+        Raises:
+            OSError, ValueError: one sentence, if there is no such model.
+        """
+        found = MMTransformerForMultiTask.from_pretrained(model)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(found, MMTransformerProcessor.from_pretrained(model), device)
+
+    def check(self, question: Question) -> None:
+        """
+        Checks options before any row is read.
+
+        Raises:
+            ValueError: one sentence, if the model has no such task, or an option does not fit.
+        """
+        options = json.loads(question.options)
+        self.pipelines[question.kind]._sanitize_parameters(**options)
+        names = options.get("tasks") or list(self.model.tasks)
+        if question.kind == PREDICT and options.get("coverage") is not None:
+            calibration = Calibration(self.model.config.calibration)
+            if not any(map(calibration.can_cover, names)):
+                calibration.thresholds(names[0], [], options["coverage"])
+        if question.kind == EMBED and options.get("task_name") is not None:
+            self.model._retrieval_task(options["task_name"], None)
+
+    def answer(self, question: Question, rows: Sequence[Any], max_seconds: Optional[float] = None) -> list[Any]:
+        """
+        The answers or vectors of rows, computed as one batch, as JSON knows them.
+
+        Args:
+            max_seconds: after which a decoder stops writing; then nobody waits for the answers any more.
+
+        Raises:
+            ValueError: as the pipelines do.
+        """
+        options = json.loads(question.options)
+        if max_seconds is not None and question.kind == PREDICT and writing_tasks(self.model.tasks):
+            options["generate_kwargs"] = {**options.get("generate_kwargs", {}), "max_time": max_seconds}
+        found = self.pipelines[question.kind].answer_batch(rows, **options)
+        return [as_json(result) for result in found]
+
+    def writing_task(self, name: Optional[str]) -> str:
+        """
+        The name of a task that writes; without a name, of the only one.
+
+        Raises:
+            ValueError: one sentence, if there is no such task.
+        """
+        writing = list(writing_tasks(self.model.tasks))
+        if not writing:
+            raise ValueError("This model has no task that writes texts; ask /predict.")
+        if name not in writing and (name is not None or len(writing) > 1):
+            raise ValueError(f"task must name a task that writes texts, one of {', '.join(map(repr, writing))}.")
+        return task_that_writes(self.model.tasks, name).name
+
+    def write(
+        self,
+        row: Any,
+        task: str,
+        options: Mapping[str, Any],
+        emit: Callable[[str], None],
+        stopped: threading.Event,
+    ) -> str:
+        """
+        Writes the answer to one row piece by piece, without beams.
+
+        Args:
+            row: as for the pipeline.
+            task: that writes.
+            options: for `generate`.
+            emit: called with each piece of the text.
+            stopped: the model stops at the next token once this is set.
+
+        Returns:
+            The whole text, as the pipeline has it.
+
+        Raises:
+            ValueError: as the pipeline does.
+        """
+        read = read_rows([(0, row)], self.processor, self.pipelines[PREDICT].known_keys(), False)
+        if "error" in read:
+            raise ValueError(read["error"])
+        inputs = {name: value.to(self.model.device) for name, value in read["tensors"].items()}
+        with torch.no_grad():
+            outputs = Predictions.of(self.model, inputs).outputs
+            ids = self.model.write(
+                task_that_writes(self.model.tasks, task),
+                outputs,
+                **{**options, "num_beams": 1},
+                streamer=_Pieces(self.processor.tokenizer, emit),
+                stopping_criteria=StoppingCriteriaList([_Stop(stopped)]),
+            )
+        return self.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+
+
+class _Pieces(TextStreamer):
+    """Hands each piece of a written text on."""
+
+    def __init__(self, tokenizer: Any, emit: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.emit = emit
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.emit(text)
+
+
+class _Stop(StoppingCriteria):
+    """Stops at the next token once an event is set."""
+
+    def __init__(self, stopped: threading.Event) -> None:
+        self.stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.stopped.is_set(), device=input_ids.device)
+
+
+def as_json(value: Any) -> Any:
+    """
+    A result with plain lists; NaN and infinity, which JSON lacks, are `None`.
+
+    Example:
+
+    ```python
+    >>> as_json({"interval": [float("-inf"), 2.5]})
+    {'interval': [None, 2.5]}
+    ```
+    """
+    if isinstance(value, Mapping):
+        return {str(name): as_json(item) for name, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,166 @@
+"""The bodies of requests: JSON, or a form with uploads for one row."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Optional, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from ...model.limits import limits, named
+
+
+# The field of a form that holds options as JSON; every other field is a key of the row.
+OPTIONS = "options"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class GenerateOptions(_Strict):
+    """Options of `generate` that clients may choose."""
+
+    num_beams: Optional[int] = Field(None, ge=1)
+    max_new_tokens: Optional[int] = Field(None, ge=1)
+    do_sample: Optional[bool] = None
+    temperature: Optional[float] = Field(None, gt=0, le=100)
+    top_k: Optional[int] = Field(None, ge=1)
+    top_p: Optional[float] = Field(None, gt=0, le=1)
+    repetition_penalty: Optional[float] = Field(None, gt=0, le=100)
+    length_penalty: Optional[float] = Field(None, ge=-100, le=100)
+    no_repeat_ngram_size: Optional[int] = Field(None, ge=0, le=100)
+
+    def given(self) -> dict[str, Any]:
+        """
+        The options that a client has chosen.
+
+        Raises:
+            ValueError: one sentence, if one is above its limit.
+        """
+        for name, limit in (("num_beams", "served_beams"), ("max_new_tokens", "served_tokens")):
+            value = getattr(self, name)
+            if value is not None and value > getattr(limits(), limit):
+                raise ValueError(f"generate_kwargs.{name} is {value:,}, more than {named(limit)}.")
+        return self.model_dump(exclude_none=True)
+
+
+class PredictRequest(_Strict):
+    """Rows and options of the pipeline "multimodal"."""
+
+    rows: list[Any] = Field(min_length=1)
+    tasks: Optional[list[str]] = None
+    top_k: Optional[int] = None
+    threshold: Optional[float] = None
+    coverage: Optional[float] = None
+    advise: Optional[bool] = None
+    generate_kwargs: Optional[GenerateOptions] = None
+
+    def options(self) -> dict[str, Any]:
+        """The options that a client has chosen, for the pipeline."""
+        given = {name: getattr(self, name) for name in self.model_fields_set - {"rows", "generate_kwargs"}}
+        # `None` means all labels in `top_k`, and nothing chosen elsewhere.
+        given = {name: value for name, value in given.items() if value is not None or name == "top_k"}
+        if self.generate_kwargs is not None and (chosen := self.generate_kwargs.given()):
+            given["generate_kwargs"] = chosen
+        return given
+
+
+class EmbedRequest(_Strict):
+    """Rows and options of the pipeline "multimodal-feature-extraction"."""
+
+    rows: list[Any] = Field(min_length=1)
+    task_name: Optional[str] = None
+    normalize: Optional[bool] = None
+
+    def options(self) -> dict[str, Any]:
+        """The options that a client has chosen, for the pipeline."""
+        return self.model_dump(exclude={"rows"}, exclude_none=True)
+
+
+class GenerateRequest(_Strict):
+    """One row, and the task whose text is written."""
+
+    row: Any
+    task: Optional[str] = None
+    stream: bool = True
+    generate_kwargs: Optional[GenerateOptions] = None
+
+    def options(self) -> dict[str, Any]:
+        """The options of `generate` that a client has chosen."""
+        return {} if self.generate_kwargs is None else self.generate_kwargs.given()
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def read_body(request: Request, kind: type[Body]) -> Body:
+    """
+    The body of a request.
+
+    Args:
+        kind: [`PredictRequest`], [`EmbedRequest`] or [`GenerateRequest`].
+
+    Raises:
+        ValueError: one sentence, if it is not of this form.
+        HTTPException: if it is neither JSON nor a form.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "application/json":
+        given = _parsed(await request.body(), "The body")
+        if not isinstance(given, dict):
+            raise ValueError(f"The body must be a JSON object with {_required(kind)!r}.")
+    elif content_type == "multipart/form-data":
+        given = await _read_form(request, kind)
+    else:
+        raise HTTPException(415, "Send application/json, or multipart/form-data for one row with files.")
+    rows = given.get("rows")
+    if isinstance(rows, list) and len(rows) > limits().served_rows:
+        raise ValueError(f"The request has {len(rows):,} rows, more than {named('served_rows')}.")
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        # Without the values of the client, which may be megabytes.
+        place = ".".join(str(part)[:80] for part in first["loc"])
+        raise ValueError(f"{place}: {first['msg'].rstrip('.')}.") from None
+
+
+def _required(kind: type[BaseModel]) -> str:
+    return next(name for name, field in kind.model_fields.items() if field.is_required())
+
+
+def _parsed(content: bytes | str, what: str) -> Any:
+    try:
+        found = json.loads(content)
+        if (b"\\ud" if isinstance(content, bytes) else "\\ud") in content.lower():
+            json.dumps(found, ensure_ascii=False).encode()  # JSON can name halves of characters, which are no text
+        return found
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} holds half of a character (a lone surrogate).") from None
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deeply.") from None
+    except ValueError as error:
+        # Errors of numbers with thousands of digits name a setting of Python.
+        reason = f" ({error.msg}, line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{what} is not valid JSON{reason}.") from None
+
+
+async def _read_form(request: Request, kind: type[BaseModel]) -> dict[str, Any]:
+    """The row and the options of a form; its files are read into memory."""
+    most = limits().table_columns + limits().row_items
+    row: dict[str, list[Any]] = {}
+    options: Any = {}
+    async with request.form(max_files=limits().row_items, max_fields=most, max_part_size=limits().served_bytes) as form:
+        for name, value in form.multi_items():
+            if name == OPTIONS and isinstance(value, str):
+                options = _parsed(value, f"The field {OPTIONS!r}")
+            else:
+                row.setdefault(name, []).append(await value.read() if isinstance(value, UploadFile) else value)
+    if not isinstance(options, Mapping):
+        raise ValueError(f"The field {OPTIONS!r} must be a JSON object.")
+    whole = {name: values[0] if len(values) == 1 else values for name, values in row.items()}
+    key = _required(kind)
+    return {**options, key: [whole] if key == "rows" else whole}

@@ -1,0 +1,84 @@
+"""A tiny model with all kinds of tasks and inputs, and clients of its server."""
+
+import base64
+import io
+import json
+import wave
+from typing import Any
+
+import numpy as np
+import torch
+from tiny import (
+    AUDIO_ENCODERS,
+    SEQ2SEQ,
+    VISION_ENCODERS,
+    make_clip,
+    make_feature_extractor,
+    make_image,
+    make_image_processor,
+    make_tasks,
+    make_tokenizer,
+    open_gates,
+)
+
+from mm_transformers import (
+    Generation,
+    Matching,
+    MMTransformerConfig,
+    MMTransformerForMultiTask,
+    MMTransformerProcessor,
+    Retrieval,
+    table_columns,
+)
+
+
+TABLE_ROWS = [{"price": 1.5 * i, "brand": ("ACME", "Other")[i % 2]} for i in range(40)]
+
+
+def make_served_parts() -> tuple[MMTransformerForMultiTask, MMTransformerProcessor]:
+    table = table_columns(TABLE_ROWS, ["price", "brand"])
+    torch.manual_seed(0)
+    config = MMTransformerConfig(
+        text_config=SEQ2SEQ["bart"](),
+        vision_config=VISION_ENCODERS["vit"](),
+        audio_config=AUDIO_ENCODERS["wav2vec2"](),
+        table_config=table,
+        tasks=[
+            *make_tasks(),
+            Retrieval("search", embedding_size=8),
+            Matching("same"),
+            Generation("german", max_length=6),
+        ],
+        num_fusion_layers=1,
+        num_fusion_attention_heads=4,
+        initializer_range=0.3,
+    )
+    model = MMTransformerForMultiTask(config).eval()
+    open_gates(model)
+    parts = (make_image_processor(), make_tokenizer(), make_feature_extractor())
+    return model, MMTransformerProcessor(*parts, table_config=table)
+
+
+def png(seed: int = 0, size: tuple[int, int] = (20, 30)) -> bytes:
+    buffer = io.BytesIO()
+    make_image(seed, size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def sound(seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes((make_clip(seed=seed) * 20_000).astype(np.int16).tobytes())
+    return buffer.getvalue()
+
+
+def in_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def as_json_has_it(value: Any) -> Any:
+    """The same after a way through JSON, NaN and infinity as `None`."""
+    return json.loads(json.dumps(value, default=np.ndarray.tolist), parse_constant=lambda _: None)

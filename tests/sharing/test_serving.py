@@ -1,0 +1,285 @@
+"""The web application of a model: its answers are those of the pipelines, whoever else asks at the same time."""
+
+import asyncio
+import json
+import re
+import sys
+import time
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+from served import as_json_has_it, in_base64, make_served_parts, png, sound
+
+from mm_transformers.analysis import calibrate
+from mm_transformers.model.pipeline_mm_transformer import MultimodalEmbeddingPipeline, MultimodalPipeline
+from mm_transformers.sharing.serving.answering import ServedModel
+from mm_transformers.sharing.serving.app import create_app
+from mm_transformers.sharing.serving.settings import ServeSettings, WorkerPlan
+
+
+@pytest.fixture(scope="module")
+def parts():
+    model, processor = make_served_parts()
+    topics, colors = ["animals", "food", "travel"], ["red", "blue", "big", "small"]
+    rows = [{"text": f"a {colors[i % 4]} dog", "topic": topics[i % 3]} for i in range(24)]
+    calibrate(model, processor, rows, min_rows=10, hide=False)
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def served(parts):
+    return ServedModel(*parts)
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with TestClient(create_app(served, name="tiny"), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def pipe(parts):
+    return MultimodalPipeline(model=parts[0], processor=parts[1])
+
+
+# Rows for the pipeline, with files as bytes.
+ROWS = [
+    {"text": "a red dog", "image": png(0), "audio": sound(0), "price": 3.5, "brand": "ACME"},
+    {"text": "the small cat is on the desk"},
+    {"image": png(1)},
+    {"text": "lovely rain", "image": [png(0), png(2, (40, 25))], "brand": "unknown"},
+    {"audio": [sound(1), sound(2)], "price": None},
+    "just a text",
+]
+
+
+def sent(row):
+    """The row as a client sends it."""
+    if isinstance(row, dict):
+        return {name: sent(cell) for name, cell in row.items()}
+    if isinstance(row, list):
+        return [sent(cell) for cell in row]
+    return in_base64(row) if isinstance(row, bytes) else row
+
+
+def assert_close(found, expected):
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert_close(found[name], expected[name])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_close(one, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=1e-5)
+    else:
+        assert found == expected
+
+
+def post(client, path, body):
+    return client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tasks": ["topic", "entities"], "top_k": 2},
+        {"top_k": None, "tasks": ["sentiment"]},
+        {"tasks": ["tags"], "threshold": 0.1},
+        {"tasks": ["topic"], "coverage": 0.8, "advise": True},
+        {"tasks": ["german"], "generate_kwargs": {"num_beams": 2, "max_new_tokens": 4}},
+    ],
+    ids=str,
+)
+def test_answers_are_those_of_the_pipeline_for_every_kind_of_task(client, pipe, options):
+    answered = post(client, "/predict", {"rows": [sent(row) for row in ROWS], **options})
+    assert answered.status_code == 200, answered.text
+    expected = [pipe(row, **options) for row in ROWS]
+    assert_close(answered.json()["answers"], as_json_has_it(expected))
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"task_name": "search"}], ids=str)
+def test_vectors_are_those_of_the_pipeline(client, parts, options):
+    pipe = MultimodalEmbeddingPipeline(model=parts[0], processor=parts[1])
+    answered = post(client, "/embed", {"rows": [sent(row) for row in ROWS], **options})
+    assert answered.status_code == 200, answered.text
+    assert_close(answered.json()["vectors"], as_json_has_it([pipe(row, **options) for row in ROWS]))
+
+
+def test_a_form_is_one_row_with_uploads(client, pipe):
+    fields = {"text": "lovely rain", "price": "3.5", "options": json.dumps({"tasks": ["topic", "score"]})}
+    files = [("image", ("a.png", png(0))), ("image", ("b.png", png(2))), ("audio", ("c.wav", sound(0)))]
+    row = {"text": "lovely rain", "price": 3.5, "image": [png(0), png(2)], "audio": sound(0)}
+    answered = client.post("/predict", data=fields, files=files)
+    assert answered.status_code == 200, answered.text
+    assert_close(answered.json()["answers"], [as_json_has_it(pipe(row, tasks=["topic", "score"]))])
+
+
+def test_the_example_of_the_page_can_be_sent(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in ("/predict", "/embed", "/generate"):
+        example = paths[path]["post"]["requestBody"]["content"]["application/json"]["example"]
+        answered = post(client, path, example)
+        assert answered.status_code == 200, answered.text
+    assert set(example["row"]) == {"text", "image", "audio", "price", "brand"}
+    assert "swagger" in client.get("/docs").text
+
+
+def events_of(text):
+    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
+
+
+def test_a_streamed_text_is_that_of_the_pipeline(client, pipe):
+    expected = pipe(ROWS[0], tasks=["german"], generate_kwargs={"num_beams": 1})["german"]["text"]
+    streamed = post(client, "/generate", {"row": sent(ROWS[0])})
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    *pieces, whole = events_of(streamed.text)
+    assert whole == {"text": expected}
+    assert "".join(event["piece"] for event in pieces).strip() == expected
+    assert len(pieces) > 1
+    at_once = post(client, "/generate", {"row": sent(ROWS[0]), "stream": False, "task": "german"})
+    assert at_once.json() == {"text": pipe(ROWS[0], tasks=["german"])["german"]["text"]}
+
+
+def test_a_client_that_leaves_stops_the_writing(served):
+    app = create_app(served, ServeSettings(streams=1))
+    server, written = app.state.server, []
+
+    async def leave():
+        messages = [{"type": "http.request", "body": json.dumps({"row": "a dog", "generate_kwargs": {
+            "max_new_tokens": 30, "no_repeat_ngram_size": 1}}).encode()}]  # fmt: skip
+        left = asyncio.Event()
+
+        async def receive():
+            if messages:
+                return messages.pop(0)
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            written.append(message)
+            if message.get("body"):
+                left.set()
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/generate", "raw_path": b"/generate", "query_string": b"",
+            "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "asgi": {"spec_version": "2.4"},
+        }  # fmt: skip
+        async with server:
+            await app(scope, receive, send)
+            for _ in range(200):
+                if server._num_streams == 0:
+                    break
+                await asyncio.sleep(0.01)
+            assert server._num_streams == 0
+
+    asyncio.run(leave())
+    assert not any(b'"text"' in message.get("body", b"") for message in written)
+
+
+def test_many_clients_share_forward_passes_and_get_their_own_answers(served, pipe):
+    things = [(color, thing) for color in ("red", "green", "blue", "big") for thing in ("dog", "cat", "bat", "desk")]
+    texts = [f"{color} {thing} {'a ' * (i % 5)}" for i, (color, thing) in enumerate(things)]
+    expected = [as_json_has_it(pipe(text, tasks=["topic", "score"])) for text in texts]
+    app = create_app(served, ServeSettings(batch_seconds=0.05))
+
+    async def ask(http, number):
+        body = {"rows": [{"text": texts[number]}], "tasks": ["topic", "score"]}
+        return (await http.post("/predict", json=body)).json()["answers"]
+
+    async def everyone():
+        async with app.state.server, httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+            return await asyncio.gather(*(ask(http, number) for number in range(len(texts))))
+
+    for found, wanted in zip(asyncio.run(everyone()), expected, strict=True):
+        assert_close(found, [wanted])
+    counts = app.state.server.metrics.text().decode()
+    assert f'mm_transformers_rows_total{{route="/predict"}} {len(texts)}.0' in counts
+    [passes] = re.findall(r"^mm_transformers_batch_rows_count (.*)$", counts, re.MULTILINE)
+    assert float(passes) < len(texts) / 3
+
+
+def test_a_shared_picture_is_read_and_encoded_once(served):
+    seen = []
+    encoder = served.model.model.vision_model
+    hook = encoder.register_forward_pre_hook(
+        lambda module, given, named: seen.append(len(named.get("pixel_values", next(iter(given), ())))),
+        with_kwargs=True,
+    )
+    app = create_app(served, ServeSettings(batch_seconds=0.2))
+
+    async def everyone():
+        async with app.state.server, httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+            seen.clear()
+            rows = [{"text": f"dog {i}", "image": in_base64(png(3))} for i in range(6)]
+            asked = (http.post("/predict", json={"rows": [row], "tasks": ["topic"]}) for row in rows)
+            return await asyncio.gather(*asked)
+
+    assert {answer.status_code for answer in asyncio.run(everyone())} == {200}
+    hook.remove()
+    assert seen == [1]
+
+
+def test_a_full_queue_is_told(served):
+    app = create_app(served, ServeSettings(waiting_rows=2, batch_rows=1))
+
+    async def everyone():
+        async with app.state.server, httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+            return await asyncio.gather(*(http.post("/predict", json={"rows": ["a dog"]}) for _ in range(12)))
+
+    answers = asyncio.run(everyone())
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert refused[0].headers["retry-after"] == "1"
+    assert refused[0].json() == {"error": "The server has as many requests as it can hold; try again later."}
+
+
+def test_a_request_that_takes_too_long_is_told(served, monkeypatch):
+    with TestClient(create_app(served, ServeSettings(timeout=0.2))) as client:
+        monkeypatch.setattr(served, "answer", lambda *_: time.sleep(0.5))
+        answered = post(client, "/predict", {"rows": ["a"]})
+    assert answered.status_code == 503
+    assert answered.json()["error"].startswith("The request took longer than the 0.2 seconds")
+
+
+def test_a_bug_is_told_in_a_sentence(served, monkeypatch):
+    def fail(*_):
+        raise KeyError("secret")
+
+    with TestClient(create_app(served), raise_server_exceptions=False) as client:
+        monkeypatch.setattr(served, "answer", fail)
+        answered = post(client, "/predict", {"rows": ["a"]})
+    assert (answered.status_code, answered.json()) == (
+        500, {"error": "The server failed at this request; its log says why."},
+    )  # fmt: skip
+
+
+def test_health_and_metrics(client):
+    assert client.get("/health").json() == {
+        "status": "ok", "model": "tiny",
+        "tasks": ["topic", "sentiment", "tags", "score", "entities", "search", "same", "german"],
+    }  # fmt: skip
+    client.get("/no/such/page")
+    text = client.get("/metrics").text
+    assert 'mm_transformers_requests_total{route="/health",status="200"}' in text
+    assert 'mm_transformers_requests_total{route="other",status="404"}' in text
+    assert "mm_transformers_waiting_rows 0.0" in text
+
+
+def test_settings_reach_the_workers(monkeypatch):
+    monkeypatch.setenv("MM_TRANSFORMERS_SERVE", "")
+    plan = WorkerPlan("my-model", ServeSettings(batch_rows=3), {"row_items": 2}, ("my_kinds",))
+    plan.write()
+    assert WorkerPlan.read() == plan
+    with pytest.raises(ValueError, match="batch_rows must be at least 1, but is 0"):
+        ServeSettings(batch_rows=0)
+
+
+def test_without_the_extra_one_sentence_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "python_multipart", None)
+    monkeypatch.delitem(sys.modules, "mm_transformers.sharing.serving.app")
+    with pytest.raises(ImportError, match=r"needs the extra `serve` .*: pip install mm-transformers\[serve\]"):
+        __import__("mm_transformers.sharing.serving.app")
