@@ -129,6 +129,8 @@ def test_a_wrong_label_is_doubtful(fitted, folder):
 
 
 def test_the_report(fitted, folder):
+    ignored = (folder / "model" / ".gitignore").read_text().splitlines()
+    assert {"/report.html", "/rows/", "/features/"} <= set(ignored)
     page = (folder / "model" / "report.html").read_text()
     assert "Scores beside simple models" in page
     assert "What each modality is good for" in page

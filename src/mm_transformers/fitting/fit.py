@@ -21,6 +21,7 @@ from ..training.recipe.output_folder import check_output, is_finished
 from .fit_report import REPORT_NAME, score_lines, tell_doubtful, with_test_scores, write_fit_report
 from .folds import CrossValidation, cross_validate
 from .plan import HELD_OUT, Plan, make_plan
+from .table_files import keep_from_hub
 from .timed_run import fit_into_time, run_in_time
 
 
@@ -181,6 +182,7 @@ def fit(
     args = training_arguments(recipe)
     check_output(recipe)
     with locked(args.output_dir) if not is_finished(args) else nullcontext():
+        keep_from_hub(output)
         if folds is not None:
             crossed = cross_validate(
                 recipe, folds, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs, callbacks=callbacks

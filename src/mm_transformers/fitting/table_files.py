@@ -13,6 +13,22 @@ from ..model.safe_writing import write_atomically
 from ..training.recipe import RECIPE_NAME
 
 
+# Files of `fit` with rows of the user. The Hub leaves out the files that a `.gitignore` names.
+_NOT_FOR_THE_HUB = ("report.html", "folds.csv", "rows/", "features/", "training_args.bin")
+
+
+def keep_from_hub(folder: Path) -> None:
+    """Names the files that hold rows in a `.gitignore`, unless the folder has one."""
+    path = folder / ".gitignore"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [
+            "# These files hold rows of the table, so they are not uploaded.",
+            *(f"/{x}" for x in _NOT_FOR_THE_HUB),
+        ]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def as_file(rows: Any, path: Path) -> str | os.PathLike[str]:
     """
     The file of a table; rows in memory are written to `path`.
