@@ -1,13 +1,21 @@
 """`mm-transformers calibrate`, and `predict --coverage` after it."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from command_line import mm
 from tiny import make_image, make_model, make_processor
+from typer.testing import CliRunner
 
 from mm_transformers import Classification, MMTransformerConfig, Regression
+from mm_transformers.cli import app
+from mm_transformers.training.recipe import read_recipe
+from mm_transformers.training.recipe.builders import load_data, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +48,48 @@ def test_the_folder_holds_the_calibration(folder, monkeypatch):
     assert "## How far to trust an answer\n\nCalibrated on 60 rows" in card
     errors = {group: found["before"][0] for group, found in measures["topic"].items()}
     for group in ("text", "vision", "text + vision"):
-        [line] = [line for line in card.splitlines() if line.startswith("| topic ") and f"| {group} " in line and
-                  f" {100 * errors[group]:.1f} " in line]  # fmt: skip
-        assert line.split("|")[3].strip() == str(measures["topic"][group]["rows"])
+        cells = next(
+            [cell.strip() for cell in line.split("|")]
+            for line in card.splitlines()
+            if line.startswith("| topic ") and f"| {group} " in line
+        )
+        assert cells[3:5] == [str(measures["topic"][group]["rows"]), f"{100 * errors[group]:.1f}"]
     mm("predict", "model", "rows.csv", "--output", "answers.csv", "--coverage", "0.9")
     answers = pd.read_csv("answers.csv")
     assert {"topic_set", "topic_abstain", "score_interval", "score_abstain"} <= set(answers.columns)
     covered = [truth in found for truth, found in zip(answers["topic_input"], answers["topic_set"], strict=True)]
     assert sum(covered) >= 54  # on the rows that chose the thresholds at least the promised share
+
+
+def test_without_a_file_the_test_rows_of_the_recipe_are_used(folder, tmp_path, monkeypatch):
+    """As after `fit`."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "model", "model")
+    failed = CliRunner().invoke(app, ["calibrate", "model"])
+    assert failed.exit_code == 2
+    assert "model has no recipe.yaml: name a FILE of labelled rows." in " ".join(failed.output.split())
+    tasks = [{"name": "topic", "kind": "classification"}, {"name": "score", "kind": "regression"}]
+    recipe = {
+        "data": {"train": str(folder / "rows.csv"), "image_root": str(folder)},
+        "columns": {"text": "text", "image": "image"},
+        "model": {"text": "text-encoder", "vision": "vision-encoder"},
+        "tasks": tasks,
+        "training": {"output_dir": "model"},
+    }
+    path = Path("model/recipe.yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    failed = CliRunner().invoke(app, ["calibrate", "model"])
+    assert "recipe.yaml holds out no test rows: name a FILE of labelled rows." in " ".join(failed.output.split())
+    recipe["data"]["test_fraction"] = 0.4
+    path.write_text(yaml.safe_dump(recipe))
+    shown = mm("calibrate", "model", "--min-rows", "5")
+    count = int(re.search(r"The (\d+) test rows of recipe\.yaml are used", shown)[1])
+    assert 18 <= count <= 30
+    cells = MMTransformerConfig.from_pretrained("model").calibration["tasks"]["topic"]["cells"]
+    held_out = load_data(read_recipe(path), training_arguments(read_recipe(path))).splits["test"]
+    with_both = sum(image is not None for image in held_out["image"])
+    assert len(held_out) == count
+    assert cells["text + vision"]["rows"] == with_both
 
 
 def test_rows_without_content_are_left_out_and_get_no_answer(folder, tmp_path, monkeypatch, caplog):

@@ -431,10 +431,19 @@ def evaluate(
 @_reads_rows
 def calibrate(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model. Its calibration is written there.")],
-    file: DataArgument,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="CSV, JSON lines or Parquet file. Default: the test rows of the recipe in the folder of the model.",
+        ),
+    ] = None,
     training_file: Annotated[
         Path | None,
-        typer.Option(help="File with the rows of the training, with which odd rows are compared. Default: FILE."),
+        typer.Option(
+            help="File with the rows of the training, with which odd rows are compared. Default: FILE, or without FILE "
+            "the training rows of the recipe."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="JSON file to write the measures to. The plot is written beside it.")

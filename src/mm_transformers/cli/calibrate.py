@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import datasets
+
 from ..analysis.ablation.tables import as_markdown
 from ..analysis.calibration import calibrate
 from ..analysis.calibration.results import CalibrationResult
@@ -11,13 +13,15 @@ from ..data.markdown import plain_markdown
 from ..model.safe_writing import write_atomically
 from ..training.card.card_file import CARD_NAME, write_card
 from ..training.card.facts import CardFacts
-from .predict import Reading, load_with_rows
+from ..training.recipe import RECIPE_NAME, read_recipe
+from ..training.recipe.builders import load_data, training_arguments
+from .predict import Reading, load_model, load_with_rows
 from .processes import say
 
 
 def run_calibration(
     model_folder: Path,
-    file: Path,
+    file: Path | None,
     training_file: Path | None,
     output: Path | None,
     min_rows: int,
@@ -28,6 +32,10 @@ def run_calibration(
     """
     Calibrates a saved model, and saves it in its folder.
 
+    Args:
+        file: labelled rows that the model was not trained on; by default the test rows of the recipe in the folder.
+        training_file: the rows of the training; by default those of the recipe if `file` is not given, else `file`.
+
     Raises:
         ValueError, OSError: one sentence.
     """
@@ -37,8 +45,13 @@ def run_calibration(
         )
     if output is not None:
         check_writable(output)
-    model, collator, rows = load_with_rows(str(model_folder), file, reading)
     training_rows = None
+    if file is None:
+        model, collator, *_ = load_model(str(model_folder), reading)
+        rows, training_rows = _rows_of_recipe(model_folder)
+        say(f"The {len(rows):,} test rows of {RECIPE_NAME} are used.")
+    else:
+        model, collator, rows = load_with_rows(str(model_folder), file, reading)
     if training_file is not None:
         _, _, training_rows = load_with_rows(str(model_folder), training_file, reading)
     result = calibrate(
@@ -56,6 +69,23 @@ def run_calibration(
         with write_atomically(picture) as drawn:
             result.plot().savefig(drawn, format="png", dpi=120)
         say(f"Wrote {output} and {picture}.")
+
+
+def _rows_of_recipe(model_folder: Path) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """
+    The test rows and the training rows of the recipe beside a model.
+
+    Raises:
+        ValueError: one sentence, if there are none.
+    """
+    path = model_folder / RECIPE_NAME
+    if not path.is_file():
+        raise ValueError(f"{model_folder} has no {RECIPE_NAME}: name a FILE of labelled rows.")
+    recipe = read_recipe(path)
+    splits = load_data(recipe, training_arguments(recipe)).splits
+    if "test" not in splits:
+        raise ValueError(f"{path} holds out no test rows: name a FILE of labelled rows.")
+    return splits["test"], splits["train"]
 
 
 def _for_card(result: CalibrationResult, num_rows: int) -> str:

@@ -158,7 +158,7 @@ def evaluator(
     Raises:
         ValueError, OSError: one sentence.
     """
-    model, collator, columns, data = _load(model_name, reading)
+    model, collator, columns, data = load_model(model_name, reading)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder, per_device_eval_batch_size=batch_size, report_to="none")
         show_progress_of_package(args.should_log)
@@ -180,7 +180,7 @@ def load_with_rows(
     Raises:
         ValueError, OSError: one sentence.
     """
-    model, collator, columns, data = _load(model_name, reading)
+    model, collator, columns, data = load_model(model_name, reading)
     rows = _read(model, file, columns, data)
     _check_columns(rows.column_names, collator, columns, reading, file)
     check_labels({file.name: rows}, model.tasks.values(), columns.text, data.label_separator)
@@ -284,7 +284,7 @@ def open_rows(
     if output.exists() and file.exists() and output.samefile(file):
         raise ValueError(f"The output would overwrite the rows: {output} is the input.")
     table = None if file.is_dir() else TableRows(file)  # an unreadable table is told before the model is loaded
-    model, collator, columns, data = _load(model_name, reading)
+    model, collator, columns, data = load_model(model_name, reading)
     check_tasks(model, tasks)
     state = this_process()
     show_progress_of_package(state.is_main_process)
@@ -301,7 +301,9 @@ def open_rows(
     return OpenedRows(file, model, collator, table, reader, table.plain_types())
 
 
-def _load(name: str, reading: Reading) -> tuple[MMTransformerForMultiTask, MMDataCollator, ColumnsSection, DataSection]:
+def load_model(
+    name: str, reading: Reading
+) -> tuple[MMTransformerForMultiTask, MMDataCollator, ColumnsSection, DataSection]:
     """A saved model, a collator for rows as `reading` says, and how they are read."""
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         checkpoint = newest_checkpoint(name)
