@@ -15,7 +15,7 @@ from ..data.sources import ROWS_PER_SOURCE, rows_of
 # The share of the time for training; the rest is for the start, the evaluations and the report.
 TRAINING_SHARE = 0.6
 # An evaluation of a row takes this share of a training step of a row.
-EVALUATION_COST = 0.35
+_EVALUATION_COST = 0.35
 # The share of the time for frozen encoders, which read each row once.
 _ENCODING_SHARE = 0.45
 _FEWEST_ROWS = 32
@@ -44,25 +44,31 @@ class TimeLimit(TrainerCallback):
         return control
 
 
-def seconds_per_row(trainer: Any) -> float:
+def seconds_per_row(trainer: Any, training: bool = True) -> float:
     """
     The seconds of a training step for one row, without the optimiser; measured on a copy of the model.
 
     Args:
         trainer ([`MMTrainer`]): before its training.
+        training: `False` measures the encoders alone, without gradients.
     """
     collator, args = trainer.data_collator, trainer.args
     rows, _ = rows_of(trainer.train_dataset, collator)
     sizes = [min(size, len(rows)) for size in (_FEW_ROWS, _FEW_ROWS, args.train_batch_size)]
-    model = copy.deepcopy(trainer.fused_model).train()
+    model = copy.deepcopy(trainer.fused_model).train(training)
     per_row, first = 0.0, 0
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.set_grad_enabled(training):
         for i, size in enumerate(sizes):
             numbers = [(first + place) % len(rows) for place in range(size)]
             start = time.perf_counter()
             inputs = dict(collator([rows[number] for number in numbers]))
             inputs.pop(ROWS_PER_SOURCE, None)
-            model(**send_to_device(inputs, model.device)).loss.backward()
+            inputs = send_to_device(inputs, model.device)
+            if training:
+                model(**inputs).loss.backward()
+            else:
+                inputs.pop("labels", None)
+                model.model.encode_rows(**inputs)
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds, first = time.perf_counter() - start, first + size
@@ -82,7 +88,7 @@ def epochs_within(trainer: Any, per_row: float, seconds: float) -> float:
         per_row: the result of [`seconds_per_row`].
     """
     held_out = 0 if trainer.eval_dataset is None else len(trainer.eval_dataset)
-    per_epoch = per_row * (len(trainer.train_dataset) + EVALUATION_COST * held_out)
+    per_epoch = per_row * (len(trainer.train_dataset) + _EVALUATION_COST * held_out)
     fitting = seconds * TRAINING_SHARE / max(per_epoch, 1e-9)
     return float(int(fitting)) if fitting >= 1 else fitting
 

@@ -18,11 +18,11 @@ from ..training.recipe.output_folder import is_finished
 from ..training.recipe.run import RecipeRun, run_recipe
 from .encoder_choice import advice
 from .plan import PRESETS
-from .time_limit import EVALUATION_COST, TimeLimit, epochs_within, rows_within, seconds_per_row
+from .time_limit import TimeLimit, epochs_within, rows_within, seconds_per_row
 
 
-# The share of the time that is left for the test and the report.
-_REPORT_SHARE = 0.15
+# The share of the time that is left for the test and the report, and the most seconds.
+_REPORT_SHARE, _REPORT_SECONDS = 0.3, 120.0
 
 
 class Timed(NamedTuple):
@@ -71,14 +71,14 @@ def fit_into_time(
     epochs = epochs_within(trainer, per_row, end - time.monotonic())
     encoders = {name for name in ("text", "vision", "audio") if recipe.model.get(name)}
     if encoders <= set(recipe.model.get("freeze") or ()) and recipe.data.feature_cache is not None:
-        recipe, data = _fewer_rows(recipe, data, per_row, end, say, shorten)
+        recipe, data = _fewer_rows(recipe, data, seconds_per_row(trainer, training=False), end, say, shorten)
         epochs = most  # they are quick
     elif epochs < min(1, most) and encoders and not recipe.model.get("freeze"):
         say("The time is too short to train the encoders for one epoch, so they stay as they are.")
         cache = str(Path(args.output_dir) / "features")
         model, section = {**recipe.model, "freeze": sorted(encoders)}, replace(recipe.data, feature_cache=cache)
         recipe = replace(recipe, model=model, data=section)
-        recipe, data = _fewer_rows(recipe, data, EVALUATION_COST * per_row, end, say, shorten)
+        recipe, data = _fewer_rows(recipe, data, seconds_per_row(trainer, training=False), end, say, shorten)
         epochs = PRESETS["fast"].training["num_train_epochs"]
     else:
         epochs = min(max(epochs, 1.0), most)
@@ -142,7 +142,8 @@ def run_in_time(
         ValueError, OSError: one sentence.
     """
     if end is not None:
-        callbacks = [*callbacks, TimeLimit(end - _REPORT_SHARE * (end - time.monotonic()))]
+        for_report = min(_REPORT_SHARE * (end - time.monotonic()), _REPORT_SECONDS)
+        callbacks = [*callbacks, TimeLimit(end - for_report)]
     recipe.save(Path(args.output_dir))
     try:
         return run_recipe(recipe, args, data, allow_urls, say, study, callbacks, print_logs)
