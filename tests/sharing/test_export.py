@@ -111,9 +111,25 @@ def test_writing(writer, kind, tmp_path):
     model, processor = make_small_writer(writer), make_processor()
     export_model(model, processor, tmp_path / "out", kind)
     exported = ExportedModel(tmp_path / "out", trust_pickle=True)
+    decoder, calls = exported.model.text_model, {"run": 0, "step": 0}
+
+    def counted(name):
+        graph = getattr(decoder, name)
+
+        def run(feed):
+            calls[name] += 1
+            return graph(feed)
+
+        return run
+
+    decoder.run, decoder.step = counted("run"), counted("step")
     for inputs in batches(processor):
         for options in ({}, {"num_beams": 3}, {"max_new_tokens": 3}):
-            assert torch.equal(exported.generate("german", **inputs, **options), model.generate(**inputs, **options))
+            calls.update(run=0, step=0)
+            written = exported.generate("german", **inputs, **options)
+            assert torch.equal(written, model.generate(**inputs, **options))
+            assert calls["run"] == 1  # the cache holds the tokens before
+            assert calls["step"] >= written.shape[1] - 2
 
 
 @pytest.mark.nightly

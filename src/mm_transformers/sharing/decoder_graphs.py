@@ -1,16 +1,19 @@
 """The graphs of a decoder: the first token of a text, and each further token with a cache."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 
 # Inputs of the decoder.
 STATES, STATES_MASK = "fused_states", "fused_mask"
-SELF, CROSS = "self", "cross"
+SELF, CROSS, NEXT = "self", "cross", "next_self"
+# Releases of transformers name the cache differently, in arguments and in outputs.
+CACHE = next(field.name for field in fields(Seq2SeqLMOutput) if field.name in ("cache", "past_key_values"))
 
 
 class DecoderGraph(nn.Module):
@@ -37,7 +40,7 @@ class DecoderGraph(nn.Module):
         )
         cached = {}
         if self.has_cache:
-            cache = outputs.past_key_values
+            cache = outputs[CACHE]
             cached = {**named(SELF, cache.self_attention_cache), **named(CROSS, cache.cross_attention_cache)}
         return {"logits": outputs.logits[:, -1:], **cached}
 
@@ -46,25 +49,24 @@ class StepGraph(nn.Module):
     """
     Reads one more token of a text, (batch, 1), with the keys and values of [`DecoderGraph`].
 
-    Its outputs are the logits of the next token and the keys and values of the text, which are one token longer.
+    Its outputs are the logits of the next token, and the keys and values of the text, one token longer:
+    "next_self_key_0", "next_self_value_0" and so on.
     """
 
     def __init__(self, text_model: PreTrainedModel):
         super().__init__()
         self.text_model, self.config = text_model, text_model.config
 
-    def forward(
-        self, decoder_input_ids: torch.Tensor, fused_states: torch.Tensor, fused_mask: torch.Tensor, **cached: Any
-    ) -> dict[str, torch.Tensor]:
-        cache = EncoderDecoderCache(*(DynamicCache(pairs(name, cached)) for name in (SELF, CROSS)))
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        cache: Any = EncoderDecoderCache(*(DynamicCache(pairs(name, inputs)) for name in (SELF, CROSS)))
         outputs = self.text_model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=fused_states),
-            attention_mask=fused_mask,
-            decoder_input_ids=decoder_input_ids,
-            past_key_values=cache,
+            encoder_outputs=BaseModelOutput(last_hidden_state=inputs[STATES]),
+            attention_mask=inputs[STATES_MASK],
+            decoder_input_ids=inputs["decoder_input_ids"],
             use_cache=True,
+            **{CACHE: cache},
         )
-        return {"logits": outputs.logits[:, -1:], **named(SELF, outputs.past_key_values.self_attention_cache)}
+        return {"logits": outputs.logits[:, -1:], **named(NEXT, outputs[CACHE].self_attention_cache)}
 
 
 def named(attention: str, cache: DynamicCache) -> dict[str, torch.Tensor]:
@@ -91,7 +93,7 @@ def keeps_cache(text_model: PreTrainedModel, states: torch.Tensor, mask: torch.T
         decoder_input_ids=ids,
         use_cache=True,
     )
-    cache = getattr(outputs, "past_key_values", None)
+    cache = outputs.get(CACHE)
     if not isinstance(cache, EncoderDecoderCache):
         return False
     lengths = [(cache.self_attention_cache, ids.shape[1]), (cache.cross_attention_cache, states.shape[1])]

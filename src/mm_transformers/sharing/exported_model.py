@@ -15,7 +15,7 @@ from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.generation import AnswerDecoder, split_inputs, task_that_writes
 from ..model.modalities import OTHER_ENCODERS
 from ..model.modeling_mm_transformer import MMTransformerOutput
-from .decoder_graphs import CROSS, SELF, STATES, STATES_MASK, named, pairs
+from .decoder_graphs import CACHE, CROSS, NEXT, SELF, STATES, STATES_MASK, named, pairs
 from .export_spec import DECODER, FIRST_GRAPH, SPEC_NAME, STEP, example_shape, read_spec
 from .graph_formats import FORMATS, Run
 
@@ -185,15 +185,15 @@ class _Decoder(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor,
         encoder_outputs: Optional[BaseModelOutput] = None,
         attention_mask: Optional[torch.Tensor] = None,
-        past_key_values: Optional[EncoderDecoderCache] = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        is_cached = past_key_values is not None and past_key_values.get_seq_length() > 0
+        cache: Optional[EncoderDecoderCache] = kwargs.get(CACHE)
+        is_cached = cache is not None and cache.get_seq_length() > 0
         return {
             "decoder_input_ids": input_ids[:, -1:] if is_cached else input_ids,
             "encoder_outputs": encoder_outputs,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE: cache,
         }
 
     def generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -204,12 +204,11 @@ class _Decoder(PreTrainedModel, GenerationMixin):
         decoder_input_ids: Optional[torch.Tensor] = None,
         encoder_outputs: Optional[BaseModelOutput] = None,
         attention_mask: Optional[torch.Tensor] = None,
-        past_key_values: Optional[EncoderDecoderCache] = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         states = encoder_outputs[0]
         feed = {"decoder_input_ids": decoder_input_ids, STATES: states, STATES_MASK: attention_mask}
-        cache = past_key_values
+        cache: Optional[EncoderDecoderCache] = kwargs.get(CACHE)
         if cache is None or self.step is None:
             return Seq2SeqLMOutput(logits=self.run(feed)["logits"])
         if cache.get_seq_length() == 0:
@@ -220,6 +219,6 @@ class _Decoder(PreTrainedModel, GenerationMixin):
         else:
             cached = {**named(SELF, cache.self_attention_cache), **named(CROSS, cache.cross_attention_cache)}
             outputs = self.step({**feed, **cached})
-            for layer, (keys, values) in zip(cache.self_attention_cache.layers, pairs(SELF, outputs), strict=True):
+            for layer, (keys, values) in zip(cache.self_attention_cache.layers, pairs(NEXT, outputs), strict=True):
                 layer.keys, layer.values = keys, values
-        return Seq2SeqLMOutput(logits=outputs["logits"], past_key_values=cache)
+        return Seq2SeqLMOutput(logits=outputs["logits"], **{CACHE: cache})

@@ -53,8 +53,10 @@ def _write_torch(module: nn.Module, inputs: dict[str, Any], options: dict[str, A
 def _load_onnx(path: Path, spec: Mapping[str, Any]) -> Run:
     import onnxruntime
 
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # from onnxruntime: no file, no graph, weights in files outside of its folder
         raise OSError(f"{path} cannot be loaded ({shorten(' '.join(str(error).split()))}).") from error
     taken = [node.name for node in session.get_inputs()]
