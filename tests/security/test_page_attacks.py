@@ -1,7 +1,6 @@
 """Attacks on the demo page of a started server, over HTTP: what a client may read, reach and use up."""
 
 import asyncio
-import http.server
 import importlib.util
 import io
 import json
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cases import first_quickly
+from listeners import listening
 from PIL import Image
 from tiny import make_feature_extractor, make_image, make_image_processor, make_model, make_tokenizer
 
@@ -92,25 +92,8 @@ def client(model):
 @pytest.fixture
 def listener():
     """A server on this machine that nobody may ask anything, and what it was asked."""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(png(make_image(4)))
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", asked
-    server.shutdown()
-    server.server_close()
+    with listening(png(make_image(4))) as found:
+        yield found
 
 
 def png(picture: Image.Image) -> bytes:

@@ -1,15 +1,14 @@
 """Attacks on the server of a model: what a client may read, reach and use up. Each is refused in one sentence."""
 
 import asyncio
-import http.server
 import json
 import re
-import threading
 
 import pytest
 import torch
 from fastapi.testclient import TestClient
 from hostile_media import gif, png, wav
+from listeners import listening
 from served import in_base64, make_served_parts
 from served import png as small_png
 
@@ -59,22 +58,8 @@ def refused(answered, *statuses) -> str:
 @pytest.fixture(scope="module")
 def address():
     """A server that counts who asks it."""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(small_png())
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/a.png", asked
-    server.shutdown()
+    with listening(small_png()) as (address, asked):
+        yield f"{address}/a.png", asked
 
 
 class TestFilesOfTheServer:

@@ -54,17 +54,13 @@ def main(
 
 
 def _import(name: str) -> None:
-    import importlib
-    import sys
+    from ..sharing.own_modules import import_own_module
 
     with _errors_as_sentences():
-        sys.path.insert(0, "")  # modules in the current folder, as `python -m` finds them
         try:
-            importlib.import_module(name)
+            import_own_module(name)
         except ImportError as error:
             raise ValueError(f"--import {name}: {error}.") from error
-        finally:
-            sys.path.remove("")
 
 
 def _limit(text: str) -> tuple[str, float]:

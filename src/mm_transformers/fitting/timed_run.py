@@ -16,6 +16,7 @@ from ..training.recipe import Recipe
 from ..training.recipe.builders import EncoderError, RecipeData, build_trainer, limited_data, training_arguments
 from ..training.recipe.output_folder import is_finished
 from ..training.recipe.run import RecipeRun, run_recipe
+from ..training.trainer import MMTrainer
 from .encoder_choice import advice
 from .plan import PRESETS
 from .time_limit import TimeLimit, epochs_within, rows_within, seconds_per_row
@@ -67,18 +68,19 @@ def fit_into_time(
         trainer = build_trainer(recipe, args, data, allow_urls=allow_urls)
     except EncoderError as error:
         raise _with_advice(error) from error
-    per_row, most = seconds_per_row(trainer), args.num_train_epochs
-    epochs = epochs_within(trainer, per_row, end - time.monotonic())
     encoders = {name for name in ("text", "vision", "audio") if recipe.model.get(name)}
     if encoders <= set(recipe.model.get("freeze") or ()) and recipe.data.feature_cache is not None:
-        recipe, data = _fewer_rows(recipe, data, seconds_per_row(trainer, training=False), end, say, shorten)
-        epochs = most  # they are quick
-    elif epochs < min(1, most) and encoders and not recipe.model.get("freeze"):
+        # Epochs on stored outputs are quick, so none is left out.
+        recipe, data = _fewer_rows(trainer, recipe, data, end, say, shorten)
+        return Timed(recipe, training_arguments(recipe), data)
+    most = args.num_train_epochs
+    epochs = epochs_within(trainer, seconds_per_row(trainer), end - time.monotonic())
+    if epochs < min(1, most) and encoders and not recipe.model.get("freeze"):
         say("The time is too short to train the encoders for one epoch, so they stay as they are.")
         cache = str(Path(args.output_dir) / "features")
         model, section = {**recipe.model, "freeze": sorted(encoders)}, replace(recipe.data, feature_cache=cache)
         recipe = replace(recipe, model=model, data=section)
-        recipe, data = _fewer_rows(recipe, data, seconds_per_row(trainer, training=False), end, say, shorten)
+        recipe, data = _fewer_rows(trainer, recipe, data, end, say, shorten)
         epochs = PRESETS["fast"].training["num_train_epochs"]
     else:
         epochs = min(max(epochs, 1.0), most)
@@ -89,19 +91,15 @@ def fit_into_time(
 
 
 def _fewer_rows(
+    trainer: MMTrainer,
     recipe: Recipe,
     data: RecipeData,
-    per_row: float,
     end: float,
     say: Callable[[str], None],
     shorten: Collection[str],
 ) -> tuple[Recipe, RecipeData]:
-    """
-    The recipe with as many rows as frozen encoders can read in the time, and these rows.
-
-    Args:
-        per_row: the seconds of the encoders for one row.
-    """
+    """The recipe with as many rows as frozen encoders can read in the time, and these rows."""
+    per_row = seconds_per_row(trainer, training=False)
     splits = {split: rows for split, rows in data.splits.items() if split in shorten}
     fewer = rows_within(splits, per_row, end - time.monotonic())
     if not fewer:

@@ -20,9 +20,9 @@ class DecoderGraph(nn.Module):
     """
     Reads the beginning of a text.
 
-    Its outputs are the logits of the next token, (batch, 1, vocabulary). With `has_cache` they are also the keys and
-    values of all layers, (batch, heads, length, width): "self_key_0", "self_value_0" and so on of the text,
-    "cross_key_0" and so on of the fused states.
+    Its outputs are the logits of the next token, (batch, 1, vocabulary). With `has_cache`, it also outputs the keys and
+    values of each layer, (batch, heads, length, width). Those of the text are "self_key_0", "self_value_0" and so on.
+    Those of the fused states are "cross_key_0", "cross_value_0" and so on.
     """
 
     def __init__(self, text_model: PreTrainedModel, has_cache: bool):

@@ -65,7 +65,7 @@ class RowReader:
         Rows that can be answered; in any thread.
 
         Raises:
-            ValueError: one sentence, if a row has an unknown key or no content, or a cell that cannot be read; also if
+            ValueError: one sentence, if a row has an unknown key, no content, or a cell that cannot be read. Also if
                 the rows need more memory than the limits allow.
         """
         found, total = [], 0

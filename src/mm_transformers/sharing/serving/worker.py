@@ -1,6 +1,5 @@
 """The application of one worker process, by the plan in its environment."""
 
-import importlib
 import logging
 import multiprocessing
 import sys
@@ -11,6 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ...model.limits import set_limits
 from ...model.messages import one_line
+from ..own_modules import import_own_module
 from .app import create_app
 from .settings import WorkerPlan
 
@@ -37,12 +37,8 @@ def app_of_worker() -> FastAPI:
 
 def _app(plan: WorkerPlan) -> FastAPI:
     set_limits(**plan.limits)
-    sys.path.insert(0, "")  # modules in the current folder, as `python -m` finds them
-    try:
-        for name in plan.modules:
-            importlib.import_module(name)
-    finally:
-        sys.path.remove("")
+    for name in plan.modules:
+        import_own_module(name)
     if plan.settings.threads is not None:
         torch.set_num_threads(plan.settings.threads)
     disable_progress_bar()

@@ -83,10 +83,10 @@ def solve(
     Cross-validation chooses how it is fitted. Its folds share no group.
 
     - One label per row: the classes are balanced, and each modality has its own model. Few rows cannot choose a
-      strength, so the answers of several strengths are averaged, each calibrated first. The logits of a modality also
-      get a factor of their own where that is clearly better: so one without information, such as columns of noise, does
-      not outvote the others. One unbalanced model of all modalities replaces them if it is clearly more accurate (by
-      two standard errors). It also does if the user gave label weights that do not balance the classes.
+      strength, so the answers of several strengths are averaged, each calibrated first. A modality has a factor of its
+      own where that is clearly better. So columns of noise do not outvote the others. One unbalanced model of all
+      modalities replaces them if it is clearly more accurate (by two standard errors). It also does if the user gave
+      label weights that do not balance the classes.
     - Otherwise: one model of all modalities, with the strength of the lowest loss. It leaves out a modality if the loss
       is then lower by two standard errors.
 
