@@ -124,7 +124,8 @@ def with_adapters(model: MMTransformerForMultiTask, args: argparse.Namespace):
     return get_peft_model(model, LoraConfig(r=16, target_modules=pattern, modules_to_save=model.new_modules))
 
 
-def train_model(args: argparse.Namespace, train: datasets.Dataset, test: datasets.Dataset) -> MMTrainer:
+def train_model(args: argparse.Namespace, train: datasets.Dataset, test: datasets.Dataset) -> tuple[MMTrainer, float]:
+    """The trainer of a trained model, and the seconds of its steps alone."""
     processor = MMTransformerProcessor.from_encoders(text=args.text, vision=args.vision)
     model = MMTransformerForMultiTask.from_encoders(
         text=args.text,
@@ -147,6 +148,8 @@ def train_model(args: argparse.Namespace, train: datasets.Dataset, test: dataset
             learning_rate=args.learning_rate,
             warmup_steps=0.05,
             seed=args.seed,
+            # The test rows are read once, at the end.
+            eval_strategy="no",
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -158,8 +161,7 @@ def train_model(args: argparse.Namespace, train: datasets.Dataset, test: dataset
         feature_cache=FeatureCache(args.output_dir / "features"),
     )
     trainer.study = Study(test)
-    trainer.train()
-    return trainer
+    return trainer, trainer.train().metrics["train_runtime"]
 
 
 def measure(args: argparse.Namespace, trainer: MMTrainer, test: datasets.Dataset) -> dict[str, float]:
@@ -180,16 +182,30 @@ def measure(args: argparse.Namespace, trainer: MMTrainer, test: datasets.Dataset
     return scores
 
 
+def alike(results: Sequence[dict]) -> list[dict]:
+    """The results with the settings of the last one, but for the fusion and the seed; the newest of equal runs."""
+
+    def others(result: dict) -> dict:
+        return {name: value for name, value in result["settings"].items() if name not in ("fusion", "seed")}
+
+    found = {
+        (result["settings"]["fusion"], result["settings"]["seed"]): result
+        for result in results
+        if others(result) == others(results[-1])
+    }
+    return list(found.values())
+
+
 def summary(results: Sequence[dict]) -> Table:
     """Means and standard deviations over the seeds, one column per way of the fusion."""
     found: dict = defaultdict(lambda: defaultdict(list))
     for result in results:
-        settings = result["settings"]
-        way = f"{settings['fusion']}, {settings['language_model']}"
-        for name, value in {**result["scores"], "minutes": result["seconds"] / 60, "GB": result["gigabytes"]}.items():
+        fusion = result["settings"]["fusion"]
+        way = f"{fusion} ({sum(other['settings']['fusion'] == fusion for other in results)} seeds)"
+        for name, value in {**result["scores"], **result["costs"]}.items():
             found[name][way].append(value)
     ways = list(dict.fromkeys(way for by_way in found.values() for way in by_way))
-    table = Table(title=f"Captions, {len({result['settings']['seed'] for result in results})} seeds")
+    table = Table(title=f"Captions, language model {results[-1]['settings']['language_model']}")
     table.add_column("score")
     for way in ways:
         table.add_column(way, justify="right")
@@ -228,17 +244,18 @@ def main() -> None:
     start = time.perf_counter()
     set_seed(args.seed)
     train, test = read_rows(args, "train", args.train_rows), read_rows(args, "test", args.test_rows)
-    trainer = train_model(args, train, test)
-    trained = time.perf_counter() - start
+    trainer, seconds = train_model(args, train, test)
     scores = measure(args, trainer, test)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     settings |= {"text": Path(args.text).name, "vision": Path(args.vision).name}
     result = {
         "settings": {name: value for name, value in settings.items() if name not in ("data", "output_dir")},
         "scores": scores,
-        "training_seconds": round(trained),
-        "seconds": round(time.perf_counter() - start),
-        "gigabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),  # kB on Linux
+        "costs": {
+            "seconds per step": seconds / trainer.state.global_step,
+            "peak memory (GB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # kB on Linux
+            "trained parameters (million)": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) / 1e6,
+        },
         "rows": {"train": len(train), "test": len(test)},
         "steps": trainer.state.global_step,
     }
@@ -246,8 +263,8 @@ def main() -> None:
     file = args.output_dir / "results.jsonl"
     with file.open("a") as lines:
         lines.write(json.dumps(result) + "\n")
-    Console(width=160).print(summary([json.loads(line) for line in file.read_text().splitlines()]))
-    print(f"Wrote {file}, in {result['seconds']} s.")
+    Console(width=160).print(summary(alike([json.loads(line) for line in file.read_text().splitlines()])))
+    print(f"Wrote {file}, in {time.perf_counter() - start:.0f} s.")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ scores, the parameters and the milliseconds per row of the teacher, of a student
 distilled one.
 
 The data are train.parquet and test.parquet with the columns that the teacher was trained on. Tasks that write texts are
-not distilled.
+not distilled. The student has no calibration: run `mm-transformers calibrate` again.
 """
 
 import argparse
@@ -54,7 +54,9 @@ class Answers(NamedTuple):
 def smaller(teacher: MMTransformerForMultiTask, layers: dict[str, int | None]) -> MMTransformerForMultiTask:
     """A copy of the teacher with so many layers of each encoder, evenly taken from those of the teacher."""
     config = MMTransformerConfig.from_dict(teacher.config.to_dict())
-    weights = teacher.state_dict()
+    # Sets, intervals and odd rows were fitted for the teacher: calibrate the student again.
+    config.calibration = None
+    weights = {name: values for name, values in teacher.state_dict().items() if not name.startswith("oddness.")}
     for name, count in layers.items():
         if count is None:
             continue
@@ -80,22 +82,35 @@ def renamed(name: str, encoder: str, taken: list[int], total: int) -> list[str]:
     return [f"{layer[1]}{i}{layer[3]}" for i, old in enumerate(taken) if old == int(layer[2])]
 
 
+def collator_of(processor: MMTransformerProcessor, model: MMTransformerForMultiTask) -> MMDataCollator:
+    """Reads the columns of the table that the teacher was trained on."""
+    columns = {f"{key}_column": names for key, names in processor.input_columns.items()}
+    return MMDataCollator(processor, model.config, **columns)
+
+
 def answers_of(model: MMTransformerForMultiTask, batch: dict, names: list[str]) -> Answers:
     encoded = model.model(**batch)
     logits = model(encoder_outputs=encoded).logits
     return Answers({name: logits[name] for name in names}, encoded.pooler_output)
 
+    def parts(self) -> dict[str, torch.Tensor]:
+        return {**{f"logits of {name}": found for name, found in self.logits.items()}, "fused vectors": self.vectors}
 
-def difference(student: Answers, teacher: Answers, widen: nn.Module) -> torch.Tensor:
-    """The mean squared differences of all logits and of the fused vectors, each over the variance of the teacher."""
-    pairs = [(student.logits[name], teacher.logits[name]) for name in student.logits]
-    pairs.append((widen(student.vectors), teacher.vectors))
-    parts = []
-    for ours, theirs in pairs:
-        ours, theirs = ours.float(), theirs.float()
-        known = theirs.isfinite()
-        parts.append(mse_loss(ours[known], theirs[known]) / theirs[known].var().clamp(min=1e-6))
-    return torch.stack(parts).sum()
+
+def variances(taught: list[Answers]) -> dict[str, torch.Tensor]:
+    """The variance of each part of the teacher's answers, over all rows."""
+    found = {name: torch.cat([answers.parts()[name].flatten() for answers in taught]) for name in taught[0].parts()}
+    return {name: values[values.isfinite()].float().var().clamp(min=1e-6) for name, values in found.items()}
+
+
+def difference(student: Answers, teacher: Answers, scales: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The mean squared differences of all logits and of the fused vectors, each over its variance."""
+    total = torch.zeros(())
+    theirs = teacher.parts()
+    for name, ours in student.parts().items():
+        known = theirs[name].isfinite()
+        total = total + mse_loss(ours[known].float(), theirs[name][known].float()) / scales[name]
+    return total
 
 
 @torch.no_grad()
@@ -118,9 +133,8 @@ def train(
 ) -> None:
     """Trains in place; without answers of a teacher from the labels alone."""
     set_seed(args.seed)
-    width = student.config.text_config.hidden_size if taught is None else taught[0].vectors.shape[1]
-    widen = nn.Identity() if width == student.config.text_config.hidden_size else nn.LazyLinear(width)
-    parameters = [p for p in (*student.parameters(), *widen.parameters()) if p.requires_grad]
+    scales = {} if taught is None else variances(taught)
+    parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.01)
     steps = args.epochs * len(batches)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
@@ -134,7 +148,7 @@ def train(
         loss = outputs.loss
         if taught is not None:
             ours = Answers({name: outputs.logits[name] for name in taught[i].logits}, encoded.pooler_output)
-            loss = loss + args.weight * difference(ours, taught[i], widen)
+            loss = loss + args.weight * difference(ours, taught[i], scales)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -148,8 +162,9 @@ def measured(
 ) -> dict[str, float]:
     """The scores of the tasks, millions of parameters, and milliseconds per row on one batch after another."""
     arguments = MMTrainingArguments(str(args.output_dir / "evaluation"), report_to=[], disable_tqdm=True)
-    metrics = MMTrainer(model.eval(), arguments, processing_class=processor).evaluate(test)
-    collator = MMDataCollator(processor, model.config)
+    collator = collator_of(processor, model)
+    trainer = MMTrainer(model.eval(), arguments, data_collator=collator, processing_class=processor)
+    metrics = trainer.evaluate(test)
     batches = [collator([test[j] for j in range(i, min(i + 16, len(test)))]) for i in range(0, min(len(test), 64), 16)]
     seconds = []
     with torch.no_grad():
@@ -197,14 +212,14 @@ def main() -> None:
     batches = [
         [data["train"][j] for j in places[i : i + args.batch_size]] for i in range(0, len(places), args.batch_size)
     ]
-    taught = teach(teacher, MMDataCollator(big, teacher.config), batches, names)
+    taught = teach(teacher, collator_of(big, teacher), batches, names)
     layers = {name: getattr(args, f"{name}_layers") for name in ENCODERS}
     results, students = {"teacher": measured(teacher, big, data["test"], args)}, {}
     for way in ("labels alone", "distilled"):
         students[way] = smaller(teacher, layers)
         train(
             students[way],
-            MMDataCollator(small, students[way].config),
+            collator_of(small, students[way]),
             batches,
             taught if way == "distilled" else None,
             args,

@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 from language_models import save_language_model
-from scripts import EXAMPLES, run
+from scripts import EXAMPLES, import_script, run
 from tiny import make_image
 
 
@@ -37,7 +37,7 @@ def test_captions_are_scored_with_right_no_and_shuffled_pictures(captions, optio
     more = ["--captions", *captions, "--labels", "topic"]
     for seed in (0, 1):
         shown = run(EXAMPLES / "captions.py", *given, *more, *options, "--seed", seed, cwd=tmp_path)
-    assert "Captions, 2 seeds" in shown.stdout
+    assert "(2 seeds)" in shown.stdout
     results = [json.loads(line) for line in (tmp_path / "captions/results.jsonl").read_text().splitlines()]
     for result in results:
         scores = result["scores"]
@@ -48,3 +48,15 @@ def test_captions_are_scored_with_right_no_and_shuffled_pictures(captions, optio
             assert scores[f"{column} contrastive accuracy, no picture"] == 0.5
         assert 0 <= scores["topic accuracy, linear model"] <= 1
         assert result["steps"] == 4
+        assert min(result["costs"].values()) > 0
+
+
+def test_only_results_with_the_same_settings_are_averaged():
+    captions = import_script(EXAMPLES / "captions.py")
+
+    def result(fusion, seed, rate, score):
+        return {"settings": {"fusion": fusion, "seed": seed, "learning_rate": rate}, "score": score}
+
+    other_rate, first, again = result("behind", 0, 0.1, 1), result("behind", 0, 0.2, 2), result("behind", 0, 0.2, 3)
+    last = [result("inside", 0, 0.2, 4), result("behind", 1, 0.2, 5)]
+    assert captions.alike([other_rate, first, again, *last]) == [again, *last]

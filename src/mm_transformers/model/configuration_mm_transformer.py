@@ -72,9 +72,10 @@ class MMTransformerConfig(PreTrainedConfig):
         fusion_dropout (`float`, *optional*, defaults to 0.1): Dropout in attention and feed-forward of the fusion.
         classifier_dropout (`float`, *optional*, defaults to 0.1): Dropout in the task layers.
         modality_dropout (`float` or `dict[str, float]`, *optional*, defaults to 0.0):
-            Probability that a row loses all of its images (and, independently, all of its sound) in training. So the
-            model also learns to answer without them. `{"vision": 0.2, "text": 0.1}` sets it by modality. A row always
-            keeps at least one modality. `from_encoders` sets it to 0.3.
+            Probability that a row loses a modality in training, such as all of its images. So the model also learns to
+            answer without it. A number is for each modality but the text; `{"vision": 0.2, "text": 0.1}` sets it by
+            modality. A row always keeps at least one modality. `from_encoders` sets 0.3, also for the text if no task
+            writes.
         num_frames (`int`, *optional*, defaults to 8): The largest number of frames of a video.
         frame_embedding (`str`, *optional*, defaults to `"sinusoidal"`):
             The embedding of the numbers of video frames: `"sinusoidal"` or `"learned"`.
@@ -114,7 +115,7 @@ class MMTransformerConfig(PreTrainedConfig):
             The parts that are not trained. `"text"`, `"vision"` or `"audio"` is a whole encoder; for an
             encoder-decoder, the encoder with the embeddings that its decoder shares; for a language model that writes,
             all of it. Or the name of a sub-module of
-            [`MMTransformerModel`], such as `"text_model.embeddings"`.
+            [`MMTransformerModel`], such as `"text_model.embeddings"`. `from_encoders` sets it to `["vision"]`.
         calibration (`dict`, *optional*):
             How far to trust answers, by the modalities that a row has; [`calibrate`] writes it. `None` leaves
             probabilities as they are.
