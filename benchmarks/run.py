@@ -3,6 +3,7 @@ Runs the benchmarks one after the other, writes their lines of JSON to a file, a
 
     python benchmarks/run.py quick     # under five minutes on two cores; renders nothing
     python benchmarks/run.py cpu       # all figures of docs/benchmarks for the CPU
+    python benchmarks/run.py serve     # the server under 200 clients, about 15 minutes
     python benchmarks/run.py gpu       # those for a GPU
 """
 
@@ -47,12 +48,18 @@ PLANS = {
         "evaluation.py",
         "memory.py --size small --rows 8 32",
         "generation.py",
+        "export_writing.py --threads 1",
         "imports.py --repeats 3",
         "loading.py --size base --repeats 2",
         "growth.py --size small",
         "levers.py --size small",
         "explanations.py --size small --rows 32",
         "probe_start.py --rows 560 --threads 1",
+    ],
+    "serve": [
+        "serve.py --size small --seconds 300 --stock_seconds 60 --inputs texts",
+        "serve.py --size small --seconds 60 --inputs pictures shared_pictures",
+        "serve.py --size small --seconds 60 --inputs overload kill",
     ],
     "gpu": [
         f"floor.py --size base --rows 32 {BF16}",

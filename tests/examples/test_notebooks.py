@@ -6,7 +6,8 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from tiny import TEXT_ENCODERS, VISION_ENCODERS, make_image_processor, make_tokenizer
+from language_models import save_language_model
+from tiny import TEXT_ENCODERS, VISION_ENCODERS, make_image, make_image_processor, make_tokenizer
 from transformers import AutoModel
 
 
@@ -19,6 +20,17 @@ def cells_of(script: Path) -> list[str]:
     cells = re.split(r"^# %%", script.read_text(), flags=re.MULTILINE)[1:]
     code = [cell.partition("\n")[2].strip() for cell in cells if not cell.startswith(" [markdown]")]
     return [re.sub(r"^(\s*)# %", r"\1%", cell, flags=re.MULTILINE) for cell in code]
+
+
+def save_stamps(folder: Path) -> Path:
+    """Pictures with captions beside them, in folders, as those of Tux Paint."""
+    for i in range(48):
+        place = folder / "stamps" / ("animals", "clothes", "food", "household", "plants", "vehicles")[i % 6]
+        place.mkdir(parents=True, exist_ok=True)
+        make_image(i).save(place / f"{i}.png")
+        words = (("red", "green", "blue", "small")[i % 4], ("dog", "cat", "crane", "sun")[i // 4 % 4])
+        (place / f"{i}.txt").write_text(f"A {' '.join(words)} {i}.\nde.utf8=Ein Bild.\n", "utf-8")
+    return folder / "stamps"
 
 
 @pytest.mark.parametrize("script", TWINS, ids=lambda path: path.stem)
@@ -42,8 +54,10 @@ def test_it_runs(script, tmp_path, monkeypatch):
     make_tokenizer().save_pretrained(text)
     AutoModel.from_config(VISION_ENCODERS["vit"]()).save_pretrained(vision)
     make_image_processor().save_pretrained(vision)
-    for name, value in {"TEXT": text, "VISION": vision, "ROWS": 72, "EPOCHS": 1}.items():
+    language_model = save_language_model(tmp_path / "language_model")["text"]
+    places = {"TEXT": text, "VISION": vision, "LANGUAGE_MODEL": language_model, "STAMPS": save_stamps(tmp_path)}
+    for name, value in {**places, "ROWS": 72, "EPOCHS": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.chdir(tmp_path)
     exec(compile(script.read_text(), script.name, "exec"), {"__name__": "notebook"})
-    assert [path for path in tmp_path.rglob("model.safetensors") if path.parent not in (text, vision)]
+    assert [path for path in tmp_path.rglob("model.safetensors") if path.parent.name not in ("text", "vision")]
