@@ -22,6 +22,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
@@ -136,6 +137,8 @@ def train_model(args: argparse.Namespace, train: datasets.Dataset, test: dataset
         modality_dropout=args.modality_dropout,
         **FUSIONS[args.fusion](args),
     )
+    if args.bf16 and args.language_model == "frozen":
+        model.model.text_model.to(torch.bfloat16)
     trained = with_adapters(model, args) if args.language_model == "lora" else model
     trainer = MMTrainer(
         trained,
@@ -148,6 +151,7 @@ def train_model(args: argparse.Namespace, train: datasets.Dataset, test: dataset
             learning_rate=args.learning_rate,
             warmup_steps=0.05,
             seed=args.seed,
+            bf16=args.bf16 and args.language_model != "frozen",
             # The test rows are read once, at the end.
             eval_strategy="no",
             save_strategy="no",
@@ -224,6 +228,7 @@ def main() -> None:
     parser.add_argument("--fusion", choices=list(FUSIONS), default="inside", help="where pictures enter (%(default)s)")
     parser.add_argument("--every", type=int, default=4, help="inside: before every n-th layer (%(default)s)")
     parser.add_argument("--language_model", choices=["frozen", "lora", "trained"], default="frozen")
+    parser.add_argument("--bf16", action="store_true", help="a frozen language model in bfloat16, or autocast")
     parser.add_argument("--lora_modules", nargs="+", default=["q_proj", "v_proj"], help="of the language model")
     parser.add_argument("--captions", nargs="+", default=["text"], help="the columns to write (%(default)s)")
     parser.add_argument("--labels", nargs="*", default=[], help="columns that heads answer (none by default)")

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from language_models import make_language_model, texts_of
 from rows import make_args, make_dataset
-from tiny import SEQ2SEQ, TEXT_ENCODERS, VISION_ENCODERS, make_batch, make_model, make_processor, make_tasks
+from tiny import SEQ2SEQ, TEXT_ENCODERS, VISION_ENCODERS, make_batch, make_model, make_processor, make_tasks, open_gates
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 from writers import LABELS, make_writer
 
@@ -197,6 +198,42 @@ def test_a_frozen_encoder_may_be_of_another_precision():
     outputs.loss.backward()
     assert outputs.loss.dtype == torch.float32
     assert model.model.encode("vision", **{"pixel_values": make_batch()["pixel_values"]})[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("encoder", ["bert", "marian"])
+def test_a_frozen_text_encoder_may_be_of_another_precision(encoder):
+    writes = encoder in SEQ2SEQ
+    model = make_writer(encoder) if writes else make_model(encoder)
+    open_gates(model)
+    batch = make_batch(labels=False)
+    expected = model.eval()(**batch).logits["topic"]
+    model.model.text_model.to(torch.bfloat16)
+    found = model(**batch).logits["topic"]
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
+    model.train()(**batch, labels=LABELS if writes else {"topic": LABELS["topic"]}).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.model.fusion.parameters())
+    if writes:
+        assert len(model.eval().generate("german", **batch, max_new_tokens=3)) == 4
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"fusion_layers_every": 1}, {"fusion_type": "prefix"}], ids=str)
+def test_a_frozen_language_model_may_be_of_another_precision(kwargs):
+    model = make_language_model(gates_open=False, freeze=["text", "vision"], **kwargs)
+    language_model = model.model.text_model.to(torch.bfloat16)
+    batch = make_batch(labels=False)
+    if "fusion_type" not in kwargs:
+        # Closed gates: what the language model writes, to the last bit.
+        texts = texts_of(batch)
+        bare = language_model.generate(**texts, max_new_tokens=4, do_sample=False)[:, texts["input_ids"].shape[1] :]
+        assert torch.equal(model.generate("german", **batch, max_new_tokens=4), bare)
+    open_gates(model)
+    outputs = model.train()(**batch, labels=LABELS)
+    outputs.loss.backward()
+    assert outputs.logits["topic"].dtype == torch.float32
+    grads = [p.grad for p in model.model.fusion.parameters() if p.requires_grad]
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)
+    assert any(grad.abs().sum() > 0 for grad in grads)
 
 
 def test_half_precision_keeps_what_is_frozen(tmp_path):

@@ -1,8 +1,7 @@
 """
 Ludwig in the race; `race.py --ludwig PYTHON` calls it, in an environment of its own:
 
-    python -m venv ludwig && ludwig/bin/pip install ludwig==0.11.0 "setuptools<81" "numpy<2.4" \
-        torch==2.9.1 torchvision==0.24.1 torchaudio==2.9.1
+    python3.12 -m venv ludwig && ludwig/bin/pip install ludwig==0.17.10
 
 It trains the same text encoder. It cannot load the vision encoder, so a picture is the vector of its mean outputs, as
 the cheap methods get it, standardised: zeros where there is none.

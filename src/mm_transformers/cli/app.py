@@ -36,7 +36,8 @@ def main(
     modules: Annotated[
         list[str] | None,
         typer.Option(
-            "--import", help="A module of yours with kinds of tasks, columns or metrics, such as my_kinds. May be given again."
+            "--import",
+            help="A module of yours with kinds of tasks, columns or metrics, such as my_kinds. May be given again.",
         ),
     ] = None,
     version: Annotated[

@@ -108,4 +108,7 @@ class BehindRun(RowStreams):
         streams = self.for_states(states)
         if not streams:
             return None
-        return self.model.fusion(states, self.mask_for(states), streams).hidden_states
+        given = self.model.in_fusion_dtype(states)
+        fused = self.model.fusion(given, self.mask_for(states), streams).hidden_states
+        # A closed gate must not round states of another dtype.
+        return fused if given is states else states + (fused - given).to(states.dtype)

@@ -80,7 +80,7 @@ class AnswerDecoder:
         Returns:
             (batch, length, vocabulary); with a length of 1 without labels.
         """
-        states = fused.last_hidden_state
+        states = fused.last_hidden_state.to(self.text_model.dtype)
         if labels is None:
             # The decoder takes part in every backward pass, as heads do.
             labels = torch.full((states.shape[0], 1), -100, device=states.device)
@@ -112,7 +112,7 @@ class AnswerDecoder:
             ValueError: if `assistant_model` is given.
         """
         refuse_assistant(options)
-        states = fused.last_hidden_state
+        states = fused.last_hidden_state.to(self.text_model.dtype)
         if stated_length(options) is None:
             options["max_new_tokens"] = task.max_length
         # A forced first token, as of mBART, is among the start ids. The config stays as it is: threads share it.

@@ -132,4 +132,4 @@ def fuse_jointly(model: Any, encoded: dict[str, Any], outputs_wanted: dict[str, 
     read = EncoderFeatures("text", model.text_encoder, config, training=model.training)
     with run.shown_to(model.text_encoder):
         states, _ = read(**run.inputs(text.row_ids, text.mask, to_the_right=False))
-    return run.output(run.text_states(states))
+    return run.output(model.in_fusion_dtype(run.text_states(states)))

@@ -107,7 +107,7 @@ class LanguageModelWriter:
         seen: list[torch.Tensor] = []
         with LastStates(seen.append).shown_to(self.text_model):
             logits = self._logits(task, run, ids, mask, labels)
-        states = run.text_states(seen[0])[:, : text.mask.shape[1]]
+        states = self.model.in_fusion_dtype(run.text_states(seen[0])[:, : text.mask.shape[1]])
         return logits, run.output(roll_rows(states, -_places_to_the_right(text.mask)))
 
     def _run(self, fused: Any) -> Any:

@@ -760,6 +760,14 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         )
         return run(**inputs)
 
+    def in_fusion_dtype(self, states: torch.Tensor) -> torch.Tensor:
+        """States of texts in the dtype of the fusion: a frozen encoder may have another one, such as bfloat16."""
+        if self.fusion is None or torch.is_autocast_enabled(states.device.type):
+            return states
+        # Gates stay in float32, and weights of 4 bits are no floating-point numbers.
+        weights = (p for p in self.fusion.parameters() if p.ndim > 1 and p.is_floating_point())
+        return states.to(next((p.dtype for p in weights), states.dtype))
+
     def _text_stream(
         self, attention_mask: torch.Tensor, features: Optional[torch.Tensor] = None, **inputs: Optional[torch.Tensor]
     ) -> Stream:
@@ -773,6 +781,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             states, _ = self.encode("text", attention_mask=shown, **given)
         else:
             states = self._known_states(features, attention_mask)
+        states = self.in_fusion_dtype(states)
         means = self.pool_text(states, attention_mask.bool()) if self.config.linear_probe else None
         if self.fusion is None:
             return Stream("text", states, attention_mask.bool(), item_means=means)
@@ -793,6 +802,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             states, _ = self.encode("text", attention_mask=mask.to(torch.int64), **given)
         else:
             states = self._known_states(features, attention_mask)
+        states = self.in_fusion_dtype(states)
         means = self.pool_text(states, attention_mask.bool()) if self.config.linear_probe else None
         return Stream("text", states, mask, item_means=means)
 
@@ -814,7 +824,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             stream = Stream("text", stream.tokens.expand(num_rows, -1, -1))
         else:
             vector = self.null_text.weight.to(self.text_encoder.dtype)
-            stream = Stream("text", vector.expand(num_rows, 1, -1))
+            stream = Stream("text", self.in_fusion_dtype(vector.expand(num_rows, 1, -1)))
         if self.has_language_model or self.reads_jointly:
             stream = stream._replace(token_ids=self.prompt_ids(ids, absent))
         return stream
