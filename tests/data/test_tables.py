@@ -199,6 +199,14 @@ def test_numbers_of_rows_are_positive():
         sample_rows(datasets.Dataset.from_dict({"text": ["a"]}), -3)
 
 
+def test_fewer_random_rows_are_some_of_more():
+    rows = datasets.Dataset.from_dict({"text": list(map(str, range(200)))})
+    some, few = sample_rows(rows, 50)["text"], sample_rows(rows, 10)["text"]
+    assert (len(few), len(set(few) & set(some))) == (10, 10)
+    assert list(map(int, some)) == sorted(map(int, some))
+    assert sample_rows(rows, 200)["text"] == rows["text"]
+
+
 def test_where_nothing_can_be_written_is_told_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     check_writable(tmp_path / "new" / "rows.csv")

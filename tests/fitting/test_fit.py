@@ -347,16 +347,18 @@ def test_frozen_encoders_read_as_many_rows_as_fit_into_the_time():
     assert rows_within(splits, 0.1, -5) == {"validation": 32, "test": 32, "train": 32}
 
 
-def test_too_little_time_for_the_encoders_leaves_out_rows(folder, encoders, monkeypatch):
+@pytest.mark.parametrize("limits", [{}, {"max_train_samples": 20, "max_eval_samples": 3}])
+def test_too_little_time_for_the_encoders_leaves_out_rows(limits, folder, encoders, monkeypatch):
     monkeypatch.setattr("mm_transformers.fitting.timed_run.seconds_per_row", lambda trainer, training=True: 10.0)
     monkeypatch.setattr("mm_transformers.fitting.time_limit._FEWEST_ROWS", 4)
-    said, (recipe, args, data) = [], timed(folder, encoders)
+    said, (recipe, args, data) = [], timed(folder, encoders, **limits)
     assert len(data.splits["train"]) > 6
     recipe, args, data = fit_into_time(recipe, args, data, time.monotonic() + 80, say=said.append)
     assert recipe.model["freeze"] == ["text", "vision"]
     assert recipe.data.max_train_samples == len(data.splits["train"]) < 7
     assert said[0] == "The time is too short to train the encoders for one epoch, so they stay as they are."
     assert said[1].startswith("The encoders cannot read all rows in the time, so a random choice is used: ")
+    assert recipe.data.max_eval_samples == limits.get("max_eval_samples", 4)
     # The recipe alone chooses the same rows.
     again = load_data(recipe, training_arguments(recipe))
     assert {split: rows.to_list() for split, rows in again.splits.items()} == {
