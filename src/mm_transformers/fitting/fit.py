@@ -18,7 +18,7 @@ from ..training.linear_start.verdict import Verdict
 from ..training.predictor import Predictor
 from ..training.recipe.builders import build_trainer, load_data, training_arguments
 from ..training.recipe.output_folder import check_output, is_finished
-from .fit_report import REPORT_NAME, score_lines, tell_doubtful, with_test_scores, write_fit_report
+from .fit_report import REPORT_NAME, in_table, score_lines, tell_doubtful, with_test_scores, write_fit_report
 from .folds import CrossValidation, cross_validate
 from .plan import HELD_OUT, Plan, make_plan
 from .table_files import keep_from_hub
@@ -36,8 +36,8 @@ class FitResult:
         metrics (`dict[str, dict]`): "validation" and "test" -> metrics, such as `test_price_mae`.
         verdicts (`list[Verdict]`): Per task: the score on the test rows beside a linear model, a linear model of the
             text alone and the majority. With folds, the means over the folds.
-        doubtful (`dict[str, list[DoubtfulLabel]]`): Task -> labels of training rows that may be wrong. `row` counts the
-            training rows, without those that are held out.
+        doubtful (`dict[str, list[DoubtfulLabel]]`): Task -> labels of training rows that may be wrong. `row` is the
+            number of the row in the table, from 0. Rows without any content are not counted.
         seconds (`float`): How long it took.
         allow_urls (*optional*, defaults to `False`): As in [`MMDataCollator`], for `predict`.
         cross_validation ([`CrossValidation`], *optional*): The scores on the folds, with `folds=...`.
@@ -212,4 +212,5 @@ def fit(
         write_fit_report(trainer, data, rows, verdicts, study, output / REPORT_NAME, scores)
     seconds = time.monotonic() - began
     say(f"The model is in {output}, after {seconds / 60:.1f} minutes.")
-    return FitResult(output, plan, run.metrics, verdicts, study.doubtful, seconds, allow_urls, crossed)
+    doubtful = {name: [in_table(label, data) for label in labels] for name, labels in study.doubtful.items()}
+    return FitResult(output, plan, run.metrics, verdicts, doubtful, seconds, allow_urls, crossed)
