@@ -1,5 +1,6 @@
 """From a table to a model: what is decided, what is written, and that a recipe repeats it."""
 
+import hashlib
 import json
 import re
 import sys
@@ -127,6 +128,11 @@ def test_a_wrong_label_is_doubtful(fitted, folder):
     assert result.doubtful["stars"] == []
 
 
+def test_the_table_of_the_training_is_known_by_its_hash(fitted, folder):
+    known = json.loads((folder / "model" / "tables.json").read_text())
+    assert known == {"train": hashlib.sha256((folder / "rows.csv").read_bytes()).hexdigest()}
+
+
 def test_the_report(fitted, folder):
     ignored = (folder / "model" / ".gitignore").read_text().splitlines()
     assert {"/report.html", "/rows/", "/features/"} <= set(ignored)
@@ -234,9 +240,7 @@ def test_doubtful_rows_are_those_of_the_table(validation_fraction, tmp_path):
     kinds[wrong] = np.where(kinds[wrong] == "high", "low", "high")
     table = pd.DataFrame(x, columns=["a", "b"]).assign(kind=kinds)
     table = pd.concat([pd.DataFrame([{"kind": "low"}]), table])  # a row without content is not counted
-    result = fit(
-        table, ["kind"], tmp_path / "model", training=QUICK, say=str, validation_fraction=validation_fraction
-    )
+    result = fit(table, ["kind"], tmp_path / "model", training=QUICK, say=str, validation_fraction=validation_fraction)
     found = [label.row for label in result.doubtful["kind"]]
     assert len(found) >= 3
     assert set(found) <= set(wrong)

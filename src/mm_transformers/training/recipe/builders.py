@@ -35,6 +35,7 @@ from ...model.tasks import Task
 from ..arguments import MMTrainingArguments
 from ..trainer import MMTrainer
 from .recipe import Recipe
+from .table_hashes import hashes_of_tables, save_hashes
 
 
 class EncoderError(OSError):
@@ -276,16 +277,21 @@ def build_trainer(
 
 
 class RecipeCallback(TrainerCallback):
-    """Writes the recipe beside the model and beside each checkpoint."""
+    """Writes the recipe beside the model and beside each checkpoint, and hashes of the tables beside the model."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+        self._hashes: dict[str, str] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
             self.recipe.save(Path(args.output_dir))
+            # A resumed training has seen the rows of its beginning, and a second one follows on the same rows.
+            if state.global_step == 0 and self._hashes is None:
+                self._hashes = hashes_of_tables(self.recipe)
+                save_hashes(Path(args.output_dir), self._hashes)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
