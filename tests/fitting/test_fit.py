@@ -16,7 +16,7 @@ from command_line import mm
 from recipes import save_encoders, write_csv
 from safetensors.torch import load_file
 from tiny import make_image
-from transformers import pipeline
+from transformers import TrainerCallback, pipeline
 
 from mm_transformers import Predictor, fit
 from mm_transformers.fitting import plan_fit
@@ -384,6 +384,39 @@ def test_too_little_time_for_the_encoders_leaves_out_rows(limits, folder, encode
     assert {split: rows.to_list() for split, rows in again.splits.items()} == {
         split: rows.to_list() for split, rows in data.splits.items()
     }
+
+
+@pytest.mark.slow
+def test_a_shortened_training_is_resumed_by_the_same_call(folder, encoders, tmp_path, monkeypatch):
+    monkeypatch.setattr("mm_transformers.fitting.timed_run.seconds_per_row", lambda trainer, training=True: 10.0)
+    monkeypatch.setattr("mm_transformers.fitting.time_limit._FEWEST_ROWS", 12)
+
+    class Interrupted(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if "folds" not in args.output_dir:  # the folds are done
+                raise KeyboardInterrupt
+
+    def call(*callbacks, **options):
+        said = []
+        options = {"preset": "fast", "folds": 2, "report": False, "training": QUICK, "minutes": 4.0, **options}
+        table, output = folder / "rows.csv", tmp_path / "model"
+        return fit(table, ["topic"], output, **encoders, say=said.append, callbacks=callbacks, **options), said
+
+    with pytest.raises(KeyboardInterrupt):
+        call(Interrupted())
+    result, said = call()
+    assert "An earlier call has shortened this training; its rows and epochs are kept." in said
+    assert [line for line in said if "already been measured" in line] == [
+        f"Fold {i} of 2 has already been measured." for i in (1, 2)
+    ]
+    assert any(line.startswith("Resuming from ") for line in said)
+    assert result.plan.recipe.data.max_train_samples == 12
+    assert result.plan.recipe == read_recipe(tmp_path / "model" / "recipe.yaml")
+    again, said = call()
+    assert any("has already been trained" in line for line in said)
+    assert again.metrics == result.metrics
+    with pytest.raises(ValueError, match="is 12 there and None here"):
+        call(minutes=None)
 
 
 def test_only_an_encoder_that_cannot_be_loaded_is_told_as_one(folder, encoders, tmp_path):
