@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -142,6 +145,24 @@ def test_the_report(fitted, folder):
     for verdict in fitted[0].verdicts:
         assert verdict.shown(verdict.linear) in page
     assert ("Labels that may be wrong" in page) == any(fitted[0].doubtful.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [None, "card", "calibrate"])
+def test_the_example_of_the_card_runs(after, fitted, folder, tmp_path):
+    """With the columns of the table, also in a card that another command has written again."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    if after is not None:
+        (tmp_path / "model" / "README.md").unlink()
+        mm(after, tmp_path / "model", *(["--min-rows", "2"] if after == "calibrate" else []))
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), re.DOTALL)[1]
+    assert all(f'"{column}": ' in code for column in ("title", "full description", "photo", "Preis (€)"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "'topic': {'label': " in done.stdout
 
 
 def test_answers_to_new_rows(fitted, folder, encoders):

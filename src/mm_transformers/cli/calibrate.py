@@ -61,7 +61,11 @@ def run_calibration(
     say(str(result))
     model.save_pretrained(model_folder)
     name = model_folder.resolve().name
-    write_card(model_folder, CardFacts(name, model.config, calibration=_for_card(result, len(rows))))
+    columns = collator.processor.input_columns
+    write_card(
+        model_folder,
+        CardFacts(name, model.config, calibration=_for_card(result, len(rows)), input_columns=columns),
+    )
     say(f"Wrote the calibration to {model_folder}, and its figures to {CARD_NAME}.")
     if output is not None:
         with write_atomically(output) as target:
