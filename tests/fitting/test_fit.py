@@ -269,6 +269,27 @@ def test_doubtful_rows_are_those_of_the_table(validation_fraction, tmp_path):
     assert all(f'<tr><th scope="row">{row}</th>' in page and f"a: {x[row, 0]}" in page for row in found)
 
 
+@pytest.mark.slow
+def test_a_bad_file_counts_as_missing(folder, encoders, tmp_path):
+    rows = make_rows(folder)
+    rows[3]["photo"], rows[7]["photo"] = "photos/bad.png", "photos/none.png"
+    (folder / "photos" / "bad.png").write_bytes(b"no picture")
+    write_csv(folder / "bad.csv", rows)
+    options = {"text": encoders["text"], "vision": encoders["vision"], "preset": "fast", "training": QUICK}
+    with pytest.raises(ValueError, match="pass on_bad_file='drop' to treat it as missing"):
+        fit(folder / "bad.csv", ["topic"], tmp_path / "model", say=str, **options)
+    result = fit(folder / "bad.csv", ["topic"], tmp_path / "dropped", say=str, on_bad_file="drop", **options)
+    for row in rows:
+        row["photo"] = None if row["photo"] in ("photos/bad.png", "photos/none.png") else row["photo"]
+    write_csv(folder / "empty.csv", rows)
+    expected = fit(folder / "empty.csv", ["topic"], tmp_path / "empty", say=str, **options)
+    new = [{"title": "red cat", "photo": str(folder / "photos" / name)} for name in ("bad.png", "1.png")]
+    answers, others = result.predict(new), expected.predict([{"title": "red cat"}, new[1]])
+    assert [answer["topic"]["score"] for answer in answers] == pytest.approx(
+        [answer["topic"]["score"] for answer in others], abs=1e-4
+    )
+
+
 def test_rows_may_lack_columns(tmp_path):
     rows = [{"text": "a", "y": "p"}, {"text": "b", "price": 3.0, "y": "q"}, {"y": "r", "city": "Rome"}]
     found = datasets.Dataset.from_parquet(str(as_file(iter(rows), tmp_path / "rows.parquet")), cache_dir=str(tmp_path))
@@ -296,6 +317,7 @@ def test_given_splits_are_not_split_again(folder, encoders):
         ({"predict": ["topic:classifcation"]}, "--predict topic:classifcation: 'classifcation' is no kind of task; "),
         ({"preset": "quick"}, "There is no preset 'quick'; the presets are fast, balanced, best."),
         ({"group": "writer"}, "--group: the table has no column 'writer'"),
+        ({"on_bad_file": "skip"}, "on_bad_file must be 'raise' or 'drop', but is 'skip'."),
         ({"minutes": 0}, "minutes must be above 0, but is 0."),
         ({"columns": {"x": "text"}}, "--column: the table has no column 'x'"),
         ({"columns": dict.fromkeys(["title", "full description", "photo", "Preis (€)", "brand", "sold", "stars"],
@@ -479,6 +501,7 @@ def test_init_writes_the_recipe_alone(folder, encoders):
     output = mm(
         "init", folder / "rows.csv", "--predict", "topic,stars:regression", "--output", folder / "planned",
         "--column", "Preis (€):ignore", "--text", encoders["text"], "--vision", encoders["vision"], "--preset", "best",
+        "--on_bad_file", "drop",
     )  # fmt: skip
     assert "leave out  Preis (€): you said so" in output
     assert [path.name for path in (folder / "planned").iterdir()] == ["recipe.yaml"]
@@ -486,6 +509,7 @@ def test_init_writes_the_recipe_alone(folder, encoders):
     assert recipe.columns.text == ["title", "full description"]
     assert recipe.columns.table == {"brand": "category", "sold": "date"}
     assert recipe.training["num_train_epochs"] == 20.0
+    assert recipe.data.on_bad_file == "drop"
     assert [task["kind"] for task in recipe.tasks] == ["classification", "regression"]
 
 

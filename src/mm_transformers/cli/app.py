@@ -261,6 +261,14 @@ Group = Annotated[
 PathsFrom = Annotated[
     str | None, typer.Option("--image-root", help="Folder for relative paths. Default: the folder of the table.")
 ]
+OnBadFileOfTraining = Annotated[
+    str,
+    typer.Option(
+        "--on_bad_file",
+        "--on-bad-file",
+        help="What to do if a picture or sound cannot be read. raise: stop; drop: treat it as missing.",
+    ),
+]
 
 
 def _planning(
@@ -272,6 +280,7 @@ def _planning(
     test: Test = None,
     group: Group = None,
     image_root: PathsFrom = None,
+    on_bad_file: OnBadFileOfTraining = "raise",
 ) -> dict[str, Any]:
     return dict(locals())
 

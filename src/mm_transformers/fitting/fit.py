@@ -102,6 +102,7 @@ def fit(
     group: str | None = None,
     image_root: str | None = None,
     allow_urls: bool | Collection[str] = False,
+    on_bad_file: str = "raise",
     validation_fraction: float | None = HELD_OUT,
     test_fraction: float | None = HELD_OUT,
     folds: int | None = None,
@@ -137,6 +138,8 @@ def fit(
         group (`str`, *optional*): A column whose equal cells stay on one side of the split, such as an author.
         image_root (`str`, *optional*): Where relative paths begin; by default at the folder of the table.
         allow_urls: as in [`MMDataCollator`].
+        on_bad_file (`str`, *optional*, defaults to `"raise"`): What to do if a picture, video or sound cannot be read:
+            `"raise"` stops, `"drop"` treats it as missing.
         validation_fraction, test_fraction (`float`, *optional*, defaults to 0.15): The shares of the rows to hold out.
             `None` holds out none; without test rows there is no report.
         folds (`int`, *optional*): Measures by cross-validation instead of test rows. One model per fold is trained on
@@ -175,8 +178,9 @@ def fit(
     output = Path(output)
     plan = make_plan(
         table, predict, output, validation=validation, test=test, columns=columns, text=text, vision=vision,
-        audio=audio, preset=preset, group=group, image_root=image_root, validation_fraction=validation_fraction,
-        test_fraction=test_fraction if folds is None else None, training=training,
+        audio=audio, preset=preset, group=group, image_root=image_root, on_bad_file=on_bad_file,
+        validation_fraction=validation_fraction, test_fraction=test_fraction if folds is None else None,
+        training=training,
     )  # fmt: skip
     for line in plan.lines():
         say(line)
