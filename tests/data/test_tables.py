@@ -229,7 +229,7 @@ def test_numbers_to_predict_that_are_far_away_are_told(numbers, row, more, caplo
     told = [message for message in caplog.messages if "'price'" in message]
     assert len(told) == (row is not None)
     if row is not None:
-        assert f"column 'Preis' has {numbers[row]:.6g} in training row {row + 1}, more than 100 robust" in told[0]
+        assert f"column 'Preis' has {numbers[row]:.6g} in row {row + 1} of the training table, more than 100" in told[0]
         assert ("(2 rows have such numbers)" in told[0]) == more
 
 

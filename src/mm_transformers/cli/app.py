@@ -248,7 +248,12 @@ TextEncoder = Annotated[
 VisionEncoder = Annotated[str | None, typer.Option("--vision", help="Vision encoder, by Hub id or folder.")]
 AudioEncoder = Annotated[str | None, typer.Option("--audio", help="Audio encoder, by Hub id or folder.")]
 PresetName = Annotated[
-    str, typer.Option("--preset", help="fast: encoders are not trained; balanced: up to 5 epochs; best: up to 20.")
+    str,
+    typer.Option(
+        "--preset",
+        help="fast: encoders are not trained; balanced: those of texts and sounds are, for up to 5 epochs; best: up to "
+        "20.",
+    ),
 ]
 Validation = Annotated[
     Path | None, typer.Option(help="Table of validation rows. Default: 15% of the rows are held out.")

@@ -117,7 +117,8 @@ def fit(
 
     It looks at each column and says what it takes it for: text, picture, video, sound, number, date or category. From
     the columns in `predict` it makes one task each. 15% of the rows are held out for the choice of the weights, and
-    15% for the test, if these are not given. Rows of one picture or text stay on one side.
+    15% for the test, if these are not given. Rows of one picture, sound or video stay on one side, and rows of one text
+    unless it is frequent.
 
     The folder `output` then holds the model, `recipe.yaml` with all decisions, a model card, and `report.html`.
 
@@ -131,7 +132,8 @@ def fit(
         text, vision, audio (`str`, *optional*): Pretrained encoders, by Hub id or folder. By default one from the cache
             of the Hub, or a small one that is downloaded.
         preset (`str`, *optional*, defaults to `"balanced"`): `"fast"` trains on stored outputs of the encoders,
-            `"balanced"` trains the encoders for up to 5 epochs, `"best"` for up to 20. All stop early.
+            `"balanced"` trains the encoders of texts and sounds for up to 5 epochs, `"best"` for up to 20. All stop
+            early.
         minutes (`float`, *optional*): The time for everything. The training gets as many epochs as fit; if not even one
             does, the encoders stay as they are. If they cannot read all rows in the time, a random choice is used.
             The same call again keeps this choice.
@@ -144,8 +146,8 @@ def fit(
             `None` holds out none; without test rows there is no report.
         folds (`int`, *optional*): Measures by cross-validation instead of test rows. One model per fold is trained on
             the other folds, measured and removed. Then the model is trained on all rows, but for validation rows.
-            Rows of one picture, text or group are in one fold. If this call was interrupted, the same call again keeps
-            the folds that are done.
+            Rows of one picture, sound, video or group are in one fold, and rows of one text unless it is frequent. If
+            this call was interrupted, the same call again keeps the folds that are done.
         report (`bool`, *optional*, defaults to `True`): Whether to write `report.html`.
         training (`dict`, *optional*): Fields of [`MMTrainingArguments`].
         say (*optional*): A function that prints a line.

@@ -111,9 +111,9 @@ class Regression(Task):
         row = max(far, key=lambda row: abs(labels[row] - median))
         others = f" ({len(far):,} rows have such numbers)" if len(far) > 1 else ""
         return (
-            f"Task {self.name!r}: column {shorten(str(self.column))!r} has {labels[row]:.6g} in training row {row:,}, "
-            f"more than {FURTHEST:.0f} robust standard deviations from the median, {median:.6g}{others}. Such numbers "
-            "decide the loss: correct them, leave out their rows, or predict the logarithm."
+            f"Task {self.name!r}: column {shorten(str(self.column))!r} has {labels[row]:.6g} in row {row:,} of the "
+            f"training table, more than {FURTHEST:.0f} robust standard deviations from the median, {median:.6g}"
+            f"{others}. Such numbers decide the loss: correct them, leave out their rows, or predict the logarithm."
         )
 
     def label_shape(self, logits: torch.Tensor) -> tuple[int, ...]:
