@@ -201,7 +201,7 @@ def fit(
         data = load_data(recipe, args)
         count = ", ".join(f"{len(data.splits[split]):,} {split}" for split in SPLITS if split in data.splits)
         say(f"Rows: {count}.")
-        if end is not None and shortened is None:
+        if end is not None and shortened is None and not is_finished(args):
             recipe, args, data = fit_into_time(recipe, args, data, end, allow_urls=allow_urls, say=say)
             keep_asked(plan.recipe, recipe)
         study.rows = data.splits.get("test")
