@@ -254,19 +254,25 @@ def test_columns_of_numbers_alone(tmp_path):
     assert verdict.model < 0.1 * verdict.majority
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validation_fraction", [0.15, None])  # without it, the trainer holds rows out
 def test_doubtful_rows_are_those_of_the_table(validation_fraction, tmp_path):
-    x = np.random.default_rng(0).normal(size=(150, 2))
-    kinds, wrong = np.where(x[:, 0] > 0, "high", "low"), np.argsort(-np.abs(x[:, 0]))[:8]
+    rng, wrong = np.random.default_rng(0), [20, 70, 120, 170, 190]
+    kinds = rng.permutation(["high", "low"] * 100)
+    x = np.where(kinds == "high", 2, -2) + rng.normal(scale=0.5, size=200)
     kinds[wrong] = np.where(kinds[wrong] == "high", "low", "high")
-    table = pd.DataFrame(x, columns=["a", "b"]).assign(kind=kinds)
+    table = pd.DataFrame({"a": x, "kind": kinds})
     table = pd.concat([pd.DataFrame([{"kind": "low"}]), table])  # a row without content is not counted
-    result = fit(table, ["kind"], tmp_path / "model", training=QUICK, say=str, validation_fraction=validation_fraction)
+    has_report = validation_fraction is not None
+    result = fit(
+        table, ["kind"], tmp_path / "model", training=QUICK, say=str, validation_fraction=validation_fraction,
+        report=has_report,
+    )  # fmt: skip
     found = [label.row for label in result.doubtful["kind"]]
-    assert len(found) >= 3
+    assert len(found) >= 2
     assert set(found) <= set(wrong)
-    page = (tmp_path / "model" / "report.html").read_text()
-    assert all(f'<tr><th scope="row">{row}</th>' in page and f"a: {x[row, 0]}" in page for row in found)
+    page = (tmp_path / "model" / "report.html").read_text() if has_report else ""
+    assert not has_report or all(f'<tr><th scope="row">{row}</th>' in page and f"a: {x[row]}" in page for row in found)
 
 
 @pytest.mark.slow
