@@ -84,7 +84,7 @@ def _factors(losses: Losses, logits: np.ndarray, counts: np.ndarray, factors: tu
     """
     items = _some_items(counts, logits.shape[-1])
     parts, bias, counts = logits[:-1, items], logits[-1, items], counts[items]
-    there = parts.any(-1)
+    there: np.ndarray = (parts != 0).any(-1)
     best = list(factors)
     for _ in range(NUM_PASSES):
         before = list(best)
