@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from mm_transformers import Classification, MMTransformerConfig, Regression
 from mm_transformers.cli import app
-from mm_transformers.training.recipe import read_recipe
+from mm_transformers.training.recipe import Recipe, read_recipe
 from mm_transformers.training.recipe.builders import load_data, training_arguments
+from mm_transformers.training.recipe.table_hashes import hashes_of_tables, save_hashes
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,31 @@ def test_without_a_file_the_test_rows_of_the_recipe_are_used(folder, tmp_path, m
     with_both = sum(image is not None for image in held_out["image"])
     assert len(held_out) == count
     assert cells["text + vision"]["rows"] == with_both
+
+
+def test_a_table_that_has_changed_since_the_training_is_refused(folder, tmp_path, monkeypatch):
+    """Its rows are split anew, so that rows of the training may be test rows."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "model", "model")
+    shutil.copy(folder / "rows.csv", "rows.csv")
+    recipe = Recipe.from_dict({
+        "data": {"train": str(tmp_path / "rows.csv"), "image_root": str(folder), "test_fraction": 0.4},
+        "model": {"text": "text-encoder", "vision": "vision-encoder"},
+        "tasks": [{"name": "topic", "kind": "classification"}, {"name": "score", "kind": "regression"}],
+        "training": {"output_dir": "model"},
+    })  # fmt: skip
+    recipe.save(Path("model"))
+    unknown = "model has no tables.json, so it is not known whether the table is that of the training."
+    assert unknown in mm("calibrate", "model", "--min-rows", "5")
+    save_hashes(Path("model"), hashes_of_tables(recipe))
+    assert unknown not in mm("calibrate", "model", "--min-rows", "5")
+    lines = Path("rows.csv").read_text().splitlines()
+    Path("rows.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]))
+    failed = CliRunner().invoke(app, ["calibrate", "model", "--min-rows", "5"])
+    assert failed.exit_code == 2
+    assert "rows.csv has changed since the training, so the model may have been trained on its present test rows" in (
+        " ".join(failed.output.split())
+    )
 
 
 def test_rows_without_content_are_left_out_and_get_no_answer(folder, tmp_path, monkeypatch, caplog):

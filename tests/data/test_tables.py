@@ -7,11 +7,13 @@ import os
 import re
 
 import datasets
+import numpy as np
 import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mm_transformers import Regression
 from mm_transformers.data.files import check_writable
 from mm_transformers.data.labels import check_labels, prepare_labels
 from mm_transformers.data.loading import load_files, sample_rows
@@ -197,6 +199,38 @@ def test_what_is_no_label_is_told(cells, message):
 def test_numbers_of_rows_are_positive():
     with pytest.raises(ValueError, match="at least 1, but is -3"):
         sample_rows(datasets.Dataset.from_dict({"text": ["a"]}), -3)
+
+
+def test_fewer_random_rows_are_some_of_more():
+    rows = datasets.Dataset.from_dict({"text": list(map(str, range(200)))})
+    some, few = sample_rows(rows, 50)["text"], sample_rows(rows, 10)["text"]
+    assert (len(few), len(set(few) & set(some))) == (10, 10)
+    assert list(map(int, some)) == sorted(map(int, some))
+    assert sample_rows(rows, 200)["text"] == rows["text"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "row", "more"),
+    [
+        ([*np.random.default_rng(0).normal(size=50), 1e12], 50, False),
+        ([-999.0, *np.random.default_rng(0).normal(size=50), 400.0], 0, True),
+        ([*[0.0] * 40, 1.0, 2.0, 3.0, 1e9], 43, False),  # the median distance is 0
+        ([*np.random.default_rng(0).normal(size=50), 30.0], None, False),
+        ([*[0.0] * 40, 1.0], None, False),
+        ([3.0] * 10, None, False),
+        ([1.0, 1e9], None, False),
+    ],
+)
+def test_numbers_to_predict_that_are_far_away_are_told(numbers, row, more, caplog):
+    rows = datasets.Dataset.from_dict({"text": ["a"] * (len(numbers) + 1), "Preis": [None, *numbers]})
+    task = Regression("price", column="Preis")
+    for _ in range(2):  # told once
+        check_labels({"train": rows, "test": rows}, [task], "text")
+    told = [message for message in caplog.messages if "'price'" in message]
+    assert len(told) == (row is not None)
+    if row is not None:
+        assert f"column 'Preis' has {numbers[row]:.6g} in row {row + 1} of the training table, more than 100" in told[0]
+        assert ("(2 rows have such numbers)" in told[0]) == more
 
 
 def test_where_nothing_can_be_written_is_told_at_once(tmp_path):

@@ -111,6 +111,19 @@ def test_what_is_said_and_written(fitted):
 
 
 @pytest.mark.slow
+def test_files_with_rows_stay_off_the_hub(fitted):
+    output = fitted[0].output
+    ignored = {line.strip("/") for line in (output / ".gitignore").read_text().splitlines()}
+    files = [path for path in output.rglob("*") if path.is_file()]
+    with_rows = {
+        path.relative_to(output).parts[0]
+        for path in files
+        if any(part in path.read_bytes() for part in (b"author 13", b"price_predicted", b"price_true"))
+    }
+    assert {"folds", "folds.csv"} <= with_rows <= ignored
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_is_done(tmp_path, fitted, monkeypatch):
     measure, done = folds_module._measure, []
 

@@ -466,5 +466,6 @@ def test_the_trainer_pushes(hub, client):
         assert "| steps | 4 |" in card.text or repo != "end"
     assert hub.repo("models", "ada/end")["private"]
     assert "The end" in [commit["title"] for commit in hub.repo("models", "ada/end")["commits"].values()]
+    assert not any(name.startswith("checkpoint-") for name in hub.files("ada/end"))
     assert any(name.startswith("last-checkpoint/") for name in hub.files("ada/checkpoint"))
     assert {name.partition("/")[0] for name in hub.files("ada/all-checkpoints") if "/" in name} >= {"checkpoint-2"}

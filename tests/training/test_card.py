@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from rows import make_args, make_dataset
 from tiny import SEQ2SEQ, make_model, make_processor
 from transformers import pipeline
@@ -347,6 +348,15 @@ def test_the_command_measures_and_writes(trained, card, tmp_path):
 )
 def test_times_are_written_for_people(seconds, text):
     assert _duration(seconds) == text
+
+
+def test_the_example_has_the_columns_of_the_training():
+    model, processor = make_model(), make_processor()
+    processor.input_columns = {"text": ["title", "full text"], "image": ["photo"]}
+    use = every_section(CardFacts("me/m", model.config, input_columns=processor.input_columns))["## Use"]
+    row = eval(re.search(r"pipe\((\{.*\})\)", use)[1], {"Image": Image})
+    assert set(row) == {"title", "full text", "photo"}
+    assert set(pipeline("multimodal", model=model, processor=processor)(row)) == set(model.tasks)
 
 
 def test_a_model_that_reads_no_text():

@@ -26,7 +26,7 @@ from mm_transformers import (
 from mm_transformers.model.linear_probe import LinearProbe
 from mm_transformers.model.linear_problem import BinaryProblem, MultinomialProblem, RidgeProblem
 from mm_transformers.model.tasks import TASK_KINDS
-from mm_transformers.training.linear_start import linear_models
+from mm_transformers.training.linear_start import linear_models, logit_factors
 from mm_transformers.training.linear_start.linear_models import solve
 from mm_transformers.training.linear_start.probe_start import probes_of, start_probes
 
@@ -126,7 +126,7 @@ def test_scales_are_those_of_the_lowest_loss_on_rows_that_were_held_out():
     model = solve(MultinomialProblem(2), blocks, features, labels)
     folds = list(linear_models._folds(MultinomialProblem(2), labels, np.arange(250)))
     for strength, (scale,) in model.scales.items():
-        losses = dict.fromkeys(linear_models.SCALES, 0.0)
+        losses = dict.fromkeys(logit_factors.SCALES, 0.0)
         for train, held_out in folds:
             truth = labels[held_out]
             counts = 1 / np.bincount(labels)[truth]

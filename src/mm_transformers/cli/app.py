@@ -249,7 +249,12 @@ TextEncoder = Annotated[
 VisionEncoder = Annotated[str | None, typer.Option("--vision", help="Vision encoder, by Hub id or folder.")]
 AudioEncoder = Annotated[str | None, typer.Option("--audio", help="Audio encoder, by Hub id or folder.")]
 PresetName = Annotated[
-    str, typer.Option("--preset", help="fast: encoders are not trained; balanced: up to 5 epochs; best: up to 20.")
+    str,
+    typer.Option(
+        "--preset",
+        help="fast: encoders are not trained; balanced: those of texts and sounds are, for up to 5 epochs; best: up to "
+        "20.",
+    ),
 ]
 Validation = Annotated[
     Path | None, typer.Option(help="Table of validation rows. Default: 15% of the rows are held out.")
@@ -262,6 +267,14 @@ Group = Annotated[
 PathsFrom = Annotated[
     str | None, typer.Option("--image-root", help="Folder for relative paths. Default: the folder of the table.")
 ]
+OnBadFileOfTraining = Annotated[
+    str,
+    typer.Option(
+        "--on_bad_file",
+        "--on-bad-file",
+        help="What to do if a picture or sound cannot be read. raise: stop; drop: treat it as missing.",
+    ),
+]
 
 
 def _planning(
@@ -273,6 +286,7 @@ def _planning(
     test: Test = None,
     group: Group = None,
     image_root: PathsFrom = None,
+    on_bad_file: OnBadFileOfTraining = "raise",
 ) -> dict[str, Any]:
     return dict(locals())
 

@@ -15,6 +15,7 @@ from ..training.card.card_file import CARD_NAME, write_card
 from ..training.card.facts import CardFacts
 from ..training.recipe import RECIPE_NAME, read_recipe
 from ..training.recipe.builders import load_data, training_arguments
+from ..training.recipe.table_hashes import TABLES_NAME, changed_tables
 from .predict import Reading, load_model, load_with_rows
 from .processes import say
 
@@ -60,7 +61,11 @@ def run_calibration(
     say(str(result))
     model.save_pretrained(model_folder)
     name = model_folder.resolve().name
-    write_card(model_folder, CardFacts(name, model.config, calibration=_for_card(result, len(rows))))
+    columns = collator.processor.input_columns
+    write_card(
+        model_folder,
+        CardFacts(name, model.config, calibration=_for_card(result, len(rows)), input_columns=columns),
+    )
     say(f"Wrote the calibration to {model_folder}, and its figures to {CARD_NAME}.")
     if output is not None:
         with write_atomically(output) as target:
@@ -76,7 +81,7 @@ def _rows_of_recipe(model_folder: Path) -> tuple[datasets.Dataset, datasets.Data
     The test rows and the training rows of the recipe beside a model.
 
     Raises:
-        ValueError: one sentence, if there are none.
+        ValueError: one sentence, if there are none, or the table has changed since the training.
     """
     path = model_folder / RECIPE_NAME
     if not path.is_file():
@@ -85,6 +90,14 @@ def _rows_of_recipe(model_folder: Path) -> tuple[datasets.Dataset, datasets.Data
     splits = load_data(recipe, training_arguments(recipe)).splits
     if "test" not in splits:
         raise ValueError(f"{path} holds out no test rows: name a FILE of labelled rows.")
+    changed = changed_tables(recipe, model_folder)
+    if changed:
+        raise ValueError(
+            f"{changed[0]} has changed since the training, so the model may have been trained on its present test "
+            "rows: name a FILE of labelled rows that it was not trained on."
+        )
+    if changed is None and recipe.data.files:
+        say(f"{model_folder} has no {TABLES_NAME}, so it is not known whether the table is that of the training.")
     return splits["test"], splits["train"]
 
 

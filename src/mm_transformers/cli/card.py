@@ -5,6 +5,7 @@ from typing import Any
 
 from ..data.sources import media_of
 from ..model.configuration_mm_transformer import MMTransformerConfig
+from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.safe_writing import write_atomically
 from ..training.card.card_file import CARD_NAME, licenses_of, write_card
 from ..training.card.facts import CardFacts, Measurement
@@ -46,6 +47,7 @@ def run_card(
         name=name or folder.resolve().name,
         config=MMTransformerConfig.from_pretrained(folder),
         said={key: value for key, value in said.items() if value},
+        input_columns=_input_columns(folder),
     )
     facts.encoder_licenses = licenses_of(facts.config)
     if file is not None:
@@ -69,3 +71,11 @@ def run_card(
             facts.num_parameters = trainer.fused_model.num_parameters()
     write_card(folder, facts)
     say(f"Wrote {folder / CARD_NAME}.")
+
+
+def _input_columns(folder: Path) -> dict[str, list[str]]:
+    """The columns of the training table that the processor beside a model knows."""
+    try:
+        return MMTransformerProcessor.from_pretrained(folder).input_columns
+    except OSError:  # the model was saved alone
+        return {}

@@ -23,7 +23,7 @@ from .addresses import Addresses
 from .cells import LABEL_SEPARATOR, label_of
 from .feature_keys import digest_of, hash_of_text
 from .feature_reading import CachedFeatures, CachedItem, unpadded_texts
-from .media import MediaColumn, RowColumns, SharedCounter
+from .media import MediaColumn, RowColumns, SharedCounter, check_on_bad_file
 from .row_labels import as_columns
 from .sources import ANY_SOURCE, ROW_KEY, SOURCE_KEY, count_rows, name_of_row, own_column
 
@@ -101,8 +101,7 @@ class MMDataCollator:
         allow_urls: bool | Collection[str] = False,
         **columns: Any,
     ):
-        if on_bad_file not in ("raise", "drop"):
-            raise ValueError(f"on_bad_file must be 'raise' or 'drop', but is {on_bad_file!r}.")
+        check_on_bad_file(on_bad_file)
         for name, number in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, but is {number}.")

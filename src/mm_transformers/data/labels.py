@@ -70,7 +70,7 @@ def check_labels(
     label_separator: str = LABEL_SEPARATOR,
 ) -> None:
     """
-    Checks that the task knows the labels of all splits, before a long training.
+    Checks that the task knows the labels of all splits, before a long training; warns of numbers that are far away.
 
     Raises:
         ValueError: one sentence that names split, row and column.
@@ -78,9 +78,12 @@ def check_labels(
     checked = [task for task in tasks if not task.needs_decoder]
     for split, rows in data.items():
         try:
-            encoded_labels(rows, checked, text_column, label_separator)
+            labels = encoded_labels(rows, checked, text_column, label_separator)
         except ValueError as error:
             raise ValueError(f"{split} rows: {error}") from error
+        for task in checked if split == "train" else ():
+            if warning := task.warning_about(labels[task.name]):
+                logger.warning_once(warning)
 
 
 def has_labels(

@@ -19,7 +19,7 @@ from ..model.label_cells import NO_NUMBER
 from ..model.messages import one_line
 from ..model.tasks import Task
 from .cells import with_root
-from .splitting import hold_out_rows
+from .splitting import Part, hold_out_parts
 from .tables import CHUNK_SIZE, SUFFIXES, TableRows
 
 
@@ -147,7 +147,7 @@ def hold_out(
     columns: Mapping[str, Any],
     tasks: Iterable[Task],
     split: str = "validation",
-) -> None:
+) -> tuple[Part, Part] | None:
     """
     Takes a part of the training rows as another split, by [`hold_out_rows`]; an existing split is kept.
 
@@ -157,13 +157,19 @@ def hold_out(
         tasks: the tasks whose labels are to be distributed equally.
         split: "validation" or "test".
 
+    Returns:
+        The training rows and the held-out rows, with their places among the earlier training rows; `None` if the split
+        existed.
+
     Raises:
         ValueError: if the rows cannot be split.
     """
-    if split not in data:
-        train, held_out = hold_out_rows(data["train"], fraction, tasks=tasks, **columns)
-        logger.info(f"No {split} split: {len(held_out):,} of {len(data['train']):,} training rows are held out.")
-        data["train"], data[split] = train, held_out
+    if split in data:
+        return None
+    train, held_out = hold_out_parts(data["train"], fraction, tasks=tasks, **columns)
+    logger.info(f"No {split} split: {len(held_out.rows):,} of {len(data['train']):,} training rows are held out.")
+    data["train"], data[split] = train.rows, held_out.rows
+    return train, held_out
 
 
 def leave_out_empty_rows(data: datasets.DatasetDict, columns: Iterable[str], numbers: Collection[str] = ()) -> None:
@@ -223,11 +229,22 @@ def sample_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
     Raises:
         ValueError: if the count is less than 1.
     """
+    places = sample_places(len(rows), count)
+    return rows if len(places) == len(rows) else rows.select(places)
+
+
+def sample_places(num_rows: int, count: int | None) -> np.ndarray:
+    """
+    The places of the rows of [`sample_rows`]. Those of a smaller count are among those of a larger one.
+
+    Raises:
+        ValueError: if the count is less than 1.
+    """
     if count is not None and count < 1:
         raise ValueError(f"A number of rows must be at least 1, but is {count}.")
-    if count is None or count >= len(rows):
-        return rows
-    return rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:count]))
+    if count is None or count >= num_rows:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng(0).permutation(num_rows)[:count])
 
 
 def check_columns(data: Mapping[str, datasets.Dataset], wanted: Mapping[str, tuple[str, ...]]) -> None:

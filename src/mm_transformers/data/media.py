@@ -68,6 +68,17 @@ class RowColumns:
         return result, [bool(items) for items in result]
 
 
+def check_on_bad_file(choice: str) -> None:
+    """
+    Checks the reaction to items that cannot be read.
+
+    Raises:
+        ValueError: if there is no such reaction.
+    """
+    if choice not in ("raise", "drop"):
+        raise ValueError(f"on_bad_file must be 'raise' or 'drop', but is {choice!r}.")
+
+
 class MediaColumn:
     """
     The column of images, videos or sounds, or several columns whose items come one after the other.

@@ -97,8 +97,11 @@ def hold_out_rows(
     >>> train, validation = hold_out_rows(rows, 0.1, tasks=[Classification("topic", labels=["animals", "food"])])
     ```
     """
-    media = media_of_columns(audio=audio_column, video=video_column, image=image_column, **(own_columns or {}))
-    train, held_out = _split(dataset, fraction, text_column, media, list(tasks), group_column, seed, label_separator)
+    train, held_out = hold_out_parts(
+        dataset, fraction, text_column=text_column, image_column=image_column, video_column=video_column,
+        audio_column=audio_column, tasks=tasks, group_column=group_column, seed=seed, label_separator=label_separator,
+        own_columns=own_columns,
+    )  # fmt: skip
     return train.rows, held_out.rows
 
 
@@ -106,7 +109,26 @@ class Part(NamedTuple):
     """Some rows of a data set, and their places in it."""
 
     rows: Any
-    places: list[int]
+    places: Sequence[int]
+
+
+def hold_out_parts(
+    dataset: Any,
+    fraction: float,
+    *,
+    text_column: str | Sequence[str] | None = "text",
+    image_column: str | Sequence[str] = "image",
+    video_column: str = "video",
+    audio_column: str | Sequence[str] = "audio",
+    tasks: Iterable[Task] = (),
+    group_column: str | None = None,
+    seed: int = 0,
+    label_separator: str = LABEL_SEPARATOR,
+    own_columns: Mapping[str, str] | None = None,
+) -> tuple[Part, Part]:
+    """[`hold_out_rows`], with the places of the rows in the data set."""
+    media = media_of_columns(audio=audio_column, video=video_column, image=image_column, **(own_columns or {}))
+    return _split(dataset, fraction, text_column, media, list(tasks), group_column, seed, label_separator)
 
 
 def split_for_validation(

@@ -18,7 +18,8 @@ from ..training.linear_start.verdict import Verdict
 from ..training.predictor import Predictor
 from ..training.recipe.builders import build_trainer, load_data, training_arguments
 from ..training.recipe.output_folder import check_output, is_finished
-from .fit_report import REPORT_NAME, score_lines, tell_doubtful, with_test_scores, write_fit_report
+from .asked_recipe import keep_asked, shortened_before
+from .fit_report import REPORT_NAME, in_table, score_lines, tell_doubtful, with_test_scores, write_fit_report
 from .folds import CrossValidation, cross_validate
 from .plan import HELD_OUT, Plan, make_plan
 from .table_files import keep_from_hub
@@ -36,8 +37,8 @@ class FitResult:
         metrics (`dict[str, dict]`): "validation" and "test" -> metrics, such as `test_price_mae`.
         verdicts (`list[Verdict]`): Per task: the score on the test rows beside a linear model, a linear model of the
             text alone and the majority. With folds, the means over the folds.
-        doubtful (`dict[str, list[DoubtfulLabel]]`): Task -> labels of training rows that may be wrong. `row` counts the
-            training rows, without those that are held out.
+        doubtful (`dict[str, list[DoubtfulLabel]]`): Task -> labels of training rows that may be wrong. `row` is the
+            number of the row in the table, from 0. Rows without any content are not counted.
         seconds (`float`): How long it took.
         allow_urls (*optional*, defaults to `False`): As in [`MMDataCollator`], for `predict`.
         cross_validation ([`CrossValidation`], *optional*): The scores on the folds, with `folds=...`.
@@ -101,6 +102,7 @@ def fit(
     group: str | None = None,
     image_root: str | None = None,
     allow_urls: bool | Collection[str] = False,
+    on_bad_file: str = "raise",
     validation_fraction: float | None = HELD_OUT,
     test_fraction: float | None = HELD_OUT,
     folds: int | None = None,
@@ -115,7 +117,8 @@ def fit(
 
     It looks at each column and says what it takes it for: text, picture, video, sound, number, date or category. From
     the columns in `predict` it makes one task each. 15% of the rows are held out for the choice of the weights, and
-    15% for the test, if these are not given. Rows of one picture or text stay on one side.
+    15% for the test, if these are not given. Rows of one picture, sound or video stay on one side, and rows of one text
+    unless it is frequent.
 
     The folder `output` then holds the model, `recipe.yaml` with all decisions, a model card, and `report.html`.
 
@@ -129,18 +132,22 @@ def fit(
         text, vision, audio (`str`, *optional*): Pretrained encoders, by Hub id or folder. By default one from the cache
             of the Hub, or a small one that is downloaded.
         preset (`str`, *optional*, defaults to `"balanced"`): `"fast"` trains on stored outputs of the encoders,
-            `"balanced"` trains the encoders for up to 5 epochs, `"best"` for up to 20. All stop early.
+            `"balanced"` trains the encoders of texts and sounds for up to 5 epochs, `"best"` for up to 20. All stop
+            early.
         minutes (`float`, *optional*): The time for everything. The training gets as many epochs as fit; if not even one
             does, the encoders stay as they are. If they cannot read all rows in the time, a random choice is used.
+            The same call again keeps this choice.
         group (`str`, *optional*): A column whose equal cells stay on one side of the split, such as an author.
         image_root (`str`, *optional*): Where relative paths begin; by default at the folder of the table.
         allow_urls: as in [`MMDataCollator`].
+        on_bad_file (`str`, *optional*, defaults to `"raise"`): What to do if a picture, video or sound cannot be read:
+            `"raise"` stops, `"drop"` treats it as missing.
         validation_fraction, test_fraction (`float`, *optional*, defaults to 0.15): The shares of the rows to hold out.
             `None` holds out none; without test rows there is no report.
         folds (`int`, *optional*): Measures by cross-validation instead of test rows. One model per fold is trained on
             the other folds, measured and removed. Then the model is trained on all rows, but for validation rows.
-            Rows of one picture, text or group are in one fold. If this call was interrupted, the same call again keeps
-            the folds that are done.
+            Rows of one picture, sound, video or group are in one fold, and rows of one text unless it is frequent. If
+            this call was interrupted, the same call again keeps the folds that are done.
         report (`bool`, *optional*, defaults to `True`): Whether to write `report.html`.
         training (`dict`, *optional*): Fields of [`MMTrainingArguments`].
         say (*optional*): A function that prints a line.
@@ -173,25 +180,30 @@ def fit(
     output = Path(output)
     plan = make_plan(
         table, predict, output, validation=validation, test=test, columns=columns, text=text, vision=vision,
-        audio=audio, preset=preset, group=group, image_root=image_root, validation_fraction=validation_fraction,
-        test_fraction=test_fraction if folds is None else None, training=training,
+        audio=audio, preset=preset, group=group, image_root=image_root, on_bad_file=on_bad_file,
+        validation_fraction=validation_fraction, test_fraction=test_fraction if folds is None else None,
+        training=training,
     )  # fmt: skip
     for line in plan.lines():
         say(line)
-    recipe, study, crossed = plan.recipe, Study(), None
+    shortened = None if end is None else shortened_before(plan.recipe)
+    if shortened is not None:
+        say("An earlier call has shortened this training; its rows and epochs are kept.")
+    recipe, study, crossed = shortened or plan.recipe, Study(), None
     args = training_arguments(recipe)
     check_output(recipe)
     with locked(args.output_dir) if not is_finished(args) else nullcontext():
         keep_from_hub(output)
         if folds is not None:
             crossed = cross_validate(
-                recipe, folds, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs, callbacks=callbacks
+                plan.recipe, folds, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs, callbacks=callbacks
             )
         data = load_data(recipe, args)
         count = ", ".join(f"{len(data.splits[split]):,} {split}" for split in SPLITS if split in data.splits)
         say(f"Rows: {count}.")
-        if end is not None:
+        if end is not None and shortened is None and not is_finished(args):
             recipe, args, data = fit_into_time(recipe, args, data, end, allow_urls=allow_urls, say=say)
+            keep_asked(plan.recipe, recipe)
         study.rows = data.splits.get("test")
         run = run_in_time(
             recipe, args, data, study, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs,
@@ -212,4 +224,5 @@ def fit(
         write_fit_report(trainer, data, rows, verdicts, study, output / REPORT_NAME, scores)
     seconds = time.monotonic() - began
     say(f"The model is in {output}, after {seconds / 60:.1f} minutes.")
-    return FitResult(output, plan, run.metrics, verdicts, study.doubtful, seconds, allow_urls, crossed)
+    doubtful = {name: [in_table(label, data) for label in labels] for name, labels in study.doubtful.items()}
+    return FitResult(output, plan, run.metrics, verdicts, doubtful, seconds, allow_urls, crossed)

@@ -62,6 +62,11 @@ def tell_doubtful(doubtful: Mapping[str, Sequence[DoubtfulLabel]], say: Callable
             say(f"{name}: {len(labels):,} labels of training rows may be wrong; {REPORT_NAME} lists the first.")
 
 
+def in_table(label: DoubtfulLabel, data: RecipeData) -> DoubtfulLabel:
+    """A label with the number of its row in the table, instead of that among the training rows."""
+    return label._replace(row=int(data.train_numbers[label.row]))
+
+
 def write_fit_report(
     trainer: MMTrainer,
     data: RecipeData,
@@ -100,7 +105,10 @@ def _with_texts(
     rows = data.splits["train"]
     inputs = [name for name in collator.input_columns if name in rows.column_names]
     plain = rows.select_columns(inputs)
-    return {name: [(label, _shown(plain, label.row)) for label in labels] for name, labels in doubtful.items()}
+    return {
+        name: [(in_table(label, data), _shown(plain, label.row)) for label in labels]
+        for name, labels in doubtful.items()
+    }
 
 
 def _shown(rows: datasets.Dataset, number: int) -> str:

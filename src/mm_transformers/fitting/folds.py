@@ -28,6 +28,7 @@ from ..training.metrics import result_names
 from ..training.predictor import Predictor, answer_columns
 from ..training.recipe import Recipe
 from ..training.recipe.builders import load_rows, split_data, split_options, training_arguments
+from ..training.recipe.table_hashes import hashes_of_tables
 from .fit_report import with_test_scores
 from .timed_run import fit_into_time, run_in_time
 
@@ -268,10 +269,7 @@ def _stamp(recipe: Recipe, numbers: np.ndarray) -> str:
     """A hash of the recipe, the folds and the tables."""
     found = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode())
     found.update(numbers.tobytes())
-    for _, path in sorted(recipe.data.files.items()):
-        with open(path, "rb") as file:
-            while part := file.read(2**20):
-                found.update(part)
+    found.update(json.dumps(hashes_of_tables(recipe), sort_keys=True).encode())
     return found.hexdigest()
 
 

@@ -25,6 +25,7 @@ from ..data.column_kinds import (
 )
 from ..data.files import check_writable
 from ..data.loading import load_files
+from ..data.media import check_on_bad_file
 from ..model.messages import one_line
 from ..model.table_kinds import COLUMNS
 from ..model.tasks import TASK_KINDS
@@ -106,6 +107,7 @@ def plan_fit(
     validation_fraction: float | None = HELD_OUT,
     test_fraction: float | None = HELD_OUT,
     root: str | os.PathLike[str] = ".",
+    on_bad_file: str = "raise",
     training: Mapping[str, Any] | None = None,
 ) -> Plan:
     """
@@ -123,6 +125,7 @@ def plan_fit(
         validation_fraction, test_fraction: the shares of the rows to hold out, if `data` has no such files; `None` for
             none.
         root: where relative paths of pictures and the like begin.
+        on_bad_file: as in [`MMDataCollator`].
         training: fields of [`MMTrainingArguments`] that replace those of the preset.
 
     Raises:
@@ -131,6 +134,7 @@ def plan_fit(
     """
     if preset not in PRESETS:
         raise ValueError(f"There is no preset {preset!r}; the presets are {', '.join(PRESETS)}.")
+    check_on_bad_file(on_bad_file)
     wanted = _targets(predict)
     for name in wanted:
         column, colon, kind = name.rpartition(":")
@@ -171,6 +175,7 @@ def plan_fit(
         section["label_separator"] = separators.pop()
     if group is not None:
         section["group_column"] = group
+    section["on_bad_file"] = on_bad_file
     for split, share in (("validation", validation_fraction), ("test", test_fraction)):
         if split not in section and share is not None:
             section[f"{split}_fraction"] = share

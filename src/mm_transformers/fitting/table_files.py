@@ -14,7 +14,7 @@ from ..training.recipe import RECIPE_NAME
 
 
 # Files of `fit` with rows of the user. The Hub leaves out the files that a `.gitignore` names.
-_NOT_FOR_THE_HUB = ("report.html", "folds.csv", "rows/", "features/", "training_args.bin")
+_NOT_FOR_THE_HUB = ("report.html", "folds.csv", "folds/", "rows/", "features/", "training_args.bin")
 
 
 def keep_from_hub(folder: Path) -> None:

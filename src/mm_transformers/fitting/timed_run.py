@@ -105,13 +105,10 @@ def _fewer_rows(
     if not fewer:
         return recipe, data
     held_out = [count for split, count in fewer.items() if split != "train"]
-    most = replace(
-        recipe.data, max_train_samples=fewer.get("train"), max_eval_samples=min(held_out) if held_out else None
-    )
-    recipe = replace(recipe, data=most)
-    kept = {split: rows for split, rows in data.splits.items() if split not in shorten}
-    data = limited_data(recipe, data.splits, data.tasks)
-    data = data._replace(splits={**data.splits, **kept})
+    limits = recipe.data  # those of the recipe stay where the time allows more
+    most = fewer.get("train", limits.max_train_samples), min(held_out, default=limits.max_eval_samples)
+    recipe = replace(recipe, data=replace(limits, max_train_samples=most[0], max_eval_samples=most[1]))
+    data = limited_data(recipe, data, shorten)
     counts = ", ".join(f"{len(data.splits[split]):,} {split}" for split in fewer)
     say(f"The encoders cannot read all rows in the time, so a random choice is used: {counts}.")
     return recipe, data

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .decoders import language_model_class
@@ -17,6 +18,15 @@ from .joint_reading import joint_run
 from .padding import roll_rows
 from .row_streams import other_streams
 from .task_base import Task
+
+
+def read_contiguously(head: nn.Module) -> None:
+    """Lets the head of a language model read states without gaps: on CPUs, bfloat16 with gaps takes 60 times longer."""
+    head.register_forward_pre_hook(_without_gaps)
+
+
+def _without_gaps(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 class LanguageModelWriter:

@@ -38,7 +38,7 @@ from .fusion_layers import TEXT_POOLINGS, Gate, StreamProjection, masked_mean
 from .generation import AnswerDecoder, WritingTask, split_inputs, task_that_writes, writing_tasks
 from .input_checks import check_finite_weights, check_layout, is_finite, what_is_wrong_with_inputs
 from .joint_reading import build_fusion, fuse_jointly
-from .language_model import LanguageModelWriter
+from .language_model import LanguageModelWriter, read_contiguously
 from .linear_probe import with_probe
 from .modalities import ENCODERS, OTHER_ENCODERS, modalities_of, own_encoders, own_inputs
 from .new_heads import load_with_tasks
@@ -428,6 +428,8 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
             text_model = build_writer(config.text_config, config.decoder_config)
         # If a task writes text, this is a whole encoder-decoder, or a language model with its head.
         self.text_model = text_model if text_model is not None else build_encoder(config.text_config, "text")
+        if self.has_language_model:
+            read_contiguously(self.text_model.get_output_embeddings())
         self.vision_model = self.audio_model = self.fusion = None
         if config.modalities:
             if not config.begins_texts:

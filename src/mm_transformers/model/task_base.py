@@ -420,6 +420,15 @@ class Task:
         """
         return default_strata(labels)
 
+    def warning_about(self, labels: Sequence[Any]) -> Optional[str]:
+        """
+        A sentence about training labels that are likely wrong and would decide the training; `None` if there are none.
+
+        Args:
+            labels: the encoded label of each row, `None` where it is missing.
+        """
+        return None
+
     def label_shape(self, logits: torch.Tensor) -> Optional[tuple[int, ...]]:
         """The shape that labels must have beside these logits; `None` if only the number of rows is known."""
         return None

@@ -11,9 +11,14 @@ import torch
 from torch import nn
 
 from .conformal import LEVELS, quantile_thresholds
-from .label_cells import NO_NUMBER, NUMBER, as_scalar, is_finite_number, is_null, shorten_value
+from .label_cells import NO_NUMBER, NUMBER, as_scalar, is_finite_number, is_null, shorten, shorten_value
 from .linear_problem import RidgeProblem
+from .table import FURTHEST
 from .task_base import NO_CONTEXT, Judgement, LabelContext, PooledHead, Task, register_task
+
+
+# The standard deviation of normally distributed numbers whose median distance from their median is 1.
+NORMAL_SPREAD = 1.4826
 
 
 @register_task
@@ -89,6 +94,27 @@ class Regression(Task):
 
     def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float32)
+
+    def warning_about(self, labels: Sequence[Any]) -> Optional[str]:
+        """Numbers far from the median, in robust standard deviations: those of the median distance that is not 0."""
+        values = [value for value in labels if value is not None]
+        if len(values) < 3:
+            return None
+        median = statistics.median(values)
+        distances = [abs(value - median) for value in values]
+        # With half of the numbers equal, the median distance is 0.
+        spread = statistics.median(distances) or statistics.median([x for x in distances if x > 0] or [math.inf])
+        furthest = FURTHEST * NORMAL_SPREAD * spread
+        far = [row for row, value in enumerate(labels) if value is not None and abs(value - median) > furthest]
+        if not far:
+            return None
+        row = max(far, key=lambda row: abs(labels[row] - median))
+        others = f" ({len(far):,} rows have such numbers)" if len(far) > 1 else ""
+        return (
+            f"Task {self.name!r}: column {shorten(str(self.column))!r} has {labels[row]:.6g} in row {row:,} of the "
+            f"training table, more than {FURTHEST:.0f} robust standard deviations from the median, {median:.6g}"
+            f"{others}. Such numbers decide the loss: correct them, leave out their rows, or predict the logarithm."
+        )
 
     def label_shape(self, logits: torch.Tensor) -> tuple[int, ...]:
         return logits.shape

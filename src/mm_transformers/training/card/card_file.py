@@ -98,6 +98,7 @@ def write_trainer_card(
         encoder_licenses=licenses_of(model.config),
         num_parameters=model.num_parameters(),
         is_adapter=hasattr(trainer.accelerator.unwrap_model(trainer.model), "get_base_model"),
+        input_columns=getattr(trainer.processing_class, "input_columns", {}),
     )
     return write_card(folder, facts)
 

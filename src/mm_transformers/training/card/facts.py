@@ -63,6 +63,7 @@ class CardFacts:
         encoder_licenses: Hub id -> license, of pretrained encoders.
         num_parameters: of the whole model.
         is_adapter: whether adapters alone are saved, which the example of the card could not load.
+        input_columns: key of a row -> columns of the training table, as the processor has them; for the example.
     """
 
     name: str
@@ -75,6 +76,7 @@ class CardFacts:
     encoder_licenses: dict[str, str] = field(default_factory=dict)
     num_parameters: Optional[int] = None
     is_adapter: bool = False
+    input_columns: dict[str, list[str]] = field(default_factory=dict)
 
 
 class TrainedModel(Protocol):
@@ -84,6 +86,7 @@ class TrainedModel(Protocol):
     state: TrainerState
     accelerator: Accelerator
     model: Any
+    processing_class: Any
     refitted: Optional[str]
 
     @property

@@ -65,14 +65,22 @@ def _table_cell(column: Mapping[str, Any]) -> str:
     return f"{json.dumps(column['name'], ensure_ascii=False)}: {json.dumps(example, ensure_ascii=False)}"
 
 
+def _cells(facts: CardFacts, key: str, value: str) -> list[str]:
+    """A cell for each column of a part of a row, as code."""
+    columns = facts.input_columns.get(key, [key])
+    return [f"{json.dumps(column, ensure_ascii=False)}: {value}" for column in columns]
+
+
 def _use(facts: CardFacts) -> str:
-    row, setup = ['"text": "What you want to know about."'] if facts.config.reads_text else [], []
+    row, setup = [], []
+    if facts.config.reads_text:
+        row += _cells(facts, "text", '"What you want to know about."')
     if "vision" in facts.config.modalities:
         setup += ["from PIL import Image", ""]
-        row.append('"image": Image.new("RGB", (224, 224))')
+        row += _cells(facts, "image", 'Image.new("RGB", (224, 224))')
     if "audio" in facts.config.modalities:
         setup = ["import numpy as np", *setup] if setup else ["import numpy as np", ""]
-        row.append('"audio": {"array": np.zeros(16_000), "sampling_rate": 16_000}')
+        row += _cells(facts, "audio", '{"array": np.zeros(16_000), "sampling_rate": 16_000}')
     if facts.config.table_config is not None:
         row += [_table_cell(column) for column in facts.config.table_config.columns[:3]]
     code = [

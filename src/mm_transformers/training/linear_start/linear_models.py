@@ -1,7 +1,7 @@
 """The best linear model of a task, from the features of a linear probe."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from ...model.linear_problem import NEVER, LinearProblem, Solver
+from .logit_factors import COPY_WEIGHT, Scales, best_scales, losses_with_copies, scaled
 
 
 MIXED_STRENGTHS = (1.0, 10.0, 100.0)  # their solutions are averaged, if the problem mixes strengths
@@ -18,15 +19,6 @@ NUM_FOLDS = 3
 FEW_ROWS, NUM_REPEATS = 200, 3
 # The largest number of rows for the choice of how to fit.
 MAX_ROWS_TO_CHOOSE = 3_000
-# Weight of a copy of a row without one of its modalities; the row itself has weight 1.
-COPY_WEIGHT = 0.3
-# Passes over the modalities in the search for their factors, and the least gain by these, a share of the loss.
-NUM_PASSES, CLEAR_GAIN = 3, 0.25
-# Possible factors of logits, see [`_choose`].
-SCALES = tuple(sorted((2 ** (i / 4) for i in range(-12, 13)), key=lambda scale: max(scale, 1 / scale)))  # 1 wins ties
-
-
-Scales = dict[float, tuple[float, ...]]
 
 
 class Way(NamedTuple):
@@ -319,6 +311,7 @@ def _choose(problem: LinearProblem, small: _Rotated, labels: np.ndarray, groups:
         return way, {strength: (1.0,)}
     # No scale makes labels that the training rows of the fold lack more probable.
     is_known = np.concatenate([np.zeros(0, bool), *(np.isin(labels[test], labels[train]) for train, test in folds)])
+    rows = np.concatenate([np.zeros(0, np.int64), *(test for _, test in folds)])
 
     def assessed(way: Way) -> tuple[Scales, np.ndarray]:
         """The best scales of each strength, and the rows that their mean answers correctly."""
@@ -326,8 +319,10 @@ def _choose(problem: LinearProblem, small: _Rotated, labels: np.ndarray, groups:
         if len(np.unique(truth[is_known])) < 2:  # one label carries no information about scales
             return dict.fromkeys(answers, (1.0,)), np.zeros(len(truth), bool)
         counts = _row_weights(problem, truth, way.balanced) * is_known
-        scales = _scales(lambda logits: problem.losses(logits, truth), answers, counts, may_differ=way.separate)
-        total = np.sum([_scaled(logits, scales[strength]) for strength, logits in answers.items()], 0)
+        scales = best_scales(
+            lambda logits, items: problem.losses(logits, truth[items]), answers, counts, rows, may_differ=way.separate
+        )
+        total = np.sum([scaled(logits, scales[strength]) for strength, logits in answers.items()], 0)
         return scales, total.argmax(1) == truth
 
     if problem.label_weights is not None and not _is_balanced(problem.label_weights, labels):
@@ -351,7 +346,7 @@ def _without_noise(
     def best_of(way: Way, strengths: Sequence[float]) -> tuple[Way, float, np.ndarray]:
         answers, truth = _answers(problem, small, labels, folds, way, strengths)
         losses = {
-            strength: _losses_with_copies(lambda logits: problem.losses(logits, truth), logits, (1.0,))
+            strength: losses_with_copies(lambda logits, items: problem.losses(logits, truth[items]), logits, (1.0,))
             for strength, logits in answers.items()
         }
         best = min(losses, key=lambda strength: losses[strength].sum())
@@ -370,61 +365,6 @@ def _without_noise(
             break
         way, strength, losses = best_of(other, problem.strengths)
     return way, strength
-
-
-def _scales(
-    losses: Callable[[np.ndarray], np.ndarray], answers: dict[float, np.ndarray], counts: np.ndarray, may_differ: bool
-) -> Scales:
-    """
-    The factors with which the logits of each strength have the lowest loss.
-
-    Modalities have factors of their own only if the loss is then lower by a quarter and by two standard errors.
-    Otherwise all have the same factor, since the factors of a few rows are noisy.
-
-    Args:
-        losses: logits -> (num_items,).
-        answers: strength -> logits, as from [`_answers`].
-        counts (num_items,): the weights of the items.
-        may_differ: whether modalities may have factors of their own.
-    """
-    shared: Scales = {}
-    own: Scales = {}
-    gain, total = np.zeros(len(counts)), 0.0
-    for strength, logits in answers.items():
-        shared[strength] = min(((s,) for s in SCALES), key=lambda s: (counts * losses(_scaled(logits, s))).sum())
-
-        def weighted(factors: tuple[float, ...], logits: np.ndarray = logits) -> np.ndarray:
-            return counts * _losses_with_copies(losses, logits, factors)
-
-        best = shared[strength] * (len(logits) - 1)
-        for _ in range(NUM_PASSES if may_differ and len(best) > 1 else 0):
-            for i in range(len(best)):
-                choices = [(*best[:i], scale, *best[i + 1 :]) for scale in (best[i], 0.0, *SCALES)]
-                best = min(choices, key=lambda factors: weighted(factors).sum())
-        own[strength] = best
-        gain += weighted(shared[strength]) - weighted(best)
-        total += weighted(shared[strength]).sum()
-    is_clear = gain.mean() > 2 * gain.std() / np.sqrt(max((counts > 0).sum(), 1))
-    return own if is_clear and gain.sum() > CLEAR_GAIN * total else shared
-
-
-def _scaled(logits: np.ndarray, factors: tuple[float, ...]) -> np.ndarray:
-    """(num_items, num_outputs): the sum of the logits of all modalities, with a common factor or one for each."""
-    if len(factors) == 1:
-        return factors[0] * logits.sum(0)
-    return np.tensordot(factors, logits[:-1], 1) + logits[-1]
-
-
-def _losses_with_copies(
-    losses: Callable[[np.ndarray], np.ndarray], logits: np.ndarray, factors: tuple[float, ...]
-) -> np.ndarray:
-    """(num_items,): the losses of the items, and with a small weight those of copies without each modality."""
-    found = losses(_scaled(logits, factors))
-    for i in range(len(logits) - 1 if len(logits) > 2 else 0):
-        without = logits.copy()
-        without[i] = 0
-        found = found + COPY_WEIGHT * losses(_scaled(without, factors))
-    return found
 
 
 def _is_balanced(label_weights: Sequence[float], labels: np.ndarray) -> bool:

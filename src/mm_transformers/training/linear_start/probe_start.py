@@ -138,6 +138,9 @@ def start_probes(trainer: StartedTrainer) -> Start:
     assert parts is not None  # it is no stream
     reader = _Reader(trainer, {name: probes[0] for name, probes in waiting.items()})
     train = reader.read(parts, "linear start")
+    if len(parts) == 1:  # where the trainer held rows out, the numbers in the data set of the user
+        numbers = np.asarray(parts[0][0].numbers)
+        train = {name: items._replace(rows=numbers[items.rows]) for name, items in train.items()}
     held_out = trainer.eval_dataset
     others = None if held_out is None or isinstance(held_out, dict) else _map_style(held_out, trainer)
     known = {} if others is None else reader.read(others, "linear start: validation rows", with_groups=False)

@@ -20,7 +20,8 @@ class DoubtfulLabel(NamedTuple):
     A label that a linear model, fitted without its row, finds unlikely.
 
     Args:
-        row (`int`): The number of the training row.
+        row (`int`): The number of the row in the training data set, from 0. In a mixture, the rows of all data sets are
+            numbered one after the other.
         label: the label of the row, as the task shows it.
         likely: the answer of the linear model.
         likelihood (`float`): The likelihood of the label, from 0 to 1.
@@ -67,7 +68,7 @@ def doubtful_labels(
 
     Args:
         model: the solution, for the way in which it was fitted.
-        items: features, labels, groups and rows of the labelled training rows.
+        items: features, labels, groups and numbers of the labelled training rows.
     """
     if problem.per_token:
         return []

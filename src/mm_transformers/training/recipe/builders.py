@@ -6,12 +6,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ...data.collator import MMDataCollator
 from ...data.labels import check_labels, complete_task, prepare_labels
-from ...data.loading import check_columns, hold_out, leave_out_empty_rows, load_files, load_named, sample_rows
+from ...data.loading import (
+    SPLITS,
+    check_columns,
+    hold_out,
+    leave_out_empty_rows,
+    load_files,
+    load_named,
+    sample_places,
+    sample_rows,
+)
 from ...data.row_labels import as_columns
+from ...data.splitting import Part
 from ...data.table_columns import are_numbers, table_columns
 from ...model.encoders import HUB_KWARGS
 from ...model.messages import one_line
@@ -24,6 +35,7 @@ from ...model.tasks import Task
 from ..arguments import MMTrainingArguments
 from ..trainer import MMTrainer
 from .recipe import Recipe
+from .table_hashes import hashes_of_tables, save_hashes
 
 
 class EncoderError(OSError):
@@ -47,12 +59,17 @@ class RecipeData(NamedTuple):
     Args:
         splits: split -> rows.
         tasks: the tasks with all of their labels.
+        whole: split -> all of its rows, before a limit, with their numbers in their table. Rows of the table without
+            any content are not counted.
         table: the columns of numbers and categories with their statistics; `None` without such columns.
+        train_numbers (num_rows,): the numbers of the training rows in their table.
     """
 
     splits: dict[str, datasets.Dataset]
     tasks: list[Task]
+    whole: dict[str, Part]
     table: TableConfig | None = None
+    train_numbers: np.ndarray = np.zeros(0, np.int64)
 
 
 def training_arguments(recipe: Recipe) -> MMTrainingArguments:
@@ -135,23 +152,40 @@ def split_data(recipe: Recipe, splits: datasets.DatasetDict, tasks: list[Task]) 
     data, splits = recipe.data, datasets.DatasetDict(splits)
     options = split_options(recipe)
     count = len(splits["train"])
+    whole = {split: Part(rows, range(len(rows))) for split, rows in splits.items()}
     for split, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
-        if fraction is not None:
-            # Both are shares of all rows, of which the training rows are what is left.
-            hold_out(splits, fraction * count / len(splits["train"]), options, tasks, split)
-    return limited_data(recipe, splits, tasks)
+        if fraction is None:
+            continue
+        # Both are shares of all rows, of which the training rows are what is left.
+        parts = hold_out(splits, fraction * count / len(splits["train"]), options, tasks, split)
+        if parts is not None:
+            numbers = whole["train"].places
+            for name, part in zip(("train", split), parts, strict=True):
+                whole[name] = Part(part.rows, [numbers[place] for place in part.places])
+    return limited_data(recipe, RecipeData(dict(splits), tasks, whole))
 
 
-def limited_data(recipe: Recipe, splits: Mapping[str, datasets.Dataset], tasks: list[Task]) -> RecipeData:
-    """As many rows of each split as the recipe allows, and the columns of numbers and categories in them."""
-    data, columns = recipe.data, recipe.columns
-    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_eval_samples}
-    limited = {split: sample_rows(rows, limits[split]) for split, rows in splits.items()}
+def limited_data(recipe: Recipe, data: RecipeData, shorten: Collection[str] = SPLITS) -> RecipeData:
+    """
+    As many rows of each split as the recipe allows, and the columns of numbers and categories in them.
+
+    Args:
+        data: perhaps with other limits. All limits choose among all rows, so another call chooses the same ones.
+        shorten: the splits to limit.
+    """
+    section, columns = recipe.data, recipe.columns
+    limits = dict.fromkeys(SPLITS, section.max_eval_samples) | {"train": section.max_train_samples}
+    chosen = {split: sample_rows(part.rows, limits[split]) for split, part in data.whole.items() if split in shorten}
+    splits = {split: chosen.get(split, rows) for split, rows in data.splits.items()}
     table = None
     if columns.table:
         # Of the training rows alone: validation and test rows are new to the model.
-        table = table_columns(limited["train"], columns.table, **(recipe.model.get("table") or {}))
-    return RecipeData(limited, tasks, table)
+        table = table_columns(splits["train"], columns.table, **(recipe.model.get("table") or {}))
+    numbers = data.train_numbers
+    if "train" in shorten:
+        numbers = np.asarray(data.whole["train"].places)
+        numbers = numbers[sample_places(len(numbers), section.max_train_samples)]
+    return RecipeData(splits, data.tasks, data.whole, table, numbers)
 
 
 def _read_columns(recipe: Recipe) -> list[str]:
@@ -243,16 +277,21 @@ def build_trainer(
 
 
 class RecipeCallback(TrainerCallback):
-    """Writes the recipe beside the model and beside each checkpoint."""
+    """Writes the recipe beside the model and beside each checkpoint, and hashes of the tables beside the model."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+        self._hashes: dict[str, str] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
             self.recipe.save(Path(args.output_dir))
+            # A resumed training has seen the rows of its beginning, and a second one follows on the same rows.
+            if state.global_step == 0 and self._hashes is None:
+                self._hashes = hashes_of_tables(self.recipe)
+                save_hashes(Path(args.output_dir), self._hashes)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -21,6 +21,11 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     return newest_complete_checkpoint(folder, verify=True) if os.path.isdir(folder) else None
 
 
+def holds_training(folder: Path) -> bool:
+    """Whether a folder holds a model or checkpoints, complete or not."""
+    return (folder / "config.json").is_file() or (folder.is_dir() and get_last_checkpoint(folder) is not None)
+
+
 def check_output(recipe: Recipe) -> None:
     """
     Checks the output folder of a recipe.
@@ -30,8 +35,7 @@ def check_output(recipe: Recipe) -> None:
     """
     folder = Path(recipe.training["output_dir"])
     check_writable(folder / RECIPE_NAME)
-    has_checkpoints = folder.is_dir() and get_last_checkpoint(folder) is not None  # complete or not
-    if not (folder / "config.json").is_file() and not has_checkpoints:
+    if not holds_training(folder):
         return
     advice = (
         f"nothing was changed there. Train into another folder, by training.output_dir=..., or remove {folder} if it "
