@@ -144,6 +144,9 @@ def test_hostile_files(client, name, way):
         '{"rows": ["a"], "generate_kwargs": {"max_time": 1e9}}',
         '{"rows": ["a"], "generate_kwargs": {"custom_generate": "me/evil", "trust_remote_code": true}}',
         '{"rows": ["a"], "generate_kwargs": {"temperature": -1, "do_sample": true}}',
+        '{"rows": ["a"], "generate_kwargs": {"temperature": 1e-40, "do_sample": true}}',
+        '{"rows": ["a"], "generate_kwargs": {"repetition_penalty": 1e-30, "do_sample": true}}',
+        '{"rows": ["a"], "generate_kwargs": {"length_penalty": -90, "num_beams": 2}}',
     ],
     ids=lambda body: str(body)[:60],
 )  # fmt: skip
@@ -165,6 +168,20 @@ def test_numbers_that_no_float_can_hold(client, price):
     answered = send(client, f'{{"rows": [{{"price": {price}, "text": "a"}}], "tasks": ["score"]}}')
     assert answered.status_code in (200, 400), answered.text
     json.loads(answered.text, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("path", ["/predict", "/generate"])
+def test_sampling_cannot_fail(client, app, monkeypatch, path):
+    """NaN among the probabilities ends the process on a GPU; half precision may give it for an odd row."""
+    decoder = app.state.server.served.model.model.text_model
+    bias = torch.full_like(decoder.final_logits_bias, torch.nan)
+    bias[:, ::2] = torch.inf
+    body = {"rows": ["a"], "tasks": ["german"]} if path == "/predict" else {"row": "a"}
+    with monkeypatch.context() as broken:
+        broken.setattr(decoder, "final_logits_bias", bias)
+        answered = send(client, {**body, "generate_kwargs": {"do_sample": True, "temperature": 0.01}}, path)
+    assert answered.status_code == 200
+    assert "error" not in answered.text
 
 
 class TestSizes:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from ...model.calibration import Calibration
 from ...model.generation import task_that_writes, writing_tasks
@@ -18,6 +18,8 @@ from ...model.processing_mm_transformer import MMTransformerProcessor
 
 
 PREDICT, EMBED = "predict", "embed"
+# Divided by the smallest temperature that clients may choose, it is still finite.
+_LARGEST_SCORE = 1e6
 
 
 class Question(NamedTuple):
@@ -108,7 +110,8 @@ class ServedModel:
         """
         options = json.loads(question.options)
         if max_seconds is not None and question.kind == PREDICT and writing_tasks(self.model.tasks):
-            options["generate_kwargs"] = {**options.get("generate_kwargs", {}), "max_time": max_seconds}
+            chosen = options.get("generate_kwargs", {})
+            options["generate_kwargs"] = {**_safely(chosen), "max_time": max_seconds}
         found = self.pipelines[question.kind].answer_batch(rows, **options)
         return [as_json(result) for result in found]
 
@@ -159,11 +162,25 @@ class ServedModel:
             ids = self.model.write(
                 task_that_writes(self.model.tasks, task),
                 outputs,
-                **{**options, "num_beams": 1},
+                **{**_safely(options), "num_beams": 1},
                 streamer=_Pieces(self.processor.tokenizer, emit),
                 stopping_criteria=StoppingCriteriaList([_Stop(stopped)]),
             )
         return self.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+
+
+def _safely(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `generate` with which sampling cannot fail: on a GPU, that would end the process."""
+    if not options.get("do_sample"):
+        return dict(options)
+    return {**options, "logits_processor": LogitsProcessorList([_Finite()])}
+
+
+class _Finite(LogitsProcessor):
+    """Keeps scores finite, before the temperature divides them."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.nan_to_num(0.0).clamp(-_LARGEST_SCORE, _LARGEST_SCORE)
 
 
 class _Pieces(TextStreamer):

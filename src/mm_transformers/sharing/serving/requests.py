@@ -26,11 +26,12 @@ class GenerateOptions(_Strict):
     num_beams: Optional[int] = Field(None, ge=1)
     max_new_tokens: Optional[int] = Field(None, ge=1)
     do_sample: Optional[bool] = None
-    temperature: Optional[float] = Field(None, gt=0, le=100)
+    # Smaller ones make scores infinite, and sampling from NaN ends the process on a GPU.
+    temperature: Optional[float] = Field(None, ge=0.01, le=100)
     top_k: Optional[int] = Field(None, ge=1)
     top_p: Optional[float] = Field(None, gt=0, le=1)
-    repetition_penalty: Optional[float] = Field(None, gt=0, le=100)
-    length_penalty: Optional[float] = Field(None, ge=-100, le=100)
+    repetition_penalty: Optional[float] = Field(None, ge=0.01, le=100)
+    length_penalty: Optional[float] = Field(None, ge=-10, le=10)
     no_repeat_ngram_size: Optional[int] = Field(None, ge=0, le=100)
 
     def given(self) -> dict[str, Any]:
