@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from served import in_base64, make_served_parts
 from served import png as small_png
 
 from mm_transformers.model.limits import limits, set_limits
-from mm_transformers.sharing.serving import guard
+from mm_transformers.sharing.serving import guard, requests
 from mm_transformers.sharing.serving.answering import ServedModel
 from mm_transformers.sharing.serving.app import create_app
 
@@ -154,6 +155,30 @@ def test_hostile_json(client, body):
     refused(send(client, body))
 
 
+@pytest.mark.parametrize("path", ["/predict", "/embed", "/generate"])
+def test_halves_of_characters(client, path):
+    """Tokenizers take no lone surrogates."""
+    key = "row" if path == "/generate" else "rows"
+    row = b'"a \xed\xa0\x80"' if path == "/generate" else b'["a \xed\xa0\x80"]'
+    told = refused(send(client, b'{"' + key.encode() + b'": ' + row + b"}", path))
+    assert told == "The body is not encoded as UTF-8."
+    form = b'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\n\\ud800\r\n--x--\r\n'
+    header = {"content-type": "multipart/form-data; boundary=x; charset=unicode_escape"}
+    assert "half of a character" in refused(client.post(path, content=form, headers=header))
+
+
+def test_whole_characters_are_taken(client):
+    for content in (
+        '{"rows": ["\\uD83D\\uDE00 a"], "tasks": ["topic"]}',
+        '\ufeff{"rows": ["😀 a"], "tasks": ["topic"]}',
+    ):
+        assert send(client, content).status_code == 200
+
+
+def test_a_key_without_a_name(client):
+    assert refused(send(client, '{"rows": ["a"], "": 1}')) == "Extra inputs are not permitted."
+
+
 @pytest.mark.parametrize(
     "row", [{"price": 1e308}, {"price": -1e308}, {"price": 10**300}, {"price": True}, {"brand": "x" * 999}], ids=str
 )
@@ -232,6 +257,29 @@ class TestSizes:
     def test_rows(self, client):
         set_limits(served_rows=3)
         assert refused(send(client, {"rows": ["a"] * 4})).startswith("The request has 4 rows, more than the limit")
+
+    def test_values_are_counted_before_they_are_parsed(self, client, monkeypatch):
+        set_limits(served_values=1000)
+        parsed = []
+        monkeypatch.setattr(requests, "json", SimpleNamespace(loads=parsed.append))
+        for values in ("[],", "{},", "1,", '"",', '"[",', '{"a":'):
+            told = refused(send(client, '{"rows": [' + values * 1001))
+            assert told.startswith("The body has more values than the limit served_values=1,000")
+        told = refused(client.post("/predict", data={"text": "a", "options": "[" * 1001}))
+        assert told.startswith("The field 'options' has more values than")
+        assert not parsed
+
+    def test_commas_and_brackets_of_texts_are_no_values(self, client):
+        set_limits(served_values=1000)
+        for text in ("a, [b] {c}" * 400, '\\" , ' * 400, "\\," * 1001, '",' * 1001):
+            answered = send(client, {"rows": [{"text": text}], "tasks": ["topic"]})
+            assert answered.status_code == 200, answered.text
+
+    def test_the_largest_honest_request_has_fewer_values(self):
+        row = {f"column {i}": "a, b" for i in range(limits().table_columns)}
+        row |= {name: ["UklGRg=="] * limits().row_items for name in ("image", "audio")}
+        body = json.dumps({"rows": [row] * limits().served_rows}).encode()
+        assert not requests._has_more_values(body, limits().served_values)
 
     def test_texts(self, client):
         set_limits(served_characters=100)

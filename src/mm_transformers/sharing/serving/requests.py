@@ -1,5 +1,6 @@
 """The bodies of requests: JSON, or a form with uploads for one row."""
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any, Optional, TypeVar
@@ -14,6 +15,8 @@ from ...model.limits import limits, named
 
 # The field of a form that holds options as JSON; every other field is a key of the row.
 OPTIONS = "options"
+# Parsing fewer bytes takes less than a millisecond.
+_MANY_BYTES = 2**16
 
 
 class _Strict(BaseModel):
@@ -110,7 +113,7 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "application/json":
-        given = _parsed(await request.body(), "The body")
+        given = await _parsed(await request.body(), "The body")
         if not isinstance(given, dict):
             raise ValueError(f"The body must be a JSON object with {_required(kind)!r}.")
     elif content_type == "multipart/form-data":
@@ -126,17 +129,37 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         # Without the values of the client, which may be megabytes.
         place = ".".join(str(part)[:80] for part in first["loc"])
-        raise ValueError(f"{place}: {first['msg'].rstrip('.')}.") from None
+        raise ValueError(f"{place}: {first['msg']}".removeprefix(": ").rstrip(".") + ".") from None
 
 
 def _required(kind: type[BaseModel]) -> str:
     return next(name for name, field in kind.model_fields.items() if field.is_required())
 
 
-def _parsed(content: bytes | str, what: str) -> Any:
+async def _parsed(content: bytes, what: str) -> Any:
+    """As [`_parsed_at_once`]; a long text is parsed in a thread, so that other requests are answered meanwhile."""
+    if len(content) <= _MANY_BYTES:
+        return _parsed_at_once(content, what)
+    return await asyncio.to_thread(_parsed_at_once, content, what)
+
+
+def _parsed_at_once(content: bytes, what: str) -> Any:
+    """
+    The content of a text in JSON.
+
+    Raises:
+        ValueError: one sentence, if it is none, or takes too long to parse.
+    """
+    if _has_more_values(content, limits().served_values):
+        raise ValueError(f"{what} has more values than {named('served_values')}.")
     try:
-        found = json.loads(content)
-        if (b"\\ud" if isinstance(content, bytes) else "\\ud") in content.lower():
+        # Not left to `json`, which takes halves of characters in bytes.
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{what} is not encoded as UTF-8.") from None
+    try:
+        found = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
             json.dumps(found, ensure_ascii=False).encode()  # JSON can name halves of characters, which are no text
         return found
     except UnicodeEncodeError:
@@ -149,6 +172,23 @@ def _parsed(content: bytes | str, what: str) -> Any:
         raise ValueError(f"{what} is not valid JSON{reason}.") from None
 
 
+def _has_more_values(content: bytes, most: int) -> bool:
+    """
+    Whether a text in JSON has more values than these. `json` would hold the interpreter for seconds.
+
+    A comma or a bracket comes with each value. Those within strings do not count.
+    """
+    if len(content) <= most or _num_marks(content) <= most:
+        return False
+    plain = content.replace(rb"\\", b"").replace(rb"\"", b"")
+    # Each value has at most two strings, its key and itself, of two quotes.
+    return plain.count(b'"') > 4 * most or _num_marks(b"".join(plain.split(b'"')[::2])) > most
+
+
+def _num_marks(content: bytes) -> int:
+    return sum(map(content.count, (b",", b"[", b"{")))
+
+
 async def _read_form(request: Request, kind: type[BaseModel]) -> dict[str, Any]:
     """The row and the options of a form; its files are read into memory."""
     most = limits().table_columns + limits().row_items
@@ -157,11 +197,25 @@ async def _read_form(request: Request, kind: type[BaseModel]) -> dict[str, Any]:
     async with request.form(max_files=limits().row_items, max_fields=most, max_part_size=limits().served_bytes) as form:
         for name, value in form.multi_items():
             if name == OPTIONS and isinstance(value, str):
-                options = _parsed(value, f"The field {OPTIONS!r}")
+                options = await _parsed(_as_utf8(value), f"The field {OPTIONS!r}")
             else:
-                row.setdefault(name, []).append(await value.read() if isinstance(value, UploadFile) else value)
+                content = await value.read() if isinstance(value, UploadFile) else _as_utf8(value).decode()
+                row.setdefault(name, []).append(content)
     if not isinstance(options, Mapping):
         raise ValueError(f"The field {OPTIONS!r} must be a JSON object.")
     whole = {name: values[0] if len(values) == 1 else values for name, values in row.items()}
     key = _required(kind)
     return {**options, key: [whole] if key == "rows" else whole}
+
+
+def _as_utf8(text: str) -> bytes:
+    """
+    The bytes of a text of a form.
+
+    Raises:
+        ValueError: if it has a half of a character, which some character sets can name.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("A field of the form holds half of a character (a lone surrogate).") from None
