@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -173,6 +174,20 @@ def test_whole_characters_are_taken(client):
         '\ufeff{"rows": ["😀 a"], "tasks": ["topic"]}',
     ):
         assert send(client, content).status_code == 200
+
+
+@pytest.mark.parametrize("letters", ["topic", "no"])
+def test_huge_names(client, letters):
+    """To find a similar name, each of their letters is indexed."""
+    name = letters * 2**20
+    for path, body in (
+        ("/predict", {"rows": [{name: 1}]}), ("/predict", {"rows": ["a"], "tasks": [name]}),
+        ("/predict", {"rows": ["a"], "tasks": ["topic"] * 2000}), ("/predict", {"rows": ["a"], name: 1}),
+        ("/embed", {"rows": ["a"], "task_name": name}), ("/generate", {"row": "a", "task": name}),
+    ):  # fmt: skip
+        begun = time.process_time()
+        assert len(refused(send(client, body, path))) < 600
+        assert time.process_time() - begun < 1
 
 
 def test_a_key_without_a_name(client):

@@ -1,6 +1,5 @@
 """The answers of a model: the selected tasks, evaluation mode, and decoding of logits."""
 
-import difflib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from typing import Any, Optional, Protocol
 
 import torch
 
+from .messages import nearest, shortened
 from .task_base import Task
 
 
@@ -69,9 +69,9 @@ def check_tasks(model: HasTasks, tasks: str | Sequence[str] | None) -> list[str]
         tasks = [tasks]
     for name in tasks or []:
         if name not in model.tasks:
-            near = difflib.get_close_matches(name, model.tasks, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"its tasks are {', '.join(map(repr, model.tasks))}."
-            raise ValueError(f"The model has no task {name!r}; {hint}")
+            near = nearest(name, model.tasks)
+            hint = f"did you mean {near!r}?" if near else f"its tasks are {', '.join(map(repr, model.tasks))}."
+            raise ValueError(f"The model has no task {shortened(name)}; {hint}")
     return list(dict.fromkeys(tasks)) if tasks else list(model.tasks)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Mapping
-from typing import Any, Optional, TypeVar
+from typing import Annotated, Any, Optional, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
@@ -17,6 +17,10 @@ from ...model.limits import limits, named
 OPTIONS = "options"
 # Parsing fewer bytes takes less than a millisecond.
 _MANY_BYTES = 2**16
+
+
+# The name of a task; sentences quote it.
+Name = Annotated[str, Field(max_length=1000)]
 
 
 class _Strict(BaseModel):
@@ -55,7 +59,7 @@ class PredictRequest(_Strict):
     """Rows and options of the pipeline "multimodal"."""
 
     rows: list[Any] = Field(min_length=1)
-    tasks: Optional[list[str]] = None
+    tasks: Optional[list[Name]] = Field(None, max_length=1000)
     top_k: Optional[int] = None
     threshold: Optional[float] = None
     coverage: Optional[float] = None
@@ -76,7 +80,7 @@ class EmbedRequest(_Strict):
     """Rows and options of the pipeline "multimodal-feature-extraction"."""
 
     rows: list[Any] = Field(min_length=1)
-    task_name: Optional[str] = None
+    task_name: Optional[Name] = None
     normalize: Optional[bool] = None
 
     def options(self) -> dict[str, Any]:
@@ -88,7 +92,7 @@ class GenerateRequest(_Strict):
     """One row, and the task whose text is written."""
 
     row: Any
-    task: Optional[str] = None
+    task: Optional[Name] = None
     stream: bool = True
     generate_kwargs: Optional[GenerateOptions] = None
 
