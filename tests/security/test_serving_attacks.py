@@ -11,11 +11,11 @@ import torch
 from fastapi.testclient import TestClient
 from hostile_media import gif, png, wav
 from listeners import listening
-from served import in_base64, make_served_parts
+from served import ask_by_hand, in_base64, make_served_parts, messages_of
 from served import png as small_png
 
 from mm_transformers.model.limits import limits, set_limits
-from mm_transformers.sharing.serving import guard, requests
+from mm_transformers.sharing.serving import requests
 from mm_transformers.sharing.serving.answering import ServedModel
 from mm_transformers.sharing.serving.app import create_app
 
@@ -235,33 +235,8 @@ class TestSizes:
         assert client.post("/predict", files={"image": b"x" * 3000}).status_code == 413
 
     def test_a_length_that_is_no_number(self, app):
-        scope = {"type": "http", "method": "POST", "path": "/predict", "headers": [(b"content-length", b"9" * 5000)]}
-        sent = []
-
-        async def collect(message):
-            sent.append(message)
-
-        asyncio.run(app(scope, None, collect))
+        sent = asyncio.run(ask_by_hand(app, messages_of(), headers=[(b"content-length", b"9" * 5000)]))
         assert sent[0]["status"] == 413
-
-    def test_a_body_that_does_not_arrive(self, app, monkeypatch):
-        monkeypatch.setattr(guard, "SECONDS", 0.1)
-        sent = []
-
-        async def collect(message):
-            sent.append(message)
-
-        scope = {
-            "type": "http", "method": "POST", "path": "/predict", "raw_path": b"/predict", "query_string": b"",
-            "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
-        }  # fmt: skip
-
-        async def attack():
-            await app(scope, lambda: asyncio.sleep(99), collect)
-
-        asyncio.run(attack())
-        assert sent[0]["status"] == 408
-        assert json.loads(sent[1]["body"]) == {"error": "The request took too long to arrive."}
 
     def test_all_bodies_together(self, client):
         set_limits(all_uploads_bytes=100)

@@ -6,10 +6,10 @@ import re
 import sys
 import time
 
-import httpx
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from served import as_json_has_it, in_base64, make_served_parts, png, sound
+from served import as_json_has_it, ask_at_once, ask_by_hand, in_base64, make_served_parts, messages_of, png, sound
 
 from mm_transformers.analysis import calibrate
 from mm_transformers.model.pipeline_mm_transformer import MultimodalEmbeddingPipeline, MultimodalPipeline
@@ -43,6 +43,7 @@ def pipe(parts):
     return MultimodalPipeline(model=parts[0], processor=parts[1])
 
 
+END = {"type": "http.disconnect"}
 # Rows for the pipeline, with files as bytes.
 ROWS = [
     {"text": "a red dog", "image": png(0), "audio": sound(0), "price": 3.5, "brand": "ACME"},
@@ -146,38 +147,21 @@ def test_a_streamed_text_is_that_of_the_pipeline(client, pipe):
 
 def test_a_client_that_leaves_stops_the_writing(served):
     app = create_app(served, ServeSettings(streams=1))
-    server, written = app.state.server, []
+    server = app.state.server
+    body = {"row": "a dog", "generate_kwargs": {"max_new_tokens": 30, "no_repeat_ngram_size": 1}}
+    asked = messages_of(json.dumps(body).encode(), END)
 
     async def leave():
-        messages = [{"type": "http.request", "body": json.dumps({"row": "a dog", "generate_kwargs": {
-            "max_new_tokens": 30, "no_repeat_ngram_size": 1}}).encode()}]  # fmt: skip
-        left = asyncio.Event()
-
-        async def receive():
-            if messages:
-                return messages.pop(0)
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message):
-            written.append(message)
-            if message.get("body"):
-                left.set()
-
-        scope = {
-            "type": "http", "method": "POST", "path": "/generate", "raw_path": b"/generate", "query_string": b"",
-            "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "asgi": {"spec_version": "2.4"},
-        }  # fmt: skip
         async with server:
-            await app(scope, receive, send)
+            sent = await ask_by_hand(app, asked, "/generate")
             for _ in range(200):
                 if server._num_streams == 0:
                     break
                 await asyncio.sleep(0.01)
             assert server._num_streams == 0
+            return sent
 
-    asyncio.run(leave())
-    assert not any(b'"text"' in message.get("body", b"") for message in written)
+    assert not any(b'"text"' in message.get("body", b"") for message in asyncio.run(leave()))
 
 
 def test_many_clients_share_forward_passes_and_get_their_own_answers(served, pipe):
@@ -186,16 +170,9 @@ def test_many_clients_share_forward_passes_and_get_their_own_answers(served, pip
     expected = [as_json_has_it(pipe(text, tasks=["topic", "score"])) for text in texts]
     app = create_app(served, ServeSettings(batch_seconds=0.05))
 
-    async def ask(http, number):
-        body = {"rows": [{"text": texts[number]}], "tasks": ["topic", "score"]}
-        return (await http.post("/predict", json=body)).json()["answers"]
-
-    async def everyone():
-        async with app.state.server, httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
-            return await asyncio.gather(*(ask(http, number) for number in range(len(texts))))
-
-    for found, wanted in zip(asyncio.run(everyone()), expected, strict=True):
-        assert_close(found, [wanted])
+    bodies = [{"rows": [{"text": text}], "tasks": ["topic", "score"]} for text in texts]
+    for answered, wanted in zip(ask_at_once(app, bodies), expected, strict=True):
+        assert_close(answered.json()["answers"], [wanted])
     counts = app.state.server.metrics.text().decode()
     assert f'mm_transformers_rows_total{{route="/predict"}} {len(texts)}.0' in counts
     [passes] = re.findall(r"^mm_transformers_batch_rows_count (.*)$", counts, re.MULTILINE)
@@ -210,27 +187,15 @@ def test_a_shared_picture_is_read_and_encoded_once(served):
         with_kwargs=True,
     )
     app = create_app(served, ServeSettings(batch_seconds=0.2))
-
-    async def everyone():
-        async with app.state.server, httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
-            seen.clear()
-            rows = [{"text": f"dog {i}", "image": in_base64(png(3))} for i in range(6)]
-            asked = (http.post("/predict", json={"rows": [row], "tasks": ["topic"]}) for row in rows)
-            return await asyncio.gather(*asked)
-
-    assert {answer.status_code for answer in asyncio.run(everyone())} == {200}
+    rows = [{"text": f"dog {i}", "image": in_base64(png(3))} for i in range(6)]
+    answers = ask_at_once(app, [{"rows": [row], "tasks": ["topic"]} for row in rows])
     hook.remove()
-    assert seen == [1]
+    assert {answer.status_code for answer in answers} == {200}
+    assert seen == [1, 1], "the example of the start, and the shared picture"
 
 
 def test_a_full_queue_is_told(served):
-    app = create_app(served, ServeSettings(waiting_rows=2, batch_rows=1))
-
-    async def everyone():
-        async with app.state.server, httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
-            return await asyncio.gather(*(http.post("/predict", json={"rows": ["a dog"]}) for _ in range(12)))
-
-    answers = asyncio.run(everyone())
+    answers = ask_at_once(create_app(served, ServeSettings(waiting_rows=2, batch_rows=1)), [{"rows": ["a dog"]}] * 12)
     refused = [answer for answer in answers if answer.status_code == 429]
     assert {answer.status_code for answer in answers} == {200, 429}
     assert refused[0].headers["retry-after"] == "1"
@@ -255,6 +220,17 @@ def test_a_bug_is_told_in_a_sentence(served, monkeypatch):
     assert (answered.status_code, answered.json()) == (
         500, {"error": "The server failed at this request; its log says why."},
     )  # fmt: skip
+
+
+def test_a_mounted_application_counts_its_own_routes(served):
+    app, outer = create_app(served), FastAPI()
+    outer.mount("/models/tiny", app)
+    outer.state.server = app.state.server
+    [answered] = ask_at_once(outer, [{"rows": ["a dog"], "tasks": ["topic"]}], "/models/tiny/predict")
+    assert answered.status_code == 200
+    counts = app.state.server.metrics.text().decode()
+    assert 'mm_transformers_requests_total{route="/predict",status="200"} 1.0' in counts
+    assert 'mm_transformers_rows_total{route="/predict"} 1.0' in counts
 
 
 def test_health_and_metrics(client):

@@ -117,7 +117,8 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "application/json":
-        given = await _parsed(await request.body(), "The body")
+        # Not by `request.body()`, which keeps it as long as the request.
+        given = await _parsed(b"".join([chunk async for chunk in request.stream()]), "The body")
         if not isinstance(given, dict):
             raise ValueError(f"The body must be a JSON object with {_required(kind)!r}.")
     elif content_type == "multipart/form-data":

@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Optional, TypeVar
 
 import torch
 from starlette.requests import Request
@@ -17,6 +17,7 @@ from ...model.messages import one_line
 from .answering import PREDICT, Question, ServedModel
 from .batcher import Batcher, QueueFullError, WaitedTooLongError
 from .examples import example_row
+from .guard import Upload
 from .metrics import Metrics
 from .row_reading import ReadRow, RowReader
 from .settings import ServeSettings
@@ -67,7 +68,7 @@ class Server:
         await self.batcher.__aenter__()
         if example := example_row(self.served.model.config):
             # The first pass is slow, and shows that the model works.
-            await self.answer(PREDICT, [example], {}, 0)
+            await self.answer(PREDICT, [example], {})
         return self
 
     async def __aexit__(self, *error: Any) -> None:
@@ -85,14 +86,18 @@ class Server:
         if self.batcher.is_full:
             raise QueueFullError
 
-    async def answer(self, kind: str, rows: Sequence[Any], options: Mapping[str, Any], size: int) -> list[Any]:
+    async def answer(
+        self, kind: str, rows: list[Any], options: Mapping[str, Any], upload: Optional[Upload] = None
+    ) -> list[Any]:
         """
         The answers or vectors of rows.
 
         Args:
             kind: `PREDICT` or `EMBED`.
-            rows, options: as the pipelines take them, with files as bytes or in base64.
-            size: bytes of the request.
+            rows: as the pipelines take them, with files as bytes or in base64. The list is emptied once they are read,
+                since they may be large.
+            options: of the pipeline.
+            upload ([`Upload`], *optional*): The body of the request.
 
         Raises:
             ValueError: one sentence, if a row or an option is wrong.
@@ -100,7 +105,8 @@ class Server:
         """
         question = Question.of(kind, options)
         self.served.check(question)
-        read = await self._read(rows, size)
+        read = await self._read(rows, upload or Upload())
+        rows.clear()
         items = list(enumerate(one.row for one in read))
         self.metrics.waiting.inc(len(items))
         try:
@@ -108,10 +114,13 @@ class Server:
         finally:
             self.metrics.waiting.dec(len(items))
 
-    async def _read(self, rows: Sequence[Any], size: int) -> list[ReadRow]:
-        if size < _FEW_BYTES:
-            return self.reader.read(rows)
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self.reader.read, rows)
+    async def _read(self, rows: Sequence[Any], upload: Upload) -> list[ReadRow]:
+        try:
+            if upload.size < _FEW_BYTES:
+                return self.reader.read(rows)
+            return await asyncio.get_running_loop().run_in_executor(self._readers, self.reader.read, rows)
+        finally:
+            upload.release()
 
     def _run(self, question: Question, items: list[tuple[int, Any]]) -> list[Any]:
         """In the thread of the model: the answers of a batch."""
@@ -132,7 +141,7 @@ class Server:
             torch.set_num_threads(self.settings.threads)
 
     async def open_stream(
-        self, request: Request, row: Any, task: str, options: Mapping[str, Any], size: int
+        self, request: Request, row: Any, task: str, options: Mapping[str, Any], upload: Upload
     ) -> AsyncIterator[bytes]:
         """
         Server-sent events: the pieces of a text as they are written, then the whole text.
@@ -142,7 +151,7 @@ class Server:
             row: as for [`answer`].
             task: that writes.
             options: for `generate`.
-            size: bytes of the request.
+            upload: the body of the request.
 
         Raises:
             ValueError: one sentence, if the row is wrong.
@@ -150,7 +159,7 @@ class Server:
         """
         if self._num_streams >= self.settings.streams:
             raise QueueFullError
-        [read] = await self._read([row], size)
+        [read] = await self._read([row], upload)
         return self._stream(request, read.row, task, options)
 
     async def _stream(self, request: Request, row: Any, task: str, options: Mapping[str, Any]) -> AsyncIterator[bytes]:
