@@ -105,15 +105,18 @@ def ask_at_once(app: Any, bodies: Sequence[Any], path: str = "/predict") -> list
     return asyncio.run(ask())
 
 
-async def ask_by_hand(app: Any, receive: Any, path: str = "/predict", **changed: Any) -> list[dict[str, Any]]:
+async def ask_by_hand(
+    app: Any, receive: Any, path: str = "/predict", sent: list[dict[str, Any]] | None = None, **changed: Any
+) -> list[dict[str, Any]]:
     """
     The messages that an application sends to a client.
 
     Args:
         receive: plays the client.
+        sent: gets the messages as they come.
         changed: keys of the scope of ASGI.
     """
-    sent: list[dict[str, Any]] = []
+    sent = [] if sent is None else sent
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)

@@ -1,15 +1,21 @@
-"""Bodies of requests that arrive slowly, never, or only in part: what they may hold, and for how long."""
+"""Bodies of requests that arrive slowly, never, or in part, and files that take long: what they hold, and how long."""
 
 import asyncio
 import json
+import threading
+import time
 
 import pytest
-from served import ask_by_hand, client_of, make_served_parts, messages_of
+from fastapi.testclient import TestClient
+from hostile_media import png as hostile_png
+from served import ask_by_hand, client_of, in_base64, make_served_parts, messages_of, png
 
+from mm_transformers.model.images import declared_pixels
 from mm_transformers.model.limits import limits, set_limits
-from mm_transformers.sharing.serving import bounded_body
+from mm_transformers.sharing.serving import bounded_body, row_reading
 from mm_transformers.sharing.serving.answering import ServedModel
 from mm_transformers.sharing.serving.app import create_app
+from mm_transformers.sharing.serving.settings import ServeSettings
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +122,74 @@ def test_a_client_that_leaves_while_it_sends_is_no_error(served, caplog, kind):
     assert status_of(sent) == 499
     assert 'route="/predict",status="499"' in app.state.server.metrics.text().decode()
     assert not caplog.records
+
+
+@pytest.fixture
+def slow_files(monkeypatch):
+    """Reading a picture takes a while; the threads that have read one."""
+    threads, read = [], row_reading.RowReader._read_file
+
+    def slowly(*given):
+        time.sleep(0.1)
+        threads.append(threading.current_thread())
+        return read(*given)
+
+    monkeypatch.setattr(row_reading.RowReader, "_read_file", slowly)
+    return threads
+
+
+def picture(seed):
+    return in_base64(png(seed))
+
+
+def test_files_are_never_read_in_the_loop(served, slow_files):
+    """A small file may be a large picture."""
+    app = create_app(served)
+    slow_files.clear()
+    small = json.dumps({**BODY, "rows": [{"image": picture(1)}]}).encode()
+    lies = [(b"content-type", b"application/json"), (b"content-length", b"10"), (b"transfer-encoding", b"chunked")]
+
+    async def clients():
+        async with client_of(app) as http:
+            slow_files.clear()
+            answered = await http.post("/predict", content=small, headers={"content-type": "application/json"})
+            sent = await ask_by_hand(app, messages_of(small), headers=lies)
+            return answered.status_code, status_of(sent)
+
+    assert asyncio.run(clients()) == (200, 200)
+    assert len(slow_files) == 2
+    assert threading.main_thread() not in slow_files
+
+
+def test_a_request_that_nobody_waits_for_is_not_read_on(served, slow_files):
+    app = create_app(served, ServeSettings(timeout=0.35))
+    bodies = [{**BODY, "rows": [{"image": picture(20 * i + j)} for j in range(20)]} for i in range(8)]
+
+    async def clients():
+        async with client_of(app) as http:
+            slow_files.clear()
+            answers = await asyncio.gather(*(http.post("/predict", json=body) for body in bodies))
+            readers = app.state.server._readers
+            # Only two hold a thread; the rows of the others are forgotten at once.
+            waiting = readers._threads._work_queue.qsize()
+            await asyncio.sleep(0.3)
+            return {answered.status_code for answered in answers}, waiting, readers._free.locked()
+
+    statuses, waiting, is_busy = asyncio.run(clients())
+    assert (statuses, waiting, is_busy) == ({503}, 0, False)
+    assert len(slow_files) <= 10, "not 160"
+
+
+def test_the_pixels_of_all_pictures_of_a_request_are_bounded(served):
+    set_limits(served_pixels=2000)
+    with TestClient(create_app(served)) as client:
+        rows = [{"text": "a", "image": picture(1)}] * 9
+        assert client.post("/predict", json={**BODY, "rows": rows}).status_code == 200, "of 600 pixels, read once"
+        rows = [{"text": "a", "image": picture(seed)} for seed in range(4)]
+        told = client.post("/predict", json={**BODY, "rows": rows}).json()["error"]
+    assert told.startswith("Row 3: the pictures of the request have in all more pixels than the limit served_pixels=2")
+
+
+def test_large_pictures_are_declared_by_small_files():
+    assert declared_pixels(hostile_png(7000, 7000, real=False)) == 49_000_000
+    assert declared_pixels(b"no picture") == 0

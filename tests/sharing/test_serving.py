@@ -11,10 +11,12 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from served import as_json_has_it, ask_at_once, ask_by_hand, in_base64, make_served_parts, messages_of, png, sound
 
+from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask, MMTransformerProcessor
 from mm_transformers.analysis import calibrate
 from mm_transformers.model.pipeline_mm_transformer import MultimodalEmbeddingPipeline, MultimodalPipeline
-from mm_transformers.sharing.serving.answering import ServedModel
+from mm_transformers.sharing.serving.answering import PREDICT, Question, ServedModel
 from mm_transformers.sharing.serving.app import create_app
+from mm_transformers.sharing.serving.batcher import QueueFullError
 from mm_transformers.sharing.serving.settings import ServeSettings, WorkerPlan
 
 
@@ -145,23 +147,93 @@ def test_a_streamed_text_is_that_of_the_pipeline(client, pipe):
     assert at_once.json() == {"text": pipe(ROWS[0], tasks=["german"])["german"]["text"]}
 
 
+LONG = {"row": "a dog", "generate_kwargs": {"max_new_tokens": 30, "no_repeat_ngram_size": 1}}
+
+
+async def until(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it did not happen")
+
+
 def test_a_client_that_leaves_stops_the_writing(served):
-    app = create_app(served, ServeSettings(streams=1))
-    server = app.state.server
-    body = {"row": "a dog", "generate_kwargs": {"max_new_tokens": 30, "no_repeat_ngram_size": 1}}
-    asked = messages_of(json.dumps(body).encode(), END)
+    app, sent = create_app(served, ServeSettings(streams=1)), []
+    server, body = app.state.server, messages_of(json.dumps(LONG).encode())
+
+    async def receive():
+        if not sent:
+            return await body()
+        await until(lambda: any(message.get("body") for message in sent))
+        return END
 
     async def leave():
         async with server:
-            sent = await ask_by_hand(app, asked, "/generate")
-            for _ in range(200):
-                if server._num_streams == 0:
-                    break
-                await asyncio.sleep(0.01)
-            assert server._num_streams == 0
-            return sent
+            await ask_by_hand(app, receive, "/generate", sent)
+            await until(lambda: server._num_streams == 0)
 
-    assert not any(b'"text"' in message.get("body", b"") for message in asyncio.run(leave()))
+    asyncio.run(leave())
+    assert any(b'"piece"' in message.get("body", b"") for message in sent)
+    assert not any(b'"text"' in message.get("body", b"") for message in sent)
+
+
+@pytest.fixture
+def slow_writing(served, monkeypatch):
+    """Each token takes its time; the ends of the texts."""
+    ended, write = [], served.write
+
+    def slowly(row, task, options, emit, is_over):
+        def emit_late(piece):
+            time.sleep(0.02)
+            emit(piece)
+
+        try:
+            return write(row, task, options, emit_late, is_over)
+        finally:
+            ended.append(time.monotonic())
+
+    monkeypatch.setattr(served, "write", slowly)
+    return ended
+
+
+def test_streams_are_limited_while_their_rows_are_read(served, slow_writing):
+    app = create_app(served, ServeSettings(streams=2))
+    row = {"text": "a dog", "image": in_base64(png(0, (1500, 1500)))}
+    answers = ask_at_once(app, [{**LONG, "row": row}] * 6, "/generate")
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 429, 429, 429, 429]
+    assert len(slow_writing) == 2
+
+
+def test_a_client_that_leaves_before_the_first_event_stops_the_writing(served, slow_writing):
+    app = create_app(served, ServeSettings(streams=1))
+    server, body = app.state.server, messages_of(json.dumps(LONG).encode())
+
+    async def receive():
+        if server._num_streams == 0:
+            return await body()
+        await until(lambda: server._writers._threads)
+        return END
+
+    async def leave():
+        async with server:
+            # As of uvicorn: the client is listened to, and what it does not wait for is cancelled.
+            await ask_by_hand(app, receive, "/generate", asgi={"spec_version": "2.3"})
+            left = time.monotonic()
+            with pytest.raises(QueueFullError):
+                await server.open_stream(None, "a", "german", {})
+            await until(lambda: server._num_streams == 0)
+            return left
+
+    left = asyncio.run(leave())
+    assert slow_writing[0] - left < 0.2, "one token, not 30"
+
+
+def test_a_stream_ends_in_time(served, slow_writing):
+    app = create_app(served, ServeSettings(timeout=0.3, streams=1))
+    [answered] = ask_at_once(app, [LONG], "/generate")
+    assert events_of(answered.text)[-1]["error"].startswith("The request took longer than the 0.3 seconds")
+    assert len(slow_writing) == 1
 
 
 def test_many_clients_share_forward_passes_and_get_their_own_answers(served, pipe):
@@ -202,6 +274,25 @@ def test_a_full_queue_is_told(served):
     assert refused[0].json() == {"error": "The server has as many requests as it can hold; try again later."}
 
 
+def test_more_rows_than_may_wait_are_refused_for_good(served):
+    [answered] = ask_at_once(create_app(served, ServeSettings(waiting_rows=2)), [{"rows": ["a", "b", "c"]}])
+    assert answered.status_code == 400
+    assert answered.json() == {
+        "error": "The request has 3 rows, more than the 2 that may wait here: send fewer rows at a time."
+    }
+
+
+def test_the_writing_tasks_of_a_batch_share_one_deadline():
+    tasks = [Generation("german"), Generation("french")]
+    config = MMTransformerConfig(text_config=SEQ2SEQ["bart"](), tasks=tasks, num_fusion_attention_heads=4)
+    served = ServedModel(MMTransformerForMultiTask(config), MMTransformerProcessor(tokenizer=make_tokenizer()))
+    served.model.model.text_model.decoder.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    question = Question.of(PREDICT, {"generate_kwargs": {"min_new_tokens": 30, "max_new_tokens": 30}})
+    begun = time.monotonic()
+    assert set(served.answer(question, ["a dog"], 0.5)[0]) == {"german", "french"}
+    assert time.monotonic() - begun < 0.95, "and not 0.5 seconds each"
+
+
 def test_a_request_that_takes_too_long_is_told(served, monkeypatch):
     with TestClient(create_app(served, ServeSettings(timeout=0.2))) as client:
         monkeypatch.setattr(served, "answer", lambda *_: time.sleep(0.5))
@@ -231,6 +322,41 @@ def test_a_mounted_application_counts_its_own_routes(served):
     counts = app.state.server.metrics.text().decode()
     assert 'mm_transformers_requests_total{route="/predict",status="200"} 1.0' in counts
     assert 'mm_transformers_rows_total{route="/predict"} 1.0' in counts
+
+
+def test_health_says_when_nobody_answers_any_more(served, monkeypatch):
+    broken = []
+
+    def answer(question, rows, max_seconds):
+        if broken:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return whole(question, rows, max_seconds)
+
+    whole = served.answer
+    monkeypatch.setattr(served, "answer", answer)
+    app = create_app(served)
+    assert TestClient(app).get("/health").status_code == 503, "it has not been started"
+    with TestClient(app, raise_server_exceptions=False) as client:
+        assert client.get("/health").status_code == 200
+        broken.append(True)
+        assert post(client, "/predict", {"rows": ["a"]}).status_code == 500
+        answered = client.get("/health")
+        assert (answered.status_code, answered.json()) == (
+            503, {"error": "The model does not answer any more; start the server again."},
+        )  # fmt: skip
+        broken.clear()  # it was one row
+        assert client.get("/health").status_code == 200
+        client.portal.call(app.state.server.batcher._work.cancel)
+        assert client.get("/health").status_code == 503
+
+
+def test_an_application_may_be_started_again(served):
+    app = create_app(served)
+    for _ in range(2):
+        with TestClient(app) as client:
+            rows = [{"text": "a", "image": in_base64(png(0, (100, 100)))}]
+            assert post(client, "/predict", {"rows": rows, "tasks": ["topic"]}).status_code == 200
+            assert post(client, "/generate", {"row": "a dog"}).status_code == 200
 
 
 def test_health_and_metrics(client):

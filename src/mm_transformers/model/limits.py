@@ -66,6 +66,7 @@ class Limits:
         served_characters (`int`): Characters of one text, or of the cell of a column, in such a request.
         served_memory (`int`):
             Bytes in memory of the pictures, videos and sounds of one such request. Four times as many may wait.
+        served_pixels (`int`): Pixels of all different pictures of one such request, as their files declare them.
         served_tokens (`int`): The largest `max_new_tokens` of such a request.
         served_beams (`int`): The largest `num_beams` of such a request.
 
@@ -117,6 +118,7 @@ class Limits:
     served_values: int = 500_000
     served_characters: int = 100_000
     served_memory: int = 256 * 2**20
+    served_pixels: int = 500_000_000
     served_tokens: int = 1024
     served_beams: int = 8
 

@@ -3,7 +3,7 @@
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Optional, overload
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -323,7 +323,7 @@ def _process(rows: list[dict[str, Any]], processor: Any, wants_words: bool) -> d
     return dict(processor(**given, return_word_index=wants_words))
 
 
-def checked_row(row: Any, number: int, known: Optional[Sequence[str]], processor: Any) -> dict[str, Any]:
+def checked_row(row: Any, number: int, known: Optional[Collection[str]], processor: Any) -> dict[str, Any]:
     """
     The inputs of the row: those of its keys that the processor reads, without missing values.
 

@@ -13,7 +13,7 @@ from ...model.modalities import PARTS
 try:
     import python_multipart  # noqa: F401  reads forms
     from fastapi import FastAPI, Request, Response
-    from fastapi.responses import JSONResponse, StreamingResponse
+    from fastapi.responses import JSONResponse
     from pydantic import BaseModel
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
@@ -25,11 +25,13 @@ except ImportError as error:
 from ... import __version__
 from .answering import EMBED, PREDICT, ServedModel
 from .batcher import QueueFullError, WaitedTooLongError
+from .clients import ClientLeftError, unless_client_leaves
 from .examples import example_row
 from .guard import UPLOAD, Guard
 from .requests import EmbedRequest, GenerateRequest, PredictRequest, read_body
-from .server import FAILED, ClientLeftError, Server, too_long, unless_client_leaves
+from .server import Server
 from .settings import ServeSettings
+from .text_stream import FAILED, TextStreamResponse, too_long
 
 
 ROUTES = ("/predict", "/embed", "/generate", "/health", "/metrics")
@@ -160,9 +162,8 @@ def _add_routes(app: FastAPI, server: Server, title: str) -> None:
         if body.stream:
             if options.get("num_beams", 1) > 1:
                 raise ValueError('Beams cannot be streamed: leave num_beams out, or send "stream": false.')
-            events = await server.open_stream(request, body.row, task, options, request.scope[UPLOAD])
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            stream = await server.open_stream(request, body.row, task, options, request.scope[UPLOAD])
+            return TextStreamResponse(stream, request)
         wanted = PredictRequest(rows=[body.row], tasks=[task], generate_kwargs=body.generate_kwargs)
         body.row = None  # its files are freed when they are read
         [answers] = await answered(request, PREDICT, wanted)
@@ -170,7 +171,9 @@ def _add_routes(app: FastAPI, server: Server, title: str) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Whether this server answers, and which tasks."""
+        """Whether this server answers (else the status is 503), and which tasks."""
+        if not await server.is_well():
+            raise HTTPException(503, "The model does not answer any more; start the server again.")
         return {"status": "ok", "model": title, "tasks": list(server.served.model.tasks)}
 
     @app.get("/metrics")
