@@ -10,6 +10,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from served import as_json_has_it, ask_at_once, ask_by_hand, in_base64, make_served_parts, messages_of, png, sound
+from tiny import SEQ2SEQ, make_tokenizer
 
 from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask, MMTransformerProcessor
 from mm_transformers.analysis import calibrate
