@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Optional
+from weakref import WeakKeyDictionary
 
 from .audio import audio_key
 from .file_contents import is_absent
@@ -159,8 +160,15 @@ def _load_clip(context: ReaderContext, clip: Any) -> dict[str, Any]:
     return {"array": waveform, "sampling_rate": context.processor.feature_extractor.sampling_rate}
 
 
+# Of each processor: making one takes milliseconds, and each warns once of a column.
+_table_readers: WeakKeyDictionary[Any, TableReader] = WeakKeyDictionary()
+
+
 def _table_reader(context: ReaderContext) -> Callable[..., Any]:
-    return TableReader(context.processor.table_config)
+    reader, config = _table_readers.get(context.processor), context.processor.table_config
+    if reader is None or not reader.fits(config):
+        reader = _table_readers[context.processor] = TableReader(config)
+    return reader
 
 
 @dataclass(frozen=True)
