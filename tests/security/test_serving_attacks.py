@@ -149,6 +149,7 @@ def test_hostile_files(client, name, way):
         '{"rows": ["a"], "generate_kwargs": {"temperature": 1e-40, "do_sample": true}}',
         '{"rows": ["a"], "generate_kwargs": {"repetition_penalty": 1e-30, "do_sample": true}}',
         '{"rows": ["a"], "generate_kwargs": {"length_penalty": -90, "num_beams": 2}}',
+        '{"rows": ["a"], "generate_kwargs": {"max_new_tokens": 41}}',
     ],
     ids=lambda body: str(body)[:60],
 )  # fmt: skip
@@ -210,16 +211,27 @@ def test_numbers_that_no_float_can_hold(client, price):
     json.loads(answered.text, parse_constant=pytest.fail)
 
 
+def test_more_tokens_than_the_decoder_has_positions_for(client):
+    """A token beyond the last position ends the process on a GPU."""
+    told = refused(send(client, {"row": "a", "generate_kwargs": {"max_new_tokens": 41}}, "/generate"))
+    assert told == (
+        "generate_kwargs.max_new_tokens is 41, too many for task 'german': the decoder has 40 positions."
+    )  # fmt: skip
+    assert send(client, {"row": "a", "generate_kwargs": {"max_new_tokens": 40}}, "/generate").status_code == 200
+    assert send(client, {"rows": ["a"], "tasks": ["topic"], "generate_kwargs": {"max_new_tokens": 41}}).is_success
+
+
 @pytest.mark.parametrize("path", ["/predict", "/generate"])
-def test_sampling_cannot_fail(client, app, monkeypatch, path):
+def test_sampling_cannot_fail(client, app, path):
     """NaN among the probabilities ends the process on a GPU; half precision may give it for an odd row."""
-    decoder = app.state.server.served.model.model.text_model
-    bias = torch.full_like(decoder.final_logits_bias, torch.nan)
-    bias[:, ::2] = torch.inf
+    bias = app.state.server.served.model.model.text_model.final_logits_bias
+    before = bias.clone()
     body = {"rows": ["a"], "tasks": ["german"]} if path == "/predict" else {"row": "a"}
-    with monkeypatch.context() as broken:
-        broken.setattr(decoder, "final_logits_bias", bias)
+    try:
+        bias.fill_(torch.nan)[:, ::2] = torch.inf
         answered = send(client, {**body, "generate_kwargs": {"do_sample": True, "temperature": 0.01}}, path)
+    finally:
+        bias.copy_(before)
     assert answered.status_code == 200
     assert "error" not in answered.text
 
@@ -255,7 +267,7 @@ class TestSizes:
         for values in ("[],", "{},", "1,", '"",', '"[",', '{"a":'):
             told = refused(send(client, '{"rows": [' + values * 1001))
             assert told.startswith("The body has more values than the limit served_values=1,000")
-        told = refused(client.post("/predict", data={"text": "a", "options": "[" * 1001}))
+        told = refused(client.post("/predict", files={"text": (None, "a"), "options": (None, "[" * 1001)}))
         assert told.startswith("The field 'options' has more values than")
         assert not parsed
 

@@ -10,7 +10,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from ...model.calibration import Calibration
-from ...model.generation import task_that_writes, writing_tasks
+from ...model.decoders import decoder_positions
+from ...model.generation import WritingTask, task_that_writes, writing_tasks
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.pipeline_mm_transformer import MultimodalEmbeddingPipeline, MultimodalPipeline, RowPipeline, read_rows
 from ...model.predictions import Predictions
@@ -69,16 +70,34 @@ class Kind:
 class TaskAnswers(Kind):
     """The answers of tasks."""
 
+    def __init__(self, model: MMTransformerForMultiTask, pipeline: RowPipeline) -> None:
+        super().__init__(model, pipeline)
+        config = model.config
+        self.positions = decoder_positions(config.text_config, config.decoder_config) if self._writing else None
+
+    @property
+    def _writing(self) -> dict[str, WritingTask]:
+        return writing_tasks(self.model.tasks)
+
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)
         names = options.get("tasks") or list(self.model.tasks)
+        chosen = options.get("generate_kwargs", {}).get("max_new_tokens")
+        for task in (self._writing[name] for name in names if name in self._writing) if chosen else ():
+            longest = chosen + len(self.model.decoder_start_ids(task)) - 1
+            if self.positions is not None and longest > self.positions:
+                # On a GPU, a token beyond the last position ends the process.
+                raise ValueError(
+                    f"generate_kwargs.max_new_tokens is {chosen:,}, too many for task {task.name!r}: the decoder has "
+                    f"{self.positions:,} positions."
+                )
         if options.get("coverage") is not None:
             calibration = Calibration(self.model.config.calibration)
             if not any(map(calibration.can_cover, names)):
                 calibration.thresholds(names[0], [], options["coverage"])
 
     def ending(self, options: dict[str, Any], is_over: Callable[[], bool]) -> dict[str, Any]:
-        if not writing_tasks(self.model.tasks):
+        if not self._writing:
             return options
         return {**options, "generate_kwargs": _ending(options.get("generate_kwargs", {}), is_over)}
 

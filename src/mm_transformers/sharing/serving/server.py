@@ -169,12 +169,13 @@ class Server:
             upload: as for [`answer`].
 
         Raises:
-            ValueError: one sentence, if the row is wrong.
+            ValueError: one sentence, if the row or an option is wrong.
             QueueFullError: if as many texts as allowed are being streamed.
             ClientLeftError, WaitedTooLongError: as [`unless_client_leaves`].
         """
         if self._num_streams >= self.settings.streams:
             raise QueueFullError
+        self.served.check(Question.of(PREDICT, {"tasks": [task], "generate_kwargs": dict(options)}))
         self._num_streams += 1
         self.metrics.streams.inc()
         try:
