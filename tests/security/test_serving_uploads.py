@@ -43,7 +43,7 @@ def error_of(sent):
 
 
 def test_bodies_that_have_not_arrived_hold_no_room(served):
-    set_limits(all_uploads_bytes=1000)
+    set_limits(all_uploads_bytes=920)
     app = create_app(served)
     kinds = (b"content-length", b"900"), (b"transfer-encoding", b"chunked")
     json_type = (b"content-type", b"application/json")
