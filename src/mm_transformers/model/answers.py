@@ -41,11 +41,11 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     ```
     """
     with _lock:
-        count, in_training = _open_blocks.get(id(model), (0, []))
-        if count == 0:
-            in_training = [module for module in model.modules() if module.training]
+        found = _in_training(model)
+        count, in_training = _open_blocks.get(id(model), (0, found))
         _open_blocks[id(model)] = count + 1, in_training
-        model.eval()
+        if found:
+            model.eval()  # takes as long as answering a row with a small model
     try:
         yield
     finally:
@@ -56,6 +56,17 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             else:
                 for module in in_training:
                     module.training = True
+
+
+def _in_training(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules in training mode; a shared one may be listed twice."""
+    found, waiting = [], [model]
+    while waiting:  # not by `modules()`, which takes several times as long
+        module = waiting.pop()
+        if module.training:
+            found.append(module)
+        waiting += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def check_tasks(model: HasTasks, tasks: str | Sequence[str] | None) -> list[str]:
