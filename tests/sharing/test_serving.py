@@ -179,6 +179,24 @@ def test_a_client_that_leaves_stops_the_writing(served):
     assert not any(b'"text"' in message.get("body", b"") for message in sent)
 
 
+def test_the_rows_of_a_client_that_leaves_are_not_answered(served):
+    app = create_app(served, ServeSettings(batch_seconds=1))
+    seen = app.state.server.metrics.batch_rows
+    body = json.dumps({"rows": ["a", "b"], "tasks": ["topic"]}).encode()
+
+    async def leave():
+        app.state.server._example = {}
+        async with app.state.server:
+            begun = time.monotonic()
+            [start, _] = await ask_by_hand(app, messages_of(body, END))
+            return start["status"], time.monotonic() - begun
+
+    status, seconds = asyncio.run(leave())
+    assert status == 499
+    assert seconds < 0.8, "it was not waited for"
+    assert seen._sum.get() == 0, "nor answered"
+
+
 @pytest.fixture
 def slow_writing(served, monkeypatch):
     """Each token takes its time; the ends of the texts."""

@@ -1,7 +1,6 @@
 """Collects items that arrive within milliseconds into batches, and answers each batch in one thread."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
@@ -152,6 +151,8 @@ class Batcher:
         self._weight += sum(sizes)
         self._arrival.set()
         try:
+            if len(new) == 1:
+                return [await new[0].answer]
             results = await asyncio.gather(*(one.answer for one in new), return_exceptions=True)
         finally:
             for one in new:
@@ -199,11 +200,21 @@ class Batcher:
             logger.exception("A batch of %d rows failed.", len(batch))
 
     async def _wait_for_more(self, arrival: asyncio.Event) -> None:
-        end = self._waiting[0].arrived + self.max_wait
-        while len(self._waiting) < self.max_items and not self._is_closing and (left := end - time.monotonic()) > 0:
+        is_over = False
+
+        def end() -> None:
+            nonlocal is_over
+            is_over = True
+            arrival.set()
+
+        left = self._waiting[0].arrived + self.max_wait - time.monotonic()
+        if left <= 0:
+            return
+        timer = asyncio.get_running_loop().call_later(left, end)  # `wait_for` would make a task for each arrival
+        while len(self._waiting) < self.max_items and not self._is_closing and not is_over:
             arrival.clear()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(arrival.wait(), left)
+            await arrival.wait()
+        timer.cancel()
 
     def _next_batch(self) -> list[_Waiting]:
         """The oldest item, and as many others with its key as fit, taken out of the queue."""

@@ -1,6 +1,5 @@
 """Bounds the body of a request: its bytes, and the time in which it must arrive."""
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -37,6 +36,7 @@ def bounded(receive: Receive, most: int, arrived: Callable[[int], None] = lambda
     Returns:
         The same function; it raises `starlette.exceptions.HTTPException`, which the application turns into the answer.
     """
+    import anyio
     from starlette.exceptions import HTTPException
 
     received, is_complete, begun = 0, False, time.monotonic()
@@ -47,8 +47,9 @@ def bounded(receive: Receive, most: int, arrived: Callable[[int], None] = lambda
             return await receive()
         end = begun + SECONDS + received / SLOWEST
         try:
-            message = await asyncio.wait_for(receive(), max(end - time.monotonic(), 0.0))
-        except asyncio.TimeoutError:
+            with anyio.fail_after(end - time.monotonic()):
+                message = await receive()
+        except TimeoutError:
             raise HTTPException(408, "The request took too long to arrive.") from None
         is_complete = not message.get("more_body", False)
         size = len(message.get("body") or b"")

@@ -2,12 +2,16 @@
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Optional, TypeVar
 
+import anyio
 from starlette.requests import Request
 
 from .batcher import WaitedTooLongError
 
+
+# Most requests are answered sooner; to watch their clients would cost as much as to read a row.
+_SECONDS_UNWATCHED = 0.1
 
 Result = TypeVar("Result")
 
@@ -29,26 +33,20 @@ async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, Resul
     Raises:
         ClientLeftError, WaitedTooLongError: if so.
     """
-    gone = asyncio.ensure_future(client_left(request))
-    try:
-        return await unless_gone(work, gone, timeout)
-    finally:
-        gone.cancel()
+    gone: Optional[asyncio.Future[None]] = None
 
+    def watch() -> None:
+        nonlocal gone
+        gone = asyncio.ensure_future(client_left(request))
+        gone.add_done_callback(lambda _: scope.cancel())
 
-async def unless_gone(work: Coroutine[Any, Any, Result], gone: "asyncio.Future[None]", timeout: float) -> Result:
-    """
-    The result of some work, which is cancelled when a future is done or its time is over.
-
-    Raises:
-        ClientLeftError, WaitedTooLongError: if so.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        waiting: set[asyncio.Future[Any]] = {task, gone}
-        await asyncio.wait(waiting, timeout=max(timeout, 0), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientLeftError if gone.done() else WaitedTooLongError
-    finally:
-        task.cancel()
+    with anyio.move_on_after(timeout) as scope:
+        timer = asyncio.get_running_loop().call_later(_SECONDS_UNWATCHED, watch)
+        try:
+            return await work
+        finally:
+            timer.cancel()
+            has_left = gone is not None and gone.done()
+            if gone is not None:
+                gone.cancel()
+    raise ClientLeftError if has_left else WaitedTooLongError

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from ...model.messages import one_line
 from .batcher import WaitedTooLongError
-from .clients import ClientLeftError, client_left, unless_gone
+from .clients import ClientLeftError, client_left
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ class TextStream:
     ) -> None:
         self.timeout, self._end = timeout, time.monotonic() + timeout
         self._stopped = threading.Event()
-        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        # The pieces, `None` at the end, or the reason why there is no whole text.
+        self._pieces: asyncio.Queue[str | Exception | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def emit(piece: str | None) -> None:
@@ -62,9 +63,14 @@ class TextStream:
 
     async def events(self, request: Request) -> AsyncIterator[bytes]:
         """The pieces, then the whole text, or one error."""
+        put = self._pieces.put_nowait
+        late = asyncio.get_running_loop().call_later(self._end - time.monotonic(), put, WaitedTooLongError())
         gone = asyncio.ensure_future(client_left(request))
+        gone.add_done_callback(lambda _: put(ClientLeftError()))
         try:
-            while (piece := await unless_gone(self._pieces.get(), gone, self._end - time.monotonic())) is not None:
+            while (piece := await self._pieces.get()) is not None:
+                if isinstance(piece, Exception):
+                    raise piece
                 yield _event({"piece": piece})
             text = await asyncio.wrap_future(self.job)
             if self._is_over():  # then it is not whole
@@ -80,6 +86,7 @@ class TextStream:
             logger.exception("A stream failed.")
             yield _event({"error": FAILED})
         finally:
+            late.cancel()
             gone.cancel()
 
 
