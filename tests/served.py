@@ -5,7 +5,7 @@ import base64
 import io
 import json
 import wave
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -36,6 +36,8 @@ from mm_transformers import (
 )
 
 
+# The last message of a client.
+END = {"type": "http.disconnect"}
 TABLE_ROWS = [{"price": 1.5 * i, "brand": ("ACME", "Other")[i % 2]} for i in range(40)]
 
 
@@ -142,3 +144,17 @@ def messages_of(*messages: Any) -> Any:
         return message
 
     return receive
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Waits for a condition, at most for some seconds."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it did not happen")
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The server-sent events of an answer."""
+    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]

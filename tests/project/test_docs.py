@@ -18,6 +18,7 @@ from command_line import mm
 from documents import PAGES, ROOT, RUN_ELSEWHERE, blocks_of, name_of, save_reader_folder, shell_lines
 from hub_server import Hub
 from listeners import running
+from served import events_of
 
 from mm_transformers import MMTransformerConfig
 from mm_transformers.cli import app
@@ -165,7 +166,7 @@ def test_requests_of_pages_are_answered(folder):
             if "/predict" in line:
                 assert len(json.loads(told)["answers"]) == 1
             else:
-                *pieces, whole = [json.loads(event.removeprefix("data: ")) for event in told.split("\n\n") if event]
+                *pieces, whole = events_of(told)
                 assert "".join(event["piece"] for event in pieces).strip() == whole["text"]
 
 

@@ -8,7 +8,7 @@ import time
 import pytest
 from fastapi.testclient import TestClient
 from hostile_media import png as hostile_png
-from served import ask_by_hand, client_of, in_base64, make_served_parts, messages_of, png
+from served import END, ask_by_hand, client_of, in_base64, make_served_parts, messages_of, png
 
 from mm_transformers.model.images import declared_pixels
 from mm_transformers.model.limits import limits, set_limits
@@ -29,7 +29,6 @@ def limits_of_a_test(monkeypatch):
 
 
 BODY = {"rows": ["a dog"], "tasks": ["topic"]}
-END = {"type": "http.disconnect"}
 MORE = {"type": "http.request", "body": b"{" + b" " * 599, "more_body": True}
 
 

@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from served import until
 
 from mm_transformers.sharing.serving.batcher import Batcher, QueueFullError, WaitedTooLongError
 
@@ -28,14 +29,6 @@ class Recorder:
 
 def run(coroutine):
     return asyncio.run(coroutine)
-
-
-async def until(condition):
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it did not happen")
 
 
 def test_items_that_arrive_together_share_a_batch_and_get_their_own_results():
