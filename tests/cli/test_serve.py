@@ -31,8 +31,10 @@ def test_a_missing_extra_is_told_in_a_sentence(tmp_path, monkeypatch):
     assert "Serving needs `prometheus_client`: pip install mm-transformers[serve]" in told
 
 
-def test_settings_are_checked(tmp_path):
-    assert "timeout must be above 0" in mm("serve", tmp_path, "--timeout", "0", ok=False)
+@pytest.mark.parametrize("timeout", ["0", "inf", "nan"])
+def test_settings_are_checked(tmp_path, timeout):
+    assert "timeout must be finite and above 0" in mm("serve", tmp_path, "--timeout", timeout, ok=False)
+    assert "batch_seconds must be finite" in mm("serve", tmp_path, "--wait", "inf", ok=False)
 
 
 class Running:

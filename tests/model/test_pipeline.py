@@ -394,6 +394,7 @@ def test_a_bad_row_is_named_from_a_worker(pipe):
     [
         ({"tasks": ["tpoic"]}, r"The model has no task 'tpoic'; did you mean 'topic'\?"),
         ({"tasks": "weather"}, "The model has no task 'weather'; its tasks are 'topic', 'sentiment'"),
+        ({"tasks": "topics" * 99}, r"The model has no task .topicstopic\w*\.\.\.\w*.; its tasks are .topic."),
         ({"top_k": 0}, "top_k must be an integer >= 1, but is 0"),
         ({"top_k": True}, "top_k must be an integer >= 1, but is True"),
         ({"threshold": 1.5}, "threshold must lie between 0 and 1, but is 1.5"),

@@ -1,8 +1,10 @@
 """Columns of numbers and categories: reading, encoding, and the rules that every modality must keep."""
 
+import copy
 import itertools
 import json
 import math
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -140,6 +142,41 @@ def test_a_number_far_outside_the_training_rows_is_told_once_for_a_column(caplog
         read({"price": -1e12})
     (message,) = caplog.messages
     assert "Column 'price' has 1e+12, more than 100 standard deviations from the mean" in message
+
+
+def test_a_processor_makes_its_reader_once_and_warns_once(caplog, monkeypatch):
+    made, init = [], TableReader.__init__
+    monkeypatch.setattr(TableReader, "__init__", lambda reader, config: made.append(config) or init(reader, config))
+    processor = MMTransformerProcessor(make_image_processor(), make_tokenizer(), table_config=copy.deepcopy(TABLE))
+    with caplog.at_level("WARNING"):
+        for _ in range(3):
+            processor(text="a", table={"price": 1e12})
+    assert len(made) == len(caplog.messages) == 1
+    for other in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
+        assert torch.equal(
+            other(text="a", table=CELLS)["table_numbers"], processor(text="a", table=CELLS)["table_numbers"]
+        )
+
+
+@pytest.mark.parametrize("change", ["config", "columns", "column"])
+def test_a_processor_whose_columns_change_reads_them_anew(change):
+    processor = MMTransformerProcessor(make_image_processor(), make_tokenizer(), table_config=copy.deepcopy(TABLE))
+    config = processor.table_config
+
+    def read():
+        inputs = processor(text="a", table={"price": 7.0, "brand": "new"})
+        return inputs["table_numbers"][0, 0].item(), inputs["table_categories"][0].tolist()
+
+    assert read() == (2.0, [0])
+    if change == "config":
+        processor.table_config = TableConfig(columns=[{**PRICE, "mean": 7.0}, BRAND])
+        assert read() == (0.0, [0])
+    elif change == "columns":
+        config.columns = [*config.columns, {"name": "colour", "kind": "category", "values": ["red"]}]
+        assert read() == (2.0, [0, -1])
+    else:
+        next(column for column in config.columns if column["name"] == "brand")["values"] = ["other", "new"]
+        assert read() == (2.0, [2])
 
 
 def test_a_number_of_minus_one_is_no_missing_category():

@@ -26,6 +26,7 @@ from mm_transformers.cli.page import load_page
 from mm_transformers.cli.request_filter import RequestFilter
 from mm_transformers.cli.uploads import REFUSAL, upload_folder
 from mm_transformers.model.limits import limits, set_limits
+from mm_transformers.sharing.serving import bounded_body
 
 
 # Importing gradio takes seconds, so that it is left to the tests that start a page.
@@ -277,7 +278,7 @@ def test_a_body_that_does_not_arrive_ends_the_request(monkeypatch):
     """It would keep its share of the room for uploads for ever."""
     from starlette.exceptions import HTTPException
 
-    monkeypatch.setattr(request_filter, "SECONDS", 0.2)
+    monkeypatch.setattr(bounded_body, "SECONDS", 0.2)
     statuses = []
 
     async def application(scope, receive, send):

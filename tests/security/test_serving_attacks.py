@@ -3,17 +3,19 @@
 import asyncio
 import json
 import re
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fastapi.testclient import TestClient
 from hostile_media import gif, png, wav
 from listeners import listening
-from served import in_base64, make_served_parts
+from served import ask_by_hand, in_base64, make_served_parts, messages_of
 from served import png as small_png
 
 from mm_transformers.model.limits import limits, set_limits
-from mm_transformers.sharing.serving import guard
+from mm_transformers.sharing.serving import requests
 from mm_transformers.sharing.serving.answering import ServedModel
 from mm_transformers.sharing.serving.app import create_app
 
@@ -144,11 +146,53 @@ def test_hostile_files(client, name, way):
         '{"rows": ["a"], "generate_kwargs": {"max_time": 1e9}}',
         '{"rows": ["a"], "generate_kwargs": {"custom_generate": "me/evil", "trust_remote_code": true}}',
         '{"rows": ["a"], "generate_kwargs": {"temperature": -1, "do_sample": true}}',
+        '{"rows": ["a"], "generate_kwargs": {"temperature": 1e-40, "do_sample": true}}',
+        '{"rows": ["a"], "generate_kwargs": {"repetition_penalty": 1e-30, "do_sample": true}}',
+        '{"rows": ["a"], "generate_kwargs": {"length_penalty": -90, "num_beams": 2}}',
+        '{"rows": ["a"], "generate_kwargs": {"max_new_tokens": 41}}',
     ],
     ids=lambda body: str(body)[:60],
 )  # fmt: skip
 def test_hostile_json(client, body):
     refused(send(client, body))
+
+
+@pytest.mark.parametrize("path", ["/predict", "/embed", "/generate"])
+def test_halves_of_characters(client, path):
+    """Tokenizers take no lone surrogates."""
+    key = "row" if path == "/generate" else "rows"
+    row = b'"a \xed\xa0\x80"' if path == "/generate" else b'["a \xed\xa0\x80"]'
+    told = refused(send(client, b'{"' + key.encode() + b'": ' + row + b"}", path))
+    assert told == "The body is not encoded as UTF-8."
+    form = b'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\n\\ud800\r\n--x--\r\n'
+    header = {"content-type": "multipart/form-data; boundary=x; charset=unicode_escape"}
+    assert "half of a character" in refused(client.post(path, content=form, headers=header))
+
+
+def test_whole_characters_are_taken(client):
+    for content in (
+        '{"rows": ["\\uD83D\\uDE00 a"], "tasks": ["topic"]}',
+        '\ufeff{"rows": ["😀 a"], "tasks": ["topic"]}',
+    ):
+        assert send(client, content).status_code == 200
+
+
+@pytest.mark.parametrize("letters", ["topic", "no"])
+def test_huge_names(client, letters):
+    """To find a similar name, each of their letters is indexed."""
+    name = letters * 2**20
+    for path, body in (
+        ("/predict", {"rows": [{name: 1}]}), ("/predict", {"rows": ["a"], "tasks": [name]}),
+        ("/predict", {"rows": ["a"], "tasks": ["topic"] * 2000}), ("/predict", {"rows": ["a"], name: 1}),
+        ("/embed", {"rows": ["a"], "task_name": name}), ("/generate", {"row": "a", "task": name}),
+    ):  # fmt: skip
+        begun = time.process_time()
+        assert len(refused(send(client, body, path))) < 600
+        assert time.process_time() - begun < 1
+
+
+def test_a_key_without_a_name(client):
+    assert refused(send(client, '{"rows": ["a"], "": 1}')) == "Extra inputs are not permitted."
 
 
 @pytest.mark.parametrize(
@@ -167,6 +211,31 @@ def test_numbers_that_no_float_can_hold(client, price):
     json.loads(answered.text, parse_constant=pytest.fail)
 
 
+def test_more_tokens_than_the_decoder_has_positions_for(client):
+    """A token beyond the last position ends the process on a GPU."""
+    told = refused(send(client, {"row": "a", "generate_kwargs": {"max_new_tokens": 41}}, "/generate"))
+    assert told == (
+        "generate_kwargs.max_new_tokens is 41, too many for task 'german': the decoder has 40 positions."
+    )  # fmt: skip
+    assert send(client, {"row": "a", "generate_kwargs": {"max_new_tokens": 40}}, "/generate").status_code == 200
+    assert send(client, {"rows": ["a"], "tasks": ["topic"], "generate_kwargs": {"max_new_tokens": 41}}).is_success
+
+
+@pytest.mark.parametrize("path", ["/predict", "/generate"])
+def test_sampling_cannot_fail(client, app, path):
+    """NaN among the probabilities ends the process on a GPU; half precision may give it for an odd row."""
+    bias = app.state.server.served.model.model.text_model.final_logits_bias
+    before = bias.clone()
+    body = {"rows": ["a"], "tasks": ["german"]} if path == "/predict" else {"row": "a"}
+    try:
+        bias.fill_(torch.nan)[:, ::2] = torch.inf
+        answered = send(client, {**body, "generate_kwargs": {"do_sample": True, "temperature": 0.01}}, path)
+    finally:
+        bias.copy_(before)
+    assert answered.status_code == 200
+    assert "error" not in answered.text
+
+
 class TestSizes:
     def test_bodies(self, client):
         set_limits(served_bytes=2000)
@@ -178,33 +247,8 @@ class TestSizes:
         assert client.post("/predict", files={"image": b"x" * 3000}).status_code == 413
 
     def test_a_length_that_is_no_number(self, app):
-        scope = {"type": "http", "method": "POST", "path": "/predict", "headers": [(b"content-length", b"9" * 5000)]}
-        sent = []
-
-        async def collect(message):
-            sent.append(message)
-
-        asyncio.run(app(scope, None, collect))
+        sent = asyncio.run(ask_by_hand(app, messages_of(), headers=[(b"content-length", b"9" * 5000)]))
         assert sent[0]["status"] == 413
-
-    def test_a_body_that_does_not_arrive(self, app, monkeypatch):
-        monkeypatch.setattr(guard, "SECONDS", 0.1)
-        sent = []
-
-        async def collect(message):
-            sent.append(message)
-
-        scope = {
-            "type": "http", "method": "POST", "path": "/predict", "raw_path": b"/predict", "query_string": b"",
-            "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
-        }  # fmt: skip
-
-        async def attack():
-            await app(scope, lambda: asyncio.sleep(99), collect)
-
-        asyncio.run(attack())
-        assert sent[0]["status"] == 408
-        assert json.loads(sent[1]["body"]) == {"error": "The request took too long to arrive."}
 
     def test_all_bodies_together(self, client):
         set_limits(all_uploads_bytes=100)
@@ -215,6 +259,29 @@ class TestSizes:
     def test_rows(self, client):
         set_limits(served_rows=3)
         assert refused(send(client, {"rows": ["a"] * 4})).startswith("The request has 4 rows, more than the limit")
+
+    def test_values_are_counted_before_they_are_parsed(self, client, monkeypatch):
+        set_limits(served_values=1000)
+        parsed = []
+        monkeypatch.setattr(requests, "json", SimpleNamespace(loads=parsed.append))
+        for values in ("[],", "{},", "1,", '"",', '"[",', '{"a":'):
+            told = refused(send(client, '{"rows": [' + values * 1001))
+            assert told.startswith("The body has more values than the limit served_values=1,000")
+        told = refused(client.post("/predict", files={"text": (None, "a"), "options": (None, "[" * 1001)}))
+        assert told.startswith("The field 'options' has more values than")
+        assert not parsed
+
+    def test_commas_and_brackets_of_texts_are_no_values(self, client):
+        set_limits(served_values=1000)
+        for text in ("a, [b] {c}" * 400, '\\" , ' * 400, "\\," * 1001, '",' * 1001):
+            answered = send(client, {"rows": [{"text": text}], "tasks": ["topic"]})
+            assert answered.status_code == 200, answered.text
+
+    def test_the_largest_honest_request_has_fewer_values(self):
+        row = {f"column {i}": "a, b" for i in range(limits().table_columns)}
+        row |= {name: ["UklGRg=="] * limits().row_items for name in ("image", "audio")}
+        body = json.dumps({"rows": [row] * limits().served_rows}).encode()
+        assert not requests._has_more_values(body, limits().served_values)
 
     def test_texts(self, client):
         set_limits(served_characters=100)

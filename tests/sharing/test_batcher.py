@@ -2,8 +2,10 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
+from served import until
 
 from mm_transformers.sharing.serving.batcher import Batcher, QueueFullError, WaitedTooLongError
 
@@ -27,14 +29,6 @@ class Recorder:
 
 def run(coroutine):
     return asyncio.run(coroutine)
-
-
-async def until(condition):
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it did not happen")
 
 
 def test_items_that_arrive_together_share_a_batch_and_get_their_own_results():
@@ -170,3 +164,60 @@ def test_a_stop_answers_what_waits():
         return await asyncio.gather(*asked)
 
     assert run(clients()) == [[0], [1], [4]]
+
+
+def test_an_observer_that_fails_ends_nothing(caplog):
+    def observe(items, seconds):
+        raise OSError("the disk is full")
+
+    async def clients():
+        async with Batcher(Recorder(), observe=observe) as batcher:
+            for number in (2, 3):
+                assert await asyncio.wait_for(batcher.submit("a", [number]), 10) == [number * number]
+            assert batcher.is_running
+
+    run(clients())
+    assert "the disk is full" in caplog.text
+
+
+def test_without_its_thread_it_says_so_at_once():
+    def prepare():
+        raise OSError("no such device")
+
+    async def clients():
+        async with Batcher(Recorder(), max_items=1, prepare=prepare) as batcher:
+            asked = (batcher.submit("a", [number]) for number in (1, 2))
+            for failed in await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 10):
+                assert isinstance(failed, RuntimeError)
+            assert not batcher.is_running
+            with pytest.raises(RuntimeError, match="The thread of the model has ended"):
+                await asyncio.wait_for(batcher.submit("a", [3]), 10)
+
+    run(clients())
+
+
+def test_it_can_be_entered_again_in_another_loop():
+    batcher = Batcher(Recorder())
+
+    async def client():
+        async with batcher:
+            return await batcher.submit("a", [2])
+
+    assert [run(client()) for _ in range(2)] == [[4], [4]]
+
+
+def test_the_items_of_a_failed_batch_share_the_timeout():
+    def slow(key, items):
+        time.sleep(0.3)
+        if len(items) > 1:
+            raise ValueError("too many")
+        return items
+
+    async def clients():
+        async with Batcher(slow, max_items=4, timeout=0.5) as batcher:
+            asked = (batcher.submit("a", [number]) for number in range(4))
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+    first, *others = run(clients())
+    assert first == [0]
+    assert [type(other) for other in others] == [WaitedTooLongError] * 3

@@ -6,14 +6,27 @@ import re
 import sys
 import time
 
-import httpx
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from served import as_json_has_it, in_base64, make_served_parts, png, sound
+from served import (
+    END,
+    as_json_has_it,
+    ask_at_once,
+    ask_by_hand,
+    events_of,
+    in_base64,
+    make_served_parts,
+    messages_of,
+    png,
+    sound,
+)
+from tiny import SEQ2SEQ, make_tokenizer
 
+from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask, MMTransformerProcessor
 from mm_transformers.analysis import calibrate
 from mm_transformers.model.pipeline_mm_transformer import MultimodalEmbeddingPipeline, MultimodalPipeline
-from mm_transformers.sharing.serving.answering import ServedModel
+from mm_transformers.sharing.serving.answering import PREDICT, Question, ServedModel
 from mm_transformers.sharing.serving.app import create_app
 from mm_transformers.sharing.serving.settings import ServeSettings, WorkerPlan
 
@@ -128,10 +141,6 @@ def test_the_example_of_the_page_can_be_sent(client):
     assert "swagger" in client.get("/docs").text
 
 
-def events_of(text):
-    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
-
-
 def test_a_streamed_text_is_that_of_the_pipeline(client, pipe):
     expected = pipe(ROWS[0], tasks=["german"], generate_kwargs={"num_beams": 1})["german"]["text"]
     streamed = post(client, "/generate", {"row": sent(ROWS[0])})
@@ -144,40 +153,22 @@ def test_a_streamed_text_is_that_of_the_pipeline(client, pipe):
     assert at_once.json() == {"text": pipe(ROWS[0], tasks=["german"])["german"]["text"]}
 
 
-def test_a_client_that_leaves_stops_the_writing(served):
-    app = create_app(served, ServeSettings(streams=1))
-    server, written = app.state.server, []
+def test_the_rows_of_a_client_that_leaves_are_not_answered(served):
+    app = create_app(served, ServeSettings(batch_seconds=1))
+    seen = app.state.server.metrics.batch_rows
+    body = json.dumps({"rows": ["a", "b"], "tasks": ["topic"]}).encode()
 
     async def leave():
-        messages = [{"type": "http.request", "body": json.dumps({"row": "a dog", "generate_kwargs": {
-            "max_new_tokens": 30, "no_repeat_ngram_size": 1}}).encode()}]  # fmt: skip
-        left = asyncio.Event()
+        app.state.server._example = {}
+        async with app.state.server:
+            begun = time.monotonic()
+            [start, _] = await ask_by_hand(app, messages_of(body, END))
+            return start["status"], time.monotonic() - begun
 
-        async def receive():
-            if messages:
-                return messages.pop(0)
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message):
-            written.append(message)
-            if message.get("body"):
-                left.set()
-
-        scope = {
-            "type": "http", "method": "POST", "path": "/generate", "raw_path": b"/generate", "query_string": b"",
-            "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "asgi": {"spec_version": "2.4"},
-        }  # fmt: skip
-        async with server:
-            await app(scope, receive, send)
-            for _ in range(200):
-                if server._num_streams == 0:
-                    break
-                await asyncio.sleep(0.01)
-            assert server._num_streams == 0
-
-    asyncio.run(leave())
-    assert not any(b'"text"' in message.get("body", b"") for message in written)
+    status, seconds = asyncio.run(leave())
+    assert status == 499
+    assert seconds < 0.8, "it was not waited for"
+    assert seen._sum.get() == 0, "nor answered"
 
 
 def test_many_clients_share_forward_passes_and_get_their_own_answers(served, pipe):
@@ -186,16 +177,9 @@ def test_many_clients_share_forward_passes_and_get_their_own_answers(served, pip
     expected = [as_json_has_it(pipe(text, tasks=["topic", "score"])) for text in texts]
     app = create_app(served, ServeSettings(batch_seconds=0.05))
 
-    async def ask(http, number):
-        body = {"rows": [{"text": texts[number]}], "tasks": ["topic", "score"]}
-        return (await http.post("/predict", json=body)).json()["answers"]
-
-    async def everyone():
-        async with app.state.server, httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
-            return await asyncio.gather(*(ask(http, number) for number in range(len(texts))))
-
-    for found, wanted in zip(asyncio.run(everyone()), expected, strict=True):
-        assert_close(found, [wanted])
+    bodies = [{"rows": [{"text": text}], "tasks": ["topic", "score"]} for text in texts]
+    for answered, wanted in zip(ask_at_once(app, bodies), expected, strict=True):
+        assert_close(answered.json()["answers"], [wanted])
     counts = app.state.server.metrics.text().decode()
     assert f'mm_transformers_rows_total{{route="/predict"}} {len(texts)}.0' in counts
     [passes] = re.findall(r"^mm_transformers_batch_rows_count (.*)$", counts, re.MULTILINE)
@@ -210,31 +194,38 @@ def test_a_shared_picture_is_read_and_encoded_once(served):
         with_kwargs=True,
     )
     app = create_app(served, ServeSettings(batch_seconds=0.2))
-
-    async def everyone():
-        async with app.state.server, httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
-            seen.clear()
-            rows = [{"text": f"dog {i}", "image": in_base64(png(3))} for i in range(6)]
-            asked = (http.post("/predict", json={"rows": [row], "tasks": ["topic"]}) for row in rows)
-            return await asyncio.gather(*asked)
-
-    assert {answer.status_code for answer in asyncio.run(everyone())} == {200}
+    rows = [{"text": f"dog {i}", "image": in_base64(png(3))} for i in range(6)]
+    answers = ask_at_once(app, [{"rows": [row], "tasks": ["topic"]} for row in rows])
     hook.remove()
-    assert seen == [1]
+    assert {answer.status_code for answer in answers} == {200}
+    assert seen == [1, 1], "the example of the start, and the shared picture"
 
 
 def test_a_full_queue_is_told(served):
-    app = create_app(served, ServeSettings(waiting_rows=2, batch_rows=1))
-
-    async def everyone():
-        async with app.state.server, httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
-            return await asyncio.gather(*(http.post("/predict", json={"rows": ["a dog"]}) for _ in range(12)))
-
-    answers = asyncio.run(everyone())
+    answers = ask_at_once(create_app(served, ServeSettings(waiting_rows=2, batch_rows=1)), [{"rows": ["a dog"]}] * 12)
     refused = [answer for answer in answers if answer.status_code == 429]
     assert {answer.status_code for answer in answers} == {200, 429}
     assert refused[0].headers["retry-after"] == "1"
     assert refused[0].json() == {"error": "The server has as many requests as it can hold; try again later."}
+
+
+def test_more_rows_than_may_wait_are_refused_for_good(served):
+    [answered] = ask_at_once(create_app(served, ServeSettings(waiting_rows=2)), [{"rows": ["a", "b", "c"]}])
+    assert answered.status_code == 400
+    assert answered.json() == {
+        "error": "The request has 3 rows, more than the 2 that may wait here: send fewer rows at a time."
+    }
+
+
+def test_the_writing_tasks_of_a_batch_share_one_deadline():
+    tasks = [Generation(name, max_length=32) for name in ("german", "french")]
+    config = MMTransformerConfig(text_config=SEQ2SEQ["bart"](), tasks=tasks, num_fusion_attention_heads=4)
+    served = ServedModel(MMTransformerForMultiTask(config), MMTransformerProcessor(tokenizer=make_tokenizer()))
+    served.model.model.text_model.get_decoder().register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    question = Question.of(PREDICT, {"generate_kwargs": {"min_new_tokens": 30, "max_new_tokens": 30}})
+    begun = time.monotonic()
+    assert set(served.answer(question, ["a dog"], 0.5)[0]) == {"german", "french"}
+    assert time.monotonic() - begun < 0.95, "and not 0.5 seconds each"
 
 
 def test_a_request_that_takes_too_long_is_told(served, monkeypatch):
@@ -255,6 +246,52 @@ def test_a_bug_is_told_in_a_sentence(served, monkeypatch):
     assert (answered.status_code, answered.json()) == (
         500, {"error": "The server failed at this request; its log says why."},
     )  # fmt: skip
+
+
+def test_a_mounted_application_counts_its_own_routes(served):
+    app, outer = create_app(served), FastAPI()
+    outer.mount("/models/tiny", app)
+    outer.state.server = app.state.server
+    [answered] = ask_at_once(outer, [{"rows": ["a dog"], "tasks": ["topic"]}], "/models/tiny/predict")
+    assert answered.status_code == 200
+    counts = app.state.server.metrics.text().decode()
+    assert 'mm_transformers_requests_total{route="/predict",status="200"} 1.0' in counts
+    assert 'mm_transformers_rows_total{route="/predict"} 1.0' in counts
+
+
+def test_health_says_when_nobody_answers_any_more(served, monkeypatch):
+    broken = []
+
+    def answer(question, rows, max_seconds):
+        if broken:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return whole(question, rows, max_seconds)
+
+    whole = served.answer
+    monkeypatch.setattr(served, "answer", answer)
+    app = create_app(served)
+    assert TestClient(app).get("/health").status_code == 503, "it has not been started"
+    with TestClient(app, raise_server_exceptions=False) as client:
+        assert client.get("/health").status_code == 200
+        broken.append(True)
+        assert post(client, "/predict", {"rows": ["a"]}).status_code == 500
+        answered = client.get("/health")
+        assert (answered.status_code, answered.json()) == (
+            503, {"error": "The model does not answer any more; start the server again."},
+        )  # fmt: skip
+        broken.clear()  # it was one row
+        assert client.get("/health").status_code == 200
+        client.portal.call(app.state.server.batcher._work.cancel)
+        assert client.get("/health").status_code == 503
+
+
+def test_an_application_may_be_started_again(served):
+    app = create_app(served)
+    for _ in range(2):
+        with TestClient(app) as client:
+            rows = [{"text": "a", "image": in_base64(png(0, (100, 100)))}]
+            assert post(client, "/predict", {"rows": rows, "tasks": ["topic"]}).status_code == 200
+            assert post(client, "/generate", {"row": "a dog"}).status_code == 200
 
 
 def test_health_and_metrics(client):

@@ -8,7 +8,7 @@ from typing import Any, Optional
 from urllib.parse import unquote
 
 from ..model.limits import limits
-from ..sharing.serving.bounded_body import SECONDS, SLOWEST, Receive, bounded, declared_bytes, too_large
+from ..sharing.serving.bounded_body import Receive, bounded, declared_bytes, too_large
 from .uploads import upload_folder
 
 
@@ -41,7 +41,7 @@ class RequestFilter:
         from starlette.responses import PlainTextResponse
 
         size, others = _upload_bytes(scope), self.running
-        guarded = bounded(receive, _most_bytes(scope), SECONDS + size / SLOWEST)
+        guarded = bounded(receive, _most_bytes(scope))
         self.running += size
         try:
             # In a thread: looking through many uploads takes time.

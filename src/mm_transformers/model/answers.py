@@ -1,6 +1,5 @@
 """The answers of a model: the selected tasks, evaluation mode, and decoding of logits."""
 
-import difflib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from typing import Any, Optional, Protocol
 
 import torch
 
+from .messages import nearest, shortened
 from .task_base import Task
 
 
@@ -41,11 +41,11 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     ```
     """
     with _lock:
-        count, in_training = _open_blocks.get(id(model), (0, []))
-        if count == 0:
-            in_training = [module for module in model.modules() if module.training]
+        found = _in_training(model)
+        count, in_training = _open_blocks.get(id(model), (0, found))
         _open_blocks[id(model)] = count + 1, in_training
-        model.eval()
+        if found:
+            model.eval()  # takes as long as answering a row with a small model
     try:
         yield
     finally:
@@ -56,6 +56,17 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             else:
                 for module in in_training:
                     module.training = True
+
+
+def _in_training(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules in training mode; a shared one may be listed twice."""
+    found, waiting = [], [model]
+    while waiting:  # not by `modules()`, which takes several times as long
+        module = waiting.pop()
+        if module.training:
+            found.append(module)
+        waiting += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def check_tasks(model: HasTasks, tasks: str | Sequence[str] | None) -> list[str]:
@@ -69,9 +80,9 @@ def check_tasks(model: HasTasks, tasks: str | Sequence[str] | None) -> list[str]
         tasks = [tasks]
     for name in tasks or []:
         if name not in model.tasks:
-            near = difflib.get_close_matches(name, model.tasks, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"its tasks are {', '.join(map(repr, model.tasks))}."
-            raise ValueError(f"The model has no task {name!r}; {hint}")
+            near = nearest(name, model.tasks)
+            hint = f"did you mean {near!r}?" if near else f"its tasks are {', '.join(map(repr, model.tasks))}."
+            raise ValueError(f"The model has no task {shortened(name)}; {hint}")
     return list(dict.fromkeys(tasks)) if tasks else list(model.tasks)
 
 

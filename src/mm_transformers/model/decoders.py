@@ -188,7 +188,7 @@ def check_decoder(text_config: PreTrainedConfig, decoder_config: Optional[PreTra
             "an encoder-decoder (Marian, BART, T5, ...) or a language model (Llama, Qwen, Gemma, ...) as text encoder, "
             "or give a decoder_config."
         )
-    positions = max_text_positions(text_config) if decoder_config is None else _decoder_positions(decoder_config)
+    positions = decoder_positions(text_config, decoder_config)
     for task in tasks:
         # The last token that is written is never read again.
         longest = task.max_length + len(task.decoder_start_ids or [0]) - 1
@@ -198,11 +198,14 @@ def check_decoder(text_config: PreTrainedConfig, decoder_config: Optional[PreTra
             )
 
 
-def _decoder_positions(config: PreTrainedConfig) -> Optional[int]:
+def decoder_positions(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig]) -> Optional[int]:
+    """The most tokens that the decoder reads, of a language model with the text; `None` without a limit."""
+    if decoder_config is None:
+        return max_text_positions(text_config)
     try:
-        return max_text_positions(config)
+        return max_text_positions(decoder_config)
     except ValueError:  # of an encoder-decoder, whose other half does not fit
-        positions = getattr(config, "max_position_embeddings", None)
+        positions = getattr(decoder_config, "max_position_embeddings", None)
         return positions if isinstance(positions, int) and positions > 0 else None
 
 

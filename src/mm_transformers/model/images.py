@@ -43,7 +43,7 @@ def pixels_for_each(images: Sequence[Any]) -> Optional[int]:
         images: as in [`load_image`].
     """
     most, kept = limits().row_pixels, limits().kept_image_pixels
-    if len(images) * kept <= most or sum(min(_declared_pixels(image, kept), kept) for image in images) <= most:
+    if len(images) * kept <= most or sum(min(declared_pixels(image, kept), kept) for image in images) <= most:
         return None
     return max(1, most // len(images))
 
@@ -72,7 +72,7 @@ def num_pixels(item: Any) -> int:
     return sum(picture.width * picture.height for picture in (item if isinstance(item, list) else [item]))
 
 
-def _declared_pixels(image: Any, unknown: int) -> int:
+def declared_pixels(image: Any, unknown: int = 0) -> int:
     """
     The number of pixels of an image, without decoding it.
 

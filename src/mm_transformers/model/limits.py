@@ -60,9 +60,13 @@ class Limits:
         upload_seconds (`int`): Seconds for which the demo page keeps an upload.
         served_bytes (`int`): Bytes of one request to `mm-transformers serve`.
         served_rows (`int`): Rows of one request to it.
+        served_values (`int`):
+            Values of the JSON of one such request. A request of `served_rows` rows of `table_columns` columns and
+            `row_items` files has fewer.
         served_characters (`int`): Characters of one text, or of the cell of a column, in such a request.
         served_memory (`int`):
             Bytes in memory of the pictures, videos and sounds of one such request. Four times as many may wait.
+        served_pixels (`int`): Pixels of all different pictures of one such request, as their files declare them.
         served_tokens (`int`): The largest `max_new_tokens` of such a request.
         served_beams (`int`): The largest `num_beams` of such a request.
 
@@ -111,8 +115,10 @@ class Limits:
     upload_seconds: int = 3600
     served_bytes: int = 32 * 2**20
     served_rows: int = 256
+    served_values: int = 500_000
     served_characters: int = 100_000
     served_memory: int = 256 * 2**20
+    served_pixels: int = 500_000_000
     served_tokens: int = 1024
     served_beams: int = 8
 

@@ -1,9 +1,10 @@
 """Parts of messages: errors of other libraries in one line, shortened values, and missing folders."""
 
+import difflib
 import os
 import reprlib
-from collections.abc import Sequence, Sized
-from typing import Any
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any, Optional
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -13,6 +14,8 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 _short.maxlevel = 3
 _short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 12
+# Comparing longer names takes seconds; they may come from strangers.
+_LONGEST_NAME = 100
 
 
 def one_line(error: Any, longest: int = 400) -> str:
@@ -52,6 +55,21 @@ def shortened(value: Any) -> str:
     '[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...]'
     ```"""
     return _short.repr(value)
+
+
+def nearest(name: str, known: Iterable[str]) -> Optional[str]:
+    """
+    The known name that is most similar to an unknown one; `None` if none is similar, or the name is very long.
+
+    Example:
+
+    ```python
+    >>> nearest("sentimant", ["topic", "sentiment"])
+    'sentiment'
+    ```
+    """
+    near = difflib.get_close_matches(name, list(known), 1) if len(name) <= _LONGEST_NAME else []
+    return near[0] if near else None
 
 
 def check_folder(path: Any, what: str = "a saved model") -> None:

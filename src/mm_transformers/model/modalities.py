@@ -5,10 +5,11 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Optional
+from weakref import WeakKeyDictionary
 
 from .audio import audio_key
 from .file_contents import is_absent
-from .images import check_resized, image_key, load_image, num_pixels, pixels_for_each
+from .images import check_resized, declared_pixels, image_key, load_image, num_pixels, pixels_for_each
 from .own_encoders import OwnEncoder
 from .table import TableEncoder, TableReader, as_rows, row_key
 from .video import load_frames, video_key
@@ -159,8 +160,15 @@ def _load_clip(context: ReaderContext, clip: Any) -> dict[str, Any]:
     return {"array": waveform, "sampling_rate": context.processor.feature_extractor.sampling_rate}
 
 
+# Of each processor: making one takes milliseconds, and each warns once of a column.
+_table_readers: WeakKeyDictionary[Any, TableReader] = WeakKeyDictionary()
+
+
 def _table_reader(context: ReaderContext) -> Callable[..., Any]:
-    return TableReader(context.processor.table_config)
+    reader, config = _table_readers.get(context.processor), context.processor.table_config
+    if reader is None or not reader.fits(config):
+        reader = _table_readers[context.processor] = TableReader(config)
+    return reader
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,7 @@ class Modality:
         reader: makes the function that reads an item for the processor and raises `ValueError` with one sentence.
         pixels_for_each: the items of a row -> the most pixels that the reader may keep of each; `None` for no limit.
         num_pixels: an item, read -> its pixels in memory.
+        declared_pixels: an item -> the pixels that its decoder will read; 0 if they are not known before.
         axes: the numbers of axes of an item that is stored as nested lists of numbers.
         most_axes: the largest number of axes of an item that is stored as an array with a shape.
         is_sequence: whether an item is several inputs of the encoder, such as the frames of a video.
@@ -198,6 +207,7 @@ class Modality:
     most_axes: int = 0
     pixels_for_each: Callable[[list[Any]], Optional[int]] = no_pixel_limit
     num_pixels: Callable[[Any], int] = no_pixels
+    declared_pixels: Callable[[Any], int] = no_pixels
     is_sequence: bool = False
     has_one: bool = False
     has_files: bool = True
@@ -223,6 +233,7 @@ class Modality:
 IMAGE = Modality(
     "image", argument="images", encoder=VISION, noun="picture", nouns="pictures", items=as_list, key=image_key,
     reader=_image_reader, axes=(2, 3), most_axes=3, pixels_for_each=pixels_for_each, num_pixels=num_pixels,
+    declared_pixels=declared_pixels,
 )  # fmt: skip
 VIDEO = Modality(
     "video", argument="videos", encoder=VISION, noun="video", nouns="video", items=as_one, key=video_key,

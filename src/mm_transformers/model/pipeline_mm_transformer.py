@@ -1,10 +1,9 @@
 """`pipeline("multimodal")`: from rows to the answers of all tasks."""
 
-import difflib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Optional, overload
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -19,7 +18,7 @@ from .embeddings import vectors_of_rows
 from .file_contents import content_of, describe
 from .label_cells import is_null
 from .limits import CarriedLimits
-from .messages import listed
+from .messages import listed, nearest, shortened
 from .modalities import ARGUMENTS, PARTS, as_list
 from .oddness import odd_sentence
 from .predictions import Predictions
@@ -270,8 +269,8 @@ class MultimodalEmbeddingPipeline(RowPipeline):
 
 def _refuse_options(unknown: dict[str, Any], pipeline: str, known: list[str]) -> None:
     for name in unknown:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"its options are {', '.join(known)}."
+        near = nearest(name, known)
+        hint = f"did you mean {near!r}?" if near else f"its options are {', '.join(known)}."
         raise ValueError(f"The {pipeline} pipeline has no option {name!r}; {hint}")
 
 
@@ -324,7 +323,7 @@ def _process(rows: list[dict[str, Any]], processor: Any, wants_words: bool) -> d
     return dict(processor(**given, return_word_index=wants_words))
 
 
-def checked_row(row: Any, number: int, known: Optional[Sequence[str]], processor: Any) -> dict[str, Any]:
+def checked_row(row: Any, number: int, known: Optional[Collection[str]], processor: Any) -> dict[str, Any]:
     """
     The inputs of the row: those of its keys that the processor reads, without missing values.
 
@@ -346,9 +345,9 @@ def checked_row(row: Any, number: int, known: Optional[Sequence[str]], processor
         )
     for key in row:
         if known is not None and key not in known:
-            near = difflib.get_close_matches(str(key), keys, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"a row has any of {_listed(keys)}."
-            raise ValueError(f"Row {number} has the key {key!r}; {hint}")
+            near = nearest(str(key), keys)
+            hint = f"did you mean {near!r}?" if near else f"a row has any of {_listed(keys)}."
+            raise ValueError(f"Row {number} has the key {shortened(key)}; {hint}")
     try:
         row = processor.with_keys(row)
     except ValueError as error:

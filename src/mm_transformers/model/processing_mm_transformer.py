@@ -301,7 +301,7 @@ class MMTransformerProcessor(ProcessorMixin):
         """The keys of a row that this processor reads: "text", "image", ..., and the columns of a table."""
         names = [name for name in ARGUMENTS if name != "text" or self.reads_text]
         columns = [column for column in self._known_columns if column not in names]
-        if getattr(self.tokenizer, "chat_template", None) and self._takes_chats:
+        if getattr(self.tokenizer, "chat_template", None) and MESSAGES not in columns:
             names.append(MESSAGES)
         return [*names, *columns]
 
@@ -331,7 +331,7 @@ class MMTransformerProcessor(ProcessorMixin):
         {'text': 'title: Old chair\\nbody: Made of oak.'}
         ```
         """
-        row = self.without_chat(row) if self._takes_chats else dict(row)
+        row = self.without_chat(row) if MESSAGES in row and self._takes_chats else dict(row)
         for key, columns in self.input_columns.items():
             # A column may be called as the key: then it is one of the columns, and not all of them.
             cells = {column: row.pop(column) for column in columns if column in row}

@@ -193,6 +193,11 @@ class TableReader:
         self.categories = [column_of(column) for column in config.categories]
         self.ids = [{value: i for i, value in enumerate(column["values"], 1)} for column in config.categories]
         self._warned: set[str] = set()
+        self._columns = _kinds_and_columns(config)
+
+    def fits(self, config: TableConfig) -> bool:
+        """Whether it reads the columns of a config as they are now."""
+        return self._columns == _kinds_and_columns(config)
 
     def __call__(self, cells: Any) -> Any:
         import numpy as np
@@ -230,6 +235,10 @@ class TableReader:
                 f"{FURTHEST:.0f} standard deviations; check the unit of the column."
             )
         return min(max(score, -FURTHEST), FURTHEST)
+
+
+def _kinds_and_columns(config: TableConfig) -> list[tuple[type[TableColumn], dict[str, Any]]]:
+    return [(COLUMNS[column["kind"]], dict(column)) for column in config.columns or []]
 
 
 def as_rows(cell: Any) -> list[Any]:

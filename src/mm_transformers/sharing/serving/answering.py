@@ -2,15 +2,16 @@
 
 import json
 import math
-import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from ...model.calibration import Calibration
-from ...model.generation import task_that_writes, writing_tasks
+from ...model.decoders import decoder_positions
+from ...model.generation import WritingTask, task_that_writes, writing_tasks
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.pipeline_mm_transformer import MultimodalEmbeddingPipeline, MultimodalPipeline, RowPipeline, read_rows
 from ...model.predictions import Predictions
@@ -18,6 +19,8 @@ from ...model.processing_mm_transformer import MMTransformerProcessor
 
 
 PREDICT, EMBED = "predict", "embed"
+# Divided by the smallest temperature that clients may choose, it is still finite.
+_LARGEST_SCORE = 1e6
 
 
 class Question(NamedTuple):
@@ -36,6 +39,76 @@ class Question(NamedTuple):
     def of(cls, kind: str, options: Mapping[str, Any]) -> "Question":
         """The question with these options."""
         return cls(kind, json.dumps(options, sort_keys=True))
+
+
+class Kind:
+    """
+    What can be asked of rows, and the base class of the kinds.
+
+    Args:
+        model: the model.
+        pipeline: answers rows.
+    """
+
+    def __init__(self, model: MMTransformerForMultiTask, pipeline: RowPipeline) -> None:
+        self.model, self.pipeline = model, pipeline
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """
+        Checks options before any row is read.
+
+        Raises:
+            ValueError: one sentence, if an option does not fit.
+        """
+        self.pipeline._sanitize_parameters(**options)
+
+    def ending(self, options: dict[str, Any], is_over: Callable[[], bool]) -> dict[str, Any]:
+        """The options with which the pipeline stops as soon as a function says so."""
+        return options
+
+
+class TaskAnswers(Kind):
+    """The answers of tasks."""
+
+    def __init__(self, model: MMTransformerForMultiTask, pipeline: RowPipeline) -> None:
+        super().__init__(model, pipeline)
+        config = model.config
+        self.positions = decoder_positions(config.text_config, config.decoder_config) if self._writing else None
+
+    @property
+    def _writing(self) -> dict[str, WritingTask]:
+        return writing_tasks(self.model.tasks)
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        super().check(options)
+        names = options.get("tasks") or list(self.model.tasks)
+        chosen = options.get("generate_kwargs", {}).get("max_new_tokens")
+        for task in (self._writing[name] for name in names if name in self._writing) if chosen else ():
+            longest = chosen + len(self.model.decoder_start_ids(task)) - 1
+            if self.positions is not None and longest > self.positions:
+                # On a GPU, a token beyond the last position ends the process.
+                raise ValueError(
+                    f"generate_kwargs.max_new_tokens is {chosen:,}, too many for task {task.name!r}: the decoder has "
+                    f"{self.positions:,} positions."
+                )
+        if options.get("coverage") is not None:
+            calibration = Calibration(self.model.config.calibration)
+            if not any(map(calibration.can_cover, names)):
+                calibration.thresholds(names[0], [], options["coverage"])
+
+    def ending(self, options: dict[str, Any], is_over: Callable[[], bool]) -> dict[str, Any]:
+        if not self._writing:
+            return options
+        return {**options, "generate_kwargs": _ending(options.get("generate_kwargs", {}), is_over)}
+
+
+class RowVectors(Kind):
+    """The vectors of rows."""
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        super().check(options)
+        if options.get("task_name") is not None:
+            self.model._retrieval_task(options["task_name"], None)
 
 
 class ServedModel:
@@ -61,9 +134,9 @@ class ServedModel:
     ) -> None:
         self.model, self.processor = model.eval(), processor
         chosen = {} if device is None else {"device": device}
-        self.pipelines: dict[str, RowPipeline] = {
-            PREDICT: MultimodalPipeline(model=model, processor=processor, **chosen),
-            EMBED: MultimodalEmbeddingPipeline(model=model, processor=processor, **chosen),
+        self.kinds: dict[str, Kind] = {
+            PREDICT: TaskAnswers(model, MultimodalPipeline(model=model, processor=processor, **chosen)),
+            EMBED: RowVectors(model, MultimodalEmbeddingPipeline(model=model, processor=processor, **chosen)),
         }
 
     @classmethod
@@ -86,31 +159,21 @@ class ServedModel:
         Raises:
             ValueError: one sentence, if the model has no such task, or an option does not fit.
         """
-        options = json.loads(question.options)
-        self.pipelines[question.kind]._sanitize_parameters(**options)
-        names = options.get("tasks") or list(self.model.tasks)
-        if question.kind == PREDICT and options.get("coverage") is not None:
-            calibration = Calibration(self.model.config.calibration)
-            if not any(map(calibration.can_cover, names)):
-                calibration.thresholds(names[0], [], options["coverage"])
-        if question.kind == EMBED and options.get("task_name") is not None:
-            self.model._retrieval_task(options["task_name"], None)
+        self.kinds[question.kind].check(json.loads(question.options))
 
-    def answer(self, question: Question, rows: Sequence[Any], max_seconds: Optional[float] = None) -> list[Any]:
+    def answer(self, question: Question, rows: Sequence[Any], max_seconds: float = math.inf) -> list[Any]:
         """
         The answers or vectors of rows, computed as one batch, as JSON knows them.
 
         Args:
-            max_seconds: after which a decoder stops writing; then nobody waits for the answers any more.
+            max_seconds: after which decoders stop writing, of all tasks together; then nobody waits for the answers.
 
         Raises:
             ValueError: as the pipelines do.
         """
-        options = json.loads(question.options)
-        if max_seconds is not None and question.kind == PREDICT and writing_tasks(self.model.tasks):
-            options["generate_kwargs"] = {**options.get("generate_kwargs", {}), "max_time": max_seconds}
-        found = self.pipelines[question.kind].answer_batch(rows, **options)
-        return [as_json(result) for result in found]
+        kind, end = self.kinds[question.kind], time.monotonic() + max_seconds
+        options = kind.ending(json.loads(question.options), lambda: time.monotonic() > end)
+        return [as_json(result) for result in kind.pipeline.answer_batch(rows, **options)]
 
     def writing_task(self, name: Optional[str]) -> str:
         """
@@ -132,7 +195,7 @@ class ServedModel:
         task: str,
         options: Mapping[str, Any],
         emit: Callable[[str], None],
-        stopped: threading.Event,
+        is_over: Callable[[], bool],
     ) -> str:
         """
         Writes the answer to one row piece by piece, without beams.
@@ -142,7 +205,7 @@ class ServedModel:
             task: that writes.
             options: for `generate`.
             emit: called with each piece of the text.
-            stopped: the model stops at the next token once this is set.
+            is_over: the model stops at the next token once this says so.
 
         Returns:
             The whole text, as the pipeline has it.
@@ -150,7 +213,7 @@ class ServedModel:
         Raises:
             ValueError: as the pipeline does.
         """
-        read = read_rows([(0, row)], self.processor, self.pipelines[PREDICT].known_keys(), False)
+        read = read_rows([(0, row)], self.processor, self.kinds[PREDICT].pipeline.known_keys(), False)
         if "error" in read:
             raise ValueError(read["error"])
         inputs = {name: value.to(self.model.device) for name, value in read["tensors"].items()}
@@ -159,11 +222,26 @@ class ServedModel:
             ids = self.model.write(
                 task_that_writes(self.model.tasks, task),
                 outputs,
-                **{**options, "num_beams": 1},
+                **{**_ending(options, is_over), "num_beams": 1},
                 streamer=_Pieces(self.processor.tokenizer, emit),
-                stopping_criteria=StoppingCriteriaList([_Stop(stopped)]),
             )
         return self.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+
+
+def _ending(options: Mapping[str, Any], is_over: Callable[[], bool]) -> dict[str, Any]:
+    """Options of `generate` with which it stops as soon as a function says so, and sampling cannot fail."""
+    ending = {**options, "stopping_criteria": StoppingCriteriaList([_Stop(is_over)])}
+    if options.get("do_sample"):
+        # On a GPU, NaN among the probabilities ends the process.
+        ending["logits_processor"] = LogitsProcessorList([_Finite()])
+    return ending
+
+
+class _Finite(LogitsProcessor):
+    """Keeps scores finite, before the temperature divides them."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.nan_to_num(0.0).clamp(-_LARGEST_SCORE, _LARGEST_SCORE)
 
 
 class _Pieces(TextStreamer):
@@ -179,13 +257,13 @@ class _Pieces(TextStreamer):
 
 
 class _Stop(StoppingCriteria):
-    """Stops at the next token once an event is set."""
+    """Stops at the next token once a function says so."""
 
-    def __init__(self, stopped: threading.Event) -> None:
-        self.stopped = stopped
+    def __init__(self, is_over: Callable[[], bool]) -> None:
+        self.is_over = is_over
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.stopped.is_set(), device=input_ids.device)
+        return torch.full((len(input_ids),), self.is_over(), device=input_ids.device)
 
 
 def as_json(value: Any) -> Any:

@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-from ...model.limits import limits
 from ...model.messages import one_line
 from ...model.modalities import PARTS
 
@@ -14,9 +13,10 @@ from ...model.modalities import PARTS
 try:
     import python_multipart  # noqa: F401  reads forms
     from fastapi import FastAPI, Request, Response
-    from fastapi.responses import JSONResponse, StreamingResponse
+    from fastapi.responses import JSONResponse
     from pydantic import BaseModel
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
 
     from . import metrics
 except ImportError as error:
@@ -25,11 +25,13 @@ except ImportError as error:
 from ... import __version__
 from .answering import EMBED, PREDICT, ServedModel
 from .batcher import QueueFullError, WaitedTooLongError
+from .clients import ClientLeftError, unless_client_leaves
 from .examples import example_row
-from .guard import Guard
+from .guard import UPLOAD, Guard
 from .requests import EmbedRequest, GenerateRequest, PredictRequest, read_body
-from .server import FAILED, ClientLeftError, Server, too_long, unless_client_leaves
+from .server import Server
 from .settings import ServeSettings
+from .text_stream import FAILED, TextStreamResponse, too_long
 
 
 ROUTES = ("/predict", "/embed", "/generate", "/health", "/metrics")
@@ -117,7 +119,8 @@ def _add_errors(app: FastAPI, settings: ServeSettings) -> None:
         return error(too_long(settings.timeout), 503, **{"Retry-After": "1"})
 
     @app.exception_handler(ClientLeftError)
-    async def left(request: Request, problem: ClientLeftError) -> Response:
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, problem: Exception) -> Response:
         return Response(status_code=_LEFT)
 
     @app.exception_handler(Exception)
@@ -130,9 +133,9 @@ def _add_routes(app: FastAPI, server: Server, title: str) -> None:
     errors: dict[int | str, dict[str, Any]] = {status: {"description": told} for status, told in _STATUSES.items()}
 
     async def answered(request: Request, kind: str, body: Any) -> list[Any]:
-        work = server.answer(kind, body.rows, body.options(), _size(request))
+        work = server.answer(kind, body.rows, body.options(), request.scope[UPLOAD])
         results = await unless_client_leaves(request, work, server.settings.timeout)
-        server.metrics.rows.labels(request.url.path).inc(len(results))
+        server.metrics.rows.labels(request.scope["route"].path).inc(len(results))
         return results
 
     @app.post("/predict", openapi_extra=_body(PredictRequest, {"rows": [row]}, row), responses=errors)
@@ -159,16 +162,18 @@ def _add_routes(app: FastAPI, server: Server, title: str) -> None:
         if body.stream:
             if options.get("num_beams", 1) > 1:
                 raise ValueError('Beams cannot be streamed: leave num_beams out, or send "stream": false.')
-            events = await server.open_stream(request, body.row, task, options, _size(request))
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            stream = await server.open_stream(request, body.row, task, options, request.scope[UPLOAD])
+            return TextStreamResponse(stream, request)
         wanted = PredictRequest(rows=[body.row], tasks=[task], generate_kwargs=body.generate_kwargs)
+        body.row = None  # its files are freed when they are read
         [answers] = await answered(request, PREDICT, wanted)
         return JSONResponse(answers[task])
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Whether this server answers, and which tasks."""
+        """Whether this server answers (else the status is 503), and which tasks."""
+        if not await server.is_well():
+            raise HTTPException(503, "The model does not answer any more; start the server again.")
         return {"status": "ok", "model": title, "tasks": list(server.served.model.tasks)}
 
     @app.get("/metrics")
@@ -183,13 +188,6 @@ _STATUSES = {
     429: "The queue is full; try again later.",
     503: "The request waited too long; try again later.",
 }
-
-
-def _size(request: Request) -> int:
-    """The bytes of a request; of a form or one in chunks, the most that it may have."""
-    declared = request.headers.get("content-length", "")
-    is_json = request.headers.get("content-type", "").startswith("application/json")
-    return int(declared) if is_json and declared.isdigit() else limits().served_bytes
 
 
 def _body(kind: type[BaseModel], example: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,16 @@
 """Collects items that arrive within milliseconds into batches, and answers each batch in one thread."""
 
 import asyncio
-import contextlib
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Optional
+
+
+logger = logging.getLogger(__name__)
 
 
 class QueueFullError(Exception):
@@ -43,7 +46,7 @@ class Batcher:
 
     A batch is answered as soon as it is full, or its oldest item has waited for `max_wait` seconds. While one is
     answered, the next one fills. If a batch raises an error, each of its items is answered alone, so that the error
-    reaches only those that cause it.
+    reaches only those that cause it. It may be entered again after it was left, also in another loop.
 
     Args:
         run: a key and its items -> one result per item; runs in a thread of its own.
@@ -82,12 +85,11 @@ class Batcher:
         observe: Callable[[int, float], None] = lambda items, seconds: None,
         prepare: Callable[[], Any] = lambda: None,
     ) -> None:
-        self.run, self.observe = run, observe
+        self.run, self.observe, self.prepare = run, observe, prepare
         self.max_items, self.max_wait, self.timeout = max_items, max_wait, timeout
         self.max_waiting, self.max_weight, self.max_waiting_weight = max_waiting, max_weight, max_waiting_weight
         self._waiting: deque[_Waiting] = deque()
         self._weight = 0
-        self._thread = ThreadPoolExecutor(1, "model", prepare)
         self._work: Optional[asyncio.Task[None]] = None
         self._arrival: Optional[asyncio.Event] = None  # belongs to a running loop
         self._is_closing = False
@@ -102,8 +104,13 @@ class Batcher:
         """Whether no item may wait any more."""
         return len(self._waiting) >= self.max_waiting or self._weight >= self.max_waiting_weight
 
+    @property
+    def is_running(self) -> bool:
+        """Whether items are answered."""
+        return self._work is not None and not self._work.done()
+
     async def __aenter__(self) -> "Batcher":
-        self._arrival = asyncio.Event()
+        self._is_closing, self._arrival = False, asyncio.Event()
         self._work = asyncio.create_task(self._answer_batches(self._arrival))
         return self
 
@@ -112,8 +119,7 @@ class Batcher:
         self._is_closing = True
         if self._arrival is not None and self._work is not None:
             self._arrival.set()
-            await self._work
-        self._thread.shutdown()
+            await asyncio.wait([self._work])  # its error, if it had one, is logged
 
     async def submit(self, key: Hashable, items: Sequence[Any], weights: Optional[Sequence[int]] = None) -> list[Any]:
         """
@@ -126,6 +132,7 @@ class Batcher:
         Raises:
             QueueFullError: if not all of them may wait.
             WaitedTooLongError: if one has waited longer than the timeout.
+            RuntimeError: if nobody answers.
             Exception: the error of `run` for the first item that has one.
         """
         sizes = list(weights) if weights is not None else [0] * len(items)
@@ -136,12 +143,16 @@ class Batcher:
             raise RuntimeError("Nobody answers the queue: use `async with`, or run the lifespan of the application.")
         if self._is_closing or too_many or too_heavy:
             raise QueueFullError
+        if not self.is_running:
+            raise RuntimeError("The thread of the model has ended; start the server again.")
         loop, now = asyncio.get_running_loop(), time.monotonic()
         new = [_Waiting(key, item, size, now, loop.create_future()) for item, size in zip(items, sizes, strict=True)]
         self._waiting.extend(new)
         self._weight += sum(sizes)
         self._arrival.set()
         try:
+            if len(new) == 1:
+                return [await new[0].answer]
             results = await asyncio.gather(*(one.answer for one in new), return_exceptions=True)
         finally:
             for one in new:
@@ -152,33 +163,58 @@ class Batcher:
         return list(results)
 
     async def _answer_batches(self, arrival: asyncio.Event) -> None:
-        loop = asyncio.get_running_loop()
-        while self._waiting or not self._is_closing:
-            if not self._waiting:
-                arrival.clear()
-                await arrival.wait()
-                continue
-            await self._wait_for_more(arrival)
-            batch = self._next_batch()
-            if not batch:
-                continue
-            begun = time.monotonic()
-            results = await loop.run_in_executor(self._thread, self._results, batch[0].key, [x.item for x in batch])
-            self.observe(len(batch), time.monotonic() - begun)
-            for one, result in zip(batch, results, strict=True):
-                if one.answer.done():
+        thread = ThreadPoolExecutor(1, "model", self.prepare)
+        try:
+            while self._waiting or not self._is_closing:
+                if not self._waiting:
+                    arrival.clear()
+                    await arrival.wait()
                     continue
+                await self._wait_for_more(arrival)
+                if batch := self._next_batch():
+                    await self._answer(batch, thread)
+        except Exception as error:
+            logger.exception("No further rows are answered.")
+            _fail(self._waiting, error)
+            self._waiting.clear()
+            self._weight = 0
+        finally:
+            thread.shutdown()
+
+    async def _answer(self, batch: list[_Waiting], thread: ThreadPoolExecutor) -> None:
+        begun = time.monotonic()
+        try:
+            results = await asyncio.get_running_loop().run_in_executor(
+                thread, self._results, batch[0].key, [one.item for one in batch]
+            )
+            for one, result in zip(batch, results, strict=True):
                 if isinstance(result, BaseException):
-                    one.answer.set_exception(result)
-                else:
+                    _fail([one], result)
+                elif not one.answer.done():
                     one.answer.set_result(result)
+            self.observe(len(batch), time.monotonic() - begun)
+        except Exception as error:
+            _fail(batch, error)
+            if isinstance(error, BrokenExecutor):  # the thread could not be prepared, and there is no other
+                raise
+            logger.exception("A batch of %d rows failed.", len(batch))
 
     async def _wait_for_more(self, arrival: asyncio.Event) -> None:
-        end = self._waiting[0].arrived + self.max_wait
-        while len(self._waiting) < self.max_items and not self._is_closing and (left := end - time.monotonic()) > 0:
+        is_over = False
+
+        def end() -> None:
+            nonlocal is_over
+            is_over = True
+            arrival.set()
+
+        left = self._waiting[0].arrived + self.max_wait - time.monotonic()
+        if left <= 0:
+            return
+        timer = asyncio.get_running_loop().call_later(left, end)  # `wait_for` would make a task for each arrival
+        while len(self._waiting) < self.max_items and not self._is_closing and not is_over:
             arrival.clear()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(arrival.wait(), left)
+            await arrival.wait()
+        timer.cancel()
 
     def _next_batch(self) -> list[_Waiting]:
         """The oldest item, and as many others with its key as fit, taken out of the queue."""
@@ -205,12 +241,31 @@ class Batcher:
 
     def _results(self, key: Hashable, items: list[Any]) -> list[Any]:
         """In the thread: a result or an error for each item."""
+        end = time.monotonic() + self.timeout
         try:
-            results = list(self.run(key, items))
-            if len(results) != len(items):
-                raise RuntimeError(f"{len(items)} rows got {len(results)} answers.")
-            return results
+            return self._checked(key, items)
         except Exception as error:
             if len(items) == 1:
                 return [error]
-        return [self._results(key, [item])[0] for item in items]
+        return [self._result(key, item, end) for item in items]
+
+    def _result(self, key: Hashable, item: Any, end: float) -> Any:
+        """The result or the error of one item of a batch that failed."""
+        if time.monotonic() > end:
+            return WaitedTooLongError()
+        try:
+            return self._checked(key, [item])[0]
+        except Exception as error:
+            return error
+
+    def _checked(self, key: Hashable, items: list[Any]) -> list[Any]:
+        results = list(self.run(key, items))
+        if len(results) != len(items):
+            raise RuntimeError(f"{len(items)} rows got {len(results)} answers.")
+        return results
+
+
+def _fail(items: Iterable[_Waiting], error: BaseException) -> None:
+    for one in items:
+        if not one.answer.done():
+            one.answer.set_exception(error)

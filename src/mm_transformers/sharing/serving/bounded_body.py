@@ -1,6 +1,5 @@
 """Bounds the body of a request: its bytes, and the time in which it must arrive."""
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -9,13 +8,14 @@ from typing import Any
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 
-# A body must arrive within so many seconds, and a second more for so many bytes of an upload.
-SECONDS, SLOWEST = 60, 2**16
+# A body may be late by so many seconds, and a second more for so many bytes that have arrived.
+SECONDS, SLOWEST = 30, 2**16
 
 
 def declared_bytes(scope: Message) -> int | None:
-    """The size that a request declares, 0 without one; `None` if it is no number."""
-    declared = dict(scope["headers"]).get(b"content-length", b"0")
+    """The size that a request declares, 0 without one; `None` if it is no number. In chunks, the size is unknown."""
+    headers = dict(scope["headers"])
+    declared = b"0" if b"transfer-encoding" in headers else headers.get(b"content-length", b"0")
     return int(declared) if declared.isdigit() and len(declared) < 20 else None
 
 
@@ -24,34 +24,39 @@ def too_large(most: int) -> str:
     return f"The request is larger than the {most:,} bytes that are allowed."
 
 
-def bounded(receive: Receive, most: int, seconds: float) -> Receive:
+def bounded(receive: Receive, most: int, arrived: Callable[[int], None] = lambda size: None) -> Receive:
     """
-    The messages of a request, as long as they stay within the bounds.
+    The messages of a request, as long as they stay within the bounds and the body goes on arriving.
 
     Args:
         receive: that of ASGI.
         most: bytes of the body.
-        seconds: for the whole body.
+        arrived: called with the bytes of each message.
 
     Returns:
         The same function; it raises `starlette.exceptions.HTTPException`, which the application turns into the answer.
     """
+    import anyio
     from starlette.exceptions import HTTPException
 
-    received, is_complete, deadline = 0, False, time.monotonic() + seconds
+    received, is_complete, begun = 0, False, time.monotonic()
 
     async def next_message() -> Message:
         nonlocal received, is_complete
         if is_complete:
             return await receive()
+        end = begun + SECONDS + received / SLOWEST
         try:
-            message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0.0))
-        except asyncio.TimeoutError:
+            with anyio.fail_after(end - time.monotonic()):
+                message = await receive()
+        except TimeoutError:
             raise HTTPException(408, "The request took too long to arrive.") from None
         is_complete = not message.get("more_body", False)
-        received += len(message.get("body") or b"")
+        size = len(message.get("body") or b"")
+        received += size
         if received > most:
             raise HTTPException(413, too_large(most))
+        arrived(size)
         return message
 
     return next_message

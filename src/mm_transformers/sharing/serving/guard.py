@@ -4,11 +4,50 @@ import time
 from collections.abc import Collection
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from ...model.limits import limits
-from .bounded_body import SECONDS, SLOWEST, Message, Receive, bounded, declared_bytes, too_large
+from .bounded_body import Message, Receive, bounded, declared_bytes, too_large
 from .metrics import Metrics
+
+
+# The key of the scope of a request that holds its [`Upload`].
+UPLOAD = "mm_transformers.upload"
+
+
+class Upload:
+    """
+    The bytes of the body of one request, from their arrival until its rows are read.
+
+    Args:
+        guard ([`Guard`], *optional*): Counts the bytes of all requests together.
+    """
+
+    def __init__(self, guard: "Guard | None" = None) -> None:
+        self.guard, self.size, self._held = guard, 0, 0
+
+    def arrived(self, size: int) -> None:
+        """
+        Adds bytes.
+
+        Raises:
+            HTTPException: if all requests together have too many.
+        """
+        if self.guard is not None and self.guard.held + size > limits().all_uploads_bytes:
+            told = "There is no space for more requests at the moment; try again later."
+            raise HTTPException(429, told, {"Retry-After": "1"})
+        self.size += size
+        self._hold(self._held + size)
+
+    def release(self) -> None:
+        """Makes room for others, once the body is not needed any more."""
+        self._hold(0)
+
+    def _hold(self, size: int) -> None:
+        if self.guard is not None:
+            self.guard.held += size - self._held
+        self._held = size
 
 
 class Guard:
@@ -23,7 +62,7 @@ class Guard:
 
     def __init__(self, app: Any, metrics: Metrics, routes: Collection[str]) -> None:
         self.app, self.metrics, self.routes = app, metrics, routes
-        self.running = 0  # bytes of the bodies of requests that are not answered yet
+        self.held = 0  # bytes of all bodies that have arrived and are not read yet
 
     async def __call__(self, scope: Message, receive: Receive, send: Any) -> None:
         if scope["type"] != "http":
@@ -37,23 +76,17 @@ class Guard:
                 status = message["status"]
             await send(message)
 
-        most = limits().served_bytes
-        declared = declared_bytes(scope)
-        # In chunks, a request may be longer than it declares.
-        size = most if b"transfer-encoding" in dict(scope["headers"]) else declared
+        most, declared = limits().served_bytes, declared_bytes(scope)
+        upload = scope[UPLOAD] = Upload(self)
         try:
-            if size is None or size > most:
+            if declared is None or declared > most:
                 await JSONResponse({"error": too_large(most)}, 413)(scope, receive, counted)
-            elif self.running + size > limits().all_uploads_bytes:
-                told = {"error": "There is no space for more requests at the moment; try again later."}
-                await JSONResponse(told, 429, {"Retry-After": "1"})(scope, receive, counted)
             else:
-                self.running += size
-                try:
-                    await self.app(scope, bounded(receive, most, SECONDS + size / SLOWEST), counted)
-                finally:
-                    self.running -= size
+                await self.app(scope, bounded(receive, most, upload.arrived), counted)
         finally:
-            route = scope["path"] if scope["path"] in self.routes else "other"
+            upload.release()
+            # Where the application is mounted in another one, paths begin with its place.
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            route = path if path in self.routes else "other"
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.seconds.labels(route).observe(time.monotonic() - begun)

@@ -1,8 +1,6 @@
 """The measures of a server for Prometheus; of all its worker processes together."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,15 +55,6 @@ class Metrics:
 
     def _named(self, kind: Any) -> Any:
         return partial(kind, namespace="mm_transformers", registry=self.registry)
-
-    @contextmanager
-    def streaming(self) -> Iterator[None]:
-        """Counts a stream while the block runs."""
-        self.streams.inc()
-        try:
-            yield
-        finally:
-            self.streams.dec()
 
     def text(self) -> bytes:
         """The values of this process, or of all workers, in the format of Prometheus."""

@@ -1,8 +1,9 @@
 """The bodies of requests: JSON, or a form with uploads for one row."""
 
+import asyncio
 import json
 from collections.abc import Mapping
-from typing import Any, Optional, TypeVar
+from typing import Annotated, Any, Optional, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
@@ -14,6 +15,12 @@ from ...model.limits import limits, named
 
 # The field of a form that holds options as JSON; every other field is a key of the row.
 OPTIONS = "options"
+# Parsing fewer bytes takes less than a millisecond.
+_MANY_BYTES = 2**16
+
+
+# The name of a task; sentences quote it.
+Name = Annotated[str, Field(max_length=1000)]
 
 
 class _Strict(BaseModel):
@@ -26,11 +33,12 @@ class GenerateOptions(_Strict):
     num_beams: Optional[int] = Field(None, ge=1)
     max_new_tokens: Optional[int] = Field(None, ge=1)
     do_sample: Optional[bool] = None
-    temperature: Optional[float] = Field(None, gt=0, le=100)
+    # Smaller ones make scores infinite, and sampling from NaN ends the process on a GPU.
+    temperature: Optional[float] = Field(None, ge=0.01, le=100)
     top_k: Optional[int] = Field(None, ge=1)
     top_p: Optional[float] = Field(None, gt=0, le=1)
-    repetition_penalty: Optional[float] = Field(None, gt=0, le=100)
-    length_penalty: Optional[float] = Field(None, ge=-100, le=100)
+    repetition_penalty: Optional[float] = Field(None, ge=0.01, le=100)
+    length_penalty: Optional[float] = Field(None, ge=-10, le=10)
     no_repeat_ngram_size: Optional[int] = Field(None, ge=0, le=100)
 
     def given(self) -> dict[str, Any]:
@@ -51,7 +59,7 @@ class PredictRequest(_Strict):
     """Rows and options of the pipeline "multimodal"."""
 
     rows: list[Any] = Field(min_length=1)
-    tasks: Optional[list[str]] = None
+    tasks: Optional[list[Name]] = Field(None, max_length=1000)
     top_k: Optional[int] = None
     threshold: Optional[float] = None
     coverage: Optional[float] = None
@@ -72,7 +80,7 @@ class EmbedRequest(_Strict):
     """Rows and options of the pipeline "multimodal-feature-extraction"."""
 
     rows: list[Any] = Field(min_length=1)
-    task_name: Optional[str] = None
+    task_name: Optional[Name] = None
     normalize: Optional[bool] = None
 
     def options(self) -> dict[str, Any]:
@@ -84,7 +92,7 @@ class GenerateRequest(_Strict):
     """One row, and the task whose text is written."""
 
     row: Any
-    task: Optional[str] = None
+    task: Optional[Name] = None
     stream: bool = True
     generate_kwargs: Optional[GenerateOptions] = None
 
@@ -109,7 +117,8 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "application/json":
-        given = _parsed(await request.body(), "The body")
+        # Not by `request.body()`, which keeps it as long as the request.
+        given = await _parsed(b"".join([chunk async for chunk in request.stream()]), "The body")
         if not isinstance(given, dict):
             raise ValueError(f"The body must be a JSON object with {_required(kind)!r}.")
     elif content_type == "multipart/form-data":
@@ -125,17 +134,37 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         # Without the values of the client, which may be megabytes.
         place = ".".join(str(part)[:80] for part in first["loc"])
-        raise ValueError(f"{place}: {first['msg'].rstrip('.')}.") from None
+        raise ValueError(f"{place}: {first['msg']}".removeprefix(": ").rstrip(".") + ".") from None
 
 
 def _required(kind: type[BaseModel]) -> str:
     return next(name for name, field in kind.model_fields.items() if field.is_required())
 
 
-def _parsed(content: bytes | str, what: str) -> Any:
+async def _parsed(content: bytes, what: str) -> Any:
+    """As [`_parsed_at_once`]; a long text is parsed in a thread, so that other requests are answered meanwhile."""
+    if len(content) <= _MANY_BYTES:
+        return _parsed_at_once(content, what)
+    return await asyncio.to_thread(_parsed_at_once, content, what)
+
+
+def _parsed_at_once(content: bytes, what: str) -> Any:
+    """
+    The content of a text in JSON.
+
+    Raises:
+        ValueError: one sentence, if it is none, or takes too long to parse.
+    """
+    if _has_more_values(content, limits().served_values):
+        raise ValueError(f"{what} has more values than {named('served_values')}.")
     try:
-        found = json.loads(content)
-        if (b"\\ud" if isinstance(content, bytes) else "\\ud") in content.lower():
+        # Not left to `json`, which takes halves of characters in bytes.
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{what} is not encoded as UTF-8.") from None
+    try:
+        found = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
             json.dumps(found, ensure_ascii=False).encode()  # JSON can name halves of characters, which are no text
         return found
     except UnicodeEncodeError:
@@ -148,6 +177,23 @@ def _parsed(content: bytes | str, what: str) -> Any:
         raise ValueError(f"{what} is not valid JSON{reason}.") from None
 
 
+def _has_more_values(content: bytes, most: int) -> bool:
+    """
+    Whether a text in JSON has more values than these. `json` would hold the interpreter for seconds.
+
+    A comma or a bracket comes with each value. Those within strings do not count.
+    """
+    if len(content) <= most or _num_marks(content) <= most:
+        return False
+    plain = content.replace(rb"\\", b"").replace(rb"\"", b"")
+    # Each value has at most two strings, its key and itself, of two quotes.
+    return plain.count(b'"') > 4 * most or _num_marks(b"".join(plain.split(b'"')[::2])) > most
+
+
+def _num_marks(content: bytes) -> int:
+    return sum(map(content.count, (b",", b"[", b"{")))
+
+
 async def _read_form(request: Request, kind: type[BaseModel]) -> dict[str, Any]:
     """The row and the options of a form; its files are read into memory."""
     most = limits().table_columns + limits().row_items
@@ -156,11 +202,25 @@ async def _read_form(request: Request, kind: type[BaseModel]) -> dict[str, Any]:
     async with request.form(max_files=limits().row_items, max_fields=most, max_part_size=limits().served_bytes) as form:
         for name, value in form.multi_items():
             if name == OPTIONS and isinstance(value, str):
-                options = _parsed(value, f"The field {OPTIONS!r}")
+                options = await _parsed(_as_utf8(value), f"The field {OPTIONS!r}")
             else:
-                row.setdefault(name, []).append(await value.read() if isinstance(value, UploadFile) else value)
+                content = await value.read() if isinstance(value, UploadFile) else _as_utf8(value).decode()
+                row.setdefault(name, []).append(content)
     if not isinstance(options, Mapping):
         raise ValueError(f"The field {OPTIONS!r} must be a JSON object.")
     whole = {name: values[0] if len(values) == 1 else values for name, values in row.items()}
     key = _required(kind)
     return {**options, key: [whole] if key == "rows" else whole}
+
+
+def _as_utf8(text: str) -> bytes:
+    """
+    The bytes of a text of a form.
+
+    Raises:
+        ValueError: if it has a half of a character, which some character sets can name.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("A field of the form holds half of a character (a lone surrogate).") from None

@@ -3,14 +3,15 @@
 import hashlib
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 from weakref import WeakValueDictionary
 
+from ...model.chats import MESSAGES
 from ...model.file_contents import decoded_base64
 from ...model.images import ProcessedPictures
 from ...model.label_cells import shorten
 from ...model.limits import limits, named
-from ...model.modalities import MODALITIES, VISION, Modality, ReaderContext
+from ...model.modalities import MODALITIES, PARTS, VISION, Modality, ReaderContext
 from ...model.pipeline_mm_transformer import RowPipeline, checked_row
 from ...model.processing_mm_transformer import check_number
 
@@ -32,8 +33,33 @@ class ReadRow(NamedTuple):
     weight: int
 
 
+class NobodyWaitsError(Exception):
+    """Nobody waits for the rows any more."""
+
+
 class _Sound(dict[str, Any]):
     """A sound in memory; unlike other dicts, it can be referred to weakly."""
+
+
+class _Work:
+    """
+    The work that one request may cause.
+
+    Args:
+        stopped: set when nobody waits for it any more.
+    """
+
+    def __init__(self, stopped: Optional[threading.Event]) -> None:
+        self.stopped, self.pixels = stopped, 0
+
+    def check(self) -> None:
+        if self.stopped is not None and self.stopped.is_set():
+            raise NobodyWaitsError
+
+    def add_pixels(self, pixels: int) -> None:
+        self.pixels += pixels
+        if self.pixels > limits().served_pixels:
+            raise ValueError(f"the pictures of the request have in all more pixels than {named('served_pixels')}")
 
 
 class RowReader:
@@ -56,22 +82,32 @@ class RowReader:
 
     def __init__(self, pipe: RowPipeline) -> None:
         self.processor: Any = pipe.processor
-        self.known = pipe.known_keys()
+        self.known = frozenset(pipe.known_keys())
+        # The keys of files, and of chats, which may hold files.
+        self.heavy = {MESSAGES, *PARTS}.union(*(self.processor.input_columns.get(name, ()) for name in PARTS))
         self._kept: WeakValueDictionary[Any, Any] = WeakValueDictionary()
         self._lock = threading.Lock()
 
-    def read(self, rows: Sequence[Any]) -> list[ReadRow]:
+    def is_quick(self, rows: Sequence[Any]) -> bool:
+        """Whether the rows hold texts and columns alone. A file of a kilobyte may be a picture of seconds."""
+        return not any(isinstance(row, dict) and not self.heavy.isdisjoint(row) for row in rows)
+
+    def read(self, rows: Sequence[Any], stopped: Optional[threading.Event] = None) -> list[ReadRow]:
         """
         Rows that can be answered; in any thread.
 
+        Args:
+            stopped: no further file is read once this is set.
+
         Raises:
+            NobodyWaitsError: if it was stopped.
             ValueError: one sentence, if a row has an unknown key, no content, or a cell that cannot be read. Also if
                 the rows need more memory than the limits allow.
         """
-        found, total = [], 0
+        found, total, work = [], 0, _Work(stopped)
         for number, row in enumerate(rows):
             try:
-                found.append(self._read_row(row, number))
+                found.append(self._read_row(row, number, work))
             except ValueError as error:
                 told = str(error)
                 raise ValueError(told if told.startswith("Row ") else f"Row {number}: {told}") from error
@@ -83,7 +119,7 @@ class RowReader:
                 )
         return found
 
-    def _read_row(self, row: Any, number: int) -> ReadRow:
+    def _read_row(self, row: Any, number: int, work: _Work) -> ReadRow:
         parts = checked_row(row, number, self.known, self.processor)
         read, weight = dict(parts), 0
         text = parts.get("text", "")
@@ -93,7 +129,7 @@ class RowReader:
             if modality.columns is not None:
                 self._check_columns(modality, parts)
             elif modality.name in parts:
-                read[modality.name], bytes_of_part = self._read_part(modality, parts[modality.name])
+                read[modality.name], bytes_of_part = self._read_part(modality, parts[modality.name], work)
                 weight += bytes_of_part
         return ReadRow(read, weight + 4 * len(text))
 
@@ -110,7 +146,7 @@ class RowReader:
         if cells:
             modality.reader(self._context())(cells)
 
-    def _read_part(self, modality: Modality, cell: Any) -> tuple[Any, int]:
+    def _read_part(self, modality: Modality, cell: Any, work: _Work) -> tuple[Any, int]:
         """The items of a cell in memory, and their bytes."""
         if not modality.has_files:
             # A kind of the user's own, whose cells are no files. The pipeline reads them; here they are checked.
@@ -123,10 +159,11 @@ class RowReader:
             return None, 0
         check_number(contents, modality.nouns)
         most = modality.pixels_for_each(contents)
-        items = [self._read_file(modality, content, most) for content in contents]
+        items = [self._read_file(modality, content, most, work) for content in contents]
         return (items[0] if modality.is_single else items), sum(map(_num_bytes, items))
 
-    def _read_file(self, modality: Modality, content: bytes, most_pixels: Any) -> Any:
+    def _read_file(self, modality: Modality, content: bytes, most_pixels: Any, work: _Work) -> Any:
+        work.check()
         if modality.encoder.own is not None:
             modality.reader(self._context())(content)
             return content
@@ -134,6 +171,7 @@ class RowReader:
         with self._lock:
             item = self._kept.get(key)
         if item is None:
+            work.add_pixels(modality.declared_pixels(content))
             options = {} if most_pixels is None else {"most_pixels": most_pixels}
             item = modality.reader(self._context())(content, **options)
             if modality.encoder is VISION:

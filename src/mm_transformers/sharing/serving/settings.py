@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Optional
@@ -25,7 +26,7 @@ class ServeSettings:
         device (`str`, *optional*): Such as `"cuda:0"`. By default the GPU, if there is one.
 
     Raises:
-        ValueError: one sentence, if a number is too small.
+        ValueError: one sentence, if a number is too small or not finite.
 
     Example:
 
@@ -48,10 +49,10 @@ class ServeSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but is {value!r}.")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout must be above 0, but is {self.timeout!r}.")
-        if not self.batch_seconds >= 0:
-            raise ValueError(f"batch_seconds must be at least 0, but is {self.batch_seconds!r}.")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout must be finite and above 0, but is {self.timeout!r}.")
+        if not 0 <= self.batch_seconds < math.inf:
+            raise ValueError(f"batch_seconds must be finite and at least 0, but is {self.batch_seconds!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
