@@ -79,7 +79,7 @@ class TestSettings:
         missing = [name for name in dataclasses.asdict(Limits()) if name not in shown]
         assert missing == [], f"add a row for each to {DOCS}"
         assert shown == dataclasses.asdict(Limits())
-        assert set(re.findall(r"^ {8}(\w+) \(`", Limits.__doc__, re.M)) == set(shown)
+        assert set(re.findall(r"^ +(\w+) \(`", Limits.__doc__, re.M)) == set(shown)
 
     def test_exports(self):
         assert {"Limits", "set_limits"} <= set(mm_transformers.__all__)
