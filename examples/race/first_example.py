@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -56,11 +57,13 @@ def logistic_regression(data: datasets.DatasetDict, labels: list[str], store: Fe
     return {"accuracy": float(accuracy_score(expected, answers)), "macro_f1": float(f1), "cpu_seconds": seconds}
 
 
-def ours(data: datasets.DatasetDict, labels: list[str], text: Path, vision: Path, cache: Path) -> dict[str, float]:
+def ours(
+    data: datasets.DatasetDict, labels: list[str], text: Path, vision: Path, cache: Path, **options: Any
+) -> dict[str, float]:
     tasks = [Classification("category", labels=labels)]
     encoders = {"text": str(text), "vision": str(vision)}
     processor = MMTransformerProcessor.from_encoders(**encoders)
-    model = MMTransformerForMultiTask.from_encoders(**encoders, tasks=tasks)
+    model = MMTransformerForMultiTask.from_encoders(**encoders, tasks=tasks, **options)
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         args = MMTrainingArguments(folder)
@@ -83,7 +86,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("first_example.json"))
     parser.add_argument("--cache", type=Path, default=Path("race_cache"), help="folder for features (race_cache)")
     parser.add_argument("--splits", type=int, default=5)
+    parser.add_argument("--freeze", nargs="+", help="encoders that are not trained; by default as from_encoders does")
     args = parser.parse_args()
+    options = {} if args.freeze is None else {"freeze": args.freeze}
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     store = FeatureStore(args.cache / "means", args.text, args.vision)
     for seed in range(args.splits):
@@ -93,7 +98,7 @@ def main() -> None:
         labels = sorted({label for label in data["train"]["category"] if label})
         results[str(seed)] = {
             "logistic regression": logistic_regression(data, labels, store),
-            "README's first example": ours(data, labels, args.text, args.vision, args.cache),
+            "README's first example": ours(data, labels, args.text, args.vision, args.cache, **options),
         }
         args.output.write_text(json.dumps(results, indent=2) + "\n")
         print(f"split {seed}: {results[str(seed)]}", flush=True)

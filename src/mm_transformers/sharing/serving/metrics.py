@@ -42,7 +42,7 @@ class Metrics:
     def __init__(self) -> None:
         # A registry of its own: one process may have several apps.
         self.registry = CollectorRegistry()
-        counter, gauge, histogram = (self._named(kind) for kind in (Counter, Gauge, Histogram))
+        counter, gauge, histogram = (self._named(cls) for cls in (Counter, Gauge, Histogram))
         self.requests = counter("requests", "Requests that were answered.", ["route", "status"])
         self.seconds = histogram("request_seconds", "Seconds of a request.", ["route"], buckets=_SECONDS)
         self.rows = counter("rows", "Rows that were answered.", ["route"])
@@ -53,8 +53,8 @@ class Metrics:
         if FOLDER not in os.environ:
             ProcessCollector(registry=self.registry)
 
-    def _named(self, kind: Any) -> Any:
-        return partial(kind, namespace="mm_transformers", registry=self.registry)
+    def _named(self, cls: Any) -> Any:
+        return partial(cls, namespace="mm_transformers", registry=self.registry)
 
     def text(self) -> bytes:
         """The values of this process, or of all workers, in the format of Prometheus."""
