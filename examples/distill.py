@@ -50,6 +50,9 @@ class Answers(NamedTuple):
     logits: dict[str, torch.Tensor]
     vectors: torch.Tensor
 
+    def parts(self) -> dict[str, torch.Tensor]:
+        return {**{f"logits of {name}": found for name, found in self.logits.items()}, "fused vectors": self.vectors}
+
 
 def smaller(teacher: MMTransformerForMultiTask, layers: dict[str, int | None]) -> MMTransformerForMultiTask:
     """A copy of the teacher with so many layers of each encoder, evenly taken from those of the teacher."""
@@ -92,9 +95,6 @@ def answers_of(model: MMTransformerForMultiTask, batch: dict, names: list[str]) 
     encoded = model.model(**batch)
     logits = model(encoder_outputs=encoded).logits
     return Answers({name: logits[name] for name in names}, encoded.pooler_output)
-
-    def parts(self) -> dict[str, torch.Tensor]:
-        return {**{f"logits of {name}": found for name, found in self.logits.items()}, "fused vectors": self.vectors}
 
 
 def variances(taught: list[Answers]) -> dict[str, torch.Tensor]:

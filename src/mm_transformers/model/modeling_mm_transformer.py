@@ -60,6 +60,9 @@ _Model = TypeVar("_Model", bound="MMTransformerPreTrainedModel")
 # The arguments that `save_pretrained(push_to_hub=True)` passes on to `push_to_hub`.
 _PUSHING = ("repo_id", "commit_message", "private", "token", "create_pr", "max_shard_size", "revision", "tags")
 
+# The dtypes in which a fusion computes.
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 @dataclass
 class MMTransformerModelOutput(ModelOutput):
@@ -766,9 +769,11 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         """States of texts in the dtype of the fusion: a frozen encoder may have another one, such as bfloat16."""
         if self.fusion is None or torch.is_autocast_enabled(states.device.type):
             return states
-        # Gates stay in float32, and weights of 4 bits are no floating-point numbers.
-        weights = (p for p in self.fusion.parameters() if p.ndim > 1 and p.is_floating_point())
-        return states.to(next((p.dtype for p in weights), states.dtype))
+        for parameter in self.fusion.parameters():
+            # Gates stay in float32, and quantised weights have dtypes of their own.
+            if parameter.ndim > 1 and parameter.dtype in _COMPUTED:
+                return states.to(parameter.dtype)
+        return states
 
     def _text_stream(
         self, attention_mask: torch.Tensor, features: Optional[torch.Tensor] = None, **inputs: Optional[torch.Tensor]
