@@ -4,11 +4,14 @@ import asyncio
 import json
 import threading
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
 from hostile_media import png as hostile_png
 from served import END, ask_by_hand, client_of, in_base64, make_served_parts, messages_of, png
+from starlette.exceptions import HTTPException
 
 from mm_transformers.model.images import declared_pixels
 from mm_transformers.model.limits import limits, set_limits
@@ -109,6 +112,34 @@ def test_a_body_that_goes_on_too_slowly_ends(served, monkeypatch, part):
     assert error_of(sent) == "The request took too long to arrive."
 
 
+@pytest.mark.parametrize(
+    ("stall", "bytes_per_second", "is_taken"),
+    [(31, 2**20, True), (0, 40 * 2**10, True), (61, 2**20, False), (0, 10 * 2**10, False)],
+    ids=["stalled", "steady", "stalled too long", "too slow"],
+)
+def test_slow_but_honest_bodies_are_taken(monkeypatch, stall, bytes_per_second, is_taken):
+    """4 MiB in parts of 64 KiB, by a clock that goes on with them."""
+    clock, left = SimpleNamespace(now=0.0), 64
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(bounded_body, "time", clock)
+
+    async def receive():
+        nonlocal left
+        await asyncio.sleep(0)
+        left -= 1
+        clock.now += 2**16 / bytes_per_second
+        return {"type": "http.request", "body": b" " * 2**16, "more_body": left > 0}
+
+    async def whole():
+        following = bounded_body.bounded(receive, 2**23)
+        clock.now += stall
+        while (await following())["more_body"]:
+            pass
+
+    with nullcontext() if is_taken else pytest.raises(HTTPException, match="took too long to arrive"):
+        asyncio.run(whole())
+
+
 @pytest.mark.parametrize("kind", [b"application/json", b"multipart/form-data; boundary=x"])
 def test_a_client_that_leaves_while_it_sends_is_no_error(served, caplog, kind):
     app = create_app(served)
@@ -187,6 +218,11 @@ def test_the_pixels_of_all_pictures_of_a_request_are_bounded(served):
         rows = [{"text": "a", "image": picture(seed)} for seed in range(2, 6)]
         told = client.post("/predict", json={**BODY, "rows": rows}).json()["error"]
     assert told.startswith("Row 3: the pictures of the request have in all more pixels than the limit served_pixels=2")
+    assert told.endswith(": send fewer rows at a time.")
+
+
+def test_full_rows_of_pictures_as_large_as_screens_are_taken():
+    assert limits().served_rows * 1920 * 1080 <= limits().served_pixels
 
 
 def test_large_pictures_are_declared_by_small_files():

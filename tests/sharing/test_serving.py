@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import sys
+import threading
 import time
 
 import pytest
@@ -14,18 +15,21 @@ from served import (
     as_json_has_it,
     ask_at_once,
     ask_by_hand,
+    client_of,
     events_of,
     in_base64,
     make_served_parts,
     messages_of,
     png,
     sound,
+    until,
 )
 from tiny import SEQ2SEQ, make_tokenizer
 
 from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask, MMTransformerProcessor
 from mm_transformers.analysis import calibrate
 from mm_transformers.model.pipeline_mm_transformer import MultimodalEmbeddingPipeline, MultimodalPipeline
+from mm_transformers.sharing.serving import health
 from mm_transformers.sharing.serving.answering import PREDICT, Question, ServedModel
 from mm_transformers.sharing.serving.app import create_app
 from mm_transformers.sharing.serving.settings import ServeSettings, WorkerPlan
@@ -283,6 +287,62 @@ def test_health_says_when_nobody_answers_any_more(served, monkeypatch):
         assert client.get("/health").status_code == 200
         client.portal.call(app.state.server.batcher._work.cancel)
         assert client.get("/health").status_code == 503
+
+
+def test_probes_of_the_health_do_not_wait_behind_a_backlog(served, monkeypatch):
+    """After a failure, one example is tried, however many probes ask for it."""
+    whole, seen, gate = served.answer, [], threading.Event()
+
+    def answer(question, rows, max_seconds):
+        seen.append(len(rows))
+        if rows[0]["text"] == "bad":
+            raise RuntimeError("CUDA error: out of memory")
+        if rows[0]["text"] == "slow":
+            assert gate.wait(20)
+        return whole(question, rows, max_seconds)
+
+    monkeypatch.setattr(served, "answer", answer)
+    monkeypatch.setattr(health, "_SECONDS", 0.05)
+    app = create_app(served, ServeSettings(batch_rows=1, batch_seconds=0))
+
+    async def probe(http):
+        begun = time.monotonic()
+        return (await http.get("/health")).status_code, time.monotonic() - begun
+
+    async def clients():
+        async with client_of(app) as http:
+            with pytest.raises(RuntimeError):
+                await app.state.server.answer(PREDICT, ["bad"], {})
+            slow = asyncio.create_task(http.post("/predict", json={"rows": ["slow"]}))
+            await until(lambda: len(seen) == 3)
+            try:
+                probes = [await probe(http), *await asyncio.gather(*(probe(http) for _ in range(8)))]
+                waiting = app.state.server.batcher.num_waiting
+            finally:
+                gate.set()
+            return probes, waiting, (await slow).status_code, await probe(http)
+
+    probes, waiting, status, last = asyncio.run(clients())
+    assert {status for status, _ in probes} == {200}
+    assert max(seconds for _, seconds in probes) < 3
+    assert (waiting, status, last[0]) == (1, 200, 200)
+    assert seen == [1, 1, 1, 1], "the example of the start, both rows, and the example of all probes"
+
+
+def test_a_failed_batch_whose_rows_succeed_alone_is_no_failure(served, monkeypatch):
+    whole, seen = served.answer, []
+
+    def answer(question, rows, max_seconds):
+        seen.append(len(rows))
+        if len(rows) > 1:
+            raise RuntimeError("CUDA error: out of memory")
+        return whole(question, rows, max_seconds)
+
+    monkeypatch.setattr(served, "answer", answer)
+    with TestClient(create_app(served)) as client:
+        assert post(client, "/predict", {"rows": ["a", "b"], "tasks": ["topic"]}).status_code == 200
+        assert client.get("/health").status_code == 200
+    assert seen == [1, 2, 1, 1], "the example is not tried again"
 
 
 def test_an_application_may_be_started_again(served):

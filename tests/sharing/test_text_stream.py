@@ -3,14 +3,19 @@
 import asyncio
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from fastapi.testclient import TestClient
 from served import END, ask_at_once, ask_by_hand, events_of, in_base64, make_served_parts, messages_of, png, until
+from starlette.requests import Request
 
 from mm_transformers.sharing.serving.answering import ServedModel
 from mm_transformers.sharing.serving.app import create_app
 from mm_transformers.sharing.serving.batcher import QueueFullError
 from mm_transformers.sharing.serving.settings import ServeSettings
+from mm_transformers.sharing.serving.text_stream import FAILED, TextStream
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +102,49 @@ def test_a_stream_ends_in_time(served, slow_writing):
     [answered] = ask_at_once(app, [LONG], "/generate")
     assert events_of(answered.text)[-1]["error"].startswith("The request took longer than the 0.3 seconds")
     assert len(slow_writing) == 1
+
+
+def test_a_whole_text_reaches_a_client_that_reads_slowly():
+    def write(emit, is_over):
+        emit("a ")
+        emit("dog")
+        return "a dog"
+
+    async def read_slowly(threads):
+        found = []
+        async for event in TextStream(write, threads, 0.1).events(Request({"type": "http"}, messages_of())):
+            found.append(event.decode())
+            await asyncio.sleep(0.1)
+        return found
+
+    with ThreadPoolExecutor(1) as threads:
+        found = events_of("".join(asyncio.run(read_slowly(threads))))
+    assert found == [{"piece": "a "}, {"piece": "dog"}, {"text": "a dog"}]
+
+
+@pytest.mark.parametrize("is_wrong_row", [False, True])
+def test_the_failure_of_a_stream_reaches_the_health(served, monkeypatch, is_wrong_row):
+    def fail(*_):
+        raise ValueError("a wrong row.") if is_wrong_row else RuntimeError("CUDA error: device-side assert triggered")
+
+    with TestClient(create_app(served), raise_server_exceptions=False) as client:
+        monkeypatch.setattr(served, "write", fail)
+        monkeypatch.setattr(served, "answer", fail)  # as after an error of CUDA
+        [told] = events_of(client.post("/generate", json=LONG).text)
+        health = client.get("/health").status_code
+    assert (told["error"], health) == (("a wrong row.", 200) if is_wrong_row else (FAILED, 503))
+
+
+def test_a_thread_that_cannot_be_prepared_ends_its_stream_at_once(served):
+    def prepare(threads):
+        raise RuntimeError("no such device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda threads: None)
+        with TestClient(create_app(served, ServeSettings(threads=1))) as client:
+            patch.setattr(torch, "set_num_threads", prepare)
+            begun = time.monotonic()
+            assert events_of(client.post("/generate", json=LONG).text) == [{"error": FAILED}]
+            assert time.monotonic() - begun < 10, "and not after the whole timeout"
+            patch.setattr(torch, "set_num_threads", lambda threads: None)
+            assert "text" in events_of(client.post("/generate", json=LONG).text)[-1]

@@ -118,7 +118,7 @@ class Limits:
     served_values: int = 500_000
     served_characters: int = 100_000
     served_memory: int = 256 * 2**20
-    served_pixels: int = 500_000_000
+    served_pixels: int = 1_000_000_000
     served_tokens: int = 1024
     served_beams: int = 8
 

@@ -9,7 +9,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 
 # A body may be late by so many seconds, and a second more for so many bytes that have arrived.
-SECONDS, SLOWEST = 30, 2**16
+SECONDS, SLOWEST = 60, 2**14
 
 
 def declared_bytes(scope: Message) -> int | None:

@@ -59,7 +59,10 @@ class _Work:
     def add_pixels(self, pixels: int) -> None:
         self.pixels += pixels
         if self.pixels > limits().served_pixels:
-            raise ValueError(f"the pictures of the request have in all more pixels than {named('served_pixels')}")
+            raise ValueError(
+                f"the pictures of the request have in all more pixels than {named('served_pixels')}: "
+                "send fewer rows at a time."
+            )
 
 
 class RowReader:

@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from typing import Any, Optional
 
 import torch
@@ -11,10 +11,11 @@ from starlette.requests import Request
 
 from ...model.limits import limits
 from .answering import PREDICT, Question, ServedModel
-from .batcher import Batcher, QueueFullError, WaitedTooLongError
+from .batcher import Batcher, QueueFullError
 from .clients import unless_client_leaves
 from .examples import example_row
 from .guard import Upload
+from .health import Health
 from .metrics import Metrics
 from .readers import ReaderThreads
 from .row_reading import ReadRow, RowReader
@@ -48,22 +49,24 @@ class Server:
         self._writers = self._new_writers()
         self._example = example_row(served.model.config)
         self._num_streams = 0  # that are being read or written
-        self._has_failed = False
+        self._health = Health(self._try_example)
 
     async def __aenter__(self) -> "Server":
+        self._health.restart()
         self._readers.open()
         self._writers = self._new_writers()
         await self.batcher.__aenter__()
         try:
             if self._example:
                 # The first pass is slow, and shows that the model works.
-                await self.answer(PREDICT, [self._example], {})
+                await self._try_example()
         except BaseException:
             await self.__aexit__()
             raise
         return self
 
     async def __aexit__(self, *error: Any) -> None:
+        self._health.restart()
         await self.batcher.__aexit__()
         self._readers.close()
         self._writers.shutdown()
@@ -79,18 +82,11 @@ class Server:
             raise QueueFullError
 
     async def is_well(self) -> bool:
-        """Whether rows are answered. After a failure that was not the fault of a row, the example is tried again."""
-        if not self.batcher.is_running:
-            return False
-        if self._has_failed and self._example:
-            try:
-                await self.answer(PREDICT, [self._example], {})
-            except (QueueFullError, WaitedTooLongError):
-                return True  # it is busy
-            except Exception:
-                return False
-            self._has_failed = False
-        return True
+        """Whether rows are answered, at once or within half a second, as [`Health`] knows it."""
+        return self.batcher.is_running and (not self._example or await self._health.is_well())
+
+    async def _try_example(self) -> None:
+        await self.answer(PREDICT, [self._example], {})
 
     async def answer(
         self, kind: str, rows: list[Any], options: Mapping[str, Any], upload: Optional[Upload] = None
@@ -140,7 +136,8 @@ class Server:
                 raise  # each row is tried again alone
             raise ValueError(re.sub(r"^Row 0\b", f"Row {items[0][0]}", str(error))) from error
         except Exception:
-            self._has_failed = True
+            if len(items) == 1:  # the rows of a larger batch are tried again alone
+                self._health.note_failure()
             raise
 
     def _observe(self, rows: int, seconds: float) -> None:
@@ -190,8 +187,17 @@ class Server:
             self._end_stream()
             raise
         loop = asyncio.get_running_loop()
+
+        def end(job: "Future[str]") -> None:
+            error = None if job.cancelled() else job.exception()
+            if error is not None and not isinstance(error, ValueError):
+                self._health.note_failure()
+            if isinstance(error, BrokenExecutor):
+                self._writers = self._new_writers()  # a broken one takes no further text
+            loop.call_soon_threadsafe(self._end_stream)
+
         # Not when its client is gone: until the next token, it is still written.
-        stream.job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._end_stream))
+        stream.job.add_done_callback(end)
         return stream
 
     def _end_stream(self) -> None:

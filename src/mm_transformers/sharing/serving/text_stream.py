@@ -37,7 +37,7 @@ class TextStream:
         self, write: Callable[[Callable[[str], None], Callable[[], bool]], str], threads: Executor, timeout: float
     ) -> None:
         self.timeout, self._end = timeout, time.monotonic() + timeout
-        self._stopped = threading.Event()
+        self._stopped, self._is_whole = threading.Event(), False
         # The pieces, `None` at the end, or the reason why there is no whole text.
         self._pieces: asyncio.Queue[str | Exception | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -46,12 +46,13 @@ class TextStream:
             loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
         def run() -> str:
-            try:
-                return write(emit, self._is_over)
-            finally:
-                emit(None)
+            text = write(emit, self._is_over)
+            self._is_whole = not self._is_over()  # the client may take longer to read it
+            return text
 
         self.job: Future[str] = threads.submit(run)
+        # Not at the end of `run`, which does not begin in a thread that cannot be prepared.
+        self.job.add_done_callback(lambda _: emit(None))
 
     def _is_over(self) -> bool:
         return self._stopped.is_set() or time.monotonic() > self._end
@@ -73,7 +74,7 @@ class TextStream:
                     raise piece
                 yield _event({"piece": piece})
             text = await asyncio.wrap_future(self.job)
-            if self._is_over():  # then it is not whole
+            if not self._is_whole:
                 raise WaitedTooLongError
             yield _event({"text": text})
         except WaitedTooLongError:
