@@ -16,7 +16,7 @@ from mm_transformers import Classification, MMTransformerConfig, Regression
 from mm_transformers.cli import app
 from mm_transformers.training.recipe import Recipe, read_recipe
 from mm_transformers.training.recipe.builders import load_data, training_arguments
-from mm_transformers.training.recipe.table_hashes import hashes_of_tables, save_hashes
+from mm_transformers.training.recipe.table_hashes import has_new_test_rows, hashes_of_tables, save_hashes
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,41 @@ def test_a_table_that_has_changed_since_the_training_is_refused(folder, tmp_path
     assert "rows.csv has changed since the training, so the model may have been trained on its present test rows" in (
         " ".join(failed.output.split())
     )
+
+
+def test_only_the_table_from_which_test_rows_are_held_out_must_be_that_of_the_training(folder, tmp_path, monkeypatch):
+    """Test rows in a file of their own were never trained on; validation rows have no part in the split."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "model", "model")
+    paths = {split: tmp_path / f"{split}.csv" for split in ("train", "validation", "test")}
+    for path in paths.values():
+        shutil.copy(folder / "rows.csv", path)
+
+    def recipe(**section):
+        files = {split: str(path) for split, path in paths.items() if split != "test"}
+        return Recipe.from_dict({
+            "data": {**files, "image_root": str(folder), **section},
+            "model": {"text": "text-encoder", "vision": "vision-encoder"},
+            "tasks": [{"name": "topic", "kind": "classification"}, {"name": "score", "kind": "regression"}],
+            "training": {"output_dir": "model"},
+        })  # fmt: skip
+
+    def append_row(split):
+        lines = paths[split].read_text().splitlines()
+        paths[split].write_text("\n".join([*lines, lines[1]]))
+
+    own_file, held_out = recipe(test=str(paths["test"])), recipe(test_fraction=0.4)
+    assert has_new_test_rows(held_out, Path("model")) is None
+    save_hashes(Path("model"), hashes_of_tables(own_file))
+    append_row("test")
+    append_row("validation")
+    own_file.save(Path("model"))
+    assert "The 61 test rows of recipe.yaml are used" in mm("calibrate", "model", "--min-rows", "5")
+    assert has_new_test_rows(recipe(test="renamed.csv"), Path("model")) is False
+    assert has_new_test_rows(held_out, Path("model")) is False
+    append_row("train")
+    assert has_new_test_rows(own_file, Path("model")) is False
+    assert has_new_test_rows(held_out, Path("model")) is True
 
 
 def test_rows_without_content_are_left_out_and_get_no_answer(folder, tmp_path, monkeypatch, caplog):

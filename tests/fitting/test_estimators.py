@@ -77,6 +77,18 @@ def classifier(iris):
     return MMClassifier(training=ONE_STEP).fit(x, np.array(["c", "a", "b"])[y])
 
 
+@pytest.mark.slow
+def test_a_bad_file_counts_as_missing(listings, encoders, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    x = listings[["title", "photo"]].copy()
+    x.loc[3, "photo"] = str(tmp_path / "bad.png")
+    with pytest.raises(ValueError, match="pass on_bad_file='drop'"):
+        MMClassifier(**encoders, training=ONE_STEP).fit(x, listings.topic)
+    classifier = MMClassifier(**encoders, training=ONE_STEP, on_bad_file="drop").fit(x, listings.topic)
+    without = x.assign(photo=x["photo"].where(x.index != 3, None))
+    np.testing.assert_allclose(classifier.predict_proba(x), classifier.predict_proba(without), atol=1e-5)
+
+
 def test_the_classes_have_the_order_of_scikit_learn(classifier, iris):
     x, y = iris
     assert classifier.classes_.tolist() == ["a", "b", "c"]

@@ -466,6 +466,8 @@ def test_a_shortened_training_is_resumed_by_the_same_call(folder, encoders, tmp_
     assert again.metrics == result.metrics
     with pytest.raises(ValueError, match="is 12 there and None here"):
         call(minutes=None)
+    with pytest.raises(ValueError, match="for a limit of 400 minutes, train into another folder"):
+        call(minutes=400.0)
 
 
 def test_only_an_encoder_that_cannot_be_loaded_is_told_as_one(folder, encoders, tmp_path):

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from mm_transformers import MMTransformerConfig
 from mm_transformers.training.recipe import Recipe, read_recipe
-from mm_transformers.training.recipe.builders import build_trainer, training_arguments
+from mm_transformers.training.recipe.builders import build_trainer, load_data, training_arguments
 from mm_transformers.training.recipe.output_folder import check_output
 from mm_transformers.training.recipe.yaml_format import dump_yaml, parse_yaml
 
@@ -244,6 +244,21 @@ def test_the_trainer_is_what_the_recipe_says(tmp_path):
     weights = [t.model.heads.topic.head.dense.weight for t in (trainer, twin, other)]
     assert weights[0].equal(weights[1])
     assert not weights[0].equal(weights[2])
+
+
+def test_a_number_far_away_is_told_with_its_row_in_the_table(tmp_path, caplog):
+    """Rows without content are left out, but counted."""
+    rows = [{"text": f"a {i}", "price": i % 7} for i in range(12)]
+    rows[2]["text"] = rows[4]["text"] = ""
+    rows[9]["price"] = 4e9
+    recipe = Recipe.from_dict({
+        "data": {"train": str(write_csv(tmp_path / "train.csv", rows))},
+        "model": {"text": "some/encoder"},
+        "tasks": [{"name": "price", "kind": "regression"}],
+        "training": {"output_dir": str(tmp_path / "out")},
+    })  # fmt: skip
+    load_data(recipe, training_arguments(recipe))
+    assert "column 'price' has 4e+09 in row 9 of the training table, more than 100 robust" in caplog.text
 
 
 def test_yaml_may_be_nested_fifty_levels_deep():

@@ -15,7 +15,7 @@ from ..training.card.card_file import CARD_NAME, write_card
 from ..training.card.facts import CardFacts
 from ..training.recipe import RECIPE_NAME, read_recipe
 from ..training.recipe.builders import load_data, training_arguments
-from ..training.recipe.table_hashes import TABLES_NAME, changed_tables
+from ..training.recipe.table_hashes import TABLES_NAME, has_new_test_rows
 from .predict import Reading, load_model, load_with_rows
 from .processes import say
 
@@ -90,13 +90,13 @@ def _rows_of_recipe(model_folder: Path) -> tuple[datasets.Dataset, datasets.Data
     splits = load_data(recipe, training_arguments(recipe)).splits
     if "test" not in splits:
         raise ValueError(f"{path} holds out no test rows: name a FILE of labelled rows.")
-    changed = changed_tables(recipe, model_folder)
-    if changed:
+    has_new_rows = has_new_test_rows(recipe, model_folder)
+    if has_new_rows:
         raise ValueError(
-            f"{changed[0]} has changed since the training, so the model may have been trained on its present test "
-            "rows: name a FILE of labelled rows that it was not trained on."
+            f"{recipe.data.train} has changed since the training, so the model may have been trained on its present "
+            "test rows: name a FILE of labelled rows that it was not trained on."
         )
-    if changed is None and recipe.data.files:
+    if has_new_rows is None:
         say(f"{model_folder} has no {TABLES_NAME}, so it is not known whether the table is that of the training.")
     return splits["test"], splits["train"]
 

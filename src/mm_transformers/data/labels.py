@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 from transformers.utils import logging
 
 from ..model.label_cells import whole_number
@@ -68,9 +69,13 @@ def check_labels(
     tasks: Iterable[Task],
     text_column: str | Sequence[str] | None,
     label_separator: str = LABEL_SEPARATOR,
+    numbers: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """
     Checks that the task knows the labels of all splits, before a long training; warns of numbers that are far away.
+
+    Args:
+        numbers: split -> the numbers of its rows in their table, for the warning; by default 0, 1, ...
 
     Raises:
         ValueError: one sentence that names split, row and column.
@@ -82,7 +87,12 @@ def check_labels(
         except ValueError as error:
             raise ValueError(f"{split} rows: {error}") from error
         for task in checked if split == "train" else ():
-            if warning := task.warning_about(labels[task.name]):
+            in_table = labels[task.name]
+            if numbers is not None:
+                # Rows of the table that were left out have no label here.
+                known = dict(zip(numbers[split].tolist(), in_table, strict=True))
+                in_table = [known.get(number) for number in range(max(known, default=-1) + 1)]
+            if warning := task.warning_about(in_table):
                 logger.warning_once(warning)
 
 

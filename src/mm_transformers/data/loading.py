@@ -172,7 +172,9 @@ def hold_out(
     return train, held_out
 
 
-def leave_out_empty_rows(data: datasets.DatasetDict, columns: Iterable[str], numbers: Collection[str] = ()) -> None:
+def leave_out_empty_rows(
+    data: datasets.DatasetDict, columns: Iterable[str], numbers: Collection[str] = ()
+) -> dict[str, np.ndarray]:
     """
     Removes the rows without any content from all splits, with a warning that counts them.
 
@@ -180,16 +182,20 @@ def leave_out_empty_rows(data: datasets.DatasetDict, columns: Iterable[str], num
         columns: those that the model reads; a split may lack some.
         numbers: those of them that hold numbers or dates, where texts such as "n/a" are missing cells.
 
+    Returns:
+        Split -> the numbers that the rows which are left had before.
+
     Raises:
         ValueError: if a split has no other rows.
     """
-    columns = list(columns)
+    columns, left = list(columns), {}
     for split, rows in data.items():
         read = [column for column in columns if column in rows.column_names]
         parts = rows.select_columns(read).with_format("arrow").iter(1000)
         filled = np.concatenate(
             [np.any([_has_content(part[column], column in numbers) for column in read], axis=0) for part in parts]
         )
+        left[split] = np.flatnonzero(filled)
         if filled.all():
             continue
         names = ", ".join(map(repr, read))
@@ -199,9 +205,10 @@ def leave_out_empty_rows(data: datasets.DatasetDict, columns: Iterable[str], num
         logger.warning(
             f"{count:,} of {len(rows):,} {split} rows {'has' if count == 1 else 'have'} no content in {names} and "
             f"{'is' if count == 1 else 'are'} left out; the first is row {filled.argmin():,}. Later messages number "
-            "the other rows."
+            "the other rows, unless they say 'of the training table'."
         )
-        data[split] = rows.select(np.flatnonzero(filled))
+        data[split] = rows.select(left[split])
+    return left
 
 
 def _has_content(cells: pyarrow.ChunkedArray, are_numbers: bool = False) -> np.ndarray:

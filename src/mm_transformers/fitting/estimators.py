@@ -43,6 +43,7 @@ class _TableEstimator(BaseEstimator):
         minutes: float | None = None,
         group: str | None = None,
         allow_urls: bool | Collection[str] = False,
+        on_bad_file: str = "raise",
         validation_fraction: float = HELD_OUT,
         training: Mapping[str, Any] | None = None,
         output_dir: str | None = None,
@@ -57,6 +58,7 @@ class _TableEstimator(BaseEstimator):
         self.minutes = minutes
         self.group = group
         self.allow_urls = allow_urls
+        self.on_bad_file = on_bad_file
         self.validation_fraction = validation_fraction
         self.training = training
         self.output_dir = output_dir
@@ -114,6 +116,7 @@ class _TableEstimator(BaseEstimator):
                 minutes=self.minutes,
                 group=self.group,
                 allow_urls=self.allow_urls,
+                on_bad_file=self.on_bad_file,
                 validation_fraction=self.validation_fraction,
                 test_fraction=None,
                 report=False,
@@ -220,6 +223,8 @@ class MMClassifier(ClassifierMixin, _TableEstimator):
         minutes (`float`, *optional*): The time for one training.
         group (`str`, *optional*): A column whose equal cells stay on one side of the split.
         allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`): As in [`MMDataCollator`].
+        on_bad_file (`str`, *optional*, defaults to `"raise"`): What to do if a picture, video or sound cannot be read:
+            `"raise"` stops, `"drop"` treats it as missing, also in `predict`.
         validation_fraction (`float`, *optional*, defaults to 0.15): The share of the rows that chooses the weights.
         training (`dict`, *optional*): Fields of [`MMTrainingArguments`].
         output_dir (`str`, *optional*): A new folder for the model. By default the model stays in memory only.

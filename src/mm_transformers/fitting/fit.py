@@ -18,7 +18,7 @@ from ..training.linear_start.verdict import Verdict
 from ..training.predictor import Predictor
 from ..training.recipe.builders import build_trainer, load_data, training_arguments
 from ..training.recipe.output_folder import check_output, is_finished
-from .asked_recipe import keep_asked, shortened_before
+from .asked_recipe import keep_asked, recipe_of_folder
 from .fit_report import REPORT_NAME, in_table, score_lines, tell_doubtful, with_test_scores, write_fit_report
 from .folds import CrossValidation, cross_validate
 from .plan import HELD_OUT, Plan, make_plan
@@ -136,7 +136,7 @@ def fit(
             early.
         minutes (`float`, *optional*): The time for everything. The training gets as many epochs as fit; if not even one
             does, the encoders stay as they are. If they cannot read all rows in the time, a random choice is used.
-            The same call again keeps this choice.
+            The same call again keeps this choice, also with less time. With more time, more epochs are trained.
         group (`str`, *optional*): A column whose equal cells stay on one side of the split, such as an author.
         image_root (`str`, *optional*): Where relative paths begin; by default at the folder of the table.
         allow_urls: as in [`MMDataCollator`].
@@ -186,10 +186,10 @@ def fit(
     )  # fmt: skip
     for line in plan.lines():
         say(line)
-    shortened = None if end is None else shortened_before(plan.recipe)
-    if shortened is not None:
+    begun = None if minutes is None else recipe_of_folder(plan.recipe, minutes)
+    if begun is not None and begun != plan.recipe:
         say("An earlier call has shortened this training; its rows and epochs are kept.")
-    recipe, study, crossed = shortened or plan.recipe, Study(), None
+    recipe, study, crossed = begun or plan.recipe, Study(), None
     args = training_arguments(recipe)
     check_output(recipe)
     with locked(args.output_dir) if not is_finished(args) else nullcontext():
@@ -201,9 +201,11 @@ def fit(
         data = load_data(recipe, args)
         count = ", ".join(f"{len(data.splits[split]):,} {split}" for split in SPLITS if split in data.splits)
         say(f"Rows: {count}.")
-        if end is not None and shortened is None and not is_finished(args):
+        if end is not None and begun is None and not is_finished(args):
             recipe, args, data = fit_into_time(recipe, args, data, end, allow_urls=allow_urls, say=say)
-            keep_asked(plan.recipe, recipe)
+            check_output(recipe)  # it may hold a training with all rows, or with trained encoders
+        if begun is None:
+            keep_asked(plan.recipe, recipe, minutes)
         study.rows = data.splits.get("test")
         run = run_in_time(
             recipe, args, data, study, end=end, allow_urls=allow_urls, say=say, print_logs=print_logs,

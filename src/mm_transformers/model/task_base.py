@@ -425,7 +425,7 @@ class Task:
         A sentence about training labels that are likely wrong and would decide the training; `None` if there are none.
 
         Args:
-            labels: the encoded label of each row, `None` where it is missing.
+            labels: the encoded label of each row of the table, `None` where it is missing or the row is left out.
         """
         return None
 

@@ -124,10 +124,10 @@ def load_rows(recipe: Recipe, args: MMTrainingArguments) -> tuple[datasets.Datas
         for column in columns.table or ():
             check_columns(splits, {"columns.table": (column,)})
         splits = prepare_labels(splits, recipe.tasks)
-    leave_out_empty_rows(splits, _read_columns(recipe), _number_columns(recipe, splits["train"]))
+    numbers = leave_out_empty_rows(splits, _read_columns(recipe), _number_columns(recipe, splits["train"]))
     # Before rows are held out: they may hold the only rows of a rare label.
     tasks = [complete_task(task, splits["train"], data.label_separator) for task in recipe.tasks]
-    check_labels(splits, tasks, columns.text, data.label_separator)
+    check_labels(splits, tasks, columns.text, data.label_separator, numbers)
     return splits, tasks
 
 

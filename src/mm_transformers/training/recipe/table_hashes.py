@@ -13,14 +13,15 @@ TABLES_NAME = "tables.json"
 
 def hashes_of_tables(recipe: Recipe) -> dict[str, str]:
     """Split -> the SHA-256 of its file. Empty for a data set that is named, and not given as files."""
-    found = {}
-    for split, path in recipe.data.files.items():
-        content = hashlib.sha256()
-        with open(path, "rb") as file:
-            while part := file.read(2**20):
-                content.update(part)
-        found[split] = content.hexdigest()
-    return found
+    return {split: _hash_of(path) for split, path in recipe.data.files.items()}
+
+
+def _hash_of(path: str) -> str:
+    content = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            content.update(part)
+    return content.hexdigest()
 
 
 def save_hashes(folder: Path, hashes: dict[str, str]) -> None:
@@ -29,17 +30,22 @@ def save_hashes(folder: Path, hashes: dict[str, str]) -> None:
         file.write((json.dumps(hashes, indent=2) + "\n").encode())
 
 
-def changed_tables(recipe: Recipe, folder: Path) -> list[str] | None:
+def has_new_test_rows(recipe: Recipe, folder: Path) -> bool | None:
     """
-    The files of a recipe that are not those of the training in a folder; `None` if the folder does not say it.
+    Whether test rows are held out of a table that is not that of the training in a folder.
+
+    Then they may be rows of that training. `None` if the folder does not say it. Test rows in a file of their own are
+    never trained on, and validation rows have no part in the split.
 
     Raises:
-        OSError: if a file cannot be read.
+        OSError: if the table cannot be read.
     """
+    if recipe.data.test is not None or recipe.data.train is None:
+        return False
     try:
         known = json.loads((folder / TABLES_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(known, dict):
         return None
-    return [recipe.data.files[split] for split, found in hashes_of_tables(recipe).items() if known.get(split) != found]
+    return known.get("train") != _hash_of(recipe.data.train)
