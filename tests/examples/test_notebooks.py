@@ -16,10 +16,10 @@ TWINS = sorted(FOLDER.glob("*.py"))
 
 
 def cells_of(script: Path) -> list[str]:
-    """The code of each cell of a script in the percent format; magics are comments there."""
+    """The code of each cell of a script in the percent format; magics and shell commands are comments there."""
     cells = re.split(r"^# %%", script.read_text(), flags=re.MULTILINE)[1:]
     code = [cell.partition("\n")[2].strip() for cell in cells if not cell.startswith(" [markdown]")]
-    return [re.sub(r"^(\s*)# %", r"\1%", cell, flags=re.MULTILINE) for cell in code]
+    return [re.sub(r"^(\s*)# ([%!])", r"\1\2", cell, flags=re.MULTILINE) for cell in code]
 
 
 def save_stamps(folder: Path) -> Path:
