@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from harness import in_turns, parser, peak_memory, prepare, report, training_step
-from transformers import AutoModelForCausalLM, LlamaConfig, ViTConfig
+from transformers import LlamaConfig, ViTConfig
 
 from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask
 
@@ -82,28 +82,28 @@ def main() -> None:
     inputs = make_inputs(args)
     texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     length = {"min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens}
-    models = {way: make_model(args, way).eval() for way in WAYS}
-    bare = AutoModelForCausalLM.from_config(language_model_config(args)).to(inputs["pixel_values"]).eval()
-    with torch.no_grad():
-        encoded = {way: model.model(**inputs) for way, model in models.items()}
-    writers = {"bare": lambda: bare.generate(**texts, do_sample=False, **length)}
-    for way, model in models.items():
-        writers[way] = lambda way=way, model=model: model.generate("caption", encoded[way], **length)
-    seconds = in_turns(writers, args.repeats, args.device, warmup=1)
-    tokens = args.batch_size * args.new_tokens
-    rates = {way: [tokens / each for each in values] for way, values in seconds.items()}
-    millions = sum(p.numel() for p in bare.parameters()) / 1e6
-    # The fusion and what it reads; a prefix adds none to a token.
-    added = {
-        way: round(sum(p.numel() for name, p in model.named_parameters() if "fusion" in name) / 1e6, 1)
-        for way, model in models.items()
-    }
     names = ("width", "layers", "vocab_size", "batch_size", "text_len", "new_tokens")
     shapes = {name: getattr(args, name) for name in names}
-    report(
-        "language model, tokens per second", rates, "bare", args, unit="tokens/s", **shapes,
-        parameters={"bare": round(millions, 1), **added},
-    )  # fmt: skip
+    for way in WAYS:
+        model = make_model(args, way).eval()
+        # The same weights, since two copies of one model differ by several percent.
+        bare = model.model.text_model
+        with torch.no_grad():
+            encoded = model.model(**inputs)
+        writers = {
+            "alone": lambda bare=bare: bare.generate(**texts, do_sample=False, **length),
+            way: lambda model=model, encoded=encoded: model.generate("caption", encoded, **length),
+        }
+        seconds = in_turns(writers, args.repeats, args.device, warmup=1)
+        tokens = args.batch_size * args.new_tokens
+        rates = {name: [tokens / each for each in values] for name, values in seconds.items()}
+        millions = {
+            "alone": round(sum(p.numel() for p in bare.parameters()) / 1e6, 1),
+            "added": round(sum(p.numel() for name, p in model.named_parameters() if "fusion" in name) / 1e6, 1),
+        }
+        report(
+            "language model, tokens per second", rates, "alone", args, unit="tokens/s", parameters=millions, **shapes
+        )
     rises = {way: [peak_memory(make_step, args, way)] for way in WAYS}
     report("language model, memory of a training step", rises, "prefix", args, unit="MB", **shapes)
     steps = {way: make_step(args, way) for way in WAYS}

@@ -49,7 +49,7 @@ PLANS = {
         "memory.py --size small --rows 8 32",
         "generation.py",
         "export_writing.py --threads 1",
-        "language_model.py --threads 1",
+        "language_model.py --threads 1 --repeats 5",
         "imports.py --repeats 3",
         "loading.py --size base --repeats 2",
         "growth.py --size small",

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from language_models import save_language_model
+from language_models import LANGUAGE_MODELS, make_prompt_tokenizer
 from tiny import TEXT_ENCODERS, VISION_ENCODERS, make_image, make_image_processor, make_tokenizer
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "notebooks"
@@ -54,10 +54,14 @@ def test_it_runs(script, tmp_path, monkeypatch):
     make_tokenizer().save_pretrained(text)
     AutoModel.from_config(VISION_ENCODERS["vit"]()).save_pretrained(vision)
     make_image_processor().save_pretrained(vision)
-    language_model = save_language_model(tmp_path / "language_model")["text"]
+    language_model = tmp_path / "language_model"
+    config = LANGUAGE_MODELS["llama"]()
+    config.num_hidden_layers = 4  # the notebook has a fusion before every fourth layer
+    AutoModelForCausalLM.from_config(config).save_pretrained(language_model)
+    make_prompt_tokenizer().save_pretrained(language_model)
     places = {"TEXT": text, "VISION": vision, "LANGUAGE_MODEL": language_model, "STAMPS": save_stamps(tmp_path)}
     for name, value in {**places, "ROWS": 72, "EPOCHS": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.chdir(tmp_path)
     exec(compile(script.read_text(), script.name, "exec"), {"__name__": "notebook"})
-    assert [path for path in tmp_path.rglob("model.safetensors") if path.parent.name not in ("text", "vision")]
+    assert [path for path in tmp_path.rglob("model.safetensors") if path.parent not in (text, vision, language_model)]
