@@ -13,6 +13,8 @@ from .registry import registered
 
 FUSION_KINDS: dict[str, type["Fusion"]] = {}
 
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 class Stream(NamedTuple):
     """
@@ -293,6 +295,28 @@ class Fusion(nn.Module):
             None if output_hidden_states is False else record.states_at(output_hidden_states),
             tuple(record.layers),
         )
+
+
+def computed_dtype(fusion: nn.Module) -> Optional[torch.dtype]:
+    """The dtype in which a fusion computes: that of its matrices; `None` if it has none, or they are quantised."""
+    for parameter in fusion.parameters():
+        # Gates stay in float32, and quantised weights have dtypes of their own.
+        if parameter.ndim > 1 and parameter.dtype in _COMPUTED:
+            return parameter.dtype
+    return None
+
+
+def with_change(states: torch.Tensor, given: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
+    """
+    The states of a language model with what a fusion has changed, in their own dtype.
+
+    A closed gate must not round them.
+
+    Args:
+        given: the states in the dtype of the fusion; the same object if it has the same dtype.
+        fused: what the fusion made of these.
+    """
+    return fused if given is states else states + (fused - given).to(states.dtype)
 
 
 def register_fusion(cls: type[Fusion]) -> type[Fusion]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .fusion_base import Stream
+from .fusion_base import Stream, with_change
 from .row_streams import RowStreams, other_streams
 
 
@@ -110,5 +110,4 @@ class BehindRun(RowStreams):
             return None
         given = self.model.in_fusion_dtype(states)
         fused = self.model.fusion(given, self.mask_for(states), streams).hidden_states
-        # A closed gate must not round states of another dtype.
-        return fused if given is states else states + (fused - given).to(states.dtype)
+        return with_change(states, given, fused)

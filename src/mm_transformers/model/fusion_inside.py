@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .decoder_layers import running
-from .fusion_base import Fusion, FusionOutput, Stream, fusion_class
+from .fusion_base import Fusion, FusionOutput, Stream, computed_dtype, fusion_class, with_change
 from .padding import leading_padding, roll_rows
 from .row_streams import RowStreams
 
@@ -46,13 +46,10 @@ class InsideFusion(nn.Module):
     ) -> FusionOutput:
         """The fused states at a place; the other arguments and the output are those of [`Fusion`]."""
         fusion = self.places[place]
-        dtype = next(fusion.parameters()).dtype
-        if text_states.dtype == dtype:
-            return fusion(text_states, text_mask, streams, **options)
-        # Some language models keep these states in float32; a zero gate must not round them.
-        given = text_states.to(dtype)
+        # Some language models keep these states in float32.
+        given = text_states.to(computed_dtype(fusion) or text_states.dtype)
         output = fusion(given, text_mask, streams, **options)
-        return output._replace(hidden_states=text_states + (output.hidden_states - given).to(text_states.dtype))
+        return output._replace(hidden_states=with_change(text_states, given, output.hidden_states))
 
 
 class InsideRun(RowStreams):

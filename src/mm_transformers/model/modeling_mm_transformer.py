@@ -33,7 +33,7 @@ from .encoder_features import EncoderFeatures
 from .encoders import build_encoder, encoder_width
 from .freeze_rules import batch_norms, freeze_parameters, frozen_batch_norm
 from .fusion import Stream
-from .fusion_base import FusionOutput
+from .fusion_base import FusionOutput, computed_dtype
 from .fusion_layers import TEXT_POOLINGS, Gate, StreamProjection, masked_mean
 from .generation import AnswerDecoder, WritingTask, split_inputs, task_that_writes, writing_tasks
 from .input_checks import check_finite_weights, check_layout, is_finite, what_is_wrong_with_inputs
@@ -59,9 +59,6 @@ _Model = TypeVar("_Model", bound="MMTransformerPreTrainedModel")
 
 # The arguments that `save_pretrained(push_to_hub=True)` passes on to `push_to_hub`.
 _PUSHING = ("repo_id", "commit_message", "private", "token", "create_pr", "max_shard_size", "revision", "tags")
-
-# The dtypes in which a fusion computes.
-_COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass
@@ -769,11 +766,7 @@ class MMTransformerModel(MMTransformerPreTrainedModel):
         """States of texts in the dtype of the fusion: a frozen encoder may have another one, such as bfloat16."""
         if self.fusion is None or torch.is_autocast_enabled(states.device.type):
             return states
-        for parameter in self.fusion.parameters():
-            # Gates stay in float32, and quantised weights have dtypes of their own.
-            if parameter.ndim > 1 and parameter.dtype in _COMPUTED:
-                return states.to(parameter.dtype)
-        return states
+        return states.to(computed_dtype(self.fusion) or states.dtype)
 
     def _text_stream(
         self, attention_mask: torch.Tensor, features: Optional[torch.Tensor] = None, **inputs: Optional[torch.Tensor]

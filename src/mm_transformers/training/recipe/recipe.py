@@ -255,9 +255,9 @@ class Recipe:
             values[name] = {key: value for key, value in values[name].items() if key not in SECRETS}
         return {name: value for name, value in values.items() if value}
 
-    def save(self, folder: Path, name: str = RECIPE_NAME) -> None:
-        """Writes `recipe.yaml`, or another file, atomically."""
-        with write_atomically(folder / name) as file:
+    def save(self, folder: Path) -> None:
+        """Writes `recipe.yaml` atomically."""
+        with write_atomically(folder / RECIPE_NAME) as file:
             comment = "".join(f"# {line}".rstrip() + "\n" for line in self.comment)
             file.write((comment + dump_yaml(self.to_dict())).encode())
 
