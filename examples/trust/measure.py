@@ -24,7 +24,7 @@ from mm_transformers.analysis.calibration.hidden_parts import GroupRows
 from mm_transformers.analysis.calibration.measures import accuracy_at, class_wise_error, risk_coverage
 from mm_transformers.analysis.calibration.odd_rows import fit_oddness
 from mm_transformers.analysis.calibration.temperatures import fit_temperatures, tempered
-from mm_transformers.analysis.reliability import reliability
+from mm_transformers.analysis.reliability import chance_error, reliability
 from mm_transformers.model.task_base import task_from_dict
 
 
@@ -120,7 +120,7 @@ def errors(task: Task, groups: Groups) -> dict[str, Any]:
                                   (("none", raw), ("shared", shared), ("by group", own))}  # fmt: skip
         drawn = np.random.default_rng(split).integers(0, len(groups), num_rows)
         mixed.append({name: _surest(confidences, name, drawn) for name in ("none", "shared", "by group")})
-    names = ("before", "class_wise_before", "after", "class_wise_after")
+    names = ("before", "class_wise_before", "chance_before", "after", "class_wise_after", "chance_after")
     result: dict[str, Any] = {
         group: dict(zip(names, np.mean(values, axis=0).tolist(), strict=True)) for group, values in found.items()
     }
@@ -131,10 +131,10 @@ def errors(task: Task, groups: Groups) -> dict[str, Any]:
     return result
 
 
-def _errors(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+def _errors(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float, float]:
     confidence, right = task.confidences(logits, labels)
     return (reliability(confidence.double().numpy(), right.numpy()).ece,
-            class_wise_error(task.probabilities(logits), labels))  # fmt: skip
+            class_wise_error(task.probabilities(logits), labels), chance_error(confidence.double().numpy()))  # fmt: skip
 
 
 def _surest(confidences: dict[str, Any], name: str, drawn: np.ndarray) -> list[float]:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from mm_transformers.analysis.calibration.measures import accuracy_at, class_wis
 from mm_transformers.analysis.calibration.odd_rows import fit_oddness
 from mm_transformers.analysis.calibration.results import measures_of
 from mm_transformers.analysis.calibration.temperatures import cross_tempered, fit_temperatures
+from mm_transformers.analysis.reliability import chance_error
 from mm_transformers.data.collator import MMDataCollator
 from mm_transformers.model.oddness import distance, fitted
 from mm_transformers.model.predictions import Predictions
@@ -175,7 +177,7 @@ def test_sets_intervals_and_advice(calibrated):
     for answer in pipe(questions, coverage=0.8):
         found = answer["topic"]["set"]
         assert found[0] == answer["topic"]["label"]
-        assert answer["topic"]["abstain"] == (len(found) != 1)
+        assert answer["topic"]["abstain"] == (len(found) != 1 or answer["topic"]["odd"])
         low, high = answer["score"]["interval"]
         assert low < answer["score"]["value"] < high
     [advice] = pipe({"text": "red cat"}, advise=True)["topic"]["advice"]
@@ -269,6 +271,37 @@ def test_odd_rows_are_told():
               for shift in (0, 1)}  # fmt: skip
     assert warned[0] < 0.05
     assert warned[1] > 0.95
+
+
+def test_odd_rows_abstain(calibrated, caplog):
+    model, processor, questions, _, _ = calibrated
+    pipe = pipeline("multimodal", model=model, processor=processor)
+    plain = pipe(questions, coverage=0.2)
+    assert not any(answer["topic"]["odd"] for answer in plain)
+    thresholds = model.oddness.thresholds
+    kept = dict(thresholds)
+    try:
+        thresholds.update(dict.fromkeys(thresholds, 1e-9))  # every row is farther away than this
+        odd = pipe(questions, coverage=0.2)
+    finally:
+        thresholds.update(kept)
+    for answer, before in zip(odd, plain, strict=True):
+        for name in ("topic", "score"):
+            assert answer[name]["odd"] is True
+            assert answer[name]["abstain"] is True
+            assert {k: v for k, v in answer[name].items() if k not in ("odd", "abstain")} == {
+                k: v for k, v in before[name].items() if k not in ("odd", "abstain")
+            }
+    assert "odd" not in pipe(questions)[0]["topic"]
+
+
+def test_few_answers_have_an_error_by_chance():
+    """The exact mean for one bin: of n answers with confidence p, E|right - n p| / n."""
+    n, p = 9, 0.7
+    exact = sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) * abs(k / n - p) for k in range(n + 1))
+    assert chance_error(np.full(n, p), num_draws=20_000) == pytest.approx(exact, rel=0.02)
+    assert chance_error(np.full(40_000, p)) < 0.003
+    assert chance_error(np.ones(5)) == 0
 
 
 def test_the_distance_is_that_of_the_covariance():

@@ -42,6 +42,22 @@ def reliability(confidences: np.ndarray, right: np.ndarray, num_bins: int = NUM_
     return Reliability(float(error), counts.tolist(), mean_confidence.tolist(), accuracy.tolist())
 
 
+def chance_error(confidences: np.ndarray, num_draws: int = 200, seed: int = 0) -> float:
+    """
+    The calibration error that perfect confidences would have by chance, with as many answers.
+
+    Few answers have few per bin, so their error is far from 0 even if every confidence is right. This is the mean error
+    of answers that are right with just their confidence, drawn at random.
+
+    Args:
+        confidences (answers,): probability of each answer, from 0 to 1.
+        num_draws (`int`, *optional*, defaults to 200): How often to draw.
+    """
+    random = np.random.default_rng(seed)
+    drawn = (random.random(len(confidences)) < confidences for _ in range(num_draws))
+    return float(np.mean([reliability(confidences, right).ece for right in drawn]))
+
+
 def draw_reliability(axes: Any, found: Mapping[str, Reliability], title: str) -> None:
     """
     Draws accuracy by confidence.

@@ -130,7 +130,7 @@ def _cards(
         cards.append(
             _card(model, processor, row, name, answers, _bars(model.tasks[name], _calibrated(predictions, name)))
         )
-    odd = predictions.odd_rows()
+    odd = predictions.odd_rows
     return cards, odd_sentence("This row", odd[0]) if odd and odd[0].is_odd else ""
 
 

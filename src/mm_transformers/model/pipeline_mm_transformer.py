@@ -153,7 +153,8 @@ class MultimodalPipeline(RowPipeline):
         generate_kwargs (`dict`): For tasks that write: `num_beams`, `max_new_tokens`, ...
         coverage (`float`, *optional*):
             For calibrated tasks (see [`calibrate`]): adds `"set"` or `"interval"`, which hold the truth in this share
-            of rows. `"abstain"` says whether the row should get no answer.
+            of rows. `"abstain"` says whether the row should get no answer, and `"odd"` whether it is unlike the
+            training rows.
         advise (`bool`, *optional*, defaults to `False`):
             Adds `"advice"` to the answers of rows with missing parts: how much each part would help.
 
@@ -226,7 +227,7 @@ class MultimodalPipeline(RowPipeline):
             advise=advise,
             **(generate_kwargs or {}),
         )
-        for row, odd in zip(inputs["numbers"], predictions.odd_rows() or (), strict=False):
+        for row, odd in zip(inputs["numbers"], predictions.odd_rows or (), strict=False):
             if odd.is_odd:
                 logger.warning(odd_sentence(f"Row {row}", odd))
         for row, text in zip(answers, texts, strict=True):

@@ -72,6 +72,7 @@ class Predictions:
         """The same for given logits of these rows."""
         return self.calibration.tempered(self.model.tasks[task], logits, self.groups)
 
+    @cached_property
     def odd_rows(self) -> Optional[list[OddRow]]:
         """How unlike the training rows each row is; `None` for a model without statistics of them."""
         if self.model.oddness is None:
@@ -116,7 +117,8 @@ class Predictions:
             decode_options: options of `decode`, such as `top_k`, for the tasks that take them.
             probabilities: adds the probability of each label to the answers, as [`Task.add_probabilities`] does.
             coverage: adds `"set"` or `"interval"`, and `"abstain"`, for the tasks that are calibrated; see
-                [`Task.add_region`].
+                [`Task.add_region`]. With statistics of the training rows also `"odd"`: whether the row is unlike them.
+                Such rows abstain, too.
             advise: adds `"advice"`: how much each missing part would help; see [`advice_for`].
             generation_options: for `model.generate`.
 
@@ -149,9 +151,16 @@ class Predictions:
                         task.add_probabilities(columns[name], sure, word_index)
                     if coverage is not None and self.calibration.can_cover(name):
                         task.add_region(columns[name], logits, self.calibration.thresholds(name, self.groups, coverage))
+                        self._abstain_if_odd(columns[name])
                     if advise:
                         self._advise(task, columns[name], sure)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def _abstain_if_odd(self, answers: list[Any]) -> None:
+        """No promise holds for rows unlike the calibration rows."""
+        for answer, row in zip(answers, self.odd_rows or (), strict=False):
+            answer["odd"] = row.is_odd
+            answer["abstain"] = answer["abstain"] or row.is_odd
 
     def _advise(self, task: Any, answers: list[Any], logits: torch.Tensor) -> None:
         if not self.calibration.can_advise(task.name):

@@ -9,7 +9,7 @@ import torch
 from ...model.availability import OTHER
 from ...model.task_base import Task
 from ..ablation.tables import Table, as_markdown
-from ..reliability import Reliability, draw_reliability, reliability
+from ..reliability import Reliability, chance_error, draw_reliability, reliability
 from .hidden_parts import stacked_labels, stacked_logits
 from .measures import RiskCoverage, accuracy_at, class_wise_error, risk_coverage
 from .temperatures import cross_tempered
@@ -32,6 +32,7 @@ class GroupMeasures:
         temperatures: those of the group; `None` for tasks without probabilities.
         before, after: the reliability of answers without and with temperatures; each row is measured with temperatures
             that were fitted without it. `None` for tasks that choose no label.
+        chance: the error that perfect probabilities would have, by chance, with as many rows as `after`.
         class_wise_before, class_wise_after: the mean calibration error of the probability of each label.
         curve_before, curve_after: accuracy by the share of answered rows.
         sizes: coverage -> the mean number of labels in the sets, or the mean length of the intervals.
@@ -41,6 +42,7 @@ class GroupMeasures:
     temperatures: list[float] | None = None
     before: Reliability | None = None
     after: Reliability | None = None
+    chance: float | None = None
     class_wise_before: float | None = None
     class_wise_after: float | None = None
     curve_before: RiskCoverage | None = None
@@ -83,15 +85,15 @@ class CalibrationResult:
         for task, groups in self.groups.items():
             for group, found in groups.items():
                 if found.before is not None and found.after is not None:
-                    cells = [_percent(value) for value in (found.before.ece, found.after.ece, found.class_wise_before,
-                                                           found.class_wise_after)]  # fmt: skip
+                    cells = [_percent(value) for value in (found.before.ece, found.after.ece, found.chance,
+                                                           found.class_wise_before, found.class_wise_after)]  # fmt: skip
                     errors.append([task, group, f"{found.rows:,}", *cells])
                 sizes = [f"{found.sizes[str(c)]:.3g}" if str(c) in found.sizes else "–" for c in _COVERAGES]
                 shares = [_percent(accuracy_at(found.curve_after, share)) if found.curve_after else "–"
                           for share in _SHARES]  # fmt: skip
                 if group != "all" or found.curve_after:
                     curves.append([task, group, *shares, *sizes])
-        header = ["task", "rows with", "rows", "error before, %", "after", "by label before", "after"]
+        header = ["task", "rows with", "rows", "error before, %", "after", "by chance", "by label before", "after"]
         surest = [*(f"right, surest {share:.0%}" for share in _SHARES), *(f"size at {c:.0%}" for c in _COVERAGES)]
         both = [Table(header, errors, 2), Table(["task", "rows with", *surest], curves, 2)]
         return [table for table in both if table.rows]
@@ -156,6 +158,7 @@ def _measure(task: Task, before: torch.Tensor, after: torch.Tensor, labels: torc
     second, right_after = pair[1]
     one.before = reliability(first.double().numpy(), right.numpy())
     one.after = reliability(second.double().numpy(), right_after.numpy())
+    one.chance = chance_error(second.double().numpy())
     one.curve_before = risk_coverage(first.double().numpy(), right.numpy())
     one.curve_after = risk_coverage(second.double().numpy(), right_after.numpy())
     if labels.ndim == 1:
