@@ -114,6 +114,7 @@ class MMDataCollator:
         self.processor = processor
         self.tasks = config.get_tasks()
         self.takes_images = config.vision_config is not None
+        self.continues_texts = config.has_language_model
         self.text_column = text_column if config.reads_text else None
         self.text_columns = as_columns(self.text_column)
         if len(self.text_columns) > 1 and any(task.is_token_level for task in self.tasks.values()):
@@ -245,7 +246,8 @@ class MMDataCollator:
         if self.cached is not None:
             self.cached.fill(batch, media, names)
         fingerprints = self._fingerprints(texts, batch, media)
-        context = LabelContext(batch.pop("word_index", None), self.processor.tokenizer, fingerprints)
+        prompts = texts if self.continues_texts else None
+        context = LabelContext(batch.pop("word_index", None), self.processor.tokenizer, fingerprints, prompts)
         if not self.takes_images:
             batch.pop("image_index")
         values = {name: self._labels(task, rows, texts, names, is_empty) for name, task in self.tasks.items()}

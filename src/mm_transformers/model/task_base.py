@@ -85,11 +85,13 @@ class LabelContext(NamedTuple):
         tokenizer: that of the processor; for tasks whose labels are texts.
         fingerprints: "text" or modality -> a number per row that is equal for equal content, `None` without content;
             for tasks that compare rows.
+        prompts: the text of each row, if a language model continues it; for tasks whose labels are texts.
     """
 
     word_index: Optional[torch.Tensor] = None
     tokenizer: Any = None
     fingerprints: Optional[dict[str, list[Optional[int]]]] = None
+    prompts: Optional[Sequence[str]] = None
 
 
 NO_CONTEXT = LabelContext()

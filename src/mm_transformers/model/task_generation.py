@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .label_cells import as_scalar, is_null, shorten_value
 from .task_base import NO_CONTEXT, LabelContext, Task, register_task
-from .text_tokens import needed_text, tokenize
+from .text_tokens import continuing_ids, needed_text, tokenize
 
 
 logger = logging.get_logger(__name__)
@@ -27,8 +27,9 @@ class Generation(Task):
 
     A decoder reads the fused text tokens. It is that of the text encoder, if this is an encoder-decoder (Marian, BART,
     T5, NLLB, ...). A decoder-only language model (Llama, Qwen, GPT-2, ...) continues the text itself: the text of a row
-    is the prompt, the answer follows. Otherwise the decoder is built from `config.decoder_config`. Several tasks share
-    it, and `decoder_start_ids` tells them apart. [`MMTransformerForMultiTask.generate`] writes the answers.
+    is the prompt, and the answer follows after a space, unless the prompt ends with white space. Otherwise the decoder
+    is built from `config.decoder_config`. Several tasks share it, and `decoder_start_ids` tells them apart.
+    [`MMTransformerForMultiTask.generate`] writes the answers.
 
     Logits (batch, target_len, vocab_size), only if labels are given. Labels (batch, target_len) int64: the token ids up
     to the end of the text, then -100; -100 in rows without a label. A cell is a string.
@@ -97,29 +98,39 @@ class Generation(Task):
     def collate_labels(self, values: list[Any], context: LabelContext = NO_CONTEXT) -> torch.Tensor:
         if context.tokenizer is None:
             raise ValueError(f"Task {self.name!r} writes text, so `collate_labels` needs the tokenizer.")
-        known = iter(self._target_ids([value for value in values if value is not None], context.tokenizer))
+        prompts = [None] * len(values) if context.prompts is None else context.prompts
+        labelled = [pair for pair in zip(values, prompts, strict=True) if pair[0] is not None]
+        known = iter(self._target_ids(labelled, context.tokenizer))
         rows = [[] if value is None else next(known) for value in values]
         labels = torch.full((len(rows), max([len(row) for row in rows] + [1])), -100)
         for row, ids in zip(labels, rows, strict=True):
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
         return labels
 
-    def _target_ids(self, texts: list[str], tokenizer: Any) -> list[list[int]]:
+    def _target_ids(self, labelled: list[tuple[str, Optional[str]]], tokenizer: Any) -> list[list[int]]:
         """
         The target of the decoder: each text and its end token.
 
         Other special tokens of the tokenizer (a language code, [CLS]) belong to the start of the decoder.
+
+        Args:
+            labelled: each text, and the prompt that it continues; `None` if a decoder writes it.
         """
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if end is None:
             raise ValueError(f"task {self.name!r}: the tokenizer has no eos_token, which ends a text: set it")
-        if not texts:
+        if not labelled:
             return []
+        texts, prompts = zip(*labelled, strict=True)
         # M2M100's tokenizer has a mode for targets. It needs a language, which is not used without special tokens.
         needs_language = hasattr(tokenizer, "tgt_lang") and tokenizer.tgt_lang is None
         key = "text" if needs_language else "text_target"
         needed = [needed_text(tokenizer, text, self.max_length, key) for text in texts]
-        encoded = tokenize(tokenizer, **{key: needed}, add_special_tokens=False, verbose=False)["input_ids"]
+        if prompts[0] is None:
+            encoded = tokenize(tokenizer, **{key: needed}, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            start = tokenizer.decode(self.decoder_start_ids) if self.decoder_start_ids else ""
+            encoded = continuing_ids(tokenizer, needed, [start or prompt for prompt in prompts])
         longest = max(map(len, encoded))
         if longest >= self.max_length:
             logger.warning_once(

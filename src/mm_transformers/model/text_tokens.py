@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from .limits import limits
@@ -62,6 +62,48 @@ def needed_text(tokenizer: Any, text: str, num_tokens: int, key: str = "text") -
                 return text[:end]
         size *= 2
     return text
+
+
+# Stand for the end of a text: tokenizers split before a space and behind a line break.
+_WORD, _LINE = "a", "\n"
+
+
+def _end_of(text: str) -> str:
+    return "" if not text else _LINE if text[-1].isspace() else _WORD
+
+
+def continuing_ids(tokenizer: Any, texts: Sequence[str], before: Sequence[str]) -> list[list[int]]:
+    """
+    The ids of texts that continue others, without special tokens.
+
+    "dog" has one id at the start of a text, and another one behind a word and a space. A space stands between a text
+    and the one before it, unless there is white space already.
+
+    Args:
+        tokenizer: that of transformers.
+        texts, before: each text, and the text before it; "" if there is none.
+
+    Example:
+
+    ```python
+    >>> tokenizer.convert_ids_to_tokens(continuing_ids(tokenizer, ["dog"], ["a drawing of a"])[0])
+    ['Ġdog']
+    ```
+    """
+    ends = [_end_of(ahead) if text else "" for text, ahead in zip(texts, before, strict=True)]
+    options = {"add_special_tokens": False, "verbose": False}
+    joined = [
+        end + (" " if end == _WORD and not text[0].isspace() else "") + text
+        for end, text in zip(ends, texts, strict=True)
+    ]
+    of_end = {end: tokenize(tokenizer, end, **options)["input_ids"] if end else [] for end in set(ends)}
+    result = []
+    for text, end, ids in zip(texts, ends, tokenize(tokenizer, joined, **options)["input_ids"], strict=True):
+        first = of_end[end]
+        # A tokenizer may join the end with what follows. Then the text stands alone.
+        is_apart = ids[: len(first)] == first
+        result.append(ids[len(first) :] if is_apart else tokenize(tokenizer, text, **options)["input_ids"])
+    return result
 
 
 def join_texts(texts: Mapping[str, str], num_columns: Optional[int] = None) -> str:

@@ -68,7 +68,7 @@ class Question(NamedTuple):
         task = model.tasks[self.task]
         answers = [self.answer] * len(texts) if answers is None else answers
         if task.needs_decoder:
-            return self._ask_written(model, processor, outputs, answers, first_row)
+            return self._ask_written(model, processor, outputs, texts, answers, first_row)
         places: Optional[torch.Tensor] = None
         words: list[Optional[str]] = [None] * len(texts)
         if task.is_token_level:
@@ -95,6 +95,7 @@ class Question(NamedTuple):
         model: MMTransformerForMultiTask,
         processor: MMTransformerProcessor,
         outputs: MMTransformerModelOutput,
+        texts: list[str],
         answers: list[Any],
         first_row: int,
     ) -> Asked:
@@ -102,10 +103,11 @@ class Question(NamedTuple):
         writing = writing_tasks(model.tasks)[self.task]
         if any(answer is None for answer in answers):
             written = model.write(writing, outputs, **self.generation_options)
-            texts = processor.batch_decode(written, skip_special_tokens=True)
-            answers = [text.strip() if answer is None else answer for answer, text in zip(answers, texts, strict=True)]
+            found = processor.batch_decode(written, skip_special_tokens=True)
+            answers = [text.strip() if answer is None else answer for answer, text in zip(answers, found, strict=True)]
         encoded = [task.encode_label(answer, "") for answer in answers]
-        labels = task.collate_labels(encoded, LabelContext(tokenizer=tokenizer)).to(outputs.last_hidden_state.device)
+        context = LabelContext(tokenizer=tokenizer, prompts=texts if model.config.has_language_model else None)
+        labels = task.collate_labels(encoded, context).to(outputs.last_hidden_state.device)
         ids = [[i for i in row if i != -100] for row in labels.tolist()]
         places: Optional[torch.Tensor] = None
         words: list[Optional[str]] = [None] * len(answers)
