@@ -68,6 +68,7 @@ def save_reader_folder(folder: Path) -> Path:
     make_image(3).save(folder / "rain.jpg")
     for name in ("train", "test", "calibration"):
         pd.DataFrame(_messages(folder)).to_csv(folder / f"{name}.csv", index=False)
+    pd.DataFrame(_products(folder)).to_csv(folder / "products.csv", index=False)
     things = [f"{thing} number {i},{1900 + i},{thing}s,{i * 7}.5" for i in range(30) for thing in ("chair", "lamp")]
     (folder / "listings.csv").write_text("title,year,category,price\n" + "\n".join(things))
     for name, rows in (("stamps_data", _stamps()), ("emoji_data", _emoji())):
@@ -94,6 +95,14 @@ def _messages(folder: Path) -> list[dict]:
             "stars": None if i % 3 else 1.0 + i % 5,
         })  # fmt: skip
     return rows
+
+
+def _products(folder: Path) -> list[dict]:
+    """Pictures with a caption and a group, and no text; after `_messages`, which saves the pictures."""
+    return [
+        {"photo": f"{i % 12}.png", "descr": ["a red dog", "a desk"][i % 2], "group": ["animals", "things"][i % 2]}
+        for i in range(20)
+    ]
 
 
 def _stamps() -> list[dict]:

@@ -146,7 +146,7 @@ def check_finite_weights(model: nn.Module) -> None:
         ValueError: one sentence, if a weight is NaN or infinite.
     """
     weights = [*model.named_parameters(), *model.named_buffers()]
-    bad = [name for name, x in weights if x.is_floating_point() and not x.is_meta and not x.sum().isfinite()]
+    bad = [name for name, x in weights if x.is_floating_point() and not x.is_meta and not _has_finite_sum(x)]
     # A sum may be too large for half precision.
     bad = [name for name, x in weights if name in set(bad) and not x.isfinite().all()]
     if bad:
@@ -154,6 +154,13 @@ def check_finite_weights(model: nn.Module) -> None:
             f"The weight {bad[0]!r}{and_more(bad)} of the model is NaN or infinite: its checkpoint is damaged, or "
             "its training has diverged. Use another checkpoint."
         )
+
+
+def _has_finite_sum(weight: torch.Tensor) -> bool:
+    try:
+        return bool(weight.sum().isfinite())
+    except NotImplementedError:  # of torchao's integers, which only multiply
+        return True
 
 
 def is_finite(outputs: ModelOutput) -> bool:
