@@ -21,7 +21,8 @@ class Calibration:
     `config.calibration` is a dict. Under `"tasks"` each task has its `"cells"`: one for each availability group, and
     `"other"` for rows of other groups. A cell has three entries. `"rows"` is the number of calibration rows.
     `"temperatures"` divide the logits: one, or one for each label. `"thresholds"` are those of sets and intervals, one
-    for each of `LEVELS`, `None` if there are too few rows. `"advice"` and `"oddness"` are explained in their modules.
+    for each of `LEVELS`, `None` if there are too few rows. They hold for the groups of the rows; those of `"other"` are
+    listed in its `"groups"`. `"advice"` and `"oddness"` are explained in their modules.
 
     Args:
         values (`dict`, *optional*): `config.calibration`; `None` changes no answer.
@@ -35,7 +36,13 @@ class Calibration:
         if task not in self.tasks:
             return None
         cells = self.tasks[task]["cells"]
-        return cells.get(group, cells.get(OTHER))
+        if group in cells:
+            return cells[group]
+        other = cells.get(OTHER)
+        # Checkpoints of before have no such names.
+        if other is None or group in other.get("groups", [group]):
+            return other
+        return {key: value for key, value in other.items() if key != "thresholds"}
 
     def tempered(self, task: Task, logits: torch.Tensor, groups: Sequence[str]) -> torch.Tensor:
         """The logits divided by the temperatures of the group of each row; the same object without a calibration."""
@@ -127,6 +134,9 @@ def check_calibration(values: Any, tasks: Mapping[str, Task]) -> None:
             covers = isinstance(thresholds, (list, tuple)) and len(thresholds) == len(LEVELS)
             right = covers and _numbers([value for value in thresholds if value is not None])
             _check(thresholds is None or right, f"{place}.thresholds", thresholds)
+            names = cell.get("groups", [])
+            are_names = isinstance(names, (list, tuple)) and all(isinstance(one, str) for one in names)
+            _check(are_names, f"{place}.groups", names)
         advice = found.get("advice", {})
         _check(isinstance(advice, dict) and all(isinstance(part, dict) for part in advice.values()), where, advice)
         for group, parts in advice.items():

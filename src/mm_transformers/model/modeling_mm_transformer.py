@@ -135,7 +135,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["gate_alpha", "logit_scale"]
+    _keep_in_fp32_modules_strict = ["gate_alpha", "logit_scale", "oddness"]
     # True from loading until the first forward pass, which finds weights that are NaN.
     _is_unproven = False
     _no_split_modules = ["CrossAttentionLayer", "CoAttentionLayer", "SelfAttentionLayer"]

@@ -153,7 +153,7 @@ class Predictions:
                         task.add_region(columns[name], logits, self.calibration.thresholds(name, self.groups, coverage))
                         self._abstain_if_odd(columns[name])
                     if advise:
-                        self._advise(task, columns[name], sure)
+                        self._advise(task, columns[name], logits, sure)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def _abstain_if_odd(self, answers: list[Any]) -> None:
@@ -162,11 +162,11 @@ class Predictions:
             answer["odd"] = row.is_odd
             answer["abstain"] = answer["abstain"] or row.is_odd
 
-    def _advise(self, task: Any, answers: list[Any], logits: torch.Tensor) -> None:
+    def _advise(self, task: Any, answers: list[Any], logits: torch.Tensor, calibrated: torch.Tensor) -> None:
         if not self.calibration.can_advise(task.name):
             return
         tables = [self.calibration.advice(task.name, group) for group in self.groups]
         # Without labels: only the confidence is needed.
-        confidences = task.answer_confidences(logits)
+        confidences = task.answer_confidences(logits, calibrated)
         for i, (answer, table) in enumerate(zip(answers, tables, strict=True)):
             answer["advice"] = advice_for(table, None if confidences is None else float(confidences[i]))

@@ -138,7 +138,7 @@ class Regression(Task):
     def add_region(self, answers: list[Any], logits: torch.Tensor, thresholds: Sequence[float]) -> None:
         """Adds the lowest and the highest number, `"interval"`: `None` if there is none, and then `"abstain"`."""
         for answer, radius in zip(answers, thresholds, strict=True):
-            known = math.isfinite(radius)
+            known = math.isfinite(radius) and math.isfinite(answer["value"])
             answer["interval"] = [answer["value"] - radius, answer["value"] + radius] if known else None
             answer["abstain"] = not known
 

@@ -93,8 +93,7 @@ def calibrate(
         if not any("temperatures" in cell or "thresholds" in cell for cell in cells.values()):
             continue
         values["tasks"][name] = {"cells": cells, "advice": advice_tables(task, groups, cells, min_rows)}
-        natural = [group for group, rows in groups.items() if bool(rows.natural.any())]
-        result.groups[name] = measures_of(task, of_task.groups, natural, cells)
+        result.groups[name] = measures_of(task, of_task.groups, cells)
         result.notes += _notes(name, result.groups[name], cells, min_rows)
     if not values["tasks"]:
         raise ValueError(
@@ -140,4 +139,10 @@ def _notes(task: str, found: dict[str, GroupMeasures], cells: dict[str, Any], mi
             f"Task {task!r}: {', '.join(map(repr, small))} had fewer than {min_rows} labelled rows, so these groups "
             f"are calibrated together ({cells[OTHER]['rows']} rows{sets})."
         )
+        unpromised = [group for group in small if group not in cells[OTHER]["groups"]]
+        if unpromised and thresholds is not None:
+            notes.append(
+                f"Task {task!r}: rows with {', '.join(map(repr, unpromised))} get no promise: the only such rows are "
+                "copies, with parts hidden, of rows that are already counted."
+            )
     return notes
