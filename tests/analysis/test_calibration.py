@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import pipeline
 from mm_transformers import (
     Classification,
     MMTransformerForMultiTask,
+    MMTransformerModel,
     MultiLabel,
     Predictor,
     Regression,
@@ -329,12 +331,55 @@ def test_rows_without_labels_are_refused():
         calibrate(make_model(), make_processor(), [{"text": "red cat"}] * 3)
 
 
-def test_new_heads_lose_their_calibration(calibrated, tmp_path):
+@pytest.mark.parametrize("way", ["tasks", "config"])
+def test_new_heads_lose_their_calibration(calibrated, way, tmp_path):
     model, *_ = calibrated
     model.save_pretrained(tmp_path)
-    tasks = [Classification("topic", labels=["a", "b"]), model.tasks["tags"]]
-    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path, tasks=tasks)
-    assert set(loaded.config.calibration["tasks"]) == {"tags"}
+    tasks = [Classification("topic", labels=["x", "y", "z"]), model.tasks["tags"], model.tasks["score"]]
+    values = {**model.config.to_dict(), "tasks": [task.to_dict() for task in tasks]}
+    given = {"tasks": tasks} if way == "tasks" else {"config": type(model.config).from_dict(values)}
+    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path, **given)
+    assert set(loaded.config.calibration["tasks"]) == {"tags", "score"}
+
+
+def test_tasks_without_labels_lose_their_calibration(calibrated, tmp_path):
+    model, processor, *_ = calibrated
+    model.save_pretrained(tmp_path)
+    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path)
+    rows = [{name: cell for name, cell in row.items() if name not in ("topic", "image")} for row in labelled_rows(60)]
+    result = calibrate(loaded, processor, rows, min_rows=30)
+    assert "topic" not in loaded.config.calibration["tasks"]
+    assert any("'topic' has no rows here to calibrate it on, so its earlier calibration is removed" in note
+               for note in result.notes)  # fmt: skip
+
+
+def test_training_and_adapters_are_told(calibrated, tmp_path, caplog):
+    """The calibration is that of other weights. Removing it removes the warnings of odd rows, too."""
+    peft = pytest.importorskip("peft")
+    logging.Logger.warning_once.cache_clear()  # other tests may have had these warnings
+    model, processor, questions, before, _ = calibrated
+    model.save_pretrained(tmp_path)
+    base = MMTransformerForMultiTask.from_pretrained(tmp_path)
+    batch = MMDataCollator(processor, base.config)(labelled_rows(2))
+    base.eval()(**batch)
+    assert "Training changes" not in caplog.text
+    base.train()(**batch)
+    assert "Training changes the probabilities" in caplog.text
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query", "value"]))
+    pipe = pipeline("multimodal", model=adapted, processor=processor)
+    pipe(questions[0])
+    assert "calibrated without its adapter 'default'" in caplog.text
+    calibrate(adapted, processor, labelled_rows(60), hide=False)
+    assert base.config.calibration["adapters"] == ["default"]
+    base.config.calibration = None
+    for answer, old in zip(pipe(questions), before, strict=True):
+        assert answer["topic"] == {"label": old["topic"]["label"], "score": pytest.approx(old["topic"]["score"])}
+    plain = MMTransformerForMultiTask.from_pretrained(tmp_path)
+    plain.config.calibration = None
+    plain.save_pretrained(tmp_path / "removed")
+    again = MMTransformerForMultiTask.from_pretrained(tmp_path / "removed")
+    assert pipeline("multimodal", model=again, processor=processor)(questions) == before
+    MMTransformerModel.from_pretrained(tmp_path)  # without heads
 
 
 @pytest.mark.parametrize("change", [

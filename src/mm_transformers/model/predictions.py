@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, Optional
 
 import torch
+from transformers.utils import logging
 
 from .advice import advice_for
 from .answers import evaluation_mode
@@ -14,6 +15,9 @@ from .calibration import Calibration
 from .embeddings import rows_with_text
 from .generation import FusedText, writing_tasks
 from .oddness import OddRow, row_vectors
+
+
+logger = logging.get_logger(__name__)
 
 
 class Predictions:
@@ -40,6 +44,12 @@ class Predictions:
     def __init__(self, model: Any, outputs: FusedText, has_text: Optional[torch.Tensor] = None) -> None:
         self.model, self.outputs, self.has_text = model, outputs, has_text
         self.calibration = Calibration(model.config.calibration)
+        new = sorted(set(getattr(model, "peft_config", None) or ()) - set(self.calibration.adapters))
+        if new and model.config.calibration is not None:
+            logger.warning_once(
+                f"The model was calibrated without its adapter {new[0]!r}, so its probabilities, sets and intervals may "
+                "not hold: calibrate it again, or remove the calibration by `model.config.calibration = None`."
+            )
 
     @classmethod
     def of(cls, model: Any, inputs: Mapping[str, Any]) -> "Predictions":
@@ -75,7 +85,7 @@ class Predictions:
     @cached_property
     def odd_rows(self) -> Optional[list[OddRow]]:
         """How unlike the training rows each row is; `None` for a model without statistics of them."""
-        if self.model.oddness is None:
+        if self.model.oddness is None or self.model.config.calibration is None:
             return None
         with torch.no_grad():
             return self.model.oddness(row_vectors(self.outputs, self.has_text), self.groups)

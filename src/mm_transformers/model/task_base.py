@@ -194,6 +194,8 @@ class Task:
     needs_other_rows: ClassVar[bool] = False
     # The options that a head depends on: a task can use a saved head only if these are equal.
     head_options: ClassVar[tuple[str, ...]] = ("labels", "modality", "embedding_size")
+    # The options that a saved head brings along, since its weights mean something else with others.
+    kept_options: ClassVar[tuple[str, ...]] = ("scale",)
     # True if `tune` sets options that depend on validation rows.
     can_tune: ClassVar[bool] = False
     # True if the head also judges mismatched pairs; see [`MMTransformerForMultiTask.judge_mismatched`].

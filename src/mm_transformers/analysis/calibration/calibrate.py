@@ -10,7 +10,7 @@ from ...data.collator import MMDataCollator
 from ...data.sources import rows_of
 from ...model.answers import unwrapped
 from ...model.availability import OTHER
-from ...model.calibration import check_calibration
+from ...model.calibration import Calibration, check_calibration
 from ...model.conformal import level_of
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.processing_mm_transformer import MMTransformerProcessor
@@ -85,7 +85,8 @@ def calibrate(
     if len(dataset) == 0:
         raise ValueError("There are no rows to calibrate on.")
     groups = rows_by_group(model, collator, dataset, hide, batch_size)
-    values: dict[str, Any] = {"tasks": {}}
+    values: dict[str, Any] = {"tasks": {}, "adapters": sorted(getattr(model, "peft_config", None) or ())}
+    before = Calibration(model.config.calibration).tasks
     result = CalibrationResult({})
     for name, task in model.tasks.items():
         of_task = TaskRows(task, groups, min_rows)
@@ -99,6 +100,11 @@ def calibrate(
         raise ValueError(
             "No task can be calibrated: no row has a label of a task that chooses labels or predicts a number."
         )
+    result.notes += [
+        f"Task {name!r} has no rows here to calibrate it on, so its earlier calibration is removed."
+        for name in before
+        if name not in values["tasks"]
+    ]
     _set_oddness(model, values, groups, training_rows, collator, batch_size)
     check_calibration(values, model.tasks)
     model.config.calibration = values
