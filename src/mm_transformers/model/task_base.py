@@ -489,6 +489,11 @@ class Task:
         return None
 
     @property
+    def logit_unit(self) -> float:
+        """The size of a large difference between two logits, by which rounding errors are judged."""
+        return 1.0
+
+    @property
     def probability_names(self) -> list[str]:
         """The labels whose probabilities [`add_probabilities`] adds; none for a kind without [`probabilities`]."""
         return self.label_names if type(self).probabilities is not Task.probabilities else []

@@ -63,6 +63,11 @@ class Regression(Task):
     def build_head(self, config: Any, hidden_size: int) -> nn.Module:
         return RegressionHead(hidden_size, 1, config.classifier_dropout, self.scale)
 
+    @property
+    def logit_unit(self) -> float:
+        """Logits are numbers in the unit of the labels."""
+        return max(1.0, self.scale)
+
     def linear_problem(self) -> RidgeProblem:
         return RidgeProblem(1)
 
