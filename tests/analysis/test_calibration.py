@@ -342,6 +342,29 @@ def test_new_heads_lose_their_calibration(calibrated, way, tmp_path):
     assert set(loaded.config.calibration["tasks"]) == {"tags", "score"}
 
 
+def test_too_few_labelled_words_are_counted():
+    model, processor = make_model(tasks=[TokenClassification("words", labels=["A", "B"])]), make_processor()
+    rows = [{"text": "red cat", "words": ["A", "B"]}] * 30
+    with pytest.raises(ValueError, match=r"'words' has 30 labelled rows, but a temperature needs 50 \(`min_rows`\)"):
+        calibrate(model, processor, rows)
+
+
+def test_rows_without_a_length_are_refused():
+    with pytest.raises(ValueError, match="rows must be a data set, .* but is of type generator"):
+        calibrate(make_model(), make_processor(), (row for row in labelled_rows(3)))
+    with pytest.raises(ValueError, match="training_rows must be .* of type generator"):
+        calibrate(make_model(), make_processor(), labelled_rows(60), training_rows=(row for row in ()))
+
+
+def test_training_rows_that_are_the_calibration_rows_are_told():
+    model, processor = make_model(tasks=[Regression("score")]), make_processor()
+    told = []
+    for training in (labelled_rows(50), labelled_rows(50)[::-1][:48]):
+        result = calibrate(model, processor, labelled_rows(50), training_rows=training, hide=False)
+        told.append("The training rows are the calibration rows" in str(result))
+    assert told == [True, False]
+
+
 def test_tasks_without_labels_lose_their_calibration(calibrated, tmp_path):
     model, processor, *_ = calibrated
     model.save_pretrained(tmp_path)

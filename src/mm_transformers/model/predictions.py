@@ -47,8 +47,8 @@ class Predictions:
         new = sorted(set(getattr(model, "peft_config", None) or ()) - set(self.calibration.adapters))
         if new and model.config.calibration is not None:
             logger.warning_once(
-                f"The model was calibrated without its adapter {new[0]!r}, so its probabilities, sets and intervals may "
-                "not hold: calibrate it again, or remove the calibration by `model.config.calibration = None`."
+                f"The model was calibrated without its adapter {new[0]!r}, so its probabilities, sets and intervals "
+                "may not hold: calibrate it again, or remove the calibration by `model.config.calibration = None`."
             )
 
     @classmethod

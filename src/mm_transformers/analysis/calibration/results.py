@@ -86,8 +86,8 @@ class CalibrationResult:
         for task, groups in self.groups.items():
             for group, found in groups.items():
                 if found.before is not None and found.after is not None:
-                    cells = [_percent(value) for value in (found.before.ece, found.after.ece, found.chance,
-                                                           found.class_wise_before, found.class_wise_after)]  # fmt: skip
+                    values = (found.before.ece, found.after.ece, found.chance)
+                    cells = [*map(_percent, (*values, found.class_wise_before, found.class_wise_after))]
                     errors.append([task, group, f"{found.rows:,}", *cells])
                 sizes = [f"{found.sizes[str(c)]:.3g}" if str(c) in found.sizes else "–" for c in _COVERAGES]
                 shares = [_percent(accuracy_at(found.curve_after, share)) if found.curve_after else "–"
