@@ -147,7 +147,9 @@ def train(
         outputs = student(encoder_outputs=encoded, labels=labels)
         loss = outputs.loss
         if taught is not None:
-            ours = Answers({name: outputs.logits[name] for name in taught[i].logits}, encoded.pooler_output)
+            # With labels, a head that compares rows has further columns, for mismatched pairs.
+            own = {name: outputs.logits[name][..., : found.shape[-1]] for name, found in taught[i].logits.items()}
+            ours = Answers(own, encoded.pooler_output)
             loss = loss + args.weight * difference(ours, taught[i], scales)
         optimizer.zero_grad()
         loss.backward()

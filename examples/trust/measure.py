@@ -19,8 +19,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from mm_transformers import Task
-from mm_transformers.analysis.calibration.cells import advice_tables, is_labelled
+from mm_transformers.analysis.calibration.cells import advice_tables
 from mm_transformers.analysis.calibration.hidden_parts import GroupRows
+from mm_transformers.analysis.calibration.labelled_rows import has_outcome
 from mm_transformers.analysis.calibration.measures import accuracy_at, class_wise_error, risk_coverage
 from mm_transformers.analysis.calibration.odd_rows import fit_oddness
 from mm_transformers.analysis.calibration.temperatures import fit_temperatures, tempered
@@ -42,7 +43,7 @@ def halves(num_rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def of(groups: Groups, task: Task, group: str, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits and labels of the labelled rows with these numbers."""
     rows = groups[group].chosen(torch.isin(groups[group].numbers, numbers))
-    known = is_labelled(task, rows.labels[task.name])
+    known = has_outcome(rows.labels[task.name])
     return rows.logits[task.name][known], rows.labels[task.name][known]
 
 
@@ -133,8 +134,9 @@ def errors(task: Task, groups: Groups) -> dict[str, Any]:
 
 def _errors(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float, float]:
     confidence, right = task.confidences(logits, labels)
-    return (reliability(confidence.double().numpy(), right.numpy()).ece,
-            class_wise_error(task.probabilities(logits), labels), chance_error(confidence.double().numpy()))  # fmt: skip
+    values = confidence.double().numpy()
+    by_label = class_wise_error(task.probabilities(logits), labels)
+    return reliability(values, right.numpy()).ece, by_label, chance_error(values)
 
 
 def _surest(confidences: dict[str, Any], name: str, drawn: np.ndarray) -> list[float]:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import math
 
 import numpy as np
@@ -14,22 +15,26 @@ from transformers import pipeline
 from mm_transformers import (
     Classification,
     MMTransformerForMultiTask,
+    MMTransformerModel,
     MultiLabel,
     Predictor,
     Regression,
     TokenClassification,
 )
 from mm_transformers.analysis import calibrate
-from mm_transformers.analysis.calibration import odd_rows
-from mm_transformers.analysis.calibration.cells import TaskRows
+from mm_transformers.analysis.calibration import odd_rows, temperatures
+from mm_transformers.analysis.calibration.cells import TaskRows, advice_tables
 from mm_transformers.analysis.calibration.hidden_parts import GroupRows, rows_by_group
+from mm_transformers.analysis.calibration.labelled_rows import LabelledRows, distinct_rows
 from mm_transformers.analysis.calibration.measures import accuracy_at, class_wise_error, risk_coverage
 from mm_transformers.analysis.calibration.odd_rows import fit_oddness
 from mm_transformers.analysis.calibration.results import measures_of
-from mm_transformers.analysis.calibration.temperatures import cross_tempered, fit_temperatures
-from mm_transformers.analysis.reliability import chance_error
+from mm_transformers.analysis.calibration.temperatures import cross_tempered, fit_temperatures, tempered
+from mm_transformers.analysis.reliability import chance_error, reliability
 from mm_transformers.data.collator import MMDataCollator
-from mm_transformers.model.oddness import distance, fitted
+from mm_transformers.model.calibration import Calibration
+from mm_transformers.model.conformal import stored
+from mm_transformers.model.oddness import distance, fitted, odd_sentence
 from mm_transformers.model.predictions import Predictions
 
 
@@ -103,31 +108,132 @@ def test_each_row_is_measured_without_its_own_label():
     logits, labels = sampled(100, 3.0)
     changed = labels.clone()
     changed[7] = (labels[7] + 1) % 3
-    first, second = cross_tempered(TOPIC, logits, labels), cross_tempered(TOPIC, logits, changed)
+    first, second = (
+        cross_tempered(TOPIC, rows, rows)
+        for rows in (
+            LabelledRows(logits, given, torch.arange(100), torch.ones(100).bool()) for given in (labels, changed)
+        )
+    )
     assert torch.equal(first[7], second[7])
     assert not torch.equal(first, second)
 
 
-def group_of(n, natural, seed=0):
+def group_of(n, natural, seed=0, first=0):
     logits, labels = sampled(n, 1.5, seed=seed)
     flags = torch.arange(n) < natural
-    return GroupRows(torch.arange(n), flags, {"topic": logits}, {"topic": labels}, {})
+    return GroupRows(first + torch.arange(n), flags, {"topic": logits}, {"topic": labels}, {})
 
 
 def test_small_groups_are_calibrated_together():
-    groups = {"text + vision": group_of(200, 200), "text": group_of(30, 30, 1), "vision": group_of(20, 20, 2)}
+    groups = {
+        "text + vision": group_of(200, 200),
+        "text": group_of(30, 30, 1, first=200),
+        "vision": group_of(20, 20, 2, first=230),
+    }
     cells = TaskRows(TOPIC, groups, 50).cells()
     assert set(cells) == {"text + vision", "other"}
     assert cells["other"]["rows"] == 50
+    assert cells["other"]["groups"] == ["text", "vision"]
     thresholds = cells["other"]["thresholds"]
     assert thresholds[-1] is None  # 99.5% of 51 rows
     assert thresholds[179] is not None  # 90%
 
 
+def test_hidden_copies_of_a_row_count_once():
+    """4 rows in three groups are 4 rows: too few for 90%. The whole rows stand for them."""
+    groups = {"text": group_of(4, 0), "vision": group_of(4, 0, 1), "text + vision": group_of(4, 4, 2)}
+    other = TaskRows(TOPIC, groups, 50).cells()["other"]
+    assert other["rows"] == 4
+    assert other["thresholds"][179] is None
+    assert other["groups"] == ["text + vision"]
+    whole = groups["text + vision"]
+    expected, _ = TOPIC.conformal_thresholds(whole.logits["topic"], whole.labels["topic"])
+    assert other["thresholds"] == stored(expected)
+    # 20 rows in three groups are fewer than 50, too.
+    groups = {"text": group_of(20, 0), "vision": group_of(20, 0, 1), "text + vision": group_of(20, 20, 2)}
+    assert "temperatures" not in TaskRows(TOPIC, groups, 50).cells()["other"]
+
+
+def test_a_group_never_seen_gets_no_promise():
+    found = {}
+    for n in (49, 50):
+        cells = json.loads(json.dumps(TaskRows(TOPIC, {"text": group_of(n, n)}, 50).cells()))
+        calibration = Calibration({"tasks": {"topic": {"cells": cells}}})
+        found[n] = calibration.thresholds("topic", ["text", "vision"], 0.9)
+        cells["other"].pop("groups")  # as checkpoints of before
+        old = calibration.thresholds("topic", ["vision"], 0.9)
+        assert old == ([found[n][0]] if n == 49 else [math.inf])
+    assert all(math.isfinite(known) and never == math.inf for known, never in found.values())
+    cell = Calibration({"tasks": {"topic": {"cells": TaskRows(TOPIC, {"text": group_of(50, 50)}, 50).cells()}}})
+    assert cell.cell("topic", "vision")["temperatures"] == cell.cell("topic", "text")["temperatures"]
+
+
+def test_all_rows_are_the_rows_as_they_are():
+    groups = {"text + vision": group_of(500, 500), "text": group_of(510, 10, 1)}
+    of_task = TaskRows(TOPIC, groups, 50)
+    found = measures_of(TOPIC, of_task.groups, of_task.cells())
+    assert {group: one.rows for group, one in found.items()} == {"text + vision": 500, "text": 510, "all": 510}
+
+
+def test_groups_that_share_temperatures_are_measured_with_them():
+    groups = {"text + vision": group_of(400, 400), "text": group_of(8, 8, 1, first=400)}
+    of_task = TaskRows(TOPIC, groups, 50)
+    found = measures_of(TOPIC, of_task.groups, of_task.cells())["text"]
+    everything, _ = distinct_rows(of_task.groups.values())
+    after = cross_tempered(TOPIC, everything, everything)[400:]
+    confidences, right = TOPIC.confidences(after, everything.labels[400:])
+    assert found.after.ece == pytest.approx(reliability(confidences.double().numpy(), right.numpy()).ece)
+    assert found.temperatures == pytest.approx([1.5], rel=0.15)  # and not those of 8 rows
+
+
+def test_few_right_answers_do_not_run_off():
+    labels = torch.arange(50) % 3
+    logits = 1.5 * torch.nn.functional.one_hot(labels, 3).float()  # confidence 0.69, and all are right
+    found = min(fit_temperatures(TOPIC, logits, labels))
+    assert float((logits / found).softmax(-1).max()) < 0.998  # 50 of 50 does not show more
+    task = Classification("many", labels=["a", "b", "c"])
+    of_labels = temperatures._fit(task, 40 * logits, (labels + 1) % 3, 3, temperatures._PENALTY)
+    assert max(of_labels) <= 20.001
+
+
+def test_the_prior_hardly_changes_what_many_rows_say(monkeypatch):
+    rows = [sampled(150, 2.5, seed=seed) for seed in range(5)]
+    found = [fit_temperatures(TOPIC, *row) for row in rows]
+    monkeypatch.setattr(temperatures, "_SHARED_PENALTY", 0.0)
+    for one, row in zip(found, rows, strict=True):
+        assert one == pytest.approx(fit_temperatures(TOPIC, *row), rel=0.03)
+
+
+def test_answers_of_tags_are_those_of_the_tuned_thresholds():
+    """Temperatures change probabilities, so thresholds that were tuned before choose by the logits of the model."""
+    task = MultiLabel("tags", labels=["red", "blue"], threshold=0.2)
+    generator = torch.Generator().manual_seed(0)
+    true = 2 * torch.randn(400, 2, generator=generator) - 1.5
+    labels = (torch.rand(400, 2, generator=generator) < true.sigmoid()).float()
+    logits = 4 * true
+
+    def rows(natural):
+        flags = torch.full((400,), natural)
+        return GroupRows(torch.arange(400), flags, {"tags": logits}, {"tags": labels}, {})
+
+    groups = {"text + vision": rows(True), "text": rows(False)}
+    cells = TaskRows(task, groups, 50).cells()
+    table = advice_tables(task, groups, cells)["text"]["vision"]
+    right = float((((logits.sigmoid() >= 0.2) == (labels == 1)).all(-1)).float().mean())
+    for column in ("now", "then"):
+        assert np.average(table[column], weights=table["rows"]) == pytest.approx(right, abs=1e-3)
+    calm = tempered(task, logits, cells["text"]["temperatures"])
+    expected = torch.where(logits.sigmoid() >= 0.2, calm.sigmoid(), 1 - calm.sigmoid()).prod(-1)
+    assert torch.allclose(task.answer_confidences(logits, calm), expected)
+    judged = [task.judge_calibrated(*row) for row in zip(logits, calm, labels, strict=True)]
+    assert [one.confidence for one in judged] == pytest.approx(expected.tolist())
+    assert np.mean([one.is_right for one in judged]) == pytest.approx(right)
+
+
 def test_hidden_parts_fill_small_groups_only():
     groups = {"text": group_of(100, 10), "vision": group_of(100, 60, 1)}
     of_task = TaskRows(TOPIC, groups, 50)
-    assert {group: len(labels) for group, (_, labels) in of_task.groups.items()} == {"text": 100, "vision": 60}
+    assert {group: len(rows.labels) for group, rows in of_task.groups.items()} == {"text": 100, "vision": 60}
 
 
 def test_hidden_parts_give_the_answers_of_rows_without_them():
@@ -225,15 +331,82 @@ def test_rows_without_labels_are_refused():
         calibrate(make_model(), make_processor(), [{"text": "red cat"}] * 3)
 
 
-def test_new_heads_lose_their_calibration(calibrated, tmp_path):
+@pytest.mark.parametrize("way", ["tasks", "config"])
+def test_new_heads_lose_their_calibration(calibrated, way, tmp_path):
     model, *_ = calibrated
     model.save_pretrained(tmp_path)
-    tasks = [Classification("topic", labels=["a", "b"]), model.tasks["tags"]]
-    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path, tasks=tasks)
-    assert set(loaded.config.calibration["tasks"]) == {"tags"}
+    tasks = [Classification("topic", labels=["x", "y", "z"]), model.tasks["tags"], model.tasks["score"]]
+    values = {**model.config.to_dict(), "tasks": [task.to_dict() for task in tasks]}
+    given = {"tasks": tasks} if way == "tasks" else {"config": type(model.config).from_dict(values)}
+    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path, **given)
+    assert set(loaded.config.calibration["tasks"]) == {"tags", "score"}
+
+
+def test_too_few_labelled_words_are_counted():
+    model, processor = make_model(tasks=[TokenClassification("words", labels=["A", "B"])]), make_processor()
+    rows = [{"text": "red cat", "words": ["A", "B"]}] * 30
+    with pytest.raises(ValueError, match=r"'words' has 30 labelled rows, but a temperature needs 50 \(`min_rows`\)"):
+        calibrate(model, processor, rows)
+
+
+def test_rows_without_a_length_are_refused():
+    with pytest.raises(ValueError, match="rows must be a data set, .* but is of type generator"):
+        calibrate(make_model(), make_processor(), (row for row in labelled_rows(3)))
+    with pytest.raises(ValueError, match="training_rows must be .* of type generator"):
+        calibrate(make_model(), make_processor(), labelled_rows(60), training_rows=(row for row in ()))
+
+
+def test_training_rows_that_are_the_calibration_rows_are_told():
+    model, processor = make_model(tasks=[Regression("score")]), make_processor()
+    told = []
+    for training in (labelled_rows(50), labelled_rows(50)[::-1][:48]):
+        result = calibrate(model, processor, labelled_rows(50), training_rows=training, hide=False)
+        told.append("The training rows are the calibration rows" in str(result))
+    assert told == [True, False]
+
+
+def test_tasks_without_labels_lose_their_calibration(calibrated, tmp_path):
+    model, processor, *_ = calibrated
+    model.save_pretrained(tmp_path)
+    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path)
+    rows = [{name: cell for name, cell in row.items() if name not in ("topic", "image")} for row in labelled_rows(60)]
+    result = calibrate(loaded, processor, rows, min_rows=30)
+    assert "topic" not in loaded.config.calibration["tasks"]
+    assert any("'topic' has no rows here to calibrate it on, so its earlier calibration is removed" in note
+               for note in result.notes)  # fmt: skip
+
+
+def test_training_and_adapters_are_told(calibrated, tmp_path, caplog):
+    """The calibration is that of other weights. Removing it removes the warnings of odd rows, too."""
+    peft = pytest.importorskip("peft")
+    logging.Logger.warning_once.cache_clear()  # other tests may have had these warnings
+    model, processor, questions, before, _ = calibrated
+    model.save_pretrained(tmp_path)
+    base = MMTransformerForMultiTask.from_pretrained(tmp_path)
+    batch = MMDataCollator(processor, base.config)(labelled_rows(2))
+    base.eval()(**batch)
+    assert "Training changes" not in caplog.text
+    base.train()(**batch)
+    assert "Training changes the probabilities" in caplog.text
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query", "value"]))
+    pipe = pipeline("multimodal", model=adapted, processor=processor)
+    pipe(questions[0])
+    assert "calibrated without its adapter 'default'" in caplog.text
+    calibrate(adapted, processor, labelled_rows(60), hide=False)
+    assert base.config.calibration["adapters"] == ["default"]
+    base.config.calibration = None
+    for answer, old in zip(pipe(questions), before, strict=True):
+        assert answer["topic"] == {"label": old["topic"]["label"], "score": pytest.approx(old["topic"]["score"])}
+    plain = MMTransformerForMultiTask.from_pretrained(tmp_path)
+    plain.config.calibration = None
+    plain.save_pretrained(tmp_path / "removed")
+    again = MMTransformerForMultiTask.from_pretrained(tmp_path / "removed")
+    assert pipeline("multimodal", model=again, processor=processor)(questions) == before
+    MMTransformerModel.from_pretrained(tmp_path)  # without heads
 
 
 @pytest.mark.parametrize("change", [
+    lambda c: c["tasks"]["topic"]["cells"]["other"].update(groups=[1]),
     lambda c: c["tasks"].update(other={"cells": {}}),
     lambda c: c["tasks"]["topic"]["cells"]["text"].update(temperatures=[0.0]),
     lambda c: c["tasks"]["topic"]["cells"]["text"].update(temperatures=[1.0, 2.0]),
@@ -271,6 +444,44 @@ def test_odd_rows_are_told():
               for shift in (0, 1)}  # fmt: skip
     assert warned[0] < 0.05
     assert warned[1] > 0.95
+
+
+@pytest.mark.parametrize("way", ["loaded", "cast"])
+def test_a_calibrated_model_answers_in_bfloat16(calibrated, way, tmp_path):
+    model, processor, questions, _, _ = calibrated
+    model.save_pretrained(tmp_path)
+    low = MMTransformerForMultiTask.from_pretrained(tmp_path, dtype=torch.bfloat16 if way == "loaded" else None)
+    low = low if way == "loaded" else low.to(torch.bfloat16)
+    assert low.dtype == torch.bfloat16
+    for name, value in model.oddness.state_dict().items():
+        assert torch.equal(low.oddness.state_dict()[name], value)  # and float32
+    answers = pipeline("multimodal", model=low, processor=processor)(questions, coverage=0.9, advise=True)
+    assert [len(answer["topic"]["set"]) > 0 for answer in answers] == [True] * 3
+
+    # A checkpoint in bfloat16 can be calibrated, too.
+    if way == "cast":
+        calibrate(low, processor, labelled_rows(80), min_rows=30, hide=False)
+    assert {value.dtype for value in low.oddness.state_dict().values()} == {torch.float32}
+    pipeline("multimodal", model=low, processor=processor)(questions[0], coverage=0.9)
+
+
+def test_vectors_with_nan_are_odd(calibrated):
+    model = calibrated[0]
+    vectors = {name: torch.full((2, part["width"]), math.nan) for name, part in model.oddness.parts.items()}
+    vectors["fused"] = torch.zeros(2, model.oddness.parts["fused"]["width"])
+    vectors["text"][1] = model.oddness.text_mean
+    first, second = model.oddness(vectors, ["text", "text"])  # a text alone: no vision
+    assert (first.score, first.part) == (math.inf, "text")
+    assert second.score < math.inf
+    assert odd_sentence("This row", first).startswith("This row: the vectors of its text are not finite")
+
+
+def test_calibration_rows_with_nan_do_not_count_as_known():
+    rows = GroupRows(torch.arange(200), torch.ones(200).bool(), {}, {}, {"text": torch.randn(200, 8)})
+    rows.vectors["text"][::10] = math.nan
+    oddness = fit_oddness({"text": rows})
+    assert all(math.isfinite(value) for value in oddness.thresholds.values())
+    assert sum(row.is_odd for row in oddness(rows.vectors, ["text"] * 200)) >= 20
 
 
 def test_odd_rows_abstain(calibrated, caplog):
@@ -351,7 +562,7 @@ def test_texts_of_other_lengths_are_calibrated_together():
     short, long = (TaskRows(task, groups(length), min_rows=20) for length in (2, 3))
     assert short.cells()["other"] == long.cells()["other"]
     assert short.cells()["other"]["rows"] == 24
-    found, expected = (measures_of(task, rows.groups, list(rows.groups), rows.cells()) for rows in (short, long))
+    found, expected = (measures_of(task, rows.groups, rows.cells()) for rows in (short, long))
     assert found["all"].before.counts == expected["all"].before.counts
     assert found["all"].before.ece == expected["all"].before.ece
     assert sum(found["all"].before.counts) == 72 - 8

@@ -6,14 +6,18 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet
 import pytest
 import yaml
 from command_line import mm
 from tiny import make_image, make_model, make_processor
 from typer.testing import CliRunner
 
-from mm_transformers import Classification, MMTransformerConfig, Regression
+from mm_transformers import Classification, MMTransformerConfig, MultiLabel, Regression
+from mm_transformers.analysis import calibrate
 from mm_transformers.cli import app
+from mm_transformers.cli.predict import Reading, run_prediction
+from mm_transformers.data import tables
 from mm_transformers.training.recipe import Recipe, read_recipe
 from mm_transformers.training.recipe.builders import load_data, training_arguments
 from mm_transformers.training.recipe.table_hashes import has_new_test_rows, hashes_of_tables, save_hashes
@@ -168,3 +172,28 @@ def test_rows_without_content_are_left_out_and_get_no_answer(folder, tmp_path, m
     assert {"topic_set", "topic_abstain", "score_interval", "score_abstain"} <= set(new)
     assert answers[new].iloc[0].isna().all()
     assert answers[new].iloc[1:].notna().all(axis=None)
+
+
+def test_parquet_has_the_types_of_intervals_also_if_the_first_rows_have_none(folder, tmp_path, monkeypatch):
+    """Calibrated on rows with a picture: a text alone gets no promise, as in the first rows here."""
+    model, processor = (
+        make_model(tasks=[Regression("score"), MultiLabel("tags", labels=["red", "blue"])]),
+        make_processor(),
+    )
+    rows = [{"text": "red cat", "image": make_image(i), "score": i % 5, "tags": ["red"][: i % 2]} for i in range(90)]
+    calibrate(model, processor, rows, hide=False)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(tables, "CHUNK_SIZE", 2)
+    make_image(1).save(tmp_path / "1.png")
+    pd.DataFrame({"text": ["red cat"] * 5, "image": [None] * 4 + ["1.png"]}).to_csv(tmp_path / "rows.csv", index=False)
+    written = tmp_path / "answers.parquet"
+    run_prediction(str(tmp_path / "model"), tmp_path / "rows.csv", written, None, 2, 0, None, Reading(), coverage=0.9)
+    found = pyarrow.parquet.read_table(written)
+    assert found["score_interval"].to_pylist()[:4] == [None] * 4
+    low, high = found["score_interval"].to_pylist()[4]
+    assert low < found["score"].to_pylist()[4] < high
+    types = {name: str(found.schema.field(name).type) for name in found.schema.names}
+    assert types["score_interval"] == "list<element: double>"
+    assert types["tags_set"] == "list<element: string>"
+    assert {types[f"{task}_{key}"] for task in ("score", "tags") for key in ("odd", "abstain")} == {"bool"}

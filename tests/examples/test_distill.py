@@ -1,13 +1,23 @@
 """examples/distill.py with a tiny teacher."""
 
+import argparse
 import json
 
 import datasets
 import pytest
-from scripts import EXAMPLES, run
+import torch
+from scripts import EXAMPLES, import_script, run
 from tiny import make_image, make_model, make_processor
 
-from mm_transformers import Classification, MMTransformerForMultiTask, MMTransformerProcessor, Regression
+from mm_transformers import (
+    Classification,
+    Matching,
+    MMDataCollator,
+    MMTransformerForMultiTask,
+    MMTransformerProcessor,
+    Regression,
+    Retrieval,
+)
 
 
 @pytest.mark.slow
@@ -48,6 +58,21 @@ def test_a_student_has_fewer_layers_and_learns_from_the_teacher(tmp_path):
     logits = {name: model(**inputs).logits["topic"].detach() for name, model in students.items()}
     # The last layer of the student is the last one of the teacher.
     assert (logits["distilled"] - logits["teacher"]).pow(2).mean() < 0.5 * logits["teacher"].var()
+
+
+@pytest.mark.parametrize("other", [Matching("fits"), Retrieval("find", embedding_size=8), Regression("price")])
+def test_heads_of_every_shape_are_distilled(other):
+    """With labels, a head that matches also gives logits of mismatched pairs, which the teacher has not given."""
+    distill = import_script(EXAMPLES / "distill.py")
+    teacher, processor = make_model(tasks=[Classification("topic", labels=["a", "b", "c"]), other]), make_processor()
+    rows = [{"text": "red dog", "image": make_image(i), "topic": "abc"[i % 3], "price": 1.0} for i in range(8)]
+    batches, collator = [rows[:5], rows[5:]], MMDataCollator(processor, teacher.config)
+    taught = distill.teach(teacher, collator, batches, list(teacher.tasks))
+    student = distill.smaller(teacher, {"text": 1})
+    before = {name: value.clone() for name, value in student.heads.named_parameters()}
+    args = argparse.Namespace(seed=0, learning_rate=1e-3, epochs=1, weight=1.0)
+    distill.train(student, collator, batches, taught, args)
+    assert all(not torch.equal(value, before[name]) for name, value in student.heads.named_parameters())
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from mm_transformers import (
     Regression,
     Retrieval,
 )
+from mm_transformers.model.new_heads import check_same_heads
 
 
 TOPIC = Classification("topic", labels=["animals", "food", "travel"])
@@ -77,6 +78,24 @@ def test_options_of_the_loss_change_no_head(folder):
     assert same_head(model, saved, "topic")
     assert list(model.tasks) == ["topic"]
     assert model.config.tasks[0]["loss_weight"] == 0.5
+
+
+@pytest.mark.parametrize("way", ["tasks", "config"])
+def test_a_head_keeps_its_scale(way, tmp_path, caplog):
+    """The weights of the head are those of the old scale: with another one all answers would be other numbers."""
+    saved = make_model(tasks=[TOPIC, Regression("stars", scale=100.0)]).eval()
+    saved.save_pretrained(tmp_path)
+    tasks = [TOPIC, Regression("stars", loss_weight=0.5)]
+    given = {"tasks": tasks} if way == "tasks" else {"config": MMTransformerConfig.from_pretrained(
+        tmp_path, tasks=[task.to_dict() for task in tasks])}  # fmt: skip
+    model = MMTransformerForMultiTask.from_pretrained(tmp_path, **given).eval()
+    assert (model.tasks["stars"].scale, model.tasks["stars"].loss_weight) == (100.0, 0.5)
+    batch = make_batch(labels=False)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits["stars"], saved(**batch).logits["stars"])
+    assert "keeps the head of the saved model, and so its scale 100.0, not 1.0" in caplog.text
+    with pytest.raises(ValueError, match="'stars' has scale 100.0 there, but scale 1.0 in this model"):
+        check_same_heads(saved.tasks, {task.name: task for task in tasks}, "checkpoint-1")
 
 
 def test_a_config_with_other_tasks_says_the_same(folder):

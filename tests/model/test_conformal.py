@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mm_transformers import Classification, MultiLabel, Regression
 from mm_transformers.model.conformal import LEVELS, level_of, quantile_thresholds, risk_thresholds, stored
 
 
@@ -47,6 +48,37 @@ def test_coverage_is_kept_over_many_splits():
         threshold = quantile_thresholds(torch.tensor(scores[:30]), [0.8])[0]
         covered.append((scores[30:] <= threshold).mean())
     assert np.mean(covered) == pytest.approx(25 / 31, abs=0.015)
+
+
+def test_nothing_is_promised_by_answers_that_are_no_numbers():
+    """A score of NaN is worse than all others; it was the threshold -1e30, and the interval [1e30, -1e30]."""
+    scores = torch.tensor([0.1, math.nan, 0.2, math.nan])
+    assert quantile_thresholds(scores, [0.4, 0.75]) == pytest.approx([0.2, math.inf])
+    assert stored(quantile_thresholds(scores, [0.75])) == [None]
+    holds = torch.ones(4, 1, dtype=torch.bool)
+    expected = risk_thresholds(torch.where(scores.isnan(), 9.0, scores)[:, None], holds, [0.3, 0.7])
+    assert expected[1] == 9
+    assert risk_thresholds(scores[:, None], holds, [0.3, 0.7]) == [expected[0], math.inf]
+    assert stored([math.nan]) == [None]
+
+
+@pytest.mark.parametrize(
+    "task", [Classification("a", labels=["x", "y"]), MultiLabel("a", labels=["x", "y"]), Regression("a")]
+)
+def test_an_answer_that_is_no_number_abstains(task):
+    logits = torch.full((1,) if isinstance(task, Regression) else (1, 2), math.nan)
+    answers = task.decode(logits)
+    task.add_region(answers, logits, [0.5])
+    assert answers[0]["abstain"] is True
+
+
+def test_one_tag_is_answered_where_the_set_agrees():
+    task = MultiLabel("a", labels=["x"])
+    logits = torch.tensor([[9.0], [-0.5], [-9.0], [9.0]])
+    answers = task.decode(logits)
+    task.add_region(answers, logits, [0.7, 0.7, 0.7, math.inf])
+    assert [answer["set"] for answer in answers] == [["x"], ["x"], [], ["x"]]
+    assert [answer["abstain"] for answer in answers] == [False, True, False, True]
 
 
 def test_stored_thresholds_are_never_smaller():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tiny import (
     make_clip,
     make_feature_extractor,
     make_image,
+    make_image_processor,
     make_model,
     make_processor,
     make_tokenizer,
@@ -29,16 +31,18 @@ from mm_transformers import (
     MMTransformerConfig,
     MMTransformerForMultiTask,
     MMTransformerProcessor,
+    Regression,
+    Retrieval,
     table_columns,
 )
-from mm_transformers.cli import app
+from mm_transformers.cli import app, export
 
 
 pytest.importorskip("transformers.exporters.quantizers", reason="needs a newer transformers")
 if importlib.util.find_spec("onnxruntime") is None:
     pytest.skip("needs mm-transformers[onnx]", allow_module_level=True)
 
-from mm_transformers.sharing.export import export_model
+from mm_transformers.sharing.export import export_model, sample_inputs
 from mm_transformers.sharing.exported_model import ExportedModel
 
 
@@ -203,9 +207,73 @@ def test_quantizers_of_transformers(kind, tmp_path):
             assert smaller.generate("german", **inputs).shape[0] == 1
 
 
+class Graphs:
+    """The model itself in place of its graphs, with a fault."""
+
+    def __init__(self, model, fault):
+        self.model, self.fault = model, fault
+
+    def __call__(self, **inputs):
+        if self.fault == "swapped pictures" and "image_index" in inputs:
+            index = inputs["image_index"]
+            inputs["image_index"] = torch.where(index < 0, index, index.max() - index)
+        found = self.model(**inputs)
+        if self.fault in ("nan", "rounded"):
+            change = float("nan") if self.fault == "nan" else 2e-6
+            found.logits = {
+                name: value + change * self.model.tasks[name].logit_unit for name, value in found.logits.items()
+            }
+        return found
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_right"), [("none", True), ("rounded", True), ("nan", False), ("swapped pictures", False)]
+)
+def test_faults_of_graphs_are_noticed(fault, is_right, monkeypatch, tmp_path):
+    tasks = [Regression("price", scale=20_000.0), Classification("topic", labels=["a", "b"]), Retrieval("find")]
+    model, processor = make_model(tasks=tasks).eval(), make_processor()
+    open_gates(model)
+    monkeypatch.setattr(export, "ExportedModel", lambda *_, **__: Graphs(model, fault))
+    found = export.compare(model, processor, tmp_path)
+    assert (max(found.values()) <= export.TOLERANCE) is is_right
+    if fault == "nan":
+        assert found["price"] == math.inf
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_refused_export_does_not_stay(dtype, monkeypatch, tmp_path):
+    model = make_model(tasks=[Classification("topic", labels=["a", "b"])])
+    model.save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    written = tmp_path / "out"
+
+    def write(model, processor, folder, *_, **__):
+        folder.mkdir()
+        (folder / "export.json").write_text("{}")
+
+    monkeypatch.setattr(export, "export_model", write)  # the graphs take seconds
+    monkeypatch.setattr(export, "ExportedModel", lambda *_, **__: Graphs(model.eval(), "nan"))
+    with pytest.raises(ValueError, match="in task 'topic', .* It was removed"):
+        export.run_export(str(tmp_path / "model"), written, "onnx", dtype)
+    assert not written.exists()
+
+
+def test_the_sample_tells_pictures_and_sounds_apart():
+    model = make_model(audio="hubert", tasks=[Classification("topic", labels=["a", "b"])])
+    processor = MMTransformerProcessor(make_image_processor(), make_tokenizer(), make_feature_extractor("hubert"))
+    first, second = (sample_inputs(model, processor, 4) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for index, values in (("image_index", "pixel_values"), ("audio_index", "input_values")):
+        assert first[index][-1].tolist() == [-1] * 4
+        assert [sum(place >= 0 for place in row) for row in first[index].tolist()] == [4, 1, 1, 0]
+        assert len(first[values].flatten(1).unique(dim=0)) == 6
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    make_model(tasks=[Classification("topic", labels=["a", "b"])]).save_pretrained(tmp_path / "model")
+    # Prices: float32 has 7 digits, so their logits differ by more than 1e-4.
+    tasks = [Classification("topic", labels=["a", "b"]), Regression("price", scale=2e6)]
+    make_model(tasks=tasks).save_pretrained(tmp_path / "model")
     make_processor().save_pretrained(tmp_path / "model")
     shown = mm("export", tmp_path / "model", "--output", tmp_path / "out", "--format", "torch")
     assert "largest difference" in shown

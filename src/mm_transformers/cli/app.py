@@ -452,8 +452,8 @@ def calibrate(
     training_file: Annotated[
         Path | None,
         typer.Option(
-            help="File with the rows of the training, with which odd rows are compared. Default: FILE, or without FILE "
-            "the training rows of the recipe."
+            help="File with the rows of the training, with which odd rows are compared. Default: a random half of the "
+            "rows of FILE, or without FILE the training rows of the recipe."
         ),
     ] = None,
     output: Annotated[

@@ -35,7 +35,8 @@ def run_calibration(
 
     Args:
         file: labelled rows that the model was not trained on; by default the test rows of the recipe in the folder.
-        training_file: the rows of the training; by default those of the recipe if `file` is not given, else `file`.
+        training_file: the rows of the training; by default those of the recipe if `file` is not given, else a random
+            half of the rows of `file`.
 
     Raises:
         ValueError, OSError: one sentence.

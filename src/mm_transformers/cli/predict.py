@@ -237,8 +237,24 @@ def run_prediction(
     table = ((kept, answer_columns(answers, names, keys)) for batch in answered for kept, answers in batch)
     told = "Wrote the answers to {:,} rows to {}."
     with opened.errors_with_names():
-        example = answer_columns(predictor.example(), names, keys) if suffix == ".parquet" else None
-        write_rows(table, output, suffix, opened.types, escape_formulas, told, example=example)
+        example, new_types = None, None
+        if suffix == ".parquet":
+            answers = predictor.example()
+            example = answer_columns(answers, names, keys)
+            new_types = {} if coverage is None else _promise_types(answers)
+        write_rows(table, output, suffix, opened.types, escape_formulas, told, new_types, example)
+
+
+def _promise_types(answers: Mapping[str, Any]) -> dict[str, pyarrow.DataType]:
+    """The types of the columns of sets and intervals. Without them, first rows without an interval would be texts."""
+    types = {
+        "set": pyarrow.list_(pyarrow.string()),
+        "interval": pyarrow.list_(pyarrow.float64()),
+        "abstain": pyarrow.bool_(),
+        "odd": pyarrow.bool_(),
+    }
+    promised = {task: answer for task, answer in answers.items() if isinstance(answer, dict) and "abstain" in answer}
+    return {f"{task}_{key}": kind for task, found in promised.items() for key, kind in types.items() if key in found}
 
 
 @dataclass

@@ -21,7 +21,9 @@ class Calibration:
     `config.calibration` is a dict. Under `"tasks"` each task has its `"cells"`: one for each availability group, and
     `"other"` for rows of other groups. A cell has three entries. `"rows"` is the number of calibration rows.
     `"temperatures"` divide the logits: one, or one for each label. `"thresholds"` are those of sets and intervals, one
-    for each of `LEVELS`, `None` if there are too few rows. `"advice"` and `"oddness"` are explained in their modules.
+    for each of `LEVELS`, `None` if there are too few rows. They hold for the groups of the rows; those of `"other"` are
+    listed in its `"groups"`. `"advice"` and `"oddness"` are explained in their modules. `"adapters"` are the names of
+    the adapters of PEFT that the model had.
 
     Args:
         values (`dict`, *optional*): `config.calibration`; `None` changes no answer.
@@ -29,13 +31,20 @@ class Calibration:
 
     def __init__(self, values: Optional[Mapping[str, Any]]) -> None:
         self.tasks: Mapping[str, Any] = (values or {}).get("tasks", {})
+        self.adapters: Sequence[str] = (values or {}).get("adapters", [])
 
     def cell(self, task: str, group: str) -> Optional[Mapping[str, Any]]:
         """The calibration of a group; `None` if the task has none."""
         if task not in self.tasks:
             return None
         cells = self.tasks[task]["cells"]
-        return cells.get(group, cells.get(OTHER))
+        if group in cells:
+            return cells[group]
+        other = cells.get(OTHER)
+        # Checkpoints of before have no such names.
+        if other is None or group in other.get("groups", [group]):
+            return other
+        return {key: value for key, value in other.items() if key != "thresholds"}
 
     def tempered(self, task: Task, logits: torch.Tensor, groups: Sequence[str]) -> torch.Tensor:
         """The logits divided by the temperatures of the group of each row; the same object without a calibration."""
@@ -78,27 +87,17 @@ class Calibration:
         return self.tasks.get(task, {}).get("advice", {}).get(group, {})
 
 
-def for_tasks(
-    values: Optional[dict[str, Any]], saved: Mapping[str, Task], tasks: Sequence[Mapping[str, Any]]
-) -> Optional[dict[str, Any]]:
+def for_tasks(values: Optional[dict[str, Any]], names: Sequence[str]) -> Optional[dict[str, Any]]:
     """
-    The calibration of a model that is loaded with other tasks: that of the tasks which keep their heads.
+    The calibration of a model that is loaded with other tasks.
 
     Args:
         values: the calibration of the checkpoint.
-        saved: its tasks.
-        tasks: the new ones, as `config.tasks` stores them.
+        names: the tasks that keep their heads.
     """
     if values is None:
         return None
-    heads = ("kind", *{option for task in saved.values() for option in task.head_options})
-    same = {
-        task["name"]
-        for task in tasks
-        if task["name"] in saved
-        and all(saved[task["name"]].to_dict().get(option) == task.get(option) for option in heads)
-    }
-    return {**values, "tasks": {name: found for name, found in values["tasks"].items() if name in same}}
+    return {**values, "tasks": {name: found for name, found in values["tasks"].items() if name in names}}
 
 
 def check_calibration(values: Any, tasks: Mapping[str, Task]) -> None:
@@ -113,6 +112,8 @@ def check_calibration(values: Any, tasks: Mapping[str, Task]) -> None:
     _check(isinstance(values, dict) and isinstance(values.get("tasks"), dict), "calibration", values)
     if values.get("oddness") is not None and (problem := check_oddness(values["oddness"])):
         raise ValueError(f"calibration['oddness'] is not as `calibrate` writes it: {problem}.")
+    adapters = values.get("adapters", [])
+    _check(_are_names(adapters), "calibration['adapters']", adapters)
     for name, found in values["tasks"].items():
         where = f"calibration.tasks[{name!r}]"
         _check(name in tasks, f"{where}, of a task that the model does not have,", found)
@@ -127,6 +128,8 @@ def check_calibration(values: Any, tasks: Mapping[str, Task]) -> None:
             covers = isinstance(thresholds, (list, tuple)) and len(thresholds) == len(LEVELS)
             right = covers and _numbers([value for value in thresholds if value is not None])
             _check(thresholds is None or right, f"{place}.thresholds", thresholds)
+            names = cell.get("groups", [])
+            _check(_are_names(names), f"{place}.groups", names)
         advice = found.get("advice", {})
         _check(isinstance(advice, dict) and all(isinstance(part, dict) for part in advice.values()), where, advice)
         for group, parts in advice.items():
@@ -141,6 +144,10 @@ def check_calibration(values: Any, tasks: Mapping[str, Task]) -> None:
 
 def _numbers(values: Any) -> bool:
     return isinstance(values, (list, tuple)) and all(map(is_finite_number, values))
+
+
+def _are_names(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
 
 
 def _check(is_right: bool, where: str, value: Any) -> None:

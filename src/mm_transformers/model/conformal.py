@@ -26,7 +26,7 @@ def quantile_thresholds(scores: torch.Tensor, levels: Sequence[float] = LEVELS) 
     Args:
         scores (rows,): of the truths of calibration rows, lower for more plausible ones.
     """
-    ordered = scores.double().sort().values.tolist()
+    ordered = _known(scores).sort().values.tolist()
     places = [math.ceil(level * (len(ordered) + 1) - 1e-9) for level in levels]
     return [ordered[place - 1] if place <= len(ordered) else math.inf for place in places]
 
@@ -44,7 +44,7 @@ def risk_thresholds(scores: torch.Tensor, holds: torch.Tensor, levels: Sequence[
     """
     count = len(scores)
     of_row = holds.sum(-1, keepdim=True).expand_as(holds)[holds].double()
-    ordered, order = scores[holds].double().sort()
+    ordered, order = _known(scores[holds]).sort()
     # The mean share of missed labels if the threshold is the score at this place.
     missed = 1 / (of_row[order] * max(count, 1))
     risks = torch.cat([missed.flip(0).cumsum(0).flip(0), missed.new_zeros(1)]).tolist()
@@ -75,10 +75,15 @@ def level_of(coverage: float) -> int:
 
 def stored(thresholds: Sequence[float]) -> list[Optional[float]]:
     """For JSON: 6 digits, rounded up, so that no promise is lost; `None` for infinity."""
-    return [_rounded_up(value) if math.isfinite(value) else None if value > 0 else _LOWEST for value in thresholds]
+    return [_rounded_up(value) if math.isfinite(value) else _LOWEST if value < 0 else None for value in thresholds]
 
 
 _LOWEST = -1e30
+
+
+def _known(scores: torch.Tensor) -> torch.Tensor:
+    """Scores in float64. Nothing is known of an answer that is no number, so its score is infinite."""
+    return torch.where(scores.isnan(), math.inf, scores.double())
 
 
 def _rounded_up(value: float) -> float:

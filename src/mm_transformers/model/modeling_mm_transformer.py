@@ -135,7 +135,9 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["gate_alpha", "logit_scale"]
+    _keep_in_fp32_modules_strict = ["gate_alpha", "logit_scale", "oddness"]
+    # A config whose calibration was removed may stand beside its statistics.
+    _keys_to_ignore_on_load_unexpected = [r"^oddness\."]
     # True from loading until the first forward pass, which finds weights that are NaN.
     _is_unproven = False
     _no_split_modules = ["CrossAttentionLayer", "CoAttentionLayer", "SelfAttentionLayer"]
@@ -1132,6 +1134,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         logits = self.heads(encoder_outputs)
         loss = losses = None
         if labels is not None:
+            self._warn_of_calibration()
             kept = encoder_outputs.kept
             if kept is not None:
                 labels = {
@@ -1158,6 +1161,15 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
             attentions=encoder_outputs.attentions,
             cross_attentions=encoder_outputs.cross_attentions,
         )
+
+    def _warn_of_calibration(self) -> None:
+        # `MMTrainer` removes the calibration; other loops cannot know of it.
+        is_training = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if is_training and self.config.calibration is not None:
+            logger.warning_once(
+                "Training changes the probabilities, so the calibration of the model no longer holds: remove it by "
+                "`model.config.calibration = None`, and calibrate the trained model again."
+            )
 
     def _losses(
         self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor], divisors: dict[str, torch.Tensor]

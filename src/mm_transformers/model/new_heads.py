@@ -27,6 +27,7 @@ class MultiTaskModel(Protocol):
     def _init_weights(self, module: nn.Module) -> None: ...
 
 
+logger = logging.get_logger(__name__)
 # Options of loading that are fields of a config, too.
 _OF_LOADING = {"dtype", "torch_dtype", "attn_implementation", "name_or_path"}
 
@@ -68,11 +69,13 @@ def load_with_tasks(
         given = MMTransformerConfig.from_pretrained(path, **where, **options)
         kwargs = {name: value for name, value in kwargs.items() if name not in options}
     if tasks is not None:
-        values = given.to_dict()
+        values = {**given.to_dict(), "calibration": None}
         values["tasks"] = [task.to_dict() if hasattr(task, "to_dict") else task for task in tasks]
-        values["calibration"] = for_tasks(values.get("calibration"), saved.get_tasks(), values["tasks"])
-        given = MMTransformerConfig.from_dict(values)
+        calibration, given = given.calibration, MMTransformerConfig.from_dict(values)
+    else:
+        calibration = given.calibration
     new = tasks_with_new_heads(saved, given)
+    given = _fitting(given, saved, new, calibration)
     if not new:
         with _naming(new, kwargs):
             return load(config=given, output_loading_info=output_loading_info, **kwargs)
@@ -85,6 +88,27 @@ def load_with_tasks(
         logging.set_verbosity(level)
     renew_heads(model, new)
     return (model, info) if output_loading_info else model
+
+
+def _fitting(
+    config: MMTransformerConfig, saved: MMTransformerConfig, new: list[str], calibration: Optional[dict[str, Any]]
+) -> MMTransformerConfig:
+    """The config with the calibration of the heads that are kept, and with the options that they bring along."""
+    before, values = saved.get_tasks(), config.to_dict()
+    for task in values["tasks"]:
+        name, there = task["name"], before.get(task["name"])
+        for option in there.kept_options if there is not None and name not in new else ():
+            if option in task and task[option] != getattr(there, option):
+                logger.warning(
+                    f"Task {name!r} keeps the head of the saved model, and so its {option} "
+                    f"{shorten_value(getattr(there, option))}, not {shorten_value(task[option])}."
+                )
+                task[option] = getattr(there, option)
+    values["calibration"] = for_tasks(
+        calibration, [task["name"] for task in values["tasks"] if task["name"] not in new]
+    )
+    is_same = values["tasks"] == config.to_dict()["tasks"] and values["calibration"] == config.calibration
+    return config if is_same else MMTransformerConfig.from_dict(values)
 
 
 def _naming(names: list[str], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
@@ -120,9 +144,8 @@ def check_same_heads(saved: Mapping[str, Task], tasks: Mapping[str, Task], check
         ValueError: if the head of a task differs from that of the checkpoint, such as labels in another order.
     """
     for name, task in tasks.items():
-        if _has_other_head(task, saved.get(name)):
-            here = _head_of(task)
-            there = _head_of(saved[name]) if name in saved else {}
+        here, there = _head_of(task) | _kept(task), _head_of(saved[name]) | _kept(saved[name]) if name in saved else {}
+        if not task.needs_decoder and here != there:
             option = next((key for key in here if here[key] != there.get(key)), "kind")
             was = f"{option} {shorten_value(there[option])}" if option in there else "no head"
             raise ValueError(
@@ -135,7 +158,11 @@ def _has_other_head(task: Task, saved: Optional[Task]) -> bool:
     return not task.needs_decoder and (saved is None or _head_of(task) != _head_of(saved))
 
 
-def _head_of(task: Task) -> Mapping[str, Any]:
+def _kept(task: Task) -> dict[str, Any]:
+    return {name: getattr(task, name) for name in task.kept_options if hasattr(task, name)}
+
+
+def _head_of(task: Task) -> dict[str, Any]:
     """The options of a task that its head depends on."""
     return {"kind": task.kind, **{name: getattr(task, name) for name in task.head_options if hasattr(task, name)}}
 

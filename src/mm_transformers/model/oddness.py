@@ -1,12 +1,13 @@
 """Is a row unlike the training rows? The distance of its vectors from theirs."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
 
-from .availability import OTHER
+from .availability import OTHER, modalities_in
 from .embeddings import FUSED, missing_as_nan
 from .fusion_layers import masked_mean
 from .modalities import ENCODERS
@@ -39,6 +40,8 @@ def odd_sentence(row: str, odd: OddRow) -> str:
     part = (
         "combination of parts" if odd.part == FUSED else ENCODERS[odd.part].noun if odd.part in ENCODERS else odd.part
     )
+    if not math.isfinite(odd.score):
+        return f"{row}: the vectors of its {part} are not finite numbers. Do not rely on its answers."
     return (
         f"{row} is unlike the rows that the model was calibrated on: its {part} is {odd.score:.1f} times as far from "
         f"them as {1 - FALSE_ALARMS:.0%} of these rows. Do not rely on its answers."
@@ -50,7 +53,8 @@ class Oddness(nn.Module):
     Mahalanobis distances (https://arxiv.org/abs/1807.03888) of the mean vectors of each modality, and of the fused one.
 
     The covariance is that of the first principal directions, and one variance for all others
-    (https://doi.org/10.1111/1467-9868.00196). The statistics are buffers, so a checkpoint holds them.
+    (https://doi.org/10.1111/1467-9868.00196). The statistics are buffers, so a checkpoint holds them. They stay in
+    float32: bfloat16 has too few digits for them.
 
     Args:
         values: `config.calibration["oddness"]`: `"parts"` (name -> `"width"`, `"rank"`, and the `"scale"` of its
@@ -61,9 +65,19 @@ class Oddness(nn.Module):
         super().__init__()
         self.parts, self.thresholds = values["parts"], values["thresholds"]
         for name, part in self.parts.items():
-            self.register_buffer(f"{name}_mean", torch.zeros(part["width"]))
-            self.register_buffer(f"{name}_directions", torch.zeros(part["rank"], part["width"]))
-            self.register_buffer(f"{name}_precisions", torch.ones(part["rank"] + 1))
+            self.register_buffer(f"{name}_mean", torch.zeros(part["width"], dtype=torch.float32))
+            directions = torch.zeros(part["rank"], part["width"], dtype=torch.float32)
+            self.register_buffer(f"{name}_directions", directions)
+            self.register_buffer(f"{name}_precisions", torch.ones(part["rank"] + 1, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Oddness":
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            moved = self._buffers[name]
+            if before is not None and moved is not None and moved.dtype != before.dtype:
+                self._buffers[name] = before.to(moved.device)
+        return self
 
     def distances(self, vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Part -> (batch,) float32: its distance divided by its scale; NaN where a row lacks it."""
@@ -76,9 +90,15 @@ class Oddness(nn.Module):
 
     def forward(self, vectors: Mapping[str, torch.Tensor], groups: Sequence[str]) -> list[OddRow]:
         distances = self.distances(vectors)
-        values = torch.stack(list(distances.values()), 1).nan_to_num(-1.0)
-        largest, place = values.max(1)
         names = list(distances)
+        values = torch.stack(list(distances.values()), 1)
+        has_part = torch.tensor(
+            [[name == FUSED or name in modalities_in(group) for name in names] for group in groups],
+            device=values.device,
+        )
+        # A part that a row lacks has no distance; vectors with NaN are infinitely far away.
+        values = torch.where(values.isnan(), torch.where(has_part, math.inf, -1.0), values)
+        largest, place = values.max(1)
         other = self.thresholds.get(OTHER)
         limits = [self.thresholds.get(group, other) or 1.0 for group in groups]
         return [

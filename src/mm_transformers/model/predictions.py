@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, Optional
 
 import torch
+from transformers.utils import logging
 
 from .advice import advice_for
 from .answers import evaluation_mode
@@ -14,6 +15,9 @@ from .calibration import Calibration
 from .embeddings import rows_with_text
 from .generation import FusedText, writing_tasks
 from .oddness import OddRow, row_vectors
+
+
+logger = logging.get_logger(__name__)
 
 
 class Predictions:
@@ -40,6 +44,12 @@ class Predictions:
     def __init__(self, model: Any, outputs: FusedText, has_text: Optional[torch.Tensor] = None) -> None:
         self.model, self.outputs, self.has_text = model, outputs, has_text
         self.calibration = Calibration(model.config.calibration)
+        new = sorted(set(getattr(model, "peft_config", None) or ()) - set(self.calibration.adapters))
+        if new and model.config.calibration is not None:
+            logger.warning_once(
+                f"The model was calibrated without its adapter {new[0]!r}, so its probabilities, sets and intervals "
+                "may not hold: calibrate it again, or remove the calibration by `model.config.calibration = None`."
+            )
 
     @classmethod
     def of(cls, model: Any, inputs: Mapping[str, Any]) -> "Predictions":
@@ -75,7 +85,7 @@ class Predictions:
     @cached_property
     def odd_rows(self) -> Optional[list[OddRow]]:
         """How unlike the training rows each row is; `None` for a model without statistics of them."""
-        if self.model.oddness is None:
+        if self.model.oddness is None or self.model.config.calibration is None:
             return None
         with torch.no_grad():
             return self.model.oddness(row_vectors(self.outputs, self.has_text), self.groups)
@@ -153,7 +163,7 @@ class Predictions:
                         task.add_region(columns[name], logits, self.calibration.thresholds(name, self.groups, coverage))
                         self._abstain_if_odd(columns[name])
                     if advise:
-                        self._advise(task, columns[name], sure)
+                        self._advise(task, columns[name], logits, sure)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def _abstain_if_odd(self, answers: list[Any]) -> None:
@@ -162,11 +172,11 @@ class Predictions:
             answer["odd"] = row.is_odd
             answer["abstain"] = answer["abstain"] or row.is_odd
 
-    def _advise(self, task: Any, answers: list[Any], logits: torch.Tensor) -> None:
+    def _advise(self, task: Any, answers: list[Any], logits: torch.Tensor, calibrated: torch.Tensor) -> None:
         if not self.calibration.can_advise(task.name):
             return
         tables = [self.calibration.advice(task.name, group) for group in self.groups]
         # Without labels: only the confidence is needed.
-        confidences = task.answer_confidences(logits)
+        confidences = task.answer_confidences(logits, calibrated)
         for i, (answer, table) in enumerate(zip(answers, tables, strict=True)):
             answer["advice"] = advice_for(table, None if confidences is None else float(confidences[i]))

@@ -196,6 +196,8 @@ class Task:
     needs_other_rows: ClassVar[bool] = False
     # The options that a head depends on: a task can use a saved head only if these are equal.
     head_options: ClassVar[tuple[str, ...]] = ("labels", "modality", "embedding_size")
+    # The options that a saved head brings along, since its weights mean something else with others.
+    kept_options: ClassVar[tuple[str, ...]] = ("scale",)
     # True if `tune` sets options that depend on validation rows.
     can_tune: ClassVar[bool] = False
     # True if the head also judges mismatched pairs; see [`MMTransformerForMultiTask.judge_mismatched`].
@@ -489,6 +491,11 @@ class Task:
         return None
 
     @property
+    def logit_unit(self) -> float:
+        """The size of a large difference between two logits, by which rounding errors are judged."""
+        return 1.0
+
+    @property
     def probability_names(self) -> list[str]:
         """The labels whose probabilities [`add_probabilities`] adds; none for a kind without [`probabilities`]."""
         return self.label_names if type(self).probabilities is not Task.probabilities else []
@@ -535,6 +542,13 @@ class Task:
             return Judgement([])
         pairs = tuple(zip(truths, answers, strict=True))
         return Judgement(answers, truths, answers == truths, float(confidence[labelled].min()), pairs)
+
+    def judge_calibrated(self, logits: torch.Tensor, calibrated: torch.Tensor, label: torch.Tensor) -> Judgement:
+        """The judgement of [`judge`], with the confidence by calibrated logits."""
+        judged = self.judge(logits, label)
+        if judged.confidence is None:
+            return judged
+        return judged._replace(confidence=self.judge(calibrated, label).confidence)
 
     def confidences(self, logits: torch.Tensor, labels: torch.Tensor) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
         """
@@ -625,18 +639,24 @@ class Task:
         names = self.label_names
         for answer, row, threshold in zip(answers, self.probabilities(logits), thresholds, strict=True):
             values, ids = row.sort(descending=True, stable=True)
-            within = (1 - values <= threshold).tolist()
+            within = (~(1 - values > threshold)).tolist()  # with NaN nothing is excluded
             found = [names[i] for i, holds in zip(ids.tolist(), within, strict=True) if holds]
             answer["set"] = found or [names[int(ids[0])]]
             answer["abstain"] = len(answer["set"]) != 1
 
-    def answer_confidences(self, logits: torch.Tensor) -> Optional[torch.Tensor]:
+    def answer_confidences(
+        self, logits: torch.Tensor, calibrated: Optional[torch.Tensor] = None
+    ) -> Optional[torch.Tensor]:
         """
         The confidence of the answer to each row, (rows,): by default the highest probability.
 
         `None` for tasks without probabilities, and for those that answer by word.
+
+        Args:
+            logits: those of the model, which choose the answer.
+            calibrated: logits for the probabilities; by default `logits`.
         """
-        probabilities = self.probabilities(logits)
+        probabilities = self.probabilities(logits if calibrated is None else calibrated)
         return None if probabilities is None or probabilities.ndim != 2 else probabilities.max(-1).values
 
     def outcomes(self, logits: torch.Tensor, labels: torch.Tensor) -> Optional[tuple[str, torch.Tensor]]:
@@ -646,7 +666,7 @@ class Task:
         By default 1 where the most probable label is right and 0 elsewhere, for one label per row.
 
         Args:
-            logits, labels: calibrated logits of rows, and their labels.
+            logits, labels: of rows. The logits are those of the model, which choose the answer.
 
         Returns:
             `"right"` (higher is better) or `"error"` (lower is better), and its value of each row (rows,), NaN without

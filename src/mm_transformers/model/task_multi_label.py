@@ -1,5 +1,6 @@
 """Any number of labels for the whole row."""
 
+import math
 import numbers
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -209,16 +210,22 @@ class MultiLabel(Task):
         return risk_thresholds(1 - self.probabilities(logits[known]), labels[known] == 1, levels), int(known.sum())
 
     def add_region(self, answers: list[Any], logits: torch.Tensor, thresholds: Sequence[float]) -> None:
-        """Adds the labels that cannot be excluded, `"set"`, and whether these are all, `"abstain"`."""
-        within = 1 - self.probabilities(logits) <= torch.tensor(thresholds, device=logits.device)[:, None]
-        for answer, row in zip(answers, within.tolist(), strict=True):
-            answer["set"] = [name for name, holds in zip(self.labels, row, strict=True) if holds]
-            answer["abstain"] = all(row)
+        """
+        Adds the labels that cannot be excluded, `"set"`.
 
-    def answer_confidences(self, logits: torch.Tensor) -> torch.Tensor:
+        `"abstain"` is true if these are all labels, but the answer has only some; and where no promise can be kept.
+        """
+        within = ~(1 - self.probabilities(logits) > torch.tensor(thresholds, device=logits.device)[:, None])
+        for answer, row, threshold in zip(answers, within.tolist(), thresholds, strict=True):
+            answer["set"] = [name for name, holds in zip(self.labels, row, strict=True) if holds]
+            has_all = len(answer["labels"]) == len(self.labels)
+            answer["abstain"] = all(row) and (not has_all or threshold == math.inf)
+
+    def answer_confidences(self, logits: torch.Tensor, calibrated: Optional[torch.Tensor] = None) -> torch.Tensor:
         """The probability that all labels are right, if they were independent."""
-        probabilities = self.probabilities(logits)
-        return torch.where(self.chosen(probabilities), probabilities, 1 - probabilities).prod(-1)
+        chosen = self.chosen(self.probabilities(logits))
+        probabilities = self.probabilities(logits if calibrated is None else calibrated)
+        return torch.where(chosen, probabilities, 1 - probabilities).prod(-1)
 
     def outcomes(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[str, torch.Tensor]:
         """Right if all labels are."""
@@ -230,11 +237,15 @@ class MultiLabel(Task):
         probabilities = self.probabilities(logits)
         chosen = self.chosen(probabilities)
         answer = [name for name, holds in zip(self.labels, chosen.tolist(), strict=True) if holds]
-        sure = float(torch.where(chosen, probabilities, 1 - probabilities).prod())
+        sure = float(self.answer_confidences(logits))
         if label.isnan().any():
             return Judgement(answer, confidence=sure)
         truth = [name for name, holds in zip(self.labels, label.tolist(), strict=True) if holds == 1]
         return Judgement(answer, truth, answer == truth, sure)
+
+    def judge_calibrated(self, logits: torch.Tensor, calibrated: torch.Tensor, label: torch.Tensor) -> Judgement:
+        """The labels stay those of the thresholds of the task."""
+        return self.judge(logits, label)._replace(confidence=float(self.answer_confidences(logits, calibrated)))
 
     def answer_scores(
         self, logits: torch.Tensor, answers: list[Any], places: Optional[torch.Tensor] = None

@@ -63,6 +63,11 @@ class Regression(Task):
     def build_head(self, config: Any, hidden_size: int) -> nn.Module:
         return RegressionHead(hidden_size, 1, config.classifier_dropout, self.scale)
 
+    @property
+    def logit_unit(self) -> float:
+        """Logits are numbers in the unit of the labels."""
+        return max(1.0, self.scale)
+
     def linear_problem(self) -> RidgeProblem:
         return RidgeProblem(1)
 
@@ -138,7 +143,7 @@ class Regression(Task):
     def add_region(self, answers: list[Any], logits: torch.Tensor, thresholds: Sequence[float]) -> None:
         """Adds the lowest and the highest number, `"interval"`: `None` if there is none, and then `"abstain"`."""
         for answer, radius in zip(answers, thresholds, strict=True):
-            known = math.isfinite(radius)
+            known = math.isfinite(radius) and math.isfinite(answer["value"])
             answer["interval"] = [answer["value"] - radius, answer["value"] + radius] if known else None
             answer["abstain"] = not known
 

@@ -160,17 +160,27 @@ def check_exporters(kind: str) -> None:
 def sample_inputs(
     model: MMTransformerForMultiTask, processor: MMTransformerProcessor, size: int
 ) -> dict[str, torch.Tensor]:
-    """Inputs of `size` rows; the numbers and lengths of texts, images and sounds also depend on `size`."""
+    """
+    Inputs of `size` rows, always the same; the numbers and lengths of texts, images and sounds also depend on `size`.
+
+    Each image and sound is another one, and the last of three or more rows has none: so the logits tell whether each
+    row has its own.
+    """
     modalities: dict[str, Any] = {}
+    rng = np.random.default_rng(size)
+    counts = [size, *[1] * (size - 1)] if size < 3 else [size, *[1] * (size - 2), 0]
     if model.config.vision_config is not None:
-        image = Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8))
-        modalities["images"] = [[image.copy() for _ in range(size)], *[[image.copy()]] * (size - 1)]
+        modalities["images"] = [
+            [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(count)]
+            for count in counts
+        ]
     if model.config.audio_config is not None:
         rate = processor.feature_extractor.sampling_rate
         modalities["sampling_rate"] = rate
-        # Separate arrays, since equal ones would be encoded as one.
-        longer = [np.zeros(rate // 4 * size, np.float32) for _ in range(size)]
-        modalities["audio"] = [longer, *([np.zeros(rate // 4, np.float32)] for _ in range(size - 1))]
+        modalities["audio"] = [
+            [(0.1 * rng.standard_normal(rate // 4 * count)).astype(np.float32) for _ in range(count)]
+            for count in counts
+        ]
     texts = ["a longer text " * size, *["a text"] * (size - 1)]
     inputs = dict(processor(text=texts, **modalities))
     for name, config in processor.own_configs.items():

@@ -3,19 +3,22 @@
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Subset
 from transformers.utils import logging
 
 from ...data.collator import MMDataCollator
-from ...data.sources import rows_of
+from ...data.sources import DataSource, rows_of
 from ...model.answers import unwrapped
 from ...model.availability import OTHER
-from ...model.calibration import check_calibration
+from ...model.calibration import Calibration, check_calibration
 from ...model.conformal import level_of
+from ...model.embeddings import FUSED
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.processing_mm_transformer import MMTransformerProcessor
 from .cells import MIN_ROWS, TaskRows, advice_tables
 from .hidden_parts import GroupRows, rows_by_group
+from .labelled_rows import distinct_rows
 from .odd_rows import fit_oddness
 from .results import CalibrationResult, GroupMeasures, measures_of
 
@@ -64,7 +67,7 @@ def calibrate(
         [`CalibrationResult`]: calibration errors before and after, for each task and group.
 
     Raises:
-        ValueError: one sentence, if there are no rows, no row has a label, or a row cannot be read.
+        ValueError: one sentence, if there are no rows, too few rows have a label, or a row cannot be read.
 
     Example:
 
@@ -81,26 +84,39 @@ def calibrate(
         raise ValueError(f"min_rows must be at least 2, but is {min_rows}.")
     model = unwrapped(model)
     collator = MMDataCollator(processor, model.config) if isinstance(processor, MMTransformerProcessor) else processor
-    dataset, _ = rows_of(rows, collator)
+    dataset = _read(rows, "rows", collator)
     if len(dataset) == 0:
         raise ValueError("There are no rows to calibrate on.")
     groups = rows_by_group(model, collator, dataset, hide, batch_size)
-    values: dict[str, Any] = {"tasks": {}}
+    too_few: list[str] = []
+    values: dict[str, Any] = {"tasks": {}, "adapters": sorted(getattr(model, "peft_config", None) or ())}
+    before = Calibration(model.config.calibration).tasks
     result = CalibrationResult({})
     for name, task in model.tasks.items():
         of_task = TaskRows(task, groups, min_rows)
         cells = of_task.cells()
         if not any("temperatures" in cell or "thresholds" in cell for cell in cells.values()):
+            too_few += _too_few(of_task)
             continue
         values["tasks"][name] = {"cells": cells, "advice": advice_tables(task, groups, cells, min_rows)}
-        natural = [group for group, rows in groups.items() if bool(rows.natural.any())]
-        result.groups[name] = measures_of(task, of_task.groups, natural, cells)
+        result.groups[name] = measures_of(task, of_task.groups, cells)
         result.notes += _notes(name, result.groups[name], cells, min_rows)
     if not values["tasks"]:
-        raise ValueError(
-            "No task can be calibrated: no row has a label of a task that chooses labels or predicts a number."
+        reason = "no row has a label of a task that chooses labels or predicts a number."
+        raise ValueError(f"No task can be calibrated: {' '.join(too_few) or reason}")
+    result.notes += too_few
+    result.notes += [
+        f"Task {name!r} has no rows here to calibrate it on, so its earlier calibration is removed."
+        for name in before
+        if name not in values["tasks"]
+    ]
+    training = None if training_rows is None else _training_groups(model, training_rows, collator, batch_size)
+    if training is not None and _are_same(groups, training):
+        result.notes.append(
+            "The training rows are the calibration rows, so odd rows are told too often: give the rows that the model "
+            "was trained on, or none."
         )
-    _set_oddness(model, values, groups, training_rows, collator, batch_size)
+    _set_oddness(model, values, groups, training)
     check_calibration(values, model.tasks)
     model.config.calibration = values
     for note in result.notes:
@@ -108,20 +124,50 @@ def calibrate(
     return result
 
 
+def _read(rows: Any, argument: str, collator: MMDataCollator) -> Any:
+    """The rows, with numbers."""
+    source = rows.dataset if isinstance(rows, DataSource) else rows
+    if not hasattr(source, "__len__"):
+        raise ValueError(
+            f"{argument} must be a data set, a list of dicts or a table of pandas, which have a length, but is of type "
+            f"{type(source).__name__}: pass list(...) of it."
+        )
+    return rows_of(rows, collator)[0]
+
+
+def _too_few(of_task: TaskRows) -> list[str]:
+    """The sentence about a task with labels whose probabilities need more of them; empty for other tasks."""
+    task, found = of_task.task, list(of_task.groups.values())
+    if not found or task.log_likelihood(found[0].logits[:1], found[0].labels[:1]) is None:
+        return []
+    count = len(distinct_rows(found)[0].labels)
+    return [f"Task {task.name!r} has {count} labelled rows, but a temperature needs {of_task.min_rows} (`min_rows`)."]
+
+
+def _training_groups(
+    model: MMTransformerForMultiTask, training_rows: Any, collator: MMDataCollator, batch_size: int
+) -> dict[str, GroupRows]:
+    known = _read(training_rows, "training_rows", collator)
+    # A random choice: rows may be sorted, such as by class.
+    chosen = np.sort(np.random.default_rng(0).permutation(len(known))[:_MOST_TRAINING_ROWS])
+    return rows_by_group(model, collator, Subset(known, chosen.tolist()), False, batch_size)
+
+
+def _are_same(groups: dict[str, GroupRows], training: dict[str, GroupRows]) -> bool:
+    """Whether the rows as they are have equal vectors."""
+    own = {group: rows.vectors[FUSED][rows.natural] for group, rows in groups.items() if bool(rows.natural.any())}
+    others = {group: rows.vectors[FUSED] for group, rows in training.items()}
+    return own.keys() == others.keys() and all(
+        len(own[group]) == len(others[group]) and torch.allclose(own[group], others[group], atol=1e-4) for group in own
+    )
+
+
 def _set_oddness(
     model: MMTransformerForMultiTask,
     values: dict[str, Any],
     groups: dict[str, GroupRows],
-    training_rows: Any,
-    collator: MMDataCollator,
-    batch_size: int,
+    training: dict[str, GroupRows] | None,
 ) -> None:
-    training = None
-    if training_rows is not None:
-        known, _ = rows_of(training_rows, collator)
-        # A random choice: rows may be sorted, such as by class.
-        chosen = np.sort(np.random.default_rng(0).permutation(len(known))[:_MOST_TRAINING_ROWS])
-        training = rows_by_group(model, collator, Subset(known, chosen.tolist()), False, batch_size)
     oddness = fit_oddness(groups, training)
     if oddness is not None:
         values["oddness"] = {"parts": oddness.parts, "thresholds": oddness.thresholds}
@@ -140,4 +186,10 @@ def _notes(task: str, found: dict[str, GroupMeasures], cells: dict[str, Any], mi
             f"Task {task!r}: {', '.join(map(repr, small))} had fewer than {min_rows} labelled rows, so these groups "
             f"are calibrated together ({cells[OTHER]['rows']} rows{sets})."
         )
+        unpromised = [group for group in small if group not in cells[OTHER]["groups"]]
+        if unpromised and thresholds is not None:
+            notes.append(
+                f"Task {task!r}: rows with {', '.join(map(repr, unpromised))} get no promise: the only such rows are "
+                "copies, with parts hidden, of rows that are already counted."
+            )
     return notes

@@ -9,7 +9,8 @@ import torch
 from ...model.availability import OTHER, group_name, modalities_in
 from ...model.conformal import stored
 from ...model.task_base import Task
-from .hidden_parts import GroupRows, stacked_labels, stacked_logits
+from .hidden_parts import GroupRows
+from .labelled_rows import LabelledRows, distinct_rows, has_outcome
 from .temperatures import fit_temperatures, tempered
 
 
@@ -33,54 +34,49 @@ class TaskRows:
 
     def __init__(self, task: Task, groups: Mapping[str, GroupRows], min_rows: int = MIN_ROWS) -> None:
         self.task, self.min_rows = task, min_rows
-        self.groups: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.groups: dict[str, LabelledRows] = {}
         for group, rows in groups.items():
             if task.name not in rows.logits:  # no words to label
                 continue
-            labelled = _has_whole_label(rows.labels[task.name])
+            labelled = has_outcome(rows.labels[task.name])
             own = labelled & rows.natural
             kept = own if int(own.sum()) >= min_rows else labelled
-            self.groups[group] = (rows.logits[task.name][kept], rows.labels[task.name][kept])
-        self.groups = {group: found for group, found in self.groups.items() if len(found[1])}
+            found = LabelledRows(rows.logits[task.name], rows.labels[task.name], rows.numbers, rows.natural)
+            self.groups[group] = found.chosen(kept)
+        self.groups = {group: found for group, found in self.groups.items() if len(found.labels)}
 
     def cells(self) -> dict[str, Any]:
         """The `"cells"` of the task; see [`Calibration`]. Groups with too few rows are in the cell `"other"`."""
-        large = {group: found for group, found in self.groups.items() if len(found[1]) >= self.min_rows}
-        small = [found for group, found in self.groups.items() if group not in large]
-        cells = {group: _cell(self.task, *found) for group, found in large.items()}
         if not self.groups:
             return {}
-        everything = _together(list(self.groups.values()))
-        cells[OTHER] = _region(self.task, *_together(small)) if small else {"rows": 0}
-        if len(everything[1]) >= self.min_rows:
-            cells[OTHER] |= _temperatures(self.task, *everything)
+        large = {group: found for group, found in self.groups.items() if len(found.labels) >= self.min_rows}
+        small = {group: found for group, found in self.groups.items() if group not in large}
+        cells = {group: _cell(self.task, found) for group, found in large.items()}
+        cells[OTHER] = {"rows": 0, "groups": []}
+        if small:
+            together, places = distinct_rows(small.values())
+            sources = [group for group, found in small.items() for _ in range(len(found.labels))]
+            used = {sources[place] for place in places}
+            cells[OTHER] = _region(self.task, together) | {"groups": [group for group in small if group in used]}
+        everything, _ = distinct_rows(self.groups.values())
+        if len(everything.labels) >= self.min_rows:
+            cells[OTHER] |= _temperatures(self.task, everything)
         return cells
 
 
-def _has_whole_label(labels: torch.Tensor) -> torch.Tensor:
-    """(rows,) bool. Rows with only some values of a vector have no outcome; rows with some labelled words have one."""
-    if labels.is_floating_point():
-        return ~labels.isnan().flatten(1).any(1) if labels.ndim > 1 else ~labels.isnan()
-    return (labels != -100).flatten(1).any(1) if labels.ndim > 1 else labels != -100
+def _cell(task: Task, rows: LabelledRows) -> dict[str, Any]:
+    return {**_region(task, rows), **_temperatures(task, rows)}
 
 
-def _together(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    return stacked_logits([logits for logits, _ in parts]), stacked_labels([labels for _, labels in parts])
-
-
-def _cell(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    return {**_region(task, logits, labels), **_temperatures(task, logits, labels)}
-
-
-def _temperatures(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    found = fit_temperatures(task, logits, labels)
+def _temperatures(task: Task, rows: LabelledRows) -> dict[str, Any]:
+    found = fit_temperatures(task, rows.logits, rows.labels)
     return {} if found is None else {"temperatures": found}
 
 
-def _region(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+def _region(task: Task, rows: LabelledRows) -> dict[str, Any]:
     # By the logits of the model: with temperatures of the same rows the promise would be slightly too high.
-    found = task.conformal_thresholds(logits, labels)
-    return {"rows": len(labels)} if found is None else {"rows": len(labels), "thresholds": stored(found[0])}
+    found, count = task.conformal_thresholds(rows.logits, rows.labels), len(rows.labels)
+    return {"rows": count} if found is None else {"rows": count, "thresholds": stored(found[0])}
 
 
 def advice_tables(
@@ -108,19 +104,20 @@ def advice_tables(
 def _table(
     task: Task, without: GroupRows, whole: GroupRows, cell: Mapping[str, Any], min_rows: int
 ) -> Optional[dict[str, Any]]:
-    labelled = _has_whole_label(without.labels[task.name])
+    labelled = has_outcome(without.labels[task.name])
     shared = np.intersect1d(without.numbers[labelled].numpy(), whole.numbers.numpy())
     if len(shared) < min_rows:
         return None
     before, after = (part.chosen(torch.isin(part.numbers, torch.as_tensor(shared))) for part in (without, whole))
-    logits = tempered(task, before.logits[task.name], cell.get("temperatures"))
+    # The answers are those to the logits of the model; temperatures change their confidence only.
+    logits = before.logits[task.name]
     now = task.outcomes(logits, before.labels[task.name])
     then = task.outcomes(after.logits[task.name], after.labels[task.name])
     if now is None or then is None:
         return None
     edges: list[float] = []
     bins = np.zeros(len(shared), int)
-    confidences = task.answer_confidences(logits)
+    confidences = task.answer_confidences(logits, tempered(task, logits, cell.get("temperatures")))
     if confidences is not None:
         count = min(_BINS, len(shared) // _BIN_ROWS)
         values = confidences.double().numpy()

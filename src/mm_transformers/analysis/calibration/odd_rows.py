@@ -1,6 +1,7 @@
 """Fits the statistics that tell rows which are unlike the training rows."""
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -47,10 +48,10 @@ def fit_oddness(
     for name, values in statistics.items():
         for kind, value in zip(("mean", "directions", "precisions"), values, strict=True):
             getattr(oddness, f"{name}_{kind}").copy_(value)
-    scores = {group: [row.score for row in oddness(rows.vectors, [group] * len(rows.numbers))]
-              for group, rows in judged.items() if len(rows.numbers)}  # fmt: skip
+    scores = {group: [row.score for row in oddness(rows.vectors, [group] * len(rows.numbers)) if isfinite(row.score)]
+              for group, rows in judged.items()}  # fmt: skip
     thresholds = {group: _threshold(values) for group, values in scores.items() if len(values) >= _FEWEST}
-    thresholds[OTHER] = max([_threshold(values) for values in scores.values()])
+    thresholds[OTHER] = max(_threshold(values) for values in scores.values() if values)
     oddness.thresholds = thresholds
     return oddness
 
@@ -68,7 +69,8 @@ def _distinct(groups: Mapping[str, GroupRows], name: str) -> torch.Tensor:
     for group, rows in groups.items():
         if name in rows.vectors:
             for number, vector in zip(rows.numbers.tolist(), rows.vectors[name], strict=True):
-                found[(number, group) if name == FUSED else number] = vector
+                if bool(vector.isfinite().all()):
+                    found[(number, group) if name == FUSED else number] = vector
     return torch.stack(list(found.values())) if found else torch.empty(0, 1)
 
 

@@ -11,6 +11,7 @@ from ...model.task_base import Task
 from ..ablation.tables import Table, as_markdown
 from ..reliability import Reliability, chance_error, draw_reliability, reliability
 from .hidden_parts import stacked_labels, stacked_logits
+from .labelled_rows import LabelledRows, distinct_rows
 from .measures import RiskCoverage, accuracy_at, class_wise_error, risk_coverage
 from .temperatures import cross_tempered
 
@@ -122,27 +123,27 @@ class CalibrationResult:
         return figure
 
 
-def measures_of(
-    task: Task, groups: dict[str, tuple[torch.Tensor, torch.Tensor]], natural: list[str], cells: dict[str, Any]
-) -> dict[str, GroupMeasures]:
+def measures_of(task: Task, groups: dict[str, LabelledRows], cells: dict[str, Any]) -> dict[str, GroupMeasures]:
     """
     The measures of a task.
 
     Args:
-        groups: availability group -> logits and labels of its labelled rows.
-        natural: the group of rows as they are, for "all".
+        groups: availability group -> its labelled rows.
         cells: what was fitted.
     """
     found, together = {}, []
-    for group, (logits, labels) in groups.items():
+    everything, _ = distinct_rows(groups.values())
+    for group, rows in groups.items():
         cell = cells.get(group, cells.get(OTHER, {}))
-        after = cross_tempered(task, logits, labels) if cell.get("temperatures") else logits
-        one = _measure(task, logits, after, labels)
+        # A group without a cell has the temperatures of all rows.
+        fitted_on = rows if group in cells else everything
+        after = cross_tempered(task, rows, fitted_on) if cell.get("temperatures") else rows.logits
+        one = _measure(task, rows.logits, after, rows.labels)
         one.temperatures = cell.get("temperatures")
-        one.sizes = _sizes(task, logits, cell)
+        one.sizes = _sizes(task, rows.logits, cell, group)
         found[group] = one
-        if group in natural:
-            together.append((logits, after, labels))
+        if bool(rows.natural.any()):
+            together.append((rows.logits[rows.natural], after[rows.natural], rows.labels[rows.natural]))
     if len(together) > 1:
         raw, tempered, of_rows = zip(*together, strict=True)
         found["all"] = _measure(task, stacked_logits(raw), stacked_logits(tempered), stacked_labels(of_rows))
@@ -169,7 +170,7 @@ def _measure(task: Task, before: torch.Tensor, after: torch.Tensor, labels: torc
     return one
 
 
-def _sizes(task: Task, logits: torch.Tensor, cell: dict[str, Any]) -> dict[str, float]:
+def _sizes(task: Task, logits: torch.Tensor, cell: dict[str, Any], group: str) -> dict[str, float]:
     from ...model.calibration import Calibration
 
     if cell.get("thresholds") is None:
@@ -177,7 +178,7 @@ def _sizes(task: Task, logits: torch.Tensor, cell: dict[str, Any]) -> dict[str, 
     reader, sizes = Calibration({"tasks": {task.name: {"cells": {OTHER: cell}}}}), {}
     for coverage in _COVERAGES:
         answers = task.decode(logits)
-        task.add_region(answers, logits, reader.thresholds(task.name, [OTHER] * len(logits), coverage))
+        task.add_region(answers, logits, reader.thresholds(task.name, [group] * len(logits), coverage))
         found = [_size(answer) for answer in answers]
         if all(size is not None for size in found):
             sizes[str(coverage)] = float(np.mean([size for size in found if size is not None]))

@@ -8,9 +8,12 @@ import torch
 from scipy.optimize import minimize
 
 from ...model.task_base import Task
+from .labelled_rows import LabelledRows
 
 
 NUM_FOLDS = 5
+# The prior of the shared logarithm: standard deviation 1. It only bounds temperatures where few rows say little.
+_SHARED_PENALTY = 0.5
 # The prior of the difference between a label's logarithm and the shared one: standard deviation 0.5.
 _PENALTY = 2.0
 # Rows per label below which labels have no temperatures of their own.
@@ -56,14 +59,20 @@ def tempered(task: Task, logits: torch.Tensor, temperatures: Optional[list[float
     return task.temper(logits, torch.tensor([temperatures]).expand(len(logits), -1))
 
 
-def cross_tempered(task: Task, logits: torch.Tensor, labels: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """The logits of each row, divided by temperatures that were fitted without its fold."""
-    folds, result = folds_of(len(logits), seed), logits.clone().float()
+def cross_tempered(task: Task, rows: LabelledRows, fitted_on: LabelledRows, seed: int = 0) -> torch.Tensor:
+    """
+    The logits of each row, divided by temperatures that were fitted without its fold.
+
+    Args:
+        fitted_on: rows with the numbers of all `rows`, each number once.
+    """
+    folds, result = folds_of(len(fitted_on.labels), seed), rows.logits.clone().float()
     for fold in range(NUM_FOLDS):
-        out = torch.as_tensor(folds == fold)
-        if out.any() and not out.all():
-            found = fit_temperatures(task, logits[~out], labels[~out], seed)
-            result[out] = tempered(task, logits[out], found).float()
+        left_out = torch.as_tensor(folds == fold)
+        out = torch.isin(rows.numbers, fitted_on.numbers[left_out])
+        if out.any() and not left_out.all():
+            found = fit_temperatures(task, fitted_on.logits[~left_out], fitted_on.labels[~left_out], seed)
+            result[out] = tempered(task, rows.logits[out], found).float()
     return result
 
 
@@ -83,18 +92,20 @@ def _fit(task: Task, logits: torch.Tensor, labels: torch.Tensor, width: int, pen
     def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
         given = torch.tensor(values, dtype=torch.float32, requires_grad=True)
         # The first value is shared, the others are the differences of single labels.
-        logs = given[0] + given[1:] if width > 1 else given
-        loss = -_likelihood(task, logits, labels, logs.exp()).nanmean() + penalty * given[1:].square().sum() / len(
-            logits
-        )
+        prior = _SHARED_PENALTY * given[0].square() + penalty * given[1:].square().sum()
+        loss = prior / len(logits) - _likelihood(task, logits, labels, _logarithms(given).exp()).nanmean()
         loss.backward()
         return float(loss.detach()), np.asarray(given.grad, dtype=float)
 
     size = 1 + width if width > 1 else 1
     bounds, options = [(-_WIDEST, _WIDEST)] * size, {"maxiter": 30, "ftol": 1e-7}
     found = minimize(objective, np.zeros(size), jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
-    logs = found[0] + found[1:] if width > 1 else found
-    return [float(f"{math.exp(value):.6g}") for value in logs]
+    return [float(f"{math.exp(value):.6g}") for value in _logarithms(torch.from_numpy(found)).tolist()]
+
+
+def _logarithms(values: torch.Tensor) -> torch.Tensor:
+    """The logarithms of temperatures: one, or the shared one with the differences of the labels."""
+    return (values[0] + values[1:] if len(values) > 1 else values).clamp(-_WIDEST, _WIDEST)
 
 
 def _likelihood(task: Task, logits: torch.Tensor, labels: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
-import torch
 from accelerate.utils import send_to_device
 
 from ...data.collator import MMDataCollator
@@ -11,7 +10,6 @@ from ...data.sources import batches
 from ...model.label_cells import is_missing
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.predictions import Predictions
-from ...model.task_base import Judgement, Task
 
 
 class Answered(NamedTuple):
@@ -65,19 +63,14 @@ def _answer_batch(
             loss = float(total / count) if count > 0 else None
             if task.needs_other_rows:
                 loss = None
-            judged, cell = _judged(task, of_task[i], sure[i], labels[name][i]), row.get(task.column or task.name)
+            label, cell = labels[name][i], row.get(task.column or task.name)
+            judged = (
+                task.judge(of_task[i], label) if sure is of_task else task.judge_calibrated(of_task[i], sure[i], label)
+            )
             if judged.truth is None and loss is not None and not is_missing(cell):
                 judged = judged._replace(truth=cell)
             found.append(Answered(number, predictions.groups[i], name, loss, *judged))
     return found
-
-
-def _judged(task: Task, logits: torch.Tensor, calibrated: torch.Tensor, label: torch.Tensor) -> Judgement:
-    """The judgement of an answer, with its calibrated confidence."""
-    judged = task.judge(logits, label)
-    if calibrated is logits or judged.confidence is None:
-        return judged
-    return judged._replace(confidence=task.judge(calibrated, label).confidence)
 
 
 def confusion(answers: Sequence[Answered], labels: Sequence[str]) -> list[list[int]]:
