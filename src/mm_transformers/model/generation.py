@@ -165,6 +165,22 @@ def refuse_assistant(options: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_pieces(options: Mapping[str, Any], config: Any) -> None:
+    """
+    Refuses the options of `generate` by which a language model reads a prompt with a prefix in several pieces.
+
+    Args:
+        config: the generation config of the model.
+
+    Raises:
+        ValueError: if one of them is given.
+    """
+    for name in ("prefill_chunk_size", "prompt_lookup_num_tokens"):
+        given = options.get("generation_config") or config
+        if options.get(name) is not None or getattr(given, name, None) is not None:
+            raise ValueError(f"generate does not support {name} with fusion_type='prefix': leave it out.")
+
+
 def stated_length(options: Mapping[str, Any]) -> Optional[str]:
     """Which option of `generate` limits the length, "max_new_tokens" or "max_length"; `None` if none does."""
     given = options.get("generation_config")

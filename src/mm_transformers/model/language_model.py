@@ -13,10 +13,10 @@ from .encoders import max_text_positions
 from .fusion_base import FusionOutput
 from .fusion_behind import BehindRun, LastStates
 from .fusion_layers import kept_keys
-from .generation import WritingTask, answer_ids, refuse_assistant, stated_length, writing_tasks
+from .generation import WritingTask, answer_ids, refuse_assistant, refuse_pieces, stated_length, writing_tasks
 from .joint_reading import joint_run
 from .padding import roll_rows
-from .row_streams import other_streams
+from .row_streams import TextRun, other_streams
 from .task_base import Task
 
 
@@ -120,7 +120,7 @@ class LanguageModelWriter:
         states = self.model.in_fusion_dtype(run.text_states(seen[0])[:, : text.mask.shape[1]])
         return logits, run.output(roll_rows(states, -_places_to_the_right(text.mask)))
 
-    def _run(self, fused: Any) -> Any:
+    def _run(self, fused: Any) -> TextRun:
         """One use of the language model for rows that were encoded."""
         if self.model.reads_jointly:
             return joint_run(self.model, fused.encoded)
@@ -129,7 +129,7 @@ class LanguageModelWriter:
     def _logits(
         self,
         task: WritingTask,
-        reading: Any,
+        reading: TextRun,
         ids: torch.Tensor,
         mask: torch.Tensor,
         labels: Optional[torch.Tensor],
@@ -170,14 +170,16 @@ class LanguageModelWriter:
             (batch, length) int64: the [`start_ids`] and the answer, without the text before them.
 
         Raises:
-            ValueError: if `assistant_model` is given, or as [`logits`].
+            ValueError: if an option cannot work here, such as `assistant_model`, or as [`logits`].
         """
         refuse_assistant(options)
-        options = self._with_length(task, options)
+        options = self._with_lengths(task, options)
         text = fused.encoded["text"]
         ids, mask = self._prompts(task, text.row_ids, text.mask)
         run = self._run(fused)
         prompts = run.inputs(ids, mask)
+        if run.num_before:
+            refuse_pieces(options, self.text_model.generation_config)
         self._check_length(task, prompts["attention_mask"], options.get("max_new_tokens") or 1)
         config, given = self.text_model.generation_config, options.get("generation_config")
         if config.pad_token_id is None and getattr(given, "pad_token_id", None) is None:
@@ -187,8 +189,7 @@ class LanguageModelWriter:
         start = ids[0, ids.shape[1] - len(self.start_ids(task)) :]
 
         def answers(sequences: torch.Tensor) -> torch.Tensor:
-            if "input_ids" in prompts:
-                sequences = sequences[:, ids.shape[1] :]
+            sequences = sequences[:, prompts["input_ids"].shape[1] :]
             return torch.cat([start.expand(len(sequences), -1), sequences], 1)
 
         if isinstance(written, torch.Tensor):
@@ -205,7 +206,13 @@ class LanguageModelWriter:
         """
         return answer_ids(task, ids, num_rows, len(self.start_ids(task)))
 
-    def _with_length(self, task: WritingTask, options: dict[str, Any]) -> dict[str, Any]:
+    def _with_lengths(self, task: WritingTask, options: dict[str, Any]) -> dict[str, Any]:
+        given = options.get("generation_config") or self.text_model.generation_config
+        fewest = options["min_length"] if options.get("min_length") is not None else given.min_length
+        said = options.get("min_new_tokens") is not None or given.min_new_tokens is not None
+        if fewest and not said:
+            # As `max_length` below.
+            options = {**options, "min_length": 0, "min_new_tokens": max(0, fewest - len(self.start_ids(task)))}
         stated, most = stated_length(options), task.max_length
         if stated == "max_new_tokens":
             return options
