@@ -181,6 +181,21 @@ def refuse_pieces(options: Mapping[str, Any], config: Any) -> None:
             raise ValueError(f"generate does not support {name} with fusion_type='prefix': leave it out.")
 
 
+def repeatable(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Options of `generate` for scores and explanations: without random draws, also if the generation config of the
+    pretrained model asks for them.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): The model that writes.
+        options: as a caller gives them; `do_sample` and `generation_config` are kept.
+    """
+    config = model.generation_config
+    if config is None or not config.do_sample or options.keys() & {"do_sample", "generation_config"}:
+        return dict(options)
+    return {"do_sample": False, **options}
+
+
 def stated_length(options: Mapping[str, Any]) -> Optional[str]:
     """Which option of `generate` limits the length, "max_new_tokens" or "max_length"; `None` if none does."""
     given = options.get("generation_config")

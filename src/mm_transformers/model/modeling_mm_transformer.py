@@ -1262,7 +1262,8 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 The output of `self.model` for these inputs, if it is known already.
             kwargs: the inputs of [`MMTransformerModel.forward`]; everything else (`num_beams`, `do_sample`,
                 `max_new_tokens`, `generation_config`, `return_dict_in_generate`, ...) is for
-                [`~transformers.GenerationMixin.generate`].
+                [`~transformers.GenerationMixin.generate`]. Defaults are those of the pretrained model
+                (`model.generation_config`), which may ask for random draws (`do_sample`).
 
         Returns:
             (batch, length) int64: the ids of the tokens; the first ones are those that the decoder starts with,

@@ -10,6 +10,7 @@ import torch
 from ...data.cells import as_records
 from ...data.sources import batches
 from ...model.answers import check_tasks, unwrapped
+from ...model.generation import repeatable
 from ...model.images import load_image, pixels_for_each
 from ...model.joint_reading import observed_runs
 from ...model.label_cells import is_null
@@ -114,7 +115,7 @@ def explain(
             write. By default all words together.
         batch_size (`int`, *optional*, defaults to 8): Rows at once, for a list.
         seed (`int`, *optional*, defaults to 0): The seed of `"random"`.
-        generation_options: for `model.generate`, if the task writes texts.
+        generation_options: for `model.generate`, if the task writes texts; without `do_sample`, nothing is drawn at random.
 
     Returns:
         [`Explanation`], or a list of them for a list of rows.
@@ -143,7 +144,7 @@ def explain(
         )
     if word is not None and word < 0:
         raise ValueError(f"word must be at least 0, but is {word}.")
-    question = Question(names[0], answer, word, generation_options)
+    question = Question(names[0], answer, word, repeatable(model, generation_options))
     is_one = isinstance(row, (str, Mapping))
     given = [row] if is_one else as_records(row)
     rows = [given[i] for i in range(len(given))]
@@ -205,7 +206,8 @@ def _explain_batch(
         )
     shares = shares_of_modalities(model, processor, inputs, outputs.encoded, question, asked, read["texts"], words)
     placing = _Placing(model, processor, inputs, outputs, relevance, seen.maps, shares)
-    rows = [row if isinstance(row, Mapping) else {"text": row} for _, row in numbered]
+    # Columns of numbers keep their names beside the keys.
+    rows = [{**row, **processor.with_keys(row)} if isinstance(row, Mapping) else {"text": row} for _, row in numbered]
     return [placing.explanation(i, row, question.task, asked, method) for i, row in enumerate(rows)]
 
 
