@@ -29,6 +29,7 @@ from .decoders import build_writer, text_encoder_of
 from .distributed import is_sharded
 from .embeddings import embed_rows, rows_with_text, unit_length
 from .encoder_classes import blank_input, takes_audio_mask
+from .encoder_dtypes import dtypes_of_encoders, loading, main_dtype, restore_dtypes, saved_dtypes
 from .encoder_features import EncoderFeatures
 from .encoders import build_encoder, encoder_width
 from .freeze_rules import batch_norms, freeze_parameters, frozen_batch_norm
@@ -180,6 +181,14 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             check_fit(model, loading_info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of fusion and heads; frozen encoders may have another one."""
+        return main_dtype(self) or super().dtype
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return {**super()._get_dtype_plan(dtype), **saved_dtypes(self.config)}
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
@@ -263,6 +272,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         # In the original layout of a vision tower its keys have other names, and the Trainer, which resumes by
         # `load_state_dict(strict=False)`, would leave them out.
         kwargs.setdefault("save_original_format", False)
+        self.config.encoder_dtypes = dtypes_of_encoders(self)
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs} if push_to_hub else {}
         if not is_main_process or os.path.isfile(save_directory) or kwargs.get("distributed_checkpoint"):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
@@ -321,15 +331,17 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             kwargs["use_safetensors"] = True
         path = pretrained_model_name_or_path
         try:
-            with checked(path, kwargs):
+            with checked(path, kwargs), loading(kwargs):
                 loaded = super().from_pretrained(path, *args, **kwargs)
+                # With output_loading_info=True, this is a tuple.
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                restore_dtypes(model, model.config)
         except Exception as error:
             wrong = what_is_wrong(path, error, **kwargs)
             if wrong is None:
                 raise
             # torch's message tells how to load the pickle anyway.
             raise wrong from (None if is_pickle_error(error) else error)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         # Loading replaces parameters, so `requires_grad` is set again.
         getattr(model, "model", model).freeze()
         model._is_unproven = True
