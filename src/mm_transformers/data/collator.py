@@ -13,7 +13,7 @@ from ..model.file_contents import is_absent
 from ..model.image_size import check_size
 from ..model.images import ProcessedPictures
 from ..model.label_cells import is_null, shorten_value
-from ..model.language_model import longest_answer
+from ..model.language_model import longest_prompt
 from ..model.modalities import MODALITIES, OTHER_ENCODERS, PARTS, Modality, ReaderContext, modalities_of
 from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor
@@ -151,9 +151,7 @@ class MMDataCollator:
                     own_names, modality, modality.reader(context), *rules, process=self._process
                 )
         positions = max_text_positions(config.text_config)
-        if positions is not None and config.has_language_model:
-            positions -= longest_answer(config.get_tasks())
-        limits = [max_length, positions, processor.tokenizer.model_max_length]
+        limits = [max_length, positions, longest_prompt(config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
         self.pad_to_multiple_of, self.label_separator = pad_to_multiple_of, label_separator
         self.gives_references = self.gives_word_index = self.takes_empty_rows = False

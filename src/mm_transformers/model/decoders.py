@@ -199,6 +199,8 @@ def check_decoder(text_config: PreTrainedConfig, decoder_config: Optional[PreTra
     for task in tasks:
         # The last token that is written is never read again.
         longest = task.max_length + len(task.decoder_start_ids or [0]) - 1
+        if decoder_config is None and not text_config.is_encoder_decoder and task.decoder_start_ids:
+            longest += 1  # at least one token of a text
         if positions is not None and longest > positions:
             raise ValueError(
                 f"Task {task.name!r}: the decoder has {positions} positions, too few for max_length={task.max_length}."

@@ -17,7 +17,6 @@ from .generation import WritingTask, answer_ids, refuse_assistant, refuse_pieces
 from .joint_reading import joint_run
 from .padding import roll_rows
 from .row_streams import TextRun, other_streams
-from .task_base import Task
 
 
 def read_contiguously(head: nn.Module) -> None:
@@ -264,6 +263,18 @@ def _places_to_the_right(mask: torch.Tensor) -> torch.Tensor:
     return (mask * places).amax(1).clamp(min=1) - length
 
 
-def longest_answer(tasks: dict[str, Task]) -> int:
-    """The most tokens that a language model reads after a text."""
-    return max(task.max_length + len(task.decoder_start_ids or []) - 1 for task in writing_tasks(tasks).values())
+def longest_prompt(config: Any) -> Optional[int]:
+    """
+    The longest text of a row, in tokens, that leaves room for the answers of a language model.
+
+    Args:
+        config ([`MMTransformerConfig`]): Of the model.
+
+    Returns:
+        The number of tokens; `None` without such a limit.
+    """
+    if not config.has_language_model:
+        return None
+    positions, tasks = max_text_positions(config.text_config), writing_tasks(config.get_tasks())
+    longest = max(task.max_length + len(task.decoder_start_ids or []) - 1 for task in tasks.values())
+    return None if positions is None else positions - longest

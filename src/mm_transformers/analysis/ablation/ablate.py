@@ -90,7 +90,8 @@ def ablate(
         batch_size (`int`, *optional*, defaults to 64): Rows at once; no result depends on it.
         seed (`int`, *optional*, defaults to 0): The seed of the order, the exchanges and the sample.
         compute_metrics (*optional*): Defaults to [`MultiTaskMetrics`].
-        generation_options: for `model.generate`, if a task writes texts; without `do_sample`, nothing is drawn at random.
+        generation_options: for `model.generate`, if a task writes texts. Nothing is drawn at random without
+            `do_sample=True`.
 
     Raises:
         ValueError: if there are no rows, or the model reads text alone; as the collator, if a row cannot be read.

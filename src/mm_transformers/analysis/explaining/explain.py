@@ -14,6 +14,7 @@ from ...model.generation import repeatable
 from ...model.images import load_image, pixels_for_each
 from ...model.joint_reading import observed_runs
 from ...model.label_cells import is_null
+from ...model.language_model import longest_prompt
 from ...model.modalities import as_clips, as_list, own_encoders
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
 from ...model.padding import leading_padding, roll_rows
@@ -115,7 +116,8 @@ def explain(
             write. By default all words together.
         batch_size (`int`, *optional*, defaults to 8): Rows at once, for a list.
         seed (`int`, *optional*, defaults to 0): The seed of `"random"`.
-        generation_options: for `model.generate`, if the task writes texts; without `do_sample`, nothing is drawn at random.
+        generation_options: for `model.generate`, if the task writes texts. Nothing is drawn at random without
+            `do_sample=True`.
 
     Returns:
         [`Explanation`], or a list of them for a list of rows.
@@ -168,7 +170,8 @@ def _explain_batch(
 ) -> list[Explanation]:
     known = _known_keys(model, processor, numbered)
     wants_words = model.tasks[question.task].is_token_level
-    read = read_rows(numbered, processor, known, wants_words, is_table=is_table)
+    longest = longest_prompt(model.config)
+    read = read_rows(numbered, processor, known, wants_words, is_table=is_table, max_length=longest)
     if "error" in read:
         raise ValueError(read["error"])
     inputs = {name: x.to(model.device) for name, x in apart(read["tensors"]).items()}
