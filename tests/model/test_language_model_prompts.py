@@ -1,12 +1,21 @@
 """Prompts of language models: where long ones are cut, what ends them, and rows without a text."""
 
 import pytest
-from language_models import make_language_model, make_llm_processor, save_language_model
+import torch
+from language_models import make_args, make_language_model, make_llm_processor, save_language_model
 from tiny import make_image
+from tokenizers import processors
 from transformers import pipeline
-from writers import TOPIC
+from writers import TOPIC, make_writer
 
-from mm_transformers import Generation, MMDataCollator, MMTransformerProcessor
+from mm_transformers import (
+    Generation,
+    MMDataCollator,
+    MMTrainer,
+    MMTransformerConfig,
+    MMTransformerForMultiTask,
+    MMTransformerProcessor,
+)
 from mm_transformers.analysis import explain
 
 
@@ -37,6 +46,66 @@ def test_texts_leave_room_for_the_answer():
     assert len(processor.tokenizer(pipe(row)["german"]["text"], add_special_tokens=False)["input_ids"]) > 2
     whole, part = (explain(model, processor, one, task="german") for one in (row, short))
     assert (whole.answer, len(whole.tokens)) == (part.answer, len(part.tokens)) == (pipe(row)["german"]["text"], 57)
+
+
+def test_a_row_without_a_text_begins_as_it_does_in_training():
+    """Of a model that reads texts only."""
+    model = make_language_model(tasks=[TOPIC, GERMAN], vision_config=None)
+    inputs = {
+        "input_ids": torch.tensor([[5, 6, 7, 8], [0, 0, 0, 0]]),
+        "attention_mask": torch.tensor([[1] * 4, [0] * 4]),
+    }
+    begun = {"input_ids": torch.tensor([[model.model.begin_id]]), "attention_mask": torch.tensor([[1]])}
+    labels = {"german": torch.tensor([[7, 8, 9], [7, 8, 9]])}
+    with torch.no_grad():
+        expected = model(**begun, labels={"german": labels["german"][1:]}).logits["german"][0]
+        apart = model(encoder_outputs=model.model(**inputs), labels=labels)
+        for outputs in (model(**inputs, labels=labels), apart):
+            torch.testing.assert_close(outputs.logits["german"][1], expected, rtol=1e-4, atol=1e-4)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5}
+    assert torch.equal(model.generate(**inputs, **options)[1], model.generate(**begun, **options)[0])
+
+
+def test_generation_stops_where_the_tokenizer_ends_an_answer(tmp_path):
+    """The generation config of a pretrained model may name other tokens than its config."""
+    processor, rows = make_llm_processor(), [{"text": "red dog", "german": "dog"}]
+    end = processor.tokenizer.eos_token_id
+    for stops, expected in (([7], [7, end]), (None, end), ([end, 7], [end, 7]), (end, end)):
+        model = make_language_model(tasks=[GERMAN])
+        model.generation_config.eos_token_id = stops
+        MMTrainer(model, make_args(tmp_path), processing_class=processor, eval_dataset=rows)
+        assert model.generation_config.eos_token_id == expected
+    model.config.text_config.eos_token_id = 7  # the generation config decides
+    MMDataCollator(processor, model.config)
+
+
+def test_a_tokenizer_that_ends_every_prompt_is_refused():
+    processor, config = make_llm_processor(), make_language_model(tasks=[GERMAN]).config
+    backend = processor.tokenizer.backend_tokenizer
+    special = [("[SEP]", processor.tokenizer.eos_token_id)]
+    backend.post_processor = processors.TemplateProcessing(single="$A [SEP]", special_tokens=special)
+    message = (
+        r"Task 'german': the tokenizer ends every text with '\[SEP\]', after which a language model writes nothing"
+    )
+    with pytest.raises(ValueError, match=message):
+        MMDataCollator(processor, config)
+    # For heads it may be the token that has read the text.
+    MMDataCollator(processor, make_language_model(tasks=[TOPIC]).config)
+
+
+@pytest.mark.parametrize("ids", [None, [5, 6]])
+def test_tasks_that_would_write_the_same_are_refused(ids, tmp_path):
+    tasks = [Generation(name, max_length=8, decoder_start_ids=ids) for name in ("german", "french")]
+    message = "Tasks 'german' and 'french' would write the same, .*: give them different decoder_start_ids"
+    for make in (make_language_model, make_writer):
+        with pytest.raises(ValueError, match=message):
+            make(tasks=tasks)
+    with pytest.raises(ValueError, match=message):
+        MMTransformerForMultiTask.from_encoders(**save_language_model(tmp_path), tasks=tasks)
+    # A model that was saved with such tasks loads.
+    values = make_language_model(tasks=tasks[:1]).config.to_dict()
+    values["tasks"] = [task.to_dict() for task in tasks]
+    assert list(MMTransformerConfig.from_dict(values).get_tasks()) == ["german", "french"]
 
 
 def test_a_task_whose_answer_leaves_no_room_is_refused():

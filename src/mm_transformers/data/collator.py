@@ -438,6 +438,14 @@ def _check_writing(task: Any, tokenizer: Any, config: MMTransformerConfig) -> No
             "them."
         )
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if config.has_language_model:
+        if end is not None and tokenizer("a")["input_ids"][-1:] == [end]:
+            raise ValueError(
+                f"Task {task.name!r}: the tokenizer ends every text with {tokenizer.decode([end])!r}, after which a "
+                "language model writes nothing: set tokenizer.add_eos_token = False, or remove it from the "
+                "post-processor of the tokenizer."
+            )
+        return  # where generation stops is in the generation config of the model
     stops = decoder.eos_token_id if isinstance(decoder.eos_token_id, (list, tuple)) else [decoder.eos_token_id]
     if end is not None and end not in stops and (config.decoder_config is not None or stops != [None]):
         raise ValueError(

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .calibration import check_calibration
-from .decoders import check_decoder, decoder_vocab_size, is_language_model
+from .decoders import check_decoder, check_starts, decoder_vocab_size, is_language_model
 from .encoder_classes import sub_config_of
 from .encoder_dtypes import check_encoder_dtypes
 from .encoders import encoder_width
@@ -202,6 +202,8 @@ class MMTransformerConfig(PreTrainedConfig):
         if self.decoder_config is not None:
             self.decoder_config.is_decoder = self.decoder_config.add_cross_attention = True
         self.fusion_kwargs = dict(self.fusion_kwargs or {})
+        # Models that were saved with such tasks still load.
+        check_starts([task for task in self.tasks or [] if hasattr(task, "to_dict") and task.needs_decoder])
         self.tasks = [task.to_dict() if hasattr(task, "to_dict") else task for task in self.tasks or []]
 
         if self.fusion_hidden_size is None:

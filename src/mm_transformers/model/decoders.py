@@ -207,6 +207,27 @@ def check_decoder(text_config: PreTrainedConfig, decoder_config: Optional[PreTra
             )
 
 
+def check_starts(tasks: list[Any]) -> None:
+    """
+    Checks that a decoder can tell its tasks apart.
+
+    Args:
+        tasks: those that write text.
+
+    Raises:
+        ValueError: one sentence, if two of them start with the same tokens.
+    """
+    seen: dict[tuple[int, ...], str] = {}
+    for task in tasks:
+        start = tuple(task.decoder_start_ids or ())
+        if start in seen:
+            raise ValueError(
+                f"Tasks {seen[start]!r} and {task.name!r} would write the same, since their decoder starts with the "
+                "same tokens: give them different decoder_start_ids."
+            )
+        seen[start] = task.name
+
+
 def decoder_positions(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig]) -> Optional[int]:
     """The most tokens that the decoder reads, of a language model with the text; `None` without a limit."""
     if decoder_config is None:

@@ -181,6 +181,26 @@ def refuse_pieces(options: Mapping[str, Any], config: Any) -> None:
             raise ValueError(f"generate does not support {name} with fusion_type='prefix': leave it out.")
 
 
+def stop_at_end(model: Any, tokenizer: Any) -> None:
+    """
+    Lets `generate` stop also at the token with which the tokenizer ends the answers of training rows.
+
+    The config of the pretrained model may name another one, or none.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): Its generation config is changed, if it writes.
+        tokenizer: that of transformers.
+    """
+    config = model.generation_config
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if config is None or end is None:
+        return
+    stops = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
+    if end not in stops:
+        known = [stop for stop in stops if stop is not None]
+        config.eos_token_id = [*known, end] if known else end
+
+
 def repeatable(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     Options of `generate` for scores and explanations: without random draws, also if the generation config of the

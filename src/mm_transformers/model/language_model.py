@@ -90,8 +90,7 @@ class LanguageModelWriter:
             input_ids, attention_mask: of the texts.
         """
         given = attention_mask.bool()
-        first = torch.arange(given.shape[1], device=given.device) == 0
-        shown = given | (~given.any(-1, keepdim=True) & first)
+        shown = _begun(given)
         ids, mask = self._prompts(task, self.model.prompt_ids(input_ids, attention_mask), shown)
         to_the_left = -_places_to_the_right(shown)
 
@@ -250,10 +249,17 @@ class LanguageModelWriter:
                 f"Task {task.name!r}: the language model continues the texts, so give them as input_ids, also beside "
                 "text_features."
             )
+        mask = _begun(mask)
         to_the_right = _places_to_the_right(mask)
         ids, mask = roll_rows(ids, to_the_right), roll_rows(mask, to_the_right)
         start = torch.tensor(self.start_ids(task), dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
         return torch.cat([ids, start], 1), torch.cat([mask, torch.ones_like(start, dtype=torch.bool)], 1)
+
+
+def _begun(mask: torch.Tensor) -> torch.Tensor:
+    """The mask of texts, (batch, length) bool, with the first place of rows that have none: there a text begins."""
+    first = torch.arange(mask.shape[1], device=mask.device) == 0
+    return mask | (~mask.any(-1, keepdim=True) & first)
 
 
 def _places_to_the_right(mask: torch.Tensor) -> torch.Tensor:

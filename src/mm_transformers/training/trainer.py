@@ -41,7 +41,7 @@ from ..data.mixture_rows import MixedRows
 from ..data.sources import ROWS_PER_SOURCE, rows_of
 from ..data.splitting import Part, split_for_validation
 from ..model.answers import unwrapped
-from ..model.generation import repeatable
+from ..model.generation import repeatable, stop_at_end
 from ..model.input_checks import check_finite_weights
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.pairs import PairTask
@@ -231,6 +231,9 @@ class MMTrainer(Trainer):
         self._check_model()
         if data_collator is None:
             self.data_collator = MMDataCollator(self.processing_class, self.model.config)
+        if self.processing_class is not None:
+            # As transformers does when training begins; evaluation may come before.
+            stop_at_end(self.fused_model, self.processing_class.tokenizer)
         self._refit: Optional[Refit] = None
         self._parts: list[Part] = []  # held-out rows, and the remaining rows
         self.refitted: Optional[str] = None  # the second training on all rows, if any
