@@ -3,7 +3,7 @@
 import pytest
 import torch
 from language_models import make_args, make_language_model, make_llm_processor, save_language_model
-from tiny import make_image
+from tiny import make_batch, make_image
 from tokenizers import processors
 from transformers import pipeline
 from writers import TOPIC, make_writer
@@ -15,6 +15,7 @@ from mm_transformers import (
     MMTransformerConfig,
     MMTransformerForMultiTask,
     MMTransformerProcessor,
+    Predictor,
 )
 from mm_transformers.analysis import explain
 
@@ -112,3 +113,29 @@ def test_a_task_whose_answer_leaves_no_room_is_refused():
     with pytest.raises(ValueError, match="the decoder has 64 positions, too few for max_length=63"):
         make_language_model(tasks=[Generation("german", max_length=63, decoder_start_ids=[5, 6])])
     make_language_model(tasks=[Generation("german", max_length=62, decoder_start_ids=[5, 6])])
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"fusion_layers_every": 1}, {"fusion_type": "prefix"}], ids=str)
+def test_a_model_that_only_writes_reads_each_text_once(kwargs, tmp_path):
+    model, processor, calls = make_language_model(tasks=[GERMAN], **kwargs), make_llm_processor(), []
+    options, row = {"min_new_tokens": 3, "max_new_tokens": 3}, {"text": "red dog", "image": make_image(0)}
+    model.model.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    ids = model.generate(**processor(text=[row["text"]], images=[row["image"]]), **options)
+    assert len(calls) == 3
+    pipe = pipeline("multimodal", model=model, processor=processor)
+    answer = pipe(row, generate_kwargs=options)["german"]["text"]
+    assert len(calls) == 6
+    assert answer == processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+    assert Predictor(model, processor, **options)([row])[0]["german"]["text"] == answer
+    assert len(calls) == 9
+
+
+def test_a_model_in_training_mode_writes_as_in_evaluation_mode():
+    """Otherwise modality dropout would drop the pictures of a prompt."""
+    model, batch = make_language_model(modality_dropout={"vision": 0.9}), make_batch(labels=False)
+    expected = model.generate(**batch)
+    model.train()
+    for _ in range(3):
+        assert torch.equal(model.generate(**batch), expected)
+    assert model.training
+    assert model.model.fusion.training

@@ -1266,7 +1266,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
     ) -> torch.Tensor:
         """
         Writes the answers of one task: `processor.batch_decode(ids, skip_special_tokens=True)` turns them into texts.
-        Encoders and fusion run once per row, whatever the number of beams and steps.
+        Encoders and fusion run once per row, whatever the number of beams and steps. The model runs in evaluation mode.
 
         Args:
             task (`str`, *optional*): Name of a [`Generation`] task; may be left out if there is only one.
@@ -1292,16 +1292,17 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         """
         writing = task_that_writes(self.tasks, task)
         inputs, options = split_inputs(type(self.model).forward, kwargs)
-        if encoder_outputs is None:
-            if self.model.has_language_model and inputs.get("input_ids") is not None:
-                # The language model reads the texts as it writes; here they are for heads alone.
-                width = encoder_width(self.config.text_config)
-                inputs["text_features"] = torch.zeros(*inputs["input_ids"].shape, width, device=self.device)
-            if self.model.has_language_model and self.model.reads_jointly:
-                encoder_outputs = self.model.output_of(self.model.encode_rows(**inputs)[0])
-            else:
-                encoder_outputs = self.model(**inputs)
-        return self._answer_decoder.generate(writing, encoder_outputs, **options)
+        with evaluation_mode(self):
+            if encoder_outputs is None:
+                if self.model.has_language_model and inputs.get("input_ids") is not None:
+                    # The language model reads the texts as it writes; here they are for heads alone.
+                    width = encoder_width(self.config.text_config)
+                    inputs["text_features"] = torch.zeros(*inputs["input_ids"].shape, width, device=self.device)
+                if self.model.has_language_model and self.model.reads_jointly:
+                    encoder_outputs = self.model.output_of(self.model.encode_rows(**inputs)[0])
+                else:
+                    encoder_outputs = self.model(**inputs)
+            return self._answer_decoder.generate(writing, encoder_outputs, **options)
 
     @torch.no_grad()
     def forward_and_write(
@@ -1318,12 +1319,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
             labels, inputs: as [`MMTransformerForMultiTask.forward`] takes them.
             generation_kwargs (`dict`, *optional*): For [`~transformers.GenerationMixin.generate`].
         """
-        no_text = self._text_of_no_head(inputs.get("input_ids")) if self.model.has_language_model else None
-        if no_text is None:
-            encoder_outputs = self.model(**inputs)
-        else:
-            # Only the answers read the texts, beside the other modalities.
-            encoder_outputs = self.model.output_of(self.model.encode_rows(**{**inputs, "text_features": no_text})[0])
+        encoder_outputs = self.encode_for_answers(**inputs)
         # Not by a call of the model: under FSDP this already is one.
         outputs = self.forward(encoder_outputs=encoder_outputs, labels=labels)
         options = generation_kwargs or {}
@@ -1331,6 +1327,21 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
             name: self.write(task, encoder_outputs, **options) for name, task in writing_tasks(self.tasks).items()
         }
         return outputs, written
+
+    def encode_for_answers(self, **inputs: torch.Tensor) -> MMTransformerModelOutput:
+        """
+        The output of `self.model` for rows that are to be answered, from one pass through encoders and fusion.
+
+        If only a language model reads the texts, they are not read before it writes; their states are then 0.
+
+        Args:
+            inputs: as [`MMTransformerModel.forward`] takes them.
+        """
+        ids = inputs.get("input_ids")
+        if ids is None or not self.model.has_language_model or self.heads.names or self.oddness is not None:
+            return self.model(**inputs)
+        no_text = torch.zeros(*ids.shape, encoder_width(self.config.text_config), device=ids.device)
+        return self.model.output_of(self.model.encode_rows(**{**inputs, "text_features": no_text})[0])
 
     def write(self, task: WritingTask, encoder_outputs: MMTransformerModelOutput, **kwargs: Any) -> torch.Tensor:
         """
