@@ -328,9 +328,8 @@ def _process(
     cells = [processor.cells_of(row) for row in rows]
     parts = {argument: [row[argument] for row in cells] for argument in cells[0]}
     given = {name: part for name, part in parts.items() if name == "text" or any(x is not None for x in part)}
-    if max_length is not None:
-        given["max_length"] = min(max_length, processor.tokenizer.model_max_length)
-    return dict(processor(**given, return_word_index=wants_words))
+    most = {} if max_length is None else {"max_length": min(max_length, processor.tokenizer.model_max_length)}
+    return dict(processor(**given, **most, return_word_index=wants_words))
 
 
 def checked_row(row: Any, number: int, known: Optional[Collection[str]], processor: Any) -> dict[str, Any]:
