@@ -1,6 +1,7 @@
 """A prefix of picture tokens before the text; the references run bare text encoders on one row at a time."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -230,6 +231,27 @@ def test_start_ids_and_lengths():
     assert model.generate("french", **batch, max_length=3, min_new_tokens=3).shape[1] == 3
     full = model.generate("german", **batch, num_beams=3, num_return_sequences=2, return_dict_in_generate=True)
     assert torch.equal(full.sequences[::2], model.generate("german", **batch, num_beams=3))
+
+
+def test_two_threads_write_at_once():
+    model, batch = make_prefixed(), make_batch(labels=False)
+    batches = [{**batch, "pixel_values": factor * batch["pixel_values"]} for factor in (1.0, -1.0, 3.0)]
+    expected = [model.generate(**one) for one in batches]
+    assert not torch.equal(expected[0], expected[1])
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda one: [model.generate(**one) for _ in range(3)], batches))
+    for answers, answer in zip(found, expected, strict=True):
+        assert all(torch.equal(one, answer) for one in answers)
+
+
+@pytest.mark.slow
+def test_code_that_was_compiled_without_pictures_reads_pictures():
+    model, batch = make_model("bert", fusion_type="prefix"), make_batch(image_index=ONE_PICTURE, labels=False)
+    compiled = torch.compile(model, backend="eager")
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        for given in (texts, batch, texts, batch):
+            torch.testing.assert_close(compiled(**given).logits["topic"], model(**given).logits["topic"])
 
 
 def test_opt():

@@ -60,6 +60,17 @@ def _show_vectors(module: nn.Module, inputs: Any, output: Any) -> Any:
     return None if run is None else run.embedded(output)
 
 
+def let_read_prefix(text_encoder: PreTrainedModel) -> None:
+    """
+    Makes a place for prefixes in the input embeddings of a text encoder.
+
+    The hook stays: code that is compiled without it would not look for it later.
+    """
+    embeddings = text_encoder.get_input_embeddings()
+    if _show_vectors not in embeddings._forward_hooks.values():
+        embeddings.register_forward_hook(_show_vectors)
+
+
 def _later_scale(text_encoder: PreTrainedModel) -> float:
     """By what a text encoder multiplies what its embeddings return, as Marian does (`scale_embedding`)."""
     embeddings = text_encoder.get_input_embeddings()
@@ -144,17 +155,13 @@ class PrefixRun:
     @contextmanager
     def shown_to(self, text_model: PreTrainedModel) -> Iterator[None]:
         """Within the block, and this thread, the text encoder reads the prefix in place of some embeddings."""
-        if not self.streams:
-            yield
-            return
-        hook = text_model.get_input_embeddings().register_forward_hook(_show_vectors)
+        let_read_prefix(text_model)  # perhaps its embeddings were replaced
         token = _running.set(self)
         try:
             yield
         finally:
             _running.reset(token)
-            hook.remove()
-        if not self.was_read and not torch.compiler.is_compiling():
+        if self.streams and not self.was_read and not torch.compiler.is_compiling():
             raise ValueError(
                 f"fusion_type='prefix': the text encoder ({text_model.config.model_type!r}) does not call its input "
                 "embeddings, so it cannot read a prefix: use another fusion_type."

@@ -17,7 +17,7 @@ from .encoder_probe import observe, traits_of
 from .fusion import fusion_class
 from .fusion_base import FusionOutput
 from .fusion_inside import InsideFusion, InsideRun
-from .fusion_prefix import PrefixRun
+from .fusion_prefix import PrefixRun, let_read_prefix
 from .row_streams import other_streams
 
 
@@ -41,6 +41,8 @@ def build_fusion(config: Any, text_encoder: PreTrainedModel, width: int) -> nn.M
         give_places(layers, config.fusion_layers_every)
         count = number_of_places(len(layers), config.fusion_layers_every)
         return InsideFusion(config, config.modalities, width, count)
+    if config.reads_jointly:
+        let_read_prefix(text_encoder)
     return kind(config, config.modalities, width, **options)
 
 
