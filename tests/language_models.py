@@ -8,6 +8,8 @@ from tokenizers import processors
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    FalconH1Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -52,6 +54,23 @@ LANGUAGE_MODELS = {
 }  # fmt: skip
 
 
+def falcon_h1_config() -> FalconH1Config:
+    """It scales the embeddings of ids, and of nothing else."""
+    return FalconH1Config(
+        **_ROTARY, embedding_multiplier=5.6, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
+        mamba_n_groups=1, mamba_chunk_size=16,
+    )  # fmt: skip
+
+
+def gemma3n_config() -> Gemma3nTextConfig:
+    """It has embeddings of ids for each layer, and states of four dimensions between its layers."""
+    return Gemma3nTextConfig(
+        **_ROTARY, head_dim=8, sliding_window=6, layer_types=["sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB_SIZE, altup_num_inputs=2, laurel_rank=4,
+        num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0],
+    )  # fmt: skip
+
+
 def save_language_model(folder: Path, kind: str = "llama", seed: int = 3) -> dict[str, str]:
     """The folders of a language model and of a vision encoder, with tokenizer and image processor."""
     torch.manual_seed(seed)
@@ -63,12 +82,16 @@ def save_language_model(folder: Path, kind: str = "llama", seed: int = 3) -> dic
 
 
 def make_language_model(kind="llama", seed=0, gates_open=True, tasks=None, **kwargs) -> MMTransformerForMultiTask:
-    """A model whose text encoder writes, with new weights."""
+    """A model whose text encoder writes, with new weights; of a kind, or of a config."""
     torch.manual_seed(seed)
     tasks = [TOPIC, Generation("german", max_length=8)] if tasks is None else tasks
     kwargs = {"vision_config": VISION_ENCODERS["vit"](), "num_fusion_layers": 2, **kwargs}
     config = MMTransformerConfig(
-        text_config=LANGUAGE_MODELS[kind](), tasks=tasks, num_fusion_attention_heads=4, initializer_range=0.2, **kwargs
+        text_config=LANGUAGE_MODELS[kind]() if isinstance(kind, str) else kind,
+        tasks=tasks,
+        num_fusion_attention_heads=4,
+        initializer_range=0.2,
+        **kwargs,
     )
     model = MMTransformerForMultiTask(config).eval()
     if gates_open:

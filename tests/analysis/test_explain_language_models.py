@@ -192,3 +192,21 @@ def test_what_cannot_be_followed():
         explain(make("behind"), processor, ROW, "german", "integrated_gradients")
     with pytest.raises(ValueError, match=r"The language model \('mamba'\) has no attention of all tokens to all"):
         explain(make("behind", "mamba"), processor, ROW, "german")
+
+
+def test_words_and_pictures_of_messages_and_of_columns_with_other_names(tmp_path, without_shares):
+    model, processor = make("behind"), make_llm_processor()
+    picture = tmp_path / "a.png"
+    make_image(1).save(picture)
+    parts = [{"type": "image", "image": str(picture)}, {"type": "text", "text": "red dog"}]
+    messages = {"messages": [{"role": "user", "content": parts}]}
+    text = processor.without_chat(messages)["text"]
+    expected = explain(model, processor, {"text": text, "image": str(picture)}, task="german")
+    found = explain(model, processor, messages, task="german")
+    assert found.text == text
+    np.testing.assert_allclose(tokens(found), tokens(expected))
+    np.testing.assert_allclose(patches(found), patches(expected))
+    processor.input_columns = {"text": ["title"], "image": ["photo"]}
+    named = explain(model, processor, {"title": text, "photo": str(picture)}, task="german")
+    np.testing.assert_allclose(tokens(named), tokens(expected))
+    np.testing.assert_allclose(patches(named), patches(expected))

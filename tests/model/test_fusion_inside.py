@@ -15,6 +15,7 @@ from language_models import (
     LANGUAGE_MODELS,
     assert_caches_make_no_difference,
     assert_greedy_is_the_argmax_of_the_logits,
+    gemma3n_config,
     make_language_model,
     save_language_model,
     texts_of,
@@ -391,6 +392,11 @@ def test_a_language_model_that_does_not_write():
     absent = (batch["image_index"] < 0).all(1)
     torch.testing.assert_close(logits[absent], other[absent])
     assert not torch.allclose(logits[~absent], other[~absent], atol=1e-3)
+
+
+def test_layers_that_read_states_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"\('gemma3n_text'\) read states of another shape than.*leave it out"):
+        make_language_model(gemma3n_config(), fusion_layers_every=1)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,24 @@
 """A prefix of picture tokens before the text; the references run bare text encoders on one row at a time."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from cases import first_quickly
-from language_models import LANGUAGE_MODELS, make_language_model, save_language_model, texts_of, to_the_left
+from language_models import (
+    LANGUAGE_MODELS,
+    falcon_h1_config,
+    gemma3n_config,
+    make_language_model,
+    save_language_model,
+    texts_of,
+    to_the_left,
+    written_alone,
+)
 from tiny import SEQ2SEQ, TEXT_ENCODERS, VISION_ENCODERS, VOCAB_SIZE, make_batch, make_model, to_pad_id
 from torch import nn
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, OPTConfig
 from writers import LABELS, TOPIC, make_writer
 
 from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask
@@ -223,6 +233,27 @@ def test_start_ids_and_lengths():
     assert torch.equal(full.sequences[::2], model.generate("german", **batch, num_beams=3))
 
 
+def test_two_threads_write_at_once():
+    model, batch = make_prefixed(), make_batch(labels=False)
+    batches = [{**batch, "pixel_values": factor * batch["pixel_values"]} for factor in (1.0, -1.0, 3.0)]
+    expected = [model.generate(**one) for one in batches]
+    assert not torch.equal(expected[0], expected[1])
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda one: [model.generate(**one) for _ in range(3)], batches))
+    for answers, answer in zip(found, expected, strict=True):
+        assert all(torch.equal(one, answer) for one in answers)
+
+
+@pytest.mark.slow
+def test_code_that_was_compiled_without_pictures_reads_pictures():
+    model, batch = make_model("bert", fusion_type="prefix"), make_batch(image_index=ONE_PICTURE, labels=False)
+    compiled = torch.compile(model, backend="eager")
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        for given in (texts, batch, texts, batch):
+            torch.testing.assert_close(compiled(**given).logits["topic"], model(**given).logits["topic"])
+
+
 def test_opt():
     torch.manual_seed(0)
     config = MMTransformerConfig(
@@ -237,6 +268,66 @@ def test_opt():
         mask = torch.ones(embeddings.shape[:2], dtype=torch.int64)
         expected = model.model.text_model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
         assert torch.equal(written[row], expected[0])
+
+
+@pytest.mark.parametrize("config", [falcon_h1_config, gemma3n_config])
+def test_language_models_that_do_more_with_ids_than_embed_them(config):
+    model, batch = make_prefixed(config()), make_batch(image_index=ONE_PICTURE, labels=False)
+    with torch.no_grad():
+        for name, parameter in model.model.text_model.named_parameters():
+            if "per_layer" in name or "altup" in name:
+                parameter.normal_(0, 0.3)  # 0 in a new model
+        text = batch["input_ids"][1][batch["attention_mask"][1].bool()][None]
+        states = model.model(**batch).last_hidden_state[1][batch["attention_mask"][1].bool()]
+        plain = model.model.text_encoder(text)[0][0]
+    torch.testing.assert_close(states, plain, rtol=1e-4, atol=1e-4)
+    written = model.generate(**batch, max_new_tokens=5)
+    assert torch.equal(written[1], model.model.text_model.generate(text, max_new_tokens=5)[0, text.shape[1] :])
+    for row in range(4):
+        assert torch.equal(written[row], written_alone(model, batch, row, max_new_tokens=5))
+
+
+def test_an_encoder_that_scales_the_embeddings_of_ids(monkeypatch):
+    """As the checkpoints of Marian do."""
+    config = SEQ2SEQ["marian"]()
+    config.scale_embedding = True
+    monkeypatch.setitem(SEQ2SEQ, "scaled", lambda: config)
+    model, batch = make_writer("scaled", fusion_type="prefix"), make_batch(image_index=ONE_PICTURE, labels=False)
+    encoder, scale = model.model.text_encoder, config.d_model**0.5
+    with torch.no_grad():
+        states = model.model(**batch).last_hidden_state
+        for row, shown in enumerate(batch["attention_mask"].bool()):
+            read = embeddings_of(model, batch, row)
+            text = int(shown.sum())
+            read = torch.cat([read[:, :-text], read[:, -text:] * scale], 1)  # the prefix as it is
+            expected = encoder(inputs_embeds=read).last_hidden_state[0, -text:]
+            torch.testing.assert_close(states[row][shown], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.8}, {"no_repeat_ngram_size": 2}, {"min_length": 6}])
+def test_options_of_generate_see_the_text_and_nothing_else(options):
+    for seed in range(3):
+        model, batch = make_prefixed(seed=seed), make_batch(image_index=ONE_PICTURE, labels=False)
+        model.generation_config.pad_token_id = 2  # the end token
+        batch["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], 2)
+        written = model.generate(**batch, **options)
+        for row in range(4):
+            alone = written_alone(model, batch, row, **options)
+            assert torch.equal(written[row][: len(alone)], alone)
+        text = batch["input_ids"][1][batch["attention_mask"][1].bool()][None]
+        plain = model.model.text_model.generate(
+            text, **options, max_new_tokens=8, **({"min_new_tokens": 6} if "min_length" in options else {})
+        )
+        assert torch.equal(written[1], nn.functional.pad(plain[0, text.shape[1] :], (0, 8), value=2)[: len(written[1])])
+
+
+@pytest.mark.parametrize("name", ["prefill_chunk_size", "prompt_lookup_num_tokens"])
+def test_prompts_in_pieces_are_refused(name):
+    model, batch = make_prefixed(), make_batch(labels=False)
+    with pytest.raises(ValueError, match=f"generate does not support {name} with fusion_type='prefix'"):
+        model.generate(**batch, **{name: 3})
+    with pytest.raises(ValueError, match=name):
+        model.generate(**batch, generation_config=GenerationConfig(**{name: 3}))
 
 
 def test_gradients_reach_pictures_through_a_frozen_language_model():

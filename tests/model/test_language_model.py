@@ -198,6 +198,14 @@ def test_lengths_that_are_asked_for():
     assert model.generate(**batch, generation_config=GenerationConfig(max_length=6)).shape[1] == 6
     assert model.generate(**batch, max_new_tokens=3).shape[1] == 3
     assert model.generate(**batch, max_length=3).shape[1] == 3
+    at_once = model.generate(**batch)[0, 0].item()
+    ends = {"eos_token_id": at_once}
+    assert model.generate(**batch, **ends)[0, 0] == at_once
+    fewest = [{"min_length": 4}, {"generation_config": GenerationConfig(min_length=4, **ends)}]
+    for options in (*fewest, {"min_new_tokens": 4}):
+        written = model.generate(**batch, **{**ends, **options})[0]
+        assert at_once not in written[:4].tolist()
+        assert torch.equal(written, model.generate(**batch, **ends, min_new_tokens=4)[0])
     assert torch.equal(model.generate(**batch, max_length=None, max_new_tokens=None), model.generate(**batch))
 
 

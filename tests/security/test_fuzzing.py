@@ -6,6 +6,7 @@ time and memory are bounded.
 """
 
 import contextlib
+import copy
 import datetime
 import decimal
 import gc
@@ -203,6 +204,23 @@ class TestTexts:
         assert text.startswith(needed)
         ids = tokenizer(needed, add_special_tokens=False)["input_ids"]
         assert ids[:num_tokens] == whole[:num_tokens]
+        assert len(ids) > num_tokens or needed == text
+
+    @fuzz(st.tuples(
+        st.sampled_from(sorted(text_tokenizers())), st.lists(PIECES, max_size=60), st.sampled_from(["", " "]),
+        st.integers(1, 30),
+    ), 4)  # fmt: skip
+    def test_the_last_tokens_are_those_of_the_whole_text(self, monkeypatch, drawn):
+        name, pieces, joint, num_tokens = drawn
+        tokenizer, text = copy.deepcopy(text_tokenizers()[name]), joint.join(pieces) * 5
+        tokenizer.truncation_side = "left"
+        monkeypatch.setattr(text_tokens, "_CHARACTERS", (1, 20))  # so that these texts are long
+        with bounded(drawn):
+            needed = needed_text(tokenizer, text, num_tokens)
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert text.endswith(needed)
+        ids = tokenizer(needed, add_special_tokens=False)["input_ids"]
+        assert ids[-num_tokens:] == whole[-num_tokens:]
         assert len(ids) > num_tokens or needed == text
 
 

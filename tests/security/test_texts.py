@@ -25,6 +25,15 @@ class TestPrefix:
         left.truncation_side = "left"
         assert needed_text(left, "x" * 9000 + "end", 40).endswith("end")
 
+    def test_a_tokenizer_that_truncates_on_the_left_needs_the_end(self):
+        left = make_tokenizer()
+        left.truncation_side = "left"
+        needed = needed_text(left, huge(100_000) + "the end", 40)
+        assert needed.endswith(" the cat the end")
+        assert len(needed) < 5000
+        # Of an answer that is to be written, the beginning.
+        assert needed_text(left, "the end " + huge(100_000), 40, "text_target").startswith("the end the cat")
+
 
 def huge(words=1_600_000) -> str:
     return "the cat " * (words // 2)

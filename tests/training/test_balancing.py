@@ -293,7 +293,7 @@ def test_a_task_that_does_not_count_changes_nothing(tmp_path, kind):
 def test_pcgrad_leaves_the_decoder_of_a_single_task_to_it():
     """It is not in the inner products; if two tasks write, they share it."""
     owned = []
-    for tasks in ([Generation("german")], [Generation("german"), Generation("french")]):
+    for tasks in ([Generation("german")], [Generation("german"), Generation("french", decoder_start_ids=[2])]):
         torch.manual_seed(0)
         config = MMTransformerConfig(
             text_config=SEQ2SEQ["t5"](), vision_config=VISION_ENCODERS["vit"](), num_fusion_layers=1,

@@ -244,3 +244,26 @@ def test_features_of_a_frozen_language_model_are_cached(tasks, tmp_path):
     labels = batch.pop("labels"), expected.pop("labels")
     assert labels[0].keys() == labels[1].keys()
     assert torch.equal(model.generate(**batch), model.generate(**expected))
+
+
+def test_scores_do_not_depend_on_chance(tmp_path, recwarn, caplog):
+    """Also if the pretrained model asks for random draws."""
+    model, processor, rows = make_language_model(tasks=[GERMAN]), make_llm_processor(), make_rows(8)
+    expected = [model.generate(**make_batch(labels=False)) for _ in range(2)]
+    assert torch.equal(*expected)
+    trainer = MMTrainer(model, make_args(tmp_path), processing_class=processor, eval_dataset=rows, train_dataset=rows)
+    greedy = trainer.evaluate()
+    config = model.generation_config
+    config.do_sample, config.temperature, config.top_k, config.top_p = True, 2.0, 60, 0.9
+    written = [model.generate(**make_batch(labels=False)) for _ in range(2)]
+    assert written[0].shape != written[1].shape or not torch.equal(*written)
+    found = trainer.evaluate()
+    assert {k: found[k] for k in ("eval_german_chrf", "eval_loss")} == {
+        k: greedy[k] for k in found.keys() & {"eval_german_chrf", "eval_loss"}
+    }
+    answers = {explain(model, processor, {"text": "a red dog"}, task="german").answer for _ in range(3)}
+    assert len(answers) == 1
+    tables = [ablate(model, processor, rows, num_additive_rows=0).to_markdown() for _ in range(2)]
+    assert tables[0] == tables[1]
+    assert not [message for message in caplog.messages if "do_sample" in message]
+    assert not [one for one in recwarn if "do_sample" in str(one.message)]

@@ -9,6 +9,7 @@ from ..analysis import explain
 from ..analysis.explaining.html import colored_words, heat_map_url, picture_url, sound_colors
 from ..data.pages import rendered
 from ..model.answers import check_tasks
+from ..model.language_model import longest_prompt
 from ..model.limits import limits
 from ..model.messages import listed
 from ..model.modalities import ARGUMENTS, MODALITIES, NOUNS, PARTS, ReaderContext
@@ -116,7 +117,8 @@ def _cards(
             variants[f"without the {_NOUNS[field]}"] = rest
     # One batch: shared inputs of the variants are encoded once.
     wants_words = any(model.tasks[name].is_token_level for name in tasks)
-    read = read_rows(list(enumerate(variants.values())), processor, (*ARGUMENTS, *columns), wants_words)
+    numbered, longest = list(enumerate(variants.values())), longest_prompt(model.config)
+    read = read_rows(numbered, processor, (*ARGUMENTS, *columns), wants_words, max_length=longest)
     check()
     if "error" in read:
         raise ValueError(read["error"])

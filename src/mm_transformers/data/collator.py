@@ -13,7 +13,7 @@ from ..model.file_contents import is_absent
 from ..model.image_size import check_size
 from ..model.images import ProcessedPictures
 from ..model.label_cells import is_null, shorten_value
-from ..model.language_model import longest_answer
+from ..model.language_model import longest_prompt
 from ..model.modalities import MODALITIES, OTHER_ENCODERS, PARTS, Modality, ReaderContext, modalities_of
 from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor
@@ -152,9 +152,7 @@ class MMDataCollator:
                     own_names, modality, modality.reader(context), *rules, process=self._process
                 )
         positions = max_text_positions(config.text_config)
-        if positions is not None and config.has_language_model:
-            positions -= longest_answer(config.get_tasks())
-        limits = [max_length, positions, processor.tokenizer.model_max_length]
+        limits = [max_length, positions, longest_prompt(config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
         self.pad_to_multiple_of, self.label_separator = pad_to_multiple_of, label_separator
         self.gives_references = self.gives_word_index = self.takes_empty_rows = False
@@ -442,6 +440,14 @@ def _check_writing(task: Any, tokenizer: Any, config: MMTransformerConfig) -> No
             "them."
         )
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if config.has_language_model:
+        if end is not None and tokenizer("a")["input_ids"][-1:] == [end]:
+            raise ValueError(
+                f"Task {task.name!r}: the tokenizer ends every text with {tokenizer.decode([end])!r}, after which a "
+                "language model writes nothing: set tokenizer.add_eos_token = False, or remove it from the "
+                "post-processor of the tokenizer."
+            )
+        return  # where generation stops is in the generation config of the model
     stops = decoder.eos_token_id if isinstance(decoder.eos_token_id, (list, tuple)) else [decoder.eos_token_id]
     if end is not None and end not in stops and (config.decoder_config is not None or stops != [None]):
         raise ValueError(

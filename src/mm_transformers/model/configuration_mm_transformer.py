@@ -12,8 +12,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .calibration import check_calibration
-from .decoders import check_decoder, decoder_vocab_size, is_language_model
+from .decoders import check_decoder, check_starts, decoder_vocab_size, is_language_model
 from .encoder_classes import sub_config_of
+from .encoder_dtypes import check_encoder_dtypes
 from .encoders import encoder_width
 from .freeze_rules import check_freeze
 from .fusion import fusion_class
@@ -119,6 +120,9 @@ class MMTransformerConfig(PreTrainedConfig):
         calibration (`dict`, *optional*):
             How far to trust answers, by the modalities that a row has; [`calibrate`] writes it. `None` leaves
             probabilities as they are.
+        encoder_dtypes (`dict[str, str]`, *optional*):
+            The encoders that are stored in another dtype than the rest of the model, such as `{"text": "bfloat16"}`;
+            `save_pretrained` writes it.
 
     Raises:
         ValueError: one sentence, if something does not fit.
@@ -184,6 +188,7 @@ class MMTransformerConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     freeze: list | None = None
     calibration: dict | None = None
+    encoder_dtypes: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _resolve(self.text_config or {"model_type": "bert"}, "text")
@@ -197,6 +202,8 @@ class MMTransformerConfig(PreTrainedConfig):
         if self.decoder_config is not None:
             self.decoder_config.is_decoder = self.decoder_config.add_cross_attention = True
         self.fusion_kwargs = dict(self.fusion_kwargs or {})
+        # Models that were saved with such tasks still load.
+        check_starts([task for task in self.tasks or [] if hasattr(task, "to_dict") and task.needs_decoder])
         self.tasks = [task.to_dict() if hasattr(task, "to_dict") else task for task in self.tasks or []]
 
         if self.fusion_hidden_size is None:
@@ -210,6 +217,7 @@ class MMTransformerConfig(PreTrainedConfig):
         self.validate_tasks()
         self.validate_freeze()
         self.validate_calibration()
+        self.validate_encoder_dtypes()
         # So that tools that expect one classifier find the labels of the first.
         labels = next((list(map(str, task["labels"])) for task in self.tasks if "labels" in task), None)
         if labels is not None:
@@ -420,6 +428,10 @@ class MMTransformerConfig(PreTrainedConfig):
     def validate_calibration(self) -> None:
         """Part of `@strict`-powered validation."""
         check_calibration(self.calibration, self.get_tasks())
+
+    def validate_encoder_dtypes(self) -> None:
+        """Part of `@strict`-powered validation."""
+        check_encoder_dtypes(self.encoder_dtypes, ["text", *self.modalities])
 
 
 def _read(cls: Any, path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

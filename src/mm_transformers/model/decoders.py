@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .encoder_classes import without_random_skips
+from .encoder_classes import sub_config_of, without_random_skips
 from .encoder_probe import (
     ignores_leading_padding,
     is_causal,
@@ -28,11 +28,12 @@ from .encoder_probe import (
 from .encoders import (
     HUB_KWARGS,
     build_encoder,
-    encoder_config_from_pretrained,
+    check_complete,
     load_encoder,
     max_text_positions,
     parameters_to_buffers,
     read_encoder_config,
+    renamed_keys,
     without_pickles,
 )
 
@@ -86,13 +87,19 @@ def load_writer(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs:
         ValueError: one sentence, if a language model is not causal, or padding changes its states.
     """
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-    config = encoder_config_from_pretrained(path, "text", **hub_kwargs)
+    whole = read_encoder_config(path, "text", **hub_kwargs)
+    config = sub_config_of(whole, "text")
     if decoder_config is not None or not is_language_model(config):
         return load_seq2seq(path, decoder_config, **kwargs)
+    names = renamed_keys(whole, config, language_model_class(config))
     with without_pickles(path):
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=without_random_skips(config), **{"trust_remote_code": False, **kwargs}
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=without_random_skips(config),
+            output_loading_info=True,
+            **{"trust_remote_code": False, **names, **kwargs},
         )
+    check_complete(path, model, info["missing_keys"])
     traits = probe(model.base_model, "text")
     traits.pop("unused", None)
     if not is_causal(model.base_model):
@@ -192,10 +199,33 @@ def check_decoder(text_config: PreTrainedConfig, decoder_config: Optional[PreTra
     for task in tasks:
         # The last token that is written is never read again.
         longest = task.max_length + len(task.decoder_start_ids or [0]) - 1
+        if decoder_config is None and not text_config.is_encoder_decoder and task.decoder_start_ids:
+            longest += 1  # at least one token of a text
         if positions is not None and longest > positions:
             raise ValueError(
                 f"Task {task.name!r}: the decoder has {positions} positions, too few for max_length={task.max_length}."
             )
+
+
+def check_starts(tasks: list[Any]) -> None:
+    """
+    Checks that a decoder can tell its tasks apart.
+
+    Args:
+        tasks: those that write text.
+
+    Raises:
+        ValueError: one sentence, if two of them start with the same tokens.
+    """
+    seen: dict[tuple[int, ...], str] = {}
+    for task in tasks:
+        start = tuple(task.decoder_start_ids or ())
+        if start in seen:
+            raise ValueError(
+                f"Tasks {seen[start]!r} and {task.name!r} would write the same, since their decoder starts with the "
+                "same tokens: give them different decoder_start_ids."
+            )
+        seen[start] = task.name
 
 
 def decoder_positions(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig]) -> Optional[int]:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from .encoder_classes import (
@@ -56,6 +57,7 @@ class Observation(NamedTuple):
     unused: frozenset[str]
     positions: Optional[int]  # the longest text for its table of positions
     counts_from_padding: bool  # whether that table begins after the index of the padding token
+    has_plain_layers: bool = True  # whether all layers read states of shape (batch, tokens, width)
 
 
 def traits_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -122,6 +124,7 @@ def _forward_blank(config: PreTrainedConfig, modality: str, device: str) -> Obse
         parameters = _floating_parameters(model)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
+        dimensions = _dimensions_at_layers(model)
         try:
             with one_sentence(f"{name}: it fails on {_blank(inputs, modality)}"):
                 output = model(**inputs, **forward_options(model))
@@ -143,7 +146,23 @@ def _forward_blank(config: PreTrainedConfig, modality: str, device: str) -> Obse
                 return Observation(width, frozenset(), *positions)
             raise _NeedsValues from error
     unused = {key for key, gradient in zip(parameters, gradients, strict=True) if gradient is None}
-    return Observation(tokens.shape[-1], frozenset(name for name in unused if not is_expert(name)), *positions)
+    never_used = frozenset(name for name in unused if not is_expert(name))
+    return Observation(tokens.shape[-1], never_used, *positions, has_plain_layers=dimensions <= {3})
+
+
+def _dimensions_at_layers(model: PreTrainedModel) -> set[int]:
+    """A set that collects, as the model runs, the numbers of dimensions of the states that its layers read."""
+    found: set[int] = set()
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(states, torch.Tensor):
+            found.add(states.ndim)
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.register_forward_pre_hook(look, with_kwargs=True)
+    return found
 
 
 def _takes_videos(model: PreTrainedModel, pixel_values: torch.Tensor) -> bool:

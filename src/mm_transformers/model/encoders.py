@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -85,17 +85,58 @@ def load_encoder(path: str, modality: str, **kwargs: Any) -> tuple[PreTrainedMod
         ValueError: one sentence with the reason why it cannot be the encoder of this modality.
     """
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-    config = encoder_config_from_pretrained(path, modality, **hub_kwargs)
+    whole = read_encoder_config(path, modality, **hub_kwargs)
+    config = sub_config_of(whole, modality)
     cls = check_class(without_random_skips(config), modality)
     # Before gigabytes are read.
     observed = observe(config, modality)
+    names = renamed_keys(whole, config, cls) if modality == "text" else {}
     with without_pickles(path), _without_report_of_unused_weights():
-        loaded = cls.from_pretrained(path, config=config, **class_options(cls), **kwargs)
+        loaded, info = cls.from_pretrained(
+            path, config=config, output_loading_info=True, **names, **class_options(cls), **kwargs
+        )
+    # A pooler or a mask token may be missing.
+    check_complete(path, loaded, info["missing_keys"], most=len(loaded.state_dict()) // 2)
     model = encoder_part(loaded, modality)
     traits = probe(model, modality)
     if traits:
         loaded.config.encoder_traits = traits
     return parameters_to_buffers(model, traits.get("unused", observed.unused)), loaded.config
+
+
+def renamed_keys(whole: PreTrainedConfig, config: PreTrainedConfig, cls: Any) -> dict[str, Any]:
+    """
+    The option of `from_pretrained` by which the language model of a larger checkpoint (LLaVA, Gemma 3) is found.
+
+    Args:
+        whole: the config of the checkpoint.
+        config: its part for the text.
+        cls: the class that reads it.
+    """
+    if config is whole:
+        return {}
+    base = cls.base_model_prefix
+    inside = r"^(?:model\.)?language_model\."
+    return {"key_mapping": {rf"{inside}lm_head": "lm_head", rf"{inside}(?:{base}\.)?": f"{base}."}}
+
+
+def check_complete(path: str, model: PreTrainedModel, missing: Collection[str], most: int = 0) -> None:
+    """
+    Checks that a checkpoint has the weights of a model, which would have random values otherwise.
+
+    Args:
+        missing: the names of the missing weights.
+        most: the number of weights that may be missing.
+
+    Raises:
+        ValueError: one sentence, if more are missing.
+    """
+    if len(missing) > most:
+        raise ValueError(
+            f"The checkpoint {os.fspath(path)!r} lacks {len(missing)} of the {len(model.state_dict())} weights of "
+            f"{type(model).__name__}, such as {min(missing)!r}, so it cannot be used: choose a checkpoint that holds "
+            "this model."
+        )
 
 
 @contextmanager

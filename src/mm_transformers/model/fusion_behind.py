@@ -90,7 +90,9 @@ class BehindRun(RowStreams):
         self.model, self.encode = model, encode
         self.fused: Any = None
 
-    def inputs(self, ids: torch.Tensor, mask: torch.Tensor, num_packed: int = 0) -> dict[str, torch.Tensor]:
+    def inputs(
+        self, ids: torch.Tensor, mask: torch.Tensor, num_packed: int = 0, to_the_right: bool = True
+    ) -> dict[str, torch.Tensor]:
         """What the language model reads: the texts as they are."""
         self.mask = mask
         return {"input_ids": ids, "attention_mask": mask.to(torch.int64)}

@@ -69,8 +69,6 @@ class InsideRun(RowStreams):
         self.model, self.outputs_wanted = model, outputs_wanted or {}
         self.outputs: list[FusionOutput] = []
 
-    num_before = 0  # tokens before the texts
-
     def inputs(
         self, ids: torch.Tensor, mask: torch.Tensor, num_packed: int = 0, to_the_right: bool = True
     ) -> dict[str, torch.Tensor]:

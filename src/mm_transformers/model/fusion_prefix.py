@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .encoders import max_text_positions
@@ -44,9 +45,46 @@ class PrefixFusion(Fusion):
         return self.linear(self.activation(states)), mask
 
 
+# A hook belongs to a module, which several threads may run at once; each has its own prefix.
+_running: ContextVar[Optional["PrefixRun"]] = ContextVar("_running_prefix", default=None)
+
+
+@torch.compiler.disable
+def _current() -> Optional["PrefixRun"]:
+    # Not traced, or compiled code would keep the value of its first call.
+    return _running.get()
+
+
+def _show_vectors(module: nn.Module, inputs: Any, output: Any) -> Any:
+    run = _current()
+    return None if run is None else run.embedded(output)
+
+
+def let_read_prefix(text_encoder: PreTrainedModel) -> None:
+    """
+    Makes a place for prefixes in the input embeddings of a text encoder.
+
+    The hook stays: code that is compiled without it would not look for it later.
+    """
+    embeddings = text_encoder.get_input_embeddings()
+    if _show_vectors not in embeddings._forward_hooks.values():
+        embeddings.register_forward_hook(_show_vectors)
+
+
+def _later_scale(text_encoder: PreTrainedModel) -> float:
+    """By what a text encoder multiplies what its embeddings return, as Marian does (`scale_embedding`)."""
+    embeddings = text_encoder.get_input_embeddings()
+    owner = next((module for module in text_encoder.modules() if embeddings in module.children()), None)
+    scale = getattr(owner, "embed_scale", None) or getattr(owner, "embedding_multiplier", None) or 1.0
+    return float(scale)
+
+
 class PrefixRun:
     """
     One use of a text encoder that reads a prefix.
+
+    The text encoder gets token ids, and the vectors of the prefix replace the outputs of its embeddings. So it scales
+    the embeddings of texts as ever, and options of `generate` see the text.
 
     No token of the prefix or the text is after padding, so rows without a prefix have the positions of plain texts.
 
@@ -63,6 +101,10 @@ class PrefixRun:
         self.num_before = 0  # tokens before the texts
         # Where each token of the prefix, and then of the text, is among those that were read, (batch, tokens).
         self.places: Optional[torch.Tensor] = None
+        # What stands in place of the embeddings of the first tokens, (batch, tokens, width), and where.
+        self.vectors: Optional[torch.Tensor] = None
+        self.is_vector: Optional[torch.Tensor] = None
+        self.was_read = False
 
     def inputs(
         self, ids: torch.Tensor, mask: torch.Tensor, num_packed: int = 0, to_the_right: bool = True
@@ -77,24 +119,31 @@ class PrefixRun:
         """
         if not self.streams:
             return {"input_ids": ids, "attention_mask": mask.to(torch.int64)}
-        texts = self.model.text_encoder.get_input_embeddings()(ids.clamp(min=0))
-        null_text = getattr(self.model, "null_text", None)
-        if null_text is not None:
-            texts = torch.where((ids == -1)[..., None], null_text.weight.to(texts.dtype), texts)
         before, shown = self.model.fusion(self.streams)
-        states, mask = torch.cat([before.to(texts.dtype), texts], 1), torch.cat([shown, mask.bool()], 1)
-        self.num_before = before.shape[1]
+        self.num_before, mask = before.shape[1], mask.bool()
+        null_text, is_null = getattr(self.model, "null_text", None), ids == -1
+        own = before.new_zeros(*ids.shape, before.shape[2])
+        if null_text is not None:
+            own = torch.where(is_null[..., None], null_text.weight.to(own.dtype), own)
+        vectors = torch.cat([before, own], 1) / _later_scale(self.model.text_encoder)
+        # An id of the text, so that options of `generate` see no other token; not that of padding, whose places some
+        # encoders do not count.
+        blank = 1 if self.model.config.text_config.pad_token_id == 0 else 0
+        ids = ids.masked_fill(is_null, blank)
+        first = ids.gather(1, mask.to(torch.int8).argmax(1, keepdim=True))
+        ids, is_vector = torch.cat([first.expand(-1, self.num_before), ids], 1), torch.cat([shown, is_null], 1)
+        mask = torch.cat([shown, mask], 1)
         most = self._most_places(mask)
-        packed = mask[:, : self.num_before + (num_packed or ids.shape[1])]
+        packed = mask[:, : self.num_before + (num_packed or is_null.shape[1])]
         order = (packed if to_the_right else ~packed).to(torch.int8).argsort(dim=1, stable=True)
         rest = torch.arange(packed.shape[1], mask.shape[1], device=mask.device).expand(len(mask), -1)
         order = torch.cat([order, rest], 1)
         self.places = order.argsort(1)
-        states = states.gather(1, order[..., None].expand_as(states))
-        mask = mask.gather(1, order).to(torch.int64)
-        if most is not None and not to_the_right:
-            states, mask = states[:, :most], mask[:, :most]  # the rest is padding in all rows
-        return {"inputs_embeds": states, "attention_mask": mask}
+        end = mask.shape[1] if most is None or to_the_right else most  # the rest is padding in all rows
+        order = order[:, :end]
+        self.vectors = vectors.gather(1, order[..., None].expand(-1, -1, vectors.shape[2]))
+        self.is_vector = is_vector.gather(1, order)
+        return {"input_ids": ids.gather(1, order), "attention_mask": mask.gather(1, order).to(torch.int64)}
 
     def text_states(self, states: torch.Tensor) -> torch.Tensor:
         """The states of the texts, (batch, length, width), of all states."""
@@ -104,9 +153,33 @@ class PrefixRun:
         return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
 
     @contextmanager
-    def shown_to(self, text_model: nn.Module) -> Iterator[None]:
-        """Nothing changes inside of the text encoder."""
-        yield
+    def shown_to(self, text_model: PreTrainedModel) -> Iterator[None]:
+        """Within the block, and this thread, the text encoder reads the prefix in place of some embeddings."""
+        let_read_prefix(text_model)  # perhaps its embeddings were replaced
+        token = _running.set(self)
+        try:
+            yield
+        finally:
+            _running.reset(token)
+        if self.streams and not self.was_read and not torch.compiler.is_compiling():
+            raise ValueError(
+                f"fusion_type='prefix': the text encoder ({text_model.config.model_type!r}) does not call its input "
+                "embeddings, so it cannot read a prefix: use another fusion_type."
+            )
+
+    def embedded(self, states: torch.Tensor) -> torch.Tensor:
+        """
+        The embeddings (rows or a multiple of them, length, width), with the vectors in their places.
+
+        After the first tokens, a language model with a cache reads new tokens alone.
+        """
+        self.was_read = True
+        if self.vectors is None or self.is_vector is None or states.shape[1] < self.vectors.shape[1]:
+            return states
+        copies, length = states.shape[0] // self.vectors.shape[0], self.vectors.shape[1]
+        vectors = self.vectors.repeat_interleave(copies, 0).to(states)
+        is_vector = self.is_vector.repeat_interleave(copies, 0).to(states.device)
+        return torch.cat([torch.where(is_vector[..., None], vectors, states[:, :length]), states[:, length:]], 1)
 
     def output(self, states: torch.Tensor) -> FusionOutput:
         """The output for these states of the texts."""

@@ -165,6 +165,57 @@ def refuse_assistant(options: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_pieces(options: Mapping[str, Any], config: Any) -> None:
+    """
+    Refuses the options of `generate` by which a language model reads a prompt with a prefix in several pieces.
+
+    Args:
+        config: the generation config of the model.
+
+    Raises:
+        ValueError: if one of them is given.
+    """
+    for name in ("prefill_chunk_size", "prompt_lookup_num_tokens"):
+        given = options.get("generation_config") or config
+        if options.get(name) is not None or getattr(given, name, None) is not None:
+            raise ValueError(f"generate does not support {name} with fusion_type='prefix': leave it out.")
+
+
+def stop_at_end(model: Any, tokenizer: Any) -> None:
+    """
+    Lets `generate` stop also at the token with which the tokenizer ends the answers of training rows.
+
+    The config of the pretrained model may name another one, or none.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): Its generation config is changed, if it writes.
+        tokenizer: that of transformers.
+    """
+    config = model.generation_config
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if config is None or end is None:
+        return
+    stops = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
+    if end not in stops:
+        known = [stop for stop in stops if stop is not None]
+        config.eos_token_id = [*known, end] if known else end
+
+
+def repeatable(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Options of `generate` for scores and explanations: without random draws, also if the generation config of the
+    pretrained model asks for them.
+
+    Args:
+        model ([`MMTransformerForMultiTask`]): The model that writes.
+        options: as a caller gives them; `do_sample` and `generation_config` are kept.
+    """
+    config = model.generation_config
+    if config is None or not config.do_sample or options.keys() & {"do_sample", "generation_config"}:
+        return dict(options)
+    return {"do_sample": False, **options}
+
+
 def stated_length(options: Mapping[str, Any]) -> Optional[str]:
     """Which option of `generate` limits the length, "max_new_tokens" or "max_length"; `None` if none does."""
     given = options.get("generation_config")

@@ -13,11 +13,11 @@ from .decoder_layers import decoder_layers, give_places, number_of_places
 from .decoders import is_language_model
 from .encoder_classes import arguments_of
 from .encoder_features import EncoderFeatures
-from .encoder_probe import traits_of
+from .encoder_probe import observe, traits_of
 from .fusion import fusion_class
 from .fusion_base import FusionOutput
 from .fusion_inside import InsideFusion, InsideRun
-from .fusion_prefix import PrefixRun
+from .fusion_prefix import PrefixRun, let_read_prefix
 from .row_streams import other_streams
 
 
@@ -41,6 +41,8 @@ def build_fusion(config: Any, text_encoder: PreTrainedModel, width: int) -> nn.M
         give_places(layers, config.fusion_layers_every)
         count = number_of_places(len(layers), config.fusion_layers_every)
         return InsideFusion(config, config.modalities, width, count)
+    if config.reads_jointly:
+        let_read_prefix(text_encoder)
     return kind(config, config.modalities, width, **options)
 
 
@@ -77,6 +79,11 @@ def _check_encoder(config: Any, text_encoder: PreTrainedModel, width: int) -> No
         raise ValueError(
             f"{asked}: the text encoder ({name!r}) runs on few rows at a time, since padding changes its outputs. Use "
             "another text encoder, or leave it out."
+        )
+    if every and not observe(config.text_config, "text").has_plain_layers:
+        raise ValueError(
+            f"{asked}: the layers of the language model ({name!r}) read states of another shape than (batch, tokens, "
+            "width), so no fusion can stand between them: leave it out."
         )
     if not every and "inputs_embeds" not in arguments_of(cast(Any, type(text_encoder))):
         raise ValueError(f"{asked}: the text encoder ({name!r}) takes no inputs_embeds. Use another fusion_type.")

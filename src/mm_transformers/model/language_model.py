@@ -13,11 +13,10 @@ from .encoders import max_text_positions
 from .fusion_base import FusionOutput
 from .fusion_behind import BehindRun, LastStates
 from .fusion_layers import kept_keys
-from .generation import WritingTask, answer_ids, refuse_assistant, stated_length, writing_tasks
+from .generation import WritingTask, answer_ids, refuse_assistant, refuse_pieces, stated_length, writing_tasks
 from .joint_reading import joint_run
 from .padding import roll_rows
-from .row_streams import other_streams
-from .task_base import Task
+from .row_streams import TextRun, other_streams
 
 
 def read_contiguously(head: nn.Module) -> None:
@@ -91,8 +90,7 @@ class LanguageModelWriter:
             input_ids, attention_mask: of the texts.
         """
         given = attention_mask.bool()
-        first = torch.arange(given.shape[1], device=given.device) == 0
-        shown = given | (~given.any(-1, keepdim=True) & first)
+        shown = _begun(given)
         ids, mask = self._prompts(task, self.model.prompt_ids(input_ids, attention_mask), shown)
         to_the_left = -_places_to_the_right(shown)
 
@@ -120,7 +118,7 @@ class LanguageModelWriter:
         states = self.model.in_fusion_dtype(run.text_states(seen[0])[:, : text.mask.shape[1]])
         return logits, run.output(roll_rows(states, -_places_to_the_right(text.mask)))
 
-    def _run(self, fused: Any) -> Any:
+    def _run(self, fused: Any) -> TextRun:
         """One use of the language model for rows that were encoded."""
         if self.model.reads_jointly:
             return joint_run(self.model, fused.encoded)
@@ -129,7 +127,7 @@ class LanguageModelWriter:
     def _logits(
         self,
         task: WritingTask,
-        reading: Any,
+        reading: TextRun,
         ids: torch.Tensor,
         mask: torch.Tensor,
         labels: Optional[torch.Tensor],
@@ -170,14 +168,16 @@ class LanguageModelWriter:
             (batch, length) int64: the [`start_ids`] and the answer, without the text before them.
 
         Raises:
-            ValueError: if `assistant_model` is given, or as [`logits`].
+            ValueError: if an option cannot work here, such as `assistant_model`, or as [`logits`].
         """
         refuse_assistant(options)
-        options = self._with_length(task, options)
+        options = self._with_lengths(task, options)
         text = fused.encoded["text"]
         ids, mask = self._prompts(task, text.row_ids, text.mask)
         run = self._run(fused)
         prompts = run.inputs(ids, mask)
+        if run.num_before:
+            refuse_pieces(options, self.text_model.generation_config)
         self._check_length(task, prompts["attention_mask"], options.get("max_new_tokens") or 1)
         config, given = self.text_model.generation_config, options.get("generation_config")
         if config.pad_token_id is None and getattr(given, "pad_token_id", None) is None:
@@ -187,8 +187,7 @@ class LanguageModelWriter:
         start = ids[0, ids.shape[1] - len(self.start_ids(task)) :]
 
         def answers(sequences: torch.Tensor) -> torch.Tensor:
-            if "input_ids" in prompts:
-                sequences = sequences[:, ids.shape[1] :]
+            sequences = sequences[:, prompts["input_ids"].shape[1] :]
             return torch.cat([start.expand(len(sequences), -1), sequences], 1)
 
         if isinstance(written, torch.Tensor):
@@ -205,7 +204,13 @@ class LanguageModelWriter:
         """
         return answer_ids(task, ids, num_rows, len(self.start_ids(task)))
 
-    def _with_length(self, task: WritingTask, options: dict[str, Any]) -> dict[str, Any]:
+    def _with_lengths(self, task: WritingTask, options: dict[str, Any]) -> dict[str, Any]:
+        given = options.get("generation_config") or self.text_model.generation_config
+        fewest = options["min_length"] if options.get("min_length") is not None else given.min_length
+        said = options.get("min_new_tokens") is not None or given.min_new_tokens is not None
+        if fewest and not said:
+            # As `max_length` below.
+            options = {**options, "min_length": 0, "min_new_tokens": max(0, fewest - len(self.start_ids(task)))}
         stated, most = stated_length(options), task.max_length
         if stated == "max_new_tokens":
             return options
@@ -244,10 +249,17 @@ class LanguageModelWriter:
                 f"Task {task.name!r}: the language model continues the texts, so give them as input_ids, also beside "
                 "text_features."
             )
+        mask = _begun(mask)
         to_the_right = _places_to_the_right(mask)
         ids, mask = roll_rows(ids, to_the_right), roll_rows(mask, to_the_right)
         start = torch.tensor(self.start_ids(task), dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
         return torch.cat([ids, start], 1), torch.cat([mask, torch.ones_like(start, dtype=torch.bool)], 1)
+
+
+def _begun(mask: torch.Tensor) -> torch.Tensor:
+    """The mask of texts, (batch, length) bool, with the first place of rows that have none: there a text begins."""
+    first = torch.arange(mask.shape[1], device=mask.device) == 0
+    return mask | (~mask.any(-1, keepdim=True) & first)
 
 
 def _places_to_the_right(mask: torch.Tensor) -> torch.Tensor:
@@ -257,6 +269,18 @@ def _places_to_the_right(mask: torch.Tensor) -> torch.Tensor:
     return (mask * places).amax(1).clamp(min=1) - length
 
 
-def longest_answer(tasks: dict[str, Task]) -> int:
-    """The most tokens that a language model reads after a text."""
-    return max(task.max_length + len(task.decoder_start_ids or []) - 1 for task in writing_tasks(tasks).values())
+def longest_prompt(config: Any) -> Optional[int]:
+    """
+    The longest text of a row, in tokens, that leaves room for the answers of a language model.
+
+    Args:
+        config ([`MMTransformerConfig`]): Of the model.
+
+    Returns:
+        The number of tokens; `None` without such a limit.
+    """
+    if not config.has_language_model:
+        return None
+    positions, tasks = max_text_positions(config.text_config), writing_tasks(config.get_tasks())
+    longest = max(task.max_length + len(task.decoder_start_ids or []) - 1 for task in tasks.values())
+    return None if positions is None else positions - longest

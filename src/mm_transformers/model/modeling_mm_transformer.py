@@ -29,6 +29,7 @@ from .decoders import build_writer, text_encoder_of
 from .distributed import is_sharded
 from .embeddings import embed_rows, rows_with_text, unit_length
 from .encoder_classes import blank_input, takes_audio_mask
+from .encoder_dtypes import dtypes_of_encoders, loading, main_dtype, restore_dtypes, saved_dtypes
 from .encoder_features import EncoderFeatures
 from .encoders import build_encoder, encoder_width
 from .freeze_rules import batch_norms, freeze_parameters, frozen_batch_norm
@@ -182,6 +183,14 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             check_fit(model, loading_info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of fusion and heads; frozen encoders may have another one."""
+        return main_dtype(self) or super().dtype
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return {**super()._get_dtype_plan(dtype), **saved_dtypes(self.config)}
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
@@ -265,6 +274,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         # In the original layout of a vision tower its keys have other names, and the Trainer, which resumes by
         # `load_state_dict(strict=False)`, would leave them out.
         kwargs.setdefault("save_original_format", False)
+        self.config.encoder_dtypes = dtypes_of_encoders(self)
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs} if push_to_hub else {}
         if not is_main_process or os.path.isfile(save_directory) or kwargs.get("distributed_checkpoint"):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
@@ -323,15 +333,17 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
             kwargs["use_safetensors"] = True
         path = pretrained_model_name_or_path
         try:
-            with checked(path, kwargs):
+            with checked(path, kwargs), loading(kwargs):
                 loaded = super().from_pretrained(path, *args, **kwargs)
+                # With output_loading_info=True, this is a tuple.
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                restore_dtypes(model, model.config)
         except Exception as error:
             wrong = what_is_wrong(path, error, **kwargs)
             if wrong is None:
                 raise
             # torch's message tells how to load the pickle anyway.
             raise wrong from (None if is_pickle_error(error) else error)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         # Loading replaces parameters, so `requires_grad` is set again.
         getattr(model, "model", model).freeze()
         model._is_unproven = True
@@ -1266,7 +1278,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
     ) -> torch.Tensor:
         """
         Writes the answers of one task: `processor.batch_decode(ids, skip_special_tokens=True)` turns them into texts.
-        Encoders and fusion run once per row, whatever the number of beams and steps.
+        Encoders and fusion run once per row, whatever the number of beams and steps. The model runs in evaluation mode.
 
         Args:
             task (`str`, *optional*): Name of a [`Generation`] task; may be left out if there is only one.
@@ -1274,7 +1286,8 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
                 The output of `self.model` for these inputs, if it is known already.
             kwargs: the inputs of [`MMTransformerModel.forward`]; everything else (`num_beams`, `do_sample`,
                 `max_new_tokens`, `generation_config`, `return_dict_in_generate`, ...) is for
-                [`~transformers.GenerationMixin.generate`].
+                [`~transformers.GenerationMixin.generate`]. Defaults are those of the pretrained model
+                (`model.generation_config`), which may ask for random draws (`do_sample`).
 
         Returns:
             (batch, length) int64: the ids of the tokens; the first ones are those that the decoder starts with,
@@ -1291,16 +1304,17 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         """
         writing = task_that_writes(self.tasks, task)
         inputs, options = split_inputs(type(self.model).forward, kwargs)
-        if encoder_outputs is None:
-            if self.model.has_language_model and inputs.get("input_ids") is not None:
-                # The language model reads the texts as it writes; here they are for heads alone.
-                width = encoder_width(self.config.text_config)
-                inputs["text_features"] = torch.zeros(*inputs["input_ids"].shape, width, device=self.device)
-            if self.model.has_language_model and self.model.reads_jointly:
-                encoder_outputs = self.model.output_of(self.model.encode_rows(**inputs)[0])
-            else:
-                encoder_outputs = self.model(**inputs)
-        return self._answer_decoder.generate(writing, encoder_outputs, **options)
+        with evaluation_mode(self):
+            if encoder_outputs is None:
+                if self.model.has_language_model and inputs.get("input_ids") is not None:
+                    # The language model reads the texts as it writes; here they are for heads alone.
+                    width = encoder_width(self.config.text_config)
+                    inputs["text_features"] = torch.zeros(*inputs["input_ids"].shape, width, device=self.device)
+                if self.model.has_language_model and self.model.reads_jointly:
+                    encoder_outputs = self.model.output_of(self.model.encode_rows(**inputs)[0])
+                else:
+                    encoder_outputs = self.model(**inputs)
+            return self._answer_decoder.generate(writing, encoder_outputs, **options)
 
     @torch.no_grad()
     def forward_and_write(
@@ -1317,12 +1331,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
             labels, inputs: as [`MMTransformerForMultiTask.forward`] takes them.
             generation_kwargs (`dict`, *optional*): For [`~transformers.GenerationMixin.generate`].
         """
-        no_text = self._text_of_no_head(inputs.get("input_ids")) if self.model.has_language_model else None
-        if no_text is None:
-            encoder_outputs = self.model(**inputs)
-        else:
-            # Only the answers read the texts, beside the other modalities.
-            encoder_outputs = self.model.output_of(self.model.encode_rows(**{**inputs, "text_features": no_text})[0])
+        encoder_outputs = self.encode_for_answers(**inputs)
         # Not by a call of the model: under FSDP this already is one.
         outputs = self.forward(encoder_outputs=encoder_outputs, labels=labels)
         options = generation_kwargs or {}
@@ -1330,6 +1339,21 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
             name: self.write(task, encoder_outputs, **options) for name, task in writing_tasks(self.tasks).items()
         }
         return outputs, written
+
+    def encode_for_answers(self, **inputs: torch.Tensor) -> MMTransformerModelOutput:
+        """
+        The output of `self.model` for rows that are to be answered, from one pass through encoders and fusion.
+
+        If only a language model reads the texts, they are not read before it writes; their states are then 0.
+
+        Args:
+            inputs: as [`MMTransformerModel.forward`] takes them.
+        """
+        ids = inputs.get("input_ids")
+        if ids is None or not self.model.has_language_model or self.heads.names or self.oddness is not None:
+            return self.model(**inputs)
+        no_text = torch.zeros(*ids.shape, encoder_width(self.config.text_config), device=ids.device)
+        return self.model.output_of(self.model.encode_rows(**{**inputs, "text_features": no_text})[0])
 
     def write(self, task: WritingTask, encoder_outputs: MMTransformerModelOutput, **kwargs: Any) -> torch.Tensor:
         """

@@ -8,6 +8,7 @@ from transformers import BertConfig, PreTrainedTokenizerFast
 # The width of the fusion of such a model, that of FT-Transformer (https://arxiv.org/abs/2106.11959).
 WIDTH, HEADS = 192, 4
 _TOKENS = {"[PAD]": 0, "[UNK]": 1}
+_LONGEST = 8
 
 
 def tokenizer_without_words() -> Any:
@@ -19,9 +20,6 @@ def tokenizer_without_words() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=_LONGEST
     )
-
-
-_LONGEST = 8
 
 
 def config_without_text() -> BertConfig:

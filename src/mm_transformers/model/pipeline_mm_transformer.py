@@ -17,6 +17,7 @@ from .downloads import is_url
 from .embeddings import vectors_of_rows
 from .file_contents import content_of, describe
 from .label_cells import is_null
+from .language_model import longest_prompt
 from .limits import CarriedLimits
 from .messages import listed, nearest, shortened
 from .modalities import ARGUMENTS, PARTS, as_list
@@ -45,6 +46,7 @@ class RowPipeline(Pipeline):
             )
         if self.processor is None:
             raise ValueError("The multimodal pipeline needs the processor of the model: processor=...")
+        self._longest_prompt = longest_prompt(self.model.config)
 
     @overload
     def __call__(self, inputs: str | dict[str, Any], **kwargs: Any) -> dict[str, Any]: ...
@@ -116,6 +118,7 @@ class RowPipeline(Pipeline):
             wants_words=any(self.model.tasks[name].is_token_level for name in names),
             limits=CarriedLimits(),
             is_table=is_table,
+            max_length=self._longest_prompt,
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -282,6 +285,7 @@ def read_rows(
     wants_words: bool,
     limits: Optional[CarriedLimits] = None,
     is_table: bool = False,
+    max_length: Optional[int] = None,
 ) -> dict[str, Any]:
     """
     The model inputs of some rows: `tensors`, `numbers`, `texts` and, for tasks that label words, `word_index`.
@@ -292,18 +296,19 @@ def read_rows(
     Args:
         limits: passes the limits on to the workers that are started with this.
         is_table: whether the rows come from a data set, whose addresses the user has not typed. These are not fetched.
+        max_length: the longest text in tokens, as [`longest_prompt`] gives it, if it is shorter than the processor's.
     """
     try:
         rows = [checked_row(row, number, known, processor) for number, row in numbered]
         for (number, _), row in zip(numbered if is_table else (), rows, strict=False):
             _refuse_addresses(row, number)
         try:
-            tensors = _process(rows, processor, wants_words)
+            tensors = _process(rows, processor, wants_words, max_length)
         except ValueError as error:
             # Find the row with the error.
             for (number, _), row in zip(numbered, rows, strict=True):
                 try:
-                    _process([row], processor, wants_words)
+                    _process([row], processor, wants_words, max_length)
                 except ValueError as found:
                     raise ValueError(f"Row {number}: {found}") from error
             raise
@@ -317,11 +322,14 @@ def read_rows(
     }
 
 
-def _process(rows: list[dict[str, Any]], processor: Any, wants_words: bool) -> dict[str, Any]:
+def _process(
+    rows: list[dict[str, Any]], processor: Any, wants_words: bool, max_length: Optional[int]
+) -> dict[str, Any]:
     cells = [processor.cells_of(row) for row in rows]
     parts = {argument: [row[argument] for row in cells] for argument in cells[0]}
     given = {name: part for name, part in parts.items() if name == "text" or any(x is not None for x in part)}
-    return dict(processor(**given, return_word_index=wants_words))
+    most = {} if max_length is None else {"max_length": min(max_length, processor.tokenizer.model_max_length)}
+    return dict(processor(**given, **most, return_word_index=wants_words))
 
 
 def checked_row(row: Any, number: int, known: Optional[Collection[str]], processor: Any) -> dict[str, Any]:

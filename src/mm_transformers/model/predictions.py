@@ -61,7 +61,7 @@ class Predictions:
         """
         with evaluation_mode(model), torch.no_grad():
             has_text = rows_with_text(inputs) if {"input_ids", "attention_mask"} & set(inputs) else None
-            return cls(model, model.model(**inputs), has_text)
+            return cls(model, model.encode_for_answers(**inputs), has_text)
 
     @cached_property
     def logits(self) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from .audio import AudioError, audio_key, load_audio
 from .chats import MESSAGES, without_chat
 from .configuration_mm_transformer import resolve_own
 from .custom_code import reference, write_code
+from .decoders import is_language_model
 from .downloads import fetch
 from .encoders import encoder_config_from_pretrained, max_text_positions
 from .file_contents import describe, is_absent
@@ -440,13 +441,17 @@ class MMTransformerProcessor(ProcessorMixin):
         if text is None:
             tokenizer = tokenizer_without_words()
         else:
-            positions = max_text_positions(encoder_config_from_pretrained(text, "text", **kwargs))
+            text_config = encoder_config_from_pretrained(text, "text", **kwargs)
+            positions = max_text_positions(text_config)
             tokenizer = _read_part("tokenizer", AutoTokenizer, text, **kwargs)
             if positions is not None:
                 tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
             if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
                 # As of most language models; the mask says which tokens are padding.
                 tokenizer.pad_token = tokenizer.eos_token
+            if is_language_model(text_config):
+                # The end of a prompt holds the question, and in a chat the beginning of the answer.
+                tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left"  # also when it is saved
         image_processor = feature_extractor = None
         if vision is not None:
             chosen = {} if backend is None else {"backend": backend}

@@ -1,10 +1,33 @@
 """The other modalities of rows, for a language model that runs several copies of each row."""
 
-from typing import Any, Optional
+from contextlib import AbstractContextManager
+from typing import Any, Optional, Protocol
 
 import torch
 
 from .fusion_base import Stream
+
+
+class TextRun(Protocol):
+    """One use of a text encoder that reads other modalities: behind its states, inside, or as a prefix."""
+
+    num_before: int  # tokens before the texts
+
+    def inputs(
+        self, ids: torch.Tensor, mask: torch.Tensor, num_packed: int = 0, to_the_right: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """
+        What the text encoder reads.
+
+        Args:
+            ids, mask (batch, length): of the texts.
+            num_packed: the number of places, from the left, between which no padding stays; by default all. Only where
+                tokens stand before the texts; elsewhere no padding stands between tokens.
+            to_the_right: whether their padding goes to the left end.
+        """
+
+    def shown_to(self, text_model: Any) -> AbstractContextManager[None]:
+        """Within the block the text encoder reads the other modalities."""
 
 
 class RowStreams:
@@ -15,6 +38,8 @@ class RowStreams:
         streams: the modalities of the rows beside the text.
         num_rows: the number of rows.
     """
+
+    num_before = 0  # tokens before the texts
 
     def __init__(self, streams: list[Stream], num_rows: int) -> None:
         self.streams, self.num_rows = streams, num_rows

@@ -41,27 +41,34 @@ def needed_text(tokenizer: Any, text: str, num_tokens: int, key: str = "text") -
 
     So an endless text costs no more than one that is just too long. The text is cut before a space, where tokenizers
     begin a new word. Characters beyond the limit `text_characters` are left out. If the tokenizer truncates on the
-    left, the end of the text remains.
+    left, the end of the text remains, with the same last tokens.
 
     Args:
         tokenizer: that of transformers.
         num_tokens: the number of tokens that the caller keeps.
-        key: the tokenizer's argument for the text; `"text_target"` for texts that a decoder writes.
+        key: the tokenizer's argument for the text; `"text_target"` for texts that a decoder writes, whose beginning is
+            needed.
     """
-    most = limits().text_characters
-    if getattr(tokenizer, "truncation_side", "right") != "right":
-        return text[-most:]
-    text, size = text[:most], _CHARACTERS[0] * num_tokens + _CHARACTERS[1]
+    most, size = limits().text_characters, _CHARACTERS[0] * num_tokens + _CHARACTERS[1]
+    keeps_end = key == "text" and getattr(tokenizer, "truncation_side", "right") != "right"
+    text = text[-most:] if keeps_end else text[:most]
     while size < len(text):
-        end = text.rfind(" ", size // 2, size)
-        while end > 0 and text[end - 1].isspace():
-            end -= 1
-        if end > 0:
-            start = tokenize(tokenizer, **{key: text[:end]}, add_special_tokens=False, verbose=False)["input_ids"]
-            if len(start) >= num_tokens + _MARGIN:
-                return text[:end]
+        place = _space(text, size, keeps_end)
+        if place > 0:
+            part = text[place:] if keeps_end else text[:place]
+            found = tokenize(tokenizer, **{key: part}, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(found) >= num_tokens + _MARGIN:
+                return part
         size *= 2
     return text
+
+
+def _space(text: str, size: int, keeps_end: bool) -> int:
+    """The place of the space before which a text is cut to about `size` characters; not above 0 if there is none."""
+    place = text.find(" ", len(text) - size, len(text) - size // 2) if keeps_end else text.rfind(" ", size // 2, size)
+    while place > 0 and text[place - 1].isspace():
+        place -= 1
+    return place
 
 
 # Stand for the end of a text: tokenizers split before a space and behind a line break.

@@ -41,6 +41,7 @@ from ..data.mixture_rows import MixedRows
 from ..data.sources import ROWS_PER_SOURCE, rows_of
 from ..data.splitting import Part, split_for_validation
 from ..model.answers import unwrapped
+from ..model.generation import repeatable, stop_at_end
 from ..model.input_checks import check_finite_weights
 from ..model.modeling_mm_transformer import MMTransformerForMultiTask
 from ..model.pairs import PairTask
@@ -230,6 +231,9 @@ class MMTrainer(Trainer):
         self._check_model()
         if data_collator is None:
             self.data_collator = MMDataCollator(self.processing_class, self.model.config)
+        if self.processing_class is not None:
+            # As transformers does when training begins; evaluation may come before.
+            stop_at_end(self.fused_model, self.processing_class.tokenizer)
         self._refit: Optional[Refit] = None
         self._parts: list[Part] = []  # held-out rows, and the remaining rows
         self.refitted: Optional[str] = None  # the second training on all rows, if any
@@ -1041,7 +1045,7 @@ class MMTrainer(Trainer):
         labels = inputs.pop("labels", None)
         if self.is_fsdp_enabled:
             gather_for_method(fused, "forward_and_write")
-        options = generation_options(self.args, self._generation_config, self.is_fsdp_enabled)
+        options = repeatable(fused, generation_options(self.args, self._generation_config, self.is_fsdp_enabled))
         # Not through the wrapped model, which otherwise sets the precision.
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             outputs, written = fused.forward_and_write(labels, options, **inputs)

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ...data.collator import MMDataCollator
 from ...data.sources import rows_of
 from ...model.answers import check_tasks, evaluation_mode, unwrapped
-from ...model.generation import writing_tasks
+from ...model.generation import repeatable, writing_tasks
 from ...model.label_cells import as_scalar, is_null
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
 from ...model.pairs import PairTask
@@ -90,7 +90,8 @@ def ablate(
         batch_size (`int`, *optional*, defaults to 64): Rows at once; no result depends on it.
         seed (`int`, *optional*, defaults to 0): The seed of the order, the exchanges and the sample.
         compute_metrics (*optional*): Defaults to [`MultiTaskMetrics`].
-        generation_options: for `model.generate`, if a task writes texts.
+        generation_options: for `model.generate`, if a task writes texts. Nothing is drawn at random without
+            `do_sample=True`.
 
     Raises:
         ValueError: if there are no rows, or the model reads text alone; as the collator, if a row cannot be read.
@@ -118,7 +119,8 @@ def ablate(
             raise ValueError(f"slices names the column {name!r}, but the columns are {', '.join(known)}.")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(rows))
-    scores = _Scores(model, modalities, check_tasks(model, tasks), batch_size, generation_options)
+    options = repeatable(model, generation_options)
+    scores = _Scores(model, modalities, check_tasks(model, tasks), batch_size, options)
     # Windows of nearly equal size, since a single row has no other row for an exchange.
     windows = np.array_split(order, -(-len(rows) // _WINDOW))
     held = 0

@@ -10,9 +10,11 @@ import torch
 from ...data.cells import as_records
 from ...data.sources import batches
 from ...model.answers import check_tasks, unwrapped
+from ...model.generation import repeatable
 from ...model.images import load_image, pixels_for_each
 from ...model.joint_reading import observed_runs
 from ...model.label_cells import is_null
+from ...model.language_model import longest_prompt
 from ...model.modalities import as_clips, as_list, own_encoders
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask, MMTransformerModelOutput
 from ...model.padding import leading_padding, roll_rows
@@ -114,7 +116,8 @@ def explain(
             write. By default all words together.
         batch_size (`int`, *optional*, defaults to 8): Rows at once, for a list.
         seed (`int`, *optional*, defaults to 0): The seed of `"random"`.
-        generation_options: for `model.generate`, if the task writes texts.
+        generation_options: for `model.generate`, if the task writes texts. Nothing is drawn at random without
+            `do_sample=True`.
 
     Returns:
         [`Explanation`], or a list of them for a list of rows.
@@ -143,7 +146,7 @@ def explain(
         )
     if word is not None and word < 0:
         raise ValueError(f"word must be at least 0, but is {word}.")
-    question = Question(names[0], answer, word, generation_options)
+    question = Question(names[0], answer, word, repeatable(model, generation_options))
     is_one = isinstance(row, (str, Mapping))
     given = [row] if is_one else as_records(row)
     rows = [given[i] for i in range(len(given))]
@@ -167,7 +170,8 @@ def _explain_batch(
 ) -> list[Explanation]:
     known = _known_keys(model, processor, numbered)
     wants_words = model.tasks[question.task].is_token_level
-    read = read_rows(numbered, processor, known, wants_words, is_table=is_table)
+    longest = longest_prompt(model.config)
+    read = read_rows(numbered, processor, known, wants_words, is_table=is_table, max_length=longest)
     if "error" in read:
         raise ValueError(read["error"])
     inputs = {name: x.to(model.device) for name, x in apart(read["tensors"]).items()}
@@ -205,7 +209,8 @@ def _explain_batch(
         )
     shares = shares_of_modalities(model, processor, inputs, outputs.encoded, question, asked, read["texts"], words)
     placing = _Placing(model, processor, inputs, outputs, relevance, seen.maps, shares)
-    rows = [row if isinstance(row, Mapping) else {"text": row} for _, row in numbered]
+    # Columns of numbers keep their names beside the keys.
+    rows = [{**row, **processor.with_keys(row)} if isinstance(row, Mapping) else {"text": row} for _, row in numbered]
     return [placing.explanation(i, row, question.task, asked, method) for i, row in enumerate(rows)]
 
 

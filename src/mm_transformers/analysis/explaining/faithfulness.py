@@ -8,6 +8,7 @@ import torch
 
 from ...data.sources import batches
 from ...model.answers import check_tasks, evaluation_mode, unwrapped
+from ...model.language_model import longest_prompt
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.pipeline_mm_transformer import read_rows
 from ...model.processing_mm_transformer import MMTransformerProcessor
@@ -95,7 +96,7 @@ def faithfulness(
     for numbers, of_batch in batches(rows, batch_size):
         batch = [explanations[number] for number in numbers]
         numbered = list(zip(numbers, of_batch, strict=True))
-        read = read_rows(numbered, processor, known=None, wants_words=False)
+        read = read_rows(numbered, processor, None, wants_words=False, max_length=longest_prompt(model.config))
         inputs = {name: value.to(model.device) for name, value in apart(read["tensors"]).items()}
         for first in (True, False):
             probabilities = [

@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from ...model.calibration import Calibration
 from ...model.decoders import decoder_positions
 from ...model.generation import WritingTask, task_that_writes, writing_tasks
+from ...model.language_model import longest_prompt
 from ...model.modeling_mm_transformer import MMTransformerForMultiTask
 from ...model.pipeline_mm_transformer import MultimodalEmbeddingPipeline, MultimodalPipeline, RowPipeline, read_rows
 from ...model.predictions import Predictions
@@ -213,7 +214,8 @@ class ServedModel:
         Raises:
             ValueError: as the pipeline does.
         """
-        read = read_rows([(0, row)], self.processor, self.kinds[PREDICT].pipeline.known_keys(), False)
+        longest, known = longest_prompt(self.model.config), self.kinds[PREDICT].pipeline.known_keys()
+        read = read_rows([(0, row)], self.processor, known, False, max_length=longest)
         if "error" in read:
             raise ValueError(read["error"])
         inputs = {name: value.to(self.model.device) for name, value in read["tensors"].items()}
