@@ -48,7 +48,11 @@ REPLACED = {
     }
 }
 # Libraries that no extra of the tests brings in; tests/examples/test_ray.py runs the first.
-NEEDED = {"docs/how-to/predict-with-ray.md": "ray", "docs/how-to/track-a-run.md": "trackio"}
+NEEDED = {
+    "docs/how-to/language-model-8-bits.md": "torchao",
+    "docs/how-to/predict-with-ray.md": "ray",
+    "docs/how-to/track-a-run.md": "trackio",
+}
 # Exporting takes minutes.
 NIGHTLY = {"docs/how-to/export.md"}
 REGISTRIES = [
