@@ -222,7 +222,7 @@ def test_more_rows_than_may_wait_are_refused_for_good(served):
 
 
 def test_the_writing_tasks_of_a_batch_share_one_deadline():
-    tasks = [Generation(name, max_length=32) for name in ("german", "french")]
+    tasks = [Generation(name, max_length=32, decoder_start_ids=[n]) for n, name in ((2, "german"), (3, "french"))]
     config = MMTransformerConfig(text_config=SEQ2SEQ["bart"](), tasks=tasks, num_fusion_attention_heads=4)
     served = ServedModel(MMTransformerForMultiTask(config), MMTransformerProcessor(tokenizer=make_tokenizer()))
     served.model.model.text_model.get_decoder().register_forward_pre_hook(lambda *_: time.sleep(0.05))
