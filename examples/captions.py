@@ -22,7 +22,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
@@ -135,10 +134,9 @@ def train_model(args: argparse.Namespace, train: datasets.Dataset, test: dataset
         freeze=["vision", "text"] if args.language_model == "frozen" else ["vision"],
         # Rows of this data all have a picture, and the loss without one is measured, not trained.
         modality_dropout=args.modality_dropout,
+        dtype={"text": "bfloat16" if args.bf16 and args.language_model == "frozen" else "float32"},
         **FUSIONS[args.fusion](args),
     )
-    if args.bf16 and args.language_model == "frozen":
-        model.model.text_model.to(torch.bfloat16)
     trained = with_adapters(model, args) if args.language_model == "lora" else model
     trainer = MMTrainer(
         trained,

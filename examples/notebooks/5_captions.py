@@ -27,7 +27,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset, Image
 from matplotlib import pyplot as plt
 
@@ -82,9 +81,9 @@ model = MMTransformerForMultiTask.from_encoders(
     **encoders,
     tasks=[Generation("caption", max_length=16), Classification("folder", labels=sorted(set(train["folder"])))],
     freeze=["text", "vision"],
+    dtype={"text": "bfloat16"},  # frozen, so half of the memory is enough; the rest stays in float32
     fusion_layers_every=4,
 )
-model.model.text_model.to(torch.bfloat16)  # frozen, so half of the memory is enough; the rest stays in float32
 
 
 def write(rows):

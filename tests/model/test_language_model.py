@@ -13,12 +13,18 @@ from language_models import (
     to_the_left,
     written_alone,
 )
-from tiny import TEXT_ENCODERS, VOCAB_SIZE, make_batch, open_gates
+from tiny import TEXT_ENCODERS, VOCAB_SIZE, make_batch, make_image, open_gates
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, GenerationConfig, OPTConfig, RwkvConfig
 from writers import LABELS, TOPIC
 
-from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask, Retrieval
+from mm_transformers import (
+    Generation,
+    MMTransformerConfig,
+    MMTransformerForMultiTask,
+    MMTransformerProcessor,
+    Retrieval,
+)
 
 
 every_language_model = pytest.mark.parametrize("kind", first_quickly(LANGUAGE_MODELS))
@@ -382,3 +388,26 @@ def test_heads_read_the_last_token(side):
 def test_a_pooling_that_is_not_known():
     with pytest.raises(ValueError, match="text_pooling must be one of mean, last, but is 'first'"):
         make_language_model(text_pooling="first")
+
+
+@pytest.mark.parametrize("options", [{}, {"fusion_layers_every": 1}], ids=["behind", "inside"])
+def test_the_language_model_alone_may_be_in_bfloat16(options, tmp_path):
+    encoders = save_language_model(tmp_path)
+    model = MMTransformerForMultiTask.from_encoders(
+        **encoders, tasks=[TOPIC, Generation("german")], dtype={"text": "bfloat16"}, **options
+    )
+    alone = AutoModelForCausalLM.from_pretrained(encoders["text"], dtype=torch.bfloat16).eval()
+    assert {p.dtype for p in model.model.text_model.parameters()} == {torch.bfloat16}
+    others = [p for name, p in model.named_parameters() if "text_model" not in name]
+    assert {p.dtype for p in others} == {torch.float32}
+    # What transformers keeps in float32, such as the frequencies of positions, stays so.
+    kept = {name: x.dtype for name, x in alone.named_buffers()}
+    assert {name: x.dtype for name, x in model.model.text_model.named_buffers()} == kept
+    inputs = MMTransformerProcessor.from_encoders(**encoders)(text=["the red dog"], images=[make_image(0)])
+    expected = alone.generate(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=8, do_sample=False
+    )
+    found = model.generate("german", **inputs, max_new_tokens=8, do_sample=False)
+    assert found.tolist() == expected[:, inputs["input_ids"].shape[1] :].tolist()
+    with pytest.raises(ValueError, match="dtype names 'audio', but the encoders are text, vision"):
+        MMTransformerForMultiTask.from_encoders(**encoders, tasks=[TOPIC], dtype={"audio": "bfloat16"})

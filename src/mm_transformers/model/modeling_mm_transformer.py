@@ -378,7 +378,8 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
                 `freeze` defaults to `["vision"]` (Zhai et al. 2022, https://arxiv.org/abs/2111.07991); `[]` trains all,
                 which encoders with new weights need. `modality_dropout` defaults to 0.3 of each modality (of the text
                 only if no task writes). Everything else (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes
-                to `AutoModel.from_pretrained`.
+                to `AutoModel.from_pretrained`. `dtype` may be a dict, such as `{"text": "bfloat16"}`: encoders that are
+                not in it, and all new parts, are in float32.
 
         Raises:
             ValueError: one sentence, if an encoder cannot be used or an option does not fit.
@@ -400,8 +401,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
         options |= {f"{name}_config": config for name, config in own.items() if config is not None}
         names = [*paths, *(name for name, config in own.items() if config is not None)]
         loaded = load_encoders(paths, with_defaults(options, names), **kwargs)
-        first = next(iter(loaded.models.values()), None)
-        with default_dtype(torch.float32 if first is None else first.dtype):
+        with default_dtype(loaded.dtype):
             model = cls(loaded.config, **loaded.models).eval()
         loaded.restore_attention()
         return model

@@ -27,11 +27,13 @@ class PretrainedEncoders(NamedTuple):
         config: the config of the model.
         models: "text_model", ... -> the encoder; with a task that writes, "text_model" is an encoder-decoder.
         attention: the config of each encoder, and the attention implementation that it was loaded with.
+        dtype: of the new parts.
     """
 
     config: MMTransformerConfig
     models: dict[str, PreTrainedModel]
     attention: list[tuple[PreTrainedConfig, str]]
+    dtype: torch.dtype = torch.float32
 
     def restore_attention(self) -> None:
         """Building a model resets the attention implementation of its parts; this sets it again."""
@@ -94,13 +96,17 @@ def load_encoders(paths: Mapping[str, str], options: Mapping[str, Any], **kwargs
     Args:
         paths: modality -> Hub id or local folder of its encoder.
         options: fields of the config.
-        kwargs: for `AutoModel.from_pretrained`.
+        kwargs: for `AutoModel.from_pretrained`; `dtype` may be a dict from modality to dtype.
 
     Raises:
         ValueError: one sentence, if an encoder cannot be used or an option does not fit.
     """
     # A checkpoint may be stored in half precision; training starts from float32 unless the caller asks for another.
-    kwargs.setdefault("dtype", torch.float32)
+    given = kwargs.pop("dtype", torch.float32)
+    dtypes = given if isinstance(given, Mapping) else dict.fromkeys(paths, given)
+    unknown = [name for name in dtypes if name not in paths]
+    if unknown:
+        raise ValueError(f"dtype names {unknown[0]!r}, but the encoders are {', '.join(paths)}.")
     # A wrong option is an error before gigabytes are read.
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
     text_config = options.get("text_config")
@@ -112,16 +118,19 @@ def load_encoders(paths: Mapping[str, str], options: Mapping[str, Any], **kwargs
     config = MMTransformerConfig(**early, text_config=text_config)
     models, configs = {}, {}
     for modality, path in paths.items():
+        own = {**kwargs, "dtype": dtypes.get(modality, torch.float32)}
         if modality == "text" and config.has_decoder:
-            model = load_writer(path, config.decoder_config, **kwargs)
+            model = load_writer(path, config.decoder_config, **own)
             configs[modality] = model.config if config.decoder_config is None else model.encoder.config
         else:
-            model, configs[modality] = load_encoder(path, modality, **kwargs)
+            model, configs[modality] = load_encoder(path, modality, **own)
         models[f"{modality}_model"] = model
     attention = [(found, found._attn_implementation) for found in configs.values()]
     parts = {f"{modality}_config": found for modality, found in configs.items()}
     config = MMTransformerConfig(**{**options, **parts}, attn_implementation=kwargs.get("attn_implementation"))
-    return PretrainedEncoders(config, models, attention)
+    first = next(iter(models.values()), None)
+    dtype = torch.float32 if first is None or isinstance(given, Mapping) else first.dtype
+    return PretrainedEncoders(config, models, attention, dtype)
 
 
 @contextmanager
