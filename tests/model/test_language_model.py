@@ -409,5 +409,12 @@ def test_the_language_model_alone_may_be_in_bfloat16(options, tmp_path):
     )
     found = model.generate("german", **inputs, max_new_tokens=8, do_sample=False)
     assert found.tolist() == expected[:, inputs["input_ids"].shape[1] :].tolist()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path / "saved").eval()
+    for (name, one), other in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert one.dtype == other.dtype, name
+        assert torch.equal(one, other), name
+    assert {name: x.dtype for name, x in loaded.model.text_model.named_buffers()} == kept
+    assert torch.equal(loaded(**inputs).logits["topic"], model(**inputs).logits["topic"])
     with pytest.raises(ValueError, match="dtype names 'audio', but the encoders are text, vision"):
         MMTransformerForMultiTask.from_encoders(**encoders, tasks=[TOPIC], dtype={"audio": "bfloat16"})

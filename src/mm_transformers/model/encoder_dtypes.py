@@ -58,10 +58,17 @@ def saved_dtypes(config: Any) -> dict[str, torch.dtype]:
 
 
 def restore_dtypes(model: nn.Module, config: Any) -> None:
-    """Gives the encoders of a loaded model their dtypes, with their buffers, such as tables of positions."""
+    """
+    Gives the encoders of a loaded model their dtypes.
+
+    What a checkpoint does not store, such as frequencies of positions, keeps the dtype in which it was computed, as
+    when transformers loads a model in half precision.
+    """
     fused = getattr(model, "model", model)
     for name, dtype in saved_dtypes(config).items():
-        nn.Module.to(getattr(fused, name), dtype)
+        for stored in getattr(fused, name).state_dict(keep_vars=True).values():
+            if stored.is_floating_point():
+                stored.data = stored.data.to(dtype)
 
 
 def check_encoder_dtypes(value: Any, encoders: list[str]) -> None:
