@@ -3,7 +3,8 @@ Captions by a language model: where do pictures enter best? Behind its layers, i
 
 A language model writes the captions of each picture after a prompt, and answers questions about it by heads. Printed
 are loss, BLEU and chrF of test rows with their own picture, without any, and with the picture of another row; how often
-the right caption has a lower perplexity than a wrong one; and the accuracy of the heads beside that of a linear model.
+the right caption has a lower perplexity than a wrong one, and is likelier with its own picture than with another; and
+the accuracy of the heads beside that of a linear model.
 
     python captions.py --text HuggingFaceTB/SmolLM2-135M --vision google/vit-base-patch16-224-in21k \\
         --data stamps --captions text german --labels category --fusion inside
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
@@ -37,7 +39,7 @@ from mm_transformers import (
     MMTransformerForMultiTask,
     MMTransformerProcessor,
 )
-from mm_transformers.analysis.contrastive import contrastive_accuracy
+from mm_transformers.analysis import contrastive_accuracy
 from mm_transformers.training.linear_start.study import Study
 
 
@@ -102,6 +104,31 @@ def in_pairs(rows: datasets.Dataset, column: str, seed: int) -> tuple[datasets.D
             numbers += [first, second]
     wrong = [captions[numbers[place ^ 1]] for place in range(len(numbers))]
     return rows.select(numbers), wrong
+
+
+def own_picture_preferred(trainer: MMTrainer, pairs: datasets.Dataset, column: str) -> float:
+    """
+    The share of captions that are likelier with their own picture than with that of the other row of the pair.
+
+    Likely captions have no advantage here, since each is compared with itself.
+    """
+    cells = list(pairs["image"])
+    others = [{**row, "image": cells[place ^ 1]} for place, row in enumerate(pairs)]
+    swapped = datasets.Dataset.from_list(others, features=pairs.features)
+    own, other = (caption_losses(trainer, rows, column) for rows in (pairs, swapped))
+    return float(((own < other) + 0.5 * (own == other)).mean())
+
+
+@torch.no_grad()
+def caption_losses(trainer: MMTrainer, rows: datasets.Dataset, column: str) -> np.ndarray:
+    """(rows,): the loss of each caption, the sum over its tokens."""
+    model, collator, losses = trainer.fused_model.eval(), trainer.collator_for(rows), []
+    for start in range(0, len(rows), 32):
+        batch = collator([rows[i] for i in range(start, min(start + 32, len(rows)))])
+        labels = batch.pop("labels")[column]
+        logits = model(**batch, labels={column: labels}).logits[column].float()
+        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1))
+    return torch.cat(losses).numpy()
 
 
 def make_tasks(args: argparse.Namespace, processor: MMTransformerProcessor, train: datasets.Dataset) -> list:
@@ -177,6 +204,8 @@ def measure(args: argparse.Namespace, trainer: MMTrainer, test: datasets.Dataset
             pairs, wrong = in_pairs(rows, column, args.seed)
             accuracy = contrastive_accuracy(trainer.fused_model, trainer.collator_for(pairs), pairs, column, wrong)
             scores[f"{column} contrastive accuracy, {kind} picture"] = accuracy
+            if kind == "right":
+                scores[f"{column} accuracy, own picture or another"] = own_picture_preferred(trainer, pairs, column)
         for column in args.labels:
             scores[f"{column} accuracy, {kind} picture"] = metrics[f"eval_{column}_accuracy"]
     for column in args.labels:

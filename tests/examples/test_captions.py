@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import numpy as np
 import pytest
 from language_models import save_language_model
 from scripts import EXAMPLES, import_script, run
@@ -46,6 +47,7 @@ def test_captions_are_scored_with_right_no_and_shuffled_pictures(captions, optio
             assert len(losses) == 3  # pictures count, and which picture it is
             # Without a picture, one caption of a pair is preferred for both of its rows.
             assert scores[f"{column} contrastive accuracy, no picture"] == 0.5
+            assert 0 <= scores[f"{column} accuracy, own picture or another"] <= 1
         assert 0 <= scores["topic accuracy, linear model"] <= 1
         assert result["steps"] == 4
         assert min(result["costs"].values()) > 0
@@ -60,3 +62,16 @@ def test_only_results_with_the_same_settings_are_averaged():
     other_rate, first, again = result("behind", 0, 0.1, 1), result("behind", 0, 0.2, 2), result("behind", 0, 0.2, 3)
     last = [result("inside", 0, 0.2, 4), result("behind", 1, 0.2, 5)]
     assert captions.alike([other_rate, first, again, *last]) == [again, *last]
+
+
+def test_each_caption_is_compared_with_itself(monkeypatch):
+    """A likely caption has no advantage: only the picture beside it counts."""
+    captions = import_script(EXAMPLES / "captions.py")
+    pairs = datasets.Dataset.from_list([{"image": i, "text": i} for i in range(6)])
+    fitting = {(0, 0), (1, 1), (2, 3), (3, 2)}  # the first two fit their own picture, the next two that of the other
+
+    def losses(trainer, rows, column):
+        return np.array([row["text"] - 0.5 * ((row["text"], row["image"]) in fitting) for row in rows])
+
+    monkeypatch.setattr(captions, "caption_losses", losses)
+    assert captions.own_picture_preferred(None, pairs, "text") == (2 + 0 + 0.5 * 2) / 6
