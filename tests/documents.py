@@ -66,7 +66,7 @@ def save_reader_folder(folder: Path) -> Path:
     AutoModel.from_config(AUDIO_ENCODERS["whisper"]()).save_pretrained(whisper)
     FEATURE_EXTRACTORS["whisper"]().save_pretrained(whisper)
     make_image(3).save(folder / "rain.jpg")
-    for name in ("train", "test", "calibration"):
+    for name in ("train", "validation", "test", "calibration"):
         pd.DataFrame(_messages(folder)).to_csv(folder / f"{name}.csv", index=False)
     pd.DataFrame(_products(folder)).to_csv(folder / "products.csv", index=False)
     things = [f"{thing} number {i},{1900 + i},{thing}s,{i * 7}.5" for i in range(30) for thing in ("chair", "lamp")]
