@@ -89,21 +89,29 @@ def own_model(args: argparse.Namespace) -> tuple[Path, MMTransformerProcessor, A
 
 
 @torch.inference_mode()
-def answer(model: Any, batches: list[dict[str, Any]], choices: list[str]) -> tuple[list[float], list[dict[str, Any]]]:
-    """The seconds of each batch, and the chosen labels by task."""
-    dtype = getattr(model, "dtype", torch.float32)
-    seconds, answers = [], []
+def answer(
+    models: dict[str, Any], batches: list[dict[str, Any]], choices: list[str]
+) -> tuple[dict[str, list[float]], dict[str, list[dict[str, Any]]]]:
+    """
+    The seconds of each batch, and the chosen labels by task; by kind.
+
+    All kinds answer a batch before the next one, so that other work on the machine slows them alike.
+    """
+    seconds: dict[str, list[float]] = {kind: [] for kind in models}
+    answers: dict[str, list[dict[str, Any]]] = {kind: [] for kind in models}
     for batch in batches:
-        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
-        start = time.perf_counter()
-        logits = model(**inputs).logits
-        seconds.append(time.perf_counter() - start)
-        answers.append({task: logits[task].argmax(-1) for task in choices})
+        for kind, model in models.items():
+            dtype = getattr(model, "dtype", torch.float32)
+            inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+            start = time.perf_counter()
+            logits = model(**inputs).logits
+            seconds[kind].append(time.perf_counter() - start)
+            answers[kind].append({task: logits[task].argmax(-1) for task in choices})
     return seconds, answers
 
 
 def share(found: list[dict[str, Any]], wanted: list[dict[str, Any]], choices: list[str]) -> float:
-    """The share of labelled cells with the wanted label."""
+    """The share of cells with the wanted label, of those that have one."""
     pairs = [(one[task], truth[task]) for one, truth in zip(found, wanted, strict=True) for task in choices]
     equal = sum(int((one == truth)[truth >= 0].sum()) for one, truth in pairs)
     return equal / sum(int((truth >= 0).sum()) for _, truth in pairs)
@@ -134,15 +142,16 @@ def main() -> None:
         batches = [collator(list(part)) for part in parts]
         labels = [batch.pop("labels") for batch in batches]
         choices = [task.name for task in config.get_tasks().values() if task.kind == "classification"]
+        if not any(bool((one[task] >= 0).any()) for one in labels for task in choices):
+            parser.error("no row has a label of a task that chooses one label")
         answering = candidates(saved, processor, folder)
-        answered = {kind: answer(model, batches, choices) for kind, (model, _) in answering.items()}
-    baseline, reference = answered["torch, float32"]
+        seconds, answers = answer({kind: model for kind, (model, _) in answering.items()}, batches, choices)
+    baseline, reference = seconds["torch, float32"], answers["torch, float32"]
     print("\n| | accuracy (%) | same answers (%) | MB | times as fast as float32 |\n|---|---|---|---|---|")
     found = {}
     for kind, (_, size) in answering.items():
-        seconds, answers = answered[kind]
-        speed = statistics.median(baseline) / statistics.median(seconds)
-        accuracy, same = share(answers, labels, choices), share(answers, reference, choices)
+        speed = statistics.median(baseline) / statistics.median(seconds[kind])
+        accuracy, same = share(answers[kind], labels, choices), share(answers[kind], reference, choices)
         shown = f"{100 * accuracy:.1f} | {100 * same:.1f}" if args.width is None else "untrained | "
         print(f"| {kind} | {shown} | {size / 1e6:.1f} | {speed:.2f} |")
         found[kind] = {"accuracy": accuracy, "same": same, "mb": size / 1e6, "speed": speed}

@@ -39,7 +39,7 @@ from mm_transformers import (
     MMTransformerForMultiTask,
     MMTransformerProcessor,
 )
-from mm_transformers.analysis import contrastive_accuracy
+from mm_transformers.analysis.contrastive import contrastive_accuracy, log_perplexities
 from mm_transformers.training.linear_start.study import Study
 
 
@@ -119,16 +119,12 @@ def own_picture_preferred(trainer: MMTrainer, pairs: datasets.Dataset, column: s
     return float(((own < other) + 0.5 * (own == other)).mean())
 
 
-@torch.no_grad()
 def caption_losses(trainer: MMTrainer, rows: datasets.Dataset, column: str) -> np.ndarray:
-    """(rows,): the loss of each caption, the sum over its tokens."""
-    model, collator, losses = trainer.fused_model.eval(), trainer.collator_for(rows), []
-    for start in range(0, len(rows), 32):
-        batch = collator([rows[i] for i in range(start, min(start + 32, len(rows)))])
-        labels = batch.pop("labels")[column]
-        logits = model(**batch, labels={column: labels}).logits[column].float()
-        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1))
-    return torch.cat(losses).numpy()
+    """(rows,): the mean loss of the tokens of each caption."""
+    collator = trainer.collator_for(rows)
+    batches = (rows.select(range(i, min(i + 32, len(rows)))) for i in range(0, len(rows), 32))
+    found = [log_perplexities(trainer.fused_model, collator(list(batch)), column) for batch in batches]
+    return torch.cat(found).cpu().numpy()
 
 
 def make_tasks(args: argparse.Namespace, processor: MMTransformerProcessor, train: datasets.Dataset) -> list:

@@ -77,6 +77,12 @@ def test_a_space_of_its_own_is_no_second_one():
     assert spaced == plain
 
 
+@pytest.mark.parametrize(("before", "text"), [("a", "小狗"), ("图", "dog"), ("a red </s>", "dog"), ("หมา", "แมว")])
+def test_scripts_without_spaces_and_special_tokens_get_none(before, text):
+    tokenizer = TOKENIZERS["byte level"]
+    assert continuing_ids(tokenizer, [text], [before]) == [ids_of(tokenizer, text)]
+
+
 def test_labels_continue_the_prompt_or_the_start_ids():
     tokenizer = TOKENIZERS["byte level"]
     end = tokenizer.eos_token_id

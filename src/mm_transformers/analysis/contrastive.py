@@ -50,7 +50,7 @@ def contrastive_accuracy(
     wins = 0.0
     for numbers, batch_rows in batches(rows, batch_size):
         wrong_rows = [{**row, kind.column: wrong[number]} for number, row in zip(numbers, batch_rows, strict=True)]
-        right_scores, wrong_scores = (_perplexities(model, collator(r), task) for r in (batch_rows, wrong_rows))
+        right_scores, wrong_scores = (log_perplexities(model, collator(r), task) for r in (batch_rows, wrong_rows))
         if right_scores.isnan().any():
             number = numbers[int(right_scores.isnan().nonzero()[0])]
             raise ValueError(f"Row {number:,} has no text for task {task!r}.")
@@ -62,8 +62,15 @@ def contrastive_accuracy(
 
 
 @torch.no_grad()
-def _perplexities(model: MMTransformerForMultiTask, batch: dict[str, Any], task: str) -> torch.Tensor:
-    """(rows,): log-perplexity of each row's text, NaN without a text."""
+def log_perplexities(model: MMTransformerForMultiTask, batch: dict[str, Any], task: str) -> torch.Tensor:
+    """
+    (rows,): the mean loss of the tokens of each row's text, NaN without a text.
+
+    Args:
+        model: runs in evaluation mode, whatever its mode.
+        batch: of a collator, with labels; these are taken out of it.
+        task (`str`): Name of a task that writes.
+    """
     labels = batch.pop("labels")[task].to(model.device)
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     with evaluation_mode(model):

@@ -41,7 +41,7 @@ class Calibration:
         if group in cells:
             return cells[group]
         other = cells.get(OTHER)
-        # Checkpoints of before have no such names.
+        # Older checkpoints lack this key.
         if other is None or group in other.get("groups", [group]):
             return other
         return {key: value for key, value in other.items() if key != "thresholds"}

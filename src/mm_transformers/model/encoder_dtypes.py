@@ -1,5 +1,6 @@
 """The dtypes of a model whose frozen encoders are stored in another one, such as a language model in bfloat16."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,15 +25,24 @@ def main_dtype(model: nn.Module) -> Optional[torch.dtype]:
 
 
 def dtypes_of_encoders(model: nn.Module) -> Optional[dict[str, str]]:
-    """The encoders whose dtype is not that of the rest, for `config.encoder_dtypes`; `None` without any."""
+    """
+    The encoders whose dtype is not that of the rest, for `config.encoder_dtypes`; `None` without any.
+
+    The dtype of an encoder is that of most of its weights: some keep a few layers in float32.
+    """
     main, fused = main_dtype(model), getattr(model, "model", model)
-    if main is None or getattr(model, "is_quantized", False):
+    if getattr(model, "is_quantized", False):
         return None
+    if main is None:  # the weights are on other processes
+        return model.config.encoder_dtypes
     found = {}
     for name, part in fused.named_children():
-        dtypes = {parameter.dtype for parameter in part.parameters() if parameter.is_floating_point()}
-        if name.endswith("_model") and len(dtypes) == 1 and dtypes != {main}:
-            found[name.removesuffix("_model")] = str(dtypes.pop()).removeprefix("torch.")
+        sizes: Counter[str] = Counter()
+        for parameter in part.parameters():
+            sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+        most = sizes.most_common(1)[0][0] if name.endswith("_model") and sizes else ""
+        if most in _DTYPES and _DTYPES[most] != main:
+            found[name.removesuffix("_model")] = most
     return found or None
 
 
@@ -61,7 +71,7 @@ def restore_dtypes(model: nn.Module, config: Any) -> None:
     """
     Gives the encoders of a loaded model their dtypes.
 
-    What a checkpoint does not store, such as frequencies of positions, keeps the dtype in which it was computed, as
+    Tensors outside the checkpoint, such as frequencies of positions, keep the dtype in which they were computed, as
     when transformers loads a model in half precision.
     """
     fused = getattr(model, "model", model)
@@ -80,7 +90,7 @@ def check_encoder_dtypes(value: Any, encoders: list[str]) -> None:
     """
     if value is None:
         return
-    if not isinstance(value, dict) or not all(value.get(name) in _DTYPES for name in value):
+    if not isinstance(value, dict) or not all(isinstance(one, str) and one in _DTYPES for one in value.values()):
         raise ValueError(f"encoder_dtypes must be a dict from encoders to {', '.join(_DTYPES)}, but is {value!r}.")
     unknown = [name for name in value if name not in encoders]
     if unknown:

@@ -379,7 +379,7 @@ class MMTransformerPreTrainedModel(PreTrainedModel):
                 which encoders with new weights need. `modality_dropout` defaults to 0.3 of each modality (of the text
                 only if no task writes). Everything else (`revision`, `token`, `dtype`, `attn_implementation`, ...) goes
                 to `AutoModel.from_pretrained`. `dtype` may be a dict, such as `{"text": "bfloat16"}`: encoders that are
-                not in it, and all new parts, are in float32.
+                not in it, and all new parts, are in float32. Half precision is for frozen encoders, or under adapters.
 
         Raises:
             ValueError: one sentence, if an encoder cannot be used or an option does not fit.

@@ -1,6 +1,7 @@
 """Tokenizes texts: by one thread at a time, and no more text than needed."""
 
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
@@ -73,10 +74,17 @@ def _space(text: str, size: int, keeps_end: bool) -> int:
 
 # Stand for the end of a text: tokenizers split before a space and behind a line break.
 _WORD, _LINE = "a", "\n"
+# Scripts without spaces: Thai to Tibetan, Myanmar, Khmer, and those of Chinese and Japanese.
+_UNSPACED = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")
 
 
-def _end_of(text: str) -> str:
-    return "" if not text else _LINE if text[-1].isspace() else _WORD
+def _end_of(before: str, text: str, special: tuple[str, ...]) -> str:
+    """What stands for the text before; "" if the text stands as it would alone."""
+    if not before or not text or before.endswith(special):
+        return ""
+    if before[-1].isspace():
+        return _LINE
+    return "" if _UNSPACED.match(before[-1]) or _UNSPACED.match(text) else _WORD
 
 
 def continuing_ids(tokenizer: Any, texts: Sequence[str], before: Sequence[str]) -> list[list[int]]:
@@ -84,7 +92,8 @@ def continuing_ids(tokenizer: Any, texts: Sequence[str], before: Sequence[str]) 
     The ids of texts that continue others, without special tokens.
 
     "dog" has one id at the start of a text, and another one behind a word and a space. A space stands between a text
-    and the one before it, unless there is white space already.
+    and the one before it, unless there is white space already, or a special token, or one of them is in a script
+    without spaces.
 
     Args:
         tokenizer: that of transformers.
@@ -97,7 +106,8 @@ def continuing_ids(tokenizer: Any, texts: Sequence[str], before: Sequence[str]) 
     ['Ġdog']
     ```
     """
-    ends = [_end_of(ahead) if text else "" for text, ahead in zip(texts, before, strict=True)]
+    special = tuple(tokenizer.all_special_tokens)
+    ends = [_end_of(ahead, text, special) for text, ahead in zip(texts, before, strict=True)]
     options = {"add_special_tokens": False, "verbose": False}
     joined = [
         end + (" " if end == _WORD and not text[0].isspace() else "") + text

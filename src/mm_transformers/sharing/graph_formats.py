@@ -44,7 +44,7 @@ def _write_onnx(module: nn.Module, inputs: dict[str, Any], options: dict[str, An
 
 
 def _int8_options() -> dict[str, Any]:
-    """Matrices only: on CPUs, dynamic 8-bit convolutions took five times as long as those of float32."""
+    """All kinds but convolutions: on CPUs, those of 8 bits took five times as long as those of float32."""
     from onnxruntime.quantization.registry import IntegerOpsRegistry
 
     kinds = [kind for kind in IntegerOpsRegistry if kind != "Conv"]

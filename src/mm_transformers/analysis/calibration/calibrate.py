@@ -113,7 +113,7 @@ def calibrate(
     training = None if training_rows is None else _training_groups(model, training_rows, collator, batch_size)
     if training is not None and _are_same(groups, training):
         result.notes.append(
-            "The training rows are the calibration rows, so odd rows are told too often: give the rows that the model "
+            "The training rows are the calibration rows, so too many rows count as odd: give the rows that the model "
             "was trained on, or none."
         )
     _set_oddness(model, values, groups, training)

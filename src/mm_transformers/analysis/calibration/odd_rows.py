@@ -51,6 +51,8 @@ def fit_oddness(
     scores = {group: [row.score for row in oddness(rows.vectors, [group] * len(rows.numbers)) if isfinite(row.score)]
               for group, rows in judged.items()}  # fmt: skip
     thresholds = {group: _threshold(values) for group, values in scores.items() if len(values) >= _FEWEST}
+    if not any(scores.values()):
+        return None
     thresholds[OTHER] = max(_threshold(values) for values in scores.values() if values)
     oddness.thresholds = thresholds
     return oddness
