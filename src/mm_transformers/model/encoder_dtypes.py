@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
@@ -24,7 +25,7 @@ def main_dtype(model: nn.Module) -> Optional[torch.dtype]:
     return next((parameter.dtype for parameter in outside), None)
 
 
-def dtypes_of_encoders(model: nn.Module) -> Optional[dict[str, str]]:
+def dtypes_of_encoders(model: PreTrainedModel) -> Optional[dict[str, str]]:
     """
     The encoders whose dtype is not that of the rest, for `config.encoder_dtypes`; `None` without any.
 
