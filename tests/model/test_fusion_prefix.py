@@ -18,7 +18,7 @@ from language_models import (
 )
 from tiny import SEQ2SEQ, TEXT_ENCODERS, VISION_ENCODERS, VOCAB_SIZE, make_batch, make_model, to_pad_id
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, OPTConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, OPTConfig, RecurrentGemmaConfig
 from writers import LABELS, TOPIC, make_writer
 
 from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask
@@ -302,6 +302,22 @@ def test_an_encoder_that_scales_the_embeddings_of_ids(monkeypatch):
             read = torch.cat([read[:, :-text], read[:, -text:] * scale], 1)  # the prefix as it is
             expected = encoder(inputs_embeds=read).last_hidden_state[0, -text:]
             torch.testing.assert_close(states[row][shown], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_encoder_that_scales_all_its_embeddings():
+    """By a buffer, as RecurrentGemma does."""
+    ids = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = RecurrentGemmaConfig(
+        **ids, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, lru_width=32, intermediate_size=64,
+        attention_window_size=64,
+    )  # fmt: skip
+    model, batch, seen = make_prefixed(config), make_batch(image_index=ONE_PICTURE, labels=False), []
+    model.model.text_encoder.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    prefixes = []
+    model.model.fusion.register_forward_hook(lambda module, args, output: prefixes.append(output[0]))
+    with torch.no_grad():
+        model.model(**batch)
+    torch.testing.assert_close(seen[-1][0, :17], prefixes[-1][0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{"repetition_penalty": 1.8}, {"no_repeat_ngram_size": 2}, {"min_length": 6}])
