@@ -354,16 +354,24 @@ def test_gradients_reach_pictures_through_a_frozen_language_model():
     assert model.model.vision_projection.linear.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("electra", r"fusion_type='prefix': the input embeddings of the text encoder \('electra'\) are narrower than"),
-        ("clip-text", r"fusion_type='prefix': the text encoder \('clip_text_model'\) takes no inputs_embeds"),
-    ],
-)
-def test_encoders_that_take_no_prefix(text, message):
+def test_an_encoder_with_narrow_embeddings_takes_no_prefix():
+    message = r"fusion_type='prefix': the input embeddings of the text encoder \('electra'\) are narrower than"
     with pytest.raises(ValueError, match=message):
-        make_model(text, fusion_type="prefix")
+        make_model("electra", fusion_type="prefix")
+
+
+@pytest.mark.parametrize("text", ["clip-text", "siglip-text"])
+def test_encoders_that_take_ids_only(text):
+    model, batch = make_model(text, fusion_type="prefix"), make_batch(image_index=ONE_PICTURE, labels=False)
+    with torch.no_grad():
+        states = model.model(**batch).last_hidden_state
+        for row, shown in enumerate(batch["attention_mask"].bool()):
+            # Its ids are the numbers of the embeddings that it should read.
+            vectors, bare = embeddings_of(model, batch, row)[0], copy.deepcopy(model.model.text_encoder)
+            bare.get_input_embeddings()._forward_hooks.clear()
+            bare.get_input_embeddings().weight = nn.Parameter(vectors)
+            expected = bare(torch.arange(len(vectors))[None]).last_hidden_state[0, -int(shown.sum()) :]
+            torch.testing.assert_close(states[row][shown], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_too_few_positions():
