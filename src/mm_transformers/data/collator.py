@@ -162,8 +162,8 @@ class MMDataCollator:
         if config.reads_jointly and not config.fusion_layers_every and max_length is None and positions is not None:
             logger.warning_once(
                 f"fusion_type={config.fusion_type!r}: a text may have {self.max_length} of the {positions} positions "
-                "of the text encoder, which leaves no room for the other inputs before it. If your texts are long, pass a "
-                "smaller max_length: as many less as the other inputs of a row have tokens."
+                "of the text encoder, which leaves no room for the other inputs before it. If your texts are long, "
+                "pass a smaller max_length: as many less as the other inputs of a row have tokens."
             )
         self.pad_to_multiple_of, self.label_separator = pad_to_multiple_of, label_separator
         self.gives_references = self.gives_word_index = self.takes_empty_rows = False
