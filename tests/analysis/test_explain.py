@@ -298,6 +298,20 @@ def test_spans_of_tokenizers_without_offsets():
     assert [text[start:end] for start, end in spans] == ["the", "cat", "s", "sat", ".", ""]
 
 
+class SlowLeftTokenizer(SlowTokenizer):
+    truncation_side = "left"
+
+    def __call__(self, text, **options):
+        return {"input_ids": text.split()}
+
+
+def test_spans_of_the_end_of_a_long_text():
+    text = "the cats sat. " * 1000 + "the cats  sat."
+    spans = token_spans(SlowLeftTokenizer(), text, list(range(6)))
+    assert [text[start:end] for start, end in spans] == ["the", "cat", "s", "sat", ".", ""]
+    assert spans[0][0] == 14_000
+
+
 def test_patches_lie_where_the_encoder_says():
     config = VISION_ENCODERS["vit"]()
     assert patch_grid(config, 17, 32, 32) == (4, 4)

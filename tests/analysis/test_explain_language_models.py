@@ -9,6 +9,7 @@ from torch import nn
 
 from mm_transformers.analysis import explain
 from mm_transformers.analysis.explaining.methods import ATTENTION_METHODS
+from mm_transformers.model.language_model import longest_prompt
 
 
 KINDS = {
@@ -210,3 +211,15 @@ def test_words_and_pictures_of_messages_and_of_columns_with_other_names(tmp_path
     named = explain(model, processor, {"title": text, "photo": str(picture)}, task="german")
     np.testing.assert_allclose(tokens(named), tokens(expected))
     np.testing.assert_allclose(patches(named), patches(expected))
+
+
+def test_tokens_of_a_prompt_that_was_cut_on_the_left(without_shares):
+    model, processor = make("behind"), make_llm_processor()
+    processor.tokenizer.truncation_side = "left"
+    text = "the dog ran to the park " * 200 + "a red cat sat on the mat"
+    explanation = explain(model, processor, {"text": text}, "topic", "random")
+    most = longest_prompt(model.config)
+    ids = processor(text=[text], max_length=most)["input_ids"][0]
+    assert len(ids) == len(explanation.tokens) == most
+    assert " ".join(token.token for token in explanation.tokens) == processor.tokenizer.decode(ids).replace("##", "")
+    assert explanation.tokens[-1].end == len(text)

@@ -18,7 +18,7 @@ from language_models import (
 )
 from tiny import SEQ2SEQ, TEXT_ENCODERS, VISION_ENCODERS, VOCAB_SIZE, make_batch, make_model, to_pad_id
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, OPTConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, OPTConfig, RecurrentGemmaConfig
 from writers import LABELS, TOPIC, make_writer
 
 from mm_transformers import Generation, MMTransformerConfig, MMTransformerForMultiTask
@@ -304,6 +304,22 @@ def test_an_encoder_that_scales_the_embeddings_of_ids(monkeypatch):
             torch.testing.assert_close(states[row][shown], expected, rtol=1e-3, atol=1e-4)
 
 
+def test_an_encoder_that_scales_all_its_embeddings():
+    """By a buffer, as RecurrentGemma does."""
+    ids = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = RecurrentGemmaConfig(
+        **ids, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, lru_width=32, intermediate_size=64,
+        attention_window_size=64,
+    )  # fmt: skip
+    model, batch, seen = make_prefixed(config), make_batch(image_index=ONE_PICTURE, labels=False), []
+    model.model.text_encoder.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    prefixes = []
+    model.model.fusion.register_forward_hook(lambda module, args, output: prefixes.append(output[0]))
+    with torch.no_grad():
+        model.model(**batch)
+    torch.testing.assert_close(seen[-1][0, :17], prefixes[-1][0], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{"repetition_penalty": 1.8}, {"no_repeat_ngram_size": 2}, {"min_length": 6}])
 def test_options_of_generate_see_the_text_and_nothing_else(options):
     for seed in range(3):
@@ -338,16 +354,24 @@ def test_gradients_reach_pictures_through_a_frozen_language_model():
     assert model.model.vision_projection.linear.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("electra", r"fusion_type='prefix': the input embeddings of the text encoder \('electra'\) are narrower than"),
-        ("clip-text", r"fusion_type='prefix': the text encoder \('clip_text_model'\) takes no inputs_embeds"),
-    ],
-)
-def test_encoders_that_take_no_prefix(text, message):
+def test_an_encoder_with_narrow_embeddings_takes_no_prefix():
+    message = r"fusion_type='prefix': the input embeddings of the text encoder \('electra'\) are narrower than"
     with pytest.raises(ValueError, match=message):
-        make_model(text, fusion_type="prefix")
+        make_model("electra", fusion_type="prefix")
+
+
+@pytest.mark.parametrize("text", ["clip-text", "siglip-text"])
+def test_encoders_that_take_ids_only(text):
+    model, batch = make_model(text, fusion_type="prefix"), make_batch(image_index=ONE_PICTURE, labels=False)
+    with torch.no_grad():
+        states = model.model(**batch).last_hidden_state
+        for row, shown in enumerate(batch["attention_mask"].bool()):
+            # Its ids are the numbers of the embeddings that it should read.
+            vectors, bare = embeddings_of(model, batch, row)[0], copy.deepcopy(model.model.text_encoder)
+            bare.get_input_embeddings()._forward_hooks.clear()
+            bare.get_input_embeddings().weight = nn.Parameter(vectors)
+            expected = bare(torch.arange(len(vectors))[None]).last_hidden_state[0, -int(shown.sum()) :]
+            torch.testing.assert_close(states[row][shown], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_too_few_positions():

@@ -229,6 +229,22 @@ def test_a_new_decoder_for_an_encoder_without_one(decoder, tmp_path):
     assert torch.equal(loaded.generate(**batch, num_beams=2), written)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, {"text": "bfloat16"}], ids=["all", "text"])
+def test_a_new_decoder_has_the_dtype_of_its_encoder(dtype, tmp_path):
+    AutoModel.from_config(TEXT_ENCODERS["bert"]()).save_pretrained(tmp_path / "text")
+    AutoModel.from_config(VISION_ENCODERS["vit"]()).save_pretrained(tmp_path / "vision")
+    model = MMTransformerForMultiTask.from_encoders(
+        text=str(tmp_path / "text"), vision=str(tmp_path / "vision"), decoder_config=DECODERS["bert"](),
+        tasks=[Generation("german", max_length=5)], num_fusion_attention_heads=4, dtype=dtype,
+    )  # fmt: skip
+    assert {p.dtype for p in model.model.text_model.parameters()} == {torch.bfloat16}
+    written = model.generate(**make_batch(labels=False))
+    model.save_pretrained(tmp_path / "model")
+    loaded = MMTransformerForMultiTask.from_pretrained(tmp_path / "model")
+    assert {p.dtype for p in loaded.model.text_model.parameters()} == {torch.bfloat16}
+    assert torch.equal(loaded.generate(**make_batch(labels=False)), written)
+
+
 def test_an_encoder_decoder_gives_its_encoder_alone_where_nobody_writes():
     model = make_writer("t5", tasks=[TOPIC])
     assert not model.can_generate()

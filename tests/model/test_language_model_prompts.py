@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from language_models import make_args, make_language_model, make_llm_processor, save_language_model
+from language_models import LANGUAGE_MODELS, make_args, make_language_model, make_llm_processor, save_language_model
 from tiny import make_batch, make_image
 from tokenizers import processors
 from transformers import pipeline
@@ -49,6 +49,21 @@ def test_texts_leave_room_for_the_answer():
     assert len(processor.tokenizer(pipe(row)["german"]["text"], add_special_tokens=False)["input_ids"]) > 2
     whole, part = (explain(model, processor, one, task="german") for one in (row, short))
     assert (whole.answer, len(whole.tokens)) == (part.answer, len(part.tokens)) == (pipe(row)["german"]["text"], 57)
+
+
+def test_a_collator_tells_that_a_long_text_leaves_no_room_for_a_prefix(caplog):
+    config = LANGUAGE_MODELS["llama"]()
+    config.max_position_embeddings = 61  # a warning is shown once
+    model, processor = make_language_model(config, fusion_type="prefix"), make_llm_processor()
+    MMDataCollator(processor, model.config, max_length=61 - 17 - 7)
+    assert not caplog.records
+    MMDataCollator(processor, model.config)
+    (record,) = caplog.records
+    assert "a text may have 54 of the 61 positions of the text encoder, which leaves no room" in record.message
+    row = {"text": LONG, "image": make_image(0)}
+    with pytest.raises(ValueError, match="Prefix and text have up to"):
+        model(**MMDataCollator(processor, model.config)([row]))
+    model(**MMDataCollator(processor, model.config, max_length=61 - 17 - 7)([row]))
 
 
 def test_a_row_without_a_text_begins_as_it_does_in_training():

@@ -76,6 +76,17 @@ class TestRows:
         assert None not in labels[:38]
         assert set(labels[38:]) == {None}
 
+    def test_words_of_the_end_of_a_text_keep_their_numbers(self):
+        processor = make_processor()
+        processor.tokenizer.truncation_side = "left"
+        for text in (huge(2000), huge(300_000)):
+            start = time.process_time()
+            inputs = processor(text=[text], max_length=40, return_word_index=True)
+            assert time.process_time() - start < 1
+            words = text.count("the cat") * 2
+            assert inputs["word_index"][0].tolist() == [-1, *range(words - 38, words), -1]
+            assert inputs["input_ids"].tolist() == processor(text=[text], max_length=40)["input_ids"].tolist()
+
     def test_explanations(self):
         tokenizer = make_tokenizer()
         ids = tokenizer(huge(100), truncation=True, max_length=40)["input_ids"]

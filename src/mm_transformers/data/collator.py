@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any, Optional
 
 import torch
+from transformers.utils import logging
 
 from ..model.configuration_mm_transformer import MMTransformerConfig
 from ..model.encoders import max_text_positions, pad_token_matters
@@ -26,6 +27,9 @@ from .feature_reading import CachedFeatures, CachedItem, unpadded_texts
 from .media import MediaColumn, RowColumns, SharedCounter, check_on_bad_file
 from .row_labels import as_columns
 from .sources import ANY_SOURCE, ROW_KEY, SOURCE_KEY, count_rows, name_of_row, own_column
+
+
+logger = logging.get_logger(__name__)
 
 
 class MMDataCollator:
@@ -57,6 +61,7 @@ class MMDataCollator:
             The reaction to an image, a video or a sound that cannot be read: `"raise"` an error, or `"drop"` the item.
             `num_bad_files` counts dropped items. A row without any remaining input loses its labels too.
         max_length (`int`, *optional*): Longest text in tokens; at most, and by default, the limit of the text encoder.
+            With `fusion_type="prefix"`, choose it so that the tokens of pictures and other inputs have room, too.
         pad_to_multiple_of (`int`, *optional*): Pads texts to a multiple of this length.
         label_separator (`str`, *optional*, defaults to `"|"`):
             The text between the labels of a cell that holds several as one text, and not as a list (`["a", "b"]`).
@@ -154,6 +159,12 @@ class MMDataCollator:
         positions = max_text_positions(config.text_config)
         limits = [max_length, positions, longest_prompt(config), processor.tokenizer.model_max_length]
         self.max_length = min(limit for limit in limits if limit is not None)
+        if config.reads_jointly and not config.fusion_layers_every and max_length is None and positions is not None:
+            logger.warning_once(
+                f"fusion_type={config.fusion_type!r}: a text may have {self.max_length} of the {positions} positions "
+                "of the text encoder, which leaves no room for the other inputs before it. If your texts are long, "
+                "pass a smaller max_length: as many less as the other inputs of a row have tokens."
+            )
         self.pad_to_multiple_of, self.label_separator = pad_to_multiple_of, label_separator
         self.gives_references = self.gives_word_index = self.takes_empty_rows = False
         # Set by [`FeatureCache.prepare`]: the stored features of frozen encoders.

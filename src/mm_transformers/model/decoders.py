@@ -167,14 +167,17 @@ def load_seq2seq(path: str, decoder_config: Optional[PreTrainedConfig], **kwargs
 
 
 def _join(encoder: PreTrainedModel, decoder_config: PreTrainedConfig) -> PreTrainedModel:
-    decoder = AutoModelForCausalLM.from_config(without_random_skips(decoder_config))
+    decoder = AutoModelForCausalLM.from_config(without_random_skips(decoder_config), dtype=encoder.dtype)
     config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder_config)
     for name in ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"):
         setattr(config, name, getattr(decoder_config, name, None))
     if config.decoder_start_token_id is None:
         # The Trainer of transformers replaces bos_token_id by that of the tokenizer, which may have none.
         config.decoder_start_token_id = config.bos_token_id
-    return EncoderDecoderModel(config, encoder, decoder)
+    model = EncoderDecoderModel(config, encoder, decoder)
+    if hasattr(model, "enc_to_dec_proj"):
+        model.enc_to_dec_proj.to(encoder.dtype)
+    return model
 
 
 def check_decoder(text_config: PreTrainedConfig, decoder_config: Optional[PreTrainedConfig], tasks: list[Any]) -> None:

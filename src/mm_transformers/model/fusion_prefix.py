@@ -72,11 +72,12 @@ def let_read_prefix(text_encoder: PreTrainedModel) -> None:
 
 
 def _later_scale(text_encoder: PreTrainedModel) -> float:
-    """By what a text encoder multiplies what its embeddings return, as Marian does (`scale_embedding`)."""
+    """The factor by which a text encoder scales its embeddings."""
     embeddings = text_encoder.get_input_embeddings()
     owner = next((module for module in text_encoder.modules() if embeddings in module.children()), None)
-    scale = getattr(owner, "embed_scale", None) or getattr(owner, "embedding_multiplier", None) or 1.0
-    return float(scale)
+    # Of Marian, of Granite and of RecurrentGemma.
+    found = [getattr(owner, name, None) for name in ("embed_scale", "embedding_multiplier", "normalizer")]
+    return next((float(scale) for scale in found if scale is not None), 1.0)
 
 
 class PrefixRun:
@@ -101,7 +102,7 @@ class PrefixRun:
         self.num_before = 0  # tokens before the texts
         # Where each token of the prefix, and then of the text, is among those that were read, (batch, tokens).
         self.places: Optional[torch.Tensor] = None
-        # What stands in place of the embeddings of the first tokens, (batch, tokens, width), and where.
+        # The vectors that replace the first embeddings, (batch, tokens, width), and their places.
         self.vectors: Optional[torch.Tensor] = None
         self.is_vector: Optional[torch.Tensor] = None
         self.was_read = False

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Optional, cast
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -11,7 +11,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .decoder_layers import decoder_layers, give_places, number_of_places
 from .decoders import is_language_model
-from .encoder_classes import arguments_of
 from .encoder_features import EncoderFeatures
 from .encoder_probe import observe, traits_of
 from .fusion import fusion_class
@@ -85,8 +84,6 @@ def _check_encoder(config: Any, text_encoder: PreTrainedModel, width: int) -> No
             f"{asked}: the layers of the language model ({name!r}) read states of another shape than (batch, tokens, "
             "width), so no fusion can stand between them: leave it out."
         )
-    if not every and "inputs_embeds" not in arguments_of(cast(Any, type(text_encoder))):
-        raise ValueError(f"{asked}: the text encoder ({name!r}) takes no inputs_embeds. Use another fusion_type.")
     if not every and text_encoder.get_input_embeddings().weight.shape[1] != width:
         raise ValueError(
             f"{asked}: the input embeddings of the text encoder ({name!r}) are narrower than its states. Use another "

@@ -1127,8 +1127,8 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
             encode = partial(
                 self.model, **given, output_attentions=output_attentions, output_hidden_states=output_hidden_states
             )
-            if text_features is None:
-                text_features = self._text_of_no_head(input_ids)
+            if text_features is None and input_ids is not None and self.model.reads_jointly and not self.heads.names:
+                text_features = self._zero_states(input_ids)
             at_once = labels is not None and input_ids is not None and self._reads_at_once
             if at_once and self.model.reads_jointly and not self._shows(output_attentions, output_hidden_states):
                 first, its_task = next(iter(writing_tasks(self.tasks).items()))
@@ -1247,10 +1247,8 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         drops_text = self.training and "text" in self.config.modality_dropout_probabilities
         return self.model.has_language_model and not drops_text
 
-    def _text_of_no_head(self, input_ids: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-        """Zeros in place of the states of the texts alone, if the text encoder reads jointly and no head reads them."""
-        if input_ids is None or not self.model.reads_jointly or self.heads.names:
-            return None
+    def _zero_states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Zeros in place of the states of the texts alone, where no head reads these."""
         return torch.zeros(*input_ids.shape, encoder_width(self.config.text_config), device=input_ids.device)
 
     def _shows(self, output_attentions: Optional[bool], output_hidden_states: bool | list[int] | None) -> bool:
@@ -1308,8 +1306,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
             if encoder_outputs is None:
                 if self.model.has_language_model and inputs.get("input_ids") is not None:
                     # The language model reads the texts as it writes; here they are for heads alone.
-                    width = encoder_width(self.config.text_config)
-                    inputs["text_features"] = torch.zeros(*inputs["input_ids"].shape, width, device=self.device)
+                    inputs["text_features"] = self._zero_states(inputs["input_ids"])
                 if self.model.has_language_model and self.model.reads_jointly:
                     encoder_outputs = self.model.output_of(self.model.encode_rows(**inputs)[0])
                 else:
@@ -1352,8 +1349,7 @@ class MMTransformerForMultiTask(MMTransformerPreTrainedModel):
         ids = inputs.get("input_ids")
         if ids is None or not self.model.has_language_model or self.heads.names or self.oddness is not None:
             return self.model(**inputs)
-        no_text = torch.zeros(*ids.shape, encoder_width(self.config.text_config), device=ids.device)
-        return self.model.output_of(self.model.encode_rows(**{**inputs, "text_features": no_text})[0])
+        return self.model.output_of(self.model.encode_rows(**{**inputs, "text_features": self._zero_states(ids)})[0])
 
     def write(self, task: WritingTask, encoder_outputs: MMTransformerModelOutput, **kwargs: Any) -> torch.Tensor:
         """

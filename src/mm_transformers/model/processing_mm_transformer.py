@@ -655,8 +655,7 @@ class MMTransformerProcessor(ProcessorMixin):
         if padding == "max_length":
             options["padding"] = True  # at first, to see how long the texts are
         given = text
-        # Where the beginning of a text is left out, words would be counted from another one.
-        if "text_pair" not in kwargs and not (return_word_index and tokenizer.truncation_side != "right"):
+        if "text_pair" not in kwargs:
             text = [needed_text(tokenizer, one, max_length) for one in given]
         encoding = tokenize(tokenizer, text, **options)
         if encoding["input_ids"].shape[1] > max_length or padding == "max_length":
@@ -678,6 +677,10 @@ class MMTransformerProcessor(ProcessorMixin):
             data["input_ids"] += tokenizer.pad_token_id or 0
         if return_word_index:
             offsets = data.pop("offset_mapping").tolist()
+            if tokenizer.truncation_side != "right":
+                # Words count from the beginning, which may be cut off.
+                offsets = [_shifted(o, len(g) - len(t)) for o, g, t in zip(offsets, given, text, strict=True)]
+                text = given
             data["word_index"] = torch.tensor([index_words(t, o) for t, o in zip(text, offsets, strict=True)])
         return data
 
@@ -921,6 +924,11 @@ def _padded(rows: list[list[int]]) -> torch.Tensor:
     """(rows, longest row) int64, with -1 behind the shorter ones; at least one column."""
     width = max([len(row) for row in rows] + [1])
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64)
+
+
+def _shifted(spans: list[list[int]], by: int) -> list[list[int]]:
+    """Offsets of tokens further behind; special tokens stay without a place."""
+    return [[start + by, end + by] if start < end else [start, end] for start, end in spans]
 
 
 def _one_per_row(name: str, entries: Any, num_rows: int) -> list[Any]:

@@ -20,24 +20,37 @@ def token_spans(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -
     Args:
         ids: the tokens of this text, without padding.
     """
-    text = needed_text(tokenizer, text, len(ids))
+    cut = needed_text(tokenizer, text, len(ids))
+    keeps_end = getattr(tokenizer, "truncation_side", "right") != "right"
+    shift = len(text) - len(cut) if keeps_end else 0
+    spans = _spans_in(tokenizer, cut, ids, keeps_end)
+    return [(start + shift, end + shift) if start < end else (start, end) for start, end in spans]
+
+
+def _spans_in(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], keeps_end: bool) -> list[tuple[int, int]]:
     if tokenizer.is_fast:
         options = {"return_offsets_mapping": True, "truncation": True, "max_length": len(ids), "verbose": False}
         encoded = tokenize(tokenizer, text, **options)
-        spans = [tuple(span) for span in encoded["offset_mapping"]]
         if encoded["input_ids"] == ids:
-            return [_without_spaces(text, *span) for span in spans]
-    spans, place = [], 0
-    for piece in tokenizer.convert_ids_to_tokens(ids):
-        for mark in _MARKS:
-            piece = piece.replace(mark, "")
-        start = text.find(piece, place) if piece and piece not in tokenizer.all_special_tokens else -1
+            return [_without_spaces(text, *span) for span in encoded["offset_mapping"]]
+    spans, place, step = [], len(text) if keeps_end else 0, -1 if keeps_end else 1
+    # From the end that truncation keeps, since words may occur in the other part, too.
+    for piece in tokenizer.convert_ids_to_tokens(ids)[::step]:
+        piece = _without_marks(piece)
+        is_word = piece and piece not in tokenizer.all_special_tokens
+        start = -1 if not is_word else text.rfind(piece, 0, place) if keeps_end else text.find(piece, place)
         if start < 0:
             spans.append((place, place))
         else:
-            place = start + len(piece)
-            spans.append((start, place))
-    return spans
+            spans.append((start, start + len(piece)))
+            place = start if keeps_end else start + len(piece)
+    return spans[::step]
+
+
+def _without_marks(piece: str) -> str:
+    for mark in _MARKS:
+        piece = piece.replace(mark, "")
+    return piece
 
 
 def _without_spaces(text: str, start: int, end: int) -> tuple[int, int]:
