@@ -484,13 +484,6 @@ def test_calibration_rows_with_nan_do_not_count_as_known():
     assert sum(row.is_odd for row in oddness(rows.vectors, ["text"] * 200)) >= 20
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_probabilities_that_fit_stay_as_they_are(seed):
-    assert fit_temperatures(TOPIC, *sampled(200, 1.0, seed=seed)) == [1.0]
-    [too_certain] = fit_temperatures(TOPIC, *sampled(200, 2.0, seed=seed))[:1]
-    assert too_certain > 1.3
-
-
 def test_odd_rows_abstain(calibrated, caplog):
     model, processor, questions, _, _ = calibrated
     pipe = pipeline("multimodal", model=model, processor=processor)

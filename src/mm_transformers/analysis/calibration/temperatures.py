@@ -26,8 +26,7 @@ def fit_temperatures(task: Task, logits: torch.Tensor, labels: torch.Tensor, see
     """
     The temperature with the highest likelihood, or one for each label if that pays.
 
-    It pays if the likelihood of rows that were left out is higher by more than its standard error, in 5 folds. If even
-    one temperature does not pay, it is 1.
+    It pays if the likelihood of rows that were left out is higher by more than its standard error, in 5 folds.
 
     Args:
         logits, labels: of labelled rows.
@@ -38,21 +37,14 @@ def fit_temperatures(task: Task, logits: torch.Tensor, labels: torch.Tensor, see
     if task.log_likelihood(logits[:1], labels[:1]) is None:
         return None
     shared = _fit(task, logits, labels, 1, 0.0)
-    if len(logits) < 2 * NUM_FOLDS:
-        return shared
-    folds = folds_of(len(logits), seed)
-    ones = _likelihood(task, logits, labels, torch.ones(1)).nan_to_num(0.0)
-    of_shared = _left_out(task, logits, labels, folds, 1, 0.0)
-    best, found = (of_shared, shared) if _pays(of_shared - ones) else (ones, [1.0])
     num_labels = logits.shape[-1] if logits.ndim > 1 else 1
     if num_labels < 2 or len(logits) < _ROWS_PER_LABEL * num_labels:
-        return found
-    of_labels = _left_out(task, logits, labels, folds, num_labels, _PENALTY)
-    return _fit(task, logits, labels, num_labels, _PENALTY) if _pays(of_labels - best) else found
-
-
-def _pays(gains: torch.Tensor) -> bool:
-    return float(gains.mean()) > float(gains.std()) / math.sqrt(len(gains))
+        return shared
+    folds = folds_of(len(logits), seed)
+    of_shared = _left_out(task, logits, labels, folds, 1, 0.0)
+    gains = _left_out(task, logits, labels, folds, num_labels, _PENALTY) - of_shared
+    pays = float(gains.mean()) > float(gains.std()) / math.sqrt(len(gains))
+    return _fit(task, logits, labels, num_labels, _PENALTY) if pays else shared
 
 
 def folds_of(num_rows: int, seed: int = 0) -> np.ndarray:
