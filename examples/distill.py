@@ -54,9 +54,19 @@ class Answers(NamedTuple):
         return {**{f"logits of {name}": found for name, found in self.logits.items()}, "fused vectors": self.vectors}
 
 
-def smaller(teacher: MMTransformerForMultiTask, layers: dict[str, int | None]) -> MMTransformerForMultiTask:
-    """A copy of the teacher with so many layers of each encoder, evenly taken from those of the teacher."""
+def smaller(
+    teacher: MMTransformerForMultiTask, layers: dict[str, int | None], has_small_pictures: bool = False
+) -> MMTransformerForMultiTask:
+    """
+    A copy of the teacher with so many layers of each encoder, evenly taken from those of the teacher.
+
+    Encoders that change are trained, also if they were frozen in the teacher.
+    """
     config = MMTransformerConfig.from_dict(teacher.config.to_dict())
+    changed = [name for name, count in layers.items() if count is not None]
+    if has_small_pictures:
+        changed.append("vision")
+    config.freeze = [part for part in config.freeze or [] if not any(part.startswith(name) for name in changed)]
     # Sets, intervals and odd rows were fitted for the teacher: calibrate the student again.
     config.calibration = None
     weights = {name: values for name, values in teacher.state_dict().items() if not name.startswith("oddness.")}
@@ -218,7 +228,7 @@ def main() -> None:
     layers = {name: getattr(args, f"{name}_layers") for name in ENCODERS}
     results, students = {"teacher": measured(teacher, big, data["test"], args)}, {}
     for way in ("labels alone", "distilled"):
-        students[way] = smaller(teacher, layers)
+        students[way] = smaller(teacher, layers, args.image_size is not None)
         train(
             students[way],
             collator_of(small, students[way]),

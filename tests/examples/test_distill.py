@@ -75,6 +75,19 @@ def test_heads_of_every_shape_are_distilled(other):
     assert all(not torch.equal(value, before[name]) for name, value in student.heads.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("layers", "has_small_pictures", "trained"),
+    [({"text": 1}, False, {"text"}), ({"text": None}, True, {"vision"}), ({"text": None}, False, set())],
+)
+def test_encoders_that_change_are_trained(layers, has_small_pictures, trained):
+    distill = import_script(EXAMPLES / "distill.py")
+    teacher = make_model(tasks=[Classification("topic", labels=["a", "b"])], freeze=["text", "vision"])
+    student = distill.smaller(teacher, layers, has_small_pictures)
+    for name in ("text", "vision"):
+        asked = {parameter.requires_grad for parameter in student.model.encoder(name).parameters()}
+        assert asked == {name in trained}
+
+
 @pytest.mark.slow
 def test_layers_that_an_encoder_does_not_have_are_refused(tmp_path):
     make_model("bert", "vit", tasks=[Classification("topic", labels=["a", "b"])]).save_pretrained(tmp_path / "teacher")
