@@ -26,9 +26,9 @@ class Generation(Task):
     The loss is cross-entropy, averaged over the tokens of the labelled rows.
 
     A decoder reads the fused text tokens. It is that of the text encoder, if this is an encoder-decoder (Marian, BART,
-    T5, NLLB, ...). A decoder-only language model (Llama, Qwen, GPT-2, ...) continues the text itself: the text of a row
-    is the prompt, and the answer follows after a space (none after white space or a special token, or in scripts
-    without spaces). Otherwise the decoder is built from `config.decoder_config`. Several tasks share it, and
+    T5, NLLB, ...). A decoder-only language model (Llama, Qwen, GPT-2, ...) continues the text itself. The text of a row
+    is the prompt, and the answer follows after a space. There is none after white space or a special token, or in
+    scripts without spaces. Otherwise the decoder is built from `config.decoder_config`. Several tasks share it, and
     `decoder_start_ids` tells them apart. [`MMTransformerForMultiTask.generate`] writes the answers.
 
     Logits (batch, target_len, vocab_size), only if labels are given. Labels (batch, target_len) int64: the token ids up

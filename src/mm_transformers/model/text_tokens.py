@@ -91,9 +91,8 @@ def continuing_ids(tokenizer: Any, texts: Sequence[str], before: Sequence[str]) 
     """
     The ids of texts that continue others, without special tokens.
 
-    "dog" has one id at the start of a text, and another one behind a word and a space. A space stands between a text
-    and the one before it, unless there is white space already, or a special token, or one of them is in a script
-    without spaces.
+    "dog" has one id at the start of a text, and another one behind a word and a space. So a space stands between a text
+    and the one before it. There is none after white space or a special token, or in scripts without spaces.
 
     Args:
         tokenizer: that of transformers.
