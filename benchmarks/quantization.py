@@ -84,8 +84,7 @@ def demo_model(args: argparse.Namespace, folder: Path) -> tuple[Path, MMTransfor
 def own_model(args: argparse.Namespace) -> tuple[Path, MMTransformerProcessor, Any, dict[str, Any]]:
     """The model of `--model`, and the rows of `--data`."""
     processor = MMTransformerProcessor.from_pretrained(args.model)
-    columns = {f"{key}_column": names for key, names in processor.input_columns.items()}
-    return args.model, processor, datasets.Dataset.from_parquet(str(args.data)), columns
+    return args.model, processor, datasets.Dataset.from_parquet(str(args.data)), processor.column_arguments
 
 
 @torch.inference_mode()

@@ -97,8 +97,7 @@ def renamed(name: str, encoder: str, taken: list[int], total: int) -> list[str]:
 
 def collator_of(processor: MMTransformerProcessor, model: MMTransformerForMultiTask) -> MMDataCollator:
     """Reads the columns of the table that the teacher was trained on."""
-    columns = {f"{key}_column": names for key, names in processor.input_columns.items()}
-    return MMDataCollator(processor, model.config, **columns)
+    return MMDataCollator(processor, model.config, **processor.column_arguments)
 
 
 def answers_of(model: MMTransformerForMultiTask, batch: dict, names: list[str]) -> Answers:

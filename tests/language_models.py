@@ -1,9 +1,10 @@
 """Tiny decoder-only language models of several families, models with them as text encoders, and batches for these."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from tiny import VISION_ENCODERS, VOCAB_SIZE, make_image, make_image_processor, make_tokenizer, open_gates
+from tiny import VISION_ENCODERS, VOCAB_SIZE, make_batch, make_image, make_image_processor, make_tokenizer, open_gates
 from tokenizers import processors
 from transformers import (
     AutoModel,
@@ -196,3 +197,15 @@ def assert_it_learns_to_write(trainer) -> None:
     assert trainer.evaluate()["eval_german_exact_match"] > 0.8
     after = dict(trainer.model.named_parameters())
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def assert_threads_do_not_disturb_each_other(model: MMTransformerForMultiTask) -> None:
+    """Threads that write with other pictures at the same time do not disturb each other."""
+    batch = make_batch(labels=False)
+    batches = [{**batch, "pixel_values": factor * batch["pixel_values"]} for factor in (1.0, -1.0, 3.0)]
+    expected = [model.generate(**one) for one in batches]
+    assert not torch.equal(expected[0], expected[1])
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda one: [model.generate(**one) for _ in range(4)], batches))
+    for answers, answer in zip(found, expected, strict=True):
+        assert all(torch.equal(one, answer) for one in answers)

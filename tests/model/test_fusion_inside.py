@@ -15,6 +15,7 @@ from language_models import (
     LANGUAGE_MODELS,
     assert_caches_make_no_difference,
     assert_greedy_is_the_argmax_of_the_logits,
+    assert_threads_do_not_disturb_each_other,
     gemma3n_config,
     make_language_model,
     save_language_model,
@@ -225,16 +226,7 @@ def test_copies_are_independent():
 
 
 def test_two_threads_write_at_once():
-    from concurrent.futures import ThreadPoolExecutor
-
-    model, batch = make_inside(), make_batch(labels=False)
-    batches = [{**batch, "pixel_values": factor * batch["pixel_values"]} for factor in (1.0, -1.0, 3.0)]
-    expected = [model.generate(**one) for one in batches]
-    assert not torch.equal(expected[0], expected[1])
-    with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda one: [model.generate(**one) for _ in range(3)], batches))
-    for answers, answer in zip(found, expected, strict=True):
-        assert all(torch.equal(one, answer) for one in answers)
+    assert_threads_do_not_disturb_each_other(make_inside())
 
 
 def test_pictures_are_encoded_and_projected_once():

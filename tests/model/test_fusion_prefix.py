@@ -1,13 +1,13 @@
 """A prefix of picture tokens before the text; the references run bare text encoders on one row at a time."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from cases import first_quickly
 from language_models import (
     LANGUAGE_MODELS,
+    assert_threads_do_not_disturb_each_other,
     falcon_h1_config,
     gemma3n_config,
     make_language_model,
@@ -234,14 +234,7 @@ def test_start_ids_and_lengths():
 
 
 def test_two_threads_write_at_once():
-    model, batch = make_prefixed(), make_batch(labels=False)
-    batches = [{**batch, "pixel_values": factor * batch["pixel_values"]} for factor in (1.0, -1.0, 3.0)]
-    expected = [model.generate(**one) for one in batches]
-    assert not torch.equal(expected[0], expected[1])
-    with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda one: [model.generate(**one) for _ in range(3)], batches))
-    for answers, answer in zip(found, expected, strict=True):
-        assert all(torch.equal(one, answer) for one in answers)
+    assert_threads_do_not_disturb_each_other(make_prefixed())
 
 
 @pytest.mark.slow

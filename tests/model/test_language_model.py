@@ -7,6 +7,7 @@ from language_models import (
     LANGUAGE_MODELS,
     assert_caches_make_no_difference,
     assert_greedy_is_the_argmax_of_the_logits,
+    assert_threads_do_not_disturb_each_other,
     make_language_model,
     save_language_model,
     texts_of,
@@ -245,16 +246,7 @@ def test_a_model_without_other_modalities(tmp_path):
 
 def test_two_threads_write_at_once():
     """Each has its own pictures, though both run the same modules."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    model, batch = make_language_model(), make_batch(labels=False)
-    batches = [{**batch, "pixel_values": factor * batch["pixel_values"]} for factor in (1.0, -1.0, 3.0)]
-    expected = [model.generate(**one) for one in batches]
-    assert not torch.equal(expected[0], expected[1])
-    with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda one: [model.generate(**one) for _ in range(4)], batches))
-    for answers, answer in zip(found, expected, strict=True):
-        assert all(torch.equal(one, answer) for one in answers)
+    assert_threads_do_not_disturb_each_other(make_language_model())
 
 
 def test_a_frozen_language_model_keeps_its_head():

@@ -188,12 +188,20 @@ PIECES = st.sampled_from(
     ["the", "cat", "aaaa", "ab", "isn't", ",", "é", "a\n", "\t", " ", "  ", "好", "𝄞", "lovely", "."]
 )
 
+# A tokenizer, the pieces of a text, what joins them, and how many tokens are needed.
+fuzz_cuts = fuzz(
+    st.tuples(
+        st.sampled_from(sorted(text_tokenizers())),
+        st.lists(PIECES, max_size=60),
+        st.sampled_from(["", " "]),
+        st.integers(1, 30),
+    ),
+    4,
+)
+
 
 class TestTexts:
-    @fuzz(st.tuples(
-        st.sampled_from(sorted(text_tokenizers())), st.lists(PIECES, max_size=60), st.sampled_from(["", " "]),
-        st.integers(1, 30),
-    ), 4)  # fmt: skip
+    @fuzz_cuts
     def test_the_first_tokens_are_those_of_the_whole_text(self, monkeypatch, drawn):
         name, pieces, joint, num_tokens = drawn
         tokenizer, text = text_tokenizers()[name], joint.join(pieces) * 5
@@ -206,10 +214,7 @@ class TestTexts:
         assert ids[:num_tokens] == whole[:num_tokens]
         assert len(ids) > num_tokens or needed == text
 
-    @fuzz(st.tuples(
-        st.sampled_from(sorted(text_tokenizers())), st.lists(PIECES, max_size=60), st.sampled_from(["", " "]),
-        st.integers(1, 30),
-    ), 4)  # fmt: skip
+    @fuzz_cuts
     def test_the_last_tokens_are_those_of_the_whole_text(self, monkeypatch, drawn):
         name, pieces, joint, num_tokens = drawn
         tokenizer, text = copy.deepcopy(text_tokenizers()[name]), joint.join(pieces) * 5

@@ -19,7 +19,7 @@ from ..model.modalities import MODALITIES, OTHER_ENCODERS, PARTS, Modality, Read
 from ..model.pairs import fingerprint
 from ..model.processing_mm_transformer import MMTransformerProcessor
 from ..model.task_base import LabelContext, Task
-from ..model.text_tokens import join_texts
+from ..model.text_tokens import end_id, join_texts
 from .addresses import Addresses
 from .cells import LABEL_SEPARATOR, label_of
 from .feature_keys import digest_of, hash_of_text
@@ -450,7 +450,7 @@ def _check_writing(task: Any, tokenizer: Any, config: MMTransformerConfig) -> No
             "by Generation(..., decoder_start_ids=[start token, language code]), as the pretrained model expects "
             "them."
         )
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    end = end_id(tokenizer)
     if config.has_language_model:
         if end is not None and tokenizer("a")["input_ids"][-1:] == [end]:
             raise ValueError(

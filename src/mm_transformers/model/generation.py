@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .modalities import own_inputs
 from .task_base import Task
+from .text_tokens import end_id
 
 
 class FusedText(Protocol):
@@ -175,8 +176,8 @@ def refuse_pieces(options: Mapping[str, Any], config: Any) -> None:
     Raises:
         ValueError: if one of them is given.
     """
+    given = options.get("generation_config") or config
     for name in ("prefill_chunk_size", "prompt_lookup_num_tokens"):
-        given = options.get("generation_config") or config
         if options.get(name) is not None or getattr(given, name, None) is not None:
             raise ValueError(f"generate does not support {name} with fusion_type='prefix': leave it out.")
 
@@ -192,7 +193,7 @@ def stop_at_end(model: Any, tokenizer: Any) -> None:
         tokenizer: that of transformers.
     """
     config = model.generation_config
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    end = end_id(tokenizer)
     if config is None or end is None:
         return
     stops = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]

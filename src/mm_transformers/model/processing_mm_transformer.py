@@ -320,6 +320,11 @@ class MMTransformerProcessor(ProcessorMixin):
         """Whether "messages" is a chat, and no column of the training table."""
         return MESSAGES not in self._known_columns
 
+    @property
+    def column_arguments(self) -> dict[str, list[str]]:
+        """The columns of the training table, as arguments of [`MMDataCollator`]: `{"image_column": ["photo"]}`."""
+        return {f"{key}_column": list(columns) for key, columns in self.input_columns.items()}
+
     def with_keys(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """
         A row with the keys "text", "image" and the like instead of the columns of the training table.

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .label_cells import as_scalar, is_null, shorten_value
 from .task_base import NO_CONTEXT, LabelContext, Task, register_task
-from .text_tokens import continuing_ids, needed_text, tokenize
+from .text_tokens import continuing_ids, end_id, needed_text, tokenize
 
 
 logger = logging.get_logger(__name__)
@@ -116,7 +116,7 @@ class Generation(Task):
         Args:
             labelled: each text, and the prompt that it continues; `None` if a decoder writes it.
         """
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        end = end_id(tokenizer)
         if end is None:
             raise ValueError(f"task {self.name!r}: the tokenizer has no eos_token, which ends a text: set it")
         if not labelled:

@@ -30,6 +30,11 @@ def tokenize(tokenizer: Any, *texts: Any, **options: Any) -> Any:
         return tokenizer(*texts, **options)
 
 
+def end_id(tokenizer: Any) -> Optional[int]:
+    """The id of the token that ends a written text; `None` if the tokenizer has none."""
+    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+
+
 # Extra tokens beyond the wanted ones, so that the cut changes none of these.
 _MARGIN = 16
 # The cut of a text: characters per wanted token, plus a constant.

@@ -124,8 +124,7 @@ class Predictor:
         model = MMTransformerForMultiTask.from_pretrained(name)
         own = {key: options.pop(key) for key in _OWN_OPTIONS if key in options}
         processor = MMTransformerProcessor.from_pretrained(name)
-        known = {f"{key}_column": names for key, names in processor.input_columns.items()}
-        collator = MMDataCollator(processor, model.config, **{**known, **options})
+        collator = MMDataCollator(processor, model.config, **{**processor.column_arguments, **options})
         return cls(model.to(PartialState().device), collator, tasks, **own)
 
     def __call__(self, rows: Iterable[Mapping[str, Any]] | str | os.PathLike[str]) -> list[dict[str, Any]]:
